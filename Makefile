@@ -1,0 +1,47 @@
+# make demo   environment, install, and the main job: a better Sudoku model in minutes
+# make test   environment, install, checks and tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test install install-dev lint sanitize clean
+
+demo: install
+	$(BIN)/dam info
+	$(BIN)/dam sudoku
+
+test: install-dev lint
+	$(BIN)/python -m pytest -q -p no:cacheprovider --durations=10
+
+lint: install-dev
+	$(BIN)/ruff check dam tests setup.py
+	$(BIN)/ruff format --check dam tests setup.py
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras; both build the C++ extension in pip's isolated build.
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,plot]'
+	touch $@
+
+$(VENV)/installed-dev: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/installed
+
+# The tests of the C++ backend under AddressSanitizer, on a build of its own.
+sanitize: install-dev
+	DAM_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/ops
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
+
+clean:
+	rm -rf $(VENV) build dam/_cpu*.so *.egg-info
