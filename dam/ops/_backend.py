@@ -1,0 +1,104 @@
+"""Which implementation of an op runs: by device and dtype, unless a backend is asked for by name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+
+# Process-wide rather than a context variable: torch.compile can guard on a module global.
+_requested: str | None = os.environ.get("DAM_BACKEND") or None
+
+
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+# Looked up once: an import that fails is not retried on every call of an op.
+_CPU_ERROR = _import_error("dam._cpu")
+
+
+def why_unavailable(name: str) -> str | None:
+    """Reason why backend `name` cannot run on this machine, or None if it can.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if name == "torch":
+        return None
+    if name == "cpu":
+        return None if _CPU_ERROR is None else f"the C++ extension dam._cpu does not import: {_CPU_ERROR}"
+    return f"this release of dam has no {name} kernels"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Context manager: every op inside runs on backend `name`, or raises if it cannot.
+
+    The choice is process-wide. The environment variable `DAM_BACKEND` sets it for a whole run.
+
+    Args:
+        name: "torch" (reference, any device and dtype), "cpu" (C++), "triton" or "cuda".
+
+    Raises:
+        ValueError: `name` is not a backend.
+        RuntimeError: the backend cannot run here; the message says why.
+    """
+    global _requested
+    reason = why_unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def _reason_against(name: str, op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> str | None:
+    reason = why_unavailable(name)
+    if reason is not None:
+        return reason
+    if name not in implementations:
+        return f"{op} has no {name} implementation yet (it has: {', '.join(implementations)})"
+    if name == "cpu":
+        if tensor.device.type != "cpu":
+            return f"it runs on CPU tensors; got a tensor on {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "it takes float32, bfloat16 and float16; float64 runs on backend 'torch'"
+    return None
+
+
+def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> str:
+    """Name of the backend that runs `op` on `tensor`.
+
+    Raises:
+        ValueError, RuntimeError: the backend asked for cannot run this call; the message says why.
+    """
+    if _requested is not None:
+        reason = _reason_against(_requested, op, implementations, tensor)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {_requested!r} cannot run this call: {reason}")
+        return _requested
+    if "cpu" in implementations and tensor.device.type == "cpu" and tensor.dtype != torch.float64:
+        if _CPU_ERROR is None:
+            return "cpu"
+        warnings.warn(
+            f"dam: {why_unavailable('cpu')}; the slower reference backend 'torch' runs instead. "
+            "Reinstall dam to build it.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return "torch"

@@ -1,0 +1,133 @@
+"""The C++ backend: hands tensors to dam._cpu as addresses, sizes and strides. Arguments were checked by the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    # After torch, so that it joins the OpenMP thread pool that torch has loaded.
+    from dam import _cpu as _kernels  # type: ignore[attr-defined]
+except ImportError:
+    _kernels = None  # type: ignore[assignment]  # dam.ops._backend says why and offers no "cpu" backend
+
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+    rows, columns = x.shape
+    return x.data_ptr(), rows, columns, x.stride(0), _DTYPE_CODE[x.dtype]
+
+
+def _indices(x: Tensor | None) -> tuple[int, int]:
+    """Address and stride of int64 [T]; (0, 0) for none."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def jump(
+    logits: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    from dam.ops import jump as op  # jump imports this module
+
+    target, log_prob, log_escape = op.outputs(logits, logits.shape[0], num_samples)
+    bad_row = _kernels.jump(
+        *_matrix(logits),
+        *_indices(exclude),
+        *_indices(row_ids),
+        temperature,
+        num_samples,
+        int(seed) % 2**64,
+        target.data_ptr(),
+        log_prob.data_ptr(),
+        log_escape.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return target, log_prob, log_escape, bad_row if check else -1
+
+
+def log_prob(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    from dam.ops import log_prob as op
+
+    value, log_escape = op.outputs(logits, target)
+    target = target.contiguous()
+    _kernels.log_prob(
+        *_matrix(logits),
+        *_indices(exclude),
+        temperature,
+        target.data_ptr(),
+        target.shape[1],
+        value.data_ptr(),
+        log_escape.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return value, log_escape
+
+
+def log_prob_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, log_escape: Tensor, exclude: Tensor | None, temperature: float
+) -> Tensor:
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    # Held by names: the kernel sees addresses only.
+    target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.contiguous()
+    _kernels.log_prob_backward(
+        *_matrix(logits),
+        *_indices(exclude),
+        temperature,
+        target.data_ptr(),
+        target.shape[1],
+        upstream.data_ptr(),
+        log_escape.data_ptr(),
+        gradient.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gradient
+
+
+def matching_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_logits: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    from dam.ops import matching_loss as op
+
+    rows = logits.shape[0]
+    loss, gradient = op.outputs(logits, with_grad)
+    target, weight = target.contiguous(), weight.double().contiguous()
+    scale = (
+        torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+        if row_scale is None
+        else row_scale.double().contiguous()
+    )
+    base_weight = None if base_weight is None else base_weight.double().contiguous()
+    total = _kernels.matching_loss(
+        *_matrix(logits),
+        0 if base_logits is None else base_logits.data_ptr(),
+        0 if base_logits is None else base_logits.stride(0),
+        *_indices(exclude),
+        target.data_ptr(),
+        target.shape[1],
+        weight.data_ptr(),
+        0 if base_weight is None else base_weight.data_ptr(),
+        scale.data_ptr(),
+        normalized,
+        gradient.data_ptr() if with_grad else 0,
+        torch.get_num_threads(),
+    )
+    return loss.fill_(total), gradient
+
+
+def isa() -> str:
+    """Instruction set that the kernels run with: avx512, avx2 or plain."""
+    return _kernels.isa()

@@ -1,0 +1,52 @@
+"""Autograd for losses whose gradient is formed in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
+    if type(gradient) is not Tensor or torch.compiler.is_compiling():
+        return gradient * factor  # being traced: a compiler plans the memory itself
+    # The usual upstream gradient is exactly 1; on a CPU looking is cheaper than a pass over the gradient.
+    if factor.device.type == "cpu" and float(factor) == 1.0:
+        return gradient
+    return gradient.mul_(factor) if overwrite else gradient * factor
+
+
+def register(op: torch.library.CustomOpDef, name: str, inputs: int, differentiable: Sequence[int]) -> None:
+    """Registers the backward pass of `op`, whose outputs are (loss, gradient of each differentiable input).
+
+    The gradient of an input that needs none is an empty tensor. The op's last argument, `overwrite`, says
+    that its caller drops the gradients: then backward scales them in place and none is ever held twice.
+    They are handed out once, so backward runs once.
+    """
+
+    def setup_context(ctx, inputs, output):
+        _, *gradients = output
+        ctx.overwrite = inputs[-1]
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.gradients = [
+            gradient if ctx.needs_input_grad[i] else None for i, gradient in zip(differentiable, gradients, strict=True)
+        ]
+
+    def backward(ctx, grad_loss, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name} has no double backward: do not pass create_graph=True")
+        if ctx.gradients is None:
+            raise RuntimeError(
+                f"{name} was differentiated twice. Its gradient is formed in the forward pass and handed out once: "
+                "call it again for another backward pass"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        result: list[Tensor | None] = [None] * inputs
+        for i, gradient in zip(differentiable, gradients, strict=True):
+            if gradient is not None and grad_loss is not None:
+                result[i] = _scaled(gradient, grad_loss, ctx.overwrite)
+        return tuple(result)
+
+    op.register_autograd(backward, setup_context=setup_context)

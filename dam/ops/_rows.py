@@ -1,0 +1,56 @@
+"""Pieces of the torch reference that several ops share: float64 rows without excluded entries, in bounded chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def workspace_bytes() -> int:
+    """Bound on an op's extra memory: the environment variable DAM_WORKSPACE_MB, 256 MB unless set."""
+    text = os.environ.get("DAM_WORKSPACE_MB", "256")
+    try:
+        megabytes = float(text)
+    except ValueError:
+        megabytes = 0.0
+    if not megabytes > 0:
+        raise ValueError(f"DAM_WORKSPACE_MB must be a positive number of megabytes; got {text!r}")
+    return int(megabytes * 2**20)
+
+
+def chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
+    """Slices of rows that together need at most `workspace_bytes()`, one row at the least."""
+    step = max(1, workspace_bytes() // max(1, bytes_per_row))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+# float64 copies of a row alive at once in the reference's loops, generously counted.
+REFERENCE_BYTES = 8 * 8
+
+
+def allowed(logits: Tensor, exclude: Tensor | None) -> Tensor:
+    """A float64 copy of logits [T, V] with the excluded destination of each row at -inf."""
+    x = logits.to(torch.float64, copy=True)
+    if exclude is not None:
+        rows = torch.nonzero(exclude >= 0)[:, 0]
+        x[rows, exclude[rows]] = -torch.inf
+    return x
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """dtype in which results over rows are returned: float64 for float64 input, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gather_or(values: Tensor, index: Tensor, missing: float) -> Tensor:
+    """values[t, index[t, j]], and `missing` where index is -1."""
+    return torch.where(index >= 0, values.gather(1, index.clamp(min=0)), missing)
+
+
+def drop_excluded(target: Tensor, exclude: Tensor | None) -> Tensor:
+    """Targets with the excluded destination of their row replaced by -1."""
+    return target if exclude is None else torch.where(target == exclude[:, None], -1, target)

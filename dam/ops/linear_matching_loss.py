@@ -1,0 +1,174 @@
+"""linear_matching_loss: `matching_loss` fused with the language-model head, forward and gradient in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dam.ops import _backend, _checks, _formed_gradient, _head, _rows
+from dam.ops import matching_loss as _row_op
+
+
+def linear_matching_loss(
+    hidden: Tensor,  # [T, D]
+    head_weight: Tensor,  # [V, D]
+    target: Tensor,  # [T, J]
+    weight: Tensor,  # [T, J]
+    *,
+    bias: Tensor | None = None,  # [V]
+    base_hidden: Tensor | None = None,  # [T, D']
+    base_head_weight: Tensor | None = None,  # [V, D']
+    base_bias: Tensor | None = None,  # [V]
+    base_weight: Tensor | None = None,  # [T]
+    row_scale: Tensor | None = None,  # [T]
+    exclude: int | Tensor = -1,
+    normalized: bool = True,
+) -> Tensor:
+    """`matching_loss` on logits = hidden @ head_weight^T + bias, without storing them.
+
+    hidden, head_weight and bias are differentiated, each only if it requires grad: a frozen head costs no
+    gradient matmul. Gradients are formed in the forward pass, so the loss takes one backward pass; a
+    second one and a double backward raise.
+
+    Args:
+        hidden: hidden states [T, D]; unit inner stride.
+        head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
+        target, weight: as for `matching_loss`.
+        base_hidden, base_head_weight, base_bias: make the base's logits in the same way; base_head_weight
+            may be head_weight itself.
+        base_weight, row_scale, exclude, normalized: as for `matching_loss`.
+
+    Returns:
+        Scalar, float32 (float64 for float64 hidden). Extra memory beyond the gradients is bounded by the
+        environment variable DAM_WORKSPACE_MB (256 unless set); a 16-bit head that is trained accumulates its
+        gradient in float32.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
+
+    Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 11 and 14.
+    """
+    op = "linear_matching_loss"
+    _checks.matrix(op, "hidden", hidden, "D")
+    _checks.head(op, "head_weight", head_weight, "bias", bias, "hidden", hidden)
+    rows, columns = hidden.shape[0], head_weight.shape[0]
+    target, weight, row_scale = _row_op.weighted_targets(op, hidden, rows, target, weight, row_scale)
+    base = (base_hidden, base_head_weight, base_weight)
+    if any(value is None for value in base) and any(value is not None for value in (*base, base_bias)):
+        raise ValueError(f"{op}: base_hidden, base_head_weight and base_weight must be given together")
+    if base_hidden is not None and base_head_weight is not None and base_weight is not None:
+        _checks.matrix(op, "base_hidden", base_hidden, "D")
+        _checks.like(op, "base_hidden", base_hidden, "hidden", hidden, shape=False)
+        if base_hidden.shape[0] != rows:
+            raise ValueError(f"{op}: base_hidden must have {rows} rows like hidden; got {list(base_hidden.shape)}")
+        _checks.head(op, "base_head_weight", base_head_weight, "base_bias", base_bias, "base_hidden", base_hidden)
+        if base_head_weight.shape[0] != columns:
+            raise ValueError(
+                f"{op}: base_head_weight must have {columns} rows like head_weight; got {list(base_head_weight.shape)}"
+            )
+        _checks.vector(op, "base_weight", base_weight, rows, hidden)
+        base_hidden, base_head_weight, base_weight = (
+            base_hidden.detach(),
+            base_head_weight.detach(),
+            base_weight.detach(),
+        )
+        base_bias = None if base_bias is None else base_bias.detach()
+    excluded = _checks.exclude(op, exclude, rows, columns, hidden)
+    backend = _backend.choose(op, _row_op._IMPLEMENTATIONS, hidden)
+    enabled = torch.is_grad_enabled()
+    loss, *_ = _linear_matching_loss(
+        hidden,
+        head_weight,
+        bias,
+        target,
+        weight,
+        base_hidden,
+        base_head_weight,
+        base_bias,
+        base_weight,
+        row_scale,
+        excluded,
+        normalized,
+        enabled and hidden.requires_grad,
+        enabled and head_weight.requires_grad,
+        enabled and bias is not None and bias.requires_grad,
+        backend,
+        True,
+    )
+    return loss
+
+
+@torch.library.custom_op("dam::linear_matching_loss", mutates_args=())
+def _linear_matching_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor | None,
+    base_head_weight: Tensor | None,
+    base_bias: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = hidden.shape[0], head_weight.shape[0]
+    _checks.index_range("linear_matching_loss", "target", target, columns)
+    _checks.index_range("linear_matching_loss", "exclude", exclude, columns)
+    needed = (need_hidden, need_weight, need_bias)
+    gradients = _head.Gradients(hidden, head_weight, bias, needed)
+    if row_scale is None:
+        row_scale = hidden.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for part in _head.chunks(rows, head_weight, arrays=3):
+        base_logits = None
+        if base_hidden is not None and base_head_weight is not None:
+            base_logits = _head.logits(base_hidden[part], base_head_weight, base_bias)
+        loss, grad_logits = _row_op._IMPLEMENTATIONS[backend](
+            _head.logits(hidden[part], head_weight, bias),
+            target[part],
+            weight[part],
+            base_logits,
+            None if base_weight is None else base_weight[part],
+            row_scale[part],
+            None if exclude is None else exclude[part],
+            normalized,
+            any(needed),
+        )
+        total += loss
+        if any(needed):
+            gradients.add(part, grad_logits)
+    return total.to(_rows.accumulator(hidden.dtype)), *gradients.finish()
+
+
+@_linear_matching_loss.register_fake
+def _(
+    hidden,
+    head_weight,
+    bias,
+    target,
+    weight,
+    base_hidden,
+    base_head_weight,
+    base_bias,
+    base_weight,
+    row_scale,
+    exclude,
+    normalized,
+    need_hidden,
+    need_weight,
+    need_bias,
+    backend,
+    overwrite,
+):
+    gradients = _head.fake_gradients(hidden, head_weight, bias, (need_hidden, need_weight, need_bias))
+    return hidden.new_empty((), dtype=_rows.accumulator(hidden.dtype)), *gradients
+
+
+_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=17, differentiable=(0, 1, 2))

@@ -1,0 +1,149 @@
+"""log_prob: log-probability of given destinations, differentiable in the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dam.ops import _backend, _checks, _cpu, _rows
+
+
+def log_prob(
+    logits: Tensor,  # [T, V]
+    target: Tensor,  # [T] or [T, J]
+    *,
+    exclude: int | Tensor = -1,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probability of the destinations `target` of the next jump, as `jump` draws them.
+
+        log_prob[t, j] = logits[t, target[t, j]] / temperature - logsumexp_v(logits[t, v] / temperature)
+
+    over destinations v that are not excluded.
+
+    Args:
+        logits: unnormalised log rates [T, V]; any row stride, unit inner stride.
+        target: int64 [T] or [T, J]. -1 stands for no jump: log-probability 0, no gradient.
+        exclude: destination left out: an int for all rows or int64 [T]; -1 leaves none out. An excluded
+            target has log-probability -inf.
+        temperature: divides the logits; > 0.
+
+    Returns:
+        float32 like target (float64 for float64 logits). NaN logits give NaN.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
+
+    Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
+    """
+    _checks.matrix("log_prob", "logits", logits, "V")
+    rows, columns = logits.shape
+    targets = _checks.target("log_prob", target, rows, logits)
+    excluded = _checks.exclude("log_prob", exclude, rows, columns, logits)
+    temperature = _checks.temperature("log_prob", temperature, zero=False)
+    backend = _backend.choose("log_prob", _IMPLEMENTATIONS, logits)
+    value, _ = _log_prob(logits, targets, excluded, temperature, backend)
+    return value.view(target.shape)
+
+
+def _torch(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    value, log_escape = outputs(logits, target)
+    for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
+        x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
+        value[part], log_escape[part] = reference_rows(x, target[part])
+    return value, log_escape
+
+
+def reference_rows(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """log_prob [T, J] and log escape rate [T] of float64 rows; 0 where target is -1."""
+    log_escape = torch.logsumexp(x, dim=1)
+    return _rows.gather_or(x - log_escape[:, None], target, 0.0), log_escape
+
+
+def _torch_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, log_escape: Tensor, exclude: Tensor | None, temperature: float
+) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    target = _rows.drop_excluded(target, exclude)
+    for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
+        x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
+        out[part] = reference_rows_backward(grad[part], x, target[part], log_escape[part]).div_(temperature)
+    return out
+
+
+def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape: Tensor) -> Tensor:
+    """Gradient of `reference_rows` in x: sum_j grad_j (1[v = target_j] - p(v)), float64 [T, V]."""
+    upstream = torch.where(target >= 0, grad.double(), 0.0)
+    probability = (x - log_escape.double()[:, None]).exp_()
+    return probability.mul_(-upstream.sum(dim=1, keepdim=True)).scatter_add_(1, target.clamp(min=0), upstream)
+
+
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.log_prob}
+_BACKWARD = {"torch": _torch_backward, "cpu": _cpu.log_prob_backward}
+
+
+def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised log_prob [T, J], and log_escape [T] for the backward pass.
+
+    log_escape is float64: an error of a float32 unit at logits of 10^4 would be one of 5e-4 in every probability.
+    """
+    return (
+        logits.new_empty(target.shape, dtype=_rows.accumulator(logits.dtype)),
+        logits.new_empty(logits.shape[:1], dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("dam::log_prob", mutates_args=())
+def _log_prob(
+    logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    _checks.index_range("log_prob", "target", target, logits.shape[1])
+    _checks.index_range("log_prob", "exclude", exclude, logits.shape[1])
+    return _IMPLEMENTATIONS[backend](logits, target, exclude, temperature)
+
+
+@_log_prob.register_fake
+def _(logits, target, exclude, temperature, backend):
+    return outputs(logits, target)
+
+
+@torch.library.custom_op("dam::log_prob_backward", mutates_args=())
+def _log_prob_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    return _BACKWARD[backend](grad, logits, target, log_escape, exclude, temperature)
+
+
+@_log_prob_backward.register_fake
+def _(grad, logits, target, log_escape, exclude, temperature, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, target, exclude, ctx.temperature, ctx.backend = inputs
+    _, log_escape = output
+    ctx.mark_non_differentiable(log_escape)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, log_escape, exclude)
+
+
+def _backward(ctx, grad, _grad_log_escape):
+    if grad is None:
+        return None, None, None, None, None
+    logits, target, log_escape, exclude = ctx.saved_tensors
+    return (
+        _log_prob_backward(grad, logits, target, log_escape, exclude, ctx.temperature, ctx.backend),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_log_prob.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,180 @@
+"""matching_loss: generalised-KL matching of a model's rates to weighted targets, with its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dam.ops import _backend, _checks, _cpu, _formed_gradient, _rows
+
+
+def matching_loss(
+    logits: Tensor,  # [T, V]
+    target: Tensor,  # [T, J]
+    weight: Tensor,  # [T, J]
+    *,
+    base_logits: Tensor | None = None,  # [T, V]
+    base_weight: Tensor | None = None,  # [T]
+    row_scale: Tensor | None = None,  # [T]
+    exclude: int | Tensor = -1,
+    normalized: bool = True,
+) -> Tensor:
+    """Generalised KL between the model's rates and w, up to a constant that does not depend on the model.
+
+        w_t(v) = sum_j weight[t, j] 1[v = target[t, j]] + base_weight[t] p_base(v)
+
+        normalized:  sum_t row_scale[t] ( - sum_v w_t(v) log_softmax(logits_t)[v] )
+        rates:       sum_t row_scale[t] ( sum_v exp(logits_t[v]) - sum_v w_t(v) logits_t[v] )
+
+    over destinations v that are not excluded; p_base is softmax(base_logits), or exp(base_logits) for rates.
+    The minimiser of its expectation is E[w]: normalised, or as rates.
+
+    Only logits are differentiated. Their gradient is formed in the forward pass, so the loss takes one
+    backward pass; a second one and a double backward raise.
+
+    Args:
+        logits: unnormalised log rates [T, V]; any row stride, unit inner stride.
+        target: int64 [T, J]; -1 means no target in that slot; targets that repeat add up.
+        weight: floating point [T, J]; may be negative, zero or large. Weight on an excluded target is dropped.
+        base_logits, base_weight: a second weighted target over the whole vocabulary, given together.
+        row_scale: floating point [T]; 1/T unless given.
+        exclude: destination left out: an int for all rows or int64 [T]; -1 leaves none out.
+        normalized: which of the two forms.
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits). NaN logits give NaN.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
+
+    Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 11 and 14.
+    """
+    op = "matching_loss"
+    _checks.matrix(op, "logits", logits, "V")
+    rows, columns = logits.shape
+    target, weight, row_scale = weighted_targets(op, logits, rows, target, weight, row_scale)
+    if (base_logits is None) != (base_weight is None):
+        raise ValueError(f"{op}: base_logits and base_weight must be given together")
+    if base_logits is not None and base_weight is not None:
+        _checks.matrix(op, "base_logits", base_logits, "V")
+        _checks.like(op, "base_logits", base_logits, "logits", logits)
+        _checks.vector(op, "base_weight", base_weight, rows, logits)
+        base_logits, base_weight = base_logits.detach(), base_weight.detach()
+    excluded = _checks.exclude(op, exclude, rows, columns, logits)
+    backend = _backend.choose(op, _IMPLEMENTATIONS, logits)
+    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    loss, _ = _matching_loss(
+        logits, target, weight, base_logits, base_weight, row_scale, excluded, normalized, with_grad, backend, True
+    )
+    return loss
+
+
+def weighted_targets(
+    op: str, reference: Tensor, rows: int, target: Tensor, weight: Tensor, row_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks and detaches the arguments that `matching_loss` and `linear_matching_loss` share."""
+    target = _checks.target(op, target, rows, reference, dims=(2,))
+    _checks.floating(op, "weight", weight)
+    if weight.shape != target.shape:
+        raise ValueError(f"{op}: weight must have the shape of target, {list(target.shape)}; got {list(weight.shape)}")
+    _checks.same_device(op, "weight", weight, reference)
+    if row_scale is not None:
+        _checks.vector(op, "row_scale", row_scale, rows, reference)
+        row_scale = row_scale.detach()
+    return target, weight.detach(), row_scale
+
+
+def reference_rows(
+    x: Tensor,  # float64 [T, V], excluded entries at -inf
+    target: Tensor,
+    weight: Tensor,
+    base: Tensor | None,  # like x
+    base_weight: Tensor | None,
+    normalized: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row, float64 [T], and its gradient in x, float64 [T, V]."""
+    weight = torch.where(target >= 0, weight.double(), 0.0)
+    w = torch.zeros_like(x).scatter_add_(1, target.clamp(min=0), weight)
+    if base is not None and base_weight is not None:
+        w += base_weight.double()[:, None] * (torch.softmax(base, dim=1) if normalized else base.exp())
+    log_rate = torch.log_softmax(x, dim=1) if normalized else x
+    # A destination of rate zero that nothing is matched to counts nothing, not 0 * inf.
+    loss = -torch.where(w == 0, 0.0, w * log_rate).sum(dim=1)
+    if normalized:
+        # exp(-inf - -inf) is no probability: a row that can reach nothing pulls at nothing.
+        probability = torch.where(x == -torch.inf, 0.0, log_rate.exp())
+        return loss, probability * w.sum(dim=1, keepdim=True) - w
+    rate = x.exp()
+    return loss + rate.sum(dim=1), rate - w
+
+
+def _torch(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_logits: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = logits.shape
+    _, grad = outputs(logits, with_grad)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    scale = torch.full((rows,), 1.0 / max(rows, 1), device=logits.device) if row_scale is None else row_scale
+    target = _rows.drop_excluded(target, exclude)
+    for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
+        ex = None if exclude is None else exclude[part]
+        loss, row_grad = reference_rows(
+            _rows.allowed(logits[part], ex),
+            target[part],
+            weight[part],
+            None if base_logits is None else _rows.allowed(base_logits[part], ex),
+            None if base_weight is None else base_weight[part],
+            normalized,
+        )
+        total += (loss * scale[part].double()).sum()
+        if with_grad:
+            grad[part] = row_grad * scale[part].double()[:, None]
+    return total.to(_rows.accumulator(logits.dtype)), grad
+
+
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.matching_loss}
+
+
+def outputs(logits: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised loss and gradient; the gradient is empty where none is asked for."""
+    return (
+        logits.new_empty((), dtype=_rows.accumulator(logits.dtype)),
+        logits.new_empty(logits.shape if with_grad else (0,)),
+    )
+
+
+@torch.library.custom_op("dam::matching_loss", mutates_args=())
+def _matching_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_logits: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    with_grad: bool,
+    backend: str,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    _checks.index_range("matching_loss", "target", target, logits.shape[1])
+    _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1])
+    return _IMPLEMENTATIONS[backend](
+        logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, with_grad
+    )
+
+
+@_matching_loss.register_fake
+def _(logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, with_grad, backend, overwrite):
+    return outputs(logits, with_grad)
+
+
+_formed_gradient.register(_matching_loss, "matching_loss", inputs=11, differentiable=(0,))

@@ -1,0 +1,90 @@
+"""rate_ratio: log ratio of base to model rates at given jumps, and the difference of the escape rates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dam.ops import _backend, _checks, _rows
+
+
+class RateRatio(NamedTuple):
+    """The two pieces of a path's log weight: at its jumps, and per unit of time between them."""
+
+    log_ratio: Tensor  # like target: log u_base(jump) - log u(jump)
+    escape_gap: Tensor  # [T]: escape rate of the model minus that of the base
+
+
+def rate_ratio(
+    logits: Tensor,  # [T, V]
+    base_logits: Tensor,  # [T, V]
+    target: Tensor,  # [T] or [T, J]
+    *,
+    exclude: int | Tensor = -1,
+) -> RateRatio:
+    """What a path's log weight gains at the jumps `target` and, per unit of time, between jumps.
+
+        log_ratio  = base_logits[target] - logits[target]
+        escape_gap = sum_v exp(logits[v]) - sum_v exp(base_logits[v])
+
+    over destinations v that are not excluded. The log weight of a path is the sum of log_ratio over its
+    jumps plus the integral of escape_gap over time. Chains whose escape rates agree (masked ones) have no
+    integral: for their normalised rates take the difference of two `log_prob`.
+
+    Args:
+        logits, base_logits: log rates [T, V] of model and base; any row stride, unit inner stride.
+        target: int64 [T] or [T, J]. -1 stands for no jump: log_ratio 0. A target that only one of the chains
+            can reach gives +inf or -inf; one that neither can (an excluded one among them) gives NaN.
+        exclude: destination left out: an int for all rows or int64 [T]; -1 leaves none out.
+
+    Returns:
+        RateRatio(log_ratio, escape_gap), float32 (float64 for float64 logits). Not differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
+
+    Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
+    """
+    _checks.matrix("rate_ratio", "logits", logits, "V")
+    _checks.matrix("rate_ratio", "base_logits", base_logits, "V")
+    _checks.like("rate_ratio", "base_logits", base_logits, "logits", logits)
+    rows, columns = logits.shape
+    targets = _checks.target("rate_ratio", target, rows, logits)
+    excluded = _checks.exclude("rate_ratio", exclude, rows, columns, logits)
+    backend = _backend.choose("rate_ratio", _IMPLEMENTATIONS, logits)
+    log_ratio, escape_gap = _rate_ratio(logits.detach(), base_logits.detach(), targets, excluded, backend)
+    return RateRatio(log_ratio.view(target.shape), escape_gap)
+
+
+def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    log_ratio, escape_gap = _outputs(logits, target)
+    for part in _rows.chunks(logits.shape[0], 2 * logits.shape[1] * _rows.REFERENCE_BYTES):
+        ex = None if exclude is None else exclude[part]
+        x, base = _rows.allowed(logits[part], ex), _rows.allowed(base_logits[part], ex)
+        log_ratio[part] = _rows.gather_or(base - x, target[part], 0.0)
+        escape_gap[part] = x.exp().sum(dim=1) - base.exp().sum(dim=1)
+    return log_ratio, escape_gap
+
+
+_IMPLEMENTATIONS = {"torch": _torch}
+
+
+def _outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _rows.accumulator(logits.dtype)
+    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty(logits.shape[:1], dtype=dtype)
+
+
+@torch.library.custom_op("dam::rate_ratio", mutates_args=())
+def _rate_ratio(
+    logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    _checks.index_range("rate_ratio", "target", target, logits.shape[1])
+    _checks.index_range("rate_ratio", "exclude", exclude, logits.shape[1])
+    return _IMPLEMENTATIONS[backend](logits, base_logits, target, exclude)
+
+
+@_rate_ratio.register_fake
+def _(logits, base_logits, target, exclude, backend):
+    return _outputs(logits, target)

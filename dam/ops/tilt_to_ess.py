@@ -1,0 +1,81 @@
+"""tilt_to_ess: the largest tilt that keeps a set effective sample size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dam.ops import _backend, _checks
+
+_BISECTIONS = 64  # halves [0, max_tilt] down to float64 rounding
+
+
+def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
+    """The largest h in [0, max_tilt] with ESS(softmax_k(h reward[g, k])) >= ess, for each group g.
+
+    The ESS falls as h grows, from K at h = 0 (the number of trajectories that are feasible at all, if some
+    have reward -inf), so h is found by bisection.
+
+    Args:
+        reward: floating point [G, K]; -inf marks an infeasible trajectory.
+        ess: effective sample size to keep, in [1, K].
+        max_tilt: upper end of the search, >= 0 and finite.
+
+    Returns:
+        float64 [G]; 0 for a group with fewer than `ess` feasible trajectories. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype or range, or reward holds a NaN or +inf.
+
+    Source: tilting in steps, after Discrete Tilt Matching, arXiv 2604.18739.
+    """
+    op = "tilt_to_ess"
+    _checks.floating(op, "reward", reward)
+    if reward.dim() != 2 or reward.shape[1] < 1:
+        raise ValueError(f"{op}: reward must have shape [G, K] with K >= 1; got {list(reward.shape)}")
+    if not 1 <= ess <= reward.shape[1]:
+        raise ValueError(f"{op}: ess must be in [1, {reward.shape[1]}]; got {ess}")
+    if not (math.isfinite(max_tilt) and max_tilt >= 0):
+        raise ValueError(f"{op}: max_tilt must be finite and >= 0; got {max_tilt}")
+    backend = _backend.choose(op, _IMPLEMENTATIONS, reward)
+    return _tilt_to_ess(reward.detach(), float(ess), float(max_tilt), backend)
+
+
+def _torch(reward: Tensor, ess: float, max_tilt: float) -> Tensor:
+    reward = reward.double()
+    bad = ~(reward < torch.inf)
+    if bool(bad.any()):
+        g, k = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"tilt_to_ess: reward[{g}, {k}] is {float(reward[g, k])}; it must be finite or -inf")
+    best = reward.amax(dim=1, keepdim=True)
+    shifted = torch.where(reward == -torch.inf, -torch.inf, reward - best)
+
+    def keeps(tilt: Tensor) -> Tensor:
+        # -inf stays infeasible at tilt 0, the limit of small tilts.
+        weight = torch.where(shifted == -torch.inf, 0.0, (tilt[:, None] * shifted).exp())
+        # Rounding must not cost a group of equal rewards its full tilt.
+        return weight.sum(dim=1).square() >= ess * (1 - 1e-12) * weight.square().sum(dim=1)
+
+    feasible = (best[:, 0] > -torch.inf) & keeps(torch.zeros_like(best[:, 0]))
+    low, high = torch.zeros_like(best[:, 0]), torch.full_like(best[:, 0], max_tilt)
+    low = torch.where(keeps(high), high, low)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        kept = keeps(middle)
+        low, high = torch.where(kept, middle, low), torch.where(kept, high, middle)
+    return torch.where(feasible, low, 0.0)
+
+
+_IMPLEMENTATIONS = {"torch": _torch}
+
+
+@torch.library.custom_op("dam::tilt_to_ess", mutates_args=())
+def _tilt_to_ess(reward: Tensor, ess: float, max_tilt: float, backend: str) -> Tensor:
+    return _IMPLEMENTATIONS[backend](reward, ess, max_tilt)
+
+
+@_tilt_to_ess.register_fake
+def _(reward, ess, max_tilt, backend):
+    return reward.new_empty(reward.shape[:1], dtype=torch.float64)
