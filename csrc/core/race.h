@@ -1,0 +1,40 @@
+// Exponential race: of events with rates r_i the first is event i with probability r_i / sum r.
+#pragma once
+
+#include <cstdint>
+
+#include "config.h"
+#include "math.h"
+
+DAM_BEGIN
+
+// Standard exponential from 64 random bits: E = -log1p(-u), u = (bits + 1/2) 2^-64.
+//
+// The small end decides which improbable token wins: it keeps full relative accuracy down to 2^-65.
+// U holds 32-bit words in 64-bit lanes, whose upper halves are not read.
+template <class F, class U>
+DAM_HD F exponential(U high, U low) {
+  // A 32-bit word under the exponent of 2^52 is that double plus the word.
+  const F h = bit_cast<F>((high & 0xFFFFFFFFu) | 0x4330000000000000u) - 4503599627370496.0;
+  const F l = bit_cast<F>((low & 0xFFFFFFFFu) | 0x4330000000000000u) - 4503599627370496.0;
+  const F u = h * 0x1p-32 + (l + 0.5) * 0x1p-64;
+  const double largest = 1.0 - 0x1p-53;
+  return negative_log1m(u < largest ? u : F{} + largest);
+}
+
+// The earliest of the arrivals seen, lane by lane; merging is associative and order-free.
+template <class F>
+struct Earliest {
+  F time = F{} + HUGE_VAL;
+  F index = F{};  // exact as a double below 2^53
+
+  // A rate of 0 arrives at infinity, hence never; a NaN never.
+  DAM_HD void enter(F exponential, F rate, F at) {
+    const F arrival = exponential / rate;
+    const auto earlier = arrival < time;
+    time = earlier ? arrival : time;
+    index = earlier ? at : index;
+  }
+};
+
+DAM_END

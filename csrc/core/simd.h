@@ -1,0 +1,82 @@
+// Vectors of one register, in the compiler's vector extensions: the operators of csrc/core's templates work on them
+// as on scalars, lane by lane. Host only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "config.h"
+#include "math.h"
+
+DAM_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;
+#endif
+
+constexpr int LANES = REGISTER_BYTES / 4;  // 32-bit lanes
+constexpr int WIDE = REGISTER_BYTES / 8;   // 64-bit lanes
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+using f32 = VectorOf<float, LANES>::type;
+using u32 = VectorOf<uint32_t, LANES>::type;
+using u16 = VectorOf<uint16_t, LANES>::type;
+using f64 = VectorOf<double, WIDE>::type;
+using u64 = VectorOf<uint64_t, WIDE>::type;
+using f32_narrow = VectorOf<float, WIDE>::type;
+
+template <>
+struct BitsOf<f32> {
+  using type = u32;
+};
+template <>
+struct BitsOf<f64> {
+  using type = u64;
+};
+
+template <class V, class T>
+DAM_HD V load(const T* address) {
+  V value;
+  std::memcpy(&value, address, sizeof(V));
+  return value;
+}
+
+template <class V, class T>
+DAM_HD void store(T* address, V value) {
+  std::memcpy(address, &value, sizeof(V));
+}
+
+// 0, 1, 2, ...
+template <class V>
+DAM_HD V iota() {
+  V value{};
+  for (unsigned i = 0; i < sizeof(V) / sizeof(value[0]); ++i) value[i] = i;
+  return value;
+}
+
+// Product of the low 32 bits of each lane with m. The compiler does not find the one instruction for it by itself.
+DAM_HD u64 multiply_low(u64 a, uint32_t m) {
+  const u64 b = u64{} + m;
+#if defined(__AVX512F__)
+  return (u64)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (u64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (u64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+DAM_END

@@ -1,0 +1,109 @@
+// jump: one read of a row gives the mass of each tile; a race among the tiles chooses one of them, a race inside it the
+// destination. Contract: dam/ops/jump.py; random stream: dam/ops/_philox.py.
+#include "../core/race.h"
+#include "rows.h"
+
+DAM_BEGIN
+
+static int64_t winner(const Earliest<f64>& lanes) {
+  double time = HUGE_VAL, index = 0;
+  for (int i = 0; i < WIDE; ++i) {
+    if (lanes.time[i] < time || (lanes.time[i] == time && lanes.index[i] < index)) {
+      time = lanes.time[i];
+      index = lanes.index[i];
+    }
+  }
+  return static_cast<int64_t>(index);
+}
+
+// The first tile to arrive; mass has zeros up to a multiple of WIDE.
+static int64_t race_tiles(const double* mass, int64_t count, Stream stream) {
+  Earliest<f64> first;
+  for (int64_t k = 0; k < count; k += WIDE) {
+    const Words<u64> words = philox(iota<u64>() + static_cast<uint64_t>(k), stream);
+    first.enter(exponential<f64>(words.x, words.y), load<f64>(mass + k), iota<f64>() + static_cast<double>(k));
+  }
+  return winner(first);
+}
+
+// The first of a tile's `width` tokens to arrive, rates relative to anything; zeros up to the end of the tile.
+static int64_t race_tokens(const float* rate, int64_t width, int64_t tile, Stream stream) {
+  constexpr int HALF = TILE / 2;
+  const auto rates = [&](int i) { return __builtin_convertvector(load<f32_narrow>(rate + i), f64); };
+  Earliest<f64> first;
+  for (int i = 0; i < HALF && i < width; i += WIDE) {
+    const uint64_t index = static_cast<uint64_t>(tile) * HALF + i;
+    // One counter serves two tokens half a tile apart.
+    const Words<u64> words = philox(iota<u64>() + index, stream);
+    first.enter(exponential<f64>(words.x, words.y), rates(i), iota<f64>() + static_cast<double>(i));
+    if (i + HALF >= width) continue;
+    first.enter(exponential<f64>(words.z, words.w), rates(i + HALF), iota<f64>() + static_cast<double>(i + HALF));
+  }
+  return winner(first);
+}
+
+static int64_t argmax(const float* x, float max) {
+  int i = 0;
+  while (i < TILE - 1 && x[i] != max) ++i;
+  return i;
+}
+
+// Draws the row's destinations; false if it cannot be sampled.
+template <class Element>
+static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
+  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const bool greedy = a.temperature == 0.0;
+  const double scale = greedy ? 1.0 : 1.0 / a.temperature;
+  const Factor factor = exp_factor(scale);
+  const Summary total = sum_row(row, scale, threads, tiles);
+  const bool reachable = total.sum > 0.0;  // false for NaN
+  const double log_sum = std::log(total.sum);
+  a.log_escape[t] = static_cast<float>(log_total(total, scale));
+  for (int64_t k = tiles.count; k < a.scratch.length; ++k) tiles.sum[k] = 0.0;
+
+  alignas(64) float buffer[TILE], rate[TILE];
+  int64_t raced = -1;  // the tile that `rate` belongs to
+  for (int64_t s = 0; s < a.num_samples; ++s) {
+    int64_t target = -1;
+    if (reachable && greedy) {
+      int64_t tile = 0;
+      while (tile < tiles.count - 1 && tiles.max[tile] != total.max) ++tile;
+      target = tile * TILE + argmax(row.load_tile(tile, buffer), static_cast<float>(total.max));
+    } else if (reachable) {
+      const int64_t id = a.row_ids.data ? a.row_ids.data[t * a.row_ids.stride] : t;
+      const uint32_t sample = static_cast<uint32_t>(4 * s);
+      Stream stream{a.seed, static_cast<uint64_t>(id), sample + TILE_STREAM};
+      const int64_t tile = race_tiles(tiles.sum, tiles.count, stream);
+      if (tile != raced) {
+        const float* x = row.load_tile(tile, buffer);
+        const float p = static_cast<float>(pivot(tiles.max[tile]));
+        for (int i = 0; i < TILE; i += LANES) store(rate + i, exp_scaled(load<f32>(x + i) - p, factor));
+        raced = tile;
+      }
+      stream.sample_stream = sample + TOKEN_STREAM;
+      target = tile * TILE + race_tokens(rate, row.count(tile), tile, stream);
+    }
+    a.target[t * a.num_samples + s] = target;
+    a.log_prob[t * a.num_samples + s] =
+        static_cast<float>(target < 0 ? -HUGE_VAL : scale * (row.at(target) - total.max) - log_sum);
+  }
+  return reachable;
+}
+
+int64_t jump(const JumpArgs& a) {
+  int64_t first_bad = a.shape.rows;
+  with_element(a.shape.dtype, [&](auto element) {
+    for_rows(a.shape, [&](int64_t t, int worker, int threads) {
+      const bool good = jump_row<decltype(element)>(a, t, threads, scratch_tiles(a.scratch, worker, a.shape.columns));
+      if (!good) {
+#if defined(_OPENMP)
+#pragma omp critical(dam_first_bad)
+#endif
+        first_bad = t < first_bad ? t : first_bad;
+      }
+    });
+  });
+  return first_bad == a.shape.rows ? -1 : first_bad;
+}
+
+DAM_END

@@ -1,0 +1,111 @@
+// Arguments and declarations of the CPU kernels, shared by every instruction set and by the bindings.
+//
+// T rows, V columns, J targets per row. Strides are in elements; a null pointer stands for an absent argument.
+#pragma once
+
+#include <cstdint>
+
+namespace dam {
+
+// A matrix with unit inner stride.
+struct Matrix {
+  const void* data;
+  int64_t row_stride;
+};
+
+// int64 [T], whose stride is 0 where a row's value is everyone's.
+struct Indices {
+  const int64_t* data;
+  int64_t stride;
+};
+
+struct Shape {
+  int64_t rows, columns;
+  int dtype;  // of core/dtype.h
+  int threads;
+};
+
+// Per tile of a row, SCRATCH_ARRAYS doubles; the arrays' length is a multiple of any vector's.
+constexpr int SCRATCH_ARRAYS = 5;
+struct Scratch {
+  double* data;  // [threads, SCRATCH_ARRAYS, length]
+  int64_t length;
+};
+
+struct JumpArgs {
+  Shape shape;
+  Scratch scratch;
+  Matrix logits;
+  Indices exclude;
+  Indices row_ids;
+  double temperature;
+  int64_t num_samples;
+  uint64_t seed;
+  int64_t* target;    // [T, num_samples]
+  float* log_prob;    // [T, num_samples]
+  float* log_escape;  // [T]
+};
+
+struct LogProbArgs {
+  Shape shape;
+  Scratch scratch;
+  Matrix logits;
+  Indices exclude;
+  double temperature;
+  const int64_t* target;  // [T, J]
+  int64_t targets;        // J
+  float* log_prob;        // [T, J]
+  double* log_escape;     // [T]
+};
+
+struct LogProbBackwardArgs {
+  Shape shape;
+  Matrix logits;
+  Indices exclude;
+  double temperature;
+  const int64_t* target;     // [T, J]
+  int64_t targets;           // J
+  const double* upstream;    // [T, J]
+  const double* log_escape;  // [T]
+  void* gradient;            // [T, V], contiguous, the logits' dtype
+};
+
+struct MatchingLossArgs {
+  Shape shape;
+  Scratch scratch;
+  Matrix logits;
+  Matrix base;  // null: none
+  Indices exclude;
+  const int64_t* target;      // [T, J]
+  int64_t targets;            // J
+  const double* weight;       // [T, J]
+  const double* base_weight;  // [T]
+  const double* row_scale;    // [T]
+  bool normalized;
+  double* loss;    // [T], each times its row_scale
+  void* gradient;  // [T, V], contiguous, the logits' dtype; null: not wanted
+};
+
+// Entry points of one instruction set.
+struct Kernels {
+  int64_t (*jump)(const JumpArgs&);  // the first row that cannot be sampled, or -1
+  void (*log_prob)(const LogProbArgs&);
+  void (*log_prob_backward)(const LogProbBackwardArgs&);
+  void (*matching_loss)(const MatchingLossArgs&);
+  void (*exp)(const float* x, float* result, int64_t count, double scale);
+  void (*exponential)(const uint32_t* words, double* result, int64_t count);  // words [count, 2]: high, low
+  void (*philox)(const uint32_t* counter, const uint32_t* key, uint32_t* words);
+};
+
+#define DAM_DECLARE_KERNELS(ISA)                                  \
+  inline namespace ISA {                                          \
+  int64_t jump(const JumpArgs&);                                  \
+  void log_prob(const LogProbArgs&);                              \
+  void log_prob_backward(const LogProbBackwardArgs&);             \
+  void matching_loss(const MatchingLossArgs&);                    \
+  void probe_exp(const float*, float*, int64_t, double);          \
+  void probe_exponential(const uint32_t*, double*, int64_t);      \
+  void probe_philox(const uint32_t*, const uint32_t*, uint32_t*); \
+  }
+
+}  // namespace dam

@@ -1,0 +1,145 @@
+// matching_loss: loss and gradient of a row in two reads of it, the second mostly from cache.
+// Contract: dam/ops/matching_loss.py.
+#include "rows.h"
+
+DAM_BEGIN
+
+// Of one tile of base logits b beside logits x: the summary of exp(b), and
+// cross = sum over the tile of exp(b - max) (x - p), p the pivot of the x.
+struct Cross {
+  double max, sum, cross;
+};
+
+template <class Element>
+static Cross cross_tile(const float* b, const float* x, float p, const Element* next) {
+  const Factor factor = exp_factor(1.0);
+  const float max = max_of_tile(b);
+  const float q = pivot(max);
+  constexpr int UNROLL = 2;
+  f32 sum[UNROLL] = {}, cross[UNROLL] = {};
+  for (int i = 0; i < TILE; i += UNROLL * LANES) {
+    __builtin_prefetch(next + i);
+    for (int u = 0; u < UNROLL; ++u) {
+      const f32 e = exp_scaled(load<f32>(b + i + u * LANES) - q, factor);
+      sum[u] += e;
+      // A destination that the base does not reach counts 0 even where x is -inf.
+      cross[u] += e == 0.0f ? f32{} : e * (load<f32>(x + i + u * LANES) - p);
+    }
+  }
+  Cross result{max, 0.0, 0.0};
+  for (int u = 0; u < UNROLL; ++u) {
+    result.sum += sum_lanes(sum[u]);
+    result.cross += sum_lanes(cross[u]);
+  }
+  return result;
+}
+
+template <class Element>
+static void subtract_exp_tile(float* out, const float* x, float p, float coefficient, const Element* next) {
+  const Factor factor = exp_factor(1.0);
+  for (int i = 0; i < TILE; i += LANES) {
+    __builtin_prefetch(next + i);
+    store(out + i, load<f32>(out + i) - coefficient * exp_scaled(load<f32>(x + i) - p, factor));
+  }
+}
+
+struct MatchingRow {
+  Summary total;       // of the logits
+  Summary base_total;  // of the base logits
+  double cross;        // sum over v of exp(base(v) - base max) (logit(v) - reference)
+};
+
+template <class Element>
+static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, const Row<Element>& base, int threads,
+                            int worker) {
+  const Tiles tiles = scratch_tiles(a.scratch, worker, row.columns);
+  const Factor factor = exp_factor(1.0);
+  double* const base_max = scratch_array(a.scratch, worker, 2);
+  double* const base_sum = scratch_array(a.scratch, worker, 3);
+  double* const cross = scratch_array(a.scratch, worker, 4);
+  for_tiles(row.columns, threads, [&](int64_t k) {
+    alignas(64) float buffer[TILE], base_buffer[TILE];
+    const float* x = row.load_tile(k, buffer);
+    const Summary s = sum_tile(x, factor, row.next_tile(k));
+    tiles.max[k] = s.max;
+    tiles.sum[k] = s.sum;
+    if (base.data) {
+      const float p = static_cast<float>(pivot(s.max));
+      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, p, base.next_tile(k));
+      base_max[k] = c.max;
+      base_sum[k] = c.sum;
+      cross[k] = c.cross;
+    }
+  });
+  MatchingRow result{merge_tiles(tiles, 1.0), {-HUGE_VAL, 0.0}, 0.0};
+  if (base.data) {
+    const double reference = a.normalized ? pivot(result.total.max) : 0.0;
+    double max = -HUGE_VAL;
+    for (int64_t k = 0; k < tiles.count; ++k) max = base_max[k] > max ? base_max[k] : max;
+    result.base_total.max = max;
+    for (int64_t k = 0; k < tiles.count; ++k) {
+      const double mass = exp(base_max[k] - pivot(max));
+      result.base_total.sum += mass * base_sum[k];
+      // Not 0 * -inf for a tile of which the base reaches nothing.
+      if (mass > 0.0) result.cross += mass * (cross[k] + base_sum[k] * (pivot(tiles.max[k]) - reference));
+    }
+  }
+  return result;
+}
+
+// sum over v of w(v) (log normaliser - logit(v)), or the rates' form, before row_scale; and what the gradient needs.
+template <class Element>
+static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int worker) {
+  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> base =
+      a.base.data ? row_of<Element>(a.base, a.shape.columns, a.exclude, t) : Row<Element>{nullptr, 0, -1};
+  const MatchingRow r = read_row(a, row, base, threads, worker);
+  const int64_t* target = a.target + t * a.targets;
+  const double* weight = a.weight + t * a.targets;
+  const double base_weight = base.data ? a.base_weight[t] : 0.0;
+  const double row_scale = a.row_scale[t];
+  const auto counts = [&](int64_t j) { return target[j] >= 0 && target[j] != row.exclude; };
+
+  const double log_sum = std::log(r.total.sum);
+  double loss = 0.0, total_weight = base_weight;
+  for (int64_t j = 0; j < a.targets; ++j) {
+    if (!counts(j) || weight[j] == 0.0) continue;
+    total_weight += weight[j];
+    const double x = row.at(target[j]);
+    loss += weight[j] * (a.normalized ? log_sum - (x - r.total.max) : -x);
+  }
+  const double rate_of_max = a.normalized ? 1.0 / r.total.sum : std::exp(pivot(r.total.max));
+  const double base_rate_of_max = a.normalized ? 1.0 / r.base_total.sum : std::exp(pivot(r.base_total.max));
+  if (base_weight != 0.0) loss += base_weight * ((a.normalized ? log_sum : 0.0) - base_rate_of_max * r.cross);
+  if (!a.normalized) loss += rate_of_max * r.total.sum;
+  a.loss[t] = row_scale * loss;
+  if (!a.gradient) return;
+
+  const double outflow = a.normalized ? total_weight : 1.0;
+  const float coefficient = outflow == 0.0 ? 0.0f : to_float(row_scale * outflow * rate_of_max);
+  const float base_coefficient = base_weight == 0.0 ? 0.0f : to_float(row_scale * base_weight * base_rate_of_max);
+  const float p = static_cast<float>(pivot(r.total.max)), q = static_cast<float>(pivot(r.base_total.max));
+  const Factor factor = exp_factor(1.0);
+  Element* gradient = static_cast<Element*>(a.gradient) + t * a.shape.columns;
+  for_tiles(row.columns, threads, [&](int64_t k) {
+    alignas(64) float buffer[TILE];
+    GradientTile<Element> out(gradient, k, row.count(k));
+    scaled_exp_tile(out.values, row.load_tile(k, buffer), p, factor, coefficient, row.next_tile(k));
+    if (base_coefficient != 0.0f) {
+      subtract_exp_tile(out.values, base.load_tile(k, buffer), q, base_coefficient, base.next_tile(k));
+    }
+    for (int64_t j = 0; j < a.targets; ++j) {
+      if (counts(j)) out.add(target[j], -row_scale * weight[j]);
+    }
+    out.finish();
+  });
+}
+
+void matching_loss(const MatchingLossArgs& a) {
+  with_element(a.shape.dtype, [&](auto element) {
+    for_rows(a.shape,
+             [&](int64_t t, int worker, int threads) { matching_row<decltype(element)>(a, t, threads, worker); });
+  });
+}
+
+DAM_END
