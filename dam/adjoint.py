@@ -1,0 +1,203 @@
+"""From trajectories and costs to weighted targets of the matching loss: the estimators.
+
+Every estimator has the same fixed point, the model whose p(v | i, x) is that of p*. They differ in how
+much of what K trajectories tell they use, from the paper's (noisiest) to the terminal posterior (quietest):
+
+    first_jump_one   the first jump of one of the K trajectories, drawn uniformly
+    first_jump       the first jumps of all K
+    posterior        all K trajectories at all masked positions
+
+and in what the weights are normalised over: "state", K trajectories from one state X_t; or "group", K from
+one prompt, with a state X_t for each by re-masking its outcome.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dam.ctmc import MaskedCTMC
+from dam.models.denoiser import Denoiser
+from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
+from dam.ops.linear_matching_loss import linear_matching_loss
+from dam.ops.tilt_to_ess import tilt_to_ess
+
+ESTIMATORS = ("first_jump_one", "first_jump", "posterior")
+NORMALIZERS = ("state", "group")
+
+
+def tilted_weights(
+    log_ratio: Tensor,  # [G, K, S]
+    reward: Tensor,  # [G, K]
+    *,
+    beta: float,
+    ess: float | None = None,
+    max_tilt: float = 1.0,
+    clip: float | None = None,
+) -> tuple[AdjointWeights, Tensor]:
+    """Weights of K trajectories of each of G groups toward p*, no further than their effective sample size allows.
+
+        l_k = sum_s log_ratio[k, s] + reward_k / beta,      weight = K softmax_k(h l),      0 <= h <= max_tilt
+
+    h = 1 is p* itself. With `ess`, h is the largest that keeps ESS(softmax(h l)) >= ess in its group. The weighted
+    trajectories then follow p_u^(1-h) p*^h, a step from the model toward p*, whose fixed point is p* at every
+    h > 0: l is constant there. A max_tilt below 1 damps the noise of log_ratio at a model that is still learning.
+
+    Args:
+        log_ratio: log u_base - log u at each jump; zero for steps a trajectory did not take.
+        reward: r(X_1) = -beta g(X_1); -inf forbids an outcome.
+        beta: temperature, the weight of the KL to the base relative to the reward; > 0.
+        ess: effective sample size to keep, in [1, K]; None takes h = max_tilt.
+        max_tilt: largest h, in (0, 1].
+        clip: as for `adjoint_weights`.
+
+    Returns:
+        The weights, and h [G] in float64.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be > 0; got {beta}")
+    if not 0 < max_tilt <= 1:
+        raise ValueError(f"max_tilt must be in (0, 1]; got {max_tilt}")
+    log_ratio, reward = log_ratio.double(), reward.double()
+    score = torch.where(reward == -torch.inf, -torch.inf, log_ratio.sum(dim=2) + reward / beta)
+    step = torch.full_like(score[:, 0], max_tilt) if ess is None else tilt_to_ess(score, ess, max_tilt=max_tilt)
+    # A step of 0 still keeps what is forbidden out: cost +inf, not 0 * inf.
+    cost = torch.where(reward == -torch.inf, torch.inf, -step[:, None] * reward / beta)
+    return adjoint_weights(step[:, None, None] * log_ratio, cost, clip=clip), step
+
+
+class MatchingTargets(NamedTuple):
+    """What to match where: N states, and R rows that each name a state, a position and J weighted tokens.
+
+    Weights are such that the loss is the mean over states of the sum over their rows.
+    """
+
+    states: Tensor  # int64 [N, L]
+    group: Tensor  # int64 [N]: the group that each state belongs to
+    row: Tensor  # int64 [R]: state of the row
+    position: Tensor  # int64 [R]: masked position of that state
+    target: Tensor  # int64 [R, J], -1 where a slot is empty
+    weight: Tensor  # float [R, J]
+
+    def to(self, device: torch.device | str) -> MatchingTargets:
+        return MatchingTargets(*(value.to(device) for value in self))
+
+
+def _check(estimator: str, weight: Tensor) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [groups, trajectories]; got {list(weight.shape)}")
+
+
+def state_targets(
+    estimator: str,
+    states: Tensor,  # int64 [G, L]
+    final: Tensor,  # int64 [G, K, L]
+    first: Tensor,  # int64 [G, K]
+    weight: Tensor,  # [G, K]
+    process: MaskedCTMC,
+    *,
+    generator: torch.Generator | None = None,
+) -> MatchingTargets:
+    """Targets at the G states from which K trajectories each were drawn (normaliser "state").
+
+    Args:
+        estimator: "first_jump_one", "first_jump" or "posterior".
+        states: the states X_t.
+        final: the outcomes X_1 of their trajectories.
+        first: the position of each trajectory's first jump.
+        weight: the trajectories' weights with mean 1 over each group, from `adjoint_weights`.
+        process: names the mask token.
+        generator: draws the trajectory that first_jump_one uses.
+
+    Source: So et al., arXiv 2602.07132, Alg. 1 and Prop. 2.5.
+    """
+    _check(estimator, weight)
+    groups, size = weight.shape
+    group = torch.arange(groups, device=weight.device)
+    if estimator == "first_jump_one":
+        chosen = torch.randint(size, (groups,), generator=generator, device=weight.device)
+        position = first[group, chosen]
+        target = final[group, chosen, position][:, None]
+        return MatchingTargets(states, group, group, position, target, weight[group, chosen][:, None])
+    masked = process.masked(states)
+    row, position = torch.nonzero(masked, as_tuple=True)
+    target = final[row, :, position]  # [R, K]
+    share = weight[row] / size
+    if estimator == "first_jump":
+        target = torch.where(first[row] == position[:, None], target, -1)
+    else:
+        share = share / masked.sum(dim=1)[row, None]
+    return MatchingTargets(states, group, row, position, target, share)
+
+
+def group_targets(
+    estimator: str,
+    states: Tensor,  # int64 [G, K, L]
+    final: Tensor,  # int64 [G, K, L]
+    weight: Tensor,  # [G, K]
+    process: MaskedCTMC,
+    *,
+    draw: int | None = None,
+    generator: torch.Generator | None = None,
+) -> MatchingTargets:
+    """Targets at states made by re-masking the outcomes of K trajectories of each of G prompts (normaliser "group").
+
+    Given outcome and state, the next position to unmask is uniform among the masked ones; first_jump
+    draws it, posterior averages over it.
+
+    Args:
+        estimator: "first_jump_one", "first_jump" or "posterior".
+        states: re-masked outcomes, from `MaskedCTMC.remask`.
+        final: the outcomes X_1.
+        weight: their weights with mean 1 over each group, from `adjoint_weights`.
+        process: names the mask token.
+        draw: use that many outcomes, drawn in proportion to their weights, instead of all G K weighted ones: the
+            same expectation, at a fraction of the network's cost where most weights are small. Weights must not be
+            negative. Not for first_jump_one.
+        generator: draws first jumps, outcomes, and the trajectory that first_jump_one uses.
+    """
+    _check(estimator, weight)
+    groups, size = weight.shape
+    flat, outcome, w = states.flatten(0, 1), final.flatten(0, 1), weight.flatten()
+    group = torch.arange(groups, device=weight.device).repeat_interleave(size)
+    if estimator == "first_jump_one":
+        chosen = torch.randint(size, (groups,), generator=generator, device=weight.device)
+        chosen = chosen + size * torch.arange(groups, device=weight.device)
+        flat, outcome, w, group = flat[chosen], outcome[chosen], w[chosen], group[chosen]
+    elif draw is not None and bool((w > 0).any()):
+        chosen = torch.multinomial(w, draw, replacement=True, generator=generator)
+        # Equal weights whose mean is that of the weights drawn from.
+        flat, outcome, w, group = flat[chosen], outcome[chosen], w.mean().expand(draw), group[chosen]
+    masked = process.masked(flat)
+    if estimator == "posterior":
+        row, position = torch.nonzero(masked, as_tuple=True)
+        w = w / masked.sum(dim=1)
+    else:
+        row = torch.arange(flat.shape[0], device=weight.device)
+        position = process.jump_times(flat, generator).argmin(dim=1)
+    return MatchingTargets(flat, group, row, position, outcome[row, position][:, None], w[row][:, None])
+
+
+def estimator_loss(
+    denoiser: Denoiser, targets: MatchingTargets, process: MaskedCTMC, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The matching loss of `targets` under the model: the mean over states of their weighted cross-entropies.
+
+    Source: So et al., arXiv 2602.07132, Eq. 14.
+    """
+    hidden = denoiser.hidden_states(targets.states, attention_mask)
+    head = denoiser.head().to(hidden.dtype)
+    scale = targets.weight.new_full(targets.row.shape, 1.0 / max(1, targets.states.shape[0]))
+    return linear_matching_loss(
+        hidden[targets.row, targets.position],
+        head.weight,
+        targets.target,
+        targets.weight,
+        bias=head.bias,
+        row_scale=scale,
+        exclude=process.mask_token,
+    )

@@ -1,0 +1,62 @@
+"""The masked (absorbing) chain of masked-diffusion models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dam.ctmc.schedules import Linear, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedCTMC:
+    """A chain that starts with masks where something is to be filled in, and unmasks one position per jump.
+
+        u_t(y, x) = lambda_t(x) (1 / m(x)) p(v | i, x),      lambda_t(x) = m(x) alpha'(t) / (1 - alpha(t))
+
+    for y = x with the masked position i filled with token v; m(x) counts the masked positions. The escape
+    rate lambda does not depend on the model, so that two models' path weights have no escape integral, and
+    the order of unmasking is uniform and independent of the tokens.
+
+    Args:
+        mask_token: token that stands for "not known yet"; it is never drawn.
+        schedule: unmasked fraction alpha(t).
+
+    Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
+    """
+
+    mask_token: int
+    schedule: Schedule = dataclasses.field(default_factory=Linear)
+
+    def masked(self, tokens: Tensor) -> Tensor:
+        """Boolean, like tokens: where something is left to fill in."""
+        return tokens == self.mask_token
+
+    def escape_rate(self, tokens: Tensor, time: Tensor) -> Tensor:
+        """lambda_t(x) for tokens [..., L] at time [...]."""
+        return self.masked(tokens).sum(dim=-1) * self.schedule.unmasking_rate(time)
+
+    def jump_times(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Times at which positions unmask, like tokens [..., L] in float32; +inf where nothing is masked.
+
+        Exact simulation: given nothing else, they are independent with distribution function alpha.
+        """
+        uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+        return torch.where(self.masked(tokens), self.schedule.inverse(uniform), torch.inf)
+
+    def remask(self, initial: Tensor, final: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A state on the way from `initial` to `final` [..., L], drawn from the jumps of the trajectory.
+
+        A trajectory visits one state with each number 1 .. m of masks, and every subset of positions of a
+        given number is equally likely; so the number is uniform and the subset too.
+        """
+        maskable = self.masked(initial)
+        count = maskable.sum(dim=-1, keepdim=True)
+        shape = count.shape
+        left = 1 + (torch.rand(shape, generator=generator, device=initial.device) * count).long().clamp(max=count - 1)
+        order = self.jump_times(initial, generator).argsort(dim=-1).argsort(dim=-1)
+        # The last `left` positions to unmask still wait; unmaskable ones sort behind them and are kept out.
+        waiting = maskable & (order >= count - left)
+        return torch.where(waiting, self.mask_token, final)

@@ -1,0 +1,114 @@
+"""Hidden states and head out of a model, one way, so that the head runs only where it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Head(NamedTuple):
+    """The output layer: logits = hidden @ weight^T + bias."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The head in the dtype of the hidden states, which autocast may have changed."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+class Denoiser(Protocol):
+    """What rollouts and losses need of a model that predicts p(v | position, tokens)."""
+
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Input of the head [B, L, D] for tokens int64 [B, L]."""
+
+    def head(self) -> Head:
+        """The head that maps hidden states to logits."""
+
+
+class MaskedLM:
+    """A Hugging Face masked language model (or any module like it) as a `Denoiser`.
+
+    The model must have `get_output_embeddings()`, a linear layer that is applied last. A hook hands
+    that layer no positions at all and keeps what it would have been given, so a forward pass costs no
+    logits; this works where a model returns logits only.
+
+    Args:
+        model: takes `input_ids` and `attention_mask`.
+        adapter: False evaluates a PEFT model with its adapters switched off (the base model).
+    """
+
+    def __init__(self, model: nn.Module, *, adapter: bool = True):
+        self.model: Any = model
+        # DistributedDataParallel and its like keep the model in .module; the forward pass must go through them.
+        self._inner: Any = model if hasattr(model, "get_output_embeddings") else getattr(model, "module", model)
+        if not callable(getattr(self._inner, "get_output_embeddings", None)):
+            raise TypeError(f"model must have get_output_embeddings(); {type(model).__name__} has none")
+        self._adapter = adapter
+
+    def _output_layer(self) -> Any:
+        layer = self._inner.get_output_embeddings()
+        if layer is None or getattr(layer, "weight", None) is None:
+            raise TypeError(f"get_output_embeddings() of {type(self._inner).__name__} gives no linear layer")
+        return layer
+
+    @contextlib.contextmanager
+    def _as_asked(self) -> Iterator[None]:
+        with contextlib.nullcontext() if self._adapter else self._inner.disable_adapter():
+            yield
+
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept.append(args[0])
+            return (args[0][:, :0], *args[1:])
+
+        handle = self._output_layer().register_forward_pre_hook(keep)
+        try:
+            with self._as_asked():
+                self.model(input_ids=tokens, attention_mask=attention_mask)
+        finally:
+            handle.remove()
+        if len(kept) != 1 or kept[0].shape[:2] != tokens.shape:
+            raise RuntimeError(
+                f"the output layer of {type(self._inner).__name__} ran {len(kept)} times in one forward pass, "
+                f"on shapes {[list(h.shape) for h in kept]}; it must run once, on {[*tokens.shape, 'D']}"
+            )
+        return kept[0]
+
+    def head(self) -> Head:
+        layer = self._output_layer()
+        return Head(layer.weight, getattr(layer, "bias", None))
+
+
+class Tabular(nn.Module):
+    """A table of logits for every state of a short sequence, as a `Denoiser`: exact, for tests and studies.
+
+    Args:
+        logits: [(tokens)^L, L, V], a row per state; state x has index sum_i x_i (tokens)^(L-1-i).
+        tokens: number of distinct tokens of a state, the mask included.
+    """
+
+    def __init__(self, logits: Tensor, tokens: int):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self._tokens = tokens
+
+    def index(self, tokens: Tensor) -> Tensor:
+        """Row of the table for each state [..., L]."""
+        length = tokens.shape[-1]
+        powers = self._tokens ** torch.arange(length - 1, -1, -1, device=tokens.device)
+        return (tokens * powers).sum(dim=-1)
+
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.logits[self.index(tokens)]
+
+    def head(self) -> Head:
+        size = self.logits.shape[-1]
+        return Head(torch.eye(size, dtype=self.logits.dtype, device=self.logits.device), None)

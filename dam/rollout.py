@@ -1,0 +1,237 @@
+"""Trajectories of a masked chain: which position was filled with what, in what order, and how likely it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dam.ctmc import MaskedCTMC
+from dam.models.denoiser import Denoiser
+from dam.ops.linear_jump import linear_jump
+from dam.ops.linear_log_prob import linear_log_prob
+
+ORDERS = ("random", "confidence")
+
+
+@dataclasses.dataclass
+class Trajectories:
+    """B trajectories of at most S jumps over sequences of length L, in the order in which they jumped."""
+
+    initial: Tensor  # int64 [B, L]: X_0, masks where something was filled in
+    final: Tensor  # int64 [B, L]: X_1
+    position: Tensor  # int64 [B, S]: where jump s went, -1 where a trajectory had fewer jumps
+    token: Tensor  # int64 [B, S]: what it put there, -1 likewise
+    call: Tensor  # int64 [B, S]: the network call that it came from, -1 likewise
+    log_prob: Tensor  # float32 [B, S]: log-probability of the token under the sampler, 0 where no jump
+    base_log_prob: Tensor | None = None  # float32 [B, S]: the same under the base model
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log u_base - log u at each jump [B, S]; the path's log weight is its sum."""
+        if self.base_log_prob is None:
+            raise ValueError("these trajectories carry no log-probabilities of the base: pass base= to rollout")
+        return self.base_log_prob - self.log_prob
+
+    @property
+    def network_calls(self) -> int:
+        """Batched forward passes of the model that were made."""
+        return int(self.call.max()) + 1 if self.call.numel() else 0
+
+    @staticmethod
+    def concatenate(pieces: Sequence[Trajectories]) -> Trajectories:
+        """Trajectories of sequences of one length; shorter ones get empty jumps."""
+        jumps = max(piece.position.shape[1] for piece in pieces)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(Trajectories):
+            parts = [getattr(piece, field.name) for piece in pieces]
+            if any(part is None for part in parts):
+                values[field.name] = None
+                continue
+            if field.name not in ("initial", "final"):
+                empty = 0.0 if parts[0].is_floating_point() else -1
+                parts = [F.pad(part, (0, jumps - part.shape[1]), value=empty) for part in parts]
+            values[field.name] = torch.cat(parts)
+        return Trajectories(**values)
+
+    def states_before(self, call: int) -> Tensor:
+        """The states that network call `call` saw, int64 [B, L]."""
+        tokens = self.initial.clone()
+        rows, jumps = torch.nonzero((self.call >= 0) & (self.call < call), as_tuple=True)
+        tokens[rows, self.position[rows, jumps]] = self.token[rows, jumps]
+        return tokens
+
+
+@torch.no_grad()
+def rollout(
+    denoiser: Denoiser,
+    tokens: Tensor,  # [B, L]
+    process: MaskedCTMC,
+    *,
+    base: Denoiser | None = None,
+    attention_mask: Tensor | None = None,  # [B, L]
+    steps: int | None = None,
+    block_length: int | None = None,
+    order: str = "random",
+    temperature: float = 1.0,
+    seed: int,
+) -> Trajectories:
+    """Fills in every masked position of `tokens`.
+
+    The head runs only at the positions that jump: a trajectory costs as many head rows as it has masks, at
+    any number of steps. Only the network below the head runs once per step.
+
+    Args:
+        denoiser: the model.
+        tokens: int64 [B, L], X_0: mask tokens where something is to be filled in.
+        process: names the mask token.
+        base: also record the base model's log-probabilities of the same jumps (as many network calls again).
+        attention_mask: [B, L], passed on to the model.
+        steps: network calls per trajectory. None fills one position per call, which simulates the chain
+            exactly. With fewer calls, positions filled by one call are drawn independently: another chain,
+            whose path weights against the base under the same steps are still exact.
+        block_length: fill blocks of this many positions from left to right; None is one block.
+        order: "random" unmasks in uniform order (within a block), as the chain does. "confidence" unmasks
+            where the drawn token is likeliest; this order depends on the model, does not cancel in path
+            weights, and needs the head at every masked position: use it to decode, not to train.
+        temperature: of the tokens; 0 takes the likeliest.
+        seed: of the order and the tokens; a trajectory's tokens depend on it, its row and its states only.
+
+    Returns:
+        Trajectories, log-probabilities being those of the tempered distribution that was sampled.
+
+    Raises:
+        ValueError: an argument is out of range, or a trajectory has nothing to fill in.
+    """
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"rollout: tokens must be int64 [B, L]; got {tokens.dtype} {list(tokens.shape)}")
+    if order not in ORDERS:
+        raise ValueError(f"rollout: order must be one of {', '.join(ORDERS)}; got {order!r}")
+    for name, value in (("steps", steps), ("block_length", block_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"rollout: {name} must be at least 1; got {value}")
+    count = process.masked(tokens).sum(dim=1)
+    if bool((count == 0).any()):
+        raise ValueError(f"rollout: row {int((count == 0).nonzero()[0])} of tokens has no mask token to fill in")
+
+    length = tokens.shape[1]
+    generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
+    priority = process.jump_times(tokens, generator)
+    if block_length is not None:
+        priority = priority + torch.arange(length, device=tokens.device) // block_length
+    jumps = int(count.max())
+    # Unmasked positions have priority +inf, so a trajectory's own jumps come first.
+    position = priority.argsort(dim=1)[:, :jumps]
+    index = torch.arange(jumps, device=tokens.device).expand_as(position)
+    calls = count if steps is None else count.clamp(max=steps)
+    call = torch.where(index < count[:, None], index * calls[:, None] // count[:, None], -1)
+    trajectories = Trajectories(
+        initial=tokens,
+        final=tokens.clone(),
+        position=torch.where(call >= 0, position, -1),
+        token=torch.full_like(position, -1),
+        call=call,
+        log_prob=torch.zeros(position.shape, device=tokens.device),
+    )
+    for n in range(trajectories.network_calls):
+        if order == "confidence":
+            _most_confident_first(trajectories, n, denoiser, process, attention_mask, block_length, temperature, seed)
+        rows, at, hidden = _hidden_at_jumps(denoiser, trajectories, n, trajectories.final, attention_mask)
+        where = trajectories.position[rows, at]
+        head = denoiser.head().to(hidden.dtype)
+        drawn = linear_jump(
+            hidden,
+            head.weight,
+            bias=head.bias,
+            exclude=process.mask_token,
+            temperature=temperature,
+            seed=seed,
+            row_ids=rows * length + where,
+        )
+        trajectories.token[rows, at] = drawn.target
+        trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)
+        trajectories.final[rows, where] = drawn.target
+    if base is not None:
+        trajectories.base_log_prob = jump_log_prob(
+            base, trajectories, process, attention_mask=attention_mask, temperature=temperature
+        )
+    return trajectories
+
+
+@torch.no_grad()
+def jump_log_prob(
+    denoiser: Denoiser,
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probability [B, S] of each jump of `trajectories` under another model that sampled in the same steps."""
+    out = torch.zeros_like(trajectories.log_prob)
+    for n in range(trajectories.network_calls):
+        states = trajectories.states_before(n)
+        rows, at, hidden = _hidden_at_jumps(denoiser, trajectories, n, states, attention_mask)
+        head = denoiser.head().to(hidden.dtype)
+        value = linear_log_prob(
+            hidden,
+            head.weight,
+            trajectories.token[rows, at],
+            bias=head.bias,
+            exclude=process.mask_token,
+            # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
+            temperature=temperature or 1.0,
+        )
+        out[rows, at] = value.to(out.dtype)
+    return out
+
+
+def _hidden_at_jumps(
+    denoiser: Denoiser, trajectories: Trajectories, call: int, states: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and jump indices of one network call, and the hidden states [jumps of this call, D] where they go."""
+    rows, at = torch.nonzero(trajectories.call == call, as_tuple=True)
+    active, compact = torch.unique_consecutive(rows, return_inverse=True)
+    mask = None if attention_mask is None else attention_mask[active]
+    hidden = denoiser.hidden_states(states[active], mask)
+    return rows, at, hidden[compact, trajectories.position[rows, at]]
+
+
+def _most_confident_first(
+    trajectories: Trajectories,
+    call: int,
+    denoiser: Denoiser,
+    process: MaskedCTMC,
+    attention_mask: Tensor | None,
+    block_length: int | None,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Reorders the jumps still to come so that this call fills where its drawn token is likeliest."""
+    pending = trajectories.call >= call
+    rows, at = torch.nonzero(pending, as_tuple=True)
+    where = trajectories.position[rows, at]
+    mask = None if attention_mask is None else attention_mask
+    hidden = denoiser.hidden_states(trajectories.final, mask)[rows, where]
+    head = denoiser.head().to(hidden.dtype)
+    row_ids = rows * trajectories.final.shape[1] + where
+    drawn = linear_jump(
+        hidden,
+        head.weight,
+        bias=head.bias,
+        exclude=process.mask_token,
+        temperature=temperature,
+        seed=seed,
+        row_ids=row_ids,
+    )
+    # Rank by block first, then by falling confidence; a stable sort keeps finished jumps in front.
+    key = torch.full(pending.shape, -torch.inf, dtype=torch.float64, device=where.device)
+    key[rows, at] = -drawn.log_prob.double().exp()
+    if block_length is not None:
+        key[rows, at] += 2.0 * (where // block_length)
+    key[trajectories.call < 0] = torch.inf
+    trajectories.position = trajectories.position.gather(1, key.argsort(dim=1, stable=True))

@@ -1,0 +1,48 @@
+import torch
+
+from dam.ctmc import Cosine, Linear, MaskedCTMC
+from tests.oracle import chi_square_z
+
+MASK = 9
+# |z| beyond 5.5 has probability below 1e-7 for a standard normal; chi-square with few cells has a heavier upper tail.
+Z = 6.5
+
+
+def test_schedules_are_increasing_with_the_stated_derivative_and_inverse():
+    time = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    for schedule in (Linear(), Cosine()):
+        ends = schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64))
+        torch.testing.assert_close(schedule.inverse(schedule.alpha(time)), time)
+        step = 1e-6  # central differences err by about step^2 and rounding / step: below 1e-9
+        slope = (schedule.alpha(time + step) - schedule.alpha(time - step)) / (2 * step)
+        torch.testing.assert_close(schedule.derivative(time), slope, rtol=0, atol=1e-8)
+
+
+def test_escape_rate_counts_masks():
+    tokens = torch.tensor([[MASK, 1, MASK], [1, 2, 3]])
+    rate = MaskedCTMC(MASK).escape_rate(tokens, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(rate, torch.tensor([4.0, 0.0]))  # 2 masks at 1 / (1 - t) = 2 each
+
+
+def test_jump_times_follow_the_schedule():
+    tokens = torch.full((100_000, 1), MASK)
+    for schedule in (Linear(), Cosine()):
+        times = MaskedCTMC(MASK, schedule).jump_times(tokens, torch.Generator().manual_seed(0))
+        share = float((times < 0.3).double().mean())
+        expected = float(schedule.alpha(torch.tensor(0.3, dtype=torch.float64)))
+        assert abs(share - expected) < 5.5 * (expected * (1 - expected) / len(times)) ** 0.5
+
+
+def test_remask_visits_every_number_of_masks_and_every_subset_alike():
+    initial = torch.tensor([MASK, 5, MASK, MASK]).expand(60_000, 4)
+    final = torch.tensor([1, 5, 2, 3]).expand(60_000, 4)
+    states = MaskedCTMC(MASK).remask(initial, final, torch.Generator().manual_seed(1))
+    masked = states == MASK
+    assert not bool(masked[:, 1].any()), "a given token was masked"
+    assert bool((masked | (states == final)).all())
+    code = (masked[:, [0, 2, 3]] * torch.tensor([4, 2, 1])).sum(1)
+    counts = torch.bincount(code, minlength=8).double()
+    # Number uniform on 1 .. 3, then the subset uniform: 3 singletons, 3 pairs, 1 triple.
+    probability = torch.tensor([0, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 3], dtype=torch.float64)
+    assert chi_square_z(counts, probability) < Z
