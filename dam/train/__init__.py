@@ -1,0 +1,14 @@
+"""Training: DAMConfig and DAMTrainer (extra `train`)."""
+
+try:
+    import accelerate  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"dam.train needs {error.name}: pip install 'discrete-adjoint-matching[train]'") from error
+
+from dam.train.config import DAMConfig
+from dam.train.replay import ReplayBuffer
+from dam.train.rewards import RewardError
+from dam.train.trainer import DAMTrainer, last_checkpoint
+
+__all__ = ["DAMConfig", "DAMTrainer", "ReplayBuffer", "RewardError", "last_checkpoint"]

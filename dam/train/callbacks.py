@@ -1,0 +1,96 @@
+"""Callbacks of a run: its progress bar, its record, and a way to stop without losing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+SHOWN = ("reward", "ess", "tilt")
+
+
+class RolloutProgress(ProgressCallback):
+    """A progress bar with the reward, ESS and tilt of the last rollouts."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {name: f"{logs[name]:.3g}" for name in SHOWN if name in logs}
+            if shown:
+                self.training_bar.set_postfix(shown)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Evaluation is short; it has no bar of its own."""
+
+
+class MetricsFile(TrainerCallback):
+    """Writes everything that is logged to a file, one JSON object a line; a resumed run continues it.
+
+    Args:
+        path: the file; entries from beyond the step that a run resumes at are dropped.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step > 0 and os.path.exists(self._path):
+            with open(self._path, encoding="utf-8") as file:
+                # A run that was killed may have left half a line.
+                lines = [line for line in file if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        with open(self._path, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        self._restore()  # a second signal acts as it would without this callback
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._restore()

@@ -1,0 +1,117 @@
+"""DAMConfig: the arguments of a Discrete Adjoint Matching run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+
+from transformers import TrainingArguments
+
+from dam.adjoint import ESTIMATORS, NORMALIZERS
+
+
+@dataclasses.dataclass
+class DAMConfig(TrainingArguments):
+    """Arguments of `DAMTrainer`, on top of those of `transformers.TrainingArguments`.
+
+    `per_device_train_batch_size` counts prompts per rollout; each gets `num_generations` trajectories. A batch
+    of prompts feeds `num_iterations` training steps, each on `replay_batch_size` groups from the replay buffer.
+    """
+
+    beta: float = field(
+        default=0.04, metadata={"help": "Temperature: the objective is E[-reward] + beta KL(model || base)."}
+    )
+    num_generations: int = field(
+        default=16, metadata={"help": "K, trajectories per group. Below 16 the normaliser is unreliable."}
+    )
+    num_iterations: int = field(default=4, metadata={"help": "Training steps per batch of rollouts."})
+    estimator: str = field(default="posterior", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
+    normalizer: str = field(
+        default="group",
+        metadata={
+            "help": 'What K trajectories share: "group", a prompt, with states by re-masking their outcomes; or '
+            '"state", a partly filled-in state, drawn by a rollout of its own.'
+        },
+    )
+    target_ess: float | None = field(
+        default=4.0,
+        metadata={
+            "help": "Effective sample size to keep in each group: a step goes only as far toward the optimum as that "
+            "allows. None goes all the way at once."
+        },
+    )
+    max_tilt: float = field(
+        default=1.0,
+        metadata={"help": "Largest step toward the optimum, in (0, 1]; below 1 damps the path weights' noise."},
+    )
+    clip: float | None = field(default=None, metadata={"help": "Upper bound on log weights; None bounds nothing."})
+    null_arm: bool = field(
+        default=False,
+        metadata={"help": "Control: permute weights within each group. What still improves is not the reward's doing."},
+    )
+    replay_size: int = field(default=512, metadata={"help": "Groups kept in the replay buffer."})
+    replay_batch_size: int = field(default=32, metadata={"help": "Groups per training step and device."})
+    draw_outcomes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on that many outcomes per step, drawn in proportion to their weights, instead of on all "
+            'weighted ones (normalizer "group").'
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of rollouts in training."})
+    eval_temperature: float = field(
+        default=0.0, metadata={"help": "Of rollouts in evaluation; 0 is the likeliest token."}
+    )
+    diffusion_steps: int | None = field(
+        default=None, metadata={"help": "Network calls per trajectory; None fills one position per call (exact)."}
+    )
+    block_length: int | None = field(
+        default=None, metadata={"help": "Fill blocks of this many positions from left to right; None is one block."}
+    )
+    eval_remasking: str = field(
+        default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
+    )
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
+    )
+    mask_token_id: int | None = field(
+        default=None, metadata={"help": "Mask token; taken from processing_class or the model's config unless given."}
+    )
+    rollout_batch_size: int = field(default=1024, metadata={"help": "Trajectories per network call of a rollout."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function; all 1 unless given."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print an example completion whenever metrics are logged."}
+    )
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: other columns go to the reward functions."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (
+            ("estimator", ESTIMATORS),
+            ("normalizer", NORMALIZERS),
+            ("eval_remasking", ("random", "confidence")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("num_generations", "num_iterations", "replay_size", "replay_batch_size", "rollout_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError("num_generations must be at least 2: weights are normalised over a group")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be > 0; got {self.beta}")
+        if not 0 < self.max_tilt <= 1:
+            raise ValueError(f"max_tilt must be in (0, 1]; got {self.max_tilt}")
+        if self.draw_outcomes is not None and (self.draw_outcomes < 1 or self.normalizer == "state"):
+            raise ValueError(
+                f'draw_outcomes must be at least 1 and goes with normalizer "group"; got {self.draw_outcomes}'
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
+        if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
+            raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")

@@ -1,0 +1,90 @@
+"""Calling reward functions, which are plain Python, and saying clearly when one of them misbehaves."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something that is not one number per completion."""
+
+
+def name_of(function: RewardFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _values(function: RewardFunction, count: int, arguments: Mapping[str, Any]) -> list[float]:
+    name = name_of(function)
+    try:
+        values = function(**arguments)
+    except Exception as error:
+        raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+        raise RewardError(
+            f"reward function {name!r} must return a list of {count} numbers; got {type(values).__name__}"
+        )
+    if len(values) != count:
+        raise RewardError(f"reward function {name!r} must return one value per completion, {count}; got {len(values)}")
+    rewards = []
+    for i, value in enumerate(values):
+        if value is None:
+            rewards.append(math.nan)  # does not apply here
+            continue
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, numbers.Real):
+            raise RewardError(
+                f"reward function {name!r} returned {value!r} ({type(value).__name__}) for completion {i}; "
+                "it must be a number, or None where it does not apply"
+            )
+        if math.isnan(value) or value == math.inf:
+            raise RewardError(f"reward function {name!r} returned {float(value)} for completion {i}")
+        rewards.append(float(value))
+    return rewards
+
+
+def total_reward(
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float],
+    *,
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+    columns: Mapping[str, list[Any]],
+) -> tuple[Tensor, dict[str, float]]:
+    """The weighted sum of all reward functions for each completion, float64 [N], and the mean of each by name.
+
+    A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)` and returns a
+    list of numbers: None where it does not apply (it then counts nothing), -inf where an outcome is forbidden.
+
+    Raises:
+        RewardError: names the function and what it did.
+    """
+    count = len(completions)
+    arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    total = torch.zeros(count, dtype=torch.float64)
+    applies = torch.zeros(count, dtype=torch.bool)
+    means = {}
+    for function, weight in zip(functions, weights, strict=True):
+        values = torch.tensor(_values(function, count, arguments), dtype=torch.float64)
+        known = ~torch.isnan(values)
+        applies |= known
+        if weight != 0:  # not 0 * -inf
+            total += torch.where(known, weight * values, 0.0)
+        means[name_of(function)] = float(values[known].mean()) if bool(known.any()) else math.nan
+    if not bool(applies.all()):
+        names = ", ".join(map(name_of, functions))
+        raise RewardError(
+            f"no reward function applies to completion {int((~applies).nonzero()[0])} ({names} gave None)"
+        )
+    return total, means
