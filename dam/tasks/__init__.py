@@ -1,0 +1,1 @@
+"""Tasks: puzzles, rewards, metrics and base models."""
