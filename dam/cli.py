@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import dam
+from dam.adjoint import ESTIMATORS, NORMALIZERS
 from dam.ops import _backend, _cpu
 
 
@@ -43,27 +44,20 @@ def _add_sudoku(commands: argparse._SubParsersAction) -> None:
         "sudoku",
         help="fine-tune a small masked-diffusion model on 4x4 Sudoku",
         description="Fine-tunes a model that knows rows only until it solves 4x4 Sudoku, from rewards alone.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # a resumed run takes what is not given from its first part
     )
-    sudoku.add_argument(
-        "--puzzles", metavar="FILE", help="CSV file Puzzle,Solution to evaluate on instead of the held-out split"
-    )
-    sudoku.add_argument(
-        "--output", metavar="DIR", type=Path, help="where results go (a new folder in runs/ unless given)"
-    )
-    sudoku.add_argument("--reward-calls", metavar="N", type=int, default=114688, help="budget of reward evaluations")
-    sudoku.add_argument("--estimator", choices=("posterior", "first_jump", "first_jump_one"), default="posterior")
-    sudoku.add_argument("--normalizer", choices=("group", "state"), default="group")
-    sudoku.add_argument(
-        "--reward", choices=("units", "cells"), default="units", help="units needs no solution; cells is d1's"
-    )
-    sudoku.add_argument("--blanks", metavar="M", type=int, default=8, help="blanks of the held-out puzzles")
-    sudoku.add_argument("--seed", type=int, default=0)
-    sudoku.add_argument(
-        "--pretrain", action="store_true", help="make the base model anew instead of loading the shipped one"
-    )
-    sudoku.add_argument("--null-arm", action="store_true", help="control: permute the weights within each group")
-    sudoku.add_argument("--resume", action="store_true", help="continue the run in --output (or the newest one)")
+    add = sudoku.add_argument
+    add("--puzzles", metavar="FILE", help="evaluate on a CSV file Puzzle,Solution instead of the held-out split")
+    add("--output", metavar="DIR", type=Path, default=None, help="folder of the results (default: a new one in runs/)")
+    add("--reward-calls", metavar="N", type=int, help="budget of reward evaluations (default: 114688)")
+    add("--estimator", choices=ESTIMATORS, help="default: posterior")
+    add("--normalizer", choices=NORMALIZERS, help="what a group's trajectories share (default: group)")
+    add("--reward", choices=("units", "cells"), help="units (default) needs no solution; cells is d1's")
+    add("--blanks", metavar="M", type=int, help="blanks of the held-out puzzles (default: 8)")
+    add("--seed", metavar="S", type=int, help="default: 0")
+    add("--pretrain", action="store_true", help="make the base model anew instead of loading the shipped one")
+    add("--null-arm", action="store_true", help="control: permute the weights within each group")
+    add("--resume", action="store_true", default=False, help="continue the run in --output (default: the newest one)")
 
 
 def _sudoku(arguments: argparse.Namespace) -> int:
@@ -74,15 +68,19 @@ def _sudoku(arguments: argparse.Namespace) -> int:
         print(f"dam sudoku: {error}", file=sys.stderr)
         return 1
     fields = {field.name for field in dataclasses.fields(job.Options)}
-    options = job.Options(**{name: value for name, value in vars(arguments).items() if name in fields})
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
     try:
         output = arguments.output or (job.last_output() if arguments.resume else job.next_output())
+        options = job.resumed_options(output, given) if arguments.resume else job.Options(**given)
         result = job.finetune(output, options, resume=arguments.resume)
-    except (ValueError, OSError, RewardError) as error:
+    except (ValueError, OSError, ImportError, RewardError) as error:
         print(f"dam sudoku: {error}", file=sys.stderr)
         return 1
     except job.Stopped as stop:
         print(f"dam sudoku: {stop}. Continue with: dam sudoku --resume --output {output}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("dam sudoku: interrupted. Continue with the same command and --resume", file=sys.stderr)
         return 130
     print(job.report(result))
     print(f"\nmodel, metrics and plot: {output}")

@@ -94,7 +94,7 @@ def rollout(
         steps: network calls per trajectory. None fills one position per call, which simulates the chain
             exactly. With fewer calls, positions filled by one call are drawn independently: another chain,
             whose path weights against the base under the same steps are still exact.
-        block_length: fill blocks of this many positions from left to right; None is one block.
+        block_length: fill blocks of this many positions, counted from the end, from left to right; None is one block.
         order: "random" unmasks in uniform order (within a block), as the chain does. "confidence" unmasks
             where the drawn token is likeliest; this order depends on the model, does not cancel in path
             weights, and needs the head at every masked position: use it to decode, not to train.
@@ -122,7 +122,7 @@ def rollout(
     generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
     priority = process.jump_times(tokens, generator)
     if block_length is not None:
-        priority = priority + torch.arange(length, device=tokens.device) // block_length
+        priority = priority + (torch.arange(length, device=tokens.device) - length) // block_length
     jumps = int(count.max())
     # Unmasked positions have priority +inf, so a trajectory's own jumps come first.
     position = priority.argsort(dim=1)[:, :jumps]
@@ -232,6 +232,6 @@ def _most_confident_first(
     key = torch.full(pending.shape, -torch.inf, dtype=torch.float64, device=where.device)
     key[rows, at] = -drawn.log_prob.double().exp()
     if block_length is not None:
-        key[rows, at] += 2.0 * (where // block_length)
+        key[rows, at] += 2.0 * ((where - trajectories.final.shape[1]) // block_length)
     key[trajectories.call < 0] = torch.inf
     trajectories.position = trajectories.position.gather(1, key.argsort(dim=1, stable=True))

@@ -92,7 +92,8 @@ template <class Element>
 static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int worker) {
   const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
   const Row<Element> base =
-      a.base.data ? row_of<Element>(a.base, a.shape.columns, a.exclude, t) : Row<Element>{nullptr, 0, -1};
+      a.base.data && a.base_weight[t] != 0.0 ? row_of<Element>(a.base, a.shape.columns, a.exclude, t)
+                                             : Row<Element>{nullptr, 0, -1};
   const MatchingRow r = read_row(a, row, base, threads, worker);
   const int64_t* target = a.target + t * a.targets;
   const double* weight = a.weight + t * a.targets;
@@ -100,12 +101,20 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   const double row_scale = a.row_scale[t];
   const auto counts = [&](int64_t j) { return target[j] >= 0 && target[j] != row.exclude; };
 
+  const auto weight_of = [&](int64_t v) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < a.targets; ++j) sum += target[j] == v ? weight[j] : 0.0;
+    return sum;
+  };
+
   const double log_sum = std::log(r.total.sum);
   double loss = 0.0, total_weight = base_weight;
   for (int64_t j = 0; j < a.targets; ++j) {
     if (!counts(j) || weight[j] == 0.0) continue;
     total_weight += weight[j];
     const double x = row.at(target[j]);
+    // Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
+    if (x == -HUGE_VAL && weight_of(target[j]) == 0.0) continue;
     loss += weight[j] * (a.normalized ? log_sum - (x - r.total.max) : -x);
   }
   const double rate_of_max = a.normalized ? 1.0 / r.total.sum : std::exp(pivot(r.total.max));

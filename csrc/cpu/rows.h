@@ -233,10 +233,14 @@ class GradientTile {
   alignas(64) float buffer_[TILE];
 };
 
-// out = coefficient * exp(scale * (x - p)) over a tile. Arguments by value: through a reference the compiler would
-// reload them after every store.
+// out = coefficient * exp(scale * (x - p)) over a tile; 0 for a coefficient of 0, whatever x is. Arguments by value:
+// through a reference the compiler would reload them after every store.
 template <class Element>
 inline void scaled_exp_tile(float* out, const float* x, float p, Factor scale, float coefficient, const Element* next) {
+  if (coefficient == 0.0f) {
+    for (int i = 0; i < TILE; i += LANES) store(out + i, f32{});
+    return;
+  }
   for (int i = 0; i < TILE; i += LANES) {
     __builtin_prefetch(next + i);
     store(out + i, coefficient * exp_scaled(load<f32>(x + i) - p, scale));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -115,12 +114,23 @@ def exclude(op: str, value: int | Tensor, rows: int, columns: int, reference: Te
     return torch.full((1,), value, dtype=torch.int64, device=reference.device).expand(rows)
 
 
-def temperature(op: str, value: float, *, zero: bool) -> float:
+def boolean(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {type(value).__name__}")
+
+
+def number(op: str, name: str, value: float, low: float, high: float, *, zero: bool = False) -> float:
+    """A number in [low, high]; with `zero`, also 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: temperature must be a number; got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{op}: temperature must be finite and {'>= 0' if zero else '> 0'}; got {value}")
+        raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
+    if not (low <= value <= high or (zero and value == 0)):
+        raise ValueError(f"{op}: {name} must be {'0 or ' if zero else ''}in [{low:g}, {high:g}]; got {value}")
     return float(value)
+
+
+def temperature(op: str, value: float, *, zero: bool) -> float:
+    """Far beyond any use, and within what float32 can scale by."""
+    return number(op, "temperature", value, 1e-30, 1e30, zero=zero)
 
 
 def index_range(op: str, name: str, value: Tensor | None, columns: int) -> None:

@@ -125,7 +125,8 @@ def matching_loss(
         gradient.data_ptr() if with_grad else 0,
         torch.get_num_threads(),
     )
-    return loss.fill_(total), gradient
+    # Through float64: fill_ refuses a sum beyond float32 where a conversion gives inf.
+    return loss.copy_(torch.tensor(total, dtype=torch.float64)), gradient
 
 
 def isa() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dam.ops import _rows
@@ -25,9 +24,9 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def chunks(rows: int, weight: Tensor, *, arrays: int) -> Iterator[slice]:
-    """Chunks of rows whose `arrays` arrays [chunk, V] fill at most half the workspace; the row-wise op has the rest."""
+    """Chunks of rows for a loop that holds `arrays` arrays [chunk, V] at a time."""
     itemsize = _rows.accumulator(weight.dtype).itemsize
-    return _rows.chunks(rows, 2 * arrays * weight.shape[0] * itemsize)
+    return _rows.chunks(rows, arrays * weight.shape[0] * itemsize)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,8 +35,8 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     hidden = hidden.to(dtype)
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     for block in _blocks(weight):
-        out[:, block] = F.linear(hidden, weight[block].to(dtype), None if bias is None else bias[block].to(dtype))
-    return out
+        torch.mm(hidden, weight[block].to(dtype).t(), out=out[:, block])
+    return out if bias is None else out.add_(bias.to(dtype))
 
 
 class Gradients:

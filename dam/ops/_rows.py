@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -16,14 +17,17 @@ def workspace_bytes() -> int:
         megabytes = float(text)
     except ValueError:
         megabytes = 0.0
-    if not megabytes > 0:
+    if not 0 < megabytes < math.inf:
         raise ValueError(f"DAM_WORKSPACE_MB must be a positive number of megabytes; got {text!r}")
     return int(megabytes * 2**20)
 
 
 def chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Slices of rows that together need at most `workspace_bytes()`, one row at the least."""
-    step = max(1, workspace_bytes() // max(1, bytes_per_row))
+    """Slices of rows that together need at most half of `workspace_bytes()`, one row at the least.
+
+    Half, because a linear op's loop has a row-wise op's loop inside it.
+    """
+    step = max(1, workspace_bytes() // (2 * max(1, bytes_per_row)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -90,15 +90,19 @@ def _torch(
         cost = terminal_cost[part].double()
         # An outcome of cost +inf is forbidden whatever its path weight, so inf - inf cannot arise.
         log_weight = torch.where(cost == torch.inf, -torch.inf, path[..., 0] - cost)
-        bad = ~(log_weight < torch.inf)
+        bad = torch.isnan(path[..., 0]) | torch.isnan(cost) | ~(log_weight < torch.inf)
         if bool(bad.any()):
             g, k = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
                 f"adjoint_weights: trajectory {k} of group {part.start + g} has log weight {float(log_weight[g, k])}: "
                 f"path {float(path[g, k, 0])}, terminal_cost {float(cost[g, k])}"
             )
-        normalizer = torch.logsumexp(log_weight, dim=1) - math.log(size)
-        relative = torch.where(log_weight == -torch.inf, -torch.inf, log_weight - normalizer[:, None])
+        # Relative to the largest first: at log weights of 10^16 and more, log K would be lost beside them.
+        top = log_weight.amax(dim=1)
+        shifted = torch.where(log_weight == -torch.inf, -torch.inf, log_weight - top[:, None])
+        excess = torch.logsumexp(shifted, dim=1) - math.log(size)
+        relative = torch.where(shifted == -torch.inf, -torch.inf, shifted - excess[:, None])
+        normalizer = torch.where(top == -torch.inf, -torch.inf, top + excess)
         if clip is None:
             touched = torch.zeros_like(relative)
         else:

@@ -61,6 +61,7 @@ def jump(
     _checks.matrix("jump", "logits", logits, "V")
     rows, columns = logits.shape
     excluded = _checks.exclude("jump", exclude, rows, columns, logits)
+    _checks.boolean("jump", "check", check)
     temperature, num_samples, seed, row_ids = sampling_arguments(
         "jump", logits, rows, temperature, num_samples, seed, row_ids
     )

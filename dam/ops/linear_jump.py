@@ -42,6 +42,7 @@ def linear_jump(
     _checks.head(op, "weight", weight, "bias", bias, "hidden", hidden)
     rows = hidden.shape[0]
     excluded = _checks.exclude(op, exclude, rows, weight.shape[0], hidden)
+    _checks.boolean(op, "check", check)
     temperature, num_samples, seed, row_ids = _row_op.sampling_arguments(
         op, hidden, rows, temperature, num_samples, seed, row_ids
     )

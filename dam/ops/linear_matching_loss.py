@@ -49,6 +49,7 @@ def linear_matching_loss(
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 11 and 14.
     """
     op = "linear_matching_loss"
+    _checks.boolean(op, "normalized", normalized)
     _checks.matrix(op, "hidden", hidden, "D")
     _checks.head(op, "head_weight", head_weight, "bias", bias, "hidden", hidden)
     rows, columns = hidden.shape[0], head_weight.shape[0]

@@ -74,8 +74,10 @@ def _torch_backward(
 def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape: Tensor) -> Tensor:
     """Gradient of `reference_rows` in x: sum_j grad_j (1[v = target_j] - p(v)), float64 [T, V]."""
     upstream = torch.where(target >= 0, grad.double(), 0.0)
-    probability = (x - log_escape.double()[:, None]).exp_()
-    return probability.mul_(-upstream.sum(dim=1, keepdim=True)).scatter_add_(1, target.clamp(min=0), upstream)
+    total = upstream.sum(dim=1, keepdim=True)
+    # A row that nothing is asked of has gradient 0, whatever it holds.
+    gradient = torch.where(total == 0, 0.0, -total * (x - log_escape[:, None]).exp_())
+    return gradient.scatter_add_(1, target.clamp(min=0), upstream)
 
 
 _IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.log_prob}

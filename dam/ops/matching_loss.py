@@ -50,6 +50,7 @@ def matching_loss(
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 11 and 14.
     """
     op = "matching_loss"
+    _checks.boolean(op, "normalized", normalized)
     _checks.matrix(op, "logits", logits, "V")
     rows, columns = logits.shape
     target, weight, row_scale = weighted_targets(op, logits, rows, target, weight, row_scale)
@@ -96,7 +97,9 @@ def reference_rows(
     weight = torch.where(target >= 0, weight.double(), 0.0)
     w = torch.zeros_like(x).scatter_add_(1, target.clamp(min=0), weight)
     if base is not None and base_weight is not None:
-        w += base_weight.double()[:, None] * (torch.softmax(base, dim=1) if normalized else base.exp())
+        rate = torch.softmax(base, dim=1) if normalized else base.exp()
+        base_weight = base_weight.double()[:, None]
+        w += torch.where(base_weight == 0, 0.0, base_weight * rate)
     log_rate = torch.log_softmax(x, dim=1) if normalized else x
     # A destination of rate zero that nothing is matched to counts nothing, not 0 * inf.
     loss = -torch.where(w == 0, 0.0, w * log_rate).sum(dim=1)

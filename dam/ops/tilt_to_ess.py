@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
 from dam.ops import _backend, _checks
 
-_BISECTIONS = 64  # halves [0, max_tilt] down to float64 rounding
+_BISECTIONS = 128  # more than float64 has bits, for rewards of which some differ by very little
 
 
 def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
@@ -35,12 +35,10 @@ def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
     _checks.floating(op, "reward", reward)
     if reward.dim() != 2 or reward.shape[1] < 1:
         raise ValueError(f"{op}: reward must have shape [G, K] with K >= 1; got {list(reward.shape)}")
-    if not 1 <= ess <= reward.shape[1]:
-        raise ValueError(f"{op}: ess must be in [1, {reward.shape[1]}]; got {ess}")
-    if not (math.isfinite(max_tilt) and max_tilt >= 0):
-        raise ValueError(f"{op}: max_tilt must be finite and >= 0; got {max_tilt}")
+    ess = _checks.number(op, "ess", ess, 1, reward.shape[1])
+    max_tilt = _checks.number(op, "max_tilt", max_tilt, 0, sys.float_info.max)
     backend = _backend.choose(op, _IMPLEMENTATIONS, reward)
-    return _tilt_to_ess(reward.detach(), float(ess), float(max_tilt), backend)
+    return _tilt_to_ess(reward.detach(), ess, max_tilt, backend)
 
 
 def _torch(reward: Tensor, ess: float, max_tilt: float) -> Tensor:
@@ -61,6 +59,9 @@ def _torch(reward: Tensor, ess: float, max_tilt: float) -> Tensor:
     feasible = (best[:, 0] > -torch.inf) & keeps(torch.zeros_like(best[:, 0]))
     low, high = torch.zeros_like(best[:, 0]), torch.full_like(best[:, 0], max_tilt)
     low = torch.where(keeps(high), high, low)
+    # From this tilt on only the best trajectories have weight at all in float64, and the ESS stays.
+    gap = torch.where(shifted < 0, -shifted, torch.inf).amin(dim=1)
+    high = torch.where(keeps(high), high, torch.minimum(high, 800 / gap))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         kept = keeps(middle)

@@ -19,7 +19,7 @@ from dam.models.denoiser import MaskedLM
 from dam.rollout import rollout
 from dam.tasks import sudoku
 from dam.train import DAMConfig, DAMTrainer, last_checkpoint
-from dam.train.callbacks import MetricsFile, RolloutProgress, StopOnSignal
+from dam.train.callbacks import MetricsFile, OnSave, RolloutProgress, StopOnSignal
 
 PROMPTS, GENERATIONS, ITERATIONS = 64, 16, 8
 CALLS_PER_ROLLOUT = PROMPTS * GENERATIONS
@@ -44,6 +44,32 @@ class Options:
 
 class Stopped(Exception):
     """The run was asked to stop and has saved a checkpoint."""
+
+
+class _Clock:
+    """Seconds spent on a run, over all its parts."""
+
+    def __init__(self, output: Path, options: Options, start: float):
+        self.earlier = 0.0
+        self._output, self._options, self._start = output, options, start
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self._start
+
+    def record(self) -> None:
+        _record(self._output, self._options, self.seconds())
+
+
+def _record(output: Path, options: Options, seconds: float) -> None:
+    _write_json(output / "run.json", {"options": dataclasses.asdict(options), "seconds": seconds})
+
+
+def resumed_options(output: Path, given: dict[str, Any]) -> Options:
+    """The options that the run in `output` was started with, and those given now, which `finetune` compares."""
+    record = output / "run.json"
+    if not record.exists():
+        raise ValueError(f"nothing to resume: {output} holds no run of dam sudoku")
+    return Options(**{**json.loads(record.read_text(encoding="utf-8"))["options"], **given})
 
 
 def next_output(root: Path = Path("runs")) -> Path:
@@ -75,11 +101,17 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
     start = time.monotonic()
     if options.reward_calls < CALLS_PER_ROLLOUT:
         raise ValueError(f"reward_calls must be at least {CALLS_PER_ROLLOUT}, one rollout; got {options.reward_calls}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32); got {options.seed}")
+    if not 1 <= options.blanks <= sudoku.CELLS:
+        raise ValueError(f"blanks must be in [1, {sudoku.CELLS}]; got {options.blanks}")
+    plots.figure_class()
     if options.puzzles is None:
         evaluated = sudoku.held_out_puzzles(options.blanks)
     else:
         evaluated = sudoku.read_puzzles(options.puzzles)
-    earlier = _claim(output, options, resume)
+    clock = _Clock(output, options, start)
+    clock.earlier = _claim(output, options, resume)
     if (output / "metrics.json").exists():
         result: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         return result
@@ -103,16 +135,15 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
         eval_dataset=evaluated.rows(),
         compute_metrics=_compute_metrics,
         ref_model=base,
-        callbacks=[stop, MetricsFile(str(output / "metrics.jsonl"))],
+        callbacks=[stop, OnSave(clock.record), MetricsFile(str(output / "metrics.jsonl"))],
     )
     _use_progress_bar(trainer)
     checkpoint = last_checkpoint(str(output)) if resume else None
     if checkpoint is None:
+        (output / "metrics.jsonl").unlink(missing_ok=True)  # what a killed run left
         _append(output / "metrics.jsonl", {"step": 0, "reward_calls": 0, **_prefixed("eval_", base_metrics)})
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = earlier + time.monotonic() - start
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-        _write_json(output / "run.json", {"options": dataclasses.asdict(options), "seconds": seconds})
         raise Stopped(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; checkpoint saved")
 
     filled = _fill_in(model, evaluated)
@@ -130,7 +161,7 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
         **_prefixed("base_", base_metrics),
         **tuned,
         "reward_calls": trainer.reward_calls,
-        "seconds": round(earlier + time.monotonic() - start, 1),
+        "seconds": round(clock.seconds(), 1),
         "seed": options.seed,
         "estimator": options.estimator,
         "normalizer": options.normalizer,
@@ -159,7 +190,7 @@ def _claim(output: Path, options: Options, resume: bool) -> float:
     with tempfile.TemporaryFile(dir=output):
         pass  # fails here, before the work, where the folder cannot be written
     if not resume:
-        _write_json(record, {"options": dataclasses.asdict(options), "seconds": 0.0})
+        _record(output, options, 0.0)
         return 0.0
     return float(earlier["seconds"])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +42,11 @@ def satisfied(grids: Tensor) -> Tensor:
 
 def all_grids() -> Tensor:
     """The 288 complete grids, int64 [288, 16], in lexicographic order."""
-    rows = list(itertools.permutations(range(1, SIDE + 1)))
-    grids = torch.tensor([sum(choice, ()) for choice in itertools.product(rows, repeat=SIDE)])
+    rows = torch.tensor(list(itertools.permutations(range(1, SIDE + 1))))
+    halves = rows[torch.cartesian_prod(*[torch.arange(len(rows))] * 2)].flatten(1)
+    # Of two rows' grids, those whose boxes are right; few are left to combine.
+    halves = halves[(halves[:, UNITS[-4:-2]].sort(dim=-1).values == torch.arange(1, SIDE + 1)).all(dim=-1).all(dim=-1)]
+    grids = halves[torch.cartesian_prod(*[torch.arange(len(halves))] * 2)].flatten(1)
     return grids[satisfied(grids).all(dim=-1)]
 
 
@@ -80,6 +83,8 @@ def draw_puzzles(grids: Tensor, count: int, blanks: tuple[int, int], seed: int) 
 
 def held_out_puzzles(blanks: int = 8, per_grid: int = 3) -> Puzzles:
     """The test split: `per_grid` puzzles with `blanks` blanks of each of the 88 held-out grids; always the same."""
+    if not 1 <= blanks <= CELLS:
+        raise ValueError(f"blanks must be in [1, {CELLS}]; got {blanks}")
     _, grids = split_grids()
     solution = grids.repeat(per_grid, 1)
     generator = torch.Generator().manual_seed(SPLIT_SEED)
@@ -96,33 +101,53 @@ def read_puzzles(path: str | Path) -> Puzzles:
     """
     grids = all_grids()
     puzzles, solutions = [], []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        # Everything as text: digits lose their leading zeros otherwise.
-        reader = csv.DictReader(file)
-        missing = [name for name in ("Puzzle", "Solution") if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(
-                f"{path}, line 1: column {' and '.join(missing)} missing; needed: Puzzle,Solution; "
-                f"found: {','.join(reader.fieldnames or []) or 'an empty file'}"
-            )
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            puzzle = _digits(where, "Puzzle", row["Puzzle"], "01234")
-            solution = _digits(where, "Solution", row["Solution"], "1234")
-            clues = puzzle != BLANK
-            if bool(clues.all()):
-                raise ValueError(f"{where}: Puzzle has no blank (0) to fill in")
-            if not bool(((grids == puzzle) | ~clues).all(dim=1).any()):
-                raise ValueError(f"{where}: Puzzle has no valid completion")
-            if not bool(satisfied(solution).all()):
-                raise ValueError(f"{where}: Solution is not a valid grid")
-            if not bool((solution == puzzle)[clues].all()):
-                raise ValueError(f"{where}: Solution contradicts the clues of Puzzle")
-            puzzles.append(puzzle)
-            solutions.append(solution)
+    for line, row in _records(path):
+        where = f"{path}, line {line}"
+        puzzle = _digits(where, "Puzzle", row.get("Puzzle"), "01234")
+        solution = _digits(where, "Solution", row.get("Solution"), "1234")
+        clues = puzzle != BLANK
+        if bool(clues.all()):
+            raise ValueError(f"{where}: Puzzle has no blank (0) to fill in")
+        if not bool(((grids == puzzle) | ~clues).all(dim=1).any()):
+            raise ValueError(f"{where}: Puzzle has no valid completion")
+        if not bool(satisfied(solution).all()):
+            raise ValueError(f"{where}: Solution is not a valid grid")
+        if not bool((solution == puzzle)[clues].all()):
+            raise ValueError(f"{where}: Solution contradicts the clues of Puzzle")
+        puzzles.append(puzzle)
+        solutions.append(solution)
     if not puzzles:
         raise ValueError(f"{path}: no puzzles below the header")
     return Puzzles(torch.stack(puzzles), torch.stack(solutions))
+
+
+def _records(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and columns of each record of a CSV file with a header; blank lines are passed over."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        header: list[str] | None = None
+        try:
+            for row in reader:
+                if not row:
+                    continue
+                if header is not None:
+                    yield reader.line_num, dict(zip(header, row, strict=False))
+                    continue
+                header = [name.strip() for name in row]
+                missing = [name for name in ("Puzzle", "Solution") if name not in header]
+                if missing:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: column {' and '.join(missing)} missing; "
+                        f"needed: Puzzle,Solution; found: {','.join(header)}"
+                    )
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    if header is None:
+        raise ValueError(
+            f"{path}, line 1: column Puzzle and Solution missing; needed: Puzzle,Solution; found: an empty file"
+        )
 
 
 def _digits(where: str, column: str, text: str | None, allowed: str) -> Tensor:

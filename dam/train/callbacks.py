@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -46,13 +47,15 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = []
-        if state.global_step > 0 and os.path.exists(self._path):
+        if os.path.exists(self._path):
             with open(self._path, encoding="utf-8") as file:
                 # A run that was killed may have left half a line.
                 lines = [line for line in file if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        with open(self._path, "w", encoding="utf-8") as file:
+        # By renaming, so that a kill in between loses nothing.
+        with open(self._path + ".part", "w", encoding="utf-8") as file:
             file.writelines(kept)
+        os.replace(self._path + ".part", self._path)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -60,6 +63,20 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class OnSave(TrainerCallback):
+    """Calls a function at every checkpoint.
+
+    Args:
+        function: takes nothing.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._function()
 
 
 class StopOnSignal(TrainerCallback):

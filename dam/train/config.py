@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 
 from transformers import TrainingArguments
@@ -101,6 +102,13 @@ class DAMConfig(TrainingArguments):
         for name in ("num_generations", "num_iterations", "replay_size", "replay_batch_size", "rollout_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("max_completion_length", "diffusion_steps", "block_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.eval_temperature >= 0:
+            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+        if self.clip is not None and not math.isfinite(self.clip):
+            raise ValueError(f"clip must be a finite number or None; got {self.clip}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: weights are normalised over a group")
         if not self.beta > 0:

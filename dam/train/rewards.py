@@ -29,7 +29,7 @@ def _values(function: RewardFunction, count: int, arguments: Mapping[str, Any]) 
         raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
     if isinstance(values, Tensor):
         values = values.tolist()
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         raise RewardError(
             f"reward function {name!r} must return a list of {count} numbers; got {type(values).__name__}"
         )
@@ -47,9 +47,13 @@ def _values(function: RewardFunction, count: int, arguments: Mapping[str, Any]) 
                 f"reward function {name!r} returned {value!r} ({type(value).__name__}) for completion {i}; "
                 "it must be a number, or None where it does not apply"
             )
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise RewardError(f"reward function {name!r} returned a number too large for completion {i}") from error
         if math.isnan(value) or value == math.inf:
-            raise RewardError(f"reward function {name!r} returned {float(value)} for completion {i}")
-        rewards.append(float(value))
+            raise RewardError(f"reward function {name!r} returned {value} for completion {i}")
+        rewards.append(value)
     return rewards
 
 
@@ -79,6 +83,10 @@ def total_reward(
         values = torch.tensor(_values(function, count, arguments), dtype=torch.float64)
         known = ~torch.isnan(values)
         applies |= known
+        if weight < 0 and bool((values == -torch.inf).any()):
+            raise RewardError(
+                f"reward function {name_of(function)!r} returned -inf (forbidden) and has a negative weight, {weight}"
+            )
         if weight != 0:  # not 0 * -inf
             total += torch.where(known, weight * values, 0.0)
         means[name_of(function)] = float(values[known].mean()) if bool(known.any()) else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import json
 import math
 import os
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
 
 from dam.adjoint import estimator_loss, group_targets, state_targets, tilted_weights
@@ -25,7 +27,7 @@ from dam.train.config import DAMConfig
 from dam.train.replay import ReplayBuffer
 from dam.train.rewards import RewardError, RewardFunction, total_reward
 
-_STATE = "dam_state.pt"  # written last and by renaming, so a checkpoint that holds it is whole
+_STATE = "dam_state.pt"
 _SEQUENCES = ("input_ids", "attention_mask", "labels")
 
 
@@ -58,6 +60,9 @@ class DAMTrainer(Trainer):
 
     A training step: prompts -> rollouts -> rewards -> weights (`dam.adjoint.tilted_weights`) -> replay buffer ->
     re-masked states -> hidden states -> `dam.linear_matching_loss`. No step holds a [batch, length, V] array.
+
+    Shorter sequences of a batch are padded on the left. A model whose positions are absolute and counted over padding
+    too (BERT's) then sees other positions: give it sequences of one length. Rotary and RoBERTa's positions are fine.
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
     `prompt`, a string or token ids to which `max_completion_length` masks are appended. All other columns go to
@@ -127,15 +132,21 @@ class DAMTrainer(Trainer):
                 f"reward_weights must have one entry per reward function, {len(self.reward_funcs)}; "
                 f"got {len(self._reward_weights)}"
             )
+        sources = (processing_class, getattr(network, "config", None))
         mask_token = args.mask_token_id
-        for source in (processing_class, getattr(network, "config", None)):
+        for source in sources:
             if mask_token is None:
                 mask_token = getattr(source, "mask_token_id", None)
         if mask_token is None:
             raise ValueError("the mask token is not known: set mask_token_id in DAMConfig")
         self.process = MaskedCTMC(mask_token)
-        pad_token = getattr(processing_class, "pad_token_id", None)
-        self._pad_token = mask_token if pad_token is None else pad_token
+        pad_tokens = [
+            getattr(source, "pad_token_id", None) for source in (processing_class, getattr(model, "config", None))
+        ]
+        # Padding must not look like something to fill in; any other token does, attention_mask being 0 there.
+        pad_tokens = [token for token in pad_tokens if token not in (None, mask_token)]
+        self._pad_token: int = pad_tokens[0] if pad_tokens else int(mask_token == 0)  # type: ignore[assignment]
+        MaskedLM(network)  # raises where the model does not fit
 
         if peft_config is not None:
             if ref_model is not None:
@@ -151,6 +162,8 @@ class DAMTrainer(Trainer):
 
         self.reward_calls = 0
         self._micro_step = 0
+        self._evaluation_failed = False
+        self._step_began: dict[str, Any] | None = None
         self._metrics: dict[str, list[float]] = collections.defaultdict(list)
         self._example: tuple[Any, Any, float] | None = None
         self._replay = ReplayBuffer(args.replay_size, self._pad_token)
@@ -173,7 +186,7 @@ class DAMTrainer(Trainer):
     # Data
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sequences padded on the left into tensors; everything else as lists, under `columns`."""
+        """Sequences padded on the left into tensors; what reward functions see beside them under `columns`."""
         prepared = [self._prepared(row) for row in rows]
         length = max(len(row["input_ids"]) for row in prepared)
         fill = {"input_ids": self._pad_token, "attention_mask": 0, "labels": -100}
@@ -183,7 +196,7 @@ class DAMTrainer(Trainer):
                 batch[name] = torch.tensor(
                     [[fill[name]] * (length - len(row[name])) + list(map(int, row[name])) for row in prepared]
                 )
-        names = set().union(*(row.keys() for row in prepared)) - set(_SEQUENCES)
+        names = set().union(*(row.keys() for row in prepared)) - {"input_ids", "attention_mask"}
         batch["columns"] = {name: [row.get(name) for row in prepared] for name in sorted(names)}
         return batch
 
@@ -273,16 +286,25 @@ class DAMTrainer(Trainer):
             completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "columns": columns}
 
+    def _rewards(self, texts: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """`total_reward`; the rollouts are kept in a file if a function misbehaves."""
+        try:
+            return total_reward(self.reward_funcs, self._reward_weights, **texts)
+        except RewardError as error:
+            path = os.path.join(str(self.args.output_dir), "failed_rollouts.pt")
+            os.makedirs(str(self.args.output_dir), exist_ok=True)
+            torch.save({"step": self.state.global_step, **texts}, path)
+            raise RewardError(f"{error}. The rollouts of step {self.state.global_step} are kept in {path}") from error
+
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """One batch of rollouts, rewarded, weighted and put into the replay buffer."""
         args, size = self.args, self.args.num_generations
-        output_dir = str(args.output_dir)
         tokens, attention_mask = batch["input_ids"], batch["attention_mask"]
         with self._evaluating(model):
             states = tokens
             if args.normalizer == "state":
                 way = self._rollout(tokens, attention_mask, self._seed(0), base=False, temperature=args.temperature)
-                states = self.process.remask(tokens, way.final.cpu(), self._generator(1)).to(tokens.device)
+                states = self.process.remask(tokens.cpu(), way.final.cpu(), self._generator(1)).to(tokens.device)
             trajectories = self._rollout(
                 states.repeat_interleave(size, dim=0),
                 attention_mask.repeat_interleave(size, dim=0),
@@ -292,13 +314,7 @@ class DAMTrainer(Trainer):
             )
         groups = len(tokens)
         texts = self._texts(batch, trajectories.final, size)
-        try:
-            flat, means = total_reward(self.reward_funcs, self._reward_weights, **texts)
-        except RewardError as error:
-            path = os.path.join(output_dir, "failed_rollouts.pt")
-            os.makedirs(output_dir, exist_ok=True)
-            torch.save({"step": self.state.global_step, **texts}, path)
-            raise RewardError(f"{error}. The rollouts of step {self.state.global_step} are kept in {path}") from error
+        flat, means = self._rewards(texts)
         reward = flat.view(groups, size)
         log_ratio = trajectories.log_ratio.view(groups, size, -1)
         weights, step = tilted_weights(
@@ -343,6 +359,11 @@ class DAMTrainer(Trainer):
         """The matching loss on groups from the replay buffer, after a rollout where one is due."""
         if return_outputs:
             raise ValueError("DAMTrainer.compute_loss has no outputs to return")
+        if self._evaluation_failed:  # before this step: do over what a reward function cut short
+            self._evaluation_failed = False
+            self.evaluate()
+        if self._step_began is None or self._step_began["step"] != self.state.global_step:
+            self._step_began = {"step": self.state.global_step, **self._progress()}
         if self._micro_step % self.args.num_iterations == 0 or len(self._replay) == 0:
             self._refill(model, inputs)
         batch = self._replay.sample(self.args.replay_batch_size, self._generator(4))
@@ -369,10 +390,30 @@ class DAMTrainer(Trainer):
                 draw=self.args.draw_outcomes,
                 generator=generator,
             )
+        dropout_seed = self._seed(6)
         self._micro_step += 1
         device = self.args.device
         mask = attention_mask[targets.group].to(device)
-        return estimator_loss(MaskedLM(model), targets.to(device), self.process, mask)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(dropout_seed)
+            return estimator_loss(MaskedLM(model), targets.to(device), self.process, mask)
+
+    def _progress(self) -> dict[str, Any]:
+        """All that a run has beyond what Trainer saves."""
+        return {
+            "micro_step": self._micro_step,
+            "reward_calls": self.reward_calls,
+            "metrics": {name: list(values) for name, values in self._metrics.items()},
+            "replay": self._replay.state_dict(),
+            "evaluation_failed": self._evaluation_failed,
+        }
+
+    def _set_progress(self, state: dict[str, Any]) -> None:
+        self._micro_step, self.reward_calls = state["micro_step"], state["reward_calls"]
+        self._metrics.clear()
+        self._metrics.update(state["metrics"])
+        self._replay.load_state_dict(state["replay"])
+        self._evaluation_failed = state["evaluation_failed"]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
@@ -381,44 +422,35 @@ class DAMTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
         self._micro_step, self.reward_calls = 0, 0
+        self._step_began, self._evaluation_failed = None, False
         self._metrics.clear()
         if resume_from_checkpoint:
             path = os.path.join(str(resume_from_checkpoint), _STATE)
-            if not os.path.exists(path):
-                raise ValueError(
-                    f"{str(resume_from_checkpoint)!r} is no whole DAMTrainer checkpoint: it has no {_STATE}"
-                )
-            state = torch.load(path, weights_only=True)
-            self._micro_step, self.reward_calls = state["micro_step"], state["reward_calls"]
-            self._metrics.update(state["metrics"])
-            self._replay.load_state_dict(state["replay"])
+            if not _is_whole(str(resume_from_checkpoint)):
+                raise ValueError(f"{str(resume_from_checkpoint)!r} is no whole DAMTrainer checkpoint")
+            self._set_progress(torch.load(path, weights_only=True))
         else:
             self._replay.load_state_dict({"groups": []})
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except RewardError:
-            # The step that failed has changed nothing, so the run can go on from here once the function is mended.
-            self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
+            # Back to where the step that failed began, to go on from there. An evaluation fails between steps.
+            if self._step_began is not None and self._step_began["step"] == self.state.global_step:
+                self._set_progress(self._step_began)
+            else:
+                self._evaluation_failed = True
             self._save_checkpoint(self.model, trial=None)
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        path = os.path.join(folder, _STATE)
-        if os.path.exists(path):
-            os.remove(path)  # about to be overwritten: not whole until it is written again
+        if self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            if os.path.exists(os.path.join(folder, TRAINER_STATE_NAME)):
+                os.remove(os.path.join(folder, TRAINER_STATE_NAME))  # not whole until it is written again
+            torch.save(self._progress(), os.path.join(folder, _STATE))
+        # Writes the trainer's state last, and only then removes older checkpoints.
         super()._save_checkpoint(model, trial)
-        if self.args.should_save and not self.args.save_only_model:
-            torch.save(
-                {
-                    "micro_step": self._micro_step,
-                    "reward_calls": self.reward_calls,
-                    "metrics": dict(self._metrics),
-                    "replay": self._replay.state_dict(),
-                },
-                path + ".part",
-            )
-            os.replace(path + ".part", path)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the rollouts since the last log."""
@@ -461,7 +493,7 @@ class DAMTrainer(Trainer):
                     temperature=self.args.eval_temperature,
                     order=self.args.eval_remasking,
                 ).final
-                reward, _ = total_reward(self.reward_funcs, self._reward_weights, **self._texts(batch, final, 1))
+                reward, _ = self._rewards(self._texts(batch, final, 1))
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
                 for kept, value in ((finals, final), (initials, batch["input_ids"]), (labels, batch.get("labels"))):
                     if value is not None:
@@ -494,6 +526,16 @@ def last_checkpoint(output_dir: str) -> str | None:
         for name in os.listdir(output_dir):
             prefix, _, step = name.rpartition("-")
             path = os.path.join(output_dir, name)
-            if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit() and os.path.exists(os.path.join(path, _STATE)):
+            if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit() and _is_whole(path):
                 found.append((int(step), path))
     return max(found)[1] if found else None
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a checkpoint has all its files: the trainer's state, one JSON object, is written last."""
+    try:
+        with open(os.path.join(path, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    return os.path.exists(os.path.join(path, _STATE))

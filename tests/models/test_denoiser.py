@@ -1,0 +1,165 @@
+"""Hidden states and head of Hugging Face models: together the model's own logits, without computing them all."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
+)
+
+from dam.models import MaskedLM, Tabular
+
+VOCABULARY = 13
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MODELS = {
+    "bert": lambda: BertForMaskedLM(BertConfig(**SIZES)),
+    "roberta": lambda: RobertaPreLayerNormForMaskedLM(RobertaPreLayerNormConfig(**SIZES)),
+    "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**SIZES, cls_token_id=None, sep_token_id=None)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    made = MODELS[request.param]().eval()
+    bias = made.get_output_embeddings().bias
+    if bias is not None:
+        bias.data.normal_()  # zero when new: leaving it out must show
+    return made
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(2, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def attention_mask():
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[1, :3] = 0
+    return mask
+
+
+def through_the_head(denoiser, tokens, attention_mask):
+    head = denoiser.head()
+    return nn.functional.linear(denoiser.hidden_states(tokens, attention_mask), head.weight, head.bias)
+
+
+def test_hidden_states_through_the_head_are_the_logits(model, tokens, attention_mask):
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=attention_mask).logits
+        logits = through_the_head(MaskedLM(model), tokens, attention_mask)
+    seen = attention_mask.bool()
+    # The same operations on the same numbers; only the shape of the last product may differ.
+    torch.testing.assert_close(logits[seen], expected[seen], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_ordinary_forward_pass(model, tokens, attention_mask):
+    gradients = []
+    for forward in (
+        lambda: model(tokens, attention_mask=attention_mask).logits,
+        lambda: through_the_head(MaskedLM(model), tokens, attention_mask),
+    ):
+        model.zero_grad()
+        forward()[:, 3:].log_softmax(dim=-1)[..., 2].sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    expected, ours = gradients
+    assert expected.keys() == ours.keys()
+    for name, gradient in expected.items():
+        # Sums of a few hundred terms in float32.
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_no_logits_are_computed(model, tokens):
+    sizes = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+    MaskedLM(model).hidden_states(tokens)
+    handle.remove()
+    assert sizes == [0]
+
+
+def test_the_model_is_left_as_it_was(model, tokens):
+    before = model(tokens).logits
+    MaskedLM(model).hidden_states(tokens)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert torch.equal(model(tokens).logits, before)
+    with pytest.raises(IndexError):
+        MaskedLM(model).hidden_states(tokens + VOCABULARY)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_wrapper_that_keeps_the_model_in_module_is_run_through(model, tokens):
+    class Wrapper(nn.Module):
+        calls = 0
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **arguments):
+            self.calls += 1
+            return self.module(**arguments)
+
+    wrapper = Wrapper(model)
+    assert torch.equal(MaskedLM(wrapper).hidden_states(tokens), MaskedLM(model).hidden_states(tokens))
+    assert wrapper.calls == 1
+
+
+def test_models_that_do_not_fit_are_refused(tokens):
+    with pytest.raises(TypeError, match=r"must have get_output_embeddings\(\); Linear has none"):
+        MaskedLM(nn.Linear(2, 2))
+
+    class Headless(nn.Module):
+        def get_output_embeddings(self):
+            return None
+
+    with pytest.raises(TypeError, match="of Headless gives no linear layer"):
+        MaskedLM(Headless()).head()
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.output = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY)
+
+        def get_output_embeddings(self):
+            return self.output
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids)
+            return self.output(hidden) + self.output(2 * hidden)
+
+    with pytest.raises(RuntimeError, match="output layer of Twice ran 2 times"):
+        MaskedLM(Twice()).hidden_states(tokens)
+
+
+def test_with_its_adapter_off_a_model_is_the_base(tokens):
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    torch.manual_seed(0)
+    base = MODELS["bert"]().eval()
+    expected = MaskedLM(base).hidden_states(tokens)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)).eval()
+    assert not torch.allclose(MaskedLM(adapted).hidden_states(tokens), expected)
+    torch.testing.assert_close(MaskedLM(adapted, adapter=False).hidden_states(tokens), expected)
+
+
+def test_a_table_has_a_row_for_every_state():
+    table = Tabular(torch.arange(27.0)[:, None, None].expand(27, 3, 2).clone(), tokens=3)
+    states = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    assert table.index(states).tolist() == list(range(27))
+    logits = table.hidden_states(states) @ table.head().weight.T
+    assert torch.equal(logits, table.logits)

@@ -1,0 +1,66 @@
+"""Inputs, plain float64 formulas and thresholds that the tests of several ops share."""
+
+import contextlib
+
+import torch
+
+# |z| above it has probability 6e-7 under the hypothesis: the false alarm of one test.
+Z = 5.0
+P_VALUE = 1e-6
+
+
+def normal(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    """Standard normal numbers times scale, the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return x.to(torch.get_default_device(), dtype)
+
+
+def integers(low, high, *shape, seed=0):
+    """int64 in [low, high), the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
+def allowed(logits, exclude=-1):
+    """float64 logits with the excluded destination of each row at -inf; differentiable."""
+    x = logits.double()
+    exclude = torch.as_tensor(exclude, device=x.device).expand(x.shape[0])
+    columns = torch.arange(x.shape[1], device=x.device)
+    return x.masked_fill(columns == exclude[:, None], -torch.inf)
+
+
+def log_softmax(logits, exclude=-1, temperature=1.0):
+    return torch.log_softmax(allowed(logits, exclude) / temperature, dim=1)
+
+
+def rounding(dtype):
+    """Largest relative error of rounding to dtype: half its epsilon."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_close(actual, expected, *, rtol, atol=0.0):
+    """Compares in float64; infinities must match, NaN fails."""
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_bytes(function):
+    """Largest number of bytes that `function` has allocated at once through torch on the CPU, and its result."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak, result

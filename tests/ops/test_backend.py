@@ -1,0 +1,154 @@
+"""Which backend runs, and what asking for one that cannot run says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dam
+from dam.ops import _backend
+
+# Ops of which one implementation exists so far.
+REFERENCE_ONLY = {
+    "rate_ratio": lambda: dam.rate_ratio(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)),
+    "adjoint_weights": lambda: dam.adjoint_weights(torch.zeros(1, 2, 3), torch.zeros(1, 2)),
+    "tilt_to_ess": lambda: dam.tilt_to_ess(torch.zeros(1, 2), 1.0, max_tilt=1.0),
+}
+UNAVAILABLE = [name for name in _backend.BACKENDS if _backend.why_unavailable(name) is not None]
+needs_cpu = pytest.mark.skipif(_backend.why_unavailable("cpu") is not None, reason="the C++ extension is not built")
+
+
+def chosen(dtype=torch.float32):
+    return _backend.choose("op", dict.fromkeys(_backend.BACKENDS), torch.zeros(1, dtype=dtype))
+
+
+@pytest.fixture(autouse=True)
+def nothing_requested(monkeypatch):
+    monkeypatch.setattr(_backend, "_requested", None)
+
+
+def start(code, **environment):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@needs_cpu
+def test_default_picks_by_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert chosen(dtype) == "cpu"
+    assert chosen(torch.float64) == "torch"
+    assert _backend.choose("op", {"torch": None}, torch.zeros(1)) == "torch"
+
+
+def test_default_falls_back_with_a_warning(monkeypatch):
+    """Without the extension the reference runs, and says so."""
+    monkeypatch.setattr(_backend, "_CPU_ERROR", "no such file")
+    with pytest.warns(RuntimeWarning, match=r"dam._cpu does not import: no such file.*'torch' runs"):
+        assert chosen() == "torch"
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available.*no such file"), dam.backend("cpu"):
+        pass
+
+
+@needs_cpu
+def test_context_nests_and_survives_exceptions():
+    with dam.backend("torch"):
+        assert chosen() == "torch"
+        with dam.backend("cpu"):
+            assert chosen() == "cpu"
+        assert chosen() == "torch"
+        with pytest.raises(KeyError), dam.backend("cpu"):
+            raise KeyError
+        assert chosen() == "torch"
+        for name in UNAVAILABLE:
+            with pytest.raises(RuntimeError), dam.backend(name):
+                pass
+        assert chosen() == "torch"
+    assert chosen() == "cpu"
+
+
+def test_context_serves_as_decorator():
+    calls = []
+    dam.backend("torch")(lambda: calls.append(chosen()))()
+    assert calls == ["torch"] and _backend._requested is None
+
+
+def test_unknown_and_unavailable_backends(monkeypatch):
+    unknown = "backend must be one of torch, cpu, triton, cuda; got 'gpu'"
+    with pytest.raises(ValueError, match=unknown), dam.backend("gpu"):
+        pass
+    # As DAM_BACKEND=gpu sets it.
+    monkeypatch.setattr(_backend, "_requested", "gpu")
+    with pytest.raises(ValueError, match=unknown):
+        dam.jump(torch.zeros(2, 3))
+    for name in UNAVAILABLE:
+        with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: ."), dam.backend(name):
+            pass
+
+
+@needs_cpu
+def test_cpu_refuses_what_it_cannot_run():
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    index = torch.zeros(2, dtype=torch.int64)
+    with dam.backend("cpu"):
+        for name, call in {
+            "jump": lambda: dam.jump(x),
+            "log_prob": lambda: dam.log_prob(x, index),
+            "matching_loss": lambda: dam.matching_loss(x, index[:, None], x[:, :1]),
+            "linear_jump": lambda: dam.linear_jump(x, x),
+            "linear_log_prob": lambda: dam.linear_log_prob(x, x, index),
+            "linear_matching_loss": lambda: dam.linear_matching_loss(x, x, index[:, None], x[:, :1]),
+        }.items():
+            with pytest.raises(RuntimeError, match=f"^{name}: backend 'cpu' cannot run this call: .*float64"):
+                call()
+        with pytest.raises(RuntimeError, match="it runs on CPU tensors; got a tensor on meta"):
+            dam.jump(torch.zeros(2, 3, device="meta"))
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", REFERENCE_ONLY)
+def test_ops_without_an_implementation_refuse(name):
+    REFERENCE_ONLY[name]()
+    with dam.backend("cpu"), pytest.raises(RuntimeError, match=f"{name} has no cpu implementation"):
+        REFERENCE_ONLY[name]()
+
+
+def test_every_op_runs_on_what_was_asked_for(monkeypatch):
+    """The implementation that is called is the requested one."""
+    from dam.ops import jump
+
+    monkeypatch.setitem(jump._IMPLEMENTATIONS, "cpu", lambda *args: pytest.fail("the cpu backend ran"))
+    with dam.backend("torch"):
+        dam.jump(torch.zeros(2, 3), seed=1)
+        dam.linear_jump(torch.zeros(2, 3), torch.zeros(4, 3), seed=1)
+
+
+def test_environment_variable():
+    code = "import torch, dam; from dam.ops import _backend; print(_backend._requested); dam.jump(torch.zeros(2, 3))"
+    runs = {name: start(code, DAM_BACKEND=name) for name in ("torch", *UNAVAILABLE[:1])}
+    output = {name: run.communicate() for name, run in runs.items()}
+    assert runs["torch"].returncode == 0 and output["torch"][0].strip() == "torch", output["torch"][1]
+    for name in UNAVAILABLE[:1]:
+        assert runs[name].returncode != 0 and f"backend '{name}' cannot run" in output[name][1].splitlines()[-1]
+
+
+@needs_cpu
+def test_compiled_code_follows_the_choice():
+    """A change of backend recompiles rather than reuses."""
+    ran = []
+    compiled = torch.compile(
+        lambda x: dam.jump(x, seed=1).target, fullgraph=True, backend=lambda graph, _: record(graph)
+    )
+
+    def record(graph):
+        ran.append([node.args[-1] for node in graph.graph.nodes if "dam" in str(node.target)])
+        return graph
+
+    x = torch.zeros(2, 3)
+    for name in ("torch", "cpu", "torch"):
+        with dam.backend(name):
+            compiled(x)
+    assert ran == [["torch"], ["cpu"]]

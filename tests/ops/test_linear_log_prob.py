@@ -1,0 +1,176 @@
+"""linear_log_prob: `log_prob` on the head's logits and its gradients, without a [T, V] array."""
+
+import pytest
+import torch
+from helpers import assert_close, integers, log_softmax, normal, peak_bytes, rounding
+
+import dam
+from dam.ops import linear_log_prob as module
+from dam.ops import log_prob as row_module
+
+IMPLEMENTATIONS = tuple(row_module._IMPLEMENTATIONS)
+
+
+def inputs(rows=30, size=20, columns=1200, targets=2, *, dtype=torch.float32, seed=0):
+    hidden, weight = normal(rows, size, seed=seed, dtype=dtype), normal(columns, size, seed=seed + 1, dtype=dtype)
+    bias = normal(columns, seed=seed + 2, dtype=dtype)
+    return hidden, weight, bias, integers(-1, columns, rows, targets, seed=seed + 3)
+
+
+def reference(hidden, weight, bias, target, exclude=-1, temperature=1.0):
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    value = log_softmax(logits, exclude, temperature).gather(1, target.clamp(min=0))
+    return torch.where(target < 0, 0.0, value)
+
+
+def gradients(function, tensors, upstream):
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+    value = function(*leaves)
+    value.backward(upstream.to(value.dtype))
+    return [value.detach(), *(x.grad for x in leaves if x is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matches_float64(backend, dtype, with_bias):
+    hidden, weight, bias, target = inputs(dtype=dtype)
+    exclude = integers(-1, 1200, 30, seed=9)
+    exclude = torch.where((exclude[:, None] == target).any(1), -1, exclude)
+    upstream, options = normal(30, 2, seed=10), {"exclude": exclude, "temperature": 0.8}
+    tensors = (hidden, weight, bias if with_bias else None)
+    actual = gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b, **options), tensors, upstream)
+    wide = [None if x is None else x.double() for x in tensors]
+    expected = gradients(lambda h, w, b: reference(h, w, b, target, **options), wide, upstream)
+    # Logits near 20 rounded to float32 after sums of 20 products: 2^-19 of them.
+    assert actual[0].dtype == torch.float32
+    assert_close(actual[0], expected[0], rtol=2.0**-19, atol=2.0**-17)
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert a.dtype == dtype
+        assert_close(a, e, rtol=rounding(dtype) + 2.0**-16, atol=2.0**-17 * float(e.abs().max()) + 2.0**-24)
+
+
+def test_equals_the_row_op(backend):
+    hidden, weight, bias, target = inputs(seed=20)
+    options = {"exclude": integers(-1, 1200, 30, seed=24), "temperature": 1.3}
+    logits = hidden @ weight.T + bias
+    expected = dam.log_prob(logits, target, **options)
+    value = dam.linear_log_prob(hidden, weight, target, bias=bias, **options)
+    # The matmul may round otherwise in another shape.
+    assert_close(value, expected, rtol=2.0**-20, atol=2.0**-18)
+    one = dam.linear_log_prob(hidden, weight, target[:, 0], bias=bias, **options)
+    assert one.shape == (30,) and torch.equal(one, value[:, 0])
+
+
+def test_small_workspace_changes_nothing(backend, monkeypatch):
+    """Two rows at a time; gradients of the head then add up over 15 chunks."""
+    hidden, weight, bias, target = inputs(seed=30)
+    upstream = normal(30, 2, seed=34)
+
+    def run():
+        return gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b), (hidden, weight, bias), upstream)
+
+    whole = run()
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "0.03")
+    for a, b in zip(run(), whole, strict=True):
+        assert_close(a, b, rtol=2.0**-18, atol=2.0**-19 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype):
+    """[T, V] in float32 would be 4 MB."""
+    hidden, weight, bias, target = inputs(256, 16, 4096, 1, dtype=dtype, seed=40)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "1")
+    peak, value = peak_bytes(lambda: dam.linear_log_prob(hidden, weight, target, bias=bias))
+    # Besides the workspace: outputs and a float32 copy of a block of the head, 0.4 MB together.
+    assert peak < 1.4 * 2**20
+    peak, _ = peak_bytes(lambda: torch.autograd.grad(value.sum(), leaves))
+    # And twice the gradients in float32, 0.6 MB.
+    assert peak < 2 * 2**20
+
+
+@pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_requires_it_gets_a_gradient(backend, trained):
+    tensors = inputs(seed=50)
+    target = tensors[3]
+    leaves = [x.requires_grad_(need) for x, need in zip(tensors[:3], trained, strict=True)]
+    everything = gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b), leaves, torch.ones(target.shape))
+    dam.linear_log_prob(*leaves[:2], target, bias=leaves[2]).sum().backward()
+    for x, need, gradient in zip(leaves, trained, everything[1:], strict=True):
+        assert (x.grad is not None) == need and (not need or torch.equal(x.grad, gradient))
+    needs = [True, True, True]
+    needs[trained.index(True)] = False
+    args = (torch.ones(target.shape), *[x.detach() for x in leaves], target, torch.zeros(30), None, 1.0)
+    formed = module._linear_log_prob_backward(*args, *trained, backend)
+    assert [x.numel() > 0 for x in formed] == list(trained)
+
+
+def test_upstream_gradients_of_any_stride(backend, monkeypatch):
+    hidden, weight, bias, target = inputs(seed=60)
+    for upstream in (torch.ones(1, 1).expand(30, 2), normal(2, 30, seed=64).t(), normal(30, 1, seed=65).expand(30, 2)):
+        results = [
+            gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b), (hidden, weight, bias), g)
+            for g in (upstream, upstream.contiguous())
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_strides_and_empty(backend):
+    hidden, weight, target = normal(20, 30, seed=70), normal(14, 40, seed=71), integers(0, 7, 10, 4, seed=72)
+    strided = dam.linear_log_prob(hidden[::2, :24], weight[::2, :24], target[:, ::2])
+    dense = dam.linear_log_prob(hidden[::2, :24].clone(), weight[::2, :24].clone(), target[:, ::2].clone())
+    assert_close(strided, dense, rtol=2.0**-20, atol=2.0**-20)
+    leaf = hidden[:0, :24].clone().requires_grad_()
+    value = dam.linear_log_prob(leaf, weight[:, :24], target[:0])
+    value.sum().backward()
+    assert value.shape == (0, 4) and leaf.grad.shape == (0, 24)
+    assert dam.linear_log_prob(hidden[:10, :24], weight[:, :24], target[:, :0]).shape == (10, 0)
+
+
+def test_gradcheck():
+    hidden, weight, bias, target = inputs(3, 4, 6, seed=80, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    options = {"exclude": torch.tensor([-1, 2, 0]), "temperature": 0.9}
+    target = torch.tensor([[0, -1], [1, 1], [5, 2]])
+    assert torch.autograd.gradcheck(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b, **options), leaves)
+
+
+def test_opcheck(backend):
+    hidden, weight, bias, target = inputs(4, 5, 30, seed=90)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    torch.library.opcheck(module._linear_log_prob, (*leaves, target, None, 1.0, backend))
+    exclude = torch.tensor([0, -1, 3, 29])
+    torch.library.opcheck(module._linear_log_prob, (*leaves[:2], None, target, exclude, 0.5, backend))
+
+
+def test_compiled_equals_eager(backend):
+    hidden, weight, bias, target = inputs(6, 5, 30, seed=100)
+
+    def value(h, w, b):
+        return dam.linear_log_prob(h, w, target, bias=b, exclude=3) * 2
+
+    upstream = normal(6, 2, seed=104)
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    results = [gradients(f, (hidden, weight, bias), upstream) for f in (value, compiled)]
+    for eager, other in zip(*results, strict=True):
+        assert_close(other, eager, rtol=4 * rounding(torch.float32), atol=2.0**-22)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"hidden": torch.zeros(4)}, ValueError, r"hidden must have shape \[rows, D\]; got \[4\]"),
+        ({"weight": torch.zeros(5, 3)}, ValueError, r"weight must have shape \[V, 4\] to fit hidden.*got \[5, 3\]"),
+        ({"weight": torch.zeros(5, 4).half()}, TypeError, "weight must have the dtype of hidden.*got torch.float16"),
+        ({"bias": torch.zeros(5, 1)}, ValueError, r"bias must have shape \[5\]; got \[5, 1\]"),
+        ({"target": torch.arange(4)}, ValueError, r"target must have shape \[3\] or \[3, J\]; got \[4\]"),
+        ({"target": torch.tensor([0, 5, 0])}, ValueError, r"target must be -1 or in \[0, 5\); got 5"),
+        ({"target": torch.arange(3.0)}, TypeError, "target must be int64; got torch.float32"),
+        ({"exclude": torch.tensor([0, 5, 0])}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
+        ({"temperature": 0.0}, ValueError, "temperature must be .*; got 0.0"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "target": torch.arange(3)}
+    with pytest.raises(error, match=f"^linear_log_prob: .*{message}"):
+        dam.linear_log_prob(**{**good, **arguments})

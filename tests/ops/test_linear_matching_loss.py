@@ -1,0 +1,257 @@
+"""linear_matching_loss: `matching_loss` on the head's logits and its gradients, without a [T, V] array."""
+
+import pytest
+import torch
+from helpers import assert_close, integers, normal, peak_bytes, rounding
+
+import dam
+from dam.ops import linear_matching_loss as module
+from dam.ops import matching_loss as row_module
+
+IMPLEMENTATIONS = tuple(row_module._IMPLEMENTATIONS)
+
+
+def inputs(rows=30, size=20, columns=1200, targets=3, *, dtype=torch.float32, seed=0, scale=0.4):
+    """hidden, head weight and bias, and the arguments that are not differentiated."""
+    leaves = (
+        normal(rows, size, seed=seed, dtype=dtype, scale=scale),
+        normal(columns, size, seed=seed + 1, dtype=dtype),
+        normal(columns, seed=seed + 2, dtype=dtype),
+    )
+    target = integers(-1, columns, rows, targets, seed=seed + 3)
+    target[:, 1] = target[:, 0]
+    return leaves, target, normal(rows, targets, seed=seed + 4)
+
+
+def base_of(rows=30, size=12, columns=1200, *, dtype=torch.float32, seed=50):
+    return {
+        "base_hidden": normal(rows, size, seed=seed, dtype=dtype, scale=0.5),
+        "base_head_weight": normal(columns, size, seed=seed + 1, dtype=dtype),
+        "base_bias": normal(columns, seed=seed + 2, dtype=dtype),
+        "base_weight": normal(rows, seed=seed + 3),
+    }
+
+
+def row_op_in_float64(leaves, target, weight, options):
+    """`matching_loss` of float64 logits: its own tests hold it to the formula."""
+    options = dict(options)
+    hidden, head, bias = (x.detach().double().requires_grad_() for x in leaves)
+    base = [options.pop(f"base_{name}", None) for name in ("hidden", "head_weight", "bias")]
+    if base[0] is not None:
+        options["base_logits"] = base[0].double() @ base[1].double().T + base[2].double()
+    with dam.backend("torch"):
+        loss = dam.matching_loss(hidden @ head.T + bias, target, weight, **options)
+    loss.backward()
+    return loss.detach(), hidden.grad, head.grad, bias.grad
+
+
+def linear_op(leaves, target, weight, options, upstream=1.0):
+    hidden, head, bias = (x.detach().clone().requires_grad_() for x in leaves)
+    loss = dam.linear_matching_loss(hidden, head, target, weight, bias=bias, **options)
+    (loss * upstream).backward()
+    return loss.detach(), hidden.grad, head.grad, bias.grad
+
+
+def compare(actual, expected, dtype):
+    # Logits near 10 from sums of products in float32, 2^-20 of them, show in exp as 2^-17.
+    assert actual[0].dtype == torch.float32
+    assert_close(actual[0], expected[0], rtol=2.0**-17, atol=2.0**-18)
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert a.dtype == dtype
+        assert_close(a, e, rtol=rounding(dtype) + 2.0**-16, atol=2.0**-17 * float(e.abs().max()) + 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+@pytest.mark.parametrize("base", [False, True], ids=["", "base"])
+def test_equals_the_row_op(backend, dtype, normalized, base):
+    leaves, target, weight = inputs(dtype=dtype)
+    options = base_of(dtype=dtype) if base else {}
+    for row_scale in (None, normal(30, seed=9)):
+        full = {**options, "row_scale": row_scale, "exclude": integers(-1, 1200, 30, seed=8), "normalized": normalized}
+        compare(linear_op(leaves, target, weight, full), row_op_in_float64(leaves, target, weight, full), dtype)
+
+
+def test_base_may_share_the_head(backend):
+    leaves, target, weight = inputs(seed=10)
+    options = base_of()
+    options |= {"base_hidden": leaves[0].clone(), "base_head_weight": leaves[1], "base_bias": leaves[2]}
+    compare(
+        linear_op(leaves, target, weight, options), row_op_in_float64(leaves, target, weight, options), torch.float32
+    )
+
+
+@pytest.mark.parametrize("workspace", ["0.001", "0.1"])
+def test_small_workspace_changes_nothing(backend, monkeypatch, workspace):
+    """One row at a time, or a few; row_scale, unless given, stays 1/T of all rows."""
+    leaves, target, weight = inputs(seed=20)
+    whole = linear_op(leaves, target, weight, base_of())
+    monkeypatch.setenv("DAM_WORKSPACE_MB", workspace)
+    compare(linear_op(leaves, target, weight, base_of()), whole, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", [False, True], ids=["", "base"])
+def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype, base):
+    """[T, V] in float32 would be 4 MB."""
+    leaves, target, weight = inputs(256, 16, 4096, 2, dtype=dtype, seed=30)
+    options = base_of(256, 16, 4096, dtype=dtype) if base else {}
+    for x in leaves:
+        x.requires_grad_()
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "1")
+    peak, _ = peak_bytes(lambda: dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2], **options))
+    # Besides the workspace: gradients and their float32 accumulators 0.6 MB, float32 copies of head blocks 0.4 MB.
+    assert peak < 2 * 2**20
+
+
+@pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_requires_it_gets_a_gradient(backend, trained):
+    leaves, target, weight = inputs(seed=40)
+    everything = linear_op(leaves, target, weight, {})
+    for x, need in zip(leaves, trained, strict=True):
+        x.requires_grad_(need)
+    dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2]).backward()
+    for x, need, gradient in zip(leaves, trained, everything[1:], strict=True):
+        assert (x.grad is not None) == need and (not need or torch.equal(x.grad, gradient))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_costs_no_matmul(backend, dtype):
+    """Products with the head: logits, and the gradient of hidden; the head's own gradient would be a third."""
+    leaves, target, weight = inputs(seed=41, dtype=dtype)
+    leaves[0].requires_grad_()
+
+    def count(head_needs):
+        leaves[1].requires_grad_(head_needs)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            dam.linear_matching_loss(*leaves[:2], target, weight)
+        return sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear") for e in profile.events())
+
+    assert count(False) < count(True)
+
+
+def test_everything_else_is_detached(backend):
+    leaves, target, weight = inputs(seed=42)
+    options = {**base_of(), "row_scale": normal(30, seed=46)}
+    others = [weight, *options.values()]
+    for x in others:
+        x.requires_grad_()
+    assert not dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2], **options).requires_grad
+    leaves[0].requires_grad_()
+    dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2], **options).backward()
+    assert all(x.grad is None for x in others)
+
+
+def test_gradient_flows_on_into_the_network(backend):
+    leaves, target, weight = inputs(seed=43)
+    layer = normal(20, 20, seed=47, scale=0.3).requires_grad_()
+    dam.linear_matching_loss(torch.tanh(leaves[0] @ layer), leaves[1], target, weight).backward()
+    wide = layer.detach().double().requires_grad_()
+    with dam.backend("torch"):
+        logits = torch.tanh(leaves[0].double() @ wide) @ leaves[1].double().T
+        dam.matching_loss(logits, target, weight).backward()
+    assert_close(layer.grad, wide.grad, rtol=2.0**-16, atol=2.0**-17 * float(wide.grad.abs().max()))
+
+
+def test_upstream_gradient_and_second_backward(backend):
+    leaves, target, weight = inputs(seed=44)
+    plain, scaled = linear_op(leaves, target, weight, {}), linear_op(leaves, target, weight, {}, upstream=-2.0)
+    # A power of two scales exactly.
+    assert all(torch.equal(-2.0 * a, b) for a, b in zip(plain[1:], scaled[1:], strict=True))
+    hidden = leaves[0].requires_grad_()
+    loss = dam.linear_matching_loss(hidden, leaves[1], target, weight)
+    with pytest.raises(RuntimeError, match="linear_matching_loss has no double backward"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_matching_loss was differentiated twice"):
+        loss.backward()
+
+
+def test_strides_and_empty(backend):
+    wide, head = normal(60, 30, seed=48, scale=0.4), normal(1200, 30, seed=49)
+    leaves, target, weight = inputs(seed=45)
+    strided, dense = (
+        (wide[::2, :20], head[:, :20], leaves[2]),
+        (wide[::2, :20].clone(), head[:, :20].clone(), leaves[2]),
+    )
+    for a, b in zip(linear_op(strided, target, weight, {}), linear_op(dense, target, weight, {}), strict=True):
+        assert_close(a, b, rtol=2.0**-18, atol=2.0**-19)
+    empty = linear_op((leaves[0][:0], *leaves[1:]), target[:0], weight[:0], {})
+    assert empty[0] == 0 and all(bool((g == 0).all()) for g in empty[1:])
+    no_targets = linear_op(leaves, target[:, :0], weight[:, :0], {})
+    assert no_targets[0] == 0 and all(bool((g == 0).all()) for g in no_targets[1:])
+
+
+def test_opcheck(backend):
+    leaves, target, weight = inputs(4, 5, 30, seed=60)
+    hidden, head, bias = (x.requires_grad_() for x in leaves)
+    base = base_of(4, 6, 30).values()
+    # overwrite=False: opcheck calls backward more than once.
+    tail = (True, True, True, backend, False)
+    exclude = torch.tensor([0, -1, 3, 29])
+    args = (hidden, head, bias, target, weight, *base, normal(4, seed=65), exclude, False, *tail)
+    torch.library.opcheck(module._linear_matching_loss, args)
+    tail = (True, False, False, backend, False)
+    args = (hidden, head.detach(), None, target, weight, *[None] * 6, True, *tail)
+    torch.library.opcheck(module._linear_matching_loss, args)
+
+
+def test_compiled_equals_eager(backend):
+    leaves, target, weight = inputs(6, 5, 30, seed=70)
+    options = {**base_of(6, 4, 30), "exclude": 3}
+
+    def step(hidden, head, bias):
+        return 3 * dam.linear_matching_loss(hidden * 2, head, target, weight, bias=bias, **options)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        xs = [x.clone().requires_grad_() for x in leaves]
+        loss = function(*xs)
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in xs)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, rtol=4 * rounding(torch.float32), atol=2.0**-22)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"hidden": torch.zeros(4)}, ValueError, r"hidden must have shape \[rows, D\]; got \[4\]"),
+        ({"head_weight": torch.zeros(5, 3)}, ValueError, r"head_weight must have shape \[V, 4\].*got \[5, 3\]"),
+        ({"head_weight": torch.zeros(5, 4).half()}, TypeError, "head_weight must have the dtype.*got torch.float16"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[5\]; got \[4\]"),
+        ({"target": torch.arange(3)}, ValueError, r"target must have shape \[3, J\]; got \[3\]"),
+        ({"target": torch.full((3, 2), 5)}, ValueError, r"target must be -1 or in \[0, 5\); got 5"),
+        ({"weight": torch.zeros(3, 1)}, ValueError, r"weight must have the shape of target, \[3, 2\]; got \[3, 1\]"),
+        ({"row_scale": torch.ones(2)}, ValueError, r"row_scale must have shape \[3\]; got \[2\]"),
+        (
+            {"base_weight": torch.ones(3)},
+            ValueError,
+            "base_hidden, base_head_weight and base_weight must be given together",
+        ),
+        (
+            {"base_bias": torch.ones(5)},
+            ValueError,
+            "base_hidden, base_head_weight and base_weight must be given together",
+        ),
+        ({"base_hidden": torch.zeros(2, 4)}, ValueError, r"base_hidden must have 3 rows like hidden; got \[2, 4\]"),
+        ({"base_head_weight": torch.zeros(6, 4)}, ValueError, r"base_head_weight must have 5 rows.*got \[6, 4\]"),
+        (
+            {"base_head_weight": torch.zeros(5, 3)},
+            ValueError,
+            r"base_head_weight must have shape \[V, 4\].*got \[5, 3\]",
+        ),
+        ({"exclude": torch.tensor([0, 5, 0])}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    good = {
+        "hidden": torch.zeros(3, 4),
+        "head_weight": torch.zeros(5, 4),
+        "target": torch.zeros(3, 2, dtype=torch.int64),
+        "weight": torch.ones(3, 2),
+    }
+    if set(arguments) & {"base_hidden", "base_head_weight"}:
+        good |= {"base_hidden": torch.zeros(3, 4), "base_head_weight": torch.zeros(5, 4), "base_weight": torch.ones(3)}
+    with pytest.raises(error, match=f"^linear_matching_loss: .*{message}"):
+        dam.linear_matching_loss(**{**good, **arguments})

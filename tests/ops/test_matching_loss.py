@@ -1,0 +1,354 @@
+"""matching_loss: the written formula and its gradient, formed once in the forward pass."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import allowed, assert_close, integers, normal, rounding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dam
+from dam.ops import matching_loss as module
+
+IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
+INF = math.inf
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def reference(
+    logits, target, weight, *, base_logits=None, base_weight=None, row_scale=None, exclude=-1, normalized=True
+):
+    """The docstring's formula in float64, a term per row, differentiable; where w is 0, w log u is dropped."""
+    x = allowed(logits, exclude)
+    out = torch.as_tensor(exclude).expand(len(x))[:, None]
+    kept = (target >= 0) & (target != out)
+    w = torch.zeros_like(x).scatter_add(1, target.clamp(min=0), torch.where(kept, weight.double(), 0.0))
+    if base_logits is not None:
+        base = allowed(base_logits, exclude)
+        w = w + base_weight.double()[:, None] * (torch.softmax(base, 1) if normalized else base.exp())
+    w = w.detach()
+    log_rate = torch.log_softmax(x, 1) if normalized else x
+    loss = -(torch.where(w == 0, 0.0, w) * log_rate.masked_fill(w == 0, 0.0)).sum(1)
+    if not normalized:
+        loss = loss + x.exp().sum(1)
+    scale = torch.full((len(x),), 1 / max(len(x), 1)) if row_scale is None else row_scale
+    return loss * scale.double()
+
+
+def case(rows=24, columns=1400, targets=3, *, seed=0, dtype=torch.float32, base=False, scale=False, exclude=False):
+    """Duplicate, missing and excluded targets; weights negative, zero and large."""
+    logits = normal(rows, columns, seed=seed, scale=2.0, dtype=dtype)
+    target = integers(-1, columns, rows, targets, seed=seed + 1)
+    weight = normal(rows, targets, seed=seed + 2, scale=3.0)
+    if targets > 1:
+        target[:, 1] = target[:, 0]
+        weight[::3, 1] = 0.0
+        weight[1::3, 0] *= 100
+    options = {}
+    if base:
+        options["base_logits"] = normal(rows, columns, seed=seed + 3, scale=2.0, dtype=dtype)
+        options["base_weight"] = normal(rows, seed=seed + 4)
+    if scale:
+        options["row_scale"] = normal(rows, seed=seed + 5)
+    if exclude:
+        options["exclude"] = integers(-1, columns, rows, seed=seed + 6)
+        if targets:
+            options["exclude"][:4] = target[:4, 0]
+    return logits, target, weight, options
+
+
+def compare(logits, target, weight, options, upstream=1.0):
+    x, y = logits.detach().clone().requires_grad_(), logits.detach().double().requires_grad_()
+    loss, rows = dam.matching_loss(x, target, weight, **options), reference(y, target, weight, **options)
+    (loss * upstream).backward()
+    (rows.sum() * upstream).backward()
+    dtype = x.dtype
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and x.grad.dtype == dtype
+    # Sums of float32 products, good to 2^-19, over rows of either sign.
+    assert_close(loss, rows.sum(), rtol=2.0**-22, atol=2.0**-19 * float(rows.detach().abs().sum()))
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    # float32 inside: entries where softmax and targets cancel keep 8 roundings of the row's terms.
+    scale = options.get("row_scale", torch.full((len(x),), 1 / max(len(x), 1))).double().abs()
+    terms = weight.double().abs().sum(1) + options.get("base_weight", torch.zeros(len(x))).double().abs()
+    terms = abs(upstream) * (scale * terms)[:, None] + y.grad.abs().amax(1, keepdim=True)
+    excess = (x.grad - y.grad).abs() - (rounding(dtype) + 2.0**-20) * y.grad.abs() - 2.0**-21 * terms - tiny
+    assert bool((excess <= 0).all())
+
+
+# ---- the formula
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_matches_float64_autograd(backend, normalized):
+    for base, scale, exclude in itertools.product([False, True], repeat=3):
+        logits, target, weight, options = case(base=base, scale=scale, exclude=exclude)
+        compare(logits, target, weight, {**options, "normalized": normalized})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_dtypes(backend, dtype, normalized):
+    logits, target, weight, options = case(seed=10, dtype=dtype, base=True, scale=True, exclude=True)
+    compare(logits, target, weight, {**options, "normalized": normalized})
+
+
+def test_weights_of_any_float_dtype_and_stride(backend):
+    logits, target, weight, options = case(rows=8, columns=50, targets=6, seed=20, base=True, scale=True)
+    for dtype in (torch.float64, torch.bfloat16):
+        options = {k: v.to(dtype) if k in ("base_weight", "row_scale") else v for k, v in options.items()}
+        compare(logits, target, weight.to(dtype), options)
+    compare(logits, target[:, ::2], weight[:, ::2], options)
+    compare(logits, target, weight[:, :1].expand(-1, 6), {"row_scale": torch.tensor(0.5).expand(8)})
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    rows=st.integers(0, 4),
+    columns=st.sampled_from([1, 2, 31, 1023, 1024, 1025, 2500]),
+    targets=st.integers(0, 3),
+    padding=st.integers(0, 3),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    normalized=st.booleans(),
+    base=st.booleans(),
+)
+def test_shapes_and_strides(rows, columns, targets, padding, dtype, normalized, base):
+    wide, target, weight, options = case(rows, columns + padding, targets, seed=30, dtype=dtype, base=base)
+    options = {k: v[:, :columns] if k == "base_logits" else v for k, v in options.items()}
+    compare(wide[:, :columns], target.clamp(max=columns - 1), weight, {**options, "normalized": normalized})
+
+
+def test_no_targets_and_no_rows(backend):
+    for normalized in (True, False):
+        logits, target, weight, options = case(targets=0, seed=40, base=True)
+        compare(logits, target, weight, {**options, "normalized": normalized})
+        compare(logits, target, weight, {"normalized": normalized})
+        compare(logits[:0], target[:0], weight[:0], {"normalized": normalized})
+
+
+def test_logits_expanded_over_rows(backend):
+    row = normal(1, 60, seed=41).requires_grad_()
+    _, target, weight, _ = case(rows=5, columns=60, seed=42)
+    dam.matching_loss(row.expand(5, -1), target, weight).backward()
+    y = row.detach().double().requires_grad_()
+    reference(y.expand(5, -1), target, weight).sum().backward()
+    assert_close(row.grad, y.grad, rtol=2.0**-19, atol=2.0**-20 * float(y.grad.abs().max()))
+
+
+def test_the_minimiser_is_the_target_distribution(backend):
+    """At p = w (normalised) or rates = w the gradient vanishes."""
+    w = torch.softmax(normal(6, 20, seed=43), 1)
+    target = torch.arange(20).expand(6, 20)
+    for scale, normalized in ((1.0, True), (3.0, False)):
+        logits = (scale * w).log().requires_grad_()
+        dam.matching_loss(logits, target, scale * w, normalized=normalized, row_scale=torch.ones(6)).backward()
+        # Roundings of numbers below 3.
+        assert_close(logits.grad, torch.zeros(6, 20), rtol=0, atol=8 * rounding(torch.float32))
+
+
+# ---- zeros and infinities
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_what_weighs_nothing_counts_nothing(backend, normalized):
+    """Zero weight at a destination that cannot be reached is 0, not 0 * inf."""
+    logits = torch.tensor([[-INF, 0.5, 0.0], [0.0, 1.0, 2.0]])
+    target, weight = torch.tensor([[0, 1], [-1, 2]]), torch.tensor([[0.0, 2.0], [5.0, 1.0]])
+    compare(logits, target, weight, {"normalized": normalized})
+    base = torch.tensor([[-INF, 1.0, 2.0], [0.0, 0.0, 0.0]])  # nor does the base reach it
+    compare(logits, target, weight, {"normalized": normalized, "base_logits": base, "base_weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_weights_that_cancel_count_nothing(backend, normalized):
+    """w is the sum over slots: +1 and -1 on an unreachable destination are 0."""
+    logits = torch.tensor([[-INF, 0.5, 0.0]])
+    compare(logits, torch.tensor([[0, 0, 1]]), torch.tensor([[1.0, -1.0, 2.0]]), {"normalized": normalized})
+
+
+def test_weight_on_the_unreachable_is_infinite(backend):
+    logits = torch.tensor([[-INF, 0.5, 0.0]])
+    for sign in (1.0, -1.0):
+        assert dam.matching_loss(logits, torch.tensor([[0]]), torch.tensor([[sign]])) == sign * INF
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_a_base_of_weight_zero_is_not_looked_at(backend, normalized):
+    """Its row may be anything, as padding is."""
+    logits, target, weight, _ = case(rows=3, columns=8, seed=44)
+    expected = dam.matching_loss(logits, target, weight, normalized=normalized)
+    for filler in (-INF, math.nan):
+        base = torch.full((3, 8), filler)
+        loss = dam.matching_loss(
+            logits, target, weight, base_logits=base, base_weight=torch.zeros(3), normalized=normalized
+        )
+        assert_close(loss, expected, rtol=2.0**-22)
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_a_row_without_weight_has_no_gradient(backend, normalized):
+    """Nor a NaN where nothing of it can be reached."""
+    logits = torch.tensor([[-INF, -INF], [1.0, 2.0]], requires_grad=True)
+    loss = dam.matching_loss(logits, torch.tensor([[-1], [0]]), torch.ones(2, 1), normalized=normalized)
+    loss.backward()
+    assert bool(torch.isfinite(loss)) and logits.grad[0].tolist() == [0.0, 0.0]
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+@pytest.mark.parametrize("size", [100.0, 800.0])
+def test_rates_overflow_to_infinity(backend, size):
+    """exp(100) is no float32, exp(800) no float64 either: inf, not an error; a gradient may stop at the largest."""
+    logits = torch.tensor([[size, 0.0], [1.0, 2.0]], requires_grad=True)
+    loss = dam.matching_loss(logits, torch.tensor([[-1], [0]]), torch.ones(2, 1), normalized=False)
+    assert loss == INF
+    loss.backward()
+    assert logits.grad[0, 0] >= torch.finfo(torch.float32).max and bool(torch.isfinite(logits.grad[1]).all())
+
+
+def test_huge_weights_overflow_to_infinity(backend):
+    weight = torch.full((1, 1), 1e300, dtype=torch.float64)
+    assert dam.matching_loss(torch.zeros(1, 2), torch.tensor([[0]]), weight) == INF
+
+
+def test_nan_in_nan_out(backend):
+    logits = normal(2, 1500, seed=45)
+    logits[1, 1300] = math.nan
+    assert math.isnan(dam.matching_loss(logits, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)))
+
+
+# ---- autograd
+
+
+@pytest.mark.parametrize("upstream", [0.0, -2.5, 1e3])
+def test_upstream_gradient(backend, upstream):
+    compare(*case(rows=5, columns=40, seed=50, base=True), upstream=upstream)
+
+
+def test_two_losses_in_one_backward(backend):
+    logits, target, weight, _ = case(rows=5, columns=40, seed=51)
+    x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (dam.matching_loss(x, target, weight) + 2 * dam.matching_loss(x, target, weight)).backward()
+    (3 * dam.matching_loss(y, target, weight)).backward()
+    assert_close(x.grad, y.grad, rtol=4 * rounding(torch.float32))
+
+
+def test_everything_but_logits_is_detached(backend):
+    logits, target, weight, options = case(rows=5, columns=40, seed=52, base=True, scale=True)
+    inputs = [weight, *options.values()]
+    for x in inputs:
+        x.requires_grad_()
+    assert not dam.matching_loss(logits, target, weight, **options).requires_grad
+    dam.matching_loss(logits.requires_grad_(), target, weight, **options).backward()
+    assert logits.grad is not None and all(x.grad is None for x in inputs)
+
+
+def test_no_gradient_is_formed_without_need(backend):
+    logits, target, weight, _ = case(rows=5, columns=40, seed=53)
+    plain = dam.matching_loss(logits, target, weight)
+    with torch.no_grad():
+        loss = dam.matching_loss(logits.clone().requires_grad_(), target, weight)
+    assert not loss.requires_grad and torch.equal(loss, plain)
+    args = (logits, target, weight, None, None, None, None, True, False, backend, True)
+    assert module._matching_loss(*args)[1].numel() == 0
+
+
+def test_second_backward_and_double_backward_raise(backend):
+    logits, target, weight, _ = case(rows=5, columns=40, seed=54)
+    logits.requires_grad_()
+    loss = dam.matching_loss(logits, target, weight)
+    with pytest.raises(RuntimeError, match="matching_loss has no double backward"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="matching_loss was differentiated twice"):
+        loss.backward()
+
+
+def test_gradcheck():
+    _, target, weight, options = case(rows=4, columns=6, seed=55, dtype=torch.float64, base=True, exclude=True)
+    logits = normal(4, 6, seed=56, dtype=torch.float64).requires_grad_()
+    for normalized in (True, False):
+        loss = dam.matching_loss(logits, target, weight, **options, normalized=normalized)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        step = 1e-5
+        for t, v in ((0, 0), (1, 5), (3, 2)):
+            up, down = logits.detach().clone(), logits.detach().clone()
+            up[t, v] += step
+            down[t, v] -= step
+            difference = dam.matching_loss(up, target, weight, **options, normalized=normalized)
+            difference -= dam.matching_loss(down, target, weight, **options, normalized=normalized)
+            # step^2 times third derivatives, which the weights of some 100 scale, and rounding / step.
+            assert abs(difference / (2 * step) - gradient[t, v]) < 1e-6
+
+
+# ---- torch's own machinery
+
+
+def test_opcheck(backend):
+    logits, target, weight, options = case(rows=4, columns=30, seed=57, base=True, scale=True, exclude=True)
+    logits.requires_grad_()
+    base_logits, base_weight, row_scale, exclude = options.values()
+    # overwrite=False: opcheck calls backward more than once.
+    tail = (True, backend, False)
+    torch.library.opcheck(module._matching_loss, (logits, target, weight, None, None, None, None, True, *tail))
+    args = (logits, target, weight, base_logits, base_weight, row_scale, exclude, False, *tail)
+    torch.library.opcheck(module._matching_loss, args)
+
+
+def test_compiled_equals_eager(backend):
+    logits, target, weight, options = case(rows=6, columns=40, seed=58, base=True, scale=True, exclude=True)
+
+    def step(x):
+        return 3 * dam.matching_loss(x * 1.5, target, weight, **options)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = logits.clone().requires_grad_()
+        loss = function(x)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, rtol=2 * rounding(torch.float32))
+
+
+# ---- wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"logits": torch.zeros(5)}, ValueError, r"logits must have shape \[rows, V\]; got \[5\]"),
+        ({"target": torch.arange(3)}, ValueError, r"target must have shape \[3, J\]; got \[3\]"),
+        ({"target": torch.zeros(3, 2)}, TypeError, "target must be int64; got torch.float32"),
+        ({"target": torch.full((3, 2), 5)}, ValueError, r"target must be -1 or in \[0, 5\); got 5"),
+        ({"weight": torch.zeros(3, 1)}, ValueError, r"weight must have the shape of target, \[3, 2\]; got \[3, 1\]"),
+        ({"weight": torch.zeros(3, 2).long()}, TypeError, "weight must be .*float.*; got torch.int64"),
+        ({"weight": [1.0]}, TypeError, "weight must be .*tensor; got list"),
+        ({"row_scale": torch.ones(2)}, ValueError, r"row_scale must have shape \[3\]; got \[2\]"),
+        ({"row_scale": 1.0}, TypeError, "row_scale must be a tensor; got float"),
+        ({"base_weight": torch.ones(3)}, ValueError, "base_logits and base_weight must be given together"),
+        ({"base_logits": torch.ones(3, 5)}, ValueError, "base_logits and base_weight must be given together"),
+        (
+            {"base_logits": torch.ones(3, 4), "base_weight": torch.ones(3)},
+            ValueError,
+            r"base_logits must have the shape of logits, \[3, 5\]; got \[3, 4\]",
+        ),
+        (
+            {"base_logits": torch.ones(3, 5).half(), "base_weight": torch.ones(3)},
+            TypeError,
+            "base_logits must have the dtype of logits, torch.float32; got torch.float16",
+        ),
+        (
+            {"base_logits": torch.ones(3, 5), "base_weight": torch.ones(3, 1)},
+            ValueError,
+            r"base_weight must have shape \[3\]; got \[3, 1\]",
+        ),
+        ({"exclude": 7}, ValueError, r"exclude must be -1 or in \[0, 5\); got 7"),
+        ({"normalized": "rates"}, TypeError, "normalized must be .*; got str"),
+        ({"normalized": None}, TypeError, "normalized must be .*; got NoneType"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    good = {"logits": torch.zeros(3, 5), "target": torch.zeros(3, 2, dtype=torch.int64), "weight": torch.ones(3, 2)}
+    with pytest.raises(error, match=f"^matching_loss: .*{message}"):
+        dam.matching_loss(**{**good, **arguments})

@@ -1,0 +1,48 @@
+"""DAMConfig says what is wrong before any work is done."""
+
+import math
+
+import pytest
+from tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"estimator": "last_jump"}, "estimator must be one of .*'last_jump'"),
+        ({"normalizer": "batch"}, "normalizer must be one of state, group; got 'batch'"),
+        ({"eval_remasking": "entropy"}, "eval_remasking must be one of random, confidence"),
+        ({"num_generations": 0}, "num_generations must be at least"),
+        ({"num_generations": 1, "target_ess": None}, "num_generations must be at least 2"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"replay_size": 0}, "replay_size must be at least 1"),
+        ({"replay_batch_size": 0}, "replay_batch_size must be at least 1"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size must be at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
+        ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
+        ({"block_length": 0}, "block_length must be at least 1"),
+        ({"beta": 0.0}, "beta must be > 0"),
+        ({"beta": math.nan}, "beta must be > 0"),
+        ({"max_tilt": 0.0}, "max_tilt must be in"),
+        ({"max_tilt": 1.5}, "max_tilt must be in"),
+        ({"target_ess": 9.0}, r"target_ess must be in \[1, num_generations\]; got 9"),
+        ({"target_ess": 0.5}, "target_ess must be in"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"eval_temperature": -1.0}, "eval_temperature must be >= 0"),
+        ({"clip": math.inf}, "clip must be"),
+        ({"draw_outcomes": 0}, "draw_outcomes must be at least 1"),
+        ({"draw_outcomes": 8, "normalizer": "state"}, 'draw_outcomes .* goes with normalizer "group"'),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_is_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **changes)
+
+
+def test_the_defaults_are_valid(tmp_path):
+    from dam.train import DAMConfig
+
+    config = DAMConfig(output_dir=str(tmp_path))
+    assert config.num_generations >= 16  # below, the normaliser is unreliable
+    assert config.remove_unused_columns is False

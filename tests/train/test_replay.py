@@ -1,0 +1,79 @@
+"""The replay buffer: what it keeps, what it draws, and that groups of different length meet in one batch."""
+
+import pytest
+import torch
+
+from dam.train import ReplayBuffer
+
+PAD = 9
+
+
+def batch(values, length):
+    """A group for each value: one state and two trajectories, of that many positions, all filled with the value."""
+    states = torch.tensor(values)[:, None].expand(-1, length)
+    return {
+        "states": states,
+        "final": states[:, None].expand(-1, 2, -1),
+        "first": torch.zeros(len(values), 2, dtype=torch.int64),
+        "weight": torch.ones(len(values), 2),
+        "attention_mask": torch.ones_like(states),
+    }
+
+
+def held(buffer):
+    return sorted(buffer.sample(len(buffer), torch.Generator())["states"][:, -1].tolist())
+
+
+def test_it_keeps_the_last_groups():
+    buffer = ReplayBuffer(3, PAD)
+    buffer.extend(batch([1, 2], 4))
+    assert held(buffer) == [1, 2]
+    buffer.extend(batch([3, 4], 4))
+    assert held(buffer) == [2, 3, 4]
+
+
+def test_a_sample_is_without_replacement_and_depends_on_the_generator_only():
+    buffer = ReplayBuffer(100, PAD)
+    buffer.extend(batch(list(range(50)), 2))
+    drawn = [buffer.sample(20, torch.Generator().manual_seed(seed))["states"][:, 0].tolist() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 20
+    assert len(buffer.sample(1000, torch.Generator())["states"]) == 50
+
+
+def test_shorter_groups_are_padded_on_the_left():
+    buffer = ReplayBuffer(4, PAD)
+    buffer.extend(batch([1], 5))
+    buffer.extend(batch([2], 3))
+    sample = buffer.sample(2, torch.Generator())
+    short = sample["states"][:, -1].tolist().index(2)
+    assert sample["states"][short].tolist() == [PAD, PAD, 2, 2, 2]
+    assert sample["final"][short].tolist() == [[PAD, PAD, 2, 2, 2]] * 2
+    assert sample["attention_mask"][short].tolist() == [0, 0, 1, 1, 1]
+    # The position of a first jump moves along with its sequence.
+    assert sample["first"][short].tolist() == [2, 2]
+    assert sample["first"][1 - short].tolist() == [0, 0]
+
+
+def test_changing_what_was_put_in_changes_nothing_inside():
+    buffer = ReplayBuffer(4, PAD)
+    given = {name: value.clone() for name, value in batch([1], 2).items()}
+    buffer.extend(given)
+    given["states"].fill_(7)
+    assert held(buffer) == [1]
+
+
+def test_its_state_survives_a_file(tmp_path):
+    buffer, copy = ReplayBuffer(4, PAD), ReplayBuffer(4, PAD)
+    buffer.extend(batch([1, 2, 3], 4))
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    copy.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    ours, theirs = (b.sample(2, torch.Generator().manual_seed(5)) for b in (buffer, copy))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    copy.extend(batch([4, 5], 4))
+    assert held(copy) == [2, 3, 4, 5]
+
+
+def test_capacity_must_be_positive():
+    with pytest.raises(ValueError, match="capacity must be at least 1"):
+        ReplayBuffer(0, PAD)

@@ -1,0 +1,371 @@
+"""DAMTrainer: that it learns, what reward functions are given, what is logged, and prompts of different length."""
+
+import math
+
+import pytest
+import torch
+from tiny import MASK, ROWS, VOCABULARY, assert_same_weights, sum_reward, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
+)
+
+from dam.models import MaskedLM
+from dam.train import DAMTrainer
+
+WORDS = ["[MASK]", "[PAD]", "a", "b", "c", "d"]
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[PAD]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]", pad_token="[PAD]")
+
+
+def fives(completion_ids, **_):
+    """The fraction of fives among the three positions that are filled in."""
+    return [sum(token == 5 for token in ids[-3:]) / 3 for ids in completion_ids]
+
+
+def rewards(trainer):
+    return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+
+
+# Trained
+
+
+@pytest.mark.parametrize("null_arm", [False, True])
+def test_the_reward_goes_up_but_not_in_the_null_arm(tmp_path, null_arm):
+    config = tiny_config(
+        tmp_path,
+        null_arm=null_arm,
+        num_generations=16,
+        per_device_train_batch_size=8,
+        max_steps=60,
+        replay_size=16,
+        replay_batch_size=16,
+        logging_steps=10,
+    )
+    trainer = DAMTrainer(tiny_model(), fives, config, ROWS)
+    trainer.train()
+    history = rewards(trainer)
+    # The untrained model draws each of the five tokens about equally often.
+    assert history[0] < 0.5
+    if null_arm:
+        # Permuted weights have mean 1 and know nothing of the reward: what is left is drift.
+        assert history[-1] < 0.5
+    else:
+        assert history[-1] > 0.85
+
+
+def test_the_base_does_not_move(tmp_path):
+    base = tiny_model()
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, ref_model=base)
+    trainer.train()
+    assert_same_weights(base, tiny_model())
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+    with pytest.raises(AssertionError):
+        assert_same_weights(trainer.model, tiny_model())
+
+
+def test_no_weight_falls_on_what_is_forbidden(tmp_path):
+    def no_fives(completion_ids, **_):
+        return [-math.inf if 5 in ids else 0.0 for ids in completion_ids]
+
+    config = tiny_config(tmp_path, num_generations=16, max_steps=60, per_device_train_batch_size=8, logging_steps=10)
+    trainer = DAMTrainer(tiny_model(), [no_fives, fives], config, ROWS)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(map(math.isfinite, losses))
+    # A third of all positions would be at stake; the base draws a five in one of five.
+    final = trainer._rollout(
+        torch.tensor([row["input_ids"] for row in ROWS * 16]), torch.ones(128, 4), 1, base=False, temperature=1.0
+    ).final
+    assert float((final[:, 1:] == 5).double().mean()) < 0.05
+
+
+def test_gradient_accumulation_sees_a_mean_of_losses(tmp_path):
+    """The gradient of two accumulated batches is the mean of theirs, so that the loss logged does not double."""
+    logged = []
+    for steps in (1, 2):
+        config = tiny_config(
+            tmp_path, gradient_accumulation_steps=steps, learning_rate=0.0, max_steps=4, logging_steps=1
+        )
+        trainer = DAMTrainer(tiny_model(), sum_reward, config, ROWS)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        logged.append(sum(losses) / len(losses))
+    # Losses of an untrained model vary by a few per cent around log 5; doubling would be 100 per cent.
+    assert logged[1] == pytest.approx(logged[0], rel=0.3)
+
+
+# What reward functions see
+
+
+def seen_by_reward(tmp_path, rows, **options):
+    seen = []
+
+    def look(**arguments):
+        seen.append(arguments)
+        return sum_reward(**arguments)
+
+    trainer = DAMTrainer(tiny_model(), look, tiny_config(tmp_path, max_steps=1), rows, **options)
+    trainer.train()
+    return seen[0]
+
+
+def test_with_input_ids_a_completion_is_the_whole_sequence(tmp_path):
+    rows = [{"input_ids": [n, MASK, 4, MASK], "labels": [n, 2, 4, 2], "name": f"row {n}"} for n in (1, 2)]
+    seen = seen_by_reward(tmp_path, rows)
+    assert set(seen) == {"prompts", "completions", "completion_ids", "labels", "name"}
+    assert len(seen["prompts"]) == 2 * 8
+    assert seen["completions"] == seen["completion_ids"]  # no tokenizer to decode with
+    for prompt, completion, labels, name in zip(
+        seen["prompts"], seen["completion_ids"], seen["labels"], seen["name"], strict=True
+    ):
+        first = prompt[0]
+        assert prompt == [first, MASK, 4, MASK]
+        assert (completion[0], completion[2]) == (first, 4)
+        assert MASK not in completion
+        assert labels == [first, 2, 4, 2]
+        assert name == f"row {first}"
+    # The trajectories of a prompt come one after another.
+    assert seen["name"][0] == seen["name"][7] != seen["name"][8]
+
+
+def test_with_token_prompts_a_completion_is_what_follows(tmp_path):
+    rows = [{"prompt": [1, 2, 3], "answer": 6}, {"prompt": [4], "answer": 4}]
+    seen = seen_by_reward(tmp_path, rows)
+    assert set(seen) == {"prompts", "completions", "completion_ids", "answer"}
+    assert sorted(map(tuple, seen["prompts"])) == [(1, 2, 3)] * 8 + [(4,)] * 8
+    assert [sum(prompt) for prompt in seen["prompts"]] == seen["answer"]
+    assert all(len(ids) == 3 and MASK not in ids for ids in seen["completion_ids"])
+
+
+def test_with_text_prompts_completions_are_text(tmp_path, tokenizer):
+    rows = [{"prompt": "a b a"}, {"prompt": "d"}]
+    seen = seen_by_reward(tmp_path, rows, processing_class=tokenizer)
+    assert sorted(set(seen["prompts"])) == ["a b a", "d"]
+    for text, ids in zip(seen["completions"], seen["completion_ids"], strict=True):
+        assert len(ids) == 3
+        assert text == " ".join(WORDS[token] for token in ids if token != tokenizer.pad_token_id)
+
+
+def test_text_prompts_need_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="string prompts need a tokenizer"):
+        seen_by_reward(tmp_path, [{"prompt": "a"}] * 2)
+
+
+def test_a_row_needs_a_prompt(tmp_path):
+    with pytest.raises(ValueError, match=r"needs input_ids or prompt; this one has \['question'\]"):
+        seen_by_reward(tmp_path, [{"question": "a"}] * 2)
+
+
+# Prompts of different length
+
+
+def architectures():
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 32,
+        "pad_token_id": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    rotary = ModernBertForMaskedLM(
+        ModernBertConfig(**common, cls_token_id=None, sep_token_id=None, attn_implementation="sdpa")
+    )
+    by_pad_token = RobertaPreLayerNormForMaskedLM(RobertaPreLayerNormConfig(**common, initializer_range=0.5))
+    return {"rotary": rotary, "by pad token": by_pad_token}
+
+
+@pytest.mark.parametrize("kind", ["rotary", "by pad token"])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_padding_does_not_change_a_completion(tmp_path, tokenizer, kind, steps):
+    """The likeliest completion of a prompt is the same alone and next to a longer prompt."""
+    seen = []
+
+    def look(completion_ids, **_):
+        seen.append(completion_ids)
+        return sum_reward(completion_ids)
+
+    config = tiny_config(tmp_path, eval_remasking="confidence", diffusion_steps=steps, per_device_eval_batch_size=8)
+    trainer = DAMTrainer(architectures()[kind], look, config, ROWS, processing_class=tokenizer)
+    prompts = [[2], [3, 4, 5, 2, 3, 3], [4, 2], [5, 5, 5], [3]]
+    trainer.evaluate([{"prompt": prompt} for prompt in prompts])
+    for prompt in prompts:
+        trainer.evaluate([{"prompt": prompt}])
+    together, *alone = seen
+    assert together == [ids for (ids,) in alone]
+
+
+def test_padding_does_not_move_blocks(tmp_path, tokenizer):
+    """Otherwise the order in which a completion is filled in would depend on the longest prompt of its batch."""
+    trainer = DAMTrainer(
+        tiny_model(), sum_reward, tiny_config(tmp_path, block_length=2), ROWS, processing_class=tokenizer
+    )
+
+    def filled_last(longest):
+        batch = trainer._collate([{"prompt": [5]}] * 40 + [{"prompt": [2] * longest}])
+        way = trainer._rollout(batch["input_ids"], batch["attention_mask"], 0, base=False, temperature=1.0)
+        return set((way.position[:40, -1] - batch["input_ids"].shape[1]).tolist())
+
+    # 40 orders: a place that is last in half of them is missed once in 2^40.
+    assert filled_last(1) == filled_last(2) == filled_last(3) == filled_last(4)
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+@pytest.mark.parametrize("normalizer", ["group", "state"])
+def test_padding_is_never_filled_in(tmp_path, tokenizer, with_tokenizer, normalizer):
+    config = tiny_config(tmp_path, normalizer=normalizer, max_steps=4, per_device_train_batch_size=4)
+    rows = [{"prompt": [2, 3, 4]}, {"prompt": [5]}] * 2
+    trainer = DAMTrainer(tiny_model(), sum_reward, config, rows, processing_class=tokenizer if with_tokenizer else None)
+    trainer.train()
+    groups = trainer._replay.sample(6, torch.Generator())
+    padding = groups["attention_mask"] == 0
+    assert padding.any()
+    assert not (trainer.process.masked(groups["states"]) & padding).any()
+    start = padding.sum(dim=1)[:, None]
+    assert (groups["first"] > start).all()  # a prompt has at least one token
+
+
+# Logged and evaluated
+
+
+def test_what_is_logged(tmp_path):
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = {"reward", "reward_std", "ess", "tilt", "clip_fraction", "kl", "rewards/sum_reward", "reward_calls"}
+    assert all(names <= set(entry) for entry in entries)
+    assert [entry["reward_calls"] for entry in entries] == [16, 32, 48]
+    assert entries[0]["kl"] == 0  # the first rollout is the base's
+    # Bisection ends where the effective sample size is the one asked for (float32 in what is logged).
+    assert all(entry["ess"] >= 4.0 * (1 - 1e-6) for entry in entries)
+
+
+def test_evaluate_returns_and_logs_metrics(tmp_path):
+    given = {}
+
+    def compute_metrics(prediction):
+        given.update(final=prediction.predictions, labels=prediction.label_ids, initial=prediction.inputs)
+        return {"right": float((prediction.predictions == prediction.label_ids).mean())}
+
+    rows = [{"input_ids": [n, MASK, 4, MASK], "labels": [n, 2, 4, 2]} for n in (1, 2, 3)]
+    rows.append({"input_ids": [1, 4, MASK], "labels": [1, 4, 3]})  # shorter: padded on the left
+    config = tiny_config(tmp_path, per_device_eval_batch_size=3)
+    trainer = DAMTrainer(tiny_model(), sum_reward, config, ROWS, rows, compute_metrics=compute_metrics)
+    result = trainer.evaluate()
+    assert {"eval_reward", "eval_right", "eval_runtime", "reward_calls"} <= set(result)
+    assert trainer.state.log_history[-1]["eval_right"] == result["eval_right"]
+    assert given["initial"].tolist() == [[1, 0, 4, 0], [2, 0, 4, 0], [3, 0, 4, 0], [-100, 1, 4, 0]]
+    assert given["labels"][3].tolist() == [-100, 1, 4, 3]
+    assert (given["final"][:3, 2] == 4).all() and (given["final"] != MASK).all()
+    assert trainer.reward_calls == 0
+    # Decoding the likeliest token in a fixed order is the same every time.
+    again = trainer.evaluate()
+    assert again["eval_reward"] == result["eval_reward"]
+
+
+def test_evaluate_several_datasets(tmp_path):
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, {"one": ROWS[:1], "two": ROWS[1:3]})
+    assert {"eval_one_reward", "eval_two_reward"} <= set(trainer.evaluate())
+
+
+def test_evaluating_does_not_change_training(tmp_path):
+    models_ = []
+    for evaluated in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        models_.append(tiny_model(dropout=0.1))
+        DAMTrainer(models_[-1], sum_reward, tiny_config(tmp_path, **evaluated), ROWS, ROWS[:2]).train()
+    assert_same_weights(*models_)
+
+
+def test_rollouts_come_in_pieces_of_rollout_batch_size(tmp_path):
+    sizes = []
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, rollout_batch_size=5, max_steps=1), ROWS)
+
+    def count(module, args, kwargs):
+        if not torch.is_grad_enabled():
+            sizes.append(len(kwargs["input_ids"]))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    # 16 trajectories of three jumps: pieces of 5, 5, 5 and 1, a network call for each jump.
+    assert sizes == [5] * 9 + [1] * 3
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"reward_funcs": []}, TypeError, "reward_funcs must be a function or a non-empty list"),
+        ({"reward_funcs": ["accuracy"]}, TypeError, "reward_funcs must be"),
+        ({"args": "out"}, TypeError, "args must be a DAMConfig; got str"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, r"model must have get_output_embeddings\(\)"),
+    ],
+    ids=["no function", "not a function", "not a config", "not a language model"],
+)
+def test_a_bad_argument_is_named(tmp_path, changes, error, message):
+    arguments = {
+        "model": tiny_model(),
+        "reward_funcs": sum_reward,
+        "args": tiny_config(tmp_path),
+        "train_dataset": ROWS,
+        **changes,
+    }
+    with pytest.raises(error, match=message):
+        DAMTrainer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mask_token_id": None}, "the mask token is not known: set mask_token_id"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward function, 1; got 2"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit_is_an_error(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config), ROWS)
+
+
+def test_the_mask_token_is_taken_from_the_tokenizer_or_the_model(tmp_path, tokenizer):
+    config = tiny_config(tmp_path, mask_token_id=None)
+    assert DAMTrainer(tiny_model(), sum_reward, config, ROWS, processing_class=tokenizer).process.mask_token == 0
+    model = tiny_model()
+    model.config.mask_token_id = 3
+    assert DAMTrainer(model, sum_reward, config, ROWS).process.mask_token == 3
+
+
+def test_too_few_prompts_for_one_rollout(tmp_path):
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS[:1])
+    with pytest.raises(ValueError, match="1 prompts, fewer than the 2 of one rollout"):
+        trainer.train()
+
+
+def test_an_adapter_s_base_is_the_model_without_it(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["query", "value"])
+    with pytest.raises(ValueError, match="leave ref_model out"):
+        DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, peft_config=adapter, ref_model=tiny_model())
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, peft_config=adapter)
+    trainer.train()
+    tokens = torch.tensor([row["input_ids"] for row in ROWS])
+    trainer.model.eval()
+    expected = MaskedLM(tiny_model().eval()).hidden_states(tokens)
+    torch.testing.assert_close(trainer._base().hidden_states(tokens), expected)
+    assert not torch.allclose(MaskedLM(trainer.model).hidden_states(tokens), expected)

@@ -1,0 +1,58 @@
+"""A model, a dataset and a configuration so small that a run takes a fraction of a second."""
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from dam.train import DAMConfig
+
+MASK, VOCABULARY = 0, 6
+ROWS = [{"input_ids": [1 + n % 3, MASK, MASK, MASK]} for n in range(8)]
+
+
+def tiny_model(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def tiny_config(output, **changes):
+    values = {
+        "num_generations": 8,
+        "target_ess": 4.0,
+        "per_device_train_batch_size": 2,
+        "num_iterations": 2,
+        "replay_size": 6,
+        "replay_batch_size": 4,
+        "max_steps": 6,
+        "max_completion_length": 3,
+        "mask_token_id": MASK,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+    return DAMConfig(output_dir=str(output), **{**values, **changes})
+
+
+def sum_reward(completion_ids, **_):
+    return [float(sum(ids)) for ids in completion_ids]
+
+
+def assert_same_weights(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
