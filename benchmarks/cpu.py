@@ -47,7 +47,6 @@ def cases(rows: int, columns: int, dtype: torch.dtype) -> dict[str, dict[str, Ca
             "LLaDA's step": lambda: peers.llada_step(logits),
             "softmax + multinomial": lambda: peers.softmax_multinomial(logits),
             "torch.logsumexp": lambda: peers.logsumexp(logits),
-            "a plain read": lambda: peers.read(logits),
         },
         "log_prob, forward and backward": {
             "dam": lambda: gradient(lambda x: dam.log_prob(x, target).sum()),

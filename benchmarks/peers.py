@@ -24,11 +24,6 @@ def logsumexp(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits, dim=-1)
 
 
-def read(logits: Tensor) -> Tensor:
-    """A plain read of the same bytes, as integers so that nothing but the memory is measured."""
-    return logits.view(torch.int32).sum()
-
-
 def log_prob(logits: Tensor, target: Tensor) -> Tensor:
     """log_softmax and gather, forward and backward; returns the gradient."""
     x = logits.detach().requires_grad_()

@@ -67,6 +67,9 @@ def _sudoku(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"dam sudoku: {error}", file=sys.stderr)
         return 1
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of every file saved; the run has a bar of its own
     fields = {field.name for field in dataclasses.fields(job.Options)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     try:

@@ -138,10 +138,9 @@ def rollout(
         log_prob=torch.zeros(position.shape, device=tokens.device),
     )
     for n in range(trajectories.network_calls):
-        if order == "confidence":
-            _most_confident_first(trajectories, n, denoiser, process, attention_mask, block_length, temperature, seed)
-        rows, at, hidden = _hidden_at_jumps(denoiser, trajectories, n, trajectories.final, attention_mask)
-        where = trajectories.position[rows, at]
+        # By confidence, everything still masked is drawn, and the likeliest of it kept.
+        drawn_now = trajectories.call >= n if order == "confidence" else trajectories.call == n
+        rows, at, hidden = _hidden_at(denoiser, trajectories, drawn_now, trajectories.final, attention_mask)
         head = denoiser.head().to(hidden.dtype)
         drawn = linear_jump(
             hidden,
@@ -150,11 +149,14 @@ def rollout(
             exclude=process.mask_token,
             temperature=temperature,
             seed=seed,
-            row_ids=rows * length + where,
+            row_ids=rows * length + trajectories.position[rows, at],
         )
         trajectories.token[rows, at] = drawn.target
         trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)
-        trajectories.final[rows, where] = drawn.target
+        if order == "confidence":
+            _likeliest_first(trajectories, n, block_length)
+        rows, at = torch.nonzero(trajectories.call == n, as_tuple=True)
+        trajectories.final[rows, trajectories.position[rows, at]] = trajectories.token[rows, at]
     if base is not None:
         trajectories.base_log_prob = jump_log_prob(
             base, trajectories, process, attention_mask=attention_mask, temperature=temperature
@@ -175,7 +177,7 @@ def jump_log_prob(
     out = torch.zeros_like(trajectories.log_prob)
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
-        rows, at, hidden = _hidden_at_jumps(denoiser, trajectories, n, states, attention_mask)
+        rows, at, hidden = _hidden_at(denoiser, trajectories, trajectories.call == n, states, attention_mask)
         head = denoiser.head().to(hidden.dtype)
         value = linear_log_prob(
             hidden,
@@ -190,48 +192,25 @@ def jump_log_prob(
     return out
 
 
-def _hidden_at_jumps(
-    denoiser: Denoiser, trajectories: Trajectories, call: int, states: Tensor, attention_mask: Tensor | None
+def _hidden_at(
+    denoiser: Denoiser, trajectories: Trajectories, chosen: Tensor, states: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and jump indices of one network call, and the hidden states [jumps of this call, D] where they go."""
-    rows, at = torch.nonzero(trajectories.call == call, as_tuple=True)
+    """Rows and jump indices of the chosen jumps, bool [B, S], and the hidden states [jumps, D] where they go."""
+    rows, at = torch.nonzero(chosen, as_tuple=True)
     active, compact = torch.unique_consecutive(rows, return_inverse=True)
     mask = None if attention_mask is None else attention_mask[active]
     hidden = denoiser.hidden_states(states[active], mask)
     return rows, at, hidden[compact, trajectories.position[rows, at]]
 
 
-def _most_confident_first(
-    trajectories: Trajectories,
-    call: int,
-    denoiser: Denoiser,
-    process: MaskedCTMC,
-    attention_mask: Tensor | None,
-    block_length: int | None,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Reorders the jumps still to come so that this call fills where its drawn token is likeliest."""
-    pending = trajectories.call >= call
-    rows, at = torch.nonzero(pending, as_tuple=True)
-    where = trajectories.position[rows, at]
-    mask = None if attention_mask is None else attention_mask
-    hidden = denoiser.hidden_states(trajectories.final, mask)[rows, where]
-    head = denoiser.head().to(hidden.dtype)
-    row_ids = rows * trajectories.final.shape[1] + where
-    drawn = linear_jump(
-        hidden,
-        head.weight,
-        bias=head.bias,
-        exclude=process.mask_token,
-        temperature=temperature,
-        seed=seed,
-        row_ids=row_ids,
-    )
-    # Rank by block first, then by falling confidence; a stable sort keeps finished jumps in front.
-    key = torch.full(pending.shape, -torch.inf, dtype=torch.float64, device=where.device)
-    key[rows, at] = -drawn.log_prob.double().exp()
+def _likeliest_first(trajectories: Trajectories, call: int, block_length: int | None) -> None:
+    """Reorders the jumps from network call `call` on, so that it fills where the drawn tokens are likeliest."""
+    # By block first, then by falling probability; a stable sort leaves earlier jumps in front, empty ones behind.
+    key = -trajectories.log_prob.double().exp()
     if block_length is not None:
-        key[rows, at] += 2.0 * ((where - trajectories.final.shape[1]) // block_length)
+        key += 2.0 * ((trajectories.position - trajectories.final.shape[1]) // block_length)
+    key[trajectories.call < call] = -torch.inf
     key[trajectories.call < 0] = torch.inf
-    trajectories.position = trajectories.position.gather(1, key.argsort(dim=1, stable=True))
+    order = key.argsort(dim=1, stable=True)
+    for name in ("position", "token", "log_prob"):
+        setattr(trajectories, name, getattr(trajectories, name).gather(1, order))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import enum
 import json
 import math
 import os
@@ -29,6 +30,18 @@ from dam.train.rewards import RewardError, RewardFunction, total_reward
 
 _STATE = "dam_state.pt"
 _SEQUENCES = ("input_ids", "attention_mask", "labels")
+
+
+class _Draw(enum.IntEnum):
+    """What a step draws at random; each has a stream of its own."""
+
+    WAY = 0  # how to a partly filled-in state
+    STATE = 1
+    ROLLOUT = 2
+    NULL_ARM = 3
+    REPLAY = 4
+    REMASK = 5
+    DROPOUT = 6
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
@@ -140,12 +153,12 @@ class DAMTrainer(Trainer):
         if mask_token is None:
             raise ValueError("the mask token is not known: set mask_token_id in DAMConfig")
         self.process = MaskedCTMC(mask_token)
-        pad_tokens = [
-            getattr(source, "pad_token_id", None) for source in (processing_class, getattr(model, "config", None))
-        ]
         # Padding must not look like something to fill in; any other token does, attention_mask being 0 there.
-        pad_tokens = [token for token in pad_tokens if token not in (None, mask_token)]
-        self._pad_token: int = pad_tokens[0] if pad_tokens else int(mask_token == 0)  # type: ignore[assignment]
+        self._pad_token = int(mask_token == 0)
+        for source in reversed(sources):
+            pad_token = getattr(source, "pad_token_id", None)
+            if pad_token is not None and pad_token != mask_token:
+                self._pad_token = pad_token
         MaskedLM(network)  # raises where the model does not fit
 
         if peft_config is not None:
@@ -221,12 +234,12 @@ class DAMTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.world_size
         return PromptSampler(len(dataset), batch_size, self.args.num_iterations, self.args.seed)
 
-    def _seed(self, purpose: int) -> int:
+    def _seed(self, purpose: _Draw) -> int:
         """64 bits from the run's seed, the step, the process and a purpose: nothing to save, nothing shared."""
         entropy = [self.args.seed, self._micro_step, self.args.process_index, purpose]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
-    def _generator(self, purpose: int) -> torch.Generator:
+    def _generator(self, purpose: _Draw) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(purpose) % 2**63)
 
     # Rollouts
@@ -303,12 +316,14 @@ class DAMTrainer(Trainer):
         with self._evaluating(model):
             states = tokens
             if args.normalizer == "state":
-                way = self._rollout(tokens, attention_mask, self._seed(0), base=False, temperature=args.temperature)
-                states = self.process.remask(tokens.cpu(), way.final.cpu(), self._generator(1)).to(tokens.device)
+                seed = self._seed(_Draw.WAY)
+                way = self._rollout(tokens, attention_mask, seed, base=False, temperature=args.temperature)
+                generator = self._generator(_Draw.STATE)
+                states = self.process.remask(tokens.cpu(), way.final.cpu(), generator).to(tokens.device)
             trajectories = self._rollout(
                 states.repeat_interleave(size, dim=0),
                 attention_mask.repeat_interleave(size, dim=0),
-                self._seed(2),
+                self._seed(_Draw.ROLLOUT),
                 base=True,
                 temperature=args.temperature,
             )
@@ -322,7 +337,7 @@ class DAMTrainer(Trainer):
         )
         weight = weights.weight.float()
         if args.null_arm:
-            order = torch.rand(weight.shape, generator=self._generator(3)).argsort(dim=1)
+            order = torch.rand(weight.shape, generator=self._generator(_Draw.NULL_ARM)).argsort(dim=1)
             weight = weight.gather(1, order)
         self._replay.extend(
             {
@@ -366,9 +381,9 @@ class DAMTrainer(Trainer):
             self._step_began = {"step": self.state.global_step, **self._progress()}
         if self._micro_step % self.args.num_iterations == 0 or len(self._replay) == 0:
             self._refill(model, inputs)
-        batch = self._replay.sample(self.args.replay_batch_size, self._generator(4))
+        batch = self._replay.sample(self.args.replay_batch_size, self._generator(_Draw.REPLAY))
         attention_mask = batch["attention_mask"]
-        generator = self._generator(5)
+        generator = self._generator(_Draw.REMASK)
         if self.args.normalizer == "state":
             targets = state_targets(
                 self.args.estimator,
@@ -390,7 +405,7 @@ class DAMTrainer(Trainer):
                 draw=self.args.draw_outcomes,
                 generator=generator,
             )
-        dropout_seed = self._seed(6)
+        dropout_seed = self._seed(_Draw.DROPOUT)
         self._micro_step += 1
         device = self.args.device
         mask = attention_mask[targets.group].to(device)

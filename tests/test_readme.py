@@ -1,0 +1,34 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+OPERATIONS, TRAINING = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_operations_in_a_loop_of_ones_own():
+    names = {}
+    exec(OPERATIONS, names)
+    gradients = (names["hidden"].grad, names["head"].weight.grad)
+    assert all(bool(gradient.isfinite().all()) and bool((gradient != 0).any()) for gradient in gradients)
+
+
+def test_fine_tuning_a_model(tmp_path):
+    # The same script, for one rollout of few puzzles.
+    shortened = TRAINING.replace('"out"', repr(str(tmp_path)))
+    for long, short in (("max_steps=400", "max_steps=4"), ("batch_size=64", "batch_size=4"), ("4096", "4")):
+        assert long in shortened
+        shortened = shortened.replace(long, short)
+    names = {}
+    exec(shortened, names)
+    assert names["trainer"].reward_calls == 4 * names["args"].num_generations
+    assert names["trainer"].state.global_step == 4
+
+
+def test_every_operation_is_listed():
+    import dam
+
+    for name in dam.__all__:
+        if name[0].islower():
+            assert f"`{name}`" in README or f"dam.{name}" in README, name
