@@ -1,4 +1,4 @@
-"""Ratios of the C++ backend to its peers: python -m benchmarks.cpu [--dtype bfloat16] [--threads 1] [--repeats 9].
+"""Ratios of the C++ backend to its peers: python -m benchmarks.cpu [--dtype bfloat16] [--threads 1] [--json FILE].
 
 Every function is called in turn, `repeats` times over, and medians are compared, so that a machine which is slow for a
 while is slow for all of them. A ratio above 1 says that dam is faster.
@@ -7,6 +7,7 @@ while is slow for all of them. A ratio above 1 says that dam is faster.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import dam
 from benchmarks import peers
+from dam.ops import _cpu
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -68,15 +70,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", metavar="FILE", help="also write the medians, in seconds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"T = {options.rows}, V = {options.vocabulary}, {options.dtype}, {options.threads} threads")
+    measured = {}
     for op, functions in cases(options.rows, options.vocabulary, getattr(torch, options.dtype)).items():
-        times = medians(functions, options.repeats)
+        measured[op] = times = medians(functions, options.repeats)
         print(f"\n{op}: {1e3 * times['dam']:.2f} ms")
         for name, seconds in times.items():
             if name != "dam":
                 print(f"    {name:24}{seconds / times['dam']:8.2f} x")
+    if options.json:
+        setting = {name: value for name, value in vars(options).items() if name != "json"}
+        versions = {"torch": torch.__version__, "instruction_set": _cpu.isa()}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({**setting, **versions, "median_seconds": measured}, file, indent=2)
+            file.write("\n")
 
 
 if __name__ == "__main__":

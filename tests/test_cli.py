@@ -170,7 +170,7 @@ def test_the_saved_model_is_the_one_that_was_measured(reference, puzzles):
     model = AutoModelForMaskedLM.from_pretrained(reference, attn_implementation="eager")
     assert model.config.dam["seed"] == 3
     read = sudoku.read_puzzles(puzzles)
-    measured = sudoku.metrics(read.puzzle, job._fill_in(model, read), read.solution)
+    measured = sudoku.metrics(read.puzzle, job.fill_in(model, read), read.solution)
     assert measured == {name: result(reference)[name] for name in ("solved", "exact", "cells")}
 
 
@@ -225,7 +225,7 @@ def file(path, text="not a folder"):
 )
 def test_an_error_comes_before_the_work(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "_fill_in", lambda *_: pytest.fail("the work has started"))
+    monkeypatch.setattr(job, "fill_in", lambda *_: pytest.fail("the work has started"))
     file(tmp_path / "file")
     file(tmp_path / "bad.csv", "Puzzle,Solution\n\n120430122103430,1234341221434321\n")
     file(tmp_path / "other.csv", "Puzzle\n1204301221034301\n")
@@ -242,7 +242,7 @@ def test_an_error_comes_before_the_work(tmp_path, monkeypatch, capsys, options, 
 def test_a_missing_extra_is_an_error_before_the_work(small, tmp_path, monkeypatch, capsys):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(job, "_fill_in", lambda *_: pytest.fail("the work has started"))
+    monkeypatch.setattr(job, "fill_in", lambda *_: pytest.fail("the work has started"))
     assert cli.main(["sudoku", "--output", str(tmp_path / "run")]) == 1
     assert "pip install 'discrete-adjoint-matching[plot]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -341,7 +341,7 @@ def test_ctrl_c_before_the_first_step(small, reference, puzzles, tmp_path, monke
 
     arguments = ["sudoku", *SMALL, "--puzzles", puzzles, "--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_fill_in", interrupted)
+        patch.setattr(job, "fill_in", interrupted)
         try:
             assert cli.main(arguments) == 130
         except KeyboardInterrupt:

@@ -116,8 +116,8 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
         result: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         return result
 
-    base = sudoku.pretrain_base(options.seed) if options.pretrain else sudoku.base_model()
-    base_filled = _fill_in(base, evaluated)
+    model = sudoku.pretrain_base(options.seed) if options.pretrain else sudoku.base_model()
+    base_filled = fill_in(model, evaluated)
     base_metrics = sudoku.metrics(evaluated.puzzle, base_filled, evaluated.solution)
     rollouts = options.reward_calls // CALLS_PER_ROLLOUT
     train_grids, _ = sudoku.split_grids()
@@ -126,7 +126,6 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
         train_grids, rollouts * PROMPTS, (min(3, options.blanks), options.blanks), options.seed
     )
     stop = StopOnSignal()
-    model = sudoku.base_model() if not options.pretrain else _copy(base)
     trainer = DAMTrainer(
         model=model,
         reward_funcs=REWARDS[options.reward],
@@ -134,7 +133,6 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
         train_dataset=training.rows(),
         eval_dataset=evaluated.rows(),
         compute_metrics=_compute_metrics,
-        ref_model=base,
         callbacks=[stop, OnSave(clock.record), MetricsFile(str(output / "metrics.jsonl"))],
     )
     _use_progress_bar(trainer)
@@ -146,7 +144,7 @@ def finetune(output: Path, options: Options, *, resume: bool = False) -> dict[st
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; checkpoint saved")
 
-    filled = _fill_in(model, evaluated)
+    filled = fill_in(model, evaluated)
     tuned = sudoku.metrics(evaluated.puzzle, filled, evaluated.solution)
     model.config.dam = dataclasses.asdict(options)
     trainer.save_model(str(output))
@@ -245,7 +243,7 @@ def _use_progress_bar(trainer: DAMTrainer) -> None:
     trainer.add_callback(RolloutProgress())
 
 
-def _fill_in(model: Any, puzzles: sudoku.Puzzles) -> Tensor:
+def fill_in(model: Any, puzzles: sudoku.Puzzles) -> Tensor:
     """The model's completions: likeliest token, most confident cell first. Deterministic."""
     model.eval()
     process = MaskedCTMC(mask_token=sudoku.BLANK)
@@ -255,12 +253,6 @@ def _fill_in(model: Any, puzzles: sudoku.Puzzles) -> Tensor:
 def _compute_metrics(prediction: Any) -> dict[str, float]:
     arrays = (prediction.inputs, prediction.predictions, prediction.label_ids)
     return sudoku.metrics(*(torch.as_tensor(array) for array in arrays))
-
-
-def _copy(model: Any) -> Any:
-    copied = type(model)(model.config)
-    copied.load_state_dict(model.state_dict())
-    return copied
 
 
 def _example(puzzle: Tensor, before: Tensor, after: Tensor) -> dict[str, list[int]]:

@@ -77,7 +77,12 @@ def draw_puzzles(grids: Tensor, count: int, blanks: tuple[int, int], seed: int) 
     generator = torch.Generator().manual_seed(seed)
     solution = grids[torch.randint(len(grids), (count,), generator=generator)]
     number = torch.randint(low, high + 1, (count, 1), generator=generator)
-    rank = torch.rand(count, CELLS, generator=generator).argsort(dim=1).argsort(dim=1)
+    return _blanked(solution, number, generator)
+
+
+def _blanked(solution: Tensor, number: Tensor | int, generator: torch.Generator) -> Puzzles:
+    """Puzzles with `number` blanks at random cells."""
+    rank = torch.rand(solution.shape, generator=generator).argsort(dim=1).argsort(dim=1)
     return Puzzles(solution.masked_fill(rank < number, BLANK), solution)
 
 
@@ -86,10 +91,7 @@ def held_out_puzzles(blanks: int = 8, per_grid: int = 3) -> Puzzles:
     if not 1 <= blanks <= CELLS:
         raise ValueError(f"blanks must be in [1, {CELLS}]; got {blanks}")
     _, grids = split_grids()
-    solution = grids.repeat(per_grid, 1)
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    rank = torch.rand(solution.shape, generator=generator).argsort(dim=1).argsort(dim=1)
-    return Puzzles(solution.masked_fill(rank < blanks, BLANK), solution)
+    return _blanked(grids.repeat(per_grid, 1), blanks, torch.Generator().manual_seed(SPLIT_SEED))
 
 
 def read_puzzles(path: str | Path) -> Puzzles:

@@ -5,18 +5,18 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dam
 from dam.ops import _cpu, _philox
 
-kernels = pytest.importorskip("dam._cpu", reason="the C++ extension is not built")
+kernels = importlib.import_module("dam._cpu")  # setup.py always builds it: without it these tests fail
 jump_op, log_prob_op, matching_op = (
     importlib.import_module(f"dam.ops.{name}") for name in ("jump", "log_prob", "matching_loss")
 )
@@ -29,16 +29,6 @@ FUSED = os.environ.get("DAM_CPU_ISA") != "plain"  # products fused with sums
 # Relative error of exp(d) in float32: a rounding of d where products are fused, of scaled d besides where not.
 EXP_ERROR = 2.0**-22.5
 ERROR_PER_NAT = 2.0**-24 if FUSED else 2.0**-22
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Case:
