@@ -20,7 +20,7 @@ DAM_DECLARE_KERNELS(plain)
 
 #define DAM_KERNELS(ISA)                                                               \
   {ISA::jump,      ISA::log_prob,          ISA::log_prob_backward, ISA::matching_loss, \
-   ISA::probe_exp, ISA::probe_exponential, ISA::probe_philox}
+   ISA::probe_exp, ISA::probe_exponential, ISA::probe_philox,      ISA::probe_read}
 
 struct Set {
   const char* name;
@@ -228,4 +228,11 @@ PYBIND11_MODULE(_cpu, module) {
         dam::chosen().kernels.exponential(dam::bind::at<uint32_t>(words), dam::bind::at<double>(result), count);
       },
       "words"_a, "result"_a, "count"_a, "Standard exponentials, float64, from uint32 [count, 2] random words.");
+  module.def(
+      "read",
+      [](dam::bind::Address data, int64_t count, int threads) {
+        const py::gil_scoped_release release;
+        return dam::chosen().kernels.read(dam::bind::at<uint64_t>(data), count, threads);
+      },
+      "data"_a, "count"_a, "threads"_a, "Wrapping sum of `count` 64-bit words: the time of a plain read.");
 }

@@ -95,6 +95,7 @@ struct Kernels {
   void (*exp)(const float* x, float* result, int64_t count, double scale);
   void (*exponential)(const uint32_t* words, double* result, int64_t count);  // words [count, 2]: high, low
   void (*philox)(const uint32_t* counter, const uint32_t* key, uint32_t* words);
+  uint64_t (*read)(const uint64_t* data, int64_t count, int threads);
 };
 
 #define DAM_DECLARE_KERNELS(ISA)                                  \
@@ -106,6 +107,7 @@ struct Kernels {
   void probe_exp(const float*, float*, int64_t, double);          \
   void probe_exponential(const uint32_t*, double*, int64_t);      \
   void probe_philox(const uint32_t*, const uint32_t*, uint32_t*); \
+  uint64_t probe_read(const uint64_t*, int64_t, int);             \
   }
 
 }  // namespace dam

@@ -1,4 +1,5 @@
-// The numerics of csrc/core as this instruction set computes them, for the tests.
+// The numerics of csrc/core as this instruction set computes them, for the tests; a plain read of memory, the floor that
+// the benchmarks state.
 #include "../core/race.h"
 #include "rows.h"
 
@@ -32,6 +33,32 @@ void probe_philox(const uint32_t* counter, const uint32_t* key, uint32_t* words)
   words[1] = static_cast<uint32_t>(block.y[0]);
   words[2] = static_cast<uint32_t>(block.z[0]);
   words[3] = static_cast<uint32_t>(block.w[0]);
+}
+
+// The wrapping sum of all 64-bit words. Loads and one addition each: what no kernel that reads these bytes can undercut.
+uint64_t probe_read(const uint64_t* data, int64_t count, int threads) {
+  constexpr int64_t GRAB = 1 << 14;
+  constexpr int UNROLL = 4;
+  uint64_t total = 0;
+  parallel_for((count + GRAB - 1) / GRAB, threads, 1, [&](int64_t grab, int) {
+    const uint64_t* x = data + grab * GRAB;
+    const int64_t n = count - grab * GRAB < GRAB ? count - grab * GRAB : GRAB;
+    u64 lanes[UNROLL] = {};
+    int64_t i = 0;
+    for (; i + UNROLL * WIDE <= n; i += UNROLL * WIDE) {
+      for (int u = 0; u < UNROLL; ++u) lanes[u] += load<u64>(x + i + u * WIDE);
+    }
+    uint64_t sum = 0;
+    for (; i < n; ++i) sum += x[i];
+    for (const u64& lane : lanes) {
+      for (int j = 0; j < WIDE; ++j) sum += lane[j];
+    }
+#if defined(_OPENMP)
+#pragma omp atomic
+#endif
+    total += sum;
+  });
+  return total;
 }
 
 DAM_END
