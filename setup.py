@@ -22,7 +22,7 @@ HEADERS = sorted(str(path) for path in (*CPU.glob("*.h"), *Path("csrc/core").glo
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"plain": []}
 if X86:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
 
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]

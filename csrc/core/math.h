@@ -29,39 +29,94 @@ struct BitsOf<double> {
   using type = uint64_t;
 };
 
-// A factor in two floats, so that applying it costs no accuracy where products are fused with sums.
+// b where either is NaN. simd.h has the vectors' one instruction.
+template <class F>
+DAM_HD F larger(F a, F b) {
+  return a > b ? a : b;
+}
+
+// 2^-125 keeps a result a normal number; what is smaller is 0.
+constexpr float LEAST_EXPONENT = -125.0f;
+
+// What an argument of exp_scaled is multiplied with: a factor in two floats, so that it costs no accuracy where products
+// are fused with sums, or the number 1, which costs less.
 struct Factor {
-  float high, low;
-  float floor;  // arguments below it give 0
+  float high, low;  // scale * log2(e)
+  float floor;      // arguments below it give 0
+};
+struct Unit {
+  static constexpr float high = 1.44269504f;
+  static constexpr float floor = LEAST_EXPONENT / 1.44269504f;
 };
 
-// The factor with which exp_scaled(x, factor) = exp(scale * x).
 DAM_HD Factor exp_factor(double scale) {
   const double c = std::fmin(scale * 1.4426950408889634, 1e30);
   const float high = static_cast<float>(c);
-  // 2^-125 keeps the result a normal number; what is smaller is 0.
-  return {high, static_cast<float>(c - high), static_cast<float>(-125.0 / c)};
+  return {high, static_cast<float>(c - high), static_cast<float>(LEAST_EXPONENT / c)};
 }
 
-// exp(scale * x) for scale * x < 88; exactly 1 at 0, exactly 0 at -inf and below exp(-86.6); NaN for NaN.
-// Relative error < 2^-22.9 where products are fused with sums (AVX2, AVX-512, most others), else 2^-22 (1 + |scale x|).
-// F is float or a vector of floats.
+// What is left of x after n = round(scale x log2(e)) powers of 2, as an argument of raised_fraction.
 template <class F>
-DAM_HD F exp_scaled(F x, Factor c) {
+DAM_HD F fraction(F x, F n, Factor c) {
+  return x * c.low + (x * c.high - n);
+}
+template <class F>
+DAM_HD F fraction(F x, F n, Unit) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDACC__)
+  return x - n * 0.69314718f;  // this float is within 2e-9 of ln 2
+#else
+  return (x - n * 0.693359375f) + n * 2.12194440e-4f;  // the first product is exact
+#endif
+}
+
+// (2^r - 1) / r for |r| <= 1/2, and (e^r - 1) / r for |r| <= ln(2) / 2: minimax, 1 + r times them within 2^-23.3.
+template <class F>
+DAM_HD F raised_fraction(F r, Factor) {
+  F q = r * 0.001326472731f + 0.009671512991f;
+  q = q * r + 0.05550733581f;
+  q = q * r + 0.2402224243f;
+  return q * r + 0.6931470037f;
+}
+template <class F>
+DAM_HD F raised_fraction(F r, Unit) {
+  F q = r * 0.008290315047f + 0.0418979302f;
+  q = q * r + 0.1666763574f;
+  q = q * r + 0.4999915063f;
+  return q * r + 0.999999702f;
+}
+
+// x = exp(scale * x) for scale * x < 88; exactly 1 at 0, NaN for NaN. Below exp(-86.6) and at -inf exactly 0 with FLUSH,
+// else at most 2^-125. Relative error < 2^-22.4 + 2^-28.4 |x| for Unit; for a Factor 2^-22.4 where products are fused with
+// sums (AVX2, AVX-512, most others) and 2^-22 (1 + |scale x|) elsewhere.
+// F is float or a vector of floats. The N of them go through each step together: one by one, the chain of dependent
+// operations would fill a core's scheduler before the next one starts.
+template <bool FLUSH, int N, class F, class Scale>
+DAM_HD void exp_each(F (&x)[N], Scale c) {
   using U = typename BitsOf<F>::type;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const F shifted = x * c.high + 12582912.0f;
-  const F n = shifted - 12582912.0f;
-  const F r = x * c.low + (x * c.high - n);
-  // (2^r - 1) / r, interpolated in the Chebyshev nodes of [-1/2, 1/2]; 2^r is within 1e-8.
-  F q = r * 0.00015453163359803f + 0.00133908633146983f;
-  q = q * r + 0.00961808301508427f;
-  q = q * r + 0.05550356954336166f;
-  q = q * r + 0.24022650718688965f;
-  q = q * r + 0.69314718246459961f;
-  const F power = bit_cast<F>((bit_cast<U>(shifted) << 23) + (127u << 23));
-  const F result = (q * r + 1.0f) * power;
-  return x < c.floor ? F{} : result;
+  F shifted[N], r[N], q[N];
+  for (int i = 0; i < N; ++i) {
+    if constexpr (!FLUSH) x[i] = larger(F{} + c.floor, x[i]);
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    shifted[i] = x[i] * c.high + 12582912.0f;
+  }
+  for (int i = 0; i < N; ++i) r[i] = fraction(x[i], shifted[i] - 12582912.0f, c);
+  for (int i = 0; i < N; ++i) q[i] = raised_fraction(r[i], c);
+  for (int i = 0; i < N; ++i) {
+    const F power = bit_cast<F>((bit_cast<U>(shifted[i]) << 23) + (127u << 23));
+    const F result = (q[i] * r[i] + 1.0f) * power;
+    if constexpr (FLUSH) {
+      x[i] = x[i] < c.floor ? F{} : result;
+    } else {
+      x[i] = result;
+    }
+  }
+}
+
+template <class F, class Scale>
+DAM_HD F exp_scaled(F x, Scale c) {
+  F one[1] = {x};
+  exp_each<true>(one, c);
+  return one[0];
 }
 
 // exp(x) for x <= 700, relative error < 4e-15; 0 below -700 and at -inf, NaN for NaN. F is double or a vector of

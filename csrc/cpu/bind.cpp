@@ -8,6 +8,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../core/dtype.h"
 #include "kernels.h"
 
 namespace dam {
@@ -18,9 +23,10 @@ DAM_DECLARE_KERNELS(avx2)
 #endif
 DAM_DECLARE_KERNELS(plain)
 
-#define DAM_KERNELS(ISA)                                                               \
-  {ISA::jump,      ISA::log_prob,          ISA::log_prob_backward, ISA::matching_loss, \
-   ISA::probe_exp, ISA::probe_exponential, ISA::probe_philox,      ISA::probe_read}
+#define DAM_KERNELS(ISA)                                                                                    \
+  {ISA::jump,          ISA::log_prob,        ISA::log_prob_backward, ISA::matching_loss,                     \
+   ISA::rate_ratio,    ISA::adjoint_weights, ISA::tilt_to_ess,       ISA::probe_exp,                         \
+   ISA::probe_exponential, ISA::probe_philox, ISA::probe_read}
 
 struct Set {
   const char* name;
@@ -32,7 +38,7 @@ static std::vector<Set> sets() {
   std::vector<Set> all;
 #if defined(DAM_HAVE_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   all.push_back({"avx512", avx512, DAM_KERNELS(avx512)});
@@ -74,6 +80,24 @@ using Address = uintptr_t;
 template <class T>
 static T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// The address of a large output that is about to be filled. From 32 MB on malloc maps memory anew for every array; in
+// pages of 4 KB the faults of the first touch then take several times as long as the kernel, so larger ones are asked for.
+static void* output(Address address, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr Address PAGE = Address{1} << 21;
+  if (address && bytes >= int64_t{32} << 20) {
+    const Address begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
+    madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
+  }
+#endif
+  (void)bytes;
+  return at<void>(address);
+}
+
+static int64_t matrix_bytes(int64_t rows, int64_t columns, int dtype) {
+  return rows * columns * (dtype == static_cast<int>(Dtype::float32) ? 4 : 2);
 }
 
 class ScratchMemory {
@@ -137,7 +161,7 @@ static void log_prob_backward(Address logits, int64_t rows, int64_t columns, int
                              targets,
                              at<double>(upstream),
                              at<double>(log_escape),
-                             at<void>(gradient)});
+                             output(gradient, matrix_bytes(rows, columns, dtype))});
 }
 
 static double matching_loss(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype, Address base,
@@ -160,11 +184,62 @@ static double matching_loss(Address logits, int64_t rows, int64_t columns, int64
                          at<double>(row_scale),
                          normalized,
                          loss.data(),
-                         at<void>(gradient)});
+                         output(gradient, matrix_bytes(rows, columns, dtype))});
   // In the rows' order, so that the loss does not depend on the number of threads.
   double total = 0.0;
   for (const double term : loss) total += term;
   return total;
+}
+
+static void rate_ratio(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype, Address base,
+                       int64_t base_row_stride, Address exclude, int64_t exclude_stride, Address target,
+                       int64_t targets, Address log_ratio, Address escape_gap, int threads) {
+  const Kernels& kernels = chosen().kernels;
+  const pybind11::gil_scoped_release release;
+  const ScratchMemory scratch(columns, threads);
+  kernels.rate_ratio({{rows, columns, dtype, threads},
+                      scratch.get(),
+                      {at<void>(logits), row_stride},
+                      {at<void>(base), base_row_stride},
+                      {at<int64_t>(exclude), exclude_stride},
+                      at<int64_t>(target),
+                      targets,
+                      at<float>(log_ratio),
+                      at<float>(escape_gap)});
+}
+
+static int64_t adjoint_weights(Address log_ratio, int64_t groups, int64_t size, int64_t steps, int64_t group_stride,
+                               int64_t row_stride, int dtype, Address escape_gap, int64_t gap_group_stride,
+                               int64_t gap_row_stride, Address terminal_cost, double clip, Address weight,
+                               Address log_path, Address log_normalizer, Address ess, Address clipped, int threads) {
+  const Kernels& kernels = chosen().kernels;
+  const pybind11::gil_scoped_release release;
+  const std::unique_ptr<double[]> scratch(new double[threads * size]);
+  return kernels.adjoint_weights({groups,
+                                  size,
+                                  steps,
+                                  dtype,
+                                  threads,
+                                  scratch.get(),
+                                  {at<void>(log_ratio), group_stride, row_stride},
+                                  {at<void>(escape_gap), gap_group_stride, gap_row_stride},
+                                  at<double>(terminal_cost),
+                                  clip,
+                                  at<float>(weight),
+                                  static_cast<float*>(output(log_path, groups * size * (steps + 1) * 4)),
+                                  at<float>(log_normalizer),
+                                  at<float>(ess),
+                                  at<float>(clipped)});
+}
+
+static int64_t tilt_to_ess(Address reward, int64_t groups, int64_t size, double ess, double max_tilt, Address tilt,
+                           int threads) {
+  const Kernels& kernels = chosen().kernels;
+  const pybind11::gil_scoped_release release;
+  const int64_t length = (size + 7) / 8 * 8;
+  const std::unique_ptr<double[]> scratch(new double[threads * length]);
+  return kernels.tilt_to_ess(
+      {groups, size, threads, scratch.get(), length, at<double>(reward), ess, max_tilt, at<double>(tilt)});
 }
 
 }  // namespace bind
@@ -206,6 +281,20 @@ PYBIND11_MODULE(_cpu, module) {
       "base_row_stride"_a, "exclude"_a, "exclude_stride"_a, "target"_a, "targets"_a, "weight"_a, "base_weight"_a,
       "row_scale"_a, "normalized"_a, "gradient"_a, "threads"_a,
       "Returns the loss and fills gradient [T, V]; weight is float64 [T, J], base_weight and row_scale float64 [T].");
+
+  module.def("rate_ratio", dam::bind::rate_ratio, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a, "base"_a,
+             "base_row_stride"_a, "exclude"_a, "exclude_stride"_a, "target"_a, "targets"_a, "log_ratio"_a,
+             "escape_gap"_a, "threads"_a, "Fills log_ratio float32 [T, J] and escape_gap float32 [T].");
+  module.def("adjoint_weights", dam::bind::adjoint_weights, "log_ratio"_a, "groups"_a, "size"_a, "steps"_a,
+             "group_stride"_a, "row_stride"_a, "dtype"_a, "escape_gap"_a, "gap_group_stride"_a, "gap_row_stride"_a,
+             "terminal_cost"_a, "clip"_a, "weight"_a, "log_path"_a, "log_normalizer"_a, "ess"_a, "clipped"_a,
+             "threads"_a,
+             "Fills float32 weight [G, K], log_path [G, K, S + 1], log_normalizer, ess and clipped [G]; terminal_cost is "
+             "float64 [G, K]. Returns the first trajectory, as g * K + k, that has no weight, or -1.");
+  module.def("tilt_to_ess", dam::bind::tilt_to_ess, "reward"_a, "groups"_a, "size"_a, "ess"_a, "max_tilt"_a, "tilt"_a,
+             "threads"_a,
+             "Fills tilt float64 [G]; reward is float64 [G, K]. Returns the first reward, as g * K + k, that is NaN or "
+             "+inf, or -1.");
 
   module.def(
       "philox",

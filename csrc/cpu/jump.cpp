@@ -54,7 +54,6 @@ static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
   const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
   const bool greedy = a.temperature == 0.0;
   const double scale = greedy ? 1.0 : 1.0 / a.temperature;
-  const Factor factor = exp_factor(scale);
   const Summary total = sum_row(row, scale, threads, tiles);
   const bool reachable = total.sum > 0.0;  // false for NaN
   const double log_sum = std::log(total.sum);
@@ -68,16 +67,16 @@ static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
     if (reachable && greedy) {
       int64_t tile = 0;
       while (tile < tiles.count - 1 && tiles.max[tile] != total.max) ++tile;
-      target = tile * TILE + argmax(row.load_tile(tile, buffer), static_cast<float>(total.max));
+      target = tile * TILE + argmax(row.template load_tile<true>(tile, buffer), static_cast<float>(total.max));
     } else if (reachable) {
       const int64_t id = a.row_ids.data ? a.row_ids.data[t * a.row_ids.stride] : t;
       const uint32_t sample = static_cast<uint32_t>(4 * s);
       Stream stream{a.seed, static_cast<uint64_t>(id), sample + TILE_STREAM};
       const int64_t tile = race_tiles(tiles.sum, tiles.count, stream);
       if (tile != raced) {
-        const float* x = row.load_tile(tile, buffer);
+        const float* x = row.template load_tile<true>(tile, buffer);
         const float p = static_cast<float>(pivot(tiles.max[tile]));
-        for (int i = 0; i < TILE; i += LANES) store(rate + i, exp_scaled(load<f32>(x + i) - p, factor));
+        with_scale(scale, [&](auto factor) { scaled_exp_tile<false>(rate, x, p, factor, 1.0f, x); });
         raced = tile;
       }
       stream.sample_stream = sample + TOKEN_STREAM;
@@ -91,19 +90,14 @@ static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
 }
 
 int64_t jump(const JumpArgs& a) {
-  int64_t first_bad = a.shape.rows;
+  FirstBad first_bad;
   with_element(a.shape.dtype, [&](auto element) {
     for_rows(a.shape, [&](int64_t t, int worker, int threads) {
-      const bool good = jump_row<decltype(element)>(a, t, threads, scratch_tiles(a.scratch, worker, a.shape.columns));
-      if (!good) {
-#if defined(_OPENMP)
-#pragma omp critical(dam_first_bad)
-#endif
-        first_bad = t < first_bad ? t : first_bad;
-      }
+      const Tiles tiles = scratch_tiles(a.scratch, worker, a.shape.columns);
+      if (!jump_row<decltype(element)>(a, t, threads, tiles)) first_bad.enter(t);
     });
   });
-  return first_bad == a.shape.rows ? -1 : first_bad;
+  return first_bad.index();
 }
 
 DAM_END

@@ -86,12 +86,59 @@ struct MatchingLossArgs {
   void* gradient;  // [T, V], contiguous, the logits' dtype; null: not wanted
 };
 
+struct RateRatioArgs {
+  Shape shape;
+  Scratch scratch;
+  Matrix logits;
+  Matrix base;
+  Indices exclude;
+  const int64_t* target;  // [T, J]
+  int64_t targets;        // J
+  float* log_ratio;       // [T, J]
+  float* escape_gap;      // [T]
+};
+
+// [G, K, S] with unit inner stride.
+struct Cube {
+  const void* data;
+  int64_t group_stride, row_stride;
+};
+
+struct AdjointWeightsArgs {
+  int64_t groups, size, steps;  // G, K, S
+  int dtype, threads;
+  double* scratch;  // [threads, K]
+  Cube log_ratio;
+  Cube escape_gap;              // null: none
+  const double* terminal_cost;  // [G, K]
+  double clip;                  // inf: none
+  float* weight;                // [G, K]
+  float* log_path;              // [G, K, S + 1]
+  float* log_normalizer;        // [G]
+  float* ess;                   // [G]
+  float* clipped;               // [G]
+};
+
+struct TiltToEssArgs {
+  int64_t groups, size;  // G, K
+  int threads;
+  double* scratch;       // [threads, length]
+  int64_t length;        // K or more, a multiple of any vector's
+  const double* reward;  // [G, K]
+  double ess, max_tilt;
+  double* tilt;  // [G]
+};
+
 // Entry points of one instruction set.
 struct Kernels {
   int64_t (*jump)(const JumpArgs&);  // the first row that cannot be sampled, or -1
   void (*log_prob)(const LogProbArgs&);
   void (*log_prob_backward)(const LogProbBackwardArgs&);
   void (*matching_loss)(const MatchingLossArgs&);
+  void (*rate_ratio)(const RateRatioArgs&);
+  // The first trajectory, as g * K + k, that no weight or tilt can be given to, or -1.
+  int64_t (*adjoint_weights)(const AdjointWeightsArgs&);
+  int64_t (*tilt_to_ess)(const TiltToEssArgs&);
   void (*exp)(const float* x, float* result, int64_t count, double scale);
   void (*exponential)(const uint32_t* words, double* result, int64_t count);  // words [count, 2]: high, low
   void (*philox)(const uint32_t* counter, const uint32_t* key, uint32_t* words);
@@ -104,6 +151,9 @@ struct Kernels {
   void log_prob(const LogProbArgs&);                              \
   void log_prob_backward(const LogProbBackwardArgs&);             \
   void matching_loss(const MatchingLossArgs&);                    \
+  void rate_ratio(const RateRatioArgs&);                          \
+  int64_t adjoint_weights(const AdjointWeightsArgs&);             \
+  int64_t tilt_to_ess(const TiltToEssArgs&);                      \
   void probe_exp(const float*, float*, int64_t, double);          \
   void probe_exponential(const uint32_t*, double*, int64_t);      \
   void probe_philox(const uint32_t*, const uint32_t*, uint32_t*); \

@@ -30,7 +30,6 @@ template <class Element>
 static void log_prob_backward_row(const LogProbBackwardArgs& a, int64_t t, int threads) {
   const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
   const double scale = 1.0 / a.temperature;
-  const Factor factor = exp_factor(scale);
   const int64_t* target = a.target + t * a.targets;
   const double* upstream = a.upstream + t * a.targets;
   double total = 0.0;
@@ -47,7 +46,8 @@ static void log_prob_backward_row(const LogProbBackwardArgs& a, int64_t t, int t
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
     GradientTile<Element> out(gradient, k, row.count(k));
-    scaled_exp_tile(out.values, row.load_tile(k, buffer), p, factor, coefficient, row.next_tile(k));
+    const float* x = row.load_tile(k, buffer);
+    with_scale(scale, [&](auto s) { scaled_exp_tile<false>(out.values, x, p, s, coefficient, row.next_tile(k)); });
     for (int64_t j = 0; j < a.targets; ++j) {
       if (target[j] != row.exclude) out.add(target[j], scale * upstream[j]);
     }

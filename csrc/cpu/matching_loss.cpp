@@ -12,18 +12,18 @@ struct Cross {
 
 template <class Element>
 static Cross cross_tile(const float* b, const float* x, float p, const Element* next) {
-  const Factor factor = exp_factor(1.0);
   const float max = max_of_tile(b);
   const float q = pivot(max);
-  constexpr int UNROLL = 2;
   f32 sum[UNROLL] = {}, cross[UNROLL] = {};
   for (int i = 0; i < TILE; i += UNROLL * LANES) {
-    __builtin_prefetch(next + i);
+    prefetch(next, i);
+    f32 e[UNROLL];
+    load_differences(e, b + i, q);
+    exp_each<true>(e, Unit{});
     for (int u = 0; u < UNROLL; ++u) {
-      const f32 e = exp_scaled(load<f32>(b + i + u * LANES) - q, factor);
-      sum[u] += e;
+      sum[u] += e[u];
       // A destination that the base does not reach counts 0 even where x is -inf.
-      cross[u] += e == 0.0f ? f32{} : e * (load<f32>(x + i + u * LANES) - p);
+      cross[u] += e[u] == 0.0f ? f32{} : e[u] * (load<f32>(x + i + u * LANES) - p);
     }
   }
   Cross result{max, 0.0, 0.0};
@@ -32,15 +32,6 @@ static Cross cross_tile(const float* b, const float* x, float p, const Element* 
     result.cross += sum_lanes(cross[u]);
   }
   return result;
-}
-
-template <class Element>
-static void subtract_exp_tile(float* out, const float* x, float p, float coefficient, const Element* next) {
-  const Factor factor = exp_factor(1.0);
-  for (int i = 0; i < TILE; i += LANES) {
-    __builtin_prefetch(next + i);
-    store(out + i, load<f32>(out + i) - coefficient * exp_scaled(load<f32>(x + i) - p, factor));
-  }
 }
 
 struct MatchingRow {
@@ -53,14 +44,13 @@ template <class Element>
 static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, const Row<Element>& base, int threads,
                             int worker) {
   const Tiles tiles = scratch_tiles(a.scratch, worker, row.columns);
-  const Factor factor = exp_factor(1.0);
   double* const base_max = scratch_array(a.scratch, worker, 2);
   double* const base_sum = scratch_array(a.scratch, worker, 3);
   double* const cross = scratch_array(a.scratch, worker, 4);
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE], base_buffer[TILE];
     const float* x = row.load_tile(k, buffer);
-    const Summary s = sum_tile(x, factor, row.next_tile(k));
+    const Summary s = sum_tile(x, Unit{}, row.next_tile(k));
     tiles.max[k] = s.max;
     tiles.sum[k] = s.sum;
     if (base.data) {
@@ -71,7 +61,7 @@ static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, 
       cross[k] = c.cross;
     }
   });
-  MatchingRow result{merge_tiles(tiles, 1.0), {-HUGE_VAL, 0.0}, 0.0};
+  MatchingRow result{finish_sum(row, 1.0, tiles), {-HUGE_VAL, 0.0}, 0.0};
   if (base.data) {
     const double reference = a.normalized ? pivot(result.total.max) : 0.0;
     double max = -HUGE_VAL;
@@ -128,14 +118,13 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   const float coefficient = outflow == 0.0 ? 0.0f : to_float(row_scale * outflow * rate_of_max);
   const float base_coefficient = base_weight == 0.0 ? 0.0f : to_float(row_scale * base_weight * base_rate_of_max);
   const float p = static_cast<float>(pivot(r.total.max)), q = static_cast<float>(pivot(r.base_total.max));
-  const Factor factor = exp_factor(1.0);
   Element* gradient = static_cast<Element*>(a.gradient) + t * a.shape.columns;
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
     GradientTile<Element> out(gradient, k, row.count(k));
-    scaled_exp_tile(out.values, row.load_tile(k, buffer), p, factor, coefficient, row.next_tile(k));
+    scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), p, Unit{}, coefficient, row.next_tile(k));
     if (base_coefficient != 0.0f) {
-      subtract_exp_tile(out.values, base.load_tile(k, buffer), q, base_coefficient, base.next_tile(k));
+      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), q, Unit{}, base_coefficient, base.next_tile(k));
     }
     for (int64_t j = 0; j < a.targets; ++j) {
       if (counts(j)) out.add(target[j], -row_scale * weight[j]);

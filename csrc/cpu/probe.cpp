@@ -6,10 +6,11 @@
 DAM_BEGIN
 
 void probe_exp(const float* x, float* result, int64_t count, double scale) {
-  const Factor factor = exp_factor(scale);
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(result + i, exp_scaled(load<f32>(x + i), factor));
-  for (; i < count; ++i) result[i] = exp_scaled(x[i], factor);
+  with_scale(scale, [&](auto factor) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(result + i, exp_scaled(load<f32>(x + i), factor));
+    for (; i < count; ++i) result[i] = exp_scaled(x[i], factor);
+  });
 }
 
 void probe_exponential(const uint32_t* words, double* result, int64_t count) {
@@ -38,7 +39,6 @@ void probe_philox(const uint32_t* counter, const uint32_t* key, uint32_t* words)
 // The wrapping sum of all 64-bit words. Loads and one addition each: what no kernel that reads these bytes can undercut.
 uint64_t probe_read(const uint64_t* data, int64_t count, int threads) {
   constexpr int64_t GRAB = 1 << 14;
-  constexpr int UNROLL = 4;
   uint64_t total = 0;
   parallel_for((count + GRAB - 1) / GRAB, threads, 1, [&](int64_t grab, int) {
     const uint64_t* x = data + grab * GRAB;

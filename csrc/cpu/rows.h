@@ -37,6 +37,21 @@ inline void parallel_for(int64_t count, int threads, int64_t chunk, Body body) {
   for (int64_t i = 0; i < count; ++i) body(i, 0);
 }
 
+// The least of the indices that threads enter, or -1.
+class FirstBad {
+ public:
+  void enter(int64_t index) {
+#if defined(_OPENMP)
+#pragma omp critical(dam_first_bad)
+#endif
+    first_ = first_ < 0 || index < first_ ? index : first_;
+  }
+  int64_t index() const { return first_; }
+
+ private:
+  int64_t first_ = -1;
+};
+
 constexpr int64_t TILES_PER_GRAB = 32;  // what a thread takes at a time, so that taking costs little
 
 // Calls body(t, worker, threads) for every row: rows side by side when there are enough of them, else one after another
@@ -78,6 +93,14 @@ template <class Element>
 inline f32 load_lanes(const Element* x) {
   if constexpr (std::is_same_v<Element, float>) {
     return load<f32>(x);
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+#if defined(__AVX512F__)
+    return (f32)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)load<u16>(x));
+#else
+    return (f32)_mm256_cvtph_ps((__m128i)load<u16>(x));
+#endif
+#endif
   } else {
     return widen<f32>(__builtin_convertvector(load<u16>(x), u32), Element{});
   }
@@ -96,8 +119,51 @@ template <class Element>
 inline void store_lanes(Element* x, f32 value) {
   if constexpr (std::is_same_v<Element, float>) {
     store(x, value);
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+#if defined(__AVX512F__)
+    store(x, (u16)_mm512_maskz_cvtps_ph(0xFFFF, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    store(x, (u16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#endif
   } else {
     store(x, __builtin_convertvector(narrow<u32>(value, Element{}), u16));
+  }
+}
+
+// Where element i of a tile lies among its floats once it was loaded in any order. A vector of 32-bit words holds the
+// even bfloat16s in its low halves and the odd ones in its high halves: taken apart so, two vectors cost two operations.
+template <class Element>
+constexpr int slot(int i) {
+  if constexpr (std::is_same_v<Element, bfloat16>) {
+    const int at = i % (2 * LANES);
+    return i - at + (at % 2) * LANES + at / 2;
+  } else {
+    return i;
+  }
+}
+
+// The 2 * LANES elements at x, in the slots' order.
+template <class Element>
+inline void load_slots(const Element* x, float* out) {
+  if constexpr (std::is_same_v<Element, bfloat16>) {
+    const u32 words = load<u32>(x);
+    store(out, bit_cast<f32>(words << 16));
+    store(out + LANES, bit_cast<f32>(words & 0xFFFF0000u));
+  } else {
+    store(out, load_lanes(x));
+    store(out + LANES, load_lanes(x + LANES));
+  }
+}
+
+template <class Element>
+inline void store_slots(Element* out, const float* x) {
+  if constexpr (std::is_same_v<Element, bfloat16>) {
+    store(out, narrow<u32>(load<f32>(x), bfloat16{}) | narrow<u32>(load<f32>(x + LANES), bfloat16{}) << 16);
+  } else {
+    store_lanes(out, load<f32>(x));
+    store_lanes(out + LANES, load<f32>(x + LANES));
   }
 }
 
@@ -115,8 +181,10 @@ struct Row {
   double at(int64_t v) const { return v == exclude ? -HUGE_VAL : double{load_one(data + v)}; }
 
   // The TILE logits of a tile as floats, in place where they can be read there, else in `buffer`, with the excluded one
-  // and those past the row's end at -inf.
+  // and those past the row's end at -inf. In the slots' order unless IN_ORDER.
+  template <bool IN_ORDER = false>
   const float* load_tile(int64_t tile, float* buffer) const {
+    const auto place = [](int i) { return IN_ORDER ? i : slot<Element>(i); };
     const Element* x = data + tile * TILE;
     const int n = count(tile);
     const bool excludes = exclude >= tile * TILE && exclude < (tile + 1) * TILE;
@@ -124,10 +192,14 @@ struct Row {
       if (n == TILE && !excludes) return x;
     }
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store(buffer + i, load_lanes(x + i));
-    for (; i < n; ++i) buffer[i] = load_one(x + i);
-    for (; i < TILE; ++i) buffer[i] = -HUGE_VALF;
-    if (excludes) buffer[exclude - tile * TILE] = -HUGE_VALF;
+    if constexpr (IN_ORDER) {
+      for (; i + LANES <= n; i += LANES) store(buffer + i, load_lanes(x + i));
+    } else {
+      for (; i + 2 * LANES <= n; i += 2 * LANES) load_slots(x + i, buffer + i);
+    }
+    for (; i < n; ++i) buffer[place(i)] = load_one(x + i);
+    for (; i < TILE; ++i) buffer[place(i)] = -HUGE_VALF;
+    if (excludes) buffer[place(static_cast<int>(exclude - tile * TILE))] = -HUGE_VALF;
     return buffer;
   }
 
@@ -144,16 +216,15 @@ inline Row<Element> row_of(const Matrix& matrix, int64_t columns, const Indices&
           exclude.data ? exclude.data[t * exclude.stride] : -1};
 }
 
+// How many vectors go side by side through a loop over a tile.
+constexpr int UNROLL = 4;
+
 // Largest of a tile's numbers, NaN left out.
 inline float max_of_tile(const float* x) {
-  constexpr int UNROLL = 4;
   f32 max[UNROLL];
   for (f32& lanes : max) lanes = f32{} - HUGE_VALF;
   for (int i = 0; i < TILE; i += UNROLL * LANES) {
-    for (int u = 0; u < UNROLL; ++u) {
-      const f32 value = load<f32>(x + i + u * LANES);
-      max[u] = value > max[u] ? value : max[u];
-    }
+    for (int u = 0; u < UNROLL; ++u) max[u] = larger(load<f32>(x + i + u * LANES), max[u]);
   }
   float result = -HUGE_VALF;
   for (const f32& lanes : max) {
@@ -169,30 +240,58 @@ inline double sum_lanes(V lanes) {
   return sum;
 }
 
-// Summary of exp(scale * x) over a tile.
-//
-// The ones that the maximum contributes are counted apart: in one float with them the rest of a peaked row would round
-// at 2^-24, and with it every log-probability close to 0.
 template <class Element>
-inline Summary sum_tile(const float* x, Factor scale, const Element* next) {
+inline void prefetch(const Element* next, int i) {
+  constexpr int PER_LINE = 64 / sizeof(Element);
+  for (int j = 0; j < UNROLL * LANES; j += PER_LINE) __builtin_prefetch(next + i + j);
+}
+
+// x - p for the UNROLL vectors at x.
+inline void load_differences(f32 (&d)[UNROLL], const float* x, float p) {
+  for (int u = 0; u < UNROLL; ++u) d[u] = load<f32>(x + u * LANES) - p;
+}
+
+// Calls body(scale) with the scale as exp_each takes it.
+template <class Body>
+inline void with_scale(double scale, Body body) {
+  if (scale == 1.0) {
+    body(Unit{});
+  } else {
+    body(exp_factor(scale));
+  }
+}
+
+// Summary of exp(scale * x) over a tile.
+template <class Element, class Scale>
+inline Summary sum_tile(const float* x, Scale scale, const Element* next) {
   const float max = max_of_tile(x);
   const float p = pivot(max);
-  constexpr int UNROLL = 2;
-  f32 rest[UNROLL] = {};
-  u32 ones[UNROLL] = {};
+  f32 sums[UNROLL] = {};
   for (int i = 0; i < TILE; i += UNROLL * LANES) {
-    __builtin_prefetch(next + i);
-    for (int u = 0; u < UNROLL; ++u) {
-      const f32 d = load<f32>(x + i + u * LANES) - p;
-      const auto is_max = d == 0.0f;
-      rest[u] += is_max ? f32{} : exp_scaled(d, scale);
-      ones[u] -= (u32)is_max;
-    }
+    prefetch(next, i);
+    f32 d[UNROLL];
+    load_differences(d, x + i, p);
+    exp_each<false>(d, scale);
+    for (int u = 0; u < UNROLL; ++u) sums[u] += d[u];
   }
   double sum = 0.0;
-  for (int u = 0; u < UNROLL; ++u) sum += sum_lanes(rest[u]);
-  for (int u = 0; u < UNROLL; ++u) sum += sum_lanes(ones[u]);
-  return {max, sum};
+  for (const f32& lanes : sums) sum += sum_lanes(lanes);
+  // Of a tile that holds nothing the sum is what exp_each leaves of -inf, or NaN.
+  return {max, max == -HUGE_VALF && sum == sum ? 0.0 : sum};
+}
+
+// The same sum with the ones that the maximum contributes counted apart.
+template <class Scale>
+inline double sum_peaked_tile(const float* x, float max, Scale scale) {
+  f32 rest{};
+  u32 ones{};
+  for (int i = 0; i < TILE; i += LANES) {
+    const f32 d = load<f32>(x + i) - max;
+    const auto is_max = d == 0.0f;
+    rest += is_max ? f32{} : exp_scaled(d, scale);
+    ones -= (u32)is_max;
+  }
+  return sum_lanes(rest) + sum_lanes(ones);
 }
 
 // Nearest finite float, so that a rate too large for one times a probability of 0 stays 0; NaN stays NaN.
@@ -201,7 +300,7 @@ inline float to_float(double value) {
   return static_cast<float>(value > largest ? largest : value < -largest ? -largest : value);
 }
 
-// The gradient of one tile: floats to fill and correct, rounded once to the gradient's dtype.
+// The gradient of one tile: floats to fill and correct in the slots' order, rounded once to the gradient's dtype.
 template <class Element>
 class GradientTile {
  public:
@@ -216,14 +315,14 @@ class GradientTile {
 
   // Ignores a v that lies elsewhere.
   void add(int64_t v, double value) {
-    if (v >= begin_ && v < begin_ + TILE) values[v - begin_] += static_cast<float>(value);
+    if (v >= begin_ && v < begin_ + TILE) values[slot<Element>(static_cast<int>(v - begin_))] += static_cast<float>(value);
   }
 
   void finish() {
     if (values != buffer_) return;
     int i = 0;
-    for (; i + LANES <= count_; i += LANES) store_lanes(out_ + i, load<f32>(buffer_ + i));
-    for (; i < count_; ++i) store_one(out_ + i, buffer_[i]);
+    for (; i + 2 * LANES <= count_; i += 2 * LANES) store_slots(out_ + i, buffer_ + i);
+    for (; i < count_; ++i) store_one(out_ + i, buffer_[slot<Element>(i)]);
   }
 
  private:
@@ -233,17 +332,23 @@ class GradientTile {
   alignas(64) float buffer_[TILE];
 };
 
-// out = coefficient * exp(scale * (x - p)) over a tile; 0 for a coefficient of 0, whatever x is. Arguments by value:
-// through a reference the compiler would reload them after every store.
-template <class Element>
-inline void scaled_exp_tile(float* out, const float* x, float p, Factor scale, float coefficient, const Element* next) {
+// out = coefficient * exp(scale * (x - p)) over a tile, or out minus that; 0 for a coefficient of 0, whatever x is.
+// Arguments by value: through a reference the compiler would reload them after every store.
+template <bool SUBTRACT, class Element, class Scale>
+inline void scaled_exp_tile(float* out, const float* x, float p, Scale scale, float coefficient, const Element* next) {
   if (coefficient == 0.0f) {
-    for (int i = 0; i < TILE; i += LANES) store(out + i, f32{});
+    for (int i = 0; i < TILE && !SUBTRACT; i += LANES) store(out + i, f32{});
     return;
   }
-  for (int i = 0; i < TILE; i += LANES) {
-    __builtin_prefetch(next + i);
-    store(out + i, coefficient * exp_scaled(load<f32>(x + i) - p, scale));
+  for (int i = 0; i < TILE; i += UNROLL * LANES) {
+    prefetch(next, i);
+    f32 d[UNROLL];
+    load_differences(d, x + i, p);
+    exp_each<true>(d, scale);
+    for (int u = 0; u < UNROLL; ++u) {
+      float* to = out + i + u * LANES;
+      store(to, SUBTRACT ? load<f32>(to) - coefficient * d[u] : coefficient * d[u]);
+    }
   }
 }
 
@@ -267,17 +372,39 @@ inline Summary merge_tiles(Tiles tiles, double scale) {
   return {max, sum};
 }
 
+// What sum_row does past its loop: merges the tiles' summaries and makes up for rounding.
+//
+// In one float with the maximum's 1 the rest of a tile is rounded at 2^-24 of it. That shows in the log of a total close
+// to 1, so the tiles with the maximum of such a row are summed again.
+template <class Element>
+inline Summary finish_sum(const Row<Element>& row, double scale, Tiles tiles) {
+  Summary total = merge_tiles(tiles, scale);
+  constexpr double PEAKED = 4.0;
+  if (!(total.sum > 0.0 && total.sum < PEAKED)) return total;
+  total.sum = 0.0;
+  for (int64_t k = 0; k < tiles.count; ++k) {
+    if (tiles.max[k] == total.max) {
+      alignas(64) float buffer[TILE];
+      const float* x = row.load_tile(k, buffer);
+      with_scale(scale, [&](auto s) { tiles.sum[k] = sum_peaked_tile(x, static_cast<float>(total.max), s); });
+    }
+    total.sum += tiles.sum[k];
+  }
+  return total;
+}
+
 // Reads a row once: its summary, and the mass of each tile in tiles.sum.
 template <class Element>
 inline Summary sum_row(const Row<Element>& row, double scale, int threads, Tiles tiles) {
-  const Factor factor = exp_factor(scale);
-  for_tiles(row.columns, threads, [&](int64_t k) {
-    alignas(64) float buffer[TILE];
-    const Summary s = sum_tile(row.load_tile(k, buffer), factor, row.next_tile(k));
-    tiles.max[k] = s.max;
-    tiles.sum[k] = s.sum;
+  with_scale(scale, [&](auto s) {
+    for_tiles(row.columns, threads, [&](int64_t k) {
+      alignas(64) float buffer[TILE];
+      const Summary tile = sum_tile(row.load_tile(k, buffer), s, row.next_tile(k));
+      tiles.max[k] = tile.max;
+      tiles.sum[k] = tile.sum;
+    });
   });
-  return merge_tiles(tiles, scale);
+  return finish_sum(row, scale, tiles);
 }
 
 inline double* scratch_array(const Scratch& scratch, int worker, int array) {

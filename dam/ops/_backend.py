@@ -67,7 +67,9 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def _reason_against(name: str, op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> str | None:
+def _reason_against(
+    name: str, op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor, float64: bool
+) -> str | None:
     reason = why_unavailable(name)
     if reason is not None:
         return reason
@@ -76,23 +78,23 @@ def _reason_against(name: str, op: str, implementations: Mapping[str, Callable],
     if name == "cpu":
         if tensor.device.type != "cpu":
             return f"it runs on CPU tensors; got a tensor on {tensor.device}"
-        if tensor.dtype == torch.float64:
+        if tensor.dtype == torch.float64 and not float64:
             return "it takes float32, bfloat16 and float16; float64 runs on backend 'torch'"
     return None
 
 
-def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor) -> str:
-    """Name of the backend that runs `op` on `tensor`.
+def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor, *, float64: bool = False) -> str:
+    """Name of the backend that runs `op` on `tensor`; `float64` says that every implementation takes that dtype.
 
     Raises:
         ValueError, RuntimeError: the backend asked for cannot run this call; the message says why.
     """
     if _requested is not None:
-        reason = _reason_against(_requested, op, implementations, tensor)
+        reason = _reason_against(_requested, op, implementations, tensor, float64)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_requested!r} cannot run this call: {reason}")
         return _requested
-    if "cpu" in implementations and tensor.device.type == "cpu" and tensor.dtype != torch.float64:
+    if "cpu" in implementations and tensor.device.type == "cpu" and (float64 or tensor.dtype != torch.float64):
         if _CPU_ERROR is None:
             return "cpu"
         warnings.warn(

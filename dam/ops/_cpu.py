@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -127,6 +129,62 @@ def matching_loss(
     )
     # Through float64: fill_ refuses a sum beyond float32 where a conversion gives inf.
     return loss.copy_(torch.tensor(total, dtype=torch.float64)), gradient
+
+
+def rate_ratio(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    from dam.ops import rate_ratio as op
+
+    log_ratio, escape_gap = op.outputs(logits, target)
+    target = target.contiguous()
+    _kernels.rate_ratio(
+        *_matrix(logits),
+        base_logits.data_ptr(),
+        base_logits.stride(0),
+        *_indices(exclude),
+        target.data_ptr(),
+        target.shape[1],
+        log_ratio.data_ptr(),
+        escape_gap.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return log_ratio, escape_gap
+
+
+def adjoint_weights(
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    from dam.ops import adjoint_weights as op
+
+    outputs = op.outputs(log_ratio)
+    log_ratio, cost = _unit_inner_stride(log_ratio), terminal_cost.double().contiguous()
+    gap = None if escape_gap is None else _unit_inner_stride(escape_gap)
+    bad = _kernels.adjoint_weights(
+        log_ratio.data_ptr(),
+        *log_ratio.shape,
+        log_ratio.stride(0),
+        log_ratio.stride(1),
+        _DTYPE_CODE[log_ratio.dtype],
+        *((0, 0, 0) if gap is None else (gap.data_ptr(), gap.stride(0), gap.stride(1))),
+        cost.data_ptr(),
+        math.inf if clip is None else clip,
+        *(output.data_ptr() for output in outputs),
+        torch.get_num_threads(),
+    )
+    return *outputs, bad
+
+
+def _unit_inner_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def tilt_to_ess(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
+    from dam.ops import tilt_to_ess as op
+
+    tilt, reward = op.outputs(reward), reward.double().contiguous()
+    bad = _kernels.tilt_to_ess(
+        reward.data_ptr(), *reward.shape, ess, max_tilt, tilt.data_ptr(), torch.get_num_threads()
+    )
+    return tilt, bad
 
 
 def isa() -> str:

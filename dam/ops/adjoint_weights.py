@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _rows
+from dam.ops import _backend, _checks, _cpu, _rows
 
 
 class AdjointWeights(NamedTuple):
@@ -78,9 +78,10 @@ def adjoint_weights(
 
 def _torch(
     log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """The five outputs and the first trajectory, as g * K + k, that has no weight, or -1; there it stops."""
     groups, size, steps = log_ratio.shape
-    weight, log_path, log_normalizer, ess, clipped = _outputs(log_ratio)
+    weight, log_path, log_normalizer, ess, clipped = outputs(log_ratio)
     for part in _rows.chunks(groups, size * (steps + 1) * _rows.REFERENCE_BYTES):
         gain = log_ratio[part].double()
         if escape_gap is not None:
@@ -92,11 +93,8 @@ def _torch(
         log_weight = torch.where(cost == torch.inf, -torch.inf, path[..., 0] - cost)
         bad = torch.isnan(path[..., 0]) | torch.isnan(cost) | ~(log_weight < torch.inf)
         if bool(bad.any()):
-            g, k = (int(i) for i in bad.nonzero()[0])
-            raise ValueError(
-                f"adjoint_weights: trajectory {k} of group {part.start + g} has log weight {float(log_weight[g, k])}: "
-                f"path {float(path[g, k, 0])}, terminal_cost {float(cost[g, k])}"
-            )
+            first = int(bad.flatten().nonzero()[0])
+            return weight, log_path, log_normalizer, ess, clipped, part.start * size + first
         # Relative to the largest first: at log weights of 10^16 and more, log K would be lost beside them.
         top = log_weight.amax(dim=1)
         shifted = torch.where(log_weight == -torch.inf, -torch.inf, log_weight - top[:, None])
@@ -113,13 +111,14 @@ def _torch(
         weight[part], log_path[part], log_normalizer[part] = w, path, normalizer
         ess[part] = torch.where(square > 0, w.sum(dim=1).square() / square, 0.0)
         clipped[part] = touched.mean(dim=1)
-    return weight, log_path, log_normalizer, ess, clipped
+    return weight, log_path, log_normalizer, ess, clipped, -1
 
 
-_IMPLEMENTATIONS = {"torch": _torch}
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.adjoint_weights}
 
 
-def _outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised weight, log_path, log_normalizer, ess and clipped."""
     groups, size, steps = log_ratio.shape
     shapes = ((groups, size), (groups, size, steps + 1), (groups,), (groups,), (groups,))
     weight, log_path, log_normalizer, ess, clipped = (
@@ -132,9 +131,21 @@ def _outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _adjoint_weights(
     log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _IMPLEMENTATIONS[backend](log_ratio, terminal_cost, escape_gap, clip)
+    *results, bad = _IMPLEMENTATIONS[backend](log_ratio, terminal_cost, escape_gap, clip)
+    if bad >= 0:
+        g, k = divmod(bad, log_ratio.shape[1])
+        gain = log_ratio[g, k].double()
+        if escape_gap is not None:
+            gain = gain + escape_gap[g, k].double()
+        path, cost = float(gain.sum()), float(terminal_cost[g, k])
+        raise ValueError(
+            f"adjoint_weights: trajectory {k} of group {g} has log weight {path - cost}: path {path}, "
+            f"terminal_cost {cost}"
+        )
+    weight, log_path, log_normalizer, ess, clipped = results
+    return weight, log_path, log_normalizer, ess, clipped
 
 
 @_adjoint_weights.register_fake
 def _(log_ratio, terminal_cost, escape_gap, clip, backend):
-    return _outputs(log_ratio)
+    return outputs(log_ratio)

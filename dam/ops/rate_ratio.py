@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _rows
+from dam.ops import _backend, _checks, _cpu, _rows
 
 
 class RateRatio(NamedTuple):
@@ -59,7 +59,7 @@ def rate_ratio(
 
 
 def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-    log_ratio, escape_gap = _outputs(logits, target)
+    log_ratio, escape_gap = outputs(logits, target)
     for part in _rows.chunks(logits.shape[0], 2 * logits.shape[1] * _rows.REFERENCE_BYTES):
         ex = None if exclude is None else exclude[part]
         x, base = _rows.allowed(logits[part], ex), _rows.allowed(base_logits[part], ex)
@@ -68,10 +68,11 @@ def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor 
     return log_ratio, escape_gap
 
 
-_IMPLEMENTATIONS = {"torch": _torch}
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.rate_ratio}
 
 
-def _outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised log_ratio [T, J] and escape_gap [T]."""
     dtype = _rows.accumulator(logits.dtype)
     return logits.new_empty(target.shape, dtype=dtype), logits.new_empty(logits.shape[:1], dtype=dtype)
 
@@ -87,4 +88,4 @@ def _rate_ratio(
 
 @_rate_ratio.register_fake
 def _(logits, base_logits, target, exclude, backend):
-    return _outputs(logits, target)
+    return outputs(logits, target)

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks
+from dam.ops import _backend, _checks, _cpu
 
 _BISECTIONS = 128  # more than float64 has bits, for rewards of which some differ by very little
 
@@ -37,16 +37,16 @@ def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
         raise ValueError(f"{op}: reward must have shape [G, K] with K >= 1; got {list(reward.shape)}")
     ess = _checks.number(op, "ess", ess, 1, reward.shape[1])
     max_tilt = _checks.number(op, "max_tilt", max_tilt, 0, sys.float_info.max)
-    backend = _backend.choose(op, _IMPLEMENTATIONS, reward)
+    backend = _backend.choose(op, _IMPLEMENTATIONS, reward, float64=True)
     return _tilt_to_ess(reward.detach(), ess, max_tilt, backend)
 
 
-def _torch(reward: Tensor, ess: float, max_tilt: float) -> Tensor:
+def _torch(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
+    """The tilts and the first reward, as g * K + k, that is NaN or +inf, or -1; there it stops."""
     reward = reward.double()
     bad = ~(reward < torch.inf)
     if bool(bad.any()):
-        g, k = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"tilt_to_ess: reward[{g}, {k}] is {float(reward[g, k])}; it must be finite or -inf")
+        return outputs(reward), int(bad.flatten().nonzero()[0])
     best = reward.amax(dim=1, keepdim=True)
     shifted = torch.where(reward == -torch.inf, -torch.inf, reward - best)
 
@@ -66,17 +66,26 @@ def _torch(reward: Tensor, ess: float, max_tilt: float) -> Tensor:
         middle = (low + high) / 2
         kept = keeps(middle)
         low, high = torch.where(kept, middle, low), torch.where(kept, high, middle)
-    return torch.where(feasible, low, 0.0)
+    return torch.where(feasible, low, 0.0), -1
 
 
-_IMPLEMENTATIONS = {"torch": _torch}
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.tilt_to_ess}
+
+
+def outputs(reward: Tensor) -> Tensor:
+    """Uninitialised tilt [G]."""
+    return reward.new_empty(reward.shape[:1], dtype=torch.float64)
 
 
 @torch.library.custom_op("dam::tilt_to_ess", mutates_args=())
 def _tilt_to_ess(reward: Tensor, ess: float, max_tilt: float, backend: str) -> Tensor:
-    return _IMPLEMENTATIONS[backend](reward, ess, max_tilt)
+    tilt, bad = _IMPLEMENTATIONS[backend](reward, ess, max_tilt)
+    if bad >= 0:
+        g, k = divmod(bad, reward.shape[1])
+        raise ValueError(f"tilt_to_ess: reward[{g}, {k}] is {float(reward[g, k])}; it must be finite or -inf")
+    return tilt
 
 
 @_tilt_to_ess.register_fake
 def _(reward, ess, max_tilt, backend):
-    return reward.new_empty(reward.shape[:1], dtype=torch.float64)
+    return outputs(reward)

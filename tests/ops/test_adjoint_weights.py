@@ -31,6 +31,8 @@ def reference(log_ratio, terminal_cost, escape_gap=None, clip=INF):
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("steps", [0, 1, 17])
 def test_matches_the_formulas(backend, dtype, clip, steps):
+    if dtype == torch.float64 and backend != "torch":
+        pytest.skip("float64 runs on the reference")
     log_ratio, gap = (normal(7, 12, steps, seed=s, scale=0.5, dtype=dtype) for s in (1, 2))
     cost = normal(7, 12, seed=3)
     out = dam.adjoint_weights(log_ratio, cost, escape_gap=gap, clip=clip)

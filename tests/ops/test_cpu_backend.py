@@ -17,8 +17,9 @@ import dam
 from dam.ops import _cpu, _philox
 
 kernels = importlib.import_module("dam._cpu")  # setup.py always builds it: without it these tests fail
-jump_op, log_prob_op, matching_op = (
-    importlib.import_module(f"dam.ops.{name}") for name in ("jump", "log_prob", "matching_loss")
+jump_op, log_prob_op, matching_op, ratio_op, adjoint_op, tilt_op = (
+    importlib.import_module(f"dam.ops.{name}")
+    for name in ("jump", "log_prob", "matching_loss", "rate_ratio", "adjoint_weights", "tilt_to_ess")
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,6 +186,83 @@ def test_matching_loss_matches_reference(case, normalized, with_base, size):
     assert torch.equal(without, loss) and empty.numel() == 0
 
 
+@few
+@given(cases(scales=(0.1, 1.0, 10.0)))
+def test_rate_ratio_matches_reference(case):
+    exact, gap = ratio_op._torch(case.logits.double(), case.base.double(), case.target, case.exclude)
+    log_ratio, escape_gap = _cpu.rate_ratio(case.logits, case.base, case.target, case.exclude)
+    torch.testing.assert_close(log_ratio, exact.float(), rtol=0, atol=0, equal_nan=True)  # a difference, rounded once
+    excluded = (torch.full((case.rows,), -1) if case.exclude is None else case.exclude)[:, None]
+    kept = torch.arange(case.columns) != excluded
+    rates = [(x.double().exp() * kept).sum(1) for x in (case.logits, case.base)]
+    assert_within(escape_gap, gap, (rates[0] + rates[1]) * (EXP_ERROR + 20 * ERROR_PER_NAT) + gap.abs() * 2.0**-24)
+
+
+@st.composite
+def groups(draw):
+    """log_ratio and escape_gap [G, K, S] of any stride, terminal_cost [G, K], some of them infinite."""
+    count, size, steps = draw(st.integers(0, 5)), draw(st.integers(1, 20)), draw(st.integers(0, 40))
+    dtype, layout = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["dense", "padded", "swapped", "strided"]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def cube():
+        x = torch.randn(count, size, 2 * steps, generator=g)
+        if draw(st.booleans()):
+            x[torch.rand(x.shape, generator=g) < 0.02] = -math.inf
+        x = x.to(dtype)
+        if layout == "swapped":
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return x[..., ::2] if layout == "strided" else x[..., :steps] if layout == "padded" else x[..., :steps].clone()
+
+    cost = torch.randn(count, size, generator=g) * draw(st.sampled_from([1.0, 1e3]))
+    if draw(st.booleans()):
+        cost[torch.rand(cost.shape, generator=g) < 0.3] = math.inf
+    return cube(), cube() if draw(st.booleans()) else None, cost
+
+
+@few
+@given(groups(), st.sampled_from([None, 0.0, 1.5]))
+def test_adjoint_weights_match_reference(group, clip):
+    log_ratio, gap, cost = group
+    *exact, bad = adjoint_op._torch(log_ratio.double(), cost, None if gap is None else gap.double(), clip)
+    *results, bad_here = _cpu.adjoint_weights(log_ratio, cost, gap, clip)
+    assert bad == bad_here == -1
+    for actual, expected in zip(results, exact, strict=True):
+        assert actual.dtype == torch.float32
+        # Rounded once from float64; 1e-10 is the float64 rounding of log weights near 1e3 in an exponential.
+        assert_within(actual, expected, expected.abs() * (2.0**-24 + 1e-10) + 1e-12)
+
+
+def test_adjoint_weights_name_the_first_bad_trajectory():
+    log_ratio, cost = torch.zeros(300, 9, 3), torch.zeros(300, 9)
+    log_ratio[170, 4, 1], log_ratio[250, 1, 0], cost[299, 0] = math.nan, math.inf, -math.inf
+    for count in (1, 2):
+        with threads(count):
+            assert _cpu.adjoint_weights(log_ratio, cost, None, None)[-1] == 170 * 9 + 4
+            cost[60, 8] = math.nan
+            assert _cpu.adjoint_weights(log_ratio, cost, None, None)[-1] == 60 * 9 + 8
+            cost[60, 8] = 0.0
+
+
+@few
+@given(groups(), st.floats(1, 20), st.sampled_from([0.0, 1e-3, 1.0, 1e6, 1e300]))
+def test_tilt_to_ess_matches_reference(group, ess, max_tilt):
+    reward = -group[2].double()
+    exact, bad = tilt_op._torch(reward, min(ess, reward.shape[1]), max_tilt)
+    tilt, bad_here = _cpu.tilt_to_ess(reward, min(ess, reward.shape[1]), max_tilt)
+    assert bad == bad_here == -1
+    # The same bisection; exponentials that differ by 4e-15 move the tilt by about as much, more where the ESS is flat.
+    torch.testing.assert_close(tilt, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_tilt_to_ess_names_the_first_bad_reward():
+    reward = torch.zeros(300, 7)
+    reward[170, 4], reward[250, 1] = math.nan, math.inf
+    for count in (1, 2):
+        with threads(count):
+            assert _cpu.tilt_to_ess(reward, 2.0, 1.0)[-1] == 170 * 7 + 4
+
+
 def test_small_log_probabilities_keep_their_digits():
     """One token at 0, V - 1 others far down: log_prob = -log1p(tail) is the tail itself."""
     for nats in (5.0, 12.0, 18.0, 30.0):
@@ -233,6 +311,7 @@ def test_threads_change_nothing(shape, dtype):
             *_cpu.matching_loss(
                 case.logits, case.target, weight, case.base, base_weight, None, case.exclude, True, True
             ),
+            *_cpu.rate_ratio(case.logits, case.base, case.target, case.exclude),
         )
 
     with threads(1):
@@ -360,7 +439,8 @@ def test_exp(scale):
     exact = np.exp(product)
     normal = product > -86.6
     # Stated in csrc/core/math.h.
-    bound = 2.0**-22.9 if FUSED else 2.0**-22 * (1 + np.abs(product[normal]))
+    size = np.abs(product[normal])
+    bound = 2.0**-22.4 + (2.0**-28.4 * size if scale == 1 else 0.0) if FUSED or scale == 1 else 2.0**-22 * (1 + size)
     assert np.all(np.abs(result[normal] / exact[normal] - 1) <= bound)
     assert np.all(result[product < -86.7] == 0)
     assert np.all(result[x == 0] == 1)

@@ -100,7 +100,8 @@ def test_dtypes_draw_from_the_values_they_hold(backend, dtype):
     logits = normal(300, 100, seed=6, scale=3.0, dtype=dtype)
     out, wide = dam.jump(logits, seed=2), dam.jump(logits.float(), seed=2)
     assert torch.equal(out.target, wide.target)
-    assert_close(out.log_prob, wide.log_prob, rtol=0, atol=0)
+    # The same numbers may be summed in another order.
+    assert_close(out.log_prob, wide.log_prob, rtol=4 * rounding(torch.float32))
 
 
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
