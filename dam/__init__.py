@@ -1,7 +1,9 @@
 """Discrete Adjoint Matching as fused kernels: the public API, re-exported."""
 
+from dam import generators
 from dam.ops._backend import backend
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
+from dam.ops.backward_kolmogorov import backward_kolmogorov
 from dam.ops.jump import Jump, jump
 from dam.ops.linear_jump import linear_jump
 from dam.ops.linear_log_prob import linear_log_prob
@@ -19,6 +21,8 @@ __all__ = [
     "RateRatio",
     "adjoint_weights",
     "backend",
+    "backward_kolmogorov",
+    "generators",
     "jump",
     "linear_jump",
     "linear_log_prob",

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "dam"
 # A module imports from its own part and from parts of lower rank. plots knows nothing of the rest.
 RANK = {
     "_cpu": 0,
+    "generators": 0,
     "ops": 1,
     "ctmc": 2,
     "models": 3,

@@ -23,10 +23,10 @@ DAM_DECLARE_KERNELS(avx2)
 #endif
 DAM_DECLARE_KERNELS(plain)
 
-#define DAM_KERNELS(ISA)                                                                                    \
-  {ISA::jump,          ISA::log_prob,        ISA::log_prob_backward, ISA::matching_loss,                     \
-   ISA::rate_ratio,    ISA::adjoint_weights, ISA::tilt_to_ess,       ISA::probe_exp,                         \
-   ISA::probe_exponential, ISA::probe_philox, ISA::probe_read}
+#define DAM_KERNELS(ISA)                                                                            \
+  {ISA::jump,         ISA::log_prob,        ISA::log_prob_backward, ISA::matching_loss,             \
+   ISA::rate_ratio,   ISA::adjoint_weights, ISA::tilt_to_ess,       ISA::closed_form,               \
+   ISA::filter_lines, ISA::probe_exp,       ISA::probe_exponential, ISA::probe_philox, ISA::probe_read}
 
 struct Set {
   const char* name;
@@ -242,6 +242,32 @@ static int64_t tilt_to_ess(Address reward, int64_t groups, int64_t size, double 
       {groups, size, threads, scratch.get(), length, at<double>(reward), ess, max_tilt, at<double>(tilt)});
 }
 
+static void closed_form(Address terminal, int64_t rows, int64_t columns, int64_t row_stride, int dtype,
+                        int64_t mask_token, double stays, double moves, bool transpose, Address result, int threads) {
+  const Kernels& kernels = chosen().kernels;
+  const pybind11::gil_scoped_release release;
+  const ScratchMemory scratch(columns, threads);
+  kernels.closed_form({{rows, columns, dtype, threads},
+                       scratch.get(),
+                       {at<void>(terminal), row_stride},
+                       mask_token,
+                       stays,
+                       moves,
+                       transpose,
+                       at<float>(result)});
+}
+
+static void filter_lines(Address source, int64_t outer, int64_t length, int64_t inner, bool periodic,
+                         const std::vector<double>& taps, Address result, int threads) {
+  const Kernels& kernels = chosen().kernels;
+  const pybind11::gil_scoped_release release;
+  const int64_t radius = static_cast<int64_t>(taps.size()) - 1;
+  // Zeroed, as the kernel computes on its padding.
+  std::vector<double> scratch(threads * filter_scratch(radius));
+  kernels.filter_lines({outer, length, inner, periodic, taps.data(), radius, at<double>(source), at<double>(result),
+                        threads, scratch.data()});
+}
+
 }  // namespace bind
 }  // namespace dam
 
@@ -295,6 +321,13 @@ PYBIND11_MODULE(_cpu, module) {
              "threads"_a,
              "Fills tilt float64 [G]; reward is float64 [G, K]. Returns the first reward, as g * K + k, that is NaN or "
              "+inf, or -1.");
+  module.def("closed_form", dam::bind::closed_form, "terminal"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a,
+             "mask_token"_a, "stays"_a, "moves"_a, "transpose"_a, "result"_a, "threads"_a,
+             "Fills result float32 [B, V] with backward_kolmogorov of Absorbing, or of Uniform for mask_token -1.");
+  module.def("filter_lines", dam::bind::filter_lines, "source"_a, "outer"_a, "length"_a, "inner"_a, "periodic"_a,
+             "taps"_a, "result"_a, "threads"_a,
+             "Fills result with source filtered along its middle dimension, both float64 [outer, length, inner]; taps "
+             "is a list of floats, the middle one first.");
 
   module.def(
       "philox",

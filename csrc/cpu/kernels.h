@@ -129,6 +129,36 @@ struct TiltToEssArgs {
   double* tilt;  // [G]
 };
 
+// backward_kolmogorov where exp(duration Q) has a closed form: uniform or absorbing.
+struct ClosedFormArgs {
+  Shape shape;
+  Scratch scratch;
+  Matrix terminal;
+  int64_t mask_token;  // -1: uniform
+  double stays;        // exp(-duration)
+  double moves;        // 1 - exp(-duration)
+  bool transpose;
+  float* result;  // [B, V], contiguous
+};
+
+// backward_kolmogorov along one dimension of a lattice.
+constexpr int64_t FILTER_SEGMENT = 2048;  // results made from one load of the scratch
+constexpr int64_t FILTER_WIDTH = 8;       // lines side by side
+constexpr int64_t FILTER_PADDING = 32;
+constexpr int64_t filter_scratch(int64_t radius) {  // doubles per thread
+  return 2 * (FILTER_SEGMENT + FILTER_PADDING) + 2 * radius * FILTER_WIDTH;
+}
+struct FilterArgs {
+  int64_t outer, length, inner;
+  bool periodic;
+  const double* taps;  // [radius + 1]
+  int64_t radius;
+  const double* source;  // [outer, length, inner]
+  double* result;        // [outer, length, inner]
+  int threads;
+  double* scratch;  // [threads, filter_scratch(radius)]
+};
+
 // Entry points of one instruction set.
 struct Kernels {
   int64_t (*jump)(const JumpArgs&);  // the first row that cannot be sampled, or -1
@@ -139,6 +169,8 @@ struct Kernels {
   // The first trajectory, as g * K + k, that no weight or tilt can be given to, or -1.
   int64_t (*adjoint_weights)(const AdjointWeightsArgs&);
   int64_t (*tilt_to_ess)(const TiltToEssArgs&);
+  void (*closed_form)(const ClosedFormArgs&);
+  void (*filter_lines)(const FilterArgs&);
   void (*exp)(const float* x, float* result, int64_t count, double scale);
   void (*exponential)(const uint32_t* words, double* result, int64_t count);  // words [count, 2]: high, low
   void (*philox)(const uint32_t* counter, const uint32_t* key, uint32_t* words);
@@ -154,6 +186,8 @@ struct Kernels {
   void rate_ratio(const RateRatioArgs&);                          \
   int64_t adjoint_weights(const AdjointWeightsArgs&);             \
   int64_t tilt_to_ess(const TiltToEssArgs&);                      \
+  void closed_form(const ClosedFormArgs&);                        \
+  void filter_lines(const FilterArgs&);                           \
   void probe_exp(const float*, float*, int64_t, double);          \
   void probe_exponential(const uint32_t*, double*, int64_t);      \
   void probe_philox(const uint32_t*, const uint32_t*, uint32_t*); \

@@ -187,6 +187,39 @@ def tilt_to_ess(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, in
     return tilt, bad
 
 
+def backward_kolmogorov(
+    terminal: Tensor,
+    kind: str,
+    tensors: list[Tensor],
+    sizes: list[int],
+    duration: float,
+    tol: float,
+    transpose: bool,
+) -> Tensor:
+    from dam.ops import backward_kolmogorov as op
+
+    if kind not in ("uniform", "absorbing") or duration == 0.0:
+        return op.in_float64(terminal, kind, tensors, sizes, duration, tol, transpose, _filter_lines)
+    result = op.outputs(terminal)
+    _kernels.closed_form(
+        *_matrix(terminal),
+        sizes[0] if kind == "absorbing" else -1,
+        math.exp(-duration),
+        -math.expm1(-duration),
+        transpose,
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result
+
+
+def _filter_lines(lines: Tensor, periodic: bool, taps: list[float]) -> Tensor:
+    lines = lines.contiguous()
+    result = torch.empty_like(lines)
+    _kernels.filter_lines(lines.data_ptr(), *lines.shape, periodic, taps, result.data_ptr(), torch.get_num_threads())
+    return result
+
+
 def isa() -> str:
     """Instruction set that the kernels run with: avx512, avx2 or plain."""
     return _kernels.isa()

@@ -17,9 +17,17 @@ import dam
 from dam.ops import _cpu, _philox
 
 kernels = importlib.import_module("dam._cpu")  # setup.py always builds it: without it these tests fail
-jump_op, log_prob_op, matching_op, ratio_op, adjoint_op, tilt_op = (
+jump_op, log_prob_op, matching_op, ratio_op, adjoint_op, tilt_op, kolmogorov_op = (
     importlib.import_module(f"dam.ops.{name}")
-    for name in ("jump", "log_prob", "matching_loss", "rate_ratio", "adjoint_weights", "tilt_to_ess")
+    for name in (
+        "jump",
+        "log_prob",
+        "matching_loss",
+        "rate_ratio",
+        "adjoint_weights",
+        "tilt_to_ess",
+        "backward_kolmogorov",
+    )
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -296,6 +304,55 @@ def test_draws_agree_with_reference_over_many_rows():
             differ += int((jump_op._torch(x, *arguments)[0] != _cpu.jump(x, *arguments)[0]).sum())
     # 6,000 draws of which fewer than 1 in 10^5 may differ.
     assert differ <= 1
+
+
+@st.composite
+def closed_chains(draw):
+    """kind and sizes of the generators that the C++ backend has kernels for."""
+    kind = draw(st.sampled_from(["uniform", "absorbing", "lattice"]))
+    if kind == "lattice":
+        line = st.lists(st.sampled_from([1, 2, 3, 31, 256, 300, 2050, 4100]), min_size=1, max_size=1)
+        short = st.lists(st.sampled_from([1, 2, 3, 7, 8, 9, 17]), min_size=2, max_size=3)
+        shape = draw(st.one_of(line, short))
+        return kind, [*shape, *(draw(st.integers(0, 1)) for _ in shape)]
+    size = draw(st.one_of(st.integers(1, 70), st.integers(1000, 1050), st.integers(2040, 5000)))
+    return kind, [size if kind == "uniform" else draw(st.integers(0, size - 1)), size]
+
+
+@few
+@given(closed_chains(), st.integers(0, 9), st.sampled_from(DTYPES), st.sampled_from([1e-4, 0.8, 70.0]), st.booleans())
+def test_backward_kolmogorov_matches_reference(chain, rows, dtype, duration, transpose):
+    kind, sizes = chain
+    columns = math.prod(sizes[: len(sizes) // 2]) if kind == "lattice" else sizes[-1]
+    wide = torch.randn(rows, columns + 3, generator=torch.Generator().manual_seed(columns))
+    terminal = wide.exp().to(dtype)[:, :columns]
+    arguments = (kind, [], sizes, duration, 1e-6, transpose)
+    expected = kolmogorov_op._torch(terminal.double(), *arguments)
+    with threads(2):
+        result = _cpu.backward_kolmogorov(terminal, *arguments)
+    # float64 sums of non-negative numbers in another order, rounded once.
+    assert_within(result, expected, expected * (2.0**-24 + 1e-12))
+    assert result.dtype == torch.float32 and result.is_contiguous()
+    with threads(1):
+        assert torch.equal(result, _cpu.backward_kolmogorov(terminal, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "shape"),
+    [
+        ("uniform", [200_003], (1, 200_003)),
+        ("absorbing", [70_000], (3, 131_072)),
+        ("lattice", [91, 91, 0, 1], (3, 91 * 91)),
+        ("lattice", [32_768, 0], (1, 32_768)),
+    ],
+)
+def test_threads_change_nothing_in_backward_kolmogorov(kind, sizes, shape):
+    terminal = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(_cpu.backward_kolmogorov(terminal, kind, [], sizes, 1.5, 1e-6, True))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("shape", [(1, 200_003), (3, 131_072), (37, 3_001)])
