@@ -122,15 +122,15 @@ def assert_accurate(result, terminal, matrix, tol, extra=0.0):
 
 
 @each_generator
-@pytest.mark.parametrize("duration", [0.0, 1e-6, 1, 50.0, 1e3])
-def test_matches_the_matrix_exponential(backend, name, duration):
+def test_matches_the_matrix_exponential(backend, name):
     generator = GENERATORS[name]()
-    terminal = normal(4, generator.size, seed=1, dtype=float_type(backend))
-    # scipy's own rounding, relative to rows that sum to 1.
-    scale = duration * float(np.abs(matrix_of(generator)).max()) * generator.size
-    result = dam.backward_kolmogorov(generator, terminal, duration, tol=1e-12)
-    expected = terminal.double() @ exponential(generator, duration).t()
-    assert_close(result, expected, rtol=rounding(result.dtype), atol=1e-14 * (1 + scale))
+    for duration in (0.0, 1e-6, 1, 50.0, 1e3):
+        terminal = normal(4, generator.size, seed=1, dtype=float_type(backend))
+        # scipy's own rounding, relative to rows that sum to 1.
+        scale = duration * float(np.abs(matrix_of(generator)).max()) * generator.size
+        result = dam.backward_kolmogorov(generator, terminal, duration, tol=1e-12)
+        expected = terminal.double() @ exponential(generator, duration).t()
+        assert_close(result, expected, rtol=rounding(result.dtype), atol=1e-14 * (1 + scale))
 
 
 SPIKY = {
@@ -153,34 +153,34 @@ def spiky_truth(name, duration):
 
 
 @pytest.mark.parametrize("name", SPIKY)
-@pytest.mark.parametrize("duration", [1e-4, 20.0])
-def test_every_entry_is_accurate(backend, name, duration):
+def test_every_entry_is_accurate(backend, name):
     """One spike per row: entries that lie far from it, down to 1e-30, have relative error tol."""
     generator = SPIKY[name]()
-    truth = spiky_truth(name, duration).to(torch.get_default_device())
-    spikes = torch.eye(generator.size, dtype=float_type(backend))
-    jumps = duration * float(np.abs(matrix_of(generator)).max())
-    for tol in (1e-12, 1e-6):
-        result = dam.backward_kolmogorov(generator, spikes, duration, tol=tol)
-        # float64's rounding as the docstring states it.
-        assert_accurate(result, spikes, truth, tol, extra=1e-13 + 1e-15 * jumps)
-        assert bool((result >= 0).all())
-        # The transpose, to the same accuracy.
-        (gradient,) = torch.autograd.grad(
-            dam.backward_kolmogorov(generator, x := spikes.clone().requires_grad_(), duration, tol=tol), x, spikes
-        )
-        assert_accurate(gradient, spikes, truth.t(), tol, extra=1e-13 + 1e-15 * jumps)
+    for duration in (1e-12, 1e-4, 20.0):
+        truth = spiky_truth(name, duration).to(torch.get_default_device())
+        spikes = torch.eye(generator.size, dtype=float_type(backend))
+        jumps = duration * float(np.abs(matrix_of(generator)).max())
+        for tol in (1e-12, 1e-6):
+            result = dam.backward_kolmogorov(generator, spikes, duration, tol=tol)
+            # float64's rounding as the docstring states it.
+            assert_accurate(result, spikes, truth, tol, extra=1e-13 + 1e-15 * jumps)
+            assert bool((result >= 0).all())
+            # The transpose, to the same accuracy.
+            (gradient,) = torch.autograd.grad(
+                dam.backward_kolmogorov(generator, x := spikes.clone().requires_grad_(), duration, tol=tol), x, spikes
+            )
+            assert_accurate(gradient, spikes, truth.t(), tol, extra=1e-13 + 1e-15 * jumps)
 
 
 @each_generator
-@pytest.mark.parametrize("duration", [1e-9, 0.5, 40.0, 1e5])
-def test_constants_are_preserved(backend, name, duration):
+def test_constants_are_preserved(backend, name):
     """Rows of exp(duration Q) sum to one."""
     generator = GENERATORS[name]()
-    terminal = torch.full((2, generator.size), 0.75, dtype=float_type(backend))
-    result = dam.backward_kolmogorov(generator, terminal, duration)
-    # A few roundings of numbers that sum to 1, thousands of times where a series is summed.
-    assert_close(result, terminal, rtol=1e-12 + rounding(result.dtype))
+    for duration in (1e-9, 0.5, 40.0, 1e5):
+        terminal = torch.full((2, generator.size), 0.75, dtype=float_type(backend))
+        result = dam.backward_kolmogorov(generator, terminal, duration)
+        # A few roundings of numbers that sum to 1, thousands of times where a series is summed.
+        assert_close(result, terminal, rtol=1e-12 + rounding(result.dtype))
 
 
 @each_generator
@@ -195,17 +195,17 @@ def test_semigroup(backend, name):
 
 
 @each_generator
-@pytest.mark.parametrize("duration", [1e-3, 1.0, 30.0, 1e4])
-def test_non_negative_in_non_negative_out(backend, name, duration):
+def test_non_negative_in_non_negative_out(backend, name):
     generator = GENERATORS[name]()
-    power = normal(8, generator.size, seed=3, dtype=torch.float64).clamp(-2.5, 2.5) * 8
-    terminal = torch.where(normal(8, generator.size, seed=4) > 0.5, 0.0, 10**power).to(float_type(backend))
-    result = dam.backward_kolmogorov(generator, terminal, duration)
-    low, high = torch.aminmax(terminal, dim=1, keepdim=True)
-    slack = 1e-6 + rounding(result.dtype)
-    assert bool((result >= 0).all())
-    # An expectation lies between the extremes.
-    assert bool((result >= low * (1 - slack)).all()) and bool((result <= high * (1 + slack)).all())
+    for duration in (1e-3, 1.0, 30.0, 1e4):
+        power = normal(8, generator.size, seed=3, dtype=torch.float64).clamp(-2.5, 2.5) * 8
+        terminal = torch.where(normal(8, generator.size, seed=4) > 0.5, 0.0, 10**power).to(float_type(backend))
+        result = dam.backward_kolmogorov(generator, terminal, duration)
+        low, high = torch.aminmax(terminal, dim=1, keepdim=True)
+        slack = 1e-6 + rounding(result.dtype)
+        assert bool((result >= 0).all())
+        # An expectation lies between the extremes.
+        assert bool((result >= low * (1 - slack)).all()) and bool((result <= high * (1 + slack)).all())
 
 
 @each_generator
@@ -219,18 +219,17 @@ def test_linear(backend, name):
 
 
 @each_generator
-@pytest.mark.parametrize("dtype", module._checks.FLOAT_DTYPES)
-def test_dtypes(backend, name, dtype):
-    if backend != "torch" and dtype == torch.float64:
-        pytest.skip("float64 runs on the reference")
+def test_dtypes(backend, name):
     generator = GENERATORS[name]()
-    terminal = normal(5, generator.size, seed=7, dtype=dtype)
-    result = dam.backward_kolmogorov(generator, terminal, 0.8)
-    # float64 inside: only the result is rounded. scipy is right to 1e-13 in these small matrices.
-    assert_accurate(result, terminal, exponential(generator, 0.8), 1e-6, extra=1e-12)
-    with dam.backend("torch"):
-        reference = dam.backward_kolmogorov(generator, terminal.double(), 0.8)
-    assert_close(result, reference, rtol=2 * rounding(result.dtype), atol=1e-15)
+    matrix = exponential(generator, 0.8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, float_type(backend)):
+        terminal = normal(5, generator.size, seed=7, dtype=dtype)
+        result = dam.backward_kolmogorov(generator, terminal, 0.8)
+        # float64 inside: only the result is rounded. scipy is right to 1e-13 in these small matrices.
+        assert_accurate(result, terminal, matrix, 1e-6, extra=1e-12)
+        with dam.backend("torch"):
+            reference = dam.backward_kolmogorov(generator, terminal.double(), 0.8)
+        assert_close(result, reference, rtol=2 * rounding(result.dtype), atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -317,14 +316,14 @@ def test_extreme_durations(backend, duration):
 
 
 @each_generator
-@pytest.mark.parametrize("value", [math.nan, INF, -INF])
-def test_a_row_that_is_not_finite_is_nan(backend, name, value):
+def test_a_row_that_is_not_finite_is_nan(backend, name):
     generator = GENERATORS[name]()
-    for dtype, at in itertools.product((torch.float32, torch.float16), (0, 5, generator.size - 1)):
-        terminal = normal(3, generator.size, seed=15, dtype=dtype)
-        terminal[1, at] = value
-        result = dam.backward_kolmogorov(generator, terminal, 0.4)
-        assert bool(torch.isnan(result[1]).all()) and bool(torch.isfinite(result[::2]).all())
+    for value in (math.nan, INF, -INF):
+        for dtype, at in itertools.product((torch.float32, torch.float16), (0, 5, generator.size - 1)):
+            terminal = normal(3, generator.size, seed=15, dtype=dtype)
+            terminal[1, at] = value
+            result = dam.backward_kolmogorov(generator, terminal, 0.4)
+            assert bool(torch.isnan(result[1]).all()) and bool(torch.isfinite(result[::2]).all())
 
 
 # ---- large V
