@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the very shapes of the first call, which compiles."""
+    return lambda *arguments: _compiled(function)(*arguments)
+
+
+# On the first call: the compiler takes seconds to import.
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 
 def llada_step(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,25 +31,94 @@ def llada_step(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_multinomial(logits: Tensor) -> Tensor:
-    return torch.multinomial(torch.softmax(logits.float(), dim=-1), 1)
+    return torch.multinomial(torch.softmax(logits.float(), dim=-1), 1)[:, 0]
 
 
-def logsumexp(logits: Tensor) -> Tensor:
-    return torch.logsumexp(logits, dim=-1)
+def gumbel_race(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """argmax of logits plus Gumbel noise in float32, and the log-probability of what it draws."""
+    x = logits.float()
+    token = (x - torch.log(-torch.log(torch.rand_like(x)))).argmax(dim=-1)
+    log_prob = x.gather(-1, token[:, None])[:, 0] - torch.logsumexp(x, dim=-1)
+    return token, log_prob
 
 
 def log_prob(logits: Tensor, target: Tensor) -> Tensor:
-    """log_softmax and gather, forward and backward; returns the gradient."""
-    x = logits.detach().requires_grad_()
-    torch.log_softmax(x, dim=-1).gather(1, target).sum().backward()
-    return x.grad
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, target)
+
+
+def rate_ratio(logits: Tensor, base_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    x, base = logits.float(), base_logits.float()
+    log_ratio = base.gather(1, target) - x.gather(1, target)
+    return log_ratio, torch.logsumexp(x, dim=-1).exp() - torch.logsumexp(base, dim=-1).exp()
 
 
 def cdtm_loss(logits: Tensor, target: Tensor, weight: Tensor, base_logits: Tensor, base_weight: Tensor) -> Tensor:
-    """The c-DTM loss, softmax, one-hot and log-softmax over V, forward and backward; returns the gradient."""
-    x = logits.detach().requires_grad_()
-    one_hot = F.one_hot(target, x.shape[1]).to(x.dtype)
-    matched = (weight[..., None].to(x.dtype) * one_hot).sum(dim=1)
-    matched = matched + base_weight[:, None].to(x.dtype) * torch.softmax(base_logits, dim=-1)
-    (-(matched * torch.log_softmax(x, dim=-1)).sum(dim=-1).mean()).backward()
-    return x.grad
+    """The c-DTM loss: softmax, one-hot and log-softmax over V."""
+    one_hot = F.one_hot(target, logits.shape[1]).to(logits.dtype)
+    matched = (weight[..., None].to(logits.dtype) * one_hot).sum(dim=1)
+    matched = matched + base_weight[:, None].to(logits.dtype) * torch.softmax(base_logits, dim=-1)
+    return -(matched * torch.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return (weight[:, 0] * F.cross_entropy(logits.float(), target[:, 0], reduction="none")).mean()
+
+
+def adjoint_weights(
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, log_path (without its last column of zeros), log_normalizer and ess."""
+    gain = log_ratio if escape_gap is None else log_ratio + escape_gap
+    log_path = gain.flip(-1).cumsum(-1).flip(-1)
+    log_weight = log_path[..., 0] - terminal_cost
+    size = log_weight.shape[1]
+    weight = size * torch.softmax(log_weight, dim=1)
+    log_normalizer = torch.logsumexp(log_weight, dim=1) - math.log(size)
+    return weight, log_path, log_normalizer, weight.sum(dim=1).square() / weight.square().sum(dim=1)
+
+
+def tilt_to_ess(reward: Tensor, ess: float, max_tilt: float) -> Tensor:
+    """Bisection over the tilt, all groups at once, until float64 has no bit left."""
+    reward = reward.double()
+    low = torch.zeros_like(reward[:, 0])
+    high = torch.full_like(low, max_tilt)
+    for _ in range(53):
+        tilt = (low + high) / 2
+        keeps = torch.softmax(tilt[:, None] * reward, dim=1).square().sum(dim=1) * ess <= 1
+        low, high = torch.where(keeps, tilt, low), torch.where(keeps, high, tilt)
+    return low
+
+
+def uniform_kolmogorov(terminal: Tensor, decay: float) -> Tensor:
+    """exp(duration Q) of a uniform chain: the distance from the mean of the row decays."""
+    mean = terminal.mean(dim=1, keepdim=True)
+    return mean + math.exp(-decay) * (terminal - mean)
+
+
+def lattice_kolmogorov(terminal: Tensor, shape: tuple[int, ...], duration: float) -> Tensor:
+    """exp(duration Q) of a periodic lattice with unit rates to neighbours, by Fourier transforms."""
+    dims = tuple(range(1, len(shape) + 1))
+    eigenvalue = torch.zeros(shape)
+    for dim, size in enumerate(shape):
+        wave = 2 * torch.cos(2 * math.pi * torch.arange(size) / size) - 2
+        eigenvalue = eigenvalue + wave.view([-1 if d == dim else 1 for d in range(len(shape))])
+    transformed = torch.fft.fftn(terminal.view(-1, *shape), dim=dims) * (duration * eigenvalue).exp()
+    return torch.fft.ifftn(transformed, dim=dims).real.reshape(terminal.shape)
+
+
+def llada_rollout(hidden: Tensor, head: Tensor, steps: int) -> Tensor:
+    """Fills positions whose hidden states are [B, L, D]: LLaDA's step at every masked one, keeping the likeliest.
+
+    Returns:
+        Tokens, int64 [B, L].
+    """
+    batch, length, _ = hidden.shape
+    tokens = torch.full((batch, length), -1)
+    for step in range(steps):
+        masked = tokens == -1
+        keep = length * (step + 1) // steps - length * step // steps
+        token, probability = llada_step(hidden[masked] @ head.t())
+        left = probability.view(batch, -1).topk(keep, dim=1).indices
+        at = masked.nonzero()[:, 1].view(batch, -1).gather(1, left)
+        tokens.scatter_(1, at, token.view(batch, -1).gather(1, left))
+    return tokens

@@ -1,0 +1,43 @@
+"""linear_matching_loss, forward and gradients in one call, against the bare matmuls in it."""
+
+from __future__ import annotations
+
+import torch
+
+import dam
+from benchmarks import harness, peers
+
+
+def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hidden: int = 1024) -> list[harness.Case]:
+    states, base_states = (harness.normal(rows, hidden, dtype) for _ in range(2))
+    head = harness.head(hidden, vocabulary, dtype)
+    target, weight, base_weight = torch.randint(vocabulary, (rows, 1)), torch.rand(rows, 1), torch.rand(rows)
+
+    def case(trained: bool, based: bool) -> harness.Case:
+        base = {"base_hidden": base_states, "base_head_weight": head, "base_weight": base_weight} if based else {}
+        inputs = (states, head) if trained else (states,)
+
+        def fused(h: torch.Tensor, w: torch.Tensor = head) -> torch.Tensor:
+            return dam.linear_matching_loss(h, w, target, weight, **base)
+
+        def materialised(h: torch.Tensor, w: torch.Tensor = head) -> torch.Tensor:
+            if not based:
+                return peers.weighted_cross_entropy(h @ w.t(), target, weight)
+            return peers.cdtm_loss(h @ w.t(), target, weight, base_states @ head.t(), base_weight)
+
+        count = 2 + trained + based
+        return harness.Case(
+            f"linear_matching_loss, {'trained' if trained else 'frozen'} head{', with base' if based else ''}",
+            f"{count} bare matmuls",
+            harness.bare_matmuls(states, head, logits=1 + based, states_gradient=True, head_gradient=trained),
+            {
+                "dam": lambda: harness.gradients(fused, *inputs),
+                f"matmul, {'c-DTM' if based else 'cross entropy'}": lambda: harness.gradients(materialised, *inputs),
+            },
+        )
+
+    return [case(trained, based) for trained in (False, True) for based in (False, True)]
+
+
+def test_linear_matching_loss(benchmark, function):
+    benchmark(function)

@@ -1,0 +1,157 @@
+"""What the benchmarks share: a case, how it is measured, and random inputs.
+
+A file bench_<op>.py defines `cases(dtype, *, sizes...)`, the comparisons of one op on fresh random inputs; its
+keyword arguments are the sizes that `dam bench` can set, with the defaults of the published tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dam.ops import _cpu
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass
+class Case:
+    """Functions of the same inputs, to be called alternately."""
+
+    label: str
+    floor_name: str
+    floor: Callable[[], object]  # what no implementation can undercut: reading the inputs, or the bare matmuls
+    functions: dict[str, Callable[[], object]]  # "dam" first, then what it is measured against
+    compiled: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # likewise, by torch.compile
+
+
+@dataclasses.dataclass
+class Measurement:
+    """What a case took: seconds of its floor and of each function, and why the others are absent."""
+
+    label: str
+    floor_name: str
+    median_seconds: dict[str, float]
+    absent: dict[str, str]
+    peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # by which one call grew the resident set
+
+
+def ops() -> list[str]:
+    """Names of the ops that have a benchmark."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def cases_of(op: str) -> Callable[..., list[Case]]:
+    return importlib.import_module(f"benchmarks.bench_{op}").cases
+
+
+def sizes_of(cases: Callable[..., list[Case]]) -> dict[str, int]:
+    """The sizes that a benchmark has, and their defaults."""
+    parameters = inspect.signature(cases).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def tiny_cases(cases: Callable[..., list[Case]], dtype: torch.dtype) -> list[Case]:
+    """The same cases at sizes of next to nothing: for their names, and to load what a first call loads."""
+    return cases(dtype, **{name: min(size, 8) for name, size in sizes_of(cases).items()})
+
+
+def measure(case: Case, repeats: int, *, compiled: bool = True) -> Measurement:
+    """Median seconds of the floor and of each function, called alternately, after one call each to warm up.
+
+    Alternately, so that a machine which is slow for a while is slow for all of them. A function that fails its first
+    call is absent with its reason; the floor and dam must not fail.
+    """
+    functions = {case.floor_name: case.floor, **case.functions, **(case.compiled if compiled else {})}
+    absent: dict[str, str] = {} if compiled else dict.fromkeys(case.compiled, "left out: --no-compiled")
+    for name, function in list(functions.items()):
+        try:
+            function()
+        except Exception as error:
+            if name in (case.floor_name, "dam"):
+                raise
+            absent[name] = reason(error)
+            del functions[name]
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(functions), random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)  # or the one behind the plain read would always find its inputs in the cache
+        for name in order:
+            start = time.perf_counter()
+            functions[name]()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return Measurement(case.label, case.floor_name, medians, absent)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def reading(*tensors: Tensor) -> Callable[[], object]:
+    """The floor of an op that must see all of its inputs: a plain read of these very tensors, which are contiguous."""
+
+    def read() -> None:
+        for x in tensors:
+            _cpu._kernels.read(x.data_ptr(), x.nbytes // 8, torch.get_num_threads())
+
+    return read
+
+
+def normal(rows: int, columns: int, dtype: torch.dtype, *, scale: float = 1.0) -> Tensor:
+    """Random: zeros are multiplied and raced faster. Filled in place, since inputs can be gigabytes."""
+    return torch.empty(rows, columns, dtype=dtype).normal_(std=scale)
+
+
+def logits(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    return normal(rows, vocabulary, dtype, scale=3.0)
+
+
+def head(hidden: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """A head [V, D] that makes logits of the same spread out of standard normal hidden states."""
+    return normal(vocabulary, hidden, dtype, scale=3.0 / hidden**0.5)
+
+
+def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> Sequence[Tensor]:
+    """Forward and backward of a scalar loss: its gradients in `inputs`."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+def bare_matmuls(
+    states: Tensor,  # [T, D]
+    head: Tensor,  # [V, D]
+    *,
+    logits: int,
+    states_gradient: bool = False,
+    head_gradient: bool = False,
+) -> Callable[[], object]:
+    """The floor of an op on a head: torch.mm of its shapes and dtype into memory that is there already.
+
+    Args:
+        logits: how often the logits of all rows are computed.
+        states_gradient, head_gradient: whether the logits' gradient is carried on to either.
+    """
+    product = states.new_empty(states.shape[0], head.shape[0])
+    out_states, out_head = torch.empty_like(states), torch.empty_like(head) if head_gradient else None
+
+    def multiply() -> None:
+        for _ in range(logits):
+            torch.mm(states, head.t(), out=product)
+        if states_gradient:
+            torch.mm(product, head, out=out_states)
+        if out_head is not None:
+            torch.mm(product.t(), states, out=out_head)
+
+    return multiply
