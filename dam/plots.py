@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +29,34 @@ def solved_against_calls(
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def times_and_floor(
+    path: str | Path,
+    panels: Sequence[tuple[str, Mapping[str, float], str]],  # label, seconds by name, name of the floor
+    *,
+    title: str,
+) -> None:
+    """Writes a PNG of bars of times, a panel per comparison, with a line at the floor that none can undercut."""
+    bars = sum(len(seconds) for _, seconds, _ in panels)
+    figure = figure_class()(figsize=(8, 0.6 + 0.8 * len(panels) + 0.3 * bars), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    heights = [1 + len(seconds) for _, seconds, _ in panels]
+    for axes, (label, seconds, floor) in zip(
+        figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
+    ):
+        drawn = axes.barh(
+            list(seconds),
+            [1e3 * time for time in seconds.values()],
+            color=["0.7" if name == floor else "C0" if name == "dam" else "C1" for name in seconds],
+        )
+        axes.bar_label(drawn, [f"{time / seconds[floor]:.2f}x" for time in seconds.values()], padding=3, fontsize=8)
+        axes.axvline(1e3 * seconds[floor], color="0.4", linewidth=1)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set_title(label, loc="left", fontsize=9)
+        axes.set_xlabel("ms, and times the floor", fontsize=8)
+        axes.tick_params(labelsize=8)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,70 @@
+"""Peak memory of one call: by how much it grows the resident set of a process that does nothing else (Linux).
+
+`peak_bytes` starts that process, which is this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+
+_MISSING = "peak memory is measured on Linux only"
+
+
+def peak_bytes(op: str, case: int, name: str, dtype: str, threads: int, sizes: dict[str, int]) -> int:
+    """Bytes by which one call of a function of the op's case grows the peak resident set.
+
+    Raises:
+        RuntimeError: it could not be measured; the message says why.
+    """
+    job = json.dumps({"op": op, "case": case, "name": name, "dtype": dtype, "threads": threads, "sizes": sizes})
+    # A fixed threshold: glibc raises its own when large blocks are freed, and keeps what is freed from then on.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", job],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"the process ended with status {done.returncode}")
+    return int(done.stdout)
+
+
+def _resident(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    if match is None:
+        raise OSError(_MISSING)
+    return 1024 * int(match[1])
+
+
+def _measure(op: str, case: int, name: str, dtype: str, threads: int, sizes: dict[str, int]) -> int:
+    torch.set_num_threads(threads)
+    cases = harness.cases_of(op)
+    # Libraries and threads are loaded by the first call of anything.
+    harness.tiny_cases(cases, getattr(torch, dtype))[case].functions[name]()
+    function = cases(getattr(torch, dtype), **sizes)[case].functions[name]
+    try:
+        # The peak from now on. ru_maxrss cannot be set back, and starts at the peak of whatever started this process.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:
+        raise OSError(_MISSING) from error
+    before = _resident("VmRSS")
+    result = function()
+    grown = _resident("VmHWM") - before
+    del result
+    return max(grown, 0)
+
+
+if __name__ == "__main__":
+    print(_measure(**json.loads(sys.argv[1])))

@@ -1,0 +1,152 @@
+"""What `dam bench` prints and writes: a table, a JSON file and a PNG per op."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dam
+from benchmarks import harness, memory
+from dam import plots
+from dam.ops import _cpu
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass
+class Options:
+    """How to measure; `sizes` replace the defaults of every op that has them."""
+
+    sizes: dict[str, int]
+    dtype: str = "float32"
+    threads: int = 1
+    repeats: int = 9
+    memory: bool = True
+    compiled: bool = True
+
+
+def run(ops: list[str], options: Options, output: Path | None = None) -> Path:
+    """Measures the ops (all, if none is named), prints a table of each and writes JSON and PNG.
+
+    Returns:
+        The folder of the results: `output`, or one named after this device.
+
+    Raises:
+        ValueError: an op or a size that does not exist; the message lists those that do.
+        ImportError: there is no matplotlib.
+    """
+    for op in ops:
+        if op not in harness.ops():
+            raise ValueError(f"no op {op!r} to measure; there are {', '.join(harness.ops())}")
+    ops = ops or harness.ops()
+    known = {name for op in ops for name in harness.sizes_of(harness.cases_of(op))}
+    for name in options.sizes:
+        if name not in known:
+            raise ValueError(f"--{name} is no size of {', '.join(ops)}; there are {', '.join(sorted(known))}")
+    plots.figure_class()  # missing: to be said before the work
+    output = output or RESULTS / device()
+    output.mkdir(parents=True, exist_ok=True)
+    for op in ops:
+        result = measure(op, options)
+        print(table(result), flush=True)
+        write(result, output)
+    return output
+
+
+def measure(op: str, options: Options) -> dict[str, Any]:
+    """All that is known of an op's cases, as it is written to JSON."""
+    threads, cases = torch.get_num_threads(), harness.cases_of(op)
+    defaults = harness.sizes_of(cases)
+    sizes = {name: options.sizes.get(name, size) for name, size in defaults.items()}
+    torch.set_num_threads(options.threads)
+    try:
+        measured = [
+            harness.measure(case, options.repeats, compiled=options.compiled)
+            for case in cases(getattr(torch, options.dtype), **sizes)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    if options.memory:
+        for n, case in enumerate(harness.tiny_cases(cases, getattr(torch, options.dtype))):
+            for name in (name for name in case.functions if name not in measured[n].absent):
+                try:
+                    measured[n].peak_bytes[name] = memory.peak_bytes(op, n, name, options.dtype, options.threads, sizes)
+                except RuntimeError as error:
+                    print(f"{measured[n].label}: peak memory of {name} is absent: {error}", file=sys.stderr)
+    return {
+        "op": op,
+        "sizes": sizes,
+        "default_sizes": sizes == defaults,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "dam": dam.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "instruction_set": _cpu.isa(),
+        "cases": [dataclasses.asdict(measurement) for measurement in measured],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The cases of an op: times, and how they compare to dam's and to the floor."""
+    sizes = ", ".join(f"{name} {size}" for name, size in result["sizes"].items())
+    lines = [f"\n{sizes}, {result['dtype']}, {result['threads']} threads, medians of {result['repeats']}"]
+    for case in result["cases"]:
+        seconds = case["median_seconds"]
+        floor = seconds[case["floor_name"]]
+        width = max(32, *map(len, seconds))
+        lines += [
+            f"\n{case['label']}",
+            f"  {'':{width}}{'ms':>10}{'of dam':>10}{'of floor':>10}{'floor/it':>10}{'peak MB':>10}",
+        ]
+        for name, time in seconds.items():
+            columns = f"{1e3 * time:10.3f}{time / seconds['dam']:9.2f}x{time / floor:9.2f}x{floor / time:10.1%}"
+            peak = case["peak_bytes"].get(name)
+            lines.append(f"  {name:{width}}{columns}" + (f"{'-':>10}" if peak is None else f"{peak / 2**20:10.1f}"))
+        lines += [f"  {name:{width}}    absent: {why}" for name, why in case["absent"].items()]
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """<op>-<dtype>.json and .png, with what differs from the defaults in the name."""
+    parts = [result["op"], result["dtype"]]
+    if not result["default_sizes"]:
+        parts += [f"{name}-{size}" for name, size in result["sizes"].items()]
+    if result["threads"] != result["cores"]:
+        parts.append(f"threads-{result['threads']}")
+    path = folder / "-".join(parts)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    panels = [(case["label"], case["median_seconds"], case["floor_name"]) for case in result["cases"]]
+    plots.times_and_floor(path.with_suffix(".png"), panels, title=table(result).strip().splitlines()[0])
+
+
+def device() -> str:
+    """Name of a folder: CPU model, instruction set in use, cores."""
+    return f"{slug(cpu_model())}-{_cpu.isa()}-{os.cpu_count()}-cores"
+
+
+def cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def slug(model: str) -> str:
+    """A CPU's model without maker, trademarks, clock and core count: "AMD EPYC 7763 64-Core Processor" is epyc-7763."""
+    noise = r"\((r|tm)\)|@.*|\b(amd|intel|cpu|processor|\d+-core)\b"
+    words = re.sub(r"[^a-z0-9]+", " ", re.sub(noise, " ", model.lower())).split()
+    return "-".join(words) or "cpu"

@@ -1,0 +1,215 @@
+"""`dam bench`: every case runs, its functions compute the same, and what is written says what was measured."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dam
+from benchmarks import harness, memory, peers, report
+from dam import cli
+from tests.ops import helpers
+
+CHECKOUT = Path(__file__).parent.parent
+# The benchmark of an op that this version of dam does not have.
+OPS = [
+    pytest.param(op, marks=pytest.mark.skipif(op != "rollout" and not hasattr(dam, op), reason=f"no dam.{op} yet"))
+    for op in harness.ops()
+]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tensors(result):
+    """All tensors of a function's result, in order."""
+    return [result] if isinstance(result, torch.Tensor) else [x for part in result for x in tensors(part)]
+
+
+def test_every_op_has_a_benchmark():
+    assert {name for name in dam.__all__ if name[0].islower()} - {"backend", "generators"} <= set(harness.ops())
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_is_measured(op, dtype):
+    for case in harness.tiny_cases(harness.cases_of(op), getattr(torch, dtype)):
+        measured = harness.measure(case, 1, compiled=False)
+        assert all(seconds > 0 for seconds in measured.median_seconds.values())
+        assert {"dam", case.floor_name} <= measured.median_seconds.keys()
+        assert measured.absent.keys() >= case.compiled.keys()
+        if dtype == "float32":
+            assert measured.absent.keys() == case.compiled.keys()
+
+
+@pytest.mark.parametrize(
+    "op", ("rate_ratio", "log_prob", "matching_loss", "linear_log_prob", "linear_matching_loss", "tilt_to_ess")
+)
+def test_peers_compute_the_same(op, monkeypatch):
+    monkeypatch.setattr(peers, "compiled", lambda function: function)  # what is compiled, without compiling it
+    sizes = {"rows": 7, "vocabulary": 50, "hidden": 16, "groups": 5, "trajectories": 12}
+    cases = harness.cases_of(op)
+    for case in cases(torch.float32, **{name: sizes[name] for name in harness.sizes_of(cases)}):
+        expected = tensors(case.functions.pop("dam")())
+        for name, function in (case.functions | case.compiled).items():
+            for ours, theirs in zip(expected, tensors(function()), strict=True):
+                # Sums of 50 and products of 16 float32 numbers, and their exponentials.
+                bound = 256 * helpers.rounding(torch.float32) * float(ours.abs().max())
+                helpers.assert_close(theirs.view_as(ours), ours, rtol=0.0, atol=bound), name
+
+
+def test_eager_adjoint_weights():
+    for case in harness.cases_of("adjoint_weights")(torch.float32, groups=5, trajectories=12, steps=9):
+        ours = case.functions["dam"]()
+        weight, log_path, log_normalizer, ess = case.functions["flip, cumsum, softmax"]()
+        for actual, expected in (
+            (weight, ours.weight),
+            (log_path, ours.log_path[..., :-1]),
+            (log_normalizer, ours.log_normalizer),
+            (ess, ours.ess),
+        ):
+            helpers.assert_close(actual, expected, rtol=64 * helpers.rounding(torch.float32), atol=1e-6)
+
+
+def test_samplers_draw_from_the_softmax():
+    rows = 4000
+    probability = torch.tensor([0.6, 0.3, 0.08, 0.02])
+    logits = (probability.log() + 1.0).repeat(rows, 1)
+    for sample in (peers.llada_step, peers.softmax_multinomial, peers.gumbel_race, lambda x: dam.jump(x)):
+        drawn = sample(logits)
+        counts = torch.bincount(drawn if isinstance(drawn, torch.Tensor) else drawn[0], minlength=4)
+        z = (counts - rows * probability) / (rows * probability * (1 - probability)).sqrt()
+        assert float(z.abs().max()) < helpers.Z, counts
+    case = harness.cases_of("jump")(torch.float32, rows=7, vocabulary=50)[0]
+    helpers.assert_close(case.functions["torch.logsumexp"](), case.functions["dam"]().log_escape, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", (1, 3, 7))
+def test_lladas_loop_fills_in_every_position(steps):
+    expected = helpers.integers(0, 11, 2, 7)
+    hidden = 100.0 * torch.nn.functional.one_hot(expected, 11).float()  # leaves one token to draw
+    assert torch.equal(peers.llada_rollout(hidden, torch.eye(11), steps), expected)
+
+
+def test_the_head_runs_where_a_rollout_jumps(monkeypatch):
+    case = harness.cases_of("rollout")(torch.float32, sequences=3, length=8, steps=4, vocabulary=20, hidden=4)[0]
+    rows = Counter()
+    jump = dam.rollout.linear_jump
+
+    def counted(hidden, *arguments, **options):
+        rows[name] += len(hidden)
+        return jump(hidden, *arguments, **options)
+
+    monkeypatch.setattr(dam.rollout, "linear_jump", counted)
+    for name in ("dam", "dam, head at every mask"):
+        case.functions[name]()
+    assert rows == {"dam": 3 * 8, "dam, head at every mask": 3 * (8 + 6 + 4 + 2)}
+    with FlopCounterMode(display=False) as counter:
+        case.floor()
+    assert counter.get_total_flops() == 2 * rows["dam"] * 20 * 4
+
+
+@pytest.mark.parametrize("op", ("linear_jump", "linear_log_prob", "linear_matching_loss"))
+def test_the_floor_of_a_linear_op_is_its_matmuls(op):
+    for case in harness.cases_of(op)(torch.float32, rows=3, vocabulary=20, hidden=4):
+        with FlopCounterMode(display=False) as counter:
+            case.floor()
+        count = 1 if case.floor_name == "bare matmul" else int(case.floor_name.split()[0])
+        assert counter.get_total_flops() == count * 2 * 3 * 20 * 4
+
+
+def test_a_peer_that_fails_is_absent_with_its_reason():
+    def fails():
+        raise RuntimeError("no compiler here\nand more")
+
+    case = harness.Case("an op", "floor", lambda: None, {"dam": lambda: None}, {"compiled": fails})
+    measured = harness.measure(case, 1)
+    assert measured.absent == {"compiled": "RuntimeError: no compiler here"}
+    assert "compiled" not in measured.median_seconds
+    case.functions["dam"] = fails
+    with pytest.raises(RuntimeError, match="no compiler"):
+        harness.measure(case, 1)
+
+
+def test_bench_prints_a_table_and_writes_json_and_png(tmp_path, capsys):
+    sizes = ("--rows", "2", "--vocabulary", "50")
+    arguments = ("bench", "jump", *sizes, "--repeats", "1", "--threads", "1", "--no-memory", "--no-compiled")
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("jump-float32-rows-2-vocabulary-50*.png"))) == 1
+    (path,) = tmp_path.glob("jump-float32-rows-2-vocabulary-50*.json")
+    result = json.loads(path.read_text())
+    assert result["sizes"] == {"rows": 2, "vocabulary": 50}
+    for key in ("op", "dtype", "threads", "repeats", "dam", "torch", "cpu", "cores", "instruction_set"):
+        assert result[key]
+    (case,) = result["cases"]
+    assert case["median_seconds"].keys() == {
+        "plain read of the logits",
+        "dam",
+        "LLaDA's step",
+        "softmax + multinomial",
+        "torch.logsumexp",
+    }
+    assert case["absent"] == {"compiled Gumbel race": "left out: --no-compiled"}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*case["median_seconds"], *case["absent"].values(), str(tmp_path)))
+
+
+def test_a_wrong_op_or_size_is_an_error_that_lists_what_there_is(tmp_path, capsys):
+    assert cli.main(["bench", "jmup", "--output", str(tmp_path / "new")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("dam bench: ") and "'jmup'" in message
+    assert all(op in message for op in harness.ops())
+    assert cli.main(["bench", "jump", "--hidden", "8", "--output", str(tmp_path / "new")]) == 1
+    assert "there are rows, vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "jump", "--rows", "0"])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_the_benchmarks_are_in_a_checkout_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dam, "__file__", str(tmp_path / "dam" / "__init__.py"))
+    assert cli.main(["bench", "jump"]) == 1
+    assert "source repository" in capsys.readouterr().err
+
+
+def test_every_size_is_an_option():
+    known = {name for op in harness.ops() for name in harness.sizes_of(harness.cases_of(op))}
+    assert known == cli._SIZES.keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")
+def test_peak_memory():
+    sizes = {"rows": 8, "vocabulary": 500_000}
+    grown = memory.peak_bytes("jump", 0, "LLaDA's step", "float32", 1, sizes)
+    # Float64 logits and noise at least; a dozen copies would be more than it ever holds.
+    assert 2 * 8 * 8 * 500_000 <= grown < 12 * 8 * 8 * 500_000
+
+
+@pytest.mark.parametrize(
+    ("model", "slug"),
+    (
+        ("AMD EPYC", "epyc"),
+        ("AMD EPYC 7763 64-Core Processor", "epyc-7763"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "xeon-platinum-8481c"),
+        ("", "cpu"),
+    ),
+)
+def test_results_are_named_after_the_device(model, slug):
+    assert report.slug(model) == slug
+
+
+def test_pytest_benchmark_runs_the_same_functions():
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_tilt_to_ess.py", "--benchmark-disable")
+    done = subprocess.run(
+        [sys.executable, *command, "-k", "float32 and not compiled"], capture_output=True, text=True, cwd=CHECKOUT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
