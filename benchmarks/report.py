@@ -64,8 +64,7 @@ def run(ops: list[str], options: Options, output: Path | None = None) -> Path:
 def measure(op: str, options: Options) -> dict[str, Any]:
     """All that is known of an op's cases, as it is written to JSON."""
     threads, cases = torch.get_num_threads(), harness.cases_of(op)
-    defaults = harness.sizes_of(cases)
-    sizes = {name: options.sizes.get(name, size) for name, size in defaults.items()}
+    sizes = {name: options.sizes.get(name, size) for name, size in harness.sizes_of(cases).items()}
     torch.set_num_threads(options.threads)
     try:
         measured = [
@@ -84,7 +83,6 @@ def measure(op: str, options: Options) -> dict[str, Any]:
     return {
         "op": op,
         "sizes": sizes,
-        "default_sizes": sizes == defaults,
         "dtype": options.dtype,
         "threads": options.threads,
         "repeats": options.repeats,
@@ -121,8 +119,8 @@ def table(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], folder: Path) -> None:
     """<op>-<dtype>.json and .png, with what differs from the defaults in the name."""
     parts = [result["op"], result["dtype"]]
-    if not result["default_sizes"]:
-        parts += [f"{name}-{size}" for name, size in result["sizes"].items()]
+    defaults = harness.sizes_of(harness.cases_of(result["op"]))
+    parts += [f"{name}-{size}" for name, size in result["sizes"].items() if size != defaults[name]]
     if result["threads"] != result["cores"]:
         parts.append(f"threads-{result['threads']}")
     path = folder / "-".join(parts)

@@ -38,7 +38,10 @@ def times_and_floor(
     *,
     title: str,
 ) -> None:
-    """Writes a PNG of bars of times, a panel per comparison, with a line at the floor that none can undercut."""
+    """Writes a PNG of bars of times, a panel per comparison, with a line at the floor that none can undercut.
+
+    Times of one magnitude are drawn from zero, others on a logarithmic scale.
+    """
     bars = sum(len(seconds) for _, seconds, _ in panels)
     figure = figure_class()(figsize=(8, 0.6 + 0.8 * len(panels) + 0.3 * bars), layout="constrained")
     figure.suptitle(title, fontsize=9)
@@ -53,8 +56,10 @@ def times_and_floor(
         )
         axes.bar_label(drawn, [f"{time / seconds[floor]:.2f}x" for time in seconds.values()], padding=3, fontsize=8)
         axes.axvline(1e3 * seconds[floor], color="0.4", linewidth=1)
-        axes.set_xscale("log")
         axes.margins(x=0.15)
+        if max(seconds.values()) > 20 * min(seconds.values()):
+            axes.set_xscale("log")
+            axes.set_xlim(left=1e3 * min(seconds.values()) / 2)
         axes.invert_yaxis()
         axes.set_title(label, loc="left", fontsize=9)
         axes.set_xlabel("ms, and times the floor", fontsize=8)

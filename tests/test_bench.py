@@ -62,7 +62,7 @@ def test_peers_compute_the_same(op, monkeypatch):
             for ours, theirs in zip(expected, tensors(function()), strict=True):
                 # Sums of 50 and products of 16 float32 numbers, and their exponentials.
                 bound = 256 * helpers.rounding(torch.float32) * float(ours.abs().max())
-                helpers.assert_close(theirs.view_as(ours), ours, rtol=0.0, atol=bound), name
+                helpers.assert_close(theirs.view_as(ours), ours, rtol=0.0, atol=bound)
 
 
 def test_eager_adjoint_weights():
@@ -76,6 +76,22 @@ def test_eager_adjoint_weights():
             (ess, ours.ess),
         ):
             helpers.assert_close(actual, expected, rtol=64 * helpers.rounding(torch.float32), atol=1e-6)
+
+
+def test_kolmogorov_peers_are_matrix_exponentials():
+    terminal, duration = helpers.normal(3, 20, dtype=torch.float64), 0.7
+    uniform = torch.full((20, 20), 1 / 20, dtype=torch.float64) - torch.eye(20, dtype=torch.float64)
+    ring4, ring5 = (
+        torch.eye(n, dtype=torch.float64).roll(1, 0) + torch.eye(n).roll(-1, 0) - 2 * torch.eye(n) for n in (4, 5)
+    )
+    lattice = torch.kron(ring4, torch.eye(5)) + torch.kron(torch.eye(4), ring5)
+    for generator, actual in (
+        (uniform, peers.uniform_kolmogorov(terminal, duration)),
+        (lattice, peers.lattice_kolmogorov(terminal, (4, 5), duration)),
+    ):
+        expected = terminal @ torch.matrix_exp(duration * generator).t()
+        # The eigenvalues of the lattice are float32.
+        helpers.assert_close(actual, expected, rtol=0.0, atol=64 * helpers.rounding(torch.float32))
 
 
 def test_samplers_draw_from_the_softmax():
