@@ -13,7 +13,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464, hidd
     return [
         harness.Case(
             "linear_jump",
-            "bare matmul",
+            "bare matmul in float32",
             harness.bare_matmuls(states, head, logits=1),
             {
                 "dam": lambda: dam.linear_jump(states, head),

@@ -18,7 +18,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
     return [
         harness.Case(
             "linear_log_prob, forward",
-            "bare matmul",
+            "bare matmul in float32",
             harness.bare_matmuls(states, head, logits=1),
             {
                 "dam": lambda: dam.linear_log_prob(states, head, target),
@@ -27,7 +27,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
         ),
         harness.Case(
             "linear_log_prob, forward and backward, frozen head",
-            "3 bare matmuls",
+            "3 bare matmuls in float32",
             harness.bare_matmuls(states, head, logits=2, states_gradient=True),
             {
                 "dam": lambda: backward(lambda h: dam.linear_log_prob(h, head, target), states),
@@ -38,7 +38,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
         ),
         harness.Case(
             "linear_log_prob, forward and backward, trained head",
-            "4 bare matmuls",
+            "4 bare matmuls in float32",
             harness.bare_matmuls(states, head, logits=2, states_gradient=True, head_gradient=True),
             {
                 "dam": lambda: backward(lambda h, w: dam.linear_log_prob(h, w, target), states, head),

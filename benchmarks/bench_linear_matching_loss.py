@@ -28,7 +28,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
         count = 2 + trained + based
         return harness.Case(
             f"linear_matching_loss, {'trained' if trained else 'frozen'} head{', with base' if based else ''}",
-            f"{count} bare matmuls",
+            f"{count} bare matmuls in float32",
             harness.bare_matmuls(states, head, logits=1 + based, states_gradient=True, head_gradient=trained),
             {
                 "dam": lambda: harness.gradients(fused, *inputs),

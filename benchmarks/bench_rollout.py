@@ -55,7 +55,7 @@ def cases(
     return [
         harness.Case(
             "rollout",
-            "bare matmul where it jumps",
+            "bare matmul in float32",
             floor,
             {
                 "dam": lambda: rollout("random"),
