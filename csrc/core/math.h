@@ -38,8 +38,8 @@ DAM_HD F larger(F a, F b) {
 // 2^-125 keeps a result a normal number; what is smaller is 0.
 constexpr float LEAST_EXPONENT = -125.0f;
 
-// What an argument of exp_scaled is multiplied with: a factor in two floats, so that it costs no accuracy where products
-// are fused with sums, or the number 1, which costs less.
+// What an argument of exp_scaled is multiplied with: a factor in two floats, so that it costs no accuracy where
+// products are fused with sums, or the number 1, which costs less.
 struct Factor {
   float high, low;  // scale * log2(e)
   float floor;      // arguments below it give 0
@@ -85,11 +85,11 @@ DAM_HD F raised_fraction(F r, Unit) {
   return q * r + 0.999999702f;
 }
 
-// x = exp(scale * x) for scale * x < 88; exactly 1 at 0, NaN for NaN. Below exp(-86.6) and at -inf exactly 0 with FLUSH,
-// else at most 2^-125. Relative error < 2^-22.4 + 2^-28.4 |x| for Unit; for a Factor 2^-22.4 where products are fused with
-// sums (AVX2, AVX-512, most others) and 2^-22 (1 + |scale x|) elsewhere.
-// F is float or a vector of floats. The N of them go through each step together: one by one, the chain of dependent
-// operations would fill a core's scheduler before the next one starts.
+// x = exp(scale * x) for scale * x < 88; exactly 1 at 0, NaN for NaN. Below exp(-86.6) and at -inf exactly 0 with
+// FLUSH, else at most 2^-125. Relative error < 2^-22.4 + 2^-28.4 |x| for Unit; for a Factor 2^-22.4 where products are
+// fused with sums (AVX2, AVX-512, most others) and 2^-22 (1 + |scale x|) elsewhere. F is float or a vector of floats.
+// The N of them go through each step together: one by one, the chain of dependent operations would fill a core's
+// scheduler before the next one starts.
 template <bool FLUSH, int N, class F, class Scale>
 DAM_HD void exp_each(F (&x)[N], Scale c) {
   using U = typename BitsOf<F>::type;

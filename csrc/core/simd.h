@@ -93,4 +93,13 @@ DAM_HD u64 multiply_low(u64 a, uint32_t m) {
 #endif
 }
 
+// A store that leaves the caches to others.
+DAM_HD void store_past_caches(float* address, float value) {
+#if defined(__x86_64__)
+  _mm_stream_si32(reinterpret_cast<int*>(address), bit_cast<int>(value));
+#else
+  *address = value;
+#endif
+}
+
 DAM_END

@@ -5,8 +5,10 @@
 DAM_BEGIN
 
 // Trajectories of one group that go side by side, one per lane: a sum along a single one would wait for each addition.
-template <class Element>
+// STREAM writes past the caches, which a large result would only pass through.
+template <bool STREAM, class Element>
 static void sum_paths(const AdjointWeightsArgs& a, int64_t group, int64_t first, double* path_weight) {
+  constexpr int PER_LINE = 64 / sizeof(Element);
   const Element *gain[WIDE], *gap[WIDE];
   float* out[WIDE];
   const bool has_gap = a.escape_gap.data != nullptr;
@@ -27,11 +29,23 @@ static void sum_paths(const AdjointWeightsArgs& a, int64_t group, int64_t first,
   };
   const auto store_step = [&](f64 sum, int64_t s) {
     const f32_narrow rounded = __builtin_convertvector(sum, f32_narrow);
-    for (int l = 0; l < WIDE; ++l) out[l][s] = rounded[l];
+    for (int l = 0; l < WIDE; ++l) {
+      if constexpr (STREAM) {
+        store_past_caches(out[l] + s, rounded[l]);
+      } else {
+        out[l][s] = rounded[l];
+      }
+    }
   };
   f64 sum{};
   store_step(sum, a.steps);
   for (int64_t s = a.steps - 1; s >= 0; --s) {
+    if (s % PER_LINE == 0) {  // of the trajectories that come next
+      for (int l = 0; l < WIDE; ++l) {
+        __builtin_prefetch(gain[l] + s + WIDE * a.log_ratio.row_stride);
+        if (has_gap) __builtin_prefetch(gap[l] + s + WIDE * a.escape_gap.row_stride);
+      }
+    }
     sum += load_step(gain, s);
     if (has_gap) sum += load_step(gap, s);
     store_step(sum, s);
@@ -42,7 +56,13 @@ static void sum_paths(const AdjointWeightsArgs& a, int64_t group, int64_t first,
 // The first of the group's trajectories that no weight can be given to, or -1.
 template <class Element>
 static int64_t weigh_group(const AdjointWeightsArgs& a, int64_t group, double* log_weight) {
-  for (int64_t k = 0; k < a.size; k += WIDE) sum_paths<Element>(a, group, k, log_weight);
+  for (int64_t k = 0; k < a.size; k += WIDE) {
+    if (a.stream) {
+      sum_paths<true, Element>(a, group, k, log_weight);
+    } else {
+      sum_paths<false, Element>(a, group, k, log_weight);
+    }
+  }
   const double* cost = a.terminal_cost + group * a.size;
   double top = -HUGE_VAL;
   for (int64_t k = 0; k < a.size; ++k) {

@@ -69,21 +69,21 @@ void closed_form(const ClosedFormArgs& a) {
 
 // ---- Lattice
 
-constexpr int UNROLL = 4;  // registers of results at once
+constexpr int RESULTS = 4;  // registers of results at once
 
 // out[i] = taps[0] x[i] + sum_k taps[k] (x[i + k stride] + x[i - k stride]). Works on whole groups of registers: up to
 // FILTER_PADDING entries more are read and written than counted.
 static void filter(const double* x, int64_t count, const double* taps, int64_t radius, int64_t stride, double* out) {
-  static_assert(UNROLL * WIDE <= FILTER_PADDING, "the scratch is too short");
-  for (int64_t i = 0; i < count; i += UNROLL * WIDE) {
-    f64 sum[UNROLL];
-    for (int u = 0; u < UNROLL; ++u) sum[u] = taps[0] * load<f64>(x + i + u * WIDE);
+  static_assert(RESULTS * WIDE <= FILTER_PADDING, "the scratch is too short");
+  for (int64_t i = 0; i < count; i += RESULTS * WIDE) {
+    f64 sum[RESULTS];
+    for (int u = 0; u < RESULTS; ++u) sum[u] = taps[0] * load<f64>(x + i + u * WIDE);
     for (int64_t k = 1; k <= radius; ++k) {
       const double* right = x + i + k * stride;
       const double* left = x + i - k * stride;
-      for (int u = 0; u < UNROLL; ++u) sum[u] += taps[k] * (load<f64>(right + u * WIDE) + load<f64>(left + u * WIDE));
+      for (int u = 0; u < RESULTS; ++u) sum[u] += taps[k] * (load<f64>(right + u * WIDE) + load<f64>(left + u * WIDE));
     }
-    for (int u = 0; u < UNROLL; ++u) store(out + i + u * WIDE, sum[u]);
+    for (int u = 0; u < RESULTS; ++u) store(out + i + u * WIDE, sum[u]);
   }
 }
 

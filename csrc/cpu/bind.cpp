@@ -23,10 +23,11 @@ DAM_DECLARE_KERNELS(avx2)
 #endif
 DAM_DECLARE_KERNELS(plain)
 
-#define DAM_KERNELS(ISA)                                                                            \
-  {ISA::jump,         ISA::log_prob,        ISA::log_prob_backward, ISA::matching_loss,             \
-   ISA::rate_ratio,   ISA::adjoint_weights, ISA::tilt_to_ess,       ISA::closed_form,               \
-   ISA::filter_lines, ISA::probe_exp,       ISA::probe_exponential, ISA::probe_philox, ISA::probe_read}
+#define DAM_KERNELS(ISA)                                                                \
+  {ISA::jump,         ISA::log_prob,        ISA::log_prob_backward, ISA::matching_loss, \
+   ISA::rate_ratio,   ISA::adjoint_weights, ISA::tilt_to_ess,       ISA::closed_form,   \
+   ISA::filter_lines, ISA::probe_exp,       ISA::probe_exponential, ISA::probe_philox,  \
+   ISA::probe_read}
 
 struct Set {
   const char* name;
@@ -82,12 +83,15 @@ static T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The address of a large output that is about to be filled. From 32 MB on malloc maps memory anew for every array; in
-// pages of 4 KB the faults of the first touch then take several times as long as the kernel, so larger ones are asked for.
+constexpr int64_t LARGE = int64_t{32} << 20;
+
+// The address of a large output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every
+// array; in pages of 4 KB the faults of the first touch then take several times as long as the kernel, so larger ones
+// are asked for.
 static void* output(Address address, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr Address PAGE = Address{1} << 21;
-  if (address && bytes >= int64_t{32} << 20) {
+  if (address && bytes >= LARGE) {
     const Address begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
     madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
   }
@@ -215,6 +219,7 @@ static int64_t adjoint_weights(Address log_ratio, int64_t groups, int64_t size, 
   const Kernels& kernels = chosen().kernels;
   const pybind11::gil_scoped_release release;
   const std::unique_ptr<double[]> scratch(new double[threads * size]);
+  const int64_t path_bytes = groups * size * (steps + 1) * 4;
   return kernels.adjoint_weights({groups,
                                   size,
                                   steps,
@@ -225,8 +230,9 @@ static int64_t adjoint_weights(Address log_ratio, int64_t groups, int64_t size, 
                                   {at<void>(escape_gap), gap_group_stride, gap_row_stride},
                                   at<double>(terminal_cost),
                                   clip,
+                                  path_bytes >= LARGE,
                                   at<float>(weight),
-                                  static_cast<float*>(output(log_path, groups * size * (steps + 1) * 4)),
+                                  static_cast<float*>(output(log_path, path_bytes)),
                                   at<float>(log_normalizer),
                                   at<float>(ess),
                                   at<float>(clipped)});
@@ -308,15 +314,15 @@ PYBIND11_MODULE(_cpu, module) {
       "row_scale"_a, "normalized"_a, "gradient"_a, "threads"_a,
       "Returns the loss and fills gradient [T, V]; weight is float64 [T, J], base_weight and row_scale float64 [T].");
 
-  module.def("rate_ratio", dam::bind::rate_ratio, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a, "base"_a,
-             "base_row_stride"_a, "exclude"_a, "exclude_stride"_a, "target"_a, "targets"_a, "log_ratio"_a,
+  module.def("rate_ratio", dam::bind::rate_ratio, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a,
+             "base"_a, "base_row_stride"_a, "exclude"_a, "exclude_stride"_a, "target"_a, "targets"_a, "log_ratio"_a,
              "escape_gap"_a, "threads"_a, "Fills log_ratio float32 [T, J] and escape_gap float32 [T].");
-  module.def("adjoint_weights", dam::bind::adjoint_weights, "log_ratio"_a, "groups"_a, "size"_a, "steps"_a,
-             "group_stride"_a, "row_stride"_a, "dtype"_a, "escape_gap"_a, "gap_group_stride"_a, "gap_row_stride"_a,
-             "terminal_cost"_a, "clip"_a, "weight"_a, "log_path"_a, "log_normalizer"_a, "ess"_a, "clipped"_a,
-             "threads"_a,
-             "Fills float32 weight [G, K], log_path [G, K, S + 1], log_normalizer, ess and clipped [G]; terminal_cost is "
-             "float64 [G, K]. Returns the first trajectory, as g * K + k, that has no weight, or -1.");
+  module.def(
+      "adjoint_weights", dam::bind::adjoint_weights, "log_ratio"_a, "groups"_a, "size"_a, "steps"_a, "group_stride"_a,
+      "row_stride"_a, "dtype"_a, "escape_gap"_a, "gap_group_stride"_a, "gap_row_stride"_a, "terminal_cost"_a, "clip"_a,
+      "weight"_a, "log_path"_a, "log_normalizer"_a, "ess"_a, "clipped"_a, "threads"_a,
+      "Fills float32 weight [G, K], log_path [G, K, S + 1], log_normalizer, ess and clipped [G]; terminal_cost is "
+      "float64 [G, K]. Returns the first trajectory, as g * K + k, that has no weight, or -1.");
   module.def("tilt_to_ess", dam::bind::tilt_to_ess, "reward"_a, "groups"_a, "size"_a, "ess"_a, "max_tilt"_a, "tilt"_a,
              "threads"_a,
              "Fills tilt float64 [G]; reward is float64 [G, K]. Returns the first reward, as g * K + k, that is NaN or "

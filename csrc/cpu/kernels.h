@@ -112,6 +112,7 @@ struct AdjointWeightsArgs {
   Cube escape_gap;              // null: none
   const double* terminal_cost;  // [G, K]
   double clip;                  // inf: none
+  bool stream;                  // log_path is larger than the caches
   float* weight;                // [G, K]
   float* log_path;              // [G, K, S + 1]
   float* log_normalizer;        // [G]

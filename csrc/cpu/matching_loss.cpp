@@ -81,9 +81,9 @@ static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, 
 template <class Element>
 static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int worker) {
   const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
-  const Row<Element> base =
-      a.base.data && a.base_weight[t] != 0.0 ? row_of<Element>(a.base, a.shape.columns, a.exclude, t)
-                                             : Row<Element>{nullptr, 0, -1};
+  const Row<Element> base = a.base.data && a.base_weight[t] != 0.0
+                                ? row_of<Element>(a.base, a.shape.columns, a.exclude, t)
+                                : Row<Element>{nullptr, 0, -1};
   const MatchingRow r = read_row(a, row, base, threads, worker);
   const int64_t* target = a.target + t * a.targets;
   const double* weight = a.weight + t * a.targets;

@@ -1,5 +1,5 @@
-// The numerics of csrc/core as this instruction set computes them, for the tests; a plain read of memory, the floor that
-// the benchmarks state.
+// The numerics of csrc/core as this instruction set computes them, for the tests; a plain read of memory, the floor
+// that the benchmarks state.
 #include "../core/race.h"
 #include "rows.h"
 
@@ -36,7 +36,8 @@ void probe_philox(const uint32_t* counter, const uint32_t* key, uint32_t* words)
   words[3] = static_cast<uint32_t>(block.w[0]);
 }
 
-// The wrapping sum of all 64-bit words. Loads and one addition each: what no kernel that reads these bytes can undercut.
+// The wrapping sum of all 64-bit words. Loads and one addition each: what no kernel that reads these bytes can
+// undercut.
 uint64_t probe_read(const uint64_t* data, int64_t count, int threads) {
   constexpr int64_t GRAB = 1 << 14;
   uint64_t total = 0;

@@ -133,7 +133,8 @@ inline void store_lanes(Element* x, f32 value) {
 }
 
 // Where element i of a tile lies among its floats once it was loaded in any order. A vector of 32-bit words holds the
-// even bfloat16s in its low halves and the odd ones in its high halves: taken apart so, two vectors cost two operations.
+// even bfloat16s in its low halves and the odd ones in its high halves: taken apart so, two vectors cost two
+// operations.
 template <class Element>
 constexpr int slot(int i) {
   if constexpr (std::is_same_v<Element, bfloat16>) {
@@ -315,7 +316,8 @@ class GradientTile {
 
   // Ignores a v that lies elsewhere.
   void add(int64_t v, double value) {
-    if (v >= begin_ && v < begin_ + TILE) values[slot<Element>(static_cast<int>(v - begin_))] += static_cast<float>(value);
+    if (v >= begin_ && v < begin_ + TILE)
+      values[slot<Element>(static_cast<int>(v - begin_))] += static_cast<float>(value);
   }
 
   void finish() {
@@ -374,8 +376,8 @@ inline Summary merge_tiles(Tiles tiles, double scale) {
 
 // What sum_row does past its loop: merges the tiles' summaries and makes up for rounding.
 //
-// In one float with the maximum's 1 the rest of a tile is rounded at 2^-24 of it. That shows in the log of a total close
-// to 1, so the tiles with the maximum of such a row are summed again.
+// In one float with the maximum's 1 the rest of a tile is rounded at 2^-24 of it. That shows in the log of a total
+// close to 1, so the tiles with the maximum of such a row are summed again.
 template <class Element>
 inline Summary finish_sum(const Row<Element>& row, double scale, Tiles tiles) {
   Summary total = merge_tiles(tiles, scale);
