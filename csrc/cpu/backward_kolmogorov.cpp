@@ -9,7 +9,6 @@ DAM_BEGIN
 static f64 load_wide(const float* x) { return __builtin_convertvector(load<f32_narrow>(x), f64); }
 
 static double sum_of(const float* x, int64_t count) {
-  constexpr int UNROLL = 4;
   f64 lanes[UNROLL] = {};
   int64_t i = 0;
   for (; i + UNROLL * WIDE <= count; i += UNROLL * WIDE) {
@@ -35,7 +34,7 @@ static void closed_form_row(const ClosedFormArgs& a, int64_t t, int threads, Til
   const bool absorbing = a.mask_token >= 0;
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
-    const float* x = row.load_tile(k, buffer);
+    const float* x = row.template load_tile<true>(k, buffer);
     const int64_t n = row.count(k), mask = a.mask_token - k * TILE;
     // Summed around the mask token, as subtracting it again would cancel.
     tiles.sum[k] =
@@ -52,7 +51,7 @@ static void closed_form_row(const ClosedFormArgs& a, int64_t t, int threads, Til
   float* result = a.result + t * row.columns;
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
-    scale_and_add(result + k * TILE, row.load_tile(k, buffer), row.count(k), a.stays, term);
+    scale_and_add(result + k * TILE, row.template load_tile<true>(k, buffer), row.count(k), a.stays, term);
   });
   if (absorbing) {
     result[a.mask_token] = static_cast<float>(at_mask + poison + (a.transpose ? a.moves * total : 0.0));

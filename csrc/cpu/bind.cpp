@@ -260,7 +260,7 @@ static void closed_form(Address terminal, int64_t rows, int64_t columns, int64_t
                        stays,
                        moves,
                        transpose,
-                       at<float>(result)});
+                       static_cast<float*>(output(result, rows * columns * 4))});
 }
 
 static void filter_lines(Address source, int64_t outer, int64_t length, int64_t inner, bool periodic,

@@ -67,7 +67,7 @@ struct LogProbBackwardArgs {
   int64_t targets;           // J
   const double* upstream;    // [T, J]
   const double* log_escape;  // [T]
-  void* gradient;            // [T, V], contiguous, the logits' dtype
+  void* gradient;            // [T, V], contiguous, the logits' dtype; may be the logits
 };
 
 struct MatchingLossArgs {
@@ -83,7 +83,7 @@ struct MatchingLossArgs {
   const double* row_scale;    // [T]
   bool normalized;
   double* loss;    // [T], each times its row_scale
-  void* gradient;  // [T, V], contiguous, the logits' dtype; null: not wanted
+  void* gradient;  // [T, V], contiguous, the logits' dtype; may be the logits; null: not wanted
 };
 
 struct RateRatioArgs {

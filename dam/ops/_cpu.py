@@ -72,9 +72,15 @@ def log_prob(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature
 
 
 def log_prob_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, log_escape: Tensor, exclude: Tensor | None, temperature: float
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    into: Tensor | None = None,
 ) -> Tensor:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
     # Held by names: the kernel sees addresses only.
     target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.contiguous()
     _kernels.log_prob_backward(
@@ -101,11 +107,12 @@ def matching_loss(
     exclude: Tensor | None,
     normalized: bool,
     with_grad: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from dam.ops import matching_loss as op
 
     rows = logits.shape[0]
-    loss, gradient = op.outputs(logits, with_grad)
+    loss, gradient = op.outputs(logits, with_grad, into)
     target, weight = target.contiguous(), weight.double().contiguous()
     scale = (
         torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)

@@ -71,8 +71,8 @@ def _linear_jump(
     rows = hidden.shape[0]
     ids = torch.arange(rows, device=hidden.device) if row_ids is None else row_ids
     target, log_prob, log_escape = _row_op.outputs(hidden, rows, num_samples)
-    for part in _head.chunks(rows, weight, arrays=1):
-        logits = _head.logits(hidden[part], weight, bias)
+    for part, (memory,) in _head.chunks(rows, weight, arrays=1):
+        logits = _head.logits(hidden[part], weight, bias, memory)
         target[part], log_prob[part], log_escape[part], bad = _row_op._IMPLEMENTATIONS[backend](
             logits,
             None if exclude is None else exclude[part],

@@ -60,9 +60,9 @@ def _linear_log_prob(
     _checks.index_range("linear_log_prob", "target", target, weight.shape[0])
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0])
     value, log_escape = _row_op.outputs(hidden, target)
-    for part in _head.chunks(hidden.shape[0], weight, arrays=1):
+    for part, (memory,) in _head.chunks(hidden.shape[0], weight, arrays=1):
         value[part], log_escape[part] = _row_op._IMPLEMENTATIONS[backend](
-            _head.logits(hidden[part], weight, bias),
+            _head.logits(hidden[part], weight, bias, memory),
             target[part],
             None if exclude is None else exclude[part],
             temperature,
@@ -91,14 +91,15 @@ def _linear_log_prob_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _head.Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
-    for part in _head.chunks(hidden.shape[0], weight, arrays=2):
+    for part, (memory,) in _head.chunks(hidden.shape[0], weight, arrays=1):
         grad_logits = _row_op._BACKWARD[backend](
             grad[part],
-            _head.logits(hidden[part], weight, bias),
+            _head.logits(hidden[part], weight, bias, memory),
             target[part],
             log_escape[part],
             None if exclude is None else exclude[part],
             temperature,
+            memory,
         )
         gradients.add(part, grad_logits)
     return gradients.finish()

@@ -127,12 +127,12 @@ def _linear_matching_loss(
     if row_scale is None:
         row_scale = hidden.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for part in _head.chunks(rows, head_weight, arrays=3):
+    for part, memory in _head.chunks(rows, head_weight, arrays=1 if base_hidden is None else 2):
         base_logits = None
         if base_hidden is not None and base_head_weight is not None:
-            base_logits = _head.logits(base_hidden[part], base_head_weight, base_bias)
+            base_logits = _head.logits(base_hidden[part], base_head_weight, base_bias, memory[1])
         loss, grad_logits = _row_op._IMPLEMENTATIONS[backend](
-            _head.logits(hidden[part], head_weight, bias),
+            _head.logits(hidden[part], head_weight, bias, memory[0]),
             target[part],
             weight[part],
             base_logits,
@@ -141,6 +141,7 @@ def _linear_matching_loss(
             None if exclude is None else exclude[part],
             normalized,
             any(needed),
+            memory[0],
         )
         total += loss
         if any(needed):

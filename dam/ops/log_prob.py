@@ -61,9 +61,16 @@ def reference_rows(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torch_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, log_escape: Tensor, exclude: Tensor | None, temperature: float
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    into: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    """The gradient, written to `into`, which may be the logits themselves, if that is given."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
         x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)

@@ -121,9 +121,11 @@ def _torch(
     exclude: Tensor | None,
     normalized: bool,
     with_grad: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Loss and gradient; the gradient is written to `into`, which may be the logits themselves, if that is given."""
     rows, columns = logits.shape
-    _, grad = outputs(logits, with_grad)
+    _, grad = outputs(logits, with_grad, into)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     scale = torch.full((rows,), 1.0 / max(rows, 1), device=logits.device) if row_scale is None else row_scale
     target = _rows.drop_excluded(target, exclude)
@@ -146,12 +148,12 @@ def _torch(
 _IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.matching_loss}
 
 
-def outputs(logits: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+def outputs(logits: Tensor, with_grad: bool, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Uninitialised loss and gradient; the gradient is empty where none is asked for."""
-    return (
-        logits.new_empty((), dtype=_rows.accumulator(logits.dtype)),
-        logits.new_empty(logits.shape if with_grad else (0,)),
-    )
+    loss = logits.new_empty((), dtype=_rows.accumulator(logits.dtype))
+    if with_grad and into is not None:
+        return loss, into
+    return loss, logits.new_empty(logits.shape if with_grad else (0,))
 
 
 @torch.library.custom_op("dam::matching_loss", mutates_args=())
