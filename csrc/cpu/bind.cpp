@@ -85,9 +85,9 @@ static T* at(Address address) {
 
 constexpr int64_t LARGE = int64_t{32} << 20;
 
-// The address of a large output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every
-// array; in pages of 4 KB the faults of the first touch then take several times as long as the kernel, so larger ones
-// are asked for.
+// The address of an output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every array;
+// in pages of 4 KB the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are
+// asked for. Only where threads fill it one stretch each: those of a matmul would wait for each other's pages.
 static void* output(Address address, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr Address PAGE = Address{1} << 21;

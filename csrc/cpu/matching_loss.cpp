@@ -50,12 +50,12 @@ static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, 
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE], base_buffer[TILE];
     const float* x = row.load_tile(k, buffer);
-    const Summary s = sum_tile(x, Unit{}, row.next_tile(k));
+    const Summary s = sum_tile(x, Unit{}, row.tile_ahead(k));
     tiles.max[k] = s.max;
     tiles.sum[k] = s.sum;
     if (base.data) {
       const float p = static_cast<float>(pivot(s.max));
-      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, p, base.next_tile(k));
+      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, p, base.tile_ahead(k));
       base_max[k] = c.max;
       base_sum[k] = c.sum;
       cross[k] = c.cross;
@@ -122,9 +122,9 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
     GradientTile<Element> out(gradient, k, row.count(k));
-    scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), p, Unit{}, coefficient, row.next_tile(k));
+    scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), p, Unit{}, coefficient, row.tile_ahead(k));
     if (base_coefficient != 0.0f) {
-      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), q, Unit{}, base_coefficient, base.next_tile(k));
+      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), q, Unit{}, base_coefficient, base.tile_ahead(k));
     }
     for (int64_t j = 0; j < a.targets; ++j) {
       if (counts(j)) out.add(target[j], -row_scale * weight[j]);

@@ -204,10 +204,10 @@ struct Row {
     return buffer;
   }
 
-  // Where the tile after this one begins, for prefetching: a tile is a page or less, and hardware prefetchers stop at
-  // a page's end.
-  const Element* next_tile(int64_t tile) const {
-    return data + (tile + 1 < tile_count(columns) ? tile + 1 : tile) * TILE;
+  // Where the tile two past this one begins, for prefetching: a tile is a page or less, and hardware prefetchers stop
+  // at a page's end. One tile ahead is 2 to 10% slower beyond the caches (Zen 3).
+  const Element* tile_ahead(int64_t tile) const {
+    return data + (tile + 2 < tile_count(columns) ? tile + 2 : tile) * TILE;
   }
 };
 
@@ -401,7 +401,7 @@ inline Summary sum_row(const Row<Element>& row, double scale, int threads, Tiles
   with_scale(scale, [&](auto s) {
     for_tiles(row.columns, threads, [&](int64_t k) {
       alignas(64) float buffer[TILE];
-      const Summary tile = sum_tile(row.load_tile(k, buffer), s, row.next_tile(k));
+      const Summary tile = sum_tile(row.load_tile(k, buffer), s, row.tile_ahead(k));
       tiles.max[k] = tile.max;
       tiles.sum[k] = tile.sum;
     });
