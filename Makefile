@@ -37,11 +37,11 @@ $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	touch $@ $(VENV)/installed
 
 # The tests of the operations on the C++ backend under AddressSanitizer, on a build of its own. Not those that start other
-# processes or compile, which would lack the sanitizer's library or take long.
+# processes or compile, which would lack the sanitizer's library or take long. -s: pytest would keep a report to itself.
 sanitize: install-dev
 	DAM_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q tests/ops -m 'not slow' \
+		$(BIN)/python -m pytest -q -s tests/ops -m 'not slow' \
 		-k 'cpu and not compile and not instruction_set and not openmp and not environment'
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
 

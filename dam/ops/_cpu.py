@@ -82,7 +82,7 @@ def log_prob_backward(
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
     # Held by names: the kernel sees addresses only.
-    target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.contiguous()
+    target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.double().contiguous()
     _kernels.log_prob_backward(
         *_matrix(logits),
         *_indices(exclude),
