@@ -50,7 +50,7 @@ struct Unit {
 };
 
 DAM_HD Factor exp_factor(double scale) {
-  const double c = std::fmin(scale * 1.4426950408889634, 1e30);
+  const double c = std::fmin(scale * 1.4426950408889634, 1e31);
   const float high = static_cast<float>(c);
   return {high, static_cast<float>(c - high), static_cast<float>(LEAST_EXPONENT / c)};
 }

@@ -93,12 +93,18 @@ DAM_HD u64 multiply_low(u64 a, uint32_t m) {
 #endif
 }
 
-// A store that leaves the caches to others.
+// A store that leaves the caches to others; after the last of them, other threads need the fence.
 DAM_HD void store_past_caches(float* address, float value) {
 #if defined(__x86_64__)
   _mm_stream_si32(reinterpret_cast<int*>(address), bit_cast<int>(value));
 #else
   *address = value;
+#endif
+}
+
+DAM_HD void fence_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 

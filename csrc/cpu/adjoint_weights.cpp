@@ -63,6 +63,7 @@ static int64_t weigh_group(const AdjointWeightsArgs& a, int64_t group, double* l
       sum_paths<false, Element>(a, group, k, log_weight);
     }
   }
+  if (a.stream) fence_past_caches();
   const double* cost = a.terminal_cost + group * a.size;
   double top = -HUGE_VAL;
   for (int64_t k = 0; k < a.size; ++k) {

@@ -39,8 +39,7 @@ static void log_prob_backward_row(const LogProbBackwardArgs& a, int64_t t, int t
   // p(v) = exp(scale (x - p)) exp(scale p - log_escape) with p a float, so that x - p loses nothing.
   const float p = pivot(static_cast<float>(a.log_escape[t] * a.temperature));
   // A row that nothing is asked of has gradient 0, whatever it holds.
-  const float coefficient =
-      total == 0.0 ? 0.0f : static_cast<float>(-scale * total * std::exp(scale * p - a.log_escape[t]));
+  const float coefficient = total == 0.0 ? 0.0f : to_float(-scale * total * std::exp(scale * p - a.log_escape[t]));
   Element* gradient = static_cast<Element*>(a.gradient) + t * a.shape.columns;
 
   for_tiles(row.columns, threads, [&](int64_t k) {

@@ -26,7 +26,7 @@ static double tilt_of_group(const double* shifted, int64_t length, double ess, d
   // From this tilt on only the best trajectories have weight at all in a double, and the ESS stays.
   double low = 0.0, high = max_tilt < 800.0 / gap ? max_tilt : 800.0 / gap;
   for (;;) {
-    const double middle = (low + high) / 2;
+    const double middle = low + (high - low) / 2;
     if (!(low < middle && middle < high)) return low;  // neighbours
     (keeps(shifted, length, middle, ess) ? low : high) = middle;
   }

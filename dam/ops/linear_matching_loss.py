@@ -28,7 +28,8 @@ def linear_matching_loss(
 
     hidden, head_weight and bias are differentiated, each only if it requires grad: a frozen head costs no
     gradient matmul. Gradients are formed in the forward pass, so the loss takes one backward pass; a
-    second one and a double backward raise.
+    second one and a double backward raise. In float16 they are rounded before a loss scaler multiplies
+    them: put the scale into row_scale instead, or use bfloat16.
 
     Args:
         hidden: hidden states [T, D]; unit inner stride.

@@ -30,7 +30,8 @@ def matching_loss(
     The minimiser of its expectation is E[w]: normalised, or as rates.
 
     Only logits are differentiated. Their gradient is formed in the forward pass, so the loss takes one
-    backward pass; a second one and a double backward raise.
+    backward pass; a second one and a double backward raise. In float16 it is rounded before a loss scaler
+    multiplies it: put the scale into row_scale instead, or use bfloat16.
 
     Args:
         logits: unnormalised log rates [T, V]; any row stride, unit inner stride.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dam.ops import _backend, _checks, _cpu
 
-_BISECTIONS = 128  # more than float64 has bits, for rewards of which some differ by very little
-
 
 def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
     """The largest h in [0, max_tilt] with ESS(softmax_k(h reward[g, k])) >= ess, for each group g.
@@ -62,8 +60,10 @@ def _torch(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
     # From this tilt on only the best trajectories have weight at all in float64, and the ESS stays.
     gap = torch.where(shifted < 0, -shifted, torch.inf).amin(dim=1)
     high = torch.where(keeps(high), high, torch.minimum(high, 800 / gap))
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
+    while True:
+        middle = low + (high - low) / 2
+        if not bool(((low < middle) & (middle < high)).any()):
+            break  # neighbours
         kept = keeps(middle)
         low, high = torch.where(kept, middle, low), torch.where(kept, high, middle)
     return torch.where(feasible, low, 0.0), -1

@@ -263,6 +263,28 @@ def test_tilt_to_ess_matches_reference(group, ess, max_tilt):
     torch.testing.assert_close(tilt, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("reward", "ess", "max_tilt"),
+    [([0.0, -1e-308], 1.5, 1.797e308), ([0.0, -5e-324, -1.0], 2.5, 1e308), ([0.0, -1e300, -1e-300], 2.5, 1e308)],
+)
+def test_tilt_to_ess_at_the_ends_of_float64(reward, ess, max_tilt):
+    """Neither bisection overflows or stops early: the ESS is `ess` at the result, where it passes through it."""
+    x = torch.tensor([reward], dtype=torch.float64)
+    (exact, _), (tilt, _) = tilt_op._torch(x, ess, max_tilt), _cpu.tilt_to_ess(x, ess, max_tilt)
+    torch.testing.assert_close(tilt, exact, rtol=1e-9, atol=0)
+    above = torch.softmax(x * tilt * (1 - 1e-9), 1)
+    assert float(1 / above.square().sum()) >= ess * (1 - 1e-9) and 0 < float(tilt) <= max_tilt
+
+
+def test_coldest_temperatures_and_steepest_gradients():
+    value, _ = _cpu.log_prob(torch.tensor([[0.0, -1e-30]]), torch.tensor([[0]]), None, 1e-30)
+    assert float(value) == pytest.approx(-math.log1p(math.exp(-1)), rel=1e-6)
+    x, target = torch.tensor([[0.0, -math.inf, -1e30]]), torch.tensor([[0]])
+    _, log_escape = _cpu.log_prob(x, target, None, 1e-3)
+    gradient = _cpu.log_prob_backward(torch.tensor([[1e38]]), x, target, log_escape, None, 1e-3)
+    assert not bool(torch.isnan(gradient[0, 1:]).any()) and bool((gradient[0, 1:] == 0).all())
+
+
 def test_tilt_to_ess_names_the_first_bad_reward():
     reward = torch.zeros(300, 7)
     reward[170, 4], reward[250, 1] = math.nan, math.inf

@@ -100,7 +100,14 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
         assert (x.grad is not None) == need and (not need or torch.equal(x.grad, gradient))
     needs = [True, True, True]
     needs[trained.index(True)] = False
-    args = (torch.ones(target.shape), *[x.detach() for x in leaves], target, torch.zeros(30, dtype=torch.float64), None, 1.0)
+    args = (
+        torch.ones(target.shape),
+        *[x.detach() for x in leaves],
+        target,
+        torch.zeros(30, dtype=torch.float64),
+        None,
+        1.0,
+    )
     formed = module._linear_log_prob_backward(*args, *trained, backend)
     assert [x.numel() > 0 for x in formed] == list(trained)
 
