@@ -66,14 +66,19 @@ def tiny_cases(cases: Callable[..., list[Case]], dtype: torch.dtype) -> list[Cas
     return cases(dtype, **{name: min(size, 8) for name, size in sizes_of(cases).items()})
 
 
-def measure(case: Case, repeats: int, *, compiled: bool = True) -> Measurement:
+def measure(case: Case, repeats: int, *, peers: bool = True, compiled: bool = True) -> Measurement:
     """Median seconds of the floor and of each function, called alternately, after one call each to warm up.
 
     Alternately, so that a machine which is slow for a while is slow for all of them. A function that fails its first
-    call, or takes very long, is absent with its reason; the floor and dam must not fail.
+    call, or takes very long, is absent with its reason; the floor and dam must not fail. Without
+    peers nothing disturbs these two: what others have just freed the system may be clearing for a while.
     """
-    functions = {case.floor_name: case.floor, **case.functions, **(case.compiled if compiled else {})}
-    absent: dict[str, str] = {} if compiled else dict.fromkeys(case.compiled, "left out: --no-compiled")
+    functions = {case.floor_name: case.floor, **case.functions, **case.compiled}
+    absent = {} if compiled else dict.fromkeys(case.compiled, "left out: --no-compiled")
+    if not peers:
+        absent = {name: "left out: --no-peers" for name in functions if name not in (case.floor_name, "dam")}
+    for name in absent:
+        del functions[name]
     for name, function in list(functions.items()):
         required = name in (case.floor_name, "dam")
         start = time.perf_counter()

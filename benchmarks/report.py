@@ -30,6 +30,7 @@ class Options:
     threads: int = 1
     repeats: int = 9
     memory: bool = True
+    peers: bool = True
     compiled: bool = True
 
 
@@ -68,7 +69,7 @@ def measure(op: str, options: Options) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     try:
         measured = [
-            harness.measure(case, options.repeats, compiled=options.compiled)
+            harness.measure(case, options.repeats, peers=options.peers, compiled=options.compiled)
             for case in cases(getattr(torch, options.dtype), **sizes)
         ]
     finally:
@@ -86,6 +87,7 @@ def measure(op: str, options: Options) -> dict[str, Any]:
         "dtype": options.dtype,
         "threads": options.threads,
         "repeats": options.repeats,
+        "peers": options.peers,
         "dam": dam.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -123,6 +125,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
     parts += [f"{name}-{size}" for name, size in result["sizes"].items() if size != defaults[name]]
     if result["threads"] != result["cores"]:
         parts.append(f"threads-{result['threads']}")
+    if not result["peers"]:
+        parts.append("alone")
     path = folder / "-".join(parts)
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     panels = [(case["label"], case["median_seconds"], case["floor_name"]) for case in result["cases"]]

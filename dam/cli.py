@@ -118,6 +118,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     add("--threads", metavar="N", type=_positive, default=torch.get_num_threads())
     add("--repeats", metavar="N", type=_positive, default=9, help="calls of each function (default: 9)")
     add("--no-memory", action="store_true", help="leave out peak memory, which takes a process per function")
+    add("--no-peers", action="store_true", help="measure dam and its floor alone")
     add("--no-compiled", action="store_true", help="leave out the peers that torch.compile makes")
     add("--output", metavar="DIR", type=Path, help="folder of JSON and PNG (default: benchmarks/results/<device>)")
 
@@ -144,6 +145,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         repeats=arguments.repeats,
         memory=not arguments.no_memory,
+        peers=not arguments.no_peers,
         compiled=not arguments.no_compiled,
     )
     try:

@@ -181,6 +181,11 @@ def test_bench_prints_a_table_and_writes_json_and_png(tmp_path, capsys):
     assert case["absent"] == {"compiled Gumbel race": "left out: --no-compiled"}
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*case["median_seconds"], *case["absent"].values(), str(tmp_path)))
+    assert cli.main([*arguments, "--no-peers", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*-alone.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["median_seconds"].keys() == {"plain read of the logits", "dam"}
+    assert case["absent"]["LLaDA's step"] == "left out: --no-peers"
 
 
 def test_a_wrong_op_or_size_is_an_error_that_lists_what_there_is(tmp_path, capsys):
