@@ -1,5 +1,5 @@
-// matching_loss: loss and gradient of a row in two reads of it, the second mostly from cache.
-// Contract: dam/ops/matching_loss.py.
+// matching_loss: loss and gradient of a row in two reads of it, the second mostly from cache. A float32 gradient holds
+// the first read's exponentials in between, which spares the second one. Contract: dam/ops/matching_loss.py.
 #include "rows.h"
 
 DAM_BEGIN
@@ -34,6 +34,24 @@ static Cross cross_tile(const float* b, const float* x, float p, const Element* 
   return result;
 }
 
+// Where the exponentials of tile k of row t are kept from the first read to the second, or null.
+template <class Element>
+static float* kept_tile(const MatchingLossArgs& a, const Row<Element>& row, int64_t t, int64_t k) {
+  if constexpr (std::is_same_v<Element, float>) {
+    // Not over the logits themselves, which are still needed; not past the row's end.
+    if (a.gradient && a.gradient != a.logits.data && row.count(k) == TILE) {
+      return static_cast<float*>(a.gradient) + t * a.shape.columns + k * TILE;
+    }
+  }
+  (void)a, (void)row, (void)t, (void)k;
+  return nullptr;
+}
+
+// x = factor * x over a tile; 0 for a factor of 0, whatever x is.
+static void scale_tile(float* x, float factor) {
+  for (int i = 0; i < TILE; i += LANES) store(x + i, factor == 0.0f ? f32{} : factor * load<f32>(x + i));
+}
+
 struct MatchingRow {
   Summary total;       // of the logits
   Summary base_total;  // of the base logits
@@ -41,8 +59,8 @@ struct MatchingRow {
 };
 
 template <class Element>
-static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, const Row<Element>& base, int threads,
-                            int worker) {
+static MatchingRow read_row(const MatchingLossArgs& a, int64_t t, const Row<Element>& row, const Row<Element>& base,
+                            int threads, int worker) {
   const Tiles tiles = scratch_tiles(a.scratch, worker, row.columns);
   double* const base_max = scratch_array(a.scratch, worker, 2);
   double* const base_sum = scratch_array(a.scratch, worker, 3);
@@ -50,7 +68,9 @@ static MatchingRow read_row(const MatchingLossArgs& a, const Row<Element>& row, 
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE], base_buffer[TILE];
     const float* x = row.load_tile(k, buffer);
-    const Summary s = sum_tile(x, Unit{}, row.tile_ahead(k));
+    float* const keep = kept_tile(a, row, t, k);
+    const Summary s =
+        keep ? sum_tile<true>(x, Unit{}, row.tile_ahead(k), keep) : sum_tile(x, Unit{}, row.tile_ahead(k));
     tiles.max[k] = s.max;
     tiles.sum[k] = s.sum;
     if (base.data) {
@@ -84,7 +104,7 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   const Row<Element> base = a.base.data && a.base_weight[t] != 0.0
                                 ? row_of<Element>(a.base, a.shape.columns, a.exclude, t)
                                 : Row<Element>{nullptr, 0, -1};
-  const MatchingRow r = read_row(a, row, base, threads, worker);
+  const MatchingRow r = read_row(a, t, row, base, threads, worker);
   const int64_t* target = a.target + t * a.targets;
   const double* weight = a.weight + t * a.targets;
   const double base_weight = base.data ? a.base_weight[t] : 0.0;
@@ -119,10 +139,15 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   const float base_coefficient = base_weight == 0.0 ? 0.0f : to_float(row_scale * base_weight * base_rate_of_max);
   const float p = static_cast<float>(pivot(r.total.max)), q = static_cast<float>(pivot(r.base_total.max));
   Element* gradient = static_cast<Element*>(a.gradient) + t * a.shape.columns;
+  const double* const tile_max = scratch_tiles(a.scratch, worker, row.columns).max;
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
     GradientTile<Element> out(gradient, k, row.count(k));
-    scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), p, Unit{}, coefficient, row.tile_ahead(k));
+    if (float* const kept = kept_tile(a, row, t, k)) {
+      scale_tile(kept, coefficient == 0.0f ? 0.0f : to_float(coefficient * exp(tile_max[k] - pivot(r.total.max))));
+    } else {
+      scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), p, Unit{}, coefficient, row.tile_ahead(k));
+    }
     if (base_coefficient != 0.0f) {
       scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), q, Unit{}, base_coefficient, base.tile_ahead(k));
     }

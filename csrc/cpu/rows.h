@@ -262,9 +262,10 @@ inline void with_scale(double scale, Body body) {
   }
 }
 
-// Summary of exp(scale * x) over a tile.
-template <class Element, class Scale>
-inline Summary sum_tile(const float* x, Scale scale, const Element* next) {
+// Summary of exp(scale * x) over a tile; with KEEP also leaves the exponentials, relative to the tile's maximum, in
+// `keep`.
+template <bool KEEP = false, class Element, class Scale>
+inline Summary sum_tile(const float* x, Scale scale, const Element* next, float* keep = nullptr) {
   const float max = max_of_tile(x);
   const float p = pivot(max);
   f32 sums[UNROLL] = {};
@@ -272,8 +273,11 @@ inline Summary sum_tile(const float* x, Scale scale, const Element* next) {
     prefetch(next, i);
     f32 d[UNROLL];
     load_differences(d, x + i, p);
-    exp_each<false>(d, scale);
-    for (int u = 0; u < UNROLL; ++u) sums[u] += d[u];
+    exp_each<KEEP>(d, scale);
+    for (int u = 0; u < UNROLL; ++u) {
+      sums[u] += d[u];
+      if constexpr (KEEP) store(keep + i + u * LANES, d[u]);
+    }
   }
   double sum = 0.0;
   for (const f32& lanes : sums) sum += sum_lanes(lanes);
