@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dam.ops import _cpu
 
+SHORT = 0.1  # seconds; a function that takes less runs once more, untimed, before each timed call
 SLOW = 20.0  # seconds; a peer that needs longer for its first call is not called again
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -79,6 +80,7 @@ def measure(case: Case, repeats: int, *, peers: bool = True, compiled: bool = Tr
         absent = {name: "left out: --no-peers" for name in functions if name not in (case.floor_name, "dam")}
     for name in absent:
         del functions[name]
+    last: dict[str, float] = {}
     for name, function in list(functions.items()):
         required = name in (case.floor_name, "dam")
         start = time.perf_counter()
@@ -89,6 +91,7 @@ def measure(case: Case, repeats: int, *, peers: bool = True, compiled: bool = Tr
                 raise
             absent[name] = reason(error)
         took = time.perf_counter() - start
+        last[name] = 0.0 if name in case.compiled else took  # the first call of these compiles
         if took > SLOW and not required and name not in case.compiled:
             absent.setdefault(name, f"its first call took {took:.0f} s")
         if name in absent:
@@ -96,11 +99,15 @@ def measure(case: Case, repeats: int, *, peers: bool = True, compiled: bool = Tr
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
     for _ in range(repeats):
-        shuffle(order)  # or the one behind the plain read would always find its inputs in the cache
+        shuffle(order)
         for name in order:
+            if last[name] < SHORT:
+                # What the one before has just freed, gigabytes with some peers, the system is clearing for a while.
+                functions[name]()
             start = time.perf_counter()
             functions[name]()
-            seconds[name].append(time.perf_counter() - start)
+            last[name] = time.perf_counter() - start
+            seconds[name].append(last[name])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return Measurement(case.label, case.floor_name, medians, absent)
 
@@ -149,7 +156,9 @@ def bare_matmuls(
     states_gradient: bool = False,
     head_gradient: bool = False,
 ) -> Callable[[], object]:
-    """The floor of an op on a head: torch.mm of its shapes, in float32, into memory that is there already.
+    """The floor of an op on a head: torch.mm of its shapes, in float32.
+
+    Logits go into memory that is there already; gradients, which the op must return, into new arrays.
 
     In float32 because on a CPU without 16-bit products torch takes up to 140 times as long for bfloat16 (measured on
     AVX2: [64, 8192] @ [8192, 512], 621 ms against 4.3 ms), and would be no floor.
@@ -160,14 +169,13 @@ def bare_matmuls(
     """
     states, head = states.float(), head.float()
     product = states.new_empty(states.shape[0], head.shape[0])
-    out_states, out_head = torch.empty_like(states), torch.empty_like(head) if head_gradient else None
 
     def multiply() -> None:
         for _ in range(logits):
             torch.mm(states, head.t(), out=product)
         if states_gradient:
-            torch.mm(product, head, out=out_states)
-        if out_head is not None:
-            torch.mm(product.t(), states, out=out_head)
+            torch.mm(product, head)
+        if head_gradient:
+            torch.mm(product.t(), states)
 
     return multiply
