@@ -160,8 +160,8 @@ def bare_matmuls(
 
     Logits go into memory that is there already; gradients, which the op must return, into new arrays.
 
-    In float32 because on a CPU without 16-bit products torch takes up to 140 times as long for bfloat16 (measured on
-    AVX2: [64, 8192] @ [8192, 512], 621 ms against 4.3 ms), and would be no floor.
+    In float32 because on a CPU without 16-bit products torch takes many times as long for bfloat16, which would be no
+    floor.
 
     Args:
         logits: how often the logits of all rows are computed.

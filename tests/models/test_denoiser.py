@@ -13,19 +13,10 @@ from transformers import (
 )
 
 from dam.models import MaskedLM, Tabular
+from tests.architectures import small_sizes
 
 VOCABULARY = 13
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-    "pad_token_id": 1,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SIZES = small_sizes(VOCABULARY)
 MODELS = {
     "bert": lambda: BertForMaskedLM(BertConfig(**SIZES)),
     "roberta": lambda: RobertaPreLayerNormForMaskedLM(RobertaPreLayerNormConfig(**SIZES)),

@@ -16,6 +16,7 @@ from transformers import (
 
 from dam.models import MaskedLM
 from dam.train import DAMTrainer
+from tests.architectures import small_sizes
 
 WORDS = ["[MASK]", "[PAD]", "a", "b", "c", "d"]
 
@@ -170,17 +171,7 @@ def test_a_row_needs_a_prompt(tmp_path):
 
 
 def architectures():
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 32,
-        "pad_token_id": 1,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    common = small_sizes(VOCABULARY)
     torch.manual_seed(0)
     rotary = ModernBertForMaskedLM(
         ModernBertConfig(**common, cls_token_id=None, sep_token_id=None, attn_implementation="sdpa")
