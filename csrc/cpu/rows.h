@@ -281,8 +281,8 @@ inline Summary sum_tile(const float* x, Scale scale, const Element* next, float*
   }
   double sum = 0.0;
   for (const f32& lanes : sums) sum += sum_lanes(lanes);
-  // Of a tile that holds nothing the sum is what exp_each leaves of -inf, or NaN.
-  return {max, max == -HUGE_VALF && sum == sum ? 0.0 : sum};
+  // Of a tile with nothing to reach exp_each leaves 2^-125 each, which merging multiplies by exp(-inf).
+  return {max, sum};
 }
 
 // The same sum with the ones that the maximum contributes counted apart.

@@ -241,6 +241,18 @@ def test_adjoint_weights_match_reference(group, clip):
         assert_within(actual, expected, expected.abs() * (2.0**-24 + 1e-10) + 1e-12)
 
 
+def test_a_large_log_path_is_that_of_its_groups():
+    """Above 32 MB it is written past the caches; one group alone is not."""
+    case = Case(1, 1, 0, torch.float32, "dense", 1.0, 5, "none", False)
+    log_ratio, gap, cost = case.normal(2, 4099, 1100), case.normal(2, 4099, 1100), case.normal(2, 4099)
+    both = _cpu.adjoint_weights(log_ratio, cost, gap, None)
+    assert both[1].nbytes > 2**25 and both[1][:1].nbytes < 2**25
+    for g in range(2):
+        alone = _cpu.adjoint_weights(log_ratio[g : g + 1], cost[g : g + 1], gap[g : g + 1], None)
+        for a, b in zip(both[:-1], alone[:-1], strict=True):
+            assert torch.equal(a[g], b[0])
+
+
 def test_adjoint_weights_name_the_first_bad_trajectory():
     log_ratio, cost = torch.zeros(300, 9, 3), torch.zeros(300, 9)
     log_ratio[170, 4, 1], log_ratio[250, 1, 0], cost[299, 0] = math.nan, math.inf, -math.inf

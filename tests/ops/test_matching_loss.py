@@ -173,6 +173,20 @@ def test_weight_on_the_unreachable_is_infinite(backend):
         assert dam.matching_loss(logits, torch.tensor([[0]]), torch.tensor([[sign]])) == sign * INF
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_unreachable_destinations_have_gradient_zero(backend, dtype, normalized):
+    """Exactly 0, not something tiny, in whole tiles and in a part of one."""
+    logits = normal(5, 2600, seed=30, dtype=dtype)
+    dead = torch.tensor([3, 700, 1024, 1999, 2599])
+    logits[:, dead] = -INF
+    leaf = logits.clone().requires_grad_()
+    target, weight = integers(0, 3, 5, 2, seed=31), normal(5, 2, seed=32)
+    dam.matching_loss(leaf, target, weight, exclude=40, normalized=normalized).backward()
+    assert bool((leaf.grad[:, dead] == 0).all()) and bool((leaf.grad[:, 40] == 0).all())
+    assert bool((leaf.grad != 0).sum() > 5 * 2000)
+
+
 @pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
 def test_a_base_of_weight_zero_is_not_looked_at(backend, normalized):
     """Its row may be anything, as padding is."""
