@@ -15,8 +15,8 @@ test: install-dev lint
 	$(BIN)/python -m pytest -q -p no:cacheprovider --durations=10
 
 lint: install-dev
-	$(BIN)/ruff check dam tests benchmarks setup.py
-	$(BIN)/ruff format --check dam tests benchmarks setup.py
+	$(BIN)/ruff check dam kernels tests benchmarks setup.py
+	$(BIN)/ruff format --check dam kernels tests benchmarks setup.py
 	$(BIN)/mypy
 
 $(BIN)/python:

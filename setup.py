@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
@@ -77,6 +77,9 @@ class BuildCpu(build_ext):
 
 
 setup(
+    # The kernels live beside the package; a distribution called `kernels` exists, so that name is never installed.
+    packages=[*find_packages(include=["dam", "dam.*"]), "dam.kernels"],
+    package_dir={"dam.kernels": "kernels"},
     ext_modules=[Pybind11Extension("dam._cpu", [str(CPU / "bind.cpp"), *KERNELS], depends=HEADERS)],
     cmdclass={"build_ext": BuildCpu},
 )

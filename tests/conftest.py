@@ -1,10 +1,21 @@
 """What several test files share: the choice of backend."""
 
+import os
+
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton looks when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import dam
 from dam.ops import _backend
+
+
+def device_of(name):
+    """Type of the device whose tensors a backend takes, "cpu" for the reference."""
+    return _backend.DEVICE_TYPE.get(name, "cpu")
 
 
 @pytest.fixture(params=_backend.BACKENDS)
@@ -17,6 +28,5 @@ def backend(request):
     implementations = getattr(request.module, "IMPLEMENTATIONS", (name,))
     if name not in implementations:
         pytest.skip(f"no {name} implementation of this op yet (it has: {', '.join(implementations)})")
-    device = "cuda" if name in ("triton", "cuda") else "cpu"
-    with torch.device(device), dam.backend(name):
+    with torch.device(device_of(name)), dam.backend(name):
         yield name

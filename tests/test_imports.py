@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dam"
+KERNELS = PACKAGE.parent / "kernels"  # installed as dam.kernels
 # A module imports from its own part and from parts of lower rank. plots knows nothing of the rest.
 RANK = {
     "_cpu": 0,
+    "kernels": 0,
     "generators": 0,
     "ops": 1,
     "ctmc": 2,
@@ -23,11 +25,16 @@ RANK = {
     "cli": 7,
 }
 LEAVES = {"plots": 0}
-OPTIONAL = ("transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
+OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
 
 
 def modules():
-    return sorted(PACKAGE.rglob("*.py"))
+    return sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
+
+
+def part_of(path):
+    """The part of the package that a file belongs to."""
+    return "kernels" if KERNELS in path.parents else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path):
@@ -44,13 +51,13 @@ def imported(path):
 
 
 def test_every_part_of_the_package_has_a_rank():
-    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    parts = {part_of(path) for path in modules()}
     assert parts - {"__init__"} <= RANK.keys() | LEAVES.keys()
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE.parent)))
 def test_imports_point_one_way(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    part = part_of(path)
     if part == "__init__":
         return  # re-exports
     ranks = {**RANK, **LEAVES}

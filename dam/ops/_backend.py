@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from dam.ops import _triton
+
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 # Process-wide rather than a context variable: torch.compile can guard on a module global.
@@ -23,6 +25,9 @@ def _import_error(module: str) -> str | None:
         return str(error)
     return None
 
+
+# Type of the devices whose tensors a backend takes; the reference takes all.
+DEVICE_TYPE = {"cpu": "cpu", "triton": _triton.DEVICE_TYPE}
 
 # Looked up once: an import that fails is not retried on every call of an op.
 _CPU_ERROR = _import_error("dam._cpu")
@@ -40,6 +45,8 @@ def why_unavailable(name: str) -> str | None:
         return None
     if name == "cpu":
         return None if _CPU_ERROR is None else f"the C++ extension dam._cpu does not import: {_CPU_ERROR}"
+    if name == "triton":
+        return _triton.why_unavailable()
     return f"this release of dam has no {name} kernels"
 
 
@@ -50,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
     The choice is process-wide. The environment variable `DAM_BACKEND` sets it for a whole run.
 
     Args:
-        name: "torch" (reference, any device and dtype), "cpu" (C++), "triton" or "cuda".
+        name: "torch" (reference, any device and dtype), "cpu" (C++), "triton" (GPUs; CPU tensors where
+            TRITON_INTERPRET=1 was set at start) or "cuda".
 
     Raises:
         ValueError: `name` is not a backend.
@@ -75,9 +83,9 @@ def _reason_against(
         return reason
     if name not in implementations:
         return f"{op} has no {name} implementation yet (it has: {', '.join(implementations)})"
-    if name == "cpu":
-        if tensor.device.type != "cpu":
-            return f"it runs on CPU tensors; got a tensor on {tensor.device}"
+    if name in DEVICE_TYPE:
+        if tensor.device.type != DEVICE_TYPE[name]:
+            return f"it runs on {DEVICE_TYPE[name].upper()} tensors; got a tensor on {tensor.device}"
         if tensor.dtype == torch.float64 and not float64:
             return "it takes float32, bfloat16 and float16; float64 runs on backend 'torch'"
     return None
@@ -94,12 +102,14 @@ def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_requested!r} cannot run this call: {reason}")
         return _requested
-    if "cpu" in implementations and tensor.device.type == "cpu" and (float64 or tensor.dtype != torch.float64):
-        if _CPU_ERROR is None:
-            return "cpu"
+    # The fast backend of the tensor's device. Kernels are interpreted only on request.
+    name = {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type)
+    if name is not None and name in implementations and (float64 or tensor.dtype != torch.float64):
+        reason = why_unavailable(name)
+        if reason is None:
+            return name
         warnings.warn(
-            f"dam: {why_unavailable('cpu')}; the slower reference backend 'torch' runs instead. "
-            "Reinstall dam to build it.",
+            f"dam: {reason}; the slower reference backend 'torch' runs instead of {name!r}.",
             RuntimeWarning,
             stacklevel=3,
         )

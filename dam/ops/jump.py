@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _philox, _rows
+from dam.ops import _backend, _checks, _cpu, _philox, _rows, _triton
 
 
 class Jump(NamedTuple):
@@ -190,7 +190,7 @@ def outputs(logits: Tensor, rows: int, num_samples: int) -> tuple[Tensor, Tensor
     )
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.jump}
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.jump, "triton": _triton.launcher("jump")}
 
 
 @torch.library.custom_op("dam::jump", mutates_args=())

@@ -4,9 +4,16 @@ import contextlib
 
 import torch
 
+from dam.ops import _triton
+
 # |z| above it has probability 6e-7 under the hypothesis: the false alarm of one test.
 Z = 5.0
 P_VALUE = 1e-6
+
+
+def slow(backend):
+    """Whether a backend is to be spared large inputs: the reference, and Triton's interpreter."""
+    return backend == "torch" or (backend == "triton" and _triton.INTERPRETED)
 
 
 def normal(*shape, seed=0, dtype=torch.float32, scale=1.0):

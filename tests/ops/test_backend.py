@@ -2,14 +2,16 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import dam
-from dam.ops import _backend
+from dam.ops import _backend, _triton
 
 UNAVAILABLE = [name for name in _backend.BACKENDS if _backend.why_unavailable(name) is not None]
 
@@ -40,6 +42,35 @@ def test_default_picks_by_dtype():
         assert chosen(dtype) == "cpu"
     assert chosen(torch.float64) == "torch"
     assert _backend.choose("op", {"torch": None}, torch.zeros(1)) == "torch"
+
+
+def test_default_picks_by_device(monkeypatch):
+    """Triton on a GPU, where it can run; the interpreter never unasked."""
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
+    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "triton"
+    assert chosen() == "cpu"
+    on_gpu.dtype = torch.float64
+    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
+    monkeypatch.setattr(_triton, "why_unavailable", lambda: "no such package")
+    on_gpu.dtype = torch.float32
+    with pytest.warns(RuntimeWarning, match="no such package.*'torch' runs instead of 'triton'"):
+        assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("missing", "variable", "message"),
+    [
+        ("sys.modules['triton'] = None", "1", "Triton is not installed: pip install"),
+        ("import torch; torch.cuda.is_available = lambda: False", "0", "torch sees no GPU, and TRITON_INTERPRET=1"),
+    ],
+)
+def test_what_triton_lacks_is_named(missing, variable, message):
+    code = f"import sys; {missing}; import dam; dam.backend('triton').__enter__()"
+    run = start(code, TRITON_INTERPRET=variable)
+    _, errors = run.communicate()
+    assert run.returncode != 0
+    assert re.search(f"backend 'triton' is not available: {message}", errors.splitlines()[-1]), errors
 
 
 def test_default_falls_back_with_a_warning(monkeypatch):
@@ -113,7 +144,7 @@ def test_ops_without_an_implementation_refuse(monkeypatch):
     monkeypatch.delitem(module._IMPLEMENTATIONS, "cpu")
     x, index = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     dam.rate_ratio(x, x, index)
-    message = r"rate_ratio has no cpu implementation yet \(it has: torch\)"
+    message = r"rate_ratio has no cpu implementation yet \(it has: torch, triton\)"
     with dam.backend("cpu"), pytest.raises(RuntimeError, match=message):
         dam.rate_ratio(x, x, index)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.stats
 import torch
-from helpers import P_VALUE, Z, allowed, assert_close, integers, log_softmax, normal, rounding, threads
+from helpers import P_VALUE, Z, allowed, assert_close, integers, log_softmax, normal, rounding, slow, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,9 +50,9 @@ def test_draws_follow_the_softmax(backend, temperature):
 
 
 def test_draws_follow_the_softmax_over_several_tiles(backend):
-    """V = 3000 is two full tiles of 1024 and a ragged one; the reference draws fewer, it is slow."""
+    """V = 3000 is two full tiles of 1024 and a ragged one; a slow backend draws fewer."""
     logits = normal(1, 3000, seed=2, scale=2.0)
-    rows = 4 if backend == "torch" else 200
+    rows = 4 if slow(backend) else 200
     draws = dam.jump(logits.expand(rows, -1), num_samples=1000, seed=8).target
     counts = torch.bincount(draws.flatten(), minlength=3000)
     assert chi_square_p(counts, log_softmax(logits).exp()[0]) > P_VALUE
@@ -62,11 +62,11 @@ def test_tail_has_its_mass(backend):
     """One token 18 nats over all others, whose mass is 0.002 at V = 131,072.
 
     A float32 Gumbel race over the tokens, capped near 16.6, loses nine tenths of that mass. Of 300,000 draws 598 +- 24
-    fall in the tail, and such a race would miss by 22 standard deviations. The reference is slow, so it draws 5000
+    fall in the tail, and such a race would miss by 22 standard deviations. Slow backends draw 5000
     times from 8 times as many tokens: 79 +- 9, and such a race would miss by 8. (A race of tiles before tokens hides
     coarse noise in all but the top token's tile; test_philox.py holds the noise itself to its small end.)
     """
-    size, draws = (2**20, 5000) if backend == "torch" else (2**17, 300_000)
+    size, draws = (2**20, 5000) if slow(backend) else (2**17, 300_000)
     logits = torch.full((1, size), -18.0)
     logits[0, 70_000] = 0.0
     target = dam.jump(logits, num_samples=draws, seed=3).target
@@ -239,7 +239,7 @@ def test_tile_and_token_races_are_independent(backend):
     tokens = (torch.arange(4)[:, None] * 1024 + place).flatten()
     logits = torch.full((1, 4096), -INF)
     logits[0, tokens] = 0.0
-    rows = 3 if backend == "torch" else 100
+    rows = 3 if slow(backend) else 100
     target = dam.jump(logits.expand(rows, -1), num_samples=1000, seed=11).target
     counts = torch.bincount(torch.searchsorted(tokens, target.flatten()), minlength=32)
     assert chi_square_p(counts, torch.full((32,), 1 / 32.0)) > P_VALUE
@@ -275,8 +275,7 @@ def test_backends_agree():
         pytest.skip("only the reference runs here")
     for name in others:
         with dam.backend(name):
-            device = "cuda" if name in ("triton", "cuda") else "cpu"
-            target = dam.jump(logits.to(device), seed=12).target.cpu()
+            target = dam.jump(logits.to(dam.ops._backend.DEVICE_TYPE[name]), seed=12).target.cpu()
         assert int((target != reference).sum()) <= 1
 
 

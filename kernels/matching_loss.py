@@ -1,0 +1,357 @@
+"""matching_loss: the loss of each row in one read, and its gradient in a second.
+
+Contract: dam/ops/matching_loss.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dam.kernels import core
+from dam.kernels.core import INF, TILE
+from dam.kernels.launch import launch
+
+
+@triton.jit
+def cross_tiles(
+    logits,
+    logits_offset,  # int64 [lanes], of each lane's row
+    base_logits,
+    base_offset,
+    excluded,  # [lanes], or None
+    columns,
+    first,  # tiles [first, last)
+    last,
+    tile_max,  # [T, tiles], of the logits
+    tile_excess,
+    base_max,
+    base_excess,
+    tile_cross,
+    summary_offset,
+    valid,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Summaries of tiles of both logits x and base logits b, and sum of exp(b - max b) (x - max x), stored."""
+    lane = tl.arange(0, ROWS * TILES)
+    for start in range(first, last, TILES):
+        tile = start + lane % TILES
+        x, column = core.load_tiles(logits, logits_offset, tile, columns, True, PIECES, WIDTH)
+        b, _ = core.load_tiles(base_logits, base_offset, tile, columns, True, PIECES, WIDTH)
+        if excluded is not None:
+            x = core.without_excluded(x, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
+            b = core.without_excluded(b, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
+        top, excess, _ = core.summary_of_tile(x, 0.0, 0.0, True)
+        b_top, b_excess, rate = core.summary_of_tile(b, 0.0, 0.0, True)
+        # A destination that the base does not reach counts 0 even where x is -inf.
+        term = tl.where(rate == 0.0, 0.0, rate * (x - core.pivot(top)[None, :, None]))
+        at = summary_offset + tile
+        stored = valid & (tile < last)
+        tl.store(tile_max + at, top, mask=stored)
+        tl.store(tile_excess + at, excess, mask=stored)
+        tl.store(base_max + at, b_top, mask=stored)
+        tl.store(base_excess + at, b_excess, mask=stored)
+        tl.store(tile_cross + at, core.sum_of_tile(term), mask=stored)
+
+
+@triton.jit
+def merge_cross(
+    tile_max, base_max, base_excess, tile_cross, offset, tiles, reference, base_top, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Over whole rows: sum of exp(b - base_top) (x - reference), float64 [lanes]."""
+    total = tl.zeros(offset.shape, tl.float64)
+    index = tl.arange(0, BLOCK)[None, :]
+    for first in range(0, tiles, BLOCK):
+        inside = first + index < tiles
+        at = offset[:, None] + first + index
+        top = core.pivot(tl.load(tile_max + at, mask=inside, other=-INF)).to(tl.float64)
+        b_top = tl.load(base_max + at, mask=inside, other=-INF).to(tl.float64)
+        b_sum = 1.0 + tl.load(base_excess + at, mask=inside, other=-1.0).to(tl.float64)
+        cross = tl.load(tile_cross + at, mask=inside, other=0.0).to(tl.float64)
+        mass = tl.exp(b_top - base_top[:, None])
+        # Not 0 * -inf for a tile of which the base reaches nothing.
+        term = tl.where(mass == 0.0, 0.0, mass * (cross + b_sum * (top - reference[:, None])))
+        total += tl.sum(term, axis=1)
+    return total
+
+
+@triton.jit
+def loss_of_rows(
+    x_at,  # logits, or None: then `at_target` holds those of the targets
+    x_stride,
+    target,
+    target_stride,
+    slot_stride,
+    weight,
+    weight_stride,
+    weight_slot_stride,
+    at_target,  # [T, J]
+    row,
+    excluded,
+    slots,
+    columns,
+    top,  # float64 [lanes]: maximum of the logits, 0 if there is none
+    total,  # sum of exp(x - top)
+    base_weight,
+    base_rate,  # of the base's largest logit: 1 / sum, or exp(largest) for rates
+    cross,
+    NORMALIZED: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Loss before row_scale, outflow (what multiplies the model's distribution in the gradient) and the model's rate
+    at its largest logit, float64 [lanes] each."""
+    log_total = tl.log(total)
+    loss = tl.zeros(row.shape, tl.float64)
+    outflow = base_weight
+    for slot in range(0, slots, SLOTS):
+        t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
+        w = core.load_per_slot(weight, weight_stride, weight_slot_stride, row, slot, slots, SLOTS)
+        if x_at is None:
+            index = slot + tl.arange(0, SLOTS)[None, :]
+            x = tl.load(at_target + row[:, None] * slots + index, mask=counted & (index < slots), other=-INF)
+        else:
+            x = tl.load(x_at + row[:, None] * x_stride + t, mask=counted, other=-INF)
+        x = x.to(tl.float64)
+        pulled = core.weight_at(
+            t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots, columns, SLOTS
+        )
+        if NORMALIZED:
+            cost = log_total[:, None] - (x - top[:, None])
+        else:
+            cost = -x
+        # Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
+        counted = counted & (w != 0.0)
+        felt = counted & ((x != -INF) | (pulled != 0.0))
+        loss += tl.sum(tl.where(felt, w * cost, 0.0), axis=1)
+        outflow += tl.sum(tl.where(counted, w, 0.0), axis=1)
+    if NORMALIZED:
+        rate = 1.0 / total
+        base_loss = base_weight * (log_total - base_rate * cross)
+    else:
+        rate = tl.exp(top)
+        loss += rate * total
+        outflow = tl.zeros(row.shape, tl.float64) + 1.0
+        base_loss = -base_weight * (base_rate * cross)
+    return loss + tl.where(base_weight == 0.0, 0.0, base_loss), outflow, rate
+
+
+@triton.jit
+def coefficient_of(scale, factor, rate):
+    """float32 factor of exp(x - top) in the gradient; 0 where nothing is asked for, whatever the row holds."""
+    return core.clamp_to_float32(tl.where(factor == 0.0, 0.0, scale * factor * rate))
+
+
+@triton.jit
+def share(x, top, coefficient):
+    """coefficient * exp(x - top); 0 for a coefficient of 0."""
+    return tl.where(coefficient == 0.0, 0.0, coefficient * core.exp_scaled(x - top, 0.0, 0.0, True))
+
+
+@triton.jit
+def matching_loss_kernel(
+    logits,  # [T, V]
+    logits_stride,
+    base_logits,  # [T, V], or None
+    base_stride,
+    exclude,  # [T], or None
+    exclude_stride,
+    target,  # [T, J]
+    target_stride,
+    slot_stride,
+    weight,  # [T, J]
+    weight_stride,
+    weight_slot_stride,
+    base_weight,  # [T]
+    base_weight_stride,
+    row_scale,  # [T], or None for 1/T
+    row_scale_stride,
+    tile_max,  # [T, tiles]
+    tile_excess,
+    base_max,
+    base_excess,
+    tile_cross,
+    at_target,  # [T, J]: workspace for the gradient at the targets
+    row_loss,  # float64 [T]
+    gradient,  # [T, V], or None; may be the logits
+    gradient_stride,
+    rows,
+    columns,
+    slots,
+    tiles,
+    split_tiles,
+    SUM: tl.constexpr,  # read the logits and keep the summary of each tile
+    FINISH: tl.constexpr,  # and then the loss and the gradient
+    NORMALIZED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    begin = 0
+    end = tiles
+    if (not SUM) or (not FINISH):
+        begin = tl.program_id(1) * split_tiles
+        end = tl.minimum(begin + split_tiles, tiles)
+    lane = tl.arange(0, ROWS * TILES)
+    lane_row = first_row + lane // TILES
+    lane_valid = lane_row < rows
+    lane_row = tl.minimum(lane_row, rows - 1)
+    lane_excluded = None
+    if exclude is not None:
+        lane_excluded = core.load_excluded(exclude, exclude_stride, lane_row, columns)
+    if SUM:
+        if base_logits is None:
+            core.sum_tiles(
+                logits, lane_row * logits_stride, lane_excluded, columns, begin, end, tile_max, tile_excess,
+                lane_row * tiles, lane_valid, 0.0, 0.0, True, ROWS, TILES, PIECES, WIDTH,
+            )  # fmt: skip
+        else:
+            cross_tiles(
+                logits, lane_row * logits_stride, base_logits, lane_row * base_stride, lane_excluded, columns, begin,
+                end, tile_max, tile_excess, base_max, base_excess, tile_cross, lane_row * tiles, lane_valid,
+                ROWS, TILES, PIECES, WIDTH,
+            )  # fmt: skip
+        if FINISH:
+            tl.debug_barrier()  # other threads of the program read the summaries
+    if FINISH:
+        row = first_row + tl.arange(0, ROWS)
+        valid = row < rows
+        row = tl.minimum(row, rows - 1)
+        excluded = None
+        if exclude is not None:
+            excluded = core.load_excluded(exclude, exclude_stride, row, columns)
+        top, total = core.merge_tiles(tile_max, tile_excess, row * tiles, tiles, 1.0, BLOCK)
+        top = core.pivot(top)
+        base_top = tl.zeros(row.shape, tl.float32)
+        base_rate = tl.zeros(row.shape, tl.float64)
+        cross = tl.zeros(row.shape, tl.float64)
+        w_base = tl.zeros(row.shape, tl.float64)
+        if base_logits is not None:
+            w_base = tl.load(base_weight + row * base_weight_stride).to(tl.float64)
+            base_top, base_total = core.merge_tiles(base_max, base_excess, row * tiles, tiles, 1.0, BLOCK)
+            base_top = core.pivot(base_top)
+            reference = top.to(tl.float64)
+            base_rate = 1.0 / base_total
+            if not NORMALIZED:
+                reference = tl.zeros(row.shape, tl.float64)
+                base_rate = tl.exp(base_top.to(tl.float64))
+            cross = merge_cross(
+                tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, reference, base_top.to(tl.float64),
+                BLOCK,
+            )  # fmt: skip
+        loss, outflow, rate = loss_of_rows(
+            logits, logits_stride, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride,
+            at_target, row, excluded, slots, columns, top.to(tl.float64), total, w_base, base_rate, cross, NORMALIZED,
+            SLOTS,
+        )  # fmt: skip
+        scale = tl.zeros(row.shape, tl.float64) + 1.0
+        if row_scale is None:
+            scale = scale / rows
+        else:
+            scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
+        split = tl.zeros(row.shape, tl.int32) + tl.program_id(1)
+        tl.store(row_loss + row, scale * loss, mask=valid & (split == 0))
+        if gradient is not None:
+            coefficient = coefficient_of(scale, outflow, rate)
+            base_coefficient = coefficient_of(scale, w_base, base_rate)
+
+            # The targets of these tiles before anything is written: the gradient may take the place of the logits.
+            for slot in range(0, slots, SLOTS):
+                t, counted = core.load_slots(
+                    target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS
+                )
+                here = counted & (t >= begin * TILE) & (t < end * TILE)
+                x = tl.load(logits + row[:, None] * logits_stride + t, mask=here, other=-INF).to(tl.float32)
+                result = share(x, top[:, None], coefficient[:, None])
+                if base_logits is not None:
+                    b = tl.load(base_logits + row[:, None] * base_stride + t, mask=here, other=-INF).to(tl.float32)
+                    result -= share(b, base_top[:, None], base_coefficient[:, None])
+                pulled = core.weight_at(
+                    t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots,
+                    columns, SLOTS,
+                )  # fmt: skip
+                result = (result.to(tl.float64) - scale[:, None] * pulled).to(tl.float32)
+                index = slot + tl.arange(0, SLOTS)[None, :]
+                tl.store(at_target + row[:, None] * slots + index, result, mask=valid[:, None] & here)
+            tl.debug_barrier()
+
+            lane_top = core.per_lane(top, TILES)[None, :, None]
+            lane_coefficient = core.per_lane(coefficient, TILES)[None, :, None]
+            lane_base_top = core.per_lane(base_top, TILES)[None, :, None]
+            lane_base_coefficient = core.per_lane(base_coefficient, TILES)[None, :, None]
+            for start in range(begin, end, TILES):
+                tile = start + lane % TILES
+                x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
+                if exclude is not None:
+                    x = core.without_excluded(x, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
+                result = share(x, lane_top, lane_coefficient)
+                if base_logits is not None:
+                    b, _ = core.load_tiles(base_logits, lane_row * base_stride, tile, columns, True, PIECES, WIDTH)
+                    if exclude is not None:
+                        b = core.without_excluded(b, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
+                    result -= share(b, lane_base_top, lane_base_coefficient)
+                core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, result)
+            tl.debug_barrier()
+
+            for slot in range(0, slots, SLOTS):
+                t, counted = core.load_slots(
+                    target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS
+                )
+                here = valid[:, None] & counted & (t >= begin * TILE) & (t < end * TILE)
+                index = slot + tl.arange(0, SLOTS)[None, :]
+                result = tl.load(at_target + row[:, None] * slots + index, mask=here)
+                at = gradient + row[:, None] * gradient_stride + t
+                tl.store(at, core.rounded(result, gradient.dtype.element_ty), mask=here)
+
+
+def matching_loss(
+    logits: Tensor,  # [T, V]
+    target: Tensor,  # [T, J]
+    weight: Tensor,  # [T, J]
+    base_logits: Tensor | None,  # [T, V]
+    base_weight: Tensor | None,  # [T]
+    row_scale: Tensor | None,  # [T]
+    exclude: Tensor | None,  # [T]
+    normalized: bool,
+    with_grad: bool,
+    into: Tensor | None = None,  # [T, V]
+) -> tuple[Tensor, Tensor]:
+    gradient = logits.new_empty(logits.shape if with_grad else (0,)) if into is None else into
+    rows, columns = logits.shape
+    tiles = triton.cdiv(columns, TILE.value)
+    tile_max, tile_excess = core.summaries(logits, tiles)
+    base_max = base_excess = tile_cross = None
+    if base_logits is not None:
+        base_max, base_excess = core.summaries(logits, tiles)
+        tile_cross = torch.empty_like(base_max)
+    row_loss = logits.new_empty((rows,), dtype=torch.float64)
+    g = core.geometry("matching_loss", logits)
+    arguments = {
+        "logits": logits, "logits_stride": logits.stride(0),
+        "base_logits": base_logits, "base_stride": core.stride_of(base_logits),
+        "exclude": exclude, "exclude_stride": core.stride_of(exclude),
+        "target": target, "target_stride": target.stride(0), "slot_stride": target.stride(1),
+        "weight": weight, "weight_stride": weight.stride(0), "weight_slot_stride": weight.stride(1),
+        "base_weight": base_weight, "base_weight_stride": core.stride_of(base_weight),
+        "row_scale": row_scale, "row_scale_stride": core.stride_of(row_scale),
+        "tile_max": tile_max, "tile_excess": tile_excess, "base_max": base_max, "base_excess": base_excess,
+        "tile_cross": tile_cross, "at_target": logits.new_empty(target.shape, dtype=torch.float32),
+        "row_loss": row_loss, "gradient": gradient if with_grad else None, "gradient_stride": core.stride_of(gradient),
+        "rows": rows, "columns": columns, "slots": target.shape[1], "tiles": tiles, "split_tiles": g.split_tiles,
+        "NORMALIZED": normalized, **g.constants, "SLOTS": core.slots_of(target.shape[1]),
+        "BLOCK": core.block_of(tiles), **g.options,
+    }  # fmt: skip
+    if g.splits == 1:
+        launch(matching_loss_kernel, (g.blocks, 1), SUM=True, FINISH=True, **arguments)
+    else:
+        launch(matching_loss_kernel, (g.blocks, g.splits), SUM=True, FINISH=False, **arguments)
+        launch(matching_loss_kernel, (g.blocks, g.splits if with_grad else 1), SUM=False, FINISH=True, **arguments)
+    return row_loss.sum().to(torch.float32), gradient

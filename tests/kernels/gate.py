@@ -1,0 +1,140 @@
+"""Compiles recorded launches ahead of time, as a GPU's driver would get them, and reads what the compiler reports.
+
+Needs no GPU, and a process in which Triton does not interpret kernels: python -m tests.kernels.gate TARGET prints
+a line of JSON for every kernel that the launches of `launches()` need on a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dam.kernels import configs
+from dam.kernels import launch as launching
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "NVIDIA A100"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "NVIDIA H100"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "AMD Instinct MI300X"),
+}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+def source(launch: launching.Launch) -> ASTSource:
+    """What Triton's launcher would compile: types of the arguments, and which of them 16 divides or are 1."""
+    names = launch.kernel.arg_names
+    # Parameters that are not specialised by value.
+    plain = set(launch.kernel.do_not_specialize or ())
+    plain |= {names[i] for i in plain if isinstance(i, int)}
+    constant = {
+        p.name for p in inspect.signature(launch.kernel.fn).parameters.values() if "constexpr" in str(p.annotation)
+    }
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = launch.arguments[name]
+        divisible = [["tt.divisibility", 16]]
+        if name in constant or value is None or (isinstance(value, int) and value == 1 and name not in plain):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(i,)] = divisible
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in plain:
+                attributes[(i,)] = divisible
+        else:
+            signature[name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def key(launch: launching.Launch) -> str:
+    described = source(launch)
+    text = repr((launch.kernel.fn.__name__, described.signature, described.constants, described.attrs, launch.options))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compiled(launch: launching.Launch, target: GPUTarget) -> dict[str, object]:
+    """Name of the kernel and what it takes: registers, bytes of spills and of shared memory, by the compiler's word."""
+    options = dict(launch.options)
+    if target.backend == "hip":
+        options.pop("sanitize_overflow")
+    kernel = triton.compile(source(launch), target=target, options=options)
+    usage = cubin_usage(kernel.asm["cubin"]) if target.backend == "cuda" else amdgcn_usage(kernel.asm["amdgcn"])
+    constants = {k: v for k, v in launch.arguments.items() if isinstance(v, (bool, int)) and k.isupper()}
+    dtypes = sorted({_TYPES[v.dtype] for v in launch.arguments.values() if isinstance(v, torch.Tensor)})
+    return {
+        "kernel": launch.kernel.fn.__name__, "constants": constants, "dtypes": dtypes,
+        "warps": launch.options["num_warps"], "shared": kernel.metadata.shared, **usage,
+    }  # fmt: skip
+
+
+def cubin_usage(cubin: bytes) -> dict[str, int]:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+
+
+def amdgcn_usage(assembly: str) -> dict[str, int]:
+    def number(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly))
+
+    return {"registers": number("vgpr_count"), "spills": number("private_segment_fixed_size")}
+
+
+def launches(gpu: str) -> list[launching.Launch]:
+    """One launch for each kernel that differs, of all that a user's calls on that GPU need."""
+    from tests.kernels import calls
+
+    found: dict[str, launching.Launch] = {}
+    with configs.as_if_on(gpu), launching.recording(lambda launch: found.setdefault(key(launch), launch)):
+        for call in calls.CALLS:
+            call()
+    return list(found.values())
+
+
+def _one(job: tuple[str, int]) -> str:
+    target, gpu = TARGETS[job[0]]
+    return json.dumps(compiled(_launches(gpu)[job[1]], target))
+
+
+def _launches(gpu: str, cache: dict[str, list[launching.Launch]] = {}) -> list[launching.Launch]:  # noqa: B006
+    if gpu not in cache:
+        cache[gpu] = launches(gpu)
+    return cache[gpu]
+
+
+def main(target: str) -> None:
+    count = len(_launches(TARGETS[target][1]))
+    # Processes that inherit the launches: what they hold cannot be sent.
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for line in pool.map(_one, [(target, i) for i in range(count)]):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
