@@ -2,6 +2,7 @@
 
 from dam import generators
 from dam.ops._backend import backend
+from dam.ops._head import LoRA
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.backward_kolmogorov import backward_kolmogorov
 from dam.ops.jump import Jump, jump
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdjointWeights",
     "Jump",
+    "LoRA",
     "RateRatio",
     "adjoint_weights",
     "backend",

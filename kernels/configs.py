@@ -38,9 +38,11 @@ FAMILY |= dict.fromkeys(("linear_jump", "linear_log_prob", "linear_matching_loss
 #   programs  fewer row blocks than this are split among programs along the vocabulary
 # linear: kernels that contain the matmul with the head.
 #   form      "fused": logits never leave the chip; "chunked": the library's matmul over chunks, and the row kernels
+#   frozen_form, trained_form  likewise of a gradient, which fused costs one matmul more, with a frozen or trained head
 #   block_rows, block_columns, block_depth  the logits of a program, and its step along the hidden dimension
 #   group     row blocks that run one after another on the same block of the head
 #   chunk_mb  logits of a chunk, which should stay in the L2 cache
+#   merge_rows  rows of a program that merges what is kept of blocks
 # adjoint_weights:
 #   elements  steps of trajectories that a program takes at once, at most `steps` of each
 #   weights   trajectories of groups that a program weighs at once
@@ -55,6 +57,13 @@ FAMILY |= dict.fromkeys(("linear_jump", "linear_log_prob", "linear_matching_loss
 TABLE: tuple[Row, ...] = (
     Row("rows", {"elements": 8192, "programs": 512, "warps": 8, "stages": 1}),
     Row("rows", {"elements": 2**20, "programs": 1}, gpu=INTERPRETER),
+    Row("linear", {"form": "chunked", "frozen_form": "chunked", "trained_form": "fused"}),
+    Row("linear", {"chunk_mb": 32, "merge_rows": 1, "group": 8}),
+    Row("linear", {"block_rows": 128, "block_columns": 128, "block_depth": 64, "warps": 8, "stages": 3}),
+    Row("linear", {"block_rows": 64, "block_columns": 64, "block_depth": 32}, element_bytes=(4,)),
+    Row("linear", {"form": "fused", "block_rows": 64}, rows=64),
+    Row("linear", {"warps": 4}, rows=16),
+    Row("linear", {"block_rows": 256, "block_columns": 512, "block_depth": 64, "merge_rows": 256}, gpu=INTERPRETER),
     Row("adjoint_weights", {"elements": 1024, "steps": 256, "weights": 512, "warps": 8}),
     Row("adjoint_weights", {"elements": 2**20, "steps": 2**20, "weights": 2**20}, gpu=INTERPRETER),
     Row("tilt_to_ess", {"elements": 512, "warps": 4}, element_bytes=(2, 4, 8)),
@@ -65,7 +74,7 @@ TABLE: tuple[Row, ...] = (
     Row("backward_kolmogorov", {"elements": 1024, "warps": 4}, columns=1024),
     Row("backward_kolmogorov", {"points": 64, "lines": 64, "depth": 16, "walk_warps": 8, "chunk_mb": 32}),
     # Products of 16 lines and more become float64 MFMA instructions, which Triton 3.6 fails to compile.
-    Row("backward_kolmogorov", {"lines": 8}, gpu="AMD"),
+    Row("backward_kolmogorov", {"lines": 8, "walk_warps": 4}, gpu="AMD"),
     Row("backward_kolmogorov", {"elements": 2**20, "programs": 1}, gpu=INTERPRETER),
     Row("backward_kolmogorov", {"points": 256, "lines": 4096, "depth": 256, "chunk_mb": 2**10}, gpu=INTERPRETER),
 )

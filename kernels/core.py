@@ -95,6 +95,14 @@ def clamp_to_float32(x):
 
 
 @triton.jit
+def share(x, coefficient, reference, c_high, c_low, UNIT: tl.constexpr):
+    """coefficient * exp(scale * (x - reference)) in float32, for a float64 reference; 0 for a coefficient of 0."""
+    high = reference.to(tl.float32)
+    low = (reference - high.to(tl.float64)).to(tl.float32)
+    return tl.where(coefficient == 0.0, 0.0, coefficient * exp_scaled((x - high) - low, c_high, c_low, UNIT))
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 in another dtype, to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:

@@ -279,15 +279,14 @@ class Draw:
         seed: Tensor,
         row_ids: Tensor | None,
         check: bool,
+        out: tuple[Tensor, ...] | None = None,
     ):
         self.rows, self.columns, self.samples = like.shape[0], columns, num_samples
         self.tiles = triton.cdiv(columns, TILE.value)
         self.exclude, self.row_ids = exclude, row_ids
         self.greedy, self.scale = temperature == 0.0, core.scale_of(temperature)
         self.tile_max, self.tile_excess = core.summaries(like, self.tiles)
-        self.target = like.new_empty((self.rows, num_samples), dtype=torch.int64)
-        self.log_prob = like.new_empty((self.rows, num_samples), dtype=torch.float32)
-        self.log_escape = like.new_empty((self.rows,), dtype=torch.float32)
+        self.target, self.log_prob, self.log_escape = outputs(like, num_samples) if out is None else out
         self.time: Tensor | None = None
         self.first_bad = like.new_full((), self.rows, dtype=torch.int64) if check else None
         # A seed on the device stays there, or reading it would wait for the device.
@@ -322,10 +321,20 @@ class Draw:
             samples = triton.cdiv(self.samples, SAMPLES)
             launch(jump_kernel, (g.blocks, samples), SUM=False, RACE=True, **arguments, **g.options)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Target, log_prob, log_escape and the first row that cannot be sampled, or -1."""
+    def bad_row(self) -> int:
+        """The first row that cannot be sampled, or -1; with check, waits for the device."""
         bad = self.rows if self.first_bad is None else int(self.first_bad)
-        return self.target, self.log_prob, self.log_escape, bad if bad < self.rows else -1
+        return bad if bad < self.rows else -1
+
+
+def outputs(like: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised target, log_prob [T, num_samples] and log_escape [T]."""
+    rows = like.shape[0]
+    return (
+        like.new_empty((rows, num_samples), dtype=torch.int64),
+        like.new_empty((rows, num_samples), dtype=torch.float32),
+        like.new_empty((rows,), dtype=torch.float32),
+    )
 
 
 def signed_words(seed: int) -> tuple[int, int]:
@@ -345,4 +354,4 @@ def jump(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     draw = Draw(logits, logits.shape[1], exclude, temperature, num_samples, seed, row_ids, check)
     draw.see(logits)
-    return draw.result()
+    return draw.target, draw.log_prob, draw.log_escape, draw.bad_row()

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-
-# Whether kernels are interpreted on the CPU, as Triton sees it when it is first imported; this module does not import it.
+# Whether kernels are interpreted on the CPU, as Triton sees it when it is first imported; that is not yet here.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -5,6 +5,8 @@ Contract: dam/ops/log_prob.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -165,7 +167,7 @@ def log_prob_backward_kernel(
         pulled = core.weight_at(
             t, target, target_stride, slot_stride, grad, grad_stride, grad_slot_stride, row, slots, columns, SLOTS
         )
-        pushed = _share(x, coefficient[:, None], reference[:, None], c_high, c_low, UNIT)
+        pushed = core.share(x, coefficient[:, None], reference[:, None], c_high, c_low, UNIT)
         index = slot + tl.arange(0, SLOTS)[None, :]
         result = (scale * pulled - pushed.to(tl.float64)).to(tl.float32)
         tl.store(at_target + row[:, None] * slots + index, result, mask=valid[:, None] & here)
@@ -185,7 +187,7 @@ def log_prob_backward_kernel(
         x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
         if exclude is not None:
             x = core.without_excluded(x, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
-        result = -_share(x, lane_coefficient, lane_reference, c_high, c_low, UNIT)
+        result = -core.share(x, lane_coefficient, lane_reference, c_high, c_low, UNIT)
         core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, result)
     tl.debug_barrier()
 
@@ -199,49 +201,62 @@ def log_prob_backward_kernel(
         )
 
 
-@triton.jit
-def _share(x, coefficient, reference, c_high, c_low, UNIT: tl.constexpr):
-    """coefficient * exp(scale * (x - reference)), float32, with a float64 reference; 0 where nothing is asked for."""
-    high = reference.to(tl.float32)
-    low = (reference - high.to(tl.float64)).to(tl.float32)
-    share = coefficient * core.exp_scaled((x - high) - low, c_high, c_low, UNIT)
-    return tl.where(coefficient == 0.0, 0.0, share)
-
-
 class Lookup:
     """Log-probabilities of targets in rows whose logits come in one piece, or in chunks of whole tiles."""
 
-    def __init__(self, like: Tensor, columns: int, target: Tensor, exclude: Tensor | None, temperature: float):
+    def __init__(
+        self,
+        like: Tensor,  # [T, .], gives T and the device
+        columns: int,
+        target: Tensor,  # [T, J]
+        exclude: Tensor | None,  # [T]
+        temperature: float,
+        out: tuple[Tensor, Tensor] | None = None,  # [T, J] and float64 [T]
+    ):
         self.rows, self.columns = like.shape[0], columns
         self.tiles = triton.cdiv(columns, TILE.value)
         self.target, self.exclude, self.scale = target, exclude, core.scale_of(temperature)
-        self.value = like.new_empty(target.shape, dtype=torch.float32)
-        self.log_escape = like.new_empty(like.shape[:1], dtype=torch.float64)
-        self.tile_max, self.tile_excess = core.summaries(like, self.tiles)
+        self.value, self.log_escape = out or (
+            like.new_empty(target.shape, dtype=torch.float32),
+            like.new_empty(like.shape[:1], dtype=torch.float64),
+        )
+        self.like, self.tile_max, self.tile_excess = like, None, None
 
     def see(self, logits: Tensor, first: int = 0) -> None:
         """Takes the logits of the tiles from `first` on, [T, .]: all of the rest or a multiple of 1024 columns."""
+        if self.tile_max is None:
+            self.tile_max, self.tile_excess = core.summaries(self.like, self.tiles)
         last = first + triton.cdiv(logits.shape[1], TILE.value)
         g = core.geometry("log_prob", logits)
         arguments = {
-            **self._arguments(), "logits": logits, "logits_stride": core.stride_of(logits), "first": first,
-            "last": last, "split_tiles": g.split_tiles, "OPENS": first == 0, "CLOSES": last == self.tiles,
-            **g.constants,
+            **self._arguments(g, self.tile_max, self.tile_excess), "logits": logits,
+            "logits_stride": core.stride_of(logits), "first": first, "last": last, "OPENS": first == 0,
+            "CLOSES": last == self.tiles,
         }  # fmt: skip
         if g.splits == 1:
-            launch(log_prob_kernel, (g.blocks, 1), SUM=True, FINISH=True, **arguments, **g.options)
+            launch(log_prob_kernel, (g.blocks, 1), SUM=True, FINISH=True, **arguments)
         else:
-            launch(log_prob_kernel, (g.blocks, g.splits), SUM=True, FINISH=False, **arguments, **g.options)
-            launch(log_prob_kernel, (g.blocks, 1), SUM=False, FINISH=True, **arguments, **g.options)
+            launch(log_prob_kernel, (g.blocks, g.splits), SUM=True, FINISH=False, **arguments)
+            launch(log_prob_kernel, (g.blocks, 1), SUM=False, FINISH=True, **arguments)
 
-    def _arguments(self) -> dict:
+    def finish(self, block_max: Tensor, block_excess: Tensor) -> None:
+        """From summaries [T, blocks] of logits that are gone, and those of the targets, which `value` holds."""
+        g = core.geometry("log_prob", self.like, self.columns)
+        launch(
+            log_prob_kernel, (g.blocks, 1), SUM=False, FINISH=True, **self._arguments(g, block_max, block_excess),
+            logits=None, logits_stride=0, first=0, last=0, OPENS=True, CLOSES=True,
+        )  # fmt: skip
+
+    def _arguments(self, g: core.Geometry, summary_max: Tensor, summary_excess: Tensor) -> dict[str, Any]:
+        summaries = summary_max.shape[1]
         return {
             "exclude": self.exclude, "exclude_stride": core.stride_of(self.exclude),
             "target": self.target, "target_stride": self.target.stride(0), "slot_stride": self.target.stride(1),
-            "tile_max": self.tile_max, "tile_excess": self.tile_excess, "value": self.value,
+            "tile_max": summary_max, "tile_excess": summary_excess, "value": self.value,
             "log_escape": self.log_escape, "rows": self.rows, "columns": self.columns,
-            "slots": self.target.shape[1], "tiles": self.tiles, **self.scale._asdict(),
-            "SLOTS": core.slots_of(self.target.shape[1]), "BLOCK": core.block_of(self.tiles),
+            "slots": self.target.shape[1], "tiles": summaries, "split_tiles": g.split_tiles, **g.constants,
+            **g.options, **self.scale._asdict(), "SLOTS": core.slots_of(self.target.shape[1]),
+            "BLOCK": core.block_of(summaries),
         }  # fmt: skip
 
 

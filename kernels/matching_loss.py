@@ -147,9 +147,66 @@ def coefficient_of(scale, factor, rate):
 
 
 @triton.jit
-def share(x, top, coefficient):
-    """coefficient * exp(x - top); 0 for a coefficient of 0."""
-    return tl.where(coefficient == 0.0, 0.0, coefficient * core.exp_scaled(x - top, 0.0, 0.0, True))
+def finish_rows(
+    logits,  # [T, V], or None: then `at_target` holds those of the targets
+    logits_stride,
+    target,
+    target_stride,
+    slot_stride,
+    weight,
+    weight_stride,
+    weight_slot_stride,
+    base_weight,  # [T], or None
+    base_weight_stride,
+    row_scale,  # [T], or None for 1/T
+    row_scale_stride,
+    tile_max,  # [T, tiles]
+    tile_excess,
+    base_max,
+    base_excess,
+    tile_cross,
+    at_target,
+    row,
+    excluded,
+    rows,
+    columns,
+    slots,
+    tiles,
+    NORMALIZED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of whole rows [lanes]: loss, row_scale, and what makes the gradient: reference and coefficient of the model and
+    of the base. All float64 but the coefficients."""
+    top, total = core.merge_tiles(tile_max, tile_excess, row * tiles, tiles, 1.0, BLOCK)
+    reference = core.pivot(top).to(tl.float64)
+    base_reference = tl.zeros(row.shape, tl.float64)
+    base_rate = tl.zeros(row.shape, tl.float64)
+    cross = tl.zeros(row.shape, tl.float64)
+    w_base = tl.zeros(row.shape, tl.float64)
+    if base_weight is not None:
+        w_base = tl.load(base_weight + row * base_weight_stride).to(tl.float64)
+        base_top, base_total = core.merge_tiles(base_max, base_excess, row * tiles, tiles, 1.0, BLOCK)
+        base_reference = core.pivot(base_top).to(tl.float64)
+        if NORMALIZED:
+            base_rate = 1.0 / base_total
+            crossed_at = reference
+        else:
+            base_rate = tl.exp(base_reference)
+            crossed_at = tl.zeros(row.shape, tl.float64)
+        cross = merge_cross(
+            tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, crossed_at, base_reference, BLOCK
+        )
+    loss, outflow, rate = loss_of_rows(
+        logits, logits_stride, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride,
+        at_target, row, excluded, slots, columns, reference, total, w_base, base_rate, cross, NORMALIZED, SLOTS,
+    )  # fmt: skip
+    if row_scale is None:
+        scale = tl.zeros(row.shape, tl.float64) + 1.0 / rows
+    else:
+        scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
+    coefficient = coefficient_of(scale, outflow, rate)
+    return scale * loss, scale, reference, coefficient, base_reference, coefficient_of(scale, w_base, base_rate)
 
 
 @triton.jit
@@ -228,41 +285,14 @@ def matching_loss_kernel(
         excluded = None
         if exclude is not None:
             excluded = core.load_excluded(exclude, exclude_stride, row, columns)
-        top, total = core.merge_tiles(tile_max, tile_excess, row * tiles, tiles, 1.0, BLOCK)
-        top = core.pivot(top)
-        base_top = tl.zeros(row.shape, tl.float32)
-        base_rate = tl.zeros(row.shape, tl.float64)
-        cross = tl.zeros(row.shape, tl.float64)
-        w_base = tl.zeros(row.shape, tl.float64)
-        if base_logits is not None:
-            w_base = tl.load(base_weight + row * base_weight_stride).to(tl.float64)
-            base_top, base_total = core.merge_tiles(base_max, base_excess, row * tiles, tiles, 1.0, BLOCK)
-            base_top = core.pivot(base_top)
-            reference = top.to(tl.float64)
-            base_rate = 1.0 / base_total
-            if not NORMALIZED:
-                reference = tl.zeros(row.shape, tl.float64)
-                base_rate = tl.exp(base_top.to(tl.float64))
-            cross = merge_cross(
-                tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, reference, base_top.to(tl.float64),
-                BLOCK,
-            )  # fmt: skip
-        loss, outflow, rate = loss_of_rows(
+        loss, scale, reference, coefficient, base_reference, base_coefficient = finish_rows(
             logits, logits_stride, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride,
-            at_target, row, excluded, slots, columns, top.to(tl.float64), total, w_base, base_rate, cross, NORMALIZED,
-            SLOTS,
+            base_weight, base_weight_stride, row_scale, row_scale_stride, tile_max, tile_excess, base_max, base_excess,
+            tile_cross, at_target, row, excluded, rows, columns, slots, tiles, NORMALIZED, SLOTS, BLOCK,
         )  # fmt: skip
-        scale = tl.zeros(row.shape, tl.float64) + 1.0
-        if row_scale is None:
-            scale = scale / rows
-        else:
-            scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
         split = tl.zeros(row.shape, tl.int32) + tl.program_id(1)
-        tl.store(row_loss + row, scale * loss, mask=valid & (split == 0))
+        tl.store(row_loss + row, loss, mask=valid & (split == 0))
         if gradient is not None:
-            coefficient = coefficient_of(scale, outflow, rate)
-            base_coefficient = coefficient_of(scale, w_base, base_rate)
-
             # The targets of these tiles before anything is written: the gradient may take the place of the logits.
             for slot in range(0, slots, SLOTS):
                 t, counted = core.load_slots(
@@ -270,10 +300,10 @@ def matching_loss_kernel(
                 )
                 here = counted & (t >= begin * TILE) & (t < end * TILE)
                 x = tl.load(logits + row[:, None] * logits_stride + t, mask=here, other=-INF).to(tl.float32)
-                result = share(x, top[:, None], coefficient[:, None])
+                result = core.share(x, coefficient[:, None], reference[:, None], 0.0, 0.0, True)
                 if base_logits is not None:
                     b = tl.load(base_logits + row[:, None] * base_stride + t, mask=here, other=-INF).to(tl.float32)
-                    result -= share(b, base_top[:, None], base_coefficient[:, None])
+                    result -= core.share(b, base_coefficient[:, None], base_reference[:, None], 0.0, 0.0, True)
                 pulled = core.weight_at(
                     t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots,
                     columns, SLOTS,
@@ -283,21 +313,21 @@ def matching_loss_kernel(
                 tl.store(at_target + row[:, None] * slots + index, result, mask=valid[:, None] & here)
             tl.debug_barrier()
 
-            lane_top = core.per_lane(top, TILES)[None, :, None]
+            lane_reference = core.per_lane(reference, TILES)[None, :, None]
             lane_coefficient = core.per_lane(coefficient, TILES)[None, :, None]
-            lane_base_top = core.per_lane(base_top, TILES)[None, :, None]
+            lane_base_reference = core.per_lane(base_reference, TILES)[None, :, None]
             lane_base_coefficient = core.per_lane(base_coefficient, TILES)[None, :, None]
             for start in range(begin, end, TILES):
                 tile = start + lane % TILES
                 x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
                 if exclude is not None:
                     x = core.without_excluded(x, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
-                result = share(x, lane_top, lane_coefficient)
+                result = core.share(x, lane_coefficient, lane_reference, 0.0, 0.0, True)
                 if base_logits is not None:
                     b, _ = core.load_tiles(base_logits, lane_row * base_stride, tile, columns, True, PIECES, WIDTH)
                     if exclude is not None:
                         b = core.without_excluded(b, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
-                    result -= share(b, lane_base_top, lane_base_coefficient)
+                    result -= core.share(b, lane_base_coefficient, lane_base_reference, 0.0, 0.0, True)
                 core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, result)
             tl.debug_barrier()
 

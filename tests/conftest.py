@@ -18,15 +18,29 @@ def device_of(name):
     return _backend.DEVICE_TYPE.get(name, "cpu")
 
 
-@pytest.fixture(params=_backend.BACKENDS)
-def backend(request):
-    """Runs the test on each backend that can run here; a test module lists what its op has in IMPLEMENTATIONS."""
-    name = request.param
+def pytest_generate_tests(metafunc):
+    """Runs a test that takes `backend` on each of them; a module whose ops have forms lists these in FORMS."""
+    if "backend" in metafunc.fixturenames:
+        params = []
+        for name in _backend.BACKENDS:
+            forms = getattr(metafunc.module, "FORMS", ()) if name == "triton" else ()
+            params += [pytest.param((name, form), id=f"{name}-{form}") for form in forms] or [
+                pytest.param((name, None), id=name)
+            ]
+        metafunc.parametrize("backend", params, indirect=True)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """Runs the test on a backend, if it can run here; a test module lists what its op has in IMPLEMENTATIONS."""
+    name, form = request.param
     reason = _backend.why_unavailable(name)
     if reason is not None:
         pytest.skip(reason)
     implementations = getattr(request.module, "IMPLEMENTATIONS", (name,))
     if name not in implementations:
         pytest.skip(f"no {name} implementation of this op yet (it has: {', '.join(implementations)})")
+    if form is not None:
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
     with torch.device(device_of(name)), dam.backend(name):
         yield name

@@ -133,12 +133,13 @@ def temperature(op: str, value: float, *, zero: bool) -> float:
     return number(op, "temperature", value, 1e-30, 1e30, zero=zero)
 
 
-def index_range(op: str, name: str, value: Tensor | None, columns: int) -> None:
+def index_range(op: str, name: str, value: Tensor | None, columns: int, backend: str) -> None:
     """Entries of an index tensor lie in [0, V) or are -1.
 
-    Reads the data, so it runs inside the op, out of a compiler's sight.
+    Reads the data, so it runs inside the op, out of a compiler's sight. Reading a GPU's would wait for it: there the
+    kernels of a fast backend look, and an index out of range is a device-side assertion, as in torch's own ops.
     """
-    if value is None or value.numel() == 0:
+    if value is None or value.numel() == 0 or (value.device.type != "cpu" and backend != "torch"):
         return
     low, high = (int(bound) for bound in torch.aminmax(value))
     if low < -1 or high >= columns:

@@ -1,25 +1,88 @@
 """A language-model head applied to a chunk of rows at a time, and its gradients: what the linear_* ops share.
 
-The linear form of an op is the library matmul over chunks of rows, followed by the row-wise op of the
-same backend, in place; no [T, V] array ever exists. 16-bit operands are multiplied in float32, a block of the
+The chunked form of a linear op is the library matmul over chunks of rows, followed by the row-wise op of the
+same backend; no [T, V] array ever exists. 16-bit operands are multiplied in float32, on a CPU a block of the
 vocabulary at a time, so that logits are not rounded to 16 bits and no float32 copy of the head is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dam.ops import _rows
+from dam.ops import _checks, _rows
 
 # Of the vocabulary rows that are converted at a time: of 0.5 to 128 MB, 4 MB were fastest on a CPU with 32 MB of cache.
 _BLOCK_BYTES = 4 * 2**20
 
 
+class LoRA(NamedTuple):
+    """A low-rank adapter on a head: its weight is weight + scale * b @ a, which is never formed.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685.
+    """
+
+    a: Tensor  # [R, D]
+    b: Tensor  # [V, R]
+    scale: float = 1.0
+
+
+class Head(NamedTuple):
+    """Hidden states and what maps them to logits = hidden @ weight^T + low_hidden @ low_weight^T + bias.
+
+    The second product is a LoRA adapter's: low_hidden = scale * hidden @ a^T, low_weight = b.
+    """
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    low_hidden: Tensor | None = None  # [T, R]
+    low_weight: Tensor | None = None  # [V, R]
+
+    def part(self, rows: slice, columns: slice = slice(None)) -> Head:
+        """The same for some rows and columns of the logits."""
+        hidden, weight, bias, low_hidden, low_weight = self
+        return Head(
+            hidden[rows],
+            weight[columns],
+            None if bias is None else bias[columns],
+            None if low_hidden is None else low_hidden[rows],
+            None if low_weight is None else low_weight[columns],
+        )
+
+
+def checked(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None = None,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+) -> Head:
+    """The arguments of a linear op as a `Head`, once they fit each other; `names` are theirs."""
+    _checks.matrix(op, names[0], hidden, "D")
+    _checks.head(op, names[1], weight, names[2], bias, names[0], hidden)
+    if lora is None:
+        return Head(hidden, weight, bias)
+    if not isinstance(lora, LoRA):
+        raise TypeError(f"{op}: lora must be a dam.LoRA or None; got {type(lora).__name__}")
+    scale = _checks.number(op, "lora.scale", lora.scale, -1e30, 1e30)
+    _checks.matrix(op, "lora.a", lora.a, "D")
+    _checks.like(op, "lora.a", lora.a, names[0], hidden, shape=False)
+    _checks.matrix(op, "lora.b", lora.b, "R")
+    _checks.like(op, "lora.b", lora.b, names[0], hidden, shape=False)
+    wanted = ((lora.a.shape[0], hidden.shape[1]), (weight.shape[0], lora.a.shape[0]))
+    for name, factor, shape in zip(("a", "b"), (lora.a, lora.b), wanted, strict=True):
+        if factor.shape != shape:
+            raise ValueError(f"{op}: lora.{name} must have shape {list(shape)}; got {list(factor.shape)}")
+    return Head(hidden, weight, bias, (hidden @ lora.a.t()) * scale, lora.b)
+
+
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of the head in the accumulator's dtype, each valid until the next one is taken."""
+    """Blocks of a head in the accumulator's dtype, each valid until the next one is taken."""
     dtype = _rows.accumulator(weight.dtype)
     columns, width = weight.shape
     if weight.dtype == dtype:
@@ -32,65 +95,147 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, buffer[: part.stop - start].copy_(weight[part])
 
 
-def chunks(rows: int, weight: Tensor, *, arrays: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Chunks of rows, with `arrays` arrays [chunk, V] in the accumulator's dtype that serve one chunk after another."""
-    dtype = _rows.accumulator(weight.dtype)
+def chunks(
+    rows: int, weight: Tensor, *, arrays: int, backend: str, gradient: torch.dtype | None = None
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Chunks of rows, with `arrays` arrays [chunk, V] in the accumulator's dtype that serve one chunk after another.
+
+    One more array follows for the gradient of the logits, if that has another dtype.
+    """
     columns = weight.shape[0]
+    dtypes = [_rows.accumulator(weight.dtype)] * arrays
+    if gradient is not None and gradient != dtypes[0]:
+        dtypes.append(gradient)
+    bytes_per_row = columns * sum(dtype.itemsize for dtype in dtypes)
+    if backend == "triton":
+        step = max(1, min(rows, _rows.workspace_bytes() // bytes_per_row))
+        step -= step % 128 if step > 128 else 0  # whole blocks of the matmul
+        parts = iter([slice(at, min(at + step, rows)) for at in range(0, rows, step)])
+    else:
+        parts = _rows.chunks(rows, bytes_per_row)
     memory: list[Tensor] = []
-    for part in _rows.chunks(rows, arrays * columns * dtype.itemsize):
+    for part in parts:
         size = part.stop - part.start
         if not memory:  # the first chunk is the largest
-            memory = [weight.new_empty(size, columns, dtype=dtype) for _ in range(arrays)]
+            memory = [weight.new_empty(size, columns, dtype=dtype) for dtype in dtypes]
         yield part, [array[:size] for array in memory]
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden [n, D] @ weight [V, D]^T + bias [V] into `out`, in the accumulator's dtype."""
-    hidden = hidden.to(out.dtype)
-    for part, block in _blocks(weight):
-        torch.mm(hidden, block.t(), out=out[:, part])
-    return out if bias is None else out.add_(bias.to(out.dtype))
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a [n, k] @ b [k, m] into `out`, which is of the accumulator's dtype; b is a head or its transpose."""
+    if a.dtype == b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.dtype == b.dtype and a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype_out"):
+        return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    # Nothing in torch multiplies 16-bit numbers into float32 here.
+    if b.stride(0) == 1:  # logits: a block of them at a time
+        a = a.to(out.dtype)
+        for part, block in _blocks(b.t()):
+            torch.mm(a, block.t(), out=out[:, part])
+        return out
+    out.zero_()
+    for part, block in _blocks(b):
+        out.addmm_(a[:, part].to(out.dtype), block)
+    return out
+
+
+def logits(head: Head, out: Tensor) -> Tensor:
+    """Logits of all rows of `head` into `out`, in the accumulator's dtype."""
+    _multiply(head.hidden, head.weight.t(), out)
+    if head.low_hidden is not None and head.low_weight is not None:
+        out += _multiply(head.low_hidden, head.low_weight.t(), torch.empty_like(out))
+    return out if head.bias is None else out.add_(head.bias.to(out.dtype))
+
+
+def gradient_dtype(head: Head, backend: str) -> torch.dtype:
+    """In which the gradient of logits is multiplied on: the accumulator's, but bfloat16 stays so on a GPU.
+
+    Its matrix units would take a copy of the head in float32 otherwise. float16 could not hold the gradient: at
+    V = 128k and T = 8k most of it lies below 1e-8.
+    """
+    stays = head.hidden.dtype == torch.bfloat16 and backend == "triton"
+    return torch.bfloat16 if stays else _rows.accumulator(head.hidden.dtype)
+
+
+Needed = tuple[bool, bool, bool, bool, bool]  # whether each tensor of a `Head`, in their order, gets a gradient
 
 
 class Gradients:
-    """Gradients of hidden states, head weight and bias, accumulated over chunks; empty where not needed."""
+    """Gradients of a head's tensors, accumulated over chunks of the logits; empty where not needed."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]):
-        self._hidden, self._weight = hidden, weight
-        dtype = _rows.accumulator(hidden.dtype)
-        need_hidden, need_weight, need_bias = needed
-        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        self.weight = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
-        self.bias = weight.new_zeros(weight.shape[:1], dtype=dtype) if need_bias else None
+    def __init__(self, head: Head, needed: Needed):
+        self._head, self._needed = head, needed
+        self._gradients: list[Tensor | None] = [None] * 5
 
-    def add(self, rows: slice, grad_logits: Tensor) -> None:
-        """Adds what the gradient of the logits of these rows, [n, V] in the accumulator's dtype, contributes."""
-        dtype = grad_logits.dtype
-        if self.hidden is not None:
-            total = grad_logits.new_zeros(grad_logits.shape[0], self._hidden.shape[1])
-            for part, block in _blocks(self._weight):
-                total.addmm_(grad_logits[:, part], block)
-            self.hidden[rows] = total
-        if self.weight is not None:
-            self.weight.addmm_(grad_logits.t(), self._hidden[rows].to(dtype))
-        if self.bias is not None:
-            self.bias += grad_logits.sum(dim=0)
+    def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
+        """Adds what the gradient of the logits of these rows and columns, in `gradient_dtype`, contributes.
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three gradients in the dtype of the inputs."""
-        return self._finished(self.hidden), self._finished(self.weight), self._finished(self.bias)
+        A chunk of all columns is all that the hidden states of its rows get, and one of all rows all that its columns
+        of the head get: then nothing is accumulated.
+        """
+        head = self._head
+        whole_rows = columns == slice(0, head.weight.shape[0])
+        whole_columns = rows == slice(0, head.hidden.shape[0])
+        for i, factor in ((0, head.weight), (3, head.low_weight)):
+            if factor is not None and (gradient := self._of(i, whole_rows)) is not None:
+                shape = (grad_logits.shape[0], factor.shape[1])
+                total = _multiply(grad_logits, factor[columns], self._accumulators(shape))
+                _put(gradient[rows], total, whole_rows)
+        for i, factor in ((1, head.hidden), (4, head.low_hidden)):
+            if factor is not None and (gradient := self._of(i, whole_columns)) is not None:
+                _put_product(gradient[columns], grad_logits.t(), factor[rows], whole_columns)
+        if (gradient := self._of(2, whole_columns)) is not None:
+            _put(gradient[columns], grad_logits.sum(dim=0, dtype=_rows.accumulator(gradient.dtype)), whole_columns)
 
-    def _finished(self, gradient: Tensor | None) -> Tensor:
+    def _accumulators(self, shape: tuple[int, int]) -> Tensor:
+        return self._head.hidden.new_empty(shape, dtype=_rows.accumulator(self._head.hidden.dtype))
+
+    def _of(self, i: int, whole: bool) -> Tensor | None:
+        """Gradient of tensor i of the head, made when it is first asked for: accumulators unless it comes whole."""
+        like = self._head[i]
+        if self._gradients[i] is None and self._needed[i] and like is not None:
+            dtype = like.dtype if whole else _rows.accumulator(like.dtype)
+            self._gradients[i] = like.new_zeros(like.shape, dtype=dtype)
+        return self._gradients[i]
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients in the dtype of the inputs."""
+        gradients = (self._of(i, True) for i in range(5))
+        dtype = self._head.hidden.dtype
         # Outputs of an operator must not alias each other, so an empty tensor each.
-        return self._hidden.new_empty(0) if gradient is None else gradient.to(self._hidden.dtype)
+        a, b, c, d, e = (self._head.hidden.new_empty(0) if g is None else g.to(dtype) for g in gradients)
+        return a, b, c, d, e
 
 
-def fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _put(gradient: Tensor, total: Tensor, whole: bool) -> None:
+    if whole:
+        gradient.copy_(total)
+    else:
+        gradient += total
+
+
+def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
+    """a @ b put into the gradient of a head, which is as large as the head: a part at a time where it needs a copy."""
+    if a.dtype == gradient.dtype == b.dtype and (whole or a.dtype == _rows.accumulator(a.dtype)):
+        torch.addmm(gradient, a, b, beta=0.0 if whole else 1.0, out=gradient)
+        return
+    step = max(1, 16 * _BLOCK_BYTES // (4 * max(1, *b.shape)))
+    for at in range(0, gradient.shape[0], step):
+        part = slice(at, min(at + step, gradient.shape[0]))
+        total = b.new_empty((part.stop - at, b.shape[1]), dtype=_rows.accumulator(b.dtype))
+        _put(gradient[part], _multiply(a[part], b, total), whole)
+
+
+def needed_of(head: Head) -> Needed:
+    """Which tensors of a head a backward pass that starts now would want gradients of."""
+    enabled = torch.is_grad_enabled()
+    a, b, c, d, e = (enabled and x is not None and x.requires_grad for x in head)
+    return a, b, c, d, e
+
+
+def fake_gradients(head: Head, needed: Needed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised gradients with the shapes that `Gradients.finish` returns."""
-    return (
-        hidden.new_empty(hidden.shape if needed[0] else (0,)),
-        hidden.new_empty(weight.shape if needed[1] else (0,)),
-        hidden.new_empty(weight.shape[:1] if needed[2] else (0,)),
+    a, b, c, d, e = (
+        head.hidden.new_empty(x.shape if need and x is not None else (0,)) for x, need in zip(head, needed, strict=True)
     )
+    return a, b, c, d, e

@@ -204,7 +204,7 @@ def _jump(
     check: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.index_range("jump", "exclude", exclude, logits.shape[1])
+    _checks.index_range("jump", "exclude", exclude, logits.shape[1], backend)
     target, log_prob, log_escape, bad = _IMPLEMENTATIONS[backend](
         logits, exclude, temperature, num_samples, seed, row_ids, check
     )

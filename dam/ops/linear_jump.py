@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _head
+from dam.ops import _backend, _checks, _head, _rows, _triton
 from dam.ops import jump as _row_op
 
 
@@ -14,6 +18,7 @@ def linear_jump(
     weight: Tensor,  # [V, D]
     *,
     bias: Tensor | None = None,  # [V]
+    lora: _head.LoRA | None = None,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
     num_samples: int = 1,
@@ -27,6 +32,8 @@ def linear_jump(
         hidden: hidden states [T, D]; unit inner stride.
         weight: head weight [V, D], of the dtype of hidden.
         bias: head bias [V].
+        lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
+            weight + scale * b @ a, which is never formed.
         exclude, temperature, num_samples, seed, row_ids, check: as for `jump`.
 
     Returns:
@@ -38,20 +45,54 @@ def linear_jump(
             a row cannot be sampled; the message names the first such row.
     """
     op = "linear_jump"
-    _checks.matrix(op, "hidden", hidden, "D")
-    _checks.head(op, "weight", weight, "bias", bias, "hidden", hidden)
+    head = _head.checked(op, hidden, weight, bias, lora)
     rows = hidden.shape[0]
     excluded = _checks.exclude(op, exclude, rows, weight.shape[0], hidden)
     _checks.boolean(op, "check", check)
     temperature, num_samples, seed, row_ids = _row_op.sampling_arguments(
         op, hidden, rows, temperature, num_samples, seed, row_ids
     )
-    backend = _backend.choose(op, _row_op._IMPLEMENTATIONS, hidden)
-    bias = None if bias is None else bias.detach()
-    drawn = _linear_jump(
-        hidden.detach(), weight.detach(), bias, excluded, temperature, num_samples, seed, row_ids, check, backend
-    )
+    backend = _backend.choose(op, _IMPLEMENTATIONS, hidden)
+    tensors = (None if x is None else x.detach() for x in head)
+    drawn = _linear_jump(*tensors, excluded, temperature, num_samples, seed, row_ids, check, backend)
     return _row_op.as_jump(drawn, num_samples)
+
+
+def _chunked(
+    backend: str,
+    head: _head.Head,
+    exclude: Tensor | None,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    rows = head.hidden.shape[0]
+    ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
+    out = _row_op.outputs(head.hidden, rows, num_samples)
+    for part, (memory,) in _head.chunks(rows, head.weight, arrays=1, backend=backend):
+        *drawn, bad = _row_op._IMPLEMENTATIONS[backend](
+            _head.logits(head.part(part), memory),
+            None if exclude is None else exclude[part],
+            temperature,
+            num_samples,
+            seed,
+            ids[part],
+            check,
+        )
+        for whole, piece in zip(out, drawn, strict=True):
+            whole[part] = piece
+        if bad >= 0:
+            return *out, part.start + bad
+    return *out, -1
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "torch": functools.partial(_chunked, "torch"),
+    "cpu": functools.partial(_chunked, "cpu"),
+    "triton": _triton.linear_jump,
+}
 
 
 @torch.library.custom_op("dam::linear_jump", mutates_args=())
@@ -59,6 +100,8 @@ def _linear_jump(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     exclude: Tensor | None,
     temperature: float,
     num_samples: int,
@@ -67,29 +110,31 @@ def _linear_jump(
     check: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.index_range("linear_jump", "exclude", exclude, weight.shape[0])
-    rows = hidden.shape[0]
-    ids = torch.arange(rows, device=hidden.device) if row_ids is None else row_ids
-    target, log_prob, log_escape = _row_op.outputs(hidden, rows, num_samples)
-    for part, (memory,) in _head.chunks(rows, weight, arrays=1):
-        logits = _head.logits(hidden[part], weight, bias, memory)
-        target[part], log_prob[part], log_escape[part], bad = _row_op._IMPLEMENTATIONS[backend](
-            logits,
-            None if exclude is None else exclude[part],
-            temperature,
-            num_samples,
-            seed,
-            ids[part],
-            check,
-        )
-        if bad >= 0:
-            one = slice(bad, bad + 1)
-            _row_op.raise_bad_row(
-                "linear_jump", part.start + bad, logits[one], None if exclude is None else exclude[part][one]
-            )
+    _checks.index_range("linear_jump", "exclude", exclude, weight.shape[0], backend)
+    head = _head.Head(hidden, weight, bias, low_hidden, low_weight)
+    *drawn, bad = _IMPLEMENTATIONS[backend](head, exclude, temperature, num_samples, seed, row_ids, check)
+    if bad >= 0:
+        one = slice(bad, bad + 1)
+        memory = hidden.new_empty((1, weight.shape[0]), dtype=_rows.accumulator(hidden.dtype))
+        logits = _head.logits(head.part(one), memory)
+        _row_op.raise_bad_row("linear_jump", bad, logits, None if exclude is None else exclude[one])
+    target, log_prob, log_escape = drawn
     return target, log_prob, log_escape
 
 
 @_linear_jump.register_fake
-def _(hidden, weight, bias, exclude, temperature, num_samples, seed, row_ids, check, backend):
+def _(
+    hidden,
+    weight,
+    bias,
+    low_hidden,
+    low_weight,
+    exclude,
+    temperature,
+    num_samples,
+    seed,
+    row_ids,
+    check,
+    backend,
+):
     return _row_op.outputs(hidden, hidden.shape[0], num_samples)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _head
+from dam.ops import _backend, _checks, _head, _triton
 from dam.ops import log_prob as _row_op
 
 
@@ -15,6 +19,7 @@ def linear_log_prob(
     target: Tensor,  # [T] or [T, J]
     *,
     bias: Tensor | None = None,  # [V]
+    lora: _head.LoRA | None = None,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -25,6 +30,8 @@ def linear_log_prob(
         weight: head weight [V, D], of the dtype of hidden.
         target: int64 [T] or [T, J]. -1 stands for no jump: log-probability 0, no gradient.
         bias: head bias [V].
+        lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`, differentiated too: the head's weight is
+            then weight + scale * b @ a, which is never formed.
         exclude, temperature: as for `log_prob`.
 
     Returns:
@@ -36,33 +43,24 @@ def linear_log_prob(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
     """
     op = "linear_log_prob"
-    _checks.matrix(op, "hidden", hidden, "D")
-    _checks.head(op, "weight", weight, "bias", bias, "hidden", hidden)
+    head = _head.checked(op, hidden, weight, bias, lora)
     rows = hidden.shape[0]
     targets = _checks.target(op, target, rows, hidden)
     excluded = _checks.exclude(op, exclude, rows, weight.shape[0], hidden)
     temperature = _checks.temperature(op, temperature, zero=False)
-    backend = _backend.choose(op, _row_op._IMPLEMENTATIONS, hidden)
-    value, _ = _linear_log_prob(hidden, weight, bias, targets, excluded, temperature, backend)
+    backend = _backend.choose(op, _IMPLEMENTATIONS, hidden)
+    value, _ = _linear_log_prob(*head, targets, excluded, temperature, backend)
     return value.view(target.shape)
 
 
-@torch.library.custom_op("dam::linear_log_prob", mutates_args=())
-def _linear_log_prob(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    exclude: Tensor | None,
-    temperature: float,
-    backend: str,
+def chunked(
+    backend: str, head: _head.Head, target: Tensor, exclude: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    _checks.index_range("linear_log_prob", "target", target, weight.shape[0])
-    _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0])
-    value, log_escape = _row_op.outputs(hidden, target)
-    for part, (memory,) in _head.chunks(hidden.shape[0], weight, arrays=1):
+    """Values and log escape rates by library matmuls over chunks of rows, with the row op after each."""
+    value, log_escape = _row_op.outputs(head.hidden, target)
+    for part, (memory,) in _head.chunks(head.hidden.shape[0], head.weight, arrays=1, backend=backend):
         value[part], log_escape[part] = _row_op._IMPLEMENTATIONS[backend](
-            _head.logits(hidden[part], weight, bias, memory),
+            _head.logits(head.part(part), memory),
             target[part],
             None if exclude is None else exclude[part],
             temperature,
@@ -70,8 +68,66 @@ def _linear_log_prob(
     return value, log_escape
 
 
+def chunked_backward(
+    backend: str,
+    grad: Tensor,
+    head: _head.Head,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """Gradients of a head's tensors: the logits again, and their gradient in their place or beside them."""
+    gradients = _head.Gradients(head, needed)
+    dtype = _head.gradient_dtype(head, backend)
+    columns = slice(0, head.weight.shape[0])
+    for part, memory in _head.chunks(head.hidden.shape[0], head.weight, arrays=1, backend=backend, gradient=dtype):
+        grad_logits = _row_op._BACKWARD[backend](
+            grad[part],
+            _head.logits(head.part(part), memory[0]),
+            target[part],
+            log_escape[part],
+            None if exclude is None else exclude[part],
+            temperature,
+            memory[-1],
+        )
+        gradients.add(part, columns, grad_logits)
+    return gradients.finish()
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "torch": functools.partial(chunked, "torch"),
+    "cpu": functools.partial(chunked, "cpu"),
+    "triton": _triton.linear_log_prob,
+}
+_BACKWARD: dict[str, Callable[..., Any]] = {
+    "torch": functools.partial(chunked_backward, "torch"),
+    "cpu": functools.partial(chunked_backward, "cpu"),
+    "triton": _triton.linear_log_prob_backward,
+}
+
+
+@torch.library.custom_op("dam::linear_log_prob", mutates_args=())
+def _linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    target: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _checks.index_range("linear_log_prob", "target", target, weight.shape[0], backend)
+    _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
+    head = _head.Head(hidden, weight, bias, low_hidden, low_weight)
+    return _IMPLEMENTATIONS[backend](head, target, exclude, temperature)
+
+
 @_linear_log_prob.register_fake
-def _(hidden, weight, bias, target, exclude, temperature, backend):
+def _(hidden, weight, bias, low_hidden, low_weight, target, exclude, temperature, backend):
     return _row_op.outputs(hidden, target)
 
 
@@ -81,28 +137,17 @@ def _linear_log_prob_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
     temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needed: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _head.Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
-    for part, (memory,) in _head.chunks(hidden.shape[0], weight, arrays=1):
-        grad_logits = _row_op._BACKWARD[backend](
-            grad[part],
-            _head.logits(hidden[part], weight, bias, memory),
-            target[part],
-            log_escape[part],
-            None if exclude is None else exclude[part],
-            temperature,
-            memory,
-        )
-        gradients.add(part, grad_logits)
-    return gradients.finish()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = _head.Head(hidden, weight, bias, low_hidden, low_weight)
+    return _BACKWARD[backend](grad, head, target, log_escape, exclude, temperature, needed)
 
 
 @_linear_log_prob_backward.register_fake
@@ -111,33 +156,33 @@ def _(
     hidden,
     weight,
     bias,
+    low_hidden,
+    low_weight,
     target,
     log_escape,
     exclude,
     temperature,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needed,
     backend,
 ):
-    return _head.fake_gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    return _head.fake_gradients(_head.Head(hidden, weight, bias, low_hidden, low_weight), needed)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, target, exclude, ctx.temperature, ctx.backend = inputs
+    *head, target, exclude, ctx.temperature, ctx.backend = inputs
     _, log_escape = output
     ctx.mark_non_differentiable(log_escape)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, log_escape, exclude)
+    ctx.save_for_backward(*head, target, log_escape, exclude)
 
 
 def _backward(ctx, grad, _grad_log_escape):
     if grad is None:
-        return (None,) * 7
-    hidden, weight, bias, target, log_escape, exclude = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
+        return (None,) * 9
+    *head, target, log_escape, exclude = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:5])
     gradients = _linear_log_prob_backward(
-        grad, hidden, weight, bias, target, log_escape, exclude, ctx.temperature, *needed, ctx.backend
+        grad, *head, target, log_escape, exclude, ctx.temperature, needed, ctx.backend
     )
     return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _formed_gradient, _head, _rows
+from dam.ops import _backend, _checks, _formed_gradient, _head, _rows, _triton
 from dam.ops import matching_loss as _row_op
 
 
@@ -16,6 +20,7 @@ def linear_matching_loss(
     weight: Tensor,  # [T, J]
     *,
     bias: Tensor | None = None,  # [V]
+    lora: _head.LoRA | None = None,
     base_hidden: Tensor | None = None,  # [T, D']
     base_head_weight: Tensor | None = None,  # [V, D']
     base_bias: Tensor | None = None,  # [V]
@@ -26,14 +31,16 @@ def linear_matching_loss(
 ) -> Tensor:
     """`matching_loss` on logits = hidden @ head_weight^T + bias, without storing them.
 
-    hidden, head_weight and bias are differentiated, each only if it requires grad: a frozen head costs no
-    gradient matmul. Gradients are formed in the forward pass, so the loss takes one backward pass; a
+    hidden, head_weight, bias and lora's factors are differentiated, each only if it requires grad: a frozen head
+    costs no gradient matmul. Gradients are formed in the forward pass, so the loss takes one backward pass; a
     second one and a double backward raise. In float16 they are rounded before a loss scaler multiplies
     them: put the scale into row_scale instead, or use bfloat16.
 
     Args:
         hidden: hidden states [T, D]; unit inner stride.
         head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
+        lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
+            head_weight + scale * b @ a, which is never formed. The base has none.
         target, weight: as for `matching_loss`.
         base_hidden, base_head_weight, base_bias: make the base's logits in the same way; base_head_weight
             may be head_weight itself.
@@ -51,19 +58,18 @@ def linear_matching_loss(
     """
     op = "linear_matching_loss"
     _checks.boolean(op, "normalized", normalized)
-    _checks.matrix(op, "hidden", hidden, "D")
-    _checks.head(op, "head_weight", head_weight, "bias", bias, "hidden", hidden)
+    head = _head.checked(op, hidden, head_weight, bias, lora, ("hidden", "head_weight", "bias"))
     rows, columns = hidden.shape[0], head_weight.shape[0]
     target, weight, row_scale = _row_op.weighted_targets(op, hidden, rows, target, weight, row_scale)
     base = (base_hidden, base_head_weight, base_weight)
     if any(value is None for value in base) and any(value is not None for value in (*base, base_bias)):
         raise ValueError(f"{op}: base_hidden, base_head_weight and base_weight must be given together")
     if base_hidden is not None and base_head_weight is not None and base_weight is not None:
-        _checks.matrix(op, "base_hidden", base_hidden, "D")
+        names = ("base_hidden", "base_head_weight", "base_bias")
+        _head.checked(op, base_hidden, base_head_weight, base_bias, names=names)
         _checks.like(op, "base_hidden", base_hidden, "hidden", hidden, shape=False)
         if base_hidden.shape[0] != rows:
             raise ValueError(f"{op}: base_hidden must have {rows} rows like hidden; got {list(base_hidden.shape)}")
-        _checks.head(op, "base_head_weight", base_head_weight, "base_bias", base_bias, "base_hidden", base_hidden)
         if base_head_weight.shape[0] != columns:
             raise ValueError(
                 f"{op}: base_head_weight must have {columns} rows like head_weight; got {list(base_head_weight.shape)}"
@@ -76,12 +82,9 @@ def linear_matching_loss(
         )
         base_bias = None if base_bias is None else base_bias.detach()
     excluded = _checks.exclude(op, exclude, rows, columns, hidden)
-    backend = _backend.choose(op, _row_op._IMPLEMENTATIONS, hidden)
-    enabled = torch.is_grad_enabled()
+    backend = _backend.choose(op, _IMPLEMENTATIONS, hidden)
     loss, *_ = _linear_matching_loss(
-        hidden,
-        head_weight,
-        bias,
+        *head,
         target,
         weight,
         base_hidden,
@@ -91,13 +94,58 @@ def linear_matching_loss(
         row_scale,
         excluded,
         normalized,
-        enabled and hidden.requires_grad,
-        enabled and head_weight.requires_grad,
-        enabled and bias is not None and bias.requires_grad,
+        list(_head.needed_of(head)),
         backend,
         True,
     )
     return loss
+
+
+def chunked(
+    backend: str,
+    head: _head.Head,
+    target: Tensor,
+    weight: Tensor,
+    base: _head.Head | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """Loss and gradients by library matmuls over chunks of rows, with the row op between them."""
+    rows = head.hidden.shape[0]
+    gradients = _head.Gradients(head, needed)
+    columns = slice(0, head.weight.shape[0])
+    if row_scale is None:
+        row_scale = head.hidden.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
+    dtype = _head.gradient_dtype(head, backend) if any(needed) else None
+    arrays = 1 if base is None else 2
+    for part, memory in _head.chunks(rows, head.weight, arrays=arrays, backend=backend, gradient=dtype):
+        loss, grad_logits = _row_op._IMPLEMENTATIONS[backend](
+            _head.logits(head.part(part), memory[0]),
+            target[part],
+            weight[part],
+            None if base is None else _head.logits(base.part(part), memory[1]),
+            None if base_weight is None else base_weight[part],
+            row_scale[part],
+            None if exclude is None else exclude[part],
+            normalized,
+            any(needed),
+            memory[arrays] if len(memory) > arrays else memory[0],
+        )
+        total += loss
+        if any(needed):
+            gradients.add(part, columns, grad_logits)
+    return total.to(_rows.accumulator(head.hidden.dtype)), *gradients.finish()
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "torch": functools.partial(chunked, "torch"),
+    "cpu": functools.partial(chunked, "cpu"),
+    "triton": _triton.linear_matching_loss,
+}
 
 
 @torch.library.custom_op("dam::linear_matching_loss", mutates_args=())
@@ -105,6 +153,8 @@ def _linear_matching_loss(
     hidden: Tensor,
     head_weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     target: Tensor,
     weight: Tensor,
     base_hidden: Tensor | None,
@@ -114,40 +164,18 @@ def _linear_matching_loss(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needed: list[bool],
     backend: str,
     overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = hidden.shape[0], head_weight.shape[0]
-    _checks.index_range("linear_matching_loss", "target", target, columns)
-    _checks.index_range("linear_matching_loss", "exclude", exclude, columns)
-    needed = (need_hidden, need_weight, need_bias)
-    gradients = _head.Gradients(hidden, head_weight, bias, needed)
-    if row_scale is None:
-        row_scale = hidden.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for part, memory in _head.chunks(rows, head_weight, arrays=1 if base_hidden is None else 2):
-        base_logits = None
-        if base_hidden is not None and base_head_weight is not None:
-            base_logits = _head.logits(base_hidden[part], base_head_weight, base_bias, memory[1])
-        loss, grad_logits = _row_op._IMPLEMENTATIONS[backend](
-            _head.logits(hidden[part], head_weight, bias, memory[0]),
-            target[part],
-            weight[part],
-            base_logits,
-            None if base_weight is None else base_weight[part],
-            row_scale[part],
-            None if exclude is None else exclude[part],
-            normalized,
-            any(needed),
-            memory[0],
-        )
-        total += loss
-        if any(needed):
-            gradients.add(part, grad_logits)
-    return total.to(_rows.accumulator(hidden.dtype)), *gradients.finish()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    columns = head_weight.shape[0]
+    _checks.index_range("linear_matching_loss", "target", target, columns, backend)
+    _checks.index_range("linear_matching_loss", "exclude", exclude, columns, backend)
+    base = None
+    if base_hidden is not None and base_head_weight is not None:
+        base = _head.Head(base_hidden, base_head_weight, base_bias)
+    head = _head.Head(hidden, head_weight, bias, low_hidden, low_weight)
+    return _IMPLEMENTATIONS[backend](head, target, weight, base, base_weight, row_scale, exclude, normalized, needed)
 
 
 @_linear_matching_loss.register_fake
@@ -155,6 +183,8 @@ def _(
     hidden,
     head_weight,
     bias,
+    low_hidden,
+    low_weight,
     target,
     weight,
     base_hidden,
@@ -164,14 +194,12 @@ def _(
     row_scale,
     exclude,
     normalized,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needed,
     backend,
     overwrite,
 ):
-    gradients = _head.fake_gradients(hidden, head_weight, bias, (need_hidden, need_weight, need_bias))
+    gradients = _head.fake_gradients(_head.Head(hidden, head_weight, bias, low_hidden, low_weight), needed)
     return hidden.new_empty((), dtype=_rows.accumulator(hidden.dtype)), *gradients
 
 
-_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=17, differentiable=(0, 1, 2))
+_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=17, differentiable=(0, 1, 2, 3, 4))

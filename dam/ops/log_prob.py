@@ -110,8 +110,8 @@ def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _log_prob(
     logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    _checks.index_range("log_prob", "target", target, logits.shape[1])
-    _checks.index_range("log_prob", "exclude", exclude, logits.shape[1])
+    _checks.index_range("log_prob", "target", target, logits.shape[1], backend)
+    _checks.index_range("log_prob", "exclude", exclude, logits.shape[1], backend)
     return _IMPLEMENTATIONS[backend](logits, target, exclude, temperature)
 
 

@@ -171,8 +171,8 @@ def _matching_loss(
     backend: str,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
-    _checks.index_range("matching_loss", "target", target, logits.shape[1])
-    _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1])
+    _checks.index_range("matching_loss", "target", target, logits.shape[1], backend)
+    _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1], backend)
     return _IMPLEMENTATIONS[backend](
         logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, with_grad
     )

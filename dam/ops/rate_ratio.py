@@ -81,8 +81,8 @@ def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _rate_ratio(
     logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    _checks.index_range("rate_ratio", "target", target, logits.shape[1])
-    _checks.index_range("rate_ratio", "exclude", exclude, logits.shape[1])
+    _checks.index_range("rate_ratio", "target", target, logits.shape[1], backend)
+    _checks.index_range("rate_ratio", "exclude", exclude, logits.shape[1], backend)
     return _IMPLEMENTATIONS[backend](logits, base_logits, target, exclude)
 
 

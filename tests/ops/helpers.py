@@ -61,8 +61,28 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+def product_slack(backend, dtype, grad_logits, factor):
+    """What grad_logits @ factor may lose where a backend multiplies the logits' gradient on in bfloat16: each of its
+    entries was rounded once."""
+    if backend == "triton" and dtype == torch.bfloat16:
+        return rounding(dtype) * (grad_logits.abs() @ factor.double().abs())
+    return torch.zeros(())
+
+
+def assert_near(actual, expected, *, rtol, atol):
+    """Compares in float64, with a tolerance for each entry."""
+    excess = (actual.double() - expected.double()).abs() - rtol * expected.double().abs() - atol
+    assert bool((excess <= 0).all()), f"{float(excess.max())} beyond the tolerance"
+
+
 def peak_bytes(function):
-    """Largest number of bytes that `function` has allocated at once through torch on the CPU, and its result."""
+    """Largest number of bytes that `function` has allocated at once through torch, and its result."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return torch.cuda.max_memory_allocated() - before, result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
     live = peak = 0

@@ -5,13 +5,14 @@ import math
 import pytest
 import scipy.stats
 import torch
-from helpers import P_VALUE, assert_close, integers, normal, peak_bytes, rounding, threads
+from helpers import P_VALUE, assert_close, integers, normal, peak_bytes, rounding, slow, threads
 
 import dam
-from dam.ops import jump as row_module
+from dam.ops import _backend
 from dam.ops import linear_jump as module
 
-IMPLEMENTATIONS = tuple(row_module._IMPLEMENTATIONS)
+IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
+FORMS = ("fused", "chunked")
 INF = math.inf
 
 
@@ -36,10 +37,23 @@ def test_equals_jump_on_the_logits(backend, dtype, temperature):
         assert out.log_prob.dtype == out.log_escape.dtype == torch.float32
 
 
+def test_lora_is_the_merged_head(backend):
+    hidden, weight, bias = head(seed=40)
+    a, b = normal(5, 24, seed=43, scale=0.3), normal(1500, 5, seed=44, scale=0.3)
+    out = dam.linear_jump(hidden, weight, bias=bias, lora=dam.LoRA(a, b, 0.7), num_samples=3, seed=5)
+    merged = weight.double() + 0.7 * b.double() @ a.double()
+    with dam.backend("torch"):
+        expected = dam.jump(hidden.double() @ merged.T + bias.double(), num_samples=3, seed=5)
+    # 60 draws, as in the test above.
+    assert torch.equal(out.target, expected.target)
+    assert_close(out.log_prob, expected.log_prob, rtol=2.0**-19, atol=64 * rounding(torch.float32))
+
+
 def test_draws_follow_the_softmax(backend):
     hidden, weight, bias = head(1, 8, 7, seed=10)
     p = torch.softmax((hidden.double() @ weight.double().T + bias.double())[0], 0)
-    target = dam.linear_jump(hidden.expand(200, -1), weight, bias=bias, num_samples=500, seed=6).target
+    samples = 50 if slow(backend) else 500
+    target = dam.linear_jump(hidden.expand(200, -1), weight, bias=bias, num_samples=samples, seed=6).target
     counts = torch.bincount(target.flatten(), minlength=7).cpu().numpy()
     assert scipy.stats.chisquare(counts, (p * counts.sum()).cpu().numpy()).pvalue > P_VALUE
 
@@ -113,7 +127,8 @@ def test_strides_and_empty_batches(backend):
 
 def test_opcheck(backend):
     hidden, weight, bias = head(4, 5, 30, seed=30)
-    for args in ((bias, None, 1.0, 1), (None, torch.tensor([0, -1, 3, 29]), 0.0, 3)):
+    low = (normal(4, 3, seed=33), normal(30, 3, seed=34))
+    for args in ((bias, *low, None, 1.0, 1), (None, None, None, torch.tensor([0, -1, 3, 29]), 0.0, 3)):
         args = (hidden, weight, *args, torch.tensor(1), torch.arange(4), True, backend)
         torch.library.opcheck(module._linear_jump, args)
 
@@ -125,6 +140,14 @@ def test_compiled_equals_eager(backend):
         return dam.linear_jump(h, weight, bias=bias, num_samples=2, seed=3).target
 
     assert torch.equal(torch.compile(draw, fullgraph=True, backend="aot_eager")(hidden), draw(hidden))
+
+
+@pytest.mark.skipif(_backend.why_unavailable("triton") is not None, reason="Triton kernels cannot run here")
+def test_wrong_form(monkeypatch):
+    monkeypatch.setenv("DAM_LINEAR_FORM", "both")
+    with torch.device(_backend.DEVICE_TYPE["triton"]), dam.backend("triton"):
+        with pytest.raises(ValueError, match="DAM_LINEAR_FORM must be fused or chunked; got 'both'"):
+            dam.linear_jump(torch.zeros(3, 4), torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize("workspace", ["-1", "0", "nan", "inf", "lots"])
@@ -148,6 +171,11 @@ def test_wrong_workspace(monkeypatch, workspace):
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[5\]; got \[4\]"),
         ({"bias": torch.zeros(5).half()}, TypeError, "bias must have the dtype of weight.*got torch.float16"),
         ({"bias": 0.0}, TypeError, "bias must be a tensor; got float"),
+        ({"lora": (1, 2)}, TypeError, r"lora must be a dam.LoRA or None; got tuple"),
+        ({"lora": dam.LoRA(torch.zeros(2, 3), torch.zeros(5, 2))}, ValueError, r"lora.a must have shape \[2, 4\]"),
+        ({"lora": dam.LoRA(torch.zeros(2, 4), torch.zeros(5, 3))}, ValueError, r"lora.b must have shape \[5, 2\]"),
+        ({"lora": dam.LoRA(torch.zeros(2, 4), torch.zeros(5, 2).half())}, TypeError, "lora.b must have the dtype"),
+        ({"lora": dam.LoRA(torch.zeros(2, 4), torch.zeros(5, 2), "1")}, TypeError, "lora.scale must be a number"),
         ({"exclude": 5}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
         ({"exclude": torch.tensor([0, 5, 0])}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
         ({"temperature": -1}, ValueError, "temperature must be .*; got -1"),

@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from helpers import assert_close, integers, log_softmax, normal, peak_bytes, rounding
+from helpers import (
+    assert_close,
+    assert_near,
+    integers,
+    log_softmax,
+    normal,
+    peak_bytes,
+    product_slack,
+    rounding,
+    slow,
+)
 
 import dam
 from dam.ops import linear_log_prob as module
-from dam.ops import log_prob as row_module
 
-IMPLEMENTATIONS = tuple(row_module._IMPLEMENTATIONS)
+IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
+FORMS = ("fused", "chunked")
 
 
 def inputs(rows=30, size=20, columns=1200, targets=2, *, dtype=torch.float32, seed=0):
@@ -41,12 +51,17 @@ def test_matches_float64(backend, dtype, with_bias):
     actual = gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b, **options), tensors, upstream)
     wide = [None if x is None else x.double() for x in tensors]
     expected = gradients(lambda h, w, b: reference(h, w, b, target, **options), wide, upstream)
+    logits = (hidden.double() @ weight.double().T + (bias.double() if with_bias else 0)).requires_grad_()
+    reference(logits, torch.eye(1200, dtype=torch.float64), None, target, **options).backward(upstream.double())
+    factors = ((logits.grad, weight), (logits.grad.t(), hidden), (logits.grad.t(), torch.ones(30)))
     # Logits near 20 rounded to float32 after sums of 20 products: 2^-19 of them.
     assert actual[0].dtype == torch.float32
     assert_close(actual[0], expected[0], rtol=2.0**-19, atol=2.0**-17)
-    for a, e in zip(actual[1:], expected[1:], strict=True):
+    for a, e, (grad_logits, factor) in zip(actual[1:], expected[1:], factors, strict=False):
         assert a.dtype == dtype
-        assert_close(a, e, rtol=rounding(dtype) + 2.0**-16, atol=2.0**-17 * float(e.abs().max()) + 2.0**-24)
+        slack = product_slack(backend, dtype, grad_logits, factor)
+        atol = 2.0**-17 * float(e.abs().max()) + 2.0**-24 + slack
+        assert_near(a, e, rtol=rounding(dtype) + 2.0**-16, atol=atol)
 
 
 def test_equals_the_row_op(backend):
@@ -85,8 +100,10 @@ def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype):
     # Besides the workspace: outputs and a float32 copy of a block of the head, 0.4 MB together.
     assert peak < 1.4 * 2**20
     peak, _ = peak_bytes(lambda: torch.autograd.grad(value.sum(), leaves))
-    # And twice the gradients in float32, 0.6 MB.
-    assert peak < 2 * 2**20
+    # And twice the gradients in float32, 0.6 MB. On a CPU, which multiplies no bfloat16 into float32, also a copy of
+    # the logits' gradient that the interpreted kernels make.
+    copied = backend == "triton" and slow(backend) and dtype == torch.bfloat16
+    assert peak < (4 if copied else 2) * 2**20
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
@@ -103,13 +120,15 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
     args = (
         torch.ones(target.shape),
         *[x.detach() for x in leaves],
+        None,
+        None,
         target,
         torch.zeros(30, dtype=torch.float64),
         None,
         1.0,
     )
-    formed = module._linear_log_prob_backward(*args, *trained, backend)
-    assert [x.numel() > 0 for x in formed] == list(trained)
+    formed = module._linear_log_prob_backward(*args, [*trained, False, False], backend)
+    assert [x.numel() > 0 for x in formed] == [*trained, False, False]
 
 
 def test_upstream_gradients_of_any_stride(backend, monkeypatch):
@@ -134,6 +153,25 @@ def test_strides_and_empty(backend):
     assert dam.linear_log_prob(hidden[:10, :24], weight[:, :24], target[:, :0]).shape == (10, 0)
 
 
+def test_lora_is_the_merged_head(backend):
+    hidden, weight, bias, target = inputs(seed=110)
+    a, b = normal(5, 20, seed=115, scale=0.3), normal(1200, 5, seed=116, scale=0.3)
+    upstream, options = normal(30, 2, seed=117), {"temperature": 1.3}
+    actual = gradients(
+        lambda h, w, c, x, y: dam.linear_log_prob(h, w, target, bias=c, lora=dam.LoRA(x, y, -0.7), **options),
+        (hidden, weight, bias, a, b),
+        upstream,
+    )
+    expected = gradients(
+        lambda h, w, c, x, y: reference(h, w - 0.7 * y @ x, c, target, **options),
+        [x.double() for x in (hidden, weight, bias, a, b)],
+        upstream,
+    )
+    for x, e in zip(actual, expected, strict=True):
+        # As in test_matches_float64.
+        assert_near(x, e, rtol=2.0**-16, atol=2.0**-17 * float(e.abs().max()))
+
+
 def test_gradcheck():
     hidden, weight, bias, target = inputs(3, 4, 6, seed=80, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -145,9 +183,10 @@ def test_gradcheck():
 def test_opcheck(backend):
     hidden, weight, bias, target = inputs(4, 5, 30, seed=90)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    torch.library.opcheck(module._linear_log_prob, (*leaves, target, None, 1.0, backend))
+    low = (normal(4, 3, seed=93).requires_grad_(), normal(30, 3, seed=94).requires_grad_())
+    torch.library.opcheck(module._linear_log_prob, (*leaves, *low, target, None, 1.0, backend))
     exclude = torch.tensor([0, -1, 3, 29])
-    torch.library.opcheck(module._linear_log_prob, (*leaves[:2], None, target, exclude, 0.5, backend))
+    torch.library.opcheck(module._linear_log_prob, (*leaves[:2], None, None, None, target, exclude, 0.5, backend))
 
 
 def test_compiled_equals_eager(backend):

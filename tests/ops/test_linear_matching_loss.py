@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import assert_close, integers, normal, peak_bytes, rounding
+from helpers import assert_close, assert_near, integers, normal, peak_bytes, product_slack, rounding, slow
 
 import dam
 from dam.ops import linear_matching_loss as module
-from dam.ops import matching_loss as row_module
 
-IMPLEMENTATIONS = tuple(row_module._IMPLEMENTATIONS)
+IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
+FORMS = ("fused", "chunked")
 
 
 def inputs(rows=30, size=20, columns=1200, targets=3, *, dtype=torch.float32, seed=0, scale=0.4):
@@ -33,16 +33,18 @@ def base_of(rows=30, size=12, columns=1200, *, dtype=torch.float32, seed=50):
 
 
 def row_op_in_float64(leaves, target, weight, options):
-    """`matching_loss` of float64 logits: its own tests hold it to the formula."""
+    """`matching_loss` of float64 logits: loss and gradients, and the gradient of the logits."""
     options = dict(options)
     hidden, head, bias = (x.detach().double().requires_grad_() for x in leaves)
     base = [options.pop(f"base_{name}", None) for name in ("hidden", "head_weight", "bias")]
     if base[0] is not None:
         options["base_logits"] = base[0].double() @ base[1].double().T + base[2].double()
+    logits = hidden @ head.T + bias
+    logits.retain_grad()
     with dam.backend("torch"):
-        loss = dam.matching_loss(hidden @ head.T + bias, target, weight, **options)
+        loss = dam.matching_loss(logits, target, weight, **options)
     loss.backward()
-    return loss.detach(), hidden.grad, head.grad, bias.grad
+    return (loss.detach(), hidden.grad, head.grad, bias.grad), logits.grad
 
 
 def linear_op(leaves, target, weight, options, upstream=1.0):
@@ -52,13 +54,26 @@ def linear_op(leaves, target, weight, options, upstream=1.0):
     return loss.detach(), hidden.grad, head.grad, bias.grad
 
 
-def compare(actual, expected, dtype):
+def compare(actual, expected, dtype, slack=(0.0, 0.0, 0.0)):
     # Logits near 10 from sums of products in float32, 2^-20 of them, show in exp as 2^-17.
     assert actual[0].dtype == torch.float32
     assert_close(actual[0], expected[0], rtol=2.0**-17, atol=2.0**-18)
-    for a, e in zip(actual[1:], expected[1:], strict=True):
+    for a, e, more in zip(actual[1:], expected[1:], slack, strict=True):
         assert a.dtype == dtype
-        assert_close(a, e, rtol=rounding(dtype) + 2.0**-16, atol=2.0**-17 * float(e.abs().max()) + 2.0**-24)
+        atol = 2.0**-17 * float(e.abs().max()) + 2.0**-24 + more
+        assert_near(a, e, rtol=rounding(dtype) + 2.0**-16, atol=atol)
+
+
+def compare_with_row_op(backend, leaves, target, weight, options):
+    dtype = leaves[0].dtype
+    expected, grad_logits = row_op_in_float64(leaves, target, weight, options)
+    ones = torch.ones(grad_logits.shape[0])
+    slack = (
+        product_slack(backend, dtype, grad_logits, leaves[1]),
+        product_slack(backend, dtype, grad_logits.t(), leaves[0]),
+        product_slack(backend, dtype, grad_logits.t(), ones),
+    )
+    compare(linear_op(leaves, target, weight, options), expected, dtype, slack)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -69,25 +84,49 @@ def test_equals_the_row_op(backend, dtype, normalized, base):
     options = base_of(dtype=dtype) if base else {}
     for row_scale in (None, normal(30, seed=9)):
         full = {**options, "row_scale": row_scale, "exclude": integers(-1, 1200, 30, seed=8), "normalized": normalized}
-        compare(linear_op(leaves, target, weight, full), row_op_in_float64(leaves, target, weight, full), dtype)
+        compare_with_row_op(backend, leaves, target, weight, full)
 
 
 def test_base_may_share_the_head(backend):
     leaves, target, weight = inputs(seed=10)
     options = base_of()
     options |= {"base_hidden": leaves[0].clone(), "base_head_weight": leaves[1], "base_bias": leaves[2]}
-    compare(
-        linear_op(leaves, target, weight, options), row_op_in_float64(leaves, target, weight, options), torch.float32
-    )
+    compare_with_row_op(backend, leaves, target, weight, options)
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["", "base"])
+def test_lora_is_the_merged_head(backend, base):
+    """Values, and gradients of everything, its factors among them, where the merged weight passes them on."""
+    leaves, target, weight = inputs(seed=100)
+    options = base_of() if base else {}
+    factors = normal(5, 20, seed=105, scale=0.3), normal(1200, 5, seed=106, scale=0.3)
+    a, b = (x.clone().requires_grad_() for x in factors)
+    hidden, head, bias = (x.clone().requires_grad_() for x in leaves)
+    loss = dam.linear_matching_loss(hidden, head, target, weight, bias=bias, lora=dam.LoRA(a, b, 0.7), **options)
+    loss.backward()
+    merged = leaves[1].double() + 0.7 * factors[1].double() @ factors[0].double()
+    expected, grad_logits = row_op_in_float64((leaves[0], merged, leaves[2]), target, weight, options)
+    compare((loss.detach(), hidden.grad, head.grad, bias.grad), expected, torch.float32)
+    outer = 0.7 * grad_logits.t() @ leaves[0].double()  # of b @ a
+    for actual, wanted in ((a.grad, factors[1].double().t() @ outer), (b.grad, outer @ factors[0].double().t())):
+        # Sums of 30 x 1200 float32 products, as above.
+        assert_near(actual, wanted, rtol=2.0**-16, atol=2.0**-17 * float(wanted.abs().max()))
+    frozen = [x.clone().requires_grad_() for x in factors]
+    dam.linear_matching_loss(
+        *leaves[:2], target, weight, bias=leaves[2], lora=dam.LoRA(*frozen, 0.7), **options
+    ).backward()
+    for x, wanted in zip(frozen, (a.grad, b.grad), strict=True):
+        assert_near(x.grad, wanted, rtol=2.0**-18, atol=2.0**-19 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("workspace", ["0.001", "0.1"])
 def test_small_workspace_changes_nothing(backend, monkeypatch, workspace):
     """One row at a time, or a few; row_scale, unless given, stays 1/T of all rows."""
-    leaves, target, weight = inputs(seed=20)
-    whole = linear_op(leaves, target, weight, base_of())
+    leaves, target, weight = inputs(5 if slow(backend) and workspace == "0.001" else 30, seed=20)
+    base = base_of(len(target))
+    whole = linear_op(leaves, target, weight, base)
     monkeypatch.setenv("DAM_WORKSPACE_MB", workspace)
-    compare(linear_op(leaves, target, weight, base_of()), whole, torch.float32)
+    compare(linear_op(leaves, target, weight, base), whole, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,7 +140,9 @@ def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype, base):
     monkeypatch.setenv("DAM_WORKSPACE_MB", "1")
     peak, _ = peak_bytes(lambda: dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2], **options))
     # Besides the workspace: gradients and their float32 accumulators 0.6 MB, float32 copies of head blocks 0.4 MB.
-    assert peak < 2 * 2**20
+    # On a CPU, which multiplies no bfloat16 into float32, also one of the gradient that the interpreted kernels make.
+    copied = backend == "triton" and slow(backend) and dtype == torch.bfloat16
+    assert peak < (4 if copied else 2) * 2**20
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
@@ -186,13 +227,14 @@ def test_opcheck(backend):
     leaves, target, weight = inputs(4, 5, 30, seed=60)
     hidden, head, bias = (x.requires_grad_() for x in leaves)
     base = base_of(4, 6, 30).values()
+    low = (normal(4, 3, seed=66).requires_grad_(), normal(30, 3, seed=67).requires_grad_())
     # overwrite=False: opcheck calls backward more than once.
-    tail = (True, True, True, backend, False)
+    tail = ([True] * 5, backend, False)
     exclude = torch.tensor([0, -1, 3, 29])
-    args = (hidden, head, bias, target, weight, *base, normal(4, seed=65), exclude, False, *tail)
+    args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), exclude, False, *tail)
     torch.library.opcheck(module._linear_matching_loss, args)
-    tail = (True, False, False, backend, False)
-    args = (hidden, head.detach(), None, target, weight, *[None] * 6, True, *tail)
+    tail = ([True, False, False, False, False], backend, False)
+    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 6, True, *tail)
     torch.library.opcheck(module._linear_matching_loss, args)
 
 
