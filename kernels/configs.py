@@ -63,6 +63,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear", {"block_rows": 64, "block_columns": 64, "block_depth": 32}, element_bytes=(4,)),
     Row("linear", {"form": "fused", "block_rows": 64}, rows=64),
     Row("linear", {"warps": 4}, rows=16),
+    Row("linear_jump", {"block_rows": 64}),  # a race of more rows would not fit the registers
     Row("linear", {"block_rows": 256, "block_columns": 512, "block_depth": 64, "merge_rows": 256}, gpu=INTERPRETER),
     Row("adjoint_weights", {"elements": 1024, "steps": 256, "weights": 512, "warps": 8}),
     Row("adjoint_weights", {"elements": 2**20, "steps": 2**20, "weights": 2**20}, gpu=INTERPRETER),

@@ -139,13 +139,14 @@ def linear_jump(
     hidden, rows, columns = whole.hidden, whole.hidden.shape[0], whole.weight.shape[0]
     config = configs.lookup("linear_jump", hidden.device, hidden.element_size(), rows, columns)
     fused = head.form_of("linear_jump", hidden, columns) == "fused"
-    limit = min(workspace, config["chunk_mb"] * 2**20)
+    limit = min(workspace, int(config["chunk_mb"] * 2**20))
     if fused:
         parts = head.summary_chunks("linear_jump", whole, 8 + 12 * num_samples, workspace)
     else:
         parts = head.row_chunks(rows, columns, 4, limit)
-        tile = 4 * min(TILE.value, columns)
-        memory = hidden.new_empty(max(limit, min(rows, parts[0].stop if parts else 0) * tile) // 4, dtype=torch.float32)
+        most = parts[0].stop if parts else 1  # the first parts are the largest
+        width = head.column_chunks(most, columns, 4, limit)[0].stop
+        memory = hidden.new_empty(most * width, dtype=torch.float32)
     ids = torch.arange(rows, device=hidden.device) if row_ids is None and len(parts) > 1 else row_ids
     out = jump.outputs(hidden, num_samples)
     draws = []

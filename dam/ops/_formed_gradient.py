@@ -7,14 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dam.ops import _triton
+
 
 def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
     if type(gradient) is not Tensor or torch.compiler.is_compiling():
         return gradient * factor  # being traced: a compiler plans the memory itself
-    # The usual upstream gradient is exactly 1; on a CPU looking is cheaper than a pass over the gradient.
+    # The usual upstream gradient is exactly 1; on a CPU looking is cheaper than a pass over the gradient, and on a GPU
+    # a kernel looks.
     if factor.device.type == "cpu" and float(factor) == 1.0:
         return gradient
-    return gradient.mul_(factor) if overwrite else gradient * factor
+    if not overwrite:
+        return gradient * factor
+    if gradient.is_cuda and _triton.why_unavailable() is None:
+        return _triton.launcher("formed_gradient", "scale")(gradient, factor)
+    return gradient.mul_(factor)
 
 
 def register(op: torch.library.CustomOpDef, name: str, inputs: int, differentiable: Sequence[int]) -> None:

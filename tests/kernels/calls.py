@@ -5,11 +5,24 @@ Made on CPU tensors while launches are recorded, so nothing runs and only what i
 
 import torch
 
-from dam.kernels import jump, log_prob, matching_loss, rate_ratio
+from dam.kernels import (
+    configs,
+    core,
+    formed_gradient,
+    head,
+    jump,
+    linear_jump,
+    linear_log_prob,
+    linear_matching_loss,
+    log_prob,
+    matching_loss,
+    rate_ratio,
+)
 
 SEED = torch.tensor(1)
 DTYPES = (torch.bfloat16, torch.float32)
-LLADA = 126_464
+LLADA, WIDTH = 126_464, 4096
+WORKSPACE = 256 * 2**20
 
 
 def rows_of(count, columns, dtype):
@@ -58,4 +71,64 @@ def matching_losses():
             matching_loss.matching_loss(x, target, weight, x, scale, scale, None, normalized, False)
 
 
-CALLS = [jumps, log_probs, rate_ratios, matching_losses]
+def heads(rows, dtype, low=None):
+    """Tensors of a head, with a LoRA adapter of rank `low`."""
+    tensors = (rows_of(rows, WIDTH, dtype), rows_of(LLADA, WIDTH, dtype), torch.empty(LLADA, dtype=dtype))
+    return (*tensors, *((None, None) if low is None else (rows_of(rows, low, dtype), rows_of(LLADA, low, dtype))))
+
+
+def linear_jumps():
+    def nothing(rows, columns, out):
+        pass
+
+    for form in ("fused", "chunked"):
+        with configs.override("linear_jump", form=form):
+            for dtype in DTYPES:
+                # Of the buckets of rows: 16, 64, and more.
+                for rows in (1, 64, 1024):
+                    arguments = (None, 1.0, 1, SEED, None, False)
+                    linear_jump.linear_jump(heads(rows, dtype), *arguments, library=nothing, workspace=WORKSPACE)
+            arguments = (indices(64), 0.7, 4, SEED, torch.arange(64), True)
+            linear_jump.linear_jump(heads(64, torch.bfloat16, 128), *arguments, library=nothing, workspace=WORKSPACE)
+
+
+def gradients_of(op, of, base, rows, count):
+    out = torch.empty(count, LLADA, dtype=of[0].dtype)
+    head.gradient(op, of, base, rows, core.scale_of(1.0), slice(0, count), slice(0, LLADA), out)
+
+
+def linear_log_probs():
+    for dtype in DTYPES:
+        for rows, low in ((64, None), (512, 128)):
+            of, target = heads(rows, dtype, low), indices(rows, 1)
+            _, log_escape = linear_log_prob.linear_log_prob(of, target, None, 1.0, workspace=WORKSPACE)
+            of_rows = linear_log_prob.rows_of(torch.zeros(rows, 1), target, log_escape, None, 1.0)
+            gradients_of("linear_log_prob", of, None, of_rows, rows)
+
+
+def linear_matching_losses():
+    for dtype in DTYPES:
+        for rows, low, based in ((512, None, False), (512, None, True), (512, 128, True)):
+            of, target, weight = heads(rows, dtype, low), indices(rows, 16), torch.zeros(rows, 16)
+            base, base_weight = (heads(rows, dtype), torch.zeros(rows)) if based else (None, None)
+            _, of_rows = linear_matching_loss.linear_matching_loss(
+                of, target, weight, base, base_weight, torch.zeros(rows), None, True, workspace=WORKSPACE
+            )
+            gradients_of("linear_matching_loss", of, base, of_rows, rows)
+
+
+def formed_gradients():
+    for dtype in DTYPES:
+        formed_gradient.scale(torch.empty(64, LLADA, dtype=dtype), torch.ones(()))
+
+
+CALLS = [
+    formed_gradients,
+    jumps,
+    log_probs,
+    rate_ratios,
+    matching_losses,
+    linear_jumps,
+    linear_log_probs,
+    linear_matching_losses,
+]

@@ -1,0 +1,54 @@
+"""Every kernel, as shipped, compiles without a GPU for each kind of GPU, and fits it.
+
+Compiled in processes of their own: this one may have Triton interpret kernels.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CHECKOUT = Path(__file__).parents[2]
+# Shared memory that a program may have at most, of the chip.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+# Bytes per thread that may be spilled: none but a few scalars of a prologue. Kernels with a matmul have an epilogue
+# that meets the accumulators once, outside the loop.
+SPILLS = 16
+SPILLS_OF_EPILOGUE = {"summary_kernel": 256, "gradient_kernel": 256}
+
+
+def reports(target):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.gate", target],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("target", list(SHARED))
+def test_every_kernel_compiles_and_fits(target):
+    found = reports(target)
+    assert {report["kernel"] for report in found} == kernels()
+    for report in found:
+        assert report["spills"] <= SPILLS_OF_EPILOGUE.get(report["kernel"], SPILLS), report
+        assert report["shared"] <= SHARED[target], report
+
+
+def kernels():
+    """Names of all functions in kernels/ that are launched."""
+    names = set()
+    for path in (CHECKOUT / "kernels").glob("*.py"):
+        names |= {
+            word for word in path.read_text(encoding="utf-8").replace("(", " ").split() if word.endswith("_kernel")
+        }
+    return names

@@ -1,0 +1,178 @@
+"""What a draw and a summary may not depend on: how launches divide the logits; and memory that is not touched."""
+
+import math
+
+import pytest
+import torch
+
+import dam
+from dam.ops import _backend
+from tests.ops.helpers import assert_close, integers, normal
+
+if _backend.why_unavailable("triton") is not None:
+    pytest.skip(_backend.why_unavailable("triton"), allow_module_level=True)
+
+from dam.kernels import configs, core, head, linear_jump, linear_log_prob, log_prob, matching_loss
+
+INF = math.inf
+# Values of a launch over rows, from one tile in one step to a whole row, and rows split among programs.
+TILINGS = [
+    {"elements": 1024, "programs": 1},
+    {"elements": 4096, "programs": 64},
+    {"elements": 8192, "programs": 512, "warps": 8},
+    {"elements": 2**16, "programs": 7},
+]
+
+
+@pytest.fixture(autouse=True)
+def on_triton():
+    with torch.device(_backend.DEVICE_TYPE["triton"]), dam.backend("triton"):
+        yield
+
+
+def tiled(values):
+    return configs.override("rows", **values)
+
+
+def same(a, b):
+    """Bit for bit, NaN included."""
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_do_not_depend_on_tiling(dtype):
+    logits = normal(6, 9 * 1024 + 77, seed=1, scale=3.0, dtype=dtype)
+    logits[2, 1024:4096] = -INF
+    exclude = integers(-1, logits.shape[1], 6, seed=2)
+    results = []
+    for values in TILINGS:
+        with tiled(values):
+            results.append(dam.jump(logits, exclude=exclude, temperature=0.8, num_samples=3, seed=4))
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+def test_other_ops_do_not_depend_on_tiling():
+    """Their sums are of tiles too; the gradient is written tile by tile."""
+    logits, base = normal(5, 6000, seed=5, scale=2.0), normal(5, 6000, seed=6)
+    target, weight = integers(-1, 6000, 5, 3, seed=7), normal(5, 3, seed=8)
+    results = []
+    for values in TILINGS:
+        with tiled(values):
+            leaf = logits.clone().requires_grad_()
+            loss = dam.matching_loss(leaf, target, weight, base_logits=base, base_weight=weight[:, 0], exclude=9)
+            value = dam.log_prob(leaf, target, temperature=0.7)
+            (gradient,) = torch.autograd.grad(loss + value.clamp(min=-99).sum(), leaf)
+            results.append((loss.detach(), value.detach(), gradient, *dam.rate_ratio(logits, base, target)))
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("form", ["fused", "chunked"])
+def test_linear_draws_do_not_depend_on_tiling(form):
+    """Rounding of the matmul may differ; few logits are near enough for it to matter (see test_linear_jump.py)."""
+    hidden, weight, bias = normal(20, 40, seed=10), normal(5000, 40, seed=11), normal(5000, seed=12)
+    exclude = integers(-1, 5000, 20, seed=13)
+    with dam.backend("torch"):
+        expected = dam.linear_jump(hidden, weight, bias=bias, exclude=exclude, num_samples=2, seed=14)
+    for values in (
+        {"block_rows": 16, "block_columns": 64, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
+        {"block_rows": 32, "block_columns": 256, "block_depth": 32, "group": 3, "merge_rows": 4, "chunk_mb": 2},
+    ):
+        with configs.override("linear", form=form, **values):
+            out = dam.linear_jump(hidden, weight, bias=bias, exclude=exclude, num_samples=2, seed=14)
+        assert torch.equal(out.target, expected.target)
+        assert_close(out.log_prob, expected.log_prob, rtol=2.0**-18, atol=2.0**-18)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H100", "AMD Instinct MI300X"])
+def test_the_sizes_shipped_for_gpus_compute_the_same(gpu):
+    """In the interpreter too, where they are slow: on few rows."""
+    logits, target = normal(2, 9000, seed=20, dtype=torch.bfloat16), integers(0, 9000, 2, 1, seed=21)
+    hidden, weight = normal(20, 40, seed=22), normal(2000, 40, seed=23)
+
+    def everything():
+        leaf = hidden.clone().requires_grad_()
+        loss = dam.linear_matching_loss(leaf, weight, torch.full((20, 1), 7), torch.ones(20, 1))
+        loss.backward()
+        drawn = dam.linear_jump(hidden, weight, seed=3)
+        return *dam.jump(logits, seed=2), dam.log_prob(logits, target), loss.detach(), leaf.grad, *drawn
+
+    expected = everything()
+    with configs.as_if_on(gpu):
+        for a, b in zip(everything(), expected, strict=True):
+            # Sums of 40 float32 products in other orders, and their exponentials.
+            assert_close(a, b, rtol=2.0**-17, atol=2.0**-17 * float(b.double().abs().max()))
+
+
+# ---- offsets beyond 2^31 without the memory, and tiles of -inf
+
+
+def far(rows, columns, dtype):
+    """An array whose rows lie 2^30 elements apart, of memory that is not touched between them."""
+    stride = 2**30 + 8
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("tests/ops/test_large.py has whole arrays")  # where untouched memory is memory too
+    return torch.empty((rows - 1) * stride + columns, dtype=dtype).as_strided((rows, columns), (stride, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_beyond_2_31_elements(dtype):
+    """tests/ops/test_large.py has such inputs; here what is written lies as far apart."""
+    logits, target, grad = (
+        normal(4, 2000, seed=30, dtype=dtype),
+        integers(-1, 2000, 4, 2, seed=31),
+        normal(4, 2, seed=32),
+    )
+    _, log_escape = log_prob.log_prob(logits, target, None, 1.0)
+    expected = log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
+    out = far(4, 2000, dtype)
+    assert torch.equal(log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
+    arguments = (target, grad, logits, grad[:, 0], None, None, True, True)
+    expected = matching_loss.matching_loss(logits, *arguments)
+    assert same(matching_loss.matching_loss(logits, *arguments, out), expected)
+
+
+def test_heads_beyond_2_31_elements():
+    """Hidden states, head and the logits' gradient, each with rows 2^30 elements apart."""
+    hidden, weight = far(4, 24, torch.bfloat16), far(3, 24, torch.bfloat16)
+    hidden.copy_(normal(4, 24, seed=33))
+    weight.copy_(normal(3, 24, seed=34))
+    target = torch.zeros(4, 1, dtype=torch.int64)
+
+    def everything(hidden, weight, out):
+        of = (hidden, weight, None, None, None)
+        arguments = (None, 1.0, 1, torch.tensor(1), None, True)
+        with configs.override("linear", form="fused"):
+            drawn = linear_jump.linear_jump(of, *arguments, library=None, workspace=2**20)
+        value, log_escape = linear_log_prob.linear_log_prob(of, target, None, 1.0, workspace=2**20)
+        rows = linear_log_prob.rows_of(torch.ones(4, 1), target, log_escape, None, 1.0)
+        whole = (slice(0, 4), slice(0, 3))
+        gradient = head.gradient("linear_log_prob", of, None, rows, core.scale_of(1.0), *whole, out)
+        return *drawn[:3], value, gradient
+
+    dense = torch.empty(4, 3, dtype=torch.bfloat16)
+    expected = everything(hidden.contiguous(), weight.contiguous(), dense)
+    assert same(everything(hidden, weight, far(4, 3, torch.bfloat16)), expected)
+
+
+def test_whole_tiles_of_minus_infinity():
+    """Every op, on rows whose first, middle and last tiles cannot be reached, equals the reference."""
+    logits, base = normal(4, 7 * 1024, seed=40), normal(4, 7 * 1024, seed=41)
+    for row, tiles in enumerate(((0,), (3, 4), (6,), (0, 1, 2, 4, 5, 6))):
+        for tile in tiles:
+            logits[row, tile * 1024 : (tile + 1) * 1024] = -INF
+            base[row, (tile - 1) % 7 * 1024 : ((tile - 1) % 7 + 1) * 1024] = -INF
+    target, weight = torch.full((4, 1), 3 * 1024 + 5), torch.ones(4, 1)
+
+    def everything():
+        leaf = logits.clone().requires_grad_()
+        loss = dam.matching_loss(leaf, target, weight, base_logits=logits, base_weight=torch.ones(4))
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return *dam.jump(logits, seed=1), dam.log_prob(logits, target), *dam.rate_ratio(logits, base, target), gradient
+
+    ours = everything()
+    with dam.backend("torch"):
+        expected = everything()
+    for a, b in zip(ours, expected, strict=True):
+        # Roundings of float32, of sums of rates near 10^4 too, whose difference the escape gap is.
+        atol = 2.0**-22 * 1e4 if a is ours[5] else 2.0**-18
+        torch.testing.assert_close(a.double(), b.double(), rtol=2.0**-20, atol=atol, equal_nan=True)
