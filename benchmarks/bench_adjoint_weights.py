@@ -24,6 +24,7 @@ def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64, ste
                 "flip, cumsum, softmax": lambda: peers.adjoint_weights(log_ratio, cost, escape_gap),
             },
             {"compiled": lambda: peers.compiled(peers.adjoint_weights)(log_ratio, cost, escape_gap)},
+            reads=inputs,
         )
 
     return [case("adjoint_weights", None), case("adjoint_weights with escape_gap", gap)]

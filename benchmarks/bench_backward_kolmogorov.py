@@ -28,6 +28,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "closed form in torch": lambda: peers.uniform_kolmogorov(terminal, DURATION),
             },
             {"compiled closed form": lambda: peers.compiled(peers.uniform_kolmogorov)(terminal, DURATION)},
+            reads=(terminal,),
         ),
         harness.Case(
             "backward_kolmogorov, square lattice",
@@ -37,6 +38,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "dam": lambda: dam.backward_kolmogorov(lattice, on_lattice, DURATION),
                 "Fourier transforms in torch": lambda: peers.lattice_kolmogorov(on_lattice, shape, DURATION),
             },
+            reads=(on_lattice,),
         ),
     ]
 

@@ -22,6 +22,11 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "torch.logsumexp": lambda: torch.logsumexp(logits, dim=-1),
             },
             {"compiled Gumbel race": lambda: peers.compiled(peers.gumbel_race)(logits)},
+            {
+                "dam, check=False": lambda: dam.jump(logits, check=False),
+                "flashinfer's sampling_from_logits": lambda: peers.flashinfer_sample(logits),
+            },
+            (logits,),
         )
     ]
 

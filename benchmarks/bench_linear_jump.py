@@ -13,12 +13,19 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464, hidd
     return [
         harness.Case(
             "linear_jump",
-            "bare matmul in float32",
-            harness.bare_matmuls(states, head, logits=1),
+            *harness.bare_matmuls(states, head, logits=1),
             {
                 "dam": lambda: dam.linear_jump(states, head),
                 "matmul, softmax + multinomial": lambda: peers.softmax_multinomial(states @ head.t()),
             },
+            on_gpu={
+                "dam, check=False": lambda: dam.linear_jump(states, head, check=False),
+                "bare matmul, logits in float32": lambda: torch.mm(states, head.t(), out_dtype=torch.float32),
+                "matmul, dam.jump": lambda: dam.jump(states @ head.t(), check=False),
+                "matmul, compiled Gumbel race": lambda: peers.compiled(peers.gumbel_race)(states @ head.t()),
+                "matmul, flashinfer's sampling_from_logits": lambda: peers.flashinfer_sample(states @ head.t()),
+            },
+            reads=(states, head),
         )
     ]
 

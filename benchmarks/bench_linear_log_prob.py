@@ -18,34 +18,38 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
     return [
         harness.Case(
             "linear_log_prob, forward",
-            "bare matmul in float32",
-            harness.bare_matmuls(states, head, logits=1),
+            *harness.bare_matmuls(states, head, logits=1),
             {
                 "dam": lambda: dam.linear_log_prob(states, head, target),
                 "matmul, log_softmax + gather": lambda: peers.log_prob(states @ head.t(), target),
             },
+            on_gpu={
+                "cut cross entropy": lambda: peers.cut_cross_entropy(states, head, target, reduction="none"),
+                "matmul, quack's cross entropy": lambda: peers.quack_log_prob(states @ head.t(), target),
+            },
+            reads=(states, head, target),
         ),
         harness.Case(
             "linear_log_prob, forward and backward, frozen head",
-            "3 bare matmuls in float32",
-            harness.bare_matmuls(states, head, logits=2, states_gradient=True),
+            *harness.bare_matmuls(states, head, logits=2, states_gradient=True),
             {
                 "dam": lambda: backward(lambda h: dam.linear_log_prob(h, head, target), states),
                 "matmul, log_softmax + gather": lambda: backward(
                     lambda h: peers.log_prob(h @ head.t(), target), states
                 ),
             },
+            reads=(states, head, target, states, head),
         ),
         harness.Case(
             "linear_log_prob, forward and backward, trained head",
-            "4 bare matmuls in float32",
-            harness.bare_matmuls(states, head, logits=2, states_gradient=True, head_gradient=True),
+            *harness.bare_matmuls(states, head, logits=2, states_gradient=True, head_gradient=True),
             {
                 "dam": lambda: backward(lambda h, w: dam.linear_log_prob(h, w, target), states, head),
                 "matmul, log_softmax + gather": lambda: backward(
                     lambda h, w: peers.log_prob(h @ w.t(), target), states, head
                 ),
             },
+            reads=(states, head, target, states, head),
         ),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import dam
@@ -20,20 +22,29 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
         def fused(h: torch.Tensor, w: torch.Tensor = head) -> torch.Tensor:
             return dam.linear_matching_loss(h, w, target, weight, **base)
 
+        def of_packages(loss: Callable[..., torch.Tensor]) -> Callable[[], object]:
+            return lambda: harness.gradients(lambda h, w=head: loss(h, w, target), *inputs)
+
         def materialised(h: torch.Tensor, w: torch.Tensor = head) -> torch.Tensor:
             if not based:
                 return peers.weighted_cross_entropy(h @ w.t(), target, weight)
             return peers.cdtm_loss(h @ w.t(), target, weight, base_states @ head.t(), base_weight)
 
-        count = 2 + trained + based
         return harness.Case(
             f"linear_matching_loss, {'trained' if trained else 'frozen'} head{', with base' if based else ''}",
-            f"{count} bare matmuls in float32",
-            harness.bare_matmuls(states, head, logits=1 + based, states_gradient=True, head_gradient=trained),
+            *harness.bare_matmuls(states, head, logits=1 + based, states_gradient=True, head_gradient=trained),
             {
                 "dam": lambda: harness.gradients(fused, *inputs),
                 f"matmul, {'c-DTM' if based else 'cross entropy'}": lambda: harness.gradients(materialised, *inputs),
             },
+            on_gpu={}
+            if based
+            else {
+                "Liger's fused linear cross entropy": of_packages(peers.liger_linear_cross_entropy),
+                "quack's linear cross entropy": of_packages(peers.quack_linear_cross_entropy),
+                "cut cross entropy": of_packages(peers.cut_cross_entropy),
+            },
+            reads=(states, head, target, weight, *base.values()),
         )
 
     return [case(trained, based) for trained in (False, True) for based in (False, True)]

@@ -22,6 +22,8 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "log_softmax + gather": lambda: peers.log_prob(logits, target),
             },
             {"compiled log_softmax + gather": lambda: compiled(logits, target)},
+            {"quack's cross entropy": lambda: peers.quack_log_prob(logits, target)},
+            (logits, target),
         ),
         harness.Case(
             "log_prob, forward and backward",
@@ -32,6 +34,12 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "log_softmax + gather": lambda: harness.gradients(lambda x: peers.log_prob(x, target).sum(), logits),
             },
             {"compiled log_softmax + gather": lambda: harness.gradients(lambda x: compiled(x, target).sum(), logits)},
+            {
+                "quack's cross entropy": lambda: harness.gradients(
+                    lambda x: peers.quack_cross_entropy(x, target), logits
+                )
+            },
+            (logits, target, logits),  # the upstream gradient is known after the first pass only
         ),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import dam
@@ -13,6 +15,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
     target, weight, base_weight = torch.randint(vocabulary, (rows, 1)), torch.rand(rows, 1), torch.rand(rows)
     cross_entropy, cdtm = peers.compiled(peers.weighted_cross_entropy), peers.compiled(peers.cdtm_loss)
     given = (target, weight, base, base_weight)
+    overwritten = functools.cache(logits.clone)  # logits of its own for what writes over them, made when first used
     return [
         harness.Case(
             "matching_loss, forward and backward",
@@ -25,6 +28,15 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 ),
             },
             {"compiled cross entropy": lambda: harness.gradients(lambda x: cross_entropy(x, target, weight), logits)},
+            {
+                "quack's cross entropy": lambda: harness.gradients(
+                    lambda x: peers.quack_cross_entropy(x, target), logits
+                ),
+                "Liger's cross entropy": lambda: harness.gradients(
+                    lambda x: peers.liger_cross_entropy(x, target), overwritten()
+                ),
+            },
+            (logits, target, weight),
         ),
         harness.Case(
             "matching_loss with base, forward and backward",
@@ -37,6 +49,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "c-DTM's formula": lambda: harness.gradients(lambda x: peers.cdtm_loss(x, *given), logits),
             },
             {"compiled c-DTM's formula": lambda: harness.gradients(lambda x: cdtm(x, *given), logits)},
+            reads=(logits, *given),
         ),
     ]
 

@@ -21,6 +21,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
                 "two logsumexp + gathers": lambda: peers.rate_ratio(logits, base, target),
             },
             {"compiled": lambda: peers.compiled(peers.rate_ratio)(logits, base, target)},
+            reads=(logits, base, target),
         )
     ]
 

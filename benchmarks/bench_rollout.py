@@ -43,7 +43,7 @@ def cases(
     process = MaskedCTMC(mask_token=vocabulary - 1)
     tokens = torch.full((sequences, length), process.mask_token)
     jumping = states[: sequences * length // steps]
-    step = harness.bare_matmuls(jumping, head, logits=1)
+    floor_name, step = harness.bare_matmuls(jumping, head, logits=1)
 
     def floor() -> None:
         for _ in range(steps):
@@ -55,7 +55,7 @@ def cases(
     return [
         harness.Case(
             "rollout",
-            "bare matmul in float32",
+            floor_name,
             floor,
             {
                 "dam": lambda: rollout("random"),

@@ -21,6 +21,7 @@ def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64) -> 
                 "bisection in torch": lambda: peers.tilt_to_ess(reward, ess, max_tilt),
             },
             {"compiled bisection": lambda: peers.compiled(peers.tilt_to_ess)(reward, ess, max_tilt)},
+            reads=(reward,),
         )
     ]
 

@@ -34,6 +34,8 @@ class Case:
     floor: Callable[[], object]  # what no implementation can undercut: reading the inputs, or the bare matmuls
     functions: dict[str, Callable[[], object]]  # "dam" first, then what it is measured against
     compiled: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # likewise, by torch.compile
+    on_gpu: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # likewise, where there is a GPU
+    reads: tuple[Tensor, ...] = ()  # inputs that any implementation must read from memory, as often as it must
 
 
 @dataclasses.dataclass
@@ -67,33 +69,54 @@ def tiny_cases(cases: Callable[..., list[Case]], dtype: torch.dtype) -> list[Cas
     return cases(dtype, **{name: min(size, 8) for name, size in sizes_of(cases).items()})
 
 
-def measure(case: Case, repeats: int, *, peers: bool = True, compiled: bool = True) -> Measurement:
+class Timer:
+    """How long calls take, by the clock of the CPU that runs them."""
+
+    short = SHORT
+
+    def first(self, function: Callable[[], object]) -> float:
+        """Seconds until the results of a call are there, with all that it has to load or compile."""
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Seconds of a call whose function has run before."""
+        return self.first(function)
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        """Seconds of a call, of a short one right after another."""
+        took = self.once(function)
+        # What the one before has just freed, gigabytes with some peers, the system is clearing for a while.
+        return took if took >= self.short else self.once(function)
+
+
+def measure(
+    case: Case, repeats: int, *, peers: bool = True, compiled: bool = True, timer: Timer | None = None
+) -> Measurement:
     """Median seconds of the floor and of each function, called alternately, after one call each to warm up.
 
     Alternately, so that a machine which is slow for a while is slow for all of them. A function that fails its first
     call, or takes very long, is absent with its reason; the floor and dam must not fail. Without
     peers nothing disturbs these two: what others have just freed the system may be clearing for a while.
     """
+    timer = timer or Timer()
     functions = {case.floor_name: case.floor, **case.functions, **case.compiled}
     absent = {} if compiled else dict.fromkeys(case.compiled, "left out: --no-compiled")
     if not peers:
         absent = {name: "left out: --no-peers" for name in functions if name not in (case.floor_name, "dam")}
     for name in absent:
         del functions[name]
-    last: dict[str, float] = {}
     for name, function in list(functions.items()):
-        required = name in (case.floor_name, "dam")
-        start = time.perf_counter()
+        required, took = name in (case.floor_name, "dam"), 0.0
         try:
-            function()
+            took = timer.first(function)
         except Exception as error:
             if required:
                 raise
             absent[name] = reason(error)
-        took = time.perf_counter() - start
-        last[name] = 0.0 if name in case.compiled else took  # the first call of these compiles
-        if took > SLOW and not required and name not in case.compiled:
-            absent.setdefault(name, f"its first call took {took:.0f} s")
+        if took > SLOW and not required and name not in case.compiled:  # the first call of these compiles
+            absent[name] = f"its first call took {took:.0f} s"
         if name in absent:
             del functions[name]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -101,13 +124,7 @@ def measure(case: Case, repeats: int, *, peers: bool = True, compiled: bool = Tr
     for _ in range(repeats):
         shuffle(order)
         for name in order:
-            if last[name] < SHORT:
-                # What the one before has just freed, gigabytes with some peers, the system is clearing for a while.
-                functions[name]()
-            start = time.perf_counter()
-            functions[name]()
-            last[name] = time.perf_counter() - start
-            seconds[name].append(last[name])
+            seconds[name].append(timer(functions[name]))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return Measurement(case.label, case.floor_name, medians, absent)
 
@@ -116,6 +133,13 @@ def reason(error: Exception) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def tensors(result: object) -> list[Tensor]:
+    """All tensors of a function's result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for part in result for x in tensors(part)] if isinstance(result, (tuple, list)) else []
 
 
 def reading(*tensors: Tensor) -> Callable[[], object]:
@@ -155,20 +179,22 @@ def bare_matmuls(
     logits: int,
     states_gradient: bool = False,
     head_gradient: bool = False,
-) -> Callable[[], object]:
-    """The floor of an op on a head: torch.mm of its shapes, in float32.
+) -> tuple[str, Callable[[], object]]:
+    """The floor of an op on a head, its name first: torch.mm of its shapes.
 
     Logits go into memory that is there already; gradients, which the op must return, into new arrays.
 
-    In float32 because on a CPU without 16-bit products torch takes many times as long for bfloat16, which would be no
-    floor.
+    On a CPU in float32, because without 16-bit products torch takes many times as long for bfloat16, which would be
+    no floor.
 
     Args:
         logits: how often the logits of all rows are computed.
         states_gradient, head_gradient: whether the logits' gradient is carried on to either.
     """
-    states, head = states.float(), head.float()
+    if states.device.type == "cpu":
+        states, head = states.float(), head.float()
     product = states.new_empty(states.shape[0], head.shape[0])
+    count, dtype = logits + states_gradient + head_gradient, str(states.dtype).removeprefix("torch.")
 
     def multiply() -> None:
         for _ in range(logits):
@@ -178,4 +204,4 @@ def bare_matmuls(
         if head_gradient:
             torch.mm(product.t(), states)
 
-    return multiply
+    return (f"bare matmul in {dtype}" if count == 1 else f"{count} bare matmuls in {dtype}"), multiply

@@ -98,9 +98,9 @@ def uniform_kolmogorov(terminal: Tensor, decay: float) -> Tensor:
 def lattice_kolmogorov(terminal: Tensor, shape: tuple[int, ...], duration: float) -> Tensor:
     """exp(duration Q) of a periodic lattice with unit rates to neighbours, by Fourier transforms."""
     dims = tuple(range(1, len(shape) + 1))
-    eigenvalue = torch.zeros(shape)
+    eigenvalue = torch.zeros(shape, device=terminal.device)
     for dim, size in enumerate(shape):
-        wave = 2 * torch.cos(2 * math.pi * torch.arange(size) / size) - 2
+        wave = 2 * torch.cos(2 * math.pi * torch.arange(size, device=terminal.device) / size) - 2
         eigenvalue = eigenvalue + wave.view([-1 if d == dim else 1 for d in range(len(shape))])
     transformed = torch.fft.fftn(terminal.view(-1, *shape), dim=dims) * (duration * eigenvalue).exp()
     return torch.fft.ifftn(transformed, dim=dims).real.reshape(terminal.shape)
@@ -122,3 +122,50 @@ def llada_rollout(hidden: Tensor, head: Tensor, steps: int) -> Tensor:
         at = masked.nonzero()[:, 1].view(batch, -1).gather(1, left)
         tokens.scatter_(1, at, token.view(batch, -1).gather(1, left))
     return tokens
+
+
+# Packages whose kernels run on a GPU. Where one is not installed, calling it raises an ImportError. Their losses are
+# means over rows: one target of weight 1 each.
+
+
+def flashinfer_sample(logits: Tensor) -> Tensor:
+    from flashinfer.sampling import sampling_from_logits
+
+    return sampling_from_logits(logits)
+
+
+def quack_log_prob(logits: Tensor, target: Tensor) -> Tensor:
+    from quack.cross_entropy import cross_entropy
+
+    return -cross_entropy(logits, target[:, 0], reduction="none")
+
+
+def quack_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    from quack.cross_entropy import cross_entropy
+
+    return cross_entropy(logits, target[:, 0])
+
+
+def liger_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Overwrites the logits with their gradient."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return LigerCrossEntropyLoss()(logits, target[:, 0])
+
+
+def liger_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(head, hidden, target[:, 0])
+
+
+def quack_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, head, target[:, 0])
+
+
+def cut_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, head, target[:, 0], reduction=reduction)

@@ -88,9 +88,7 @@ def measure(op: str, options: Options) -> dict[str, Any]:
         "threads": options.threads,
         "repeats": options.repeats,
         "peers": options.peers,
-        "dam": dam.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "instruction_set": _cpu.isa(),
@@ -102,19 +100,22 @@ def table(result: dict[str, Any]) -> str:
     """The cases of an op: times, and how they compare to dam's and to the floor."""
     sizes = ", ".join(f"{name} {size}" for name, size in result["sizes"].items())
     lines = [f"\n{sizes}, {result['dtype']}, {result['threads']} threads, medians of {result['repeats']}"]
-    for case in result["cases"]:
-        seconds = case["median_seconds"]
-        floor = seconds[case["floor_name"]]
-        width = max(32, *map(len, seconds))
-        lines += [
-            f"\n{case['label']}",
-            f"  {'':{width}}{'ms':>10}{'of dam':>10}{'of floor':>10}{'floor/it':>10}{'peak MB':>10}",
-        ]
-        for name, time in seconds.items():
-            columns = f"{1e3 * time:10.3f}{time / seconds['dam']:9.2f}x{time / floor:9.2f}x{floor / time:10.1%}"
-            peak = case["peak_bytes"].get(name)
-            lines.append(f"  {name:{width}}{columns}" + (f"{'-':>10}" if peak is None else f"{peak / 2**20:10.1f}"))
-        lines += [f"  {name:{width}}    absent: {why}" for name, why in case["absent"].items()]
+    return "\n".join([*lines, *(case_table(case) for case in result["cases"])])
+
+
+def case_table(case: dict[str, Any]) -> str:
+    seconds = case["median_seconds"]
+    floor = seconds[case["floor_name"]]
+    width = max(32, *map(len, seconds))
+    lines = [
+        f"\n{case['label']}",
+        f"  {'':{width}}{'ms':>10}{'of dam':>10}{'of floor':>10}{'floor/it':>10}{'peak MB':>10}",
+    ]
+    for name, time in seconds.items():
+        columns = f"{1e3 * time:10.3f}{time / seconds['dam']:9.2f}x{time / floor:9.2f}x{floor / time:10.1%}"
+        peak = case["peak_bytes"].get(name)
+        lines.append(f"  {name:{width}}{columns}" + (f"{'-':>10}" if peak is None else f"{peak / 2**20:10.1f}"))
+    lines += [f"  {name:{width}}    absent: {why}" for name, why in case["absent"].items()]
     return "\n".join(lines)
 
 
@@ -128,9 +129,17 @@ def write(result: dict[str, Any], folder: Path) -> None:
     if not result["peers"]:
         parts.append("alone")
     path = folder / "-".join(parts)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), result)
     panels = [(case["label"], case["median_seconds"], case["floor_name"]) for case in result["cases"]]
     plots.times_and_floor(path.with_suffix(".png"), panels, title=table(result).strip().splitlines()[0])
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    return {"dam": dam.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def device() -> str:
@@ -148,7 +157,7 @@ def cpu_model() -> str:
 
 
 def slug(model: str) -> str:
-    """A CPU's model without maker, trademarks, clock and core count: "AMD EPYC 7763 64-Core Processor" is epyc-7763."""
+    """A model without a CPU's maker, trademarks, clock and cores: "AMD EPYC 7763 64-Core Processor" is epyc-7763."""
     noise = r"\((r|tm)\)|@.*|\b(amd|intel|cpu|processor|\d+-core)\b"
     words = re.sub(r"[^a-z0-9]+", " ", re.sub(noise, " ", model.lower())).split()
     return "-".join(words) or "cpu"

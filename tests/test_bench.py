@@ -24,11 +24,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-def tensors(result):
-    """All tensors of a function's result, in order."""
-    return [result] if isinstance(result, torch.Tensor) else [x for part in result for x in tensors(part)]
-
-
 def test_every_op_has_a_benchmark():
     assert {name for name in dam.__all__ if name[0].islower()} - {"backend", "generators"} <= set(harness.ops())
 
@@ -53,9 +48,9 @@ def test_peers_compute_the_same(op, monkeypatch):
     sizes = {"rows": 7, "vocabulary": 50, "hidden": 16, "groups": 5, "trajectories": 12}
     cases = harness.cases_of(op)
     for case in cases(torch.float32, **{name: sizes[name] for name in harness.sizes_of(cases)}):
-        expected = tensors(case.functions.pop("dam")())
+        expected = harness.tensors(case.functions.pop("dam")())
         for function in (case.functions | case.compiled).values():
-            for ours, theirs in zip(expected, tensors(function()), strict=True):
+            for ours, theirs in zip(expected, harness.tensors(function()), strict=True):
                 # Sums of 50 and products of 16 float32 numbers, and their exponentials.
                 bound = 256 * helpers.rounding(torch.float32) * float(ours.abs().max())
                 helpers.assert_close(theirs.view_as(ours), ours, rtol=0.0, atol=bound)

@@ -1,0 +1,275 @@
+"""What the records of `benchmarks.gpu` say: figures of a case, the goals of the GPU table, and the summary's tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dam.ops import _rows
+
+Record = Mapping[str, Any]
+
+FORMS = ("fused", "chunked")
+STATE_OPS = ("adjoint_weights", "backward_kolmogorov", "tilt_to_ess")
+FEW, MANY = 64, 1024  # rows; the goals of the linear forms change there
+NOISE = 1.02  # a ratio up to it is no difference
+
+
+class Goal(NamedTuple):
+    what: str
+    goal: str
+    measured: str
+    met: bool | None  # None: there is no goal, or no figure
+
+
+# ---- figures of a record
+
+
+def fraction(record: Record, bandwidth: Mapping[str, float], seconds: float | None = None) -> float:
+    """Bytes that must move per second, by default of dam's median, as a fraction of a large copy's."""
+    seconds = record["median_seconds"]["dam"] if seconds is None else seconds
+    return record["moved_bytes"] / seconds / bandwidth["copy"]
+
+
+def of_floor(record: Record, name: str = "dam") -> float:
+    seconds = record["median_seconds"]
+    return seconds[name] / seconds[record["floor_name"]]
+
+
+def reading_seconds(record: Record, bandwidth: Mapping[str, float]) -> float:
+    """Seconds in which what must move is read."""
+    return record["moved_bytes"] / bandwidth["read"]
+
+
+def of_reading(record: Record, bandwidth: Mapping[str, float]) -> float:
+    return record["median_seconds"]["dam"] / reading_seconds(record, bandwidth)
+
+
+def rivals(record: Record) -> list[float]:
+    """Seconds of linear_jump's fused form, and of a matmul with any sampler behind it."""
+    return [t for name, t in record["median_seconds"].items() if name == "dam, fused" or name.startswith("matmul")]
+
+
+def extra_bytes(record: Record) -> int | None:
+    """Peak memory of a call besides its results."""
+    peak = record["peak_bytes"].get("dam")
+    return None if peak is None else peak - record["result_bytes"]
+
+
+def kernel_seconds(record: Record, name: str = "dam") -> float | None:
+    """Seconds of the kernels alone, for a short call on a GPU."""
+    seconds = record["parts"].get(name, {}).get("kernel_seconds")
+    return seconds if isinstance(seconds, float) else None
+
+
+def figures(record: Record, bandwidth: Mapping[str, float]) -> list[str]:
+    """Lines that say how far a case is from its ceilings, and what its short calls are made of."""
+    seconds, moved = record["median_seconds"], record["moved_bytes"]
+    lines = []
+    if record["flops"]:
+        rates = [f"{record['flops'] / seconds[name] / 1e12:.0f}" for name in ("dam", record["floor_name"])]
+        lines.append(f"{rates[0]} TFLOP/s, the bare matmuls {rates[1]}")
+        lines.append(f"{of_reading(record, bandwidth):.2f}x of moving {moved / 1e6:.1f} MB at the bandwidth of reading")
+    else:
+        lines.append(f"{fraction(record, bandwidth):.1%} of the copy's bandwidth, {moved / 1e6:.1f} MB")
+    if (extra := extra_bytes(record)) is not None:
+        lines.append(f"{extra / 2**20:.1f} MB besides its results")
+    for name, parts in record["parts"].items():
+        words = {"kernel_seconds": "kernels", "replay_seconds": "graph replay", "call_seconds": "a call in a loop"}
+        told = [
+            f"{word} {1e3 * parts[key]:.4f} ms" if isinstance(parts[key], float) else f"{word}: {parts[key]}"
+            for key, word in words.items()
+            if key in parts
+        ]
+        lines.append(f"{name}: " + ", ".join([*told, *(["waits for the GPU"] if parts.get("waits") is True else [])]))
+    return lines
+
+
+# ---- goals
+
+
+def reached(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[Goal]:
+    """Every goal, with the figure that is farthest from it."""
+
+    def of(label: str, least: float = 0, most: float = math.inf) -> list[Record]:
+        return [r for r in records if r["label"] == label and least <= r["sizes"].get("rows", 0) <= most]
+
+    def bandwidths(label: str, goal: float | None, text: str, least: float = 0) -> Goal:
+        return _judged(
+            label, text, of(label, least), lambda r: fraction(r, bandwidth), goal, atmost=False,
+            kernels=lambda r, seconds: fraction(r, bandwidth, seconds),
+        )  # fmt: skip
+
+    def ratios(what: str, text: str, found: list[Record], value: Callable[[Record], float], goal: float | None) -> Goal:
+        return _judged(what, text, found, value, goal, atmost=True)
+
+    copy = f">= 90% of the copy's bandwidth from T = {MANY:,}"
+    goals = [bandwidths(label, 0.9, copy, MANY) for label in ("jump", "log_prob, forward", "rate_ratio")]
+    both = "forward and backward"
+    others = (f"log_prob, {both}", f"matching_loss, {both}", f"matching_loss with base, {both}")
+    goals += [bandwidths(label, None, "of the copy's bandwidth", MANY) for label in others]
+    matmuls = "<= 1.08x of the bare matmuls"
+    goals += [
+        ratios("linear_jump", f"{matmuls} from T = {MANY:,}", of("linear_jump", MANY), of_floor, 1.08),
+        ratios(
+            "linear_jump", f"<= 1.10x of reading the weight for T <= {FEW}", of("linear_jump", 0, FEW),
+            lambda r: of_reading(r, bandwidth), 1.10,
+        ),
+        ratios(
+            "linear_jump", "in between: never behind fused, or matmul and a sampler",
+            [r for r in of("linear_jump", FEW + 1, MANY - 1) if rivals(r)],
+            lambda r: r["median_seconds"]["dam"] / min(rivals(r)), NOISE,
+        ),
+    ]  # fmt: skip
+    for head in ("frozen", "trained"):
+        for based in ("", ", with base"):
+            label = f"linear_matching_loss, {head} head{based}"
+            goals.append(ratios(label, matmuls, of(label, MANY), of_floor, 1.08))
+            if head == "frozen":
+                workspace = _rows.workspace_bytes() / 2**20
+                goals.append(
+                    _judged(
+                        label, f"<= {workspace:.0f} MB besides the gradients (DAM_WORKSPACE_MB)",
+                        [r for r in of(label) if extra_bytes(r) is not None],
+                        lambda r: (extra_bytes(r) or 0) / 2**20, workspace, atmost=True, unit=" MB",
+                    )
+                )  # fmt: skip
+    for part in ("forward", f"{both}, frozen head", f"{both}, trained head"):
+        label = f"linear_log_prob, {part}"
+        goals.append(ratios(label, "of the bare matmuls", of(label, MANY), of_floor, None))
+    # With half as many bytes again, one more read or write of the state, a call could not reach two thirds.
+    once = "one read and one write of the state: > 2/3 of the copy's bandwidth"
+    goals += [
+        bandwidths(label, 2 / 3, once)
+        for label in (
+            "adjoint_weights", "adjoint_weights with escape_gap", "backward_kolmogorov, uniform",
+            "backward_kolmogorov, square lattice",
+        )
+    ]  # fmt: skip
+    return goals
+
+
+def _judged(
+    what: str,
+    goal_text: str,
+    records: Sequence[Record],
+    value: Callable[[Record], float],
+    goal: float | None,
+    *,
+    atmost: bool,
+    unit: str = "",
+    kernels: Callable[[Record, float], float] | None = None,
+) -> Goal:
+    """A goal that every record must meet, and the farthest figure."""
+    if not records:
+        return Goal(what, goal_text, "not measured", None)
+    values = {n: value(r) for n, r in enumerate(records)}
+    farthest = (max if atmost else min)(values, key=values.__getitem__)
+    good = {n: goal is None or (v <= goal if atmost else v >= goal) for n, v in values.items()}
+    text = f"{values[farthest]:.3g}{unit} at {sizes_text(records[farthest]['sizes'])}"
+    if len(records) > 1:
+        text += f"; best {(min if atmost else max)(values.values()):.3g}{unit}"
+        text += "" if goal is None else f"; {sum(good.values())} of {len(records)} sizes"
+    alone = None if kernels is None else kernel_seconds(records[farthest])
+    if alone is not None and kernels is not None:
+        text += f"; there its kernels alone {kernels(records[farthest], alone):.3g}"
+    return Goal(what, goal_text, text, None if goal is None else all(good.values()))
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    letters = {"rows": "T", "vocabulary": "V", "hidden": "D", "groups": "G", "trajectories": "K", "steps": "S"}
+    return ", ".join(f"{letters[name]} = {size:,}" for name, size in sizes.items())
+
+
+# ---- tables
+
+
+def tables(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:
+    """The tables of the summary, in Markdown."""
+    lines = _absent(records) + _peers(records) + _fractions(records, bandwidth) + _linear(records, bandwidth)
+    lines += ["## Goals", ""]
+    met = {True: "yes", False: "NO", None: "-"}
+    rows = [(goal.what, goal.goal, goal.measured, met[goal.met]) for goal in reached(records, bandwidth)]
+    return [*lines, *markdown(("op", "goal", "measured, farthest from it", "met"), rows)]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def _absent(records: Sequence[Record]) -> list[str]:
+    found: dict[tuple[str, str], int] = {}
+    for record in records:
+        for name, why in record["absent"].items():
+            found[name, why] = found.get((name, why), 0) + 1
+    if not found:
+        return []
+    return ["## Absent", "", *(f"* {name} ({n} cases): {why}" for (name, why), n in found.items()), ""]
+
+
+def _peers(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for label in dict.fromkeys(r["label"] for r in records):
+        # The size with most to compare, the largest of those.
+        record = max(
+            (r for r in records if r["label"] == label), key=lambda r: (len(r["median_seconds"]), r["moved_bytes"])
+        )
+        seconds = record["median_seconds"]
+        ours = seconds["dam"]
+        others = ", ".join(f"{name} {t / ours:.3g}x" for name, t in seconds.items() if name != "dam")
+        lines.append(f"* {label} ({sizes_text(record['sizes'])}): dam {1e3 * ours:.4g} ms; {others}")
+    return ["## Times of others, as multiples of dam's", "", *lines, ""]
+
+
+def _fractions(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:
+    rows = []
+    found = {
+        (r["label"], r["sizes"]["rows"], r["sizes"]["vocabulary"]): r
+        for r in records
+        if not r["flops"] and r["op"] not in STATE_OPS
+    }
+    vocabularies = sorted({v for _, _, v in found})
+    for label in dict.fromkeys(label for label, _, _ in found):
+        for count in sorted({t for name, t, _ in found if name == label}):
+            cells = []
+            for v in vocabularies:
+                record = found.get((label, count, v))
+                if record is None:
+                    cells.append("")
+                    continue
+                alone = kernel_seconds(record)
+                cells.append(
+                    f"{1e3 * record['median_seconds']['dam']:.3g} ms, {fraction(record, bandwidth):.2f}"
+                    + ("" if alone is None else f" ({fraction(record, bandwidth, alone):.2f})")
+                )
+            rows.append((label, f"{count:,}", *cells))
+    if not rows:
+        return []
+    title = "## Fraction of the copy's bandwidth (of its kernels alone)"
+    return [title, "", *markdown(("op", "T", *(f"V = {v:,}" for v in vocabularies)), rows)]
+
+
+def _linear(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:
+    rows = []
+    order = {label: n for n, label in enumerate(dict.fromkeys(r["label"] for r in records))}
+    linear = [r for r in records if r["flops"]]
+    for r in sorted(linear, key=lambda r: (order[r["label"]], r["sizes"]["vocabulary"], r["sizes"]["rows"])):
+        seconds = r["median_seconds"]
+        forms = {form: seconds[f"dam, {form}"] for form in FORMS if f"dam, {form}" in seconds}
+        floors = (seconds[r["floor_name"]], reading_seconds(r, bandwidth), seconds["dam"])
+        rows.append(
+            (
+                r["label"].removeprefix("linear_"),
+                f"{r['sizes']['vocabulary']:,}",
+                f"{r['sizes']['rows']:,}",
+                *(f"{1e3 * t:.4g}" for t in floors),
+                *(f"{1e3 * forms[form]:.4g}" if form in forms else "-" for form in FORMS),
+                min(forms, key=forms.__getitem__) if forms else "-",
+                str(r["table_form"] or "-"),
+            )
+        )
+    if not rows:
+        return []
+    header = ("linear_", "V", "T", "matmuls", "reading", "dam", *FORMS, "fastest form", "table's form")
+    return ["## Forms of the linear ops, ms", "", *markdown(header, rows)]

@@ -1,0 +1,410 @@
+"""Measures the GPU table: python -m benchmarks.gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune].
+
+Installs this checkout where it is not, runs tests/ops, measures every operation against its floors and its peers,
+writes JSON, PNG and summary.md, and prints that summary last. Needs an NVIDIA GPU and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dam
+from benchmarks import goals, harness, report, tune
+from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
+from dam import plots
+from dam.ops import _triton
+
+Function = Callable[[], object]
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+BUDGET, TESTS_LIMIT = 450.0, 180.0  # seconds
+LLADA = 126_464
+VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
+ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss")
+LINEAR_OPS = ("linear_jump", "linear_log_prob", "linear_matching_loss")
+OPS = (*ROW_OPS, *LINEAR_OPS, *goals.STATE_OPS)
+COPY = "copy of as many bytes"
+
+
+class Item(NamedTuple):
+    """The cases of one op at one size, measured together."""
+
+    op: str
+    sizes: dict[str, int]
+    dtype: torch.dtype = torch.bfloat16
+    peers: bool = True
+    compiled: bool = False  # also the peers of torch.compile, each of which takes seconds for every size
+
+
+def plan() -> list[Item]:
+    """What is measured, in the order of what a spent budget should leave out last."""
+
+    def rows(op: str, count: int, vocabulary: int) -> Item:
+        # Peers hold several float32 or float64 arrays [T, V]: at 32,768 rows the memory would go to them.
+        peers, compiled = count < 32_768, vocabulary == LLADA and count == 8192
+        return Item(op, {"rows": count, "vocabulary": vocabulary}, peers=peers, compiled=compiled)
+
+    def linear(op: str, count: int, vocabulary: int = LLADA) -> Item:
+        compiled = op == "linear_jump" and vocabulary == LLADA and count in (64, 256, 4096)
+        return Item(op, {"rows": count, "vocabulary": vocabulary, "hidden": 4096}, compiled=compiled)
+
+    others = [v for v in VOCABULARIES if v != LLADA]
+    items = [rows(op, t, LLADA) for t in (8192, 1024, 64) for op in ROW_OPS]
+    items += [linear("linear_jump", t) for t in (1, 64, 128, 256, 1024, 4096)]
+    items += [linear("linear_matching_loss", 8192), linear("linear_log_prob", 8192)]
+    # The bisection is 53 passes, which a compiler would unroll for a minute.
+    sizes = {"adjoint_weights": {}, "backward_kolmogorov": {"rows": 1024, "vocabulary": LLADA}, "tilt_to_ess": {}}
+    items += [Item(op, sizes[op], torch.float32, compiled=op != "tilt_to_ess") for op in goals.STATE_OPS]
+    items += [rows(op, t, v) for t in (8192, 1024) for v in others for op in ROW_OPS]
+    items += [linear("linear_jump", t) for t in (16, 512, 8192)]
+    items += [linear(op, t) for t in (64, 1024) for op in ("linear_log_prob", "linear_matching_loss")]
+    items += [rows(op, t, LLADA) for t in (4096, 1, 32_768) for op in ROW_OPS]
+    items += [linear("linear_jump", t, 151_936) for t in (64, 256, 1024, 4096, 1, 16, 128, 512, 8192)]
+    items += [rows(op, t, v) for t in (4096, 64, 1, 32_768) for v in others for op in ROW_OPS]
+    return items
+
+
+@dataclasses.dataclass
+class Run:
+    """Measurements of one run, and what failed or was left out."""
+
+    machine: Machine
+    output: Path
+    budget: float = math.inf  # seconds
+    repeats: int = 7
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    tests: str = "not run"
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bandwidth: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes per second
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failures: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.facts = {**report.versions(), **self.machine.facts(), "commit": commit()}
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() - self.started > self.budget
+
+    def measure(self, items: Sequence[Item], bandwidth_bytes: int = 2**32) -> str:
+        """Measures the items, printing each; writes JSON, PNG and summary.md, whose text it returns."""
+        stopped = None
+        with dam.backend("triton"):  # an error rather than figures of another backend
+            self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
+            self.machine.free()
+            for item in items:
+                if stopped is None and self.out_of_time():
+                    stopped = f"the budget of {self.budget:.0f} s was spent"
+                if stopped is not None:
+                    self.left_out.append(f"{described(item)}: {stopped}")
+                    continue
+                self._measure(item)
+                self._write(item.op)
+                if not self.machine.answers():
+                    stopped = "the GPU no longer answers"
+        self._plot()
+        text = self.summary()
+        (self.output / "summary.md").write_text(text, encoding="utf-8")
+        reached = [goal._asdict() for goal in goals.reached(self.records, self.bandwidth)]
+        result = {"bandwidth": self.bandwidth, "tests": self.tests, "goals": reached}
+        report.write_json(
+            self.output / "summary.json",
+            {**self.facts, **result, "failures": self.failures, "left_out": self.left_out},
+        )
+        return text
+
+    def tune(self, jobs: Sequence[tune.Job]) -> str:
+        """Tunes the jobs and writes tune.json; returns the rows for the table, and what failed or was left out."""
+        with dam.backend("triton"):
+            tuning = tune.tune(self.machine, jobs, self.repeats, self.out_of_time)
+        report.write_json(self.output / "tune.json", {**self.facts, **dataclasses.asdict(tuning)})
+        self.failures += tuning.failures
+        lines = [*listed("Left out", tuning.left_out), *listed("FAILED", tuning.failures)]
+        return "\n".join([*lines, "For TABLE:\n", *tuning.rows]) + "\n"
+
+    def _measure(self, item: Item) -> None:
+        print(f"\n{described(item)} (after {time.monotonic() - self.started:.0f} s)", flush=True)
+        try:
+            with torch.device(self.machine.device):
+                cases = harness.cases_of(item.op)(item.dtype, **item.sizes)
+        except torch.OutOfMemoryError as error:
+            # Of the inputs and the floor's logits, which are not dam's to make smaller.
+            self.left_out.append(f"{described(item)}: its inputs do not fit the memory ({harness.reason(error)})")
+            cases = []
+        except Exception as error:
+            self.failures.append(f"{described(item)}: {harness.reason(error)}")
+            cases = []
+        for case in cases:
+            if self.out_of_time():
+                self.left_out.append(f"{described(item)}, {case.label}: the budget of {self.budget:.0f} s was spent")
+                continue
+            try:
+                record = self._record(item, case)
+            except Exception as error:
+                self.failures.append(f"{described(item)}, {case.label}: {harness.reason(error)}")
+                print(f"\n{case.label}\n  FAILED: {harness.reason(error)}", flush=True)
+                continue
+            self.records.append(record)
+            lines = goals.figures(record, self.bandwidth)
+            print("\n".join([report.case_table(record), *(f"  {line}" for line in lines)]), flush=True)
+            ours = {name: why for name, why in record["absent"].items() if name.startswith("dam")}
+            self.failures += [f"{described(item)}, {case.label}, {name}: {why}" for name, why in ours.items()]
+        if item.compiled:
+            torch.compiler.reset()  # after a few sizes of one function the compiler would give up on it
+        self.machine.free()
+
+    def _record(self, item: Item, case: harness.Case) -> dict[str, Any]:
+        """The measurements of a case, as they are written to JSON."""
+        result_bytes = nbytes(harness.tensors(case.functions["dam"]()))
+        moved, flops = nbytes(case.reads) + result_bytes, 0
+        if item.op in LINEAR_OPS:
+            with FlopCounterMode(display=False) as counter:
+                case.floor()
+            flops = counter.get_total_flops()
+        else:
+            case = dataclasses.replace(case, floor_name=COPY, floor=copying(moved, self.machine.device))
+        case = chosen(case, item)
+        measured = harness.measure(case, self.repeats, timer=self.machine)
+        functions = {case.floor_name: case.floor, **case.functions, **case.compiled}
+        functions = {name: f for name, f in functions.items() if name not in measured.absent}
+        peaks = {name: self.machine.peak_bytes(f) for name, f in functions.items()}
+        measured.peak_bytes.update({name: peak for name, peak in peaks.items() if peak is not None})
+        parts = {}
+        if measured.median_seconds["dam"] < SHORT_CALL:
+            ours = (name for name in functions if name.startswith("dam") or name == case.floor_name)
+            parts = {name: self.machine.parts(functions[name]) for name in ours}
+        return {
+            "op": item.op,
+            "sizes": {**harness.sizes_of(harness.cases_of(item.op)), **item.sizes},
+            "dtype": str(item.dtype).removeprefix("torch."),
+            "moved_bytes": moved,  # inputs read as often as they must be, results written once
+            "result_bytes": result_bytes,
+            "flops": flops,  # of the floor
+            "table_form": table_form(item, case.label, self.machine.device),
+            **dataclasses.asdict(measured),
+            "parts": parts,
+        }
+
+    def _write(self, op: str) -> None:
+        records = [record for record in self.records if record["op"] == op]
+        if records:
+            result = {"op": op, **self.facts, "repeats": self.repeats, "bandwidth": self.bandwidth, "cases": records}
+            report.write_json(self.output / f"{op}.json", result)
+
+    def _plot(self) -> None:
+        """A PNG per op: of its cases with LLaDA's vocabulary, or of all where there is none."""
+        for op in dict.fromkeys(record["op"] for record in self.records):
+            records = [record for record in self.records if record["op"] == op]
+            records = [r for r in records if r["sizes"].get("vocabulary") == LLADA] or records
+            records.sort(key=lambda r: (r["label"], r["sizes"].get("rows", 0)))
+            panels = [
+                (f"{r['label']}, {goals.sizes_text(r['sizes'])}", r["median_seconds"], r["floor_name"]) for r in records
+            ]
+            try:
+                plots.times_and_floor(self.output / f"{op}.png", panels, title=f"{op}, {self.facts['gpu']}")
+            except ImportError as error:
+                self.left_out.append(f"plots: {error}")
+                return
+
+    def summary(self) -> str:
+        """What was measured in Markdown; what matters most comes last, where a terminal shows it."""
+        names = ("driver", "cuda", "torch", "triton", "dam", "commit")
+        copy, read = (f"{self.bandwidth[name] / 1e12:.3f} TB/s" for name in ("copy", "read"))
+        lines = [
+            f"# Measured on {self.facts['gpu']}\n",
+            ", ".join(f"{name} {self.facts[name]}" for name in names if self.facts.get(name)) + "\n",
+            f"A large copy moves {copy}, bytes read and bytes written counted; reading alone {read}.\n",
+            *listed("Left out", self.left_out, most=20),
+            *goals.tables(self.records, self.bandwidth),
+            f"tests/ops: {self.tests}\n",
+            *listed("FAILED", self.failures),
+        ]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def described(item: Item) -> str:
+    return ", ".join(text for text in (item.op, goals.sizes_text(item.sizes)) if text)
+
+
+def nbytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[str]:
+    if not lines:
+        return []
+    rest = [] if most is None or len(lines) <= most else [f"* and {len(lines) - most} more, in summary.json"]
+    return [f"## {title}\n", *(f"* {line}" for line in lines[:most]), *rest, ""]
+
+
+def chosen(case: harness.Case, item: Item) -> harness.Case:
+    """The case with the functions that the item asks for, each form of a linear op among them.
+
+    What compiles or loads kernels of its own when it is first called goes with `compiled`.
+    """
+    functions, compiled = dict(case.functions), case.compiled | case.on_gpu
+    if item.op in LINEAR_OPS:
+        call = functions["dam"]
+        for form in goals.FORMS:
+            functions[f"dam, {form}"] = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
+    if not item.compiled:
+        compiled = {name: f for name, f in compiled.items() if "compiled" not in name}
+    if not item.peers:
+        functions, compiled = (
+            {name: f for name, f in some.items() if name.startswith("dam")} for some in (functions, compiled)
+        )
+    return dataclasses.replace(case, functions=functions, compiled=compiled)
+
+
+def table_form(item: Item, label: str, device: torch.device) -> str | None:
+    """The form that the table of kernel sizes chooses for a case of a linear op, for its gradient if it has one."""
+    if item.op not in LINEAR_OPS:
+        return None
+    from dam.kernels import configs
+
+    sizes = {**harness.sizes_of(harness.cases_of(item.op)), **item.sizes}
+    values = configs.lookup(item.op, device, item.dtype.itemsize, sizes["rows"], sizes["vocabulary"])
+    forward, frozen, trained = tune.FORM_KEYS
+    return values[trained if "trained" in label else frozen if "frozen" in label else forward]
+
+
+def commit() -> str | None:
+    """Commit of this checkout, marked if files differ from it; None where git does not say."""
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(CHECKOUT), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def why_not_installed() -> str | None:
+    """Why `import dam` and its kernels would not be those of this checkout, or None."""
+    code = "import dam, dam.kernels, dam._cpu; print(dam.__file__, dam.kernels.__file__, dam._cpu.__file__, sep='\\n')"
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=elsewhere)
+    if done.returncode != 0:
+        return (done.stderr.strip().splitlines() or ["the import failed"])[-1]
+    outside = [path for path in done.stdout.splitlines() if CHECKOUT not in Path(path).resolve().parents]
+    return f"{outside[0]} is not of this checkout" if outside else None
+
+
+def install() -> None:
+    """Builds the C++ extension and installs this checkout in place, without network.
+
+    Raises:
+        RuntimeError: it failed; the message holds pip's last lines.
+    """
+    options = ("--no-build-isolation", "--no-deps", "--disable-pip-version-check", "--editable", str(CHECKOUT))
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-20:]))
+
+
+def run_tests(log: Path, limit: float, paths: Sequence[str] = ("tests/ops",)) -> tuple[bool, str]:
+    """Whether the tests passed within the limit, in seconds, and pytest's closing line; all that it prints into log."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of their time goes into compiling kernels
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=CHECKOUT, start_new_session=True)
+        try:
+            status: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = None
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    closing = lines[-1].strip("= ") if lines else "pytest printed nothing"
+    if status is None:
+        closing = f"not finished after {limit:.0f} s; its last line: {closing}"
+    return status == 0, closing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _options(arguments)
+    if not torch.cuda.is_available():
+        return _error("torch sees no GPU here, so nothing was measured")
+    if _triton.INTERPRETED:
+        return _error("TRITON_INTERPRET=1 is set, so kernels would not run on the GPU; nothing was measured")
+    if os.environ.get("DAM_LINEAR_FORM"):
+        return _error("DAM_LINEAR_FORM is set, so no other form could be measured; nothing was measured")
+    if (reason := why_not_installed()) is not None:
+        print(f"Installing this checkout: {reason}", flush=True)
+        try:
+            install()
+        except RuntimeError as error:
+            return _error(f"this checkout could not be installed, so nothing was measured:\n{error}")
+        if (reason := why_not_installed()) is not None:
+            return _error(f"the installed package does not import, so nothing was measured: {reason}")
+        # Anew, since this process has looked for the package before it was there. The last of two equal options counts.
+        left = ["--budget", str(options.budget - (time.monotonic() - started))]
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *arguments, *left])
+    machine = Gpu()
+    output = options.output or report.RESULTS / report.slug(machine.facts()["gpu"])
+    run = Run(machine, output, options.budget, options.repeats, started)
+    if options.tune:
+        text = run.tune([job for job in tune.jobs() if job.op in options.only])
+    else:
+        if options.tests:
+            passed, run.tests = run_tests(output / "tests.txt", options.tests_limit)
+            print(f"tests/ops: {run.tests}", flush=True)
+            if not passed:
+                run.failures.append(f"tests/ops: {run.tests} ({output / 'tests.txt'})")
+        text = run.measure([item for item in plan() if item.op in options.only])
+    print(f"\nJSON and PNG: {output}\n\n{text}", end="", flush=True)
+    return 1 if run.failures else 0
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def ops(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in OPS]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no op {unknown[0]!r} to measure; there are {', '.join(OPS)}")
+        return text.split(",")
+
+    add = parser.add_argument
+    add("--only", metavar="OP,OP", type=ops, default=list(OPS), help="operations to measure (default: all)")
+    add("--output", metavar="DIR", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
+    add("--budget", metavar="SECONDS", type=float, default=BUDGET, help="begin nothing after it (default: %(default)g)")
+    add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")
+    add("--no-tests", dest="tests", action="store_false", help="leave out tests/ops")
+    add(
+        "--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for tests/ops (default: %(default)g)"
+    )
+    add("--tune", action="store_true", help="instead: measure candidates for the table of kernels/configs.py")
+    return parser.parse_args(arguments)
+
+
+def _error(sentence: str) -> int:
+    print(f"python -m benchmarks.gpu: {sentence}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
