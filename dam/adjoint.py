@@ -198,6 +198,7 @@ def estimator_loss(
         targets.target,
         targets.weight,
         bias=head.bias,
+        lora=head.lora,
         row_scale=scale,
         exclude=process.mask_token,
     )

@@ -146,6 +146,7 @@ def rollout(
             hidden,
             head.weight,
             bias=head.bias,
+            lora=head.lora,
             exclude=process.mask_token,
             temperature=temperature,
             seed=seed,
@@ -184,6 +185,7 @@ def jump_log_prob(
             head.weight,
             trajectories.token[rows, at],
             bias=head.bias,
+            lora=head.lora,
             exclude=process.mask_token,
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,

@@ -9,16 +9,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dam.ops._head import LoRA
+
 
 class Head(NamedTuple):
-    """The output layer: logits = hidden @ weight^T + bias."""
+    """The output layer: logits = hidden @ (weight + lora's product)^T + bias."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
+    lora: LoRA | None = None
 
     def to(self, dtype: torch.dtype) -> Head:
         """The head in the dtype of the hidden states, which autocast may have changed."""
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        lora = None if self.lora is None else LoRA(self.lora.a.to(dtype), self.lora.b.to(dtype), self.lora.scale)
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), lora)
 
 
 class Denoiser(Protocol):
@@ -84,7 +88,23 @@ class MaskedLM:
 
     def head(self) -> Head:
         layer = self._output_layer()
-        return Head(layer.weight, getattr(layer, "bias", None))
+        return Head(layer.weight, getattr(layer, "bias", None), self._lora(layer))
+
+    def _lora(self, layer: Any) -> LoRA | None:
+        """A PEFT adapter on the output layer itself, whose `weight` is that of the layer below it."""
+        if not self._adapter or not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+            return None
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not names:
+            return None
+        if len(names) > 1:
+            raise ValueError(f"the output layer may have one active LoRA adapter; got {', '.join(names)}")
+        dropout = layer.lora_dropout[names[0]]
+        if layer.training and getattr(dropout, "p", 0.0) > 0.0:
+            raise ValueError(
+                f"a LoRA adapter on the output layer must have lora_dropout=0 in training; got {dropout.p}"
+            )
+        return LoRA(layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]]))
 
 
 class Tabular(nn.Module):

@@ -12,6 +12,7 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
+import dam
 from dam.models import MaskedLM, Tabular
 from tests.architectures import small_sizes
 
@@ -146,6 +147,32 @@ def test_with_its_adapter_off_a_model_is_the_base(tokens):
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)).eval()
     assert not torch.allclose(MaskedLM(adapted).hidden_states(tokens), expected)
     torch.testing.assert_close(MaskedLM(adapted, adapter=False).hidden_states(tokens), expected)
+
+
+def test_an_adapter_on_the_head_is_part_of_it(tokens):
+    """Which PEFT keeps beside the layer's weight: the logits of a forward pass, without the merged head."""
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    torch.manual_seed(0)
+    base = MODELS["bert"]().eval()
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["decoder"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config).eval()
+    logits = adapted(input_ids=tokens).logits.flatten(0, 1)
+    target = logits.argmax(dim=1)
+    for adapter in (True, False):
+        denoiser = MaskedLM(adapted, adapter=adapter)
+        hidden, head = denoiser.hidden_states(tokens).flatten(0, 1), denoiser.head()
+        value = dam.linear_log_prob(hidden, head.weight, target, bias=head.bias, lora=head.lora)
+        expected = torch.log_softmax(logits, 1).gather(1, target[:, None])[:, 0]
+        # Logits near 1 of a small model, in float32.
+        assert torch.allclose(value, expected, atol=1e-5) == adapter
+    adapted.merge_adapter()
+    assert MaskedLM(adapted).head().lora is None
+    adapted.unmerge_adapter()
+    with_dropout = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["decoder"])
+    noisy = peft.get_peft_model(MODELS["bert"](), with_dropout)
+    assert MaskedLM(noisy.eval()).head().lora is not None
+    with pytest.raises(ValueError, match=r"must have lora_dropout=0 in training; got 0\.5"):
+        MaskedLM(noisy.train()).head()
 
 
 def test_a_table_has_a_row_for_every_state():
