@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 
 import dam
 from dam.adjoint import ESTIMATORS, NORMALIZERS
-from dam.ops import _backend, _cpu
+from dam.ops import _backend, _cpu, _triton
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +37,19 @@ def info() -> str:
     lines = [f"dam {dam.__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
     for name in _backend.BACKENDS:
         reason = _backend.why_unavailable(name)
-        detail = f", instruction set {_cpu.isa()}, {torch.get_num_threads()} threads" if name == "cpu" else ""
-        lines.append(f"{name:7}" + (f"available{detail}" if reason is None else f"not available: {reason}"))
+        lines.append(f"{name:7}" + (f"available{_detail(name)}" if reason is None else f"not available: {reason}"))
     return "\n".join(lines)
+
+
+def _detail(backend: str) -> str:
+    """What an available backend runs on."""
+    if backend == "cpu":
+        return f", instruction set {_cpu.isa()}, {torch.get_num_threads()} threads"
+    if backend == "triton":
+        version = importlib.metadata.version("triton")
+        where = "interpreted on the CPU" if _triton.INTERPRETED else torch.cuda.get_device_name()
+        return f", Triton {version}, {where}"
+    return ""
 
 
 def _add_sudoku(commands: argparse._SubParsersAction) -> None:

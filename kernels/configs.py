@@ -54,8 +54,11 @@ FAMILY |= dict.fromkeys(("linear_jump", "linear_log_prob", "linear_matching_loss
 #   cache_mb  and more while their rows fit, as each is read twice
 #   points, lines, depth, walk_warps  a program's part of a lattice, and its step over the points it reaches
 #   chunk_mb  float64 states between dimensions, which should stay in the L2 cache
+# formed_gradient:
+#   elements  entries of a gradient that a program scales
 TABLE: tuple[Row, ...] = (
     Row("rows", {"elements": 8192, "programs": 512, "warps": 8, "stages": 1}),
+    Row("rows", {"elements": 2048, "warps": 2}, rows=8),
     Row("rows", {"elements": 2**20, "programs": 1}, gpu=INTERPRETER),
     Row("linear", {"form": "chunked", "frozen_form": "chunked", "trained_form": "fused"}),
     Row("linear", {"chunk_mb": 32, "merge_rows": 1, "group": 8}),
@@ -65,6 +68,8 @@ TABLE: tuple[Row, ...] = (
     Row("linear", {"warps": 4}, rows=16),
     Row("linear_jump", {"block_rows": 64}),  # a race of more rows would not fit the registers
     Row("linear", {"block_rows": 256, "block_columns": 512, "block_depth": 64, "merge_rows": 256}, gpu=INTERPRETER),
+    Row("formed_gradient", {"elements": 16384, "warps": 8}),
+    Row("formed_gradient", {"elements": 2**20}, gpu=INTERPRETER),
     Row("adjoint_weights", {"elements": 1024, "steps": 256, "weights": 512, "warps": 8}),
     Row("adjoint_weights", {"elements": 2**20, "steps": 2**20, "weights": 2**20}, gpu=INTERPRETER),
     Row("tilt_to_ess", {"elements": 512, "warps": 4}, element_bytes=(2, 4, 8)),

@@ -24,6 +24,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 WORD = tl.constexpr(2.0**-32)
 INF = tl.constexpr(math.inf)
+# Parameters whose values differ from call to call: Triton is not to compile a kernel anew for each that is 1 or that 16
+# divides. A kernel need not have them all.
+VARYING = (
+    "rows", "slots", "samples", "tiles", "blocks", "first", "last", "split_tiles", "row_blocks", "first_row",
+    "last_row",
+)  # fmt: skip
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dam.kernels import core
+from dam.kernels import configs, core
 from dam.kernels.launch import launch
 
 
@@ -25,9 +25,9 @@ def scale(
     factor: Tensor,  # []
 ) -> Tensor:
     """gradient * factor in place, without waiting for the device to learn the factor."""
-    block = 2**20 if gradient.device.type == "cpu" else 16384
+    config = configs.lookup("formed_gradient", gradient.device, gradient.element_size(), 0, 0)
     launch(
-        scale_kernel, (triton.cdiv(gradient.numel(), block),), gradient=gradient, factor=factor,
-        count=gradient.numel(), BLOCK=block, warps=8,
+        scale_kernel, (triton.cdiv(gradient.numel(), config["elements"]),), gradient=gradient, factor=factor,
+        count=gradient.numel(), BLOCK=config["elements"], warps=config["warps"],
     )  # fmt: skip
     return gradient

@@ -123,7 +123,7 @@ def summary_of_rows(x, c_high, c_low, UNIT: tl.constexpr):
     return top, core.excess_of(tl.sum(e, axis=1), rest), e
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=[*core.VARYING, "seed_low", "seed_high"])
 def summary_kernel(
     hidden,  # [T, D]
     hidden_stride,
@@ -249,7 +249,7 @@ def summary_kernel(
             tl.store(logit + out, won, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=core.VARYING)
 def gradient_kernel(
     hidden,  # [T, D]
     hidden_stride,

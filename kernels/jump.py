@@ -153,7 +153,7 @@ def finish(
         tl.atomic_min(first_bad + tl.zeros(row.shape, tl.int32), row, mask=once & (reachable == 0))
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "last"])
+@triton.jit(do_not_specialize=[*core.VARYING, "seed_low", "seed_high"])
 def jump_kernel(
     logits,  # [T, columns of tiles first .. last]
     logits_stride,

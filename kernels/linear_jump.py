@@ -55,7 +55,7 @@ def gather_tiles(
         tl.store(tile_excess + out, (total - 1.0).to(tl.float32), mask=stored)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=[*core.VARYING, "seed_low", "seed_high"])
 def race_kernel(
     block_max,  # [T, blocks]
     block_excess,

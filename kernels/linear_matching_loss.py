@@ -14,7 +14,7 @@ from dam.kernels import core, head, matching_loss
 from dam.kernels.launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=core.VARYING)
 def finish_kernel(
     exclude,  # [T], or None
     exclude_stride,

@@ -17,7 +17,7 @@ from dam.kernels.core import INF, TILE
 from dam.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(do_not_specialize=core.VARYING)
 def log_prob_kernel(
     logits,  # [T, columns of tiles first .. last], or None: then `value` holds the logits of all targets
     logits_stride,
@@ -109,7 +109,7 @@ def log_prob_kernel(
                 tl.store(at, x, mask=stored & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=core.VARYING)
 def log_prob_backward_kernel(
     grad,  # [T, J], any strides
     grad_stride,

@@ -209,7 +209,7 @@ def finish_rows(
     return scale * loss, scale, reference, coefficient, base_reference, coefficient_of(scale, w_base, base_rate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=core.VARYING)
 def matching_loss_kernel(
     logits,  # [T, V]
     logits_stride,

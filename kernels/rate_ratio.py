@@ -15,7 +15,7 @@ from dam.kernels.core import INF, TILE
 from dam.kernels.launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=core.VARYING)
 def rate_ratio_kernel(
     logits,  # [T, V]
     logits_stride,
