@@ -251,20 +251,21 @@ def merge_tiles(tile_max, tile_excess, offset, tiles, scale, BLOCK: tl.constexpr
 
     A NaN or +inf among the logits shows as a NaN sum, a row with nothing to reach as the sum 0.
     """
+    # Reduced after the loops: inside one, Triton 3.6 fails to compile a sum that is used twice.
     index = tl.arange(0, BLOCK)[None, :]
-    top = tl.full(offset.shape, -INF, tl.float32)
+    tops = tl.full((offset.shape[0], BLOCK), -INF, tl.float32)
     for first in range(0, tiles, BLOCK):
         inside = first + index < tiles
-        maxima = tl.load(tile_max + offset[:, None] + first + index, mask=inside, other=-INF)
-        top = tl.maximum(top, tl.max(maxima, axis=1))
-    total = tl.zeros(offset.shape, tl.float64)
+        tops = tl.maximum(tops, tl.load(tile_max + offset[:, None] + first + index, mask=inside, other=-INF))
+    top = tl.max(tops, axis=1)
+    totals = tl.zeros((offset.shape[0], BLOCK), tl.float64)
     reference = pivot(top).to(tl.float64)[:, None]
     for first in range(0, tiles, BLOCK):
         inside = first + index < tiles
         maxima = tl.load(tile_max + offset[:, None] + first + index, mask=inside, other=-INF).to(tl.float64)
         excess = tl.load(tile_excess + offset[:, None] + first + index, mask=inside, other=-1.0).to(tl.float64)
-        total += tl.sum((1.0 + excess) * tl.exp(scale * (maxima - reference)), axis=1)
-    return top, total
+        totals += (1.0 + excess) * tl.exp(scale * (maxima - reference))
+    return top, tl.sum(totals, axis=1)
 
 
 @triton.jit
@@ -277,7 +278,7 @@ def total_rate(tile_max, tile_excess, offset, tiles, BLOCK: tl.constexpr):
 @triton.jit
 def float64_of(high, low):
     """A float64 that came as two float32 arguments: Triton passes numbers as float32."""
-    return tl.to_tensor(high).to(tl.float64) + tl.to_tensor(low).to(tl.float64)
+    return tl.full((), 0.0, tl.float64) + high + low
 
 
 # ---- destinations of a row
@@ -327,12 +328,12 @@ def weight_at(
     SLOTS: tl.constexpr,
 ):
     """Sum of the weights of all slots of a row whose target is t, float64 [lanes, SLOTS]: targets may repeat."""
-    total = tl.zeros(t.shape, tl.float64)
+    totals = tl.zeros((t.shape[0], SLOTS, SLOTS), tl.float64)
     for first in range(0, count, SLOTS):
         other, _ = load_slots(target, target_stride, slot_stride, row, None, first, count, columns, SLOTS)
         w = load_per_slot(weight, weight_stride, weight_slot_stride, row, first, count, SLOTS)
-        total += tl.sum(tl.where(other[:, None, :] == t[:, :, None], w[:, None, :], 0.0), axis=2)
-    return total
+        totals += tl.where(other[:, None, :] == t[:, :, None], w[:, None, :], 0.0)
+    return tl.sum(totals, axis=2)
 
 
 @triton.jit

@@ -152,12 +152,12 @@ def log_prob_backward_kernel(
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
     scale = core.float64_of(scale_high, scale_low)
     reference = tl.load(log_escape + row).to(tl.float64) / scale
-    outflow = tl.zeros(row.shape, tl.float64)
+    asked = tl.zeros((ROWS, SLOTS), tl.float64)
     for slot in range(0, slots, SLOTS):
         _, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
         upstream = core.load_per_slot(grad, grad_stride, grad_slot_stride, row, slot, slots, SLOTS)
-        outflow += tl.sum(tl.where(counted, upstream, 0.0), axis=1)
-    coefficient = core.clamp_to_float32(scale * outflow)
+        asked += tl.where(counted, upstream, 0.0)
+    coefficient = core.clamp_to_float32(scale * tl.sum(asked, axis=1))
 
     # The targets of these tiles before anything is written: the gradient may take the place of the logits.
     for slot in range(0, slots, SLOTS):

@@ -64,7 +64,7 @@ def merge_cross(
     tile_max, base_max, base_excess, tile_cross, offset, tiles, reference, base_top, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Over whole rows: sum of exp(b - base_top) (x - reference), float64 [lanes]."""
-    total = tl.zeros(offset.shape, tl.float64)
+    totals = tl.zeros((offset.shape[0], BLOCK), tl.float64)
     index = tl.arange(0, BLOCK)[None, :]
     for first in range(0, tiles, BLOCK):
         inside = first + index < tiles
@@ -75,9 +75,8 @@ def merge_cross(
         cross = tl.load(tile_cross + at, mask=inside, other=0.0).to(tl.float64)
         mass = tl.exp(b_top - base_top[:, None])
         # Not 0 * -inf for a tile of which the base reaches nothing.
-        term = tl.where(mass == 0.0, 0.0, mass * (cross + b_sum * (top - reference[:, None])))
-        total += tl.sum(term, axis=1)
-    return total
+        totals += tl.where(mass == 0.0, 0.0, mass * (cross + b_sum * (top - reference[:, None])))
+    return tl.sum(totals, axis=1)
 
 
 @triton.jit
@@ -106,8 +105,8 @@ def loss_of_rows(
     """Loss before row_scale, outflow (what multiplies the model's distribution in the gradient) and the model's rate
     at its largest logit, float64 [lanes] each."""
     log_total = tl.log(total)
-    loss = tl.zeros(row.shape, tl.float64)
-    outflow = base_weight
+    losses = tl.zeros((row.shape[0], SLOTS), tl.float64)
+    weights = tl.zeros((row.shape[0], SLOTS), tl.float64)
     for slot in range(0, slots, SLOTS):
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
         w = core.load_per_slot(weight, weight_stride, weight_slot_stride, row, slot, slots, SLOTS)
@@ -127,8 +126,10 @@ def loss_of_rows(
         # Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
         counted = counted & (w != 0.0)
         felt = counted & ((x != -INF) | (pulled != 0.0))
-        loss += tl.sum(tl.where(felt, w * cost, 0.0), axis=1)
-        outflow += tl.sum(tl.where(counted, w, 0.0), axis=1)
+        losses += tl.where(felt, w * cost, 0.0)
+        weights += tl.where(counted, w, 0.0)
+    loss = tl.sum(losses, axis=1)
+    outflow = base_weight + tl.sum(weights, axis=1)
     if NORMALIZED:
         rate = 1.0 / total
         base_loss = base_weight * (log_total - base_rate * cross)
