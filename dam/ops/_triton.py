@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,35 @@ def why_unavailable() -> str | None:
     if INTERPRETED or torch.cuda.is_available():
         return None
     return "torch sees no GPU, and TRITON_INTERPRET=1, which interprets the kernels on a CPU, is not set"
+
+
+def backward_kolmogorov(
+    terminal: Tensor,
+    kind: str,
+    tensors: list[Tensor],
+    sizes: list[int],
+    duration: float,
+    tol: float,
+    transpose: bool,
+) -> Tensor:
+    from dam.ops import backward_kolmogorov as op  # which imports this module
+
+    if duration == 0.0 or kind in ("low_rank", "dense"):  # a copy, or the library's matmuls
+        return op.reference(terminal, kind, tensors, sizes, duration, tol, transpose)
+    if kind != "lattice":
+        mask_token = sizes[0] if kind == "absorbing" else None
+        stays, moves = math.exp(-duration), -math.expm1(-duration)
+        return launcher("backward_kolmogorov", "closed_form")(terminal, mask_token, stays, moves, transpose)
+    walk = launcher("backward_kolmogorov", "Walk")
+    steps = []
+    for length, inner, periodic, weights in op.walks(sizes, duration, op.tail_of(tol, terminal.shape[1])):
+        if weights is None:  # equal: those of a cycle, whose opposite point is reached from both sides
+            periodic, weights = True, [1 / length] * (length // 2 + 1)
+            weights[-1] /= 2 - length % 2
+        if len(weights) > 1:
+            steps.append(walk(length, inner, periodic, weights))
+    steps = steps or [walk(terminal.shape[1], 1, False, [1.0])]
+    return launcher("backward_kolmogorov", "lattice")(terminal, steps, workspace=_rows.workspace_bytes() // 2)
 
 
 # ---- ops that contain the matmul with a head

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dam import generators
-from dam.ops import _backend, _checks, _cpu, _rows
+from dam.ops import _backend, _checks, _cpu, _rows, _triton
 
 
 def backward_kolmogorov(
@@ -102,7 +102,7 @@ Advance = Callable[[Tensor], Tensor]
 Filter = Callable[[Tensor, bool, list[float]], Tensor]
 
 
-def _torch(
+def reference(
     terminal: Tensor,
     kind: str,
     tensors: list[Tensor],
@@ -129,8 +129,7 @@ def in_float64(
     if duration == 0.0:
         return result.copy_(terminal)
     rows, columns = terminal.shape
-    # What is neglected, as a share of the largest entry. The transpose bounds sums rather than entries: hence V.
-    tail = tol * 1e-30 / columns
+    tail = tail_of(tol, columns)
     if kind == "uniform":
         advance = _uniform(duration)
     elif kind == "absorbing":
@@ -176,15 +175,11 @@ def _absorbing(mask_token: int, duration: float, transpose: bool) -> Advance:
 
 def _lattice(sizes: list[int], duration: float, tail: float, filter_lines: Filter) -> Advance:
     """exp of a sum over dimensions of commuting walks: one walk after the other. Symmetric, so its own transpose."""
-    dims = len(sizes) // 2
-    shape, periodic = sizes[:dims], [bool(p) for p in sizes[dims:]]
-    taps = [_walk_taps(n, p, duration, tail / dims) for n, p in zip(shape, periodic, strict=True)]
+    steps = walks(sizes, duration, tail)
 
     def advance(state: Tensor) -> Tensor:
         rows, columns = state.shape
-        inner = columns
-        for length, wraps, weights in zip(shape, periodic, taps, strict=True):
-            inner //= length
+        for length, inner, wraps, weights in steps:
             lines = state.reshape(rows * columns // (length * inner), length, inner)
             if weights is None:
                 state = lines.mean(dim=1, keepdim=True).expand(lines.shape)
@@ -194,6 +189,21 @@ def _lattice(sizes: list[int], duration: float, tail: float, filter_lines: Filte
         return state
 
     return advance
+
+
+def walks(sizes: list[int], duration: float, tail: float) -> list[tuple[int, int, bool, list[float] | None]]:
+    """Of each dimension: its length, the distance of neighbours, whether it is periodic, and the walk's weights."""
+    dims = len(sizes) // 2
+    inner, result = math.prod(sizes[:dims]), []
+    for length, periodic in zip(sizes[:dims], sizes[dims:], strict=True):
+        inner //= length
+        result.append((length, inner, bool(periodic), _walk_taps(length, bool(periodic), duration, tail / dims)))
+    return result
+
+
+def tail_of(tol: float, columns: int) -> float:
+    """What is neglected, as a share of the largest entry. The transpose bounds sums rather than entries: hence V."""
+    return tol * 1e-30 / columns
 
 
 def _walk_taps(length: int, periodic: bool, duration: float, tail: float) -> list[float] | None:
@@ -373,7 +383,7 @@ def _poisson(mean: float, tail: float) -> tuple[int, list[float]]:
     return k, [w / total for w in weights]
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.backward_kolmogorov}
+_IMPLEMENTATIONS = {"torch": reference, "cpu": _cpu.backward_kolmogorov, "triton": _triton.backward_kolmogorov}
 
 
 def outputs(terminal: Tensor) -> Tensor:

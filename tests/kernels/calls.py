@@ -6,6 +6,8 @@ Made on CPU tensors while launches are recorded, so nothing runs and only what i
 import torch
 
 from dam.kernels import (
+    adjoint_weights,
+    backward_kolmogorov,
     configs,
     core,
     formed_gradient,
@@ -17,6 +19,7 @@ from dam.kernels import (
     log_prob,
     matching_loss,
     rate_ratio,
+    tilt_to_ess,
 )
 
 SEED = torch.tensor(1)
@@ -122,7 +125,36 @@ def formed_gradients():
         formed_gradient.scale(torch.empty(64, LLADA, dtype=dtype), torch.ones(()))
 
 
+def adjoint_weights_of_groups():
+    for dtype in DTYPES:
+        for steps in (1, 256):
+            gain, cost = torch.empty(64, 16, steps, dtype=dtype), torch.empty(64, 16)
+            adjoint_weights.adjoint_weights(gain, cost, None, None)
+            adjoint_weights.adjoint_weights(gain, cost, gain, 2.0)
+
+
+def tilts():
+    for dtype, size in ((torch.float32, 16), (torch.float64, 16), (torch.float32, 1024)):
+        tilt_to_ess.tilt_to_ess(torch.empty(64, size, dtype=dtype), 4.0, 1.0)
+
+
+def backward_kolmogorovs():
+    for dtype in DTYPES:
+        for count in (1, 64, 1024):
+            x = rows_of(count, LLADA, dtype)
+            backward_kolmogorov.closed_form(x, None, 0.5, 0.5, False)
+            backward_kolmogorov.closed_form(x, 3, 0.5, 0.5, True)
+        backward_kolmogorov.closed_form(rows_of(64, 100, dtype), None, 0.5, 0.5, False)
+        for periodic in (False, True):
+            walks = [backward_kolmogorov.Walk(91, 91, periodic, [0.1] * 20)]
+            walks.append(backward_kolmogorov.Walk(91, 1, periodic, [0.1] * 20))
+            backward_kolmogorov.lattice(rows_of(64, 91 * 91, dtype), walks, workspace=WORKSPACE)
+
+
 CALLS = [
+    adjoint_weights_of_groups,
+    tilts,
+    backward_kolmogorovs,
     formed_gradients,
     jumps,
     log_probs,

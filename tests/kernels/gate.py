@@ -64,7 +64,7 @@ def source(launch: launching.Launch) -> ASTSource:
             if value % 16 == 0 and name not in plain:
                 attributes[(i,)] = divisible
         else:
-            signature[name] = "fp32"
+            signature[name] = launch.kernel.params[i].annotation_type or "fp32"
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
