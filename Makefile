@@ -11,8 +11,9 @@ demo: install
 	$(BIN)/dam info
 	$(BIN)/dam sudoku
 
+# A process per core, of one thread each: most tests are Python, and threads of two processes would wait for each other.
 test: install-dev lint
-	$(BIN)/python -m pytest -q -p no:cacheprovider --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
 
 lint: install-dev
 	$(BIN)/ruff check dam kernels tests benchmarks setup.py

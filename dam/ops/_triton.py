@@ -59,7 +59,7 @@ def backward_kolmogorov(
     from dam.ops import backward_kolmogorov as op  # which imports this module
 
     if duration == 0.0 or kind in ("low_rank", "dense"):  # a copy, or the library's matmuls
-        return op.reference(terminal, kind, tensors, sizes, duration, tol, transpose)
+        return op._torch(terminal, kind, tensors, sizes, duration, tol, transpose)
     if kind != "lattice":
         mask_token = sizes[0] if kind == "absorbing" else None
         stays, moves = math.exp(-duration), -math.expm1(-duration)

@@ -102,7 +102,7 @@ Advance = Callable[[Tensor], Tensor]
 Filter = Callable[[Tensor, bool, list[float]], Tensor]
 
 
-def reference(
+def _torch(
     terminal: Tensor,
     kind: str,
     tensors: list[Tensor],
@@ -383,7 +383,7 @@ def _poisson(mean: float, tail: float) -> tuple[int, list[float]]:
     return k, [w / total for w in weights]
 
 
-_IMPLEMENTATIONS = {"torch": reference, "cpu": _cpu.backward_kolmogorov, "triton": _triton.backward_kolmogorov}
+_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.backward_kolmogorov, "triton": _triton.backward_kolmogorov}
 
 
 def outputs(terminal: Tensor) -> Tensor:
