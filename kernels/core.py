@@ -27,9 +27,9 @@ INF = tl.constexpr(math.inf)
 # Parameters whose values differ from call to call: Triton is not to compile a kernel anew for each that is 1 or that 16
 # divides. A kernel need not have them all.
 VARYING = (
-    "rows", "slots", "samples", "tiles", "blocks", "first", "last", "split_tiles", "row_blocks", "first_row",
-    "last_row",
-)  # fmt: skip
+    *("rows", "slots", "samples", "sample_blocks", "tiles", "blocks"),
+    *("first", "last", "split_tiles", "row_blocks", "first_row", "last_row"),
+)
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 

@@ -144,7 +144,7 @@ def summary_kernel(
     target,  # [T, J], or None
     target_stride,
     slot_stride,
-    at_target,  # [T, J]: logits of the targets
+    target_logit,  # [T, J]: logits of the targets
     row_ids,  # [T], or None
     row_ids_stride,
     seed,
@@ -208,7 +208,7 @@ def summary_kernel(
             # Few blocks hold a target of their rows.
             if tl.max(here.to(tl.int32), axis=0) > 0:
                 chosen = tl.sum(tl.where(column[None, :] == t[:, None], x, 0.0), axis=1)
-                tl.store(at_target + row * slots + slot, chosen, mask=here)
+                tl.store(target_logit + row * slots + slot, chosen, mask=here)
     if base_hidden is not None:
         b = logits_of(
             base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, excluded,
@@ -436,10 +436,10 @@ def summarise(
     *,
     base: Head | None = None,
     target: Tensor | None = None,
-    at_target: Tensor | None = None,
+    target_logit: Tensor | None = None,
     race: dict[str, Any] | None = None,
 ) -> Summary:
-    """Runs summary_kernel. Logits of targets go to `at_target`; `race` holds what a race takes and gives, by name."""
+    """Runs summary_kernel. Logits of targets go to `target_logit`; `race` holds by name what a race takes and gives."""
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
     blocks = blocks_of(op, head.hidden, rows, columns)
     block_max, block_excess = core.summaries(head.hidden, blocks.column_blocks)
@@ -453,7 +453,7 @@ def summarise(
     launch(
         summary_kernel, (blocks.row_blocks * blocks.column_blocks,), **arguments_of(head, base, blocks),
         exclude=exclude, exclude_stride=core.stride_of(exclude), target=target, target_stride=core.stride_of(target),
-        slot_stride=0 if target is None else target.stride(1), at_target=at_target, block_max=block_max,
+        slot_stride=0 if target is None else target.stride(1), target_logit=target_logit, block_max=block_max,
         block_excess=block_excess, base_max=base_max, base_excess=base_excess, cross=cross, rows=rows,
         columns=columns, slots=0 if target is None else target.shape[1], c_high=scale.c_high, c_low=scale.c_low,
         UNIT=scale.UNIT, **(nothing if race is None else race), **blocks.options,

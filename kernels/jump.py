@@ -174,6 +174,7 @@ def jump_kernel(
     rows,
     columns,
     samples,
+    sample_blocks,
     first,
     last,
     tiles,
@@ -195,7 +196,8 @@ def jump_kernel(
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    # Blocks of samples lie in the first dimension of the grid too: the others hold 65,535 programs only.
+    first_row = (tl.program_id(0) // sample_blocks).to(tl.int64) * ROWS
     if SUM:
         lane_row = first_row + tl.arange(0, ROWS * TILES) // TILES
         valid = lane_row < rows
@@ -217,7 +219,7 @@ def jump_kernel(
     if RACE:
         lane = tl.arange(0, ROWS * SAMPLES)
         row = first_row + lane // SAMPLES
-        sample = tl.program_id(1) * SAMPLES + lane % SAMPLES
+        sample = tl.program_id(0) % sample_blocks * SAMPLES + lane % SAMPLES
         valid = (row < rows) & (sample < samples)
         row = tl.minimum(row, rows - 1)
         offset = row * logits_stride - first.to(tl.int64) * TILE
@@ -315,11 +317,13 @@ class Draw:
             "BLOCK": core.block_of(self.tiles),
         }  # fmt: skip
         if together:
-            launch(jump_kernel, (g.blocks, 1), SUM=True, RACE=True, **arguments, **g.options)
+            launch(jump_kernel, (g.blocks, 1), SUM=True, RACE=True, sample_blocks=1, **arguments, **g.options)
         else:
-            launch(jump_kernel, (g.blocks, g.splits), SUM=True, RACE=False, **arguments, **g.options)
-            samples = triton.cdiv(self.samples, SAMPLES)
-            launch(jump_kernel, (g.blocks, samples), SUM=False, RACE=True, **arguments, **g.options)
+            split = (g.blocks, g.splits)
+            launch(jump_kernel, split, SUM=True, RACE=False, sample_blocks=1, **arguments, **g.options)
+            count = triton.cdiv(self.samples, SAMPLES)
+            grid = (g.blocks * count, 1)
+            launch(jump_kernel, grid, SUM=False, RACE=True, sample_blocks=count, **arguments, **g.options)
 
     def bad_row(self) -> int:
         """The first row that cannot be sampled, or -1; with check, waits for the device."""

@@ -30,7 +30,7 @@ def linear_log_prob(
         )  # fmt: skip
         summary = head.summarise(
             "linear_log_prob", whole.part(part), lookup.exclude, lookup.scale, target=lookup.target,
-            at_target=lookup.value,
+            target_logit=lookup.value,
         )  # fmt: skip
         lookup.finish(summary.block_max, summary.block_excess)
     return value, log_escape

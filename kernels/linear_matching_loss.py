@@ -33,7 +33,7 @@ def finish_kernel(
     base_max,
     base_excess,
     cross,
-    at_target,  # [T, J]: logits of the targets
+    target_logit,  # [T, J]: logits of the targets
     row_loss,  # float64 [T]
     pull,  # float64 [T, J]: what each target takes off the gradient
     reference,  # float64 [T], see gradient_kernel
@@ -56,9 +56,9 @@ def finish_kernel(
     if exclude is not None:
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
     loss, scale, at, factor, base_at, base_factor = matching_loss.finish_rows(
-        None, 0, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, base_weight,
+        target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, base_weight,
         base_weight_stride, row_scale, row_scale_stride, block_max, block_excess, base_max, base_excess, cross,
-        at_target, row, excluded, rows, columns, slots, blocks, NORMALIZED, SLOTS, BLOCK,
+        target_logit, row, excluded, rows, columns, slots, blocks, NORMALIZED, SLOTS, BLOCK,
     )  # fmt: skip
     tl.store(row_loss + row, loss, mask=valid)
     tl.store(reference + row, at, mask=valid)
@@ -97,10 +97,10 @@ def linear_matching_loss(
     coefficient, base_coefficient = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.float32)
     for part in head.summary_chunks(op, whole, 8 if base is None else 20, workspace):
         some = None if exclude is None else exclude[part]
-        at_target = empty(*target[part].shape, dtype=torch.float32)
+        target_logit = empty(*target[part].shape, dtype=torch.float32)
         summary = head.summarise(
             op, whole.part(part), some, core.scale_of(1.0), base=None if whole_base is None else whole_base.part(part),
-            target=target[part], at_target=at_target,
+            target=target[part], target_logit=target_logit,
         )  # fmt: skip
         some_base_weight = None if base_weight is None else base_weight[part]
         g = core.geometry("matching_loss", whole.hidden[part], columns)
@@ -110,7 +110,7 @@ def linear_matching_loss(
             weight_stride=weight.stride(0), weight_slot_stride=weight.stride(1), base_weight=some_base_weight,
             base_weight_stride=core.stride_of(some_base_weight), row_scale=row_scale[part],
             row_scale_stride=row_scale.stride(0), block_max=summary.block_max, block_excess=summary.block_excess,
-            base_max=summary.base_max, base_excess=summary.base_excess, cross=summary.cross, at_target=at_target,
+            base_max=summary.base_max, base_excess=summary.base_excess, cross=summary.cross, target_logit=target_logit,
             row_loss=row_loss[part], pull=pull[part], reference=reference[part], coefficient=coefficient[part],
             base_reference=base_reference[part], base_coefficient=base_coefficient[part],
             rows=part.stop - part.start, columns=columns, slots=target.shape[1], blocks=summary.blocks,

@@ -122,7 +122,7 @@ def log_prob_backward_kernel(
     target_stride,
     slot_stride,
     log_escape,  # [T]
-    at_target,  # [T, J]: workspace for the gradient at the targets
+    target_gradient,  # [T, J]: the gradient at the targets
     gradient,  # [T, V], may be the logits
     gradient_stride,
     rows,
@@ -170,7 +170,7 @@ def log_prob_backward_kernel(
         pushed = core.share(x, coefficient[:, None], reference[:, None], c_high, c_low, UNIT)
         index = slot + tl.arange(0, SLOTS)[None, :]
         result = (scale * pulled - pushed.to(tl.float64)).to(tl.float32)
-        tl.store(at_target + row[:, None] * slots + index, result, mask=valid[:, None] & here)
+        tl.store(target_gradient + row[:, None] * slots + index, result, mask=valid[:, None] & here)
     tl.debug_barrier()
 
     lane = tl.arange(0, ROWS * TILES)
@@ -195,7 +195,7 @@ def log_prob_backward_kernel(
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
         here = valid[:, None] & counted & (t >= begin * TILE) & (t < end * TILE)
         index = slot + tl.arange(0, SLOTS)[None, :]
-        result = tl.load(at_target + row[:, None] * slots + index, mask=here)
+        result = tl.load(target_gradient + row[:, None] * slots + index, mask=here)
         tl.store(
             gradient + row[:, None] * gradient_stride + t, core.rounded(result, gradient.dtype.element_ty), mask=here
         )
@@ -288,7 +288,7 @@ def log_prob_backward(
         logits=logits, logits_stride=logits.stride(0),
         exclude=exclude, exclude_stride=core.stride_of(exclude),
         target=target, target_stride=target.stride(0), slot_stride=target.stride(1),
-        log_escape=log_escape.contiguous(), at_target=grad.new_empty(grad.shape, dtype=torch.float32),
+        log_escape=log_escape.contiguous(), target_gradient=grad.new_empty(grad.shape, dtype=torch.float32),
         gradient=gradient, gradient_stride=gradient.stride(0), rows=logits.shape[0], columns=logits.shape[1],
         slots=target.shape[1], split_tiles=g.split_tiles, **core.scale_of(temperature)._asdict(), **g.constants,
         SLOTS=core.slots_of(target.shape[1]), **g.options,

@@ -81,15 +81,13 @@ def merge_cross(
 
 @triton.jit
 def loss_of_rows(
-    x_at,  # logits, or None: then `at_target` holds those of the targets
-    x_stride,
     target,
     target_stride,
     slot_stride,
     weight,
     weight_stride,
     weight_slot_stride,
-    at_target,  # [T, J]
+    target_logit,  # [T, J]: logits of the targets
     row,
     excluded,
     slots,
@@ -110,12 +108,9 @@ def loss_of_rows(
     for slot in range(0, slots, SLOTS):
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
         w = core.load_per_slot(weight, weight_stride, weight_slot_stride, row, slot, slots, SLOTS)
-        if x_at is None:
-            index = slot + tl.arange(0, SLOTS)[None, :]
-            x = tl.load(at_target + row[:, None] * slots + index, mask=counted & (index < slots), other=-INF)
-        else:
-            x = tl.load(x_at + row[:, None] * x_stride + t, mask=counted, other=-INF)
-        x = x.to(tl.float64)
+        index = slot + tl.arange(0, SLOTS)[None, :]
+        at = target_logit + row[:, None] * slots + index
+        x = tl.load(at, mask=counted & (index < slots), other=-INF).to(tl.float64)
         pulled = core.weight_at(
             t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots, columns, SLOTS
         )
@@ -149,8 +144,6 @@ def coefficient_of(scale, factor, rate):
 
 @triton.jit
 def finish_rows(
-    logits,  # [T, V], or None: then `at_target` holds those of the targets
-    logits_stride,
     target,
     target_stride,
     slot_stride,
@@ -166,7 +159,7 @@ def finish_rows(
     base_max,
     base_excess,
     tile_cross,
-    at_target,
+    target_logit,
     row,
     excluded,
     rows,
@@ -199,11 +192,11 @@ def finish_rows(
             tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, crossed_at, base_reference, BLOCK
         )
     loss, outflow, rate = loss_of_rows(
-        logits, logits_stride, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride,
-        at_target, row, excluded, slots, columns, reference, total, w_base, base_rate, cross, NORMALIZED, SLOTS,
+        target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, target_logit, row, excluded,
+        slots, columns, reference, total, w_base, base_rate, cross, NORMALIZED, SLOTS,
     )  # fmt: skip
     if row_scale is None:
-        scale = tl.zeros(row.shape, tl.float64) + 1.0 / rows
+        scale = (tl.zeros(row.shape, tl.float64) + 1.0) / rows
     else:
         scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
     coefficient = coefficient_of(scale, outflow, rate)
@@ -233,7 +226,8 @@ def matching_loss_kernel(
     base_max,
     base_excess,
     tile_cross,
-    at_target,  # [T, J]: workspace for the gradient at the targets
+    target_logit,  # [T, J]: logits of the targets
+    target_gradient,  # [T, J]: the gradient there
     row_loss,  # float64 [T]
     gradient,  # [T, V], or None; may be the logits
     gradient_stride,
@@ -277,30 +271,38 @@ def matching_loss_kernel(
                 end, tile_max, tile_excess, base_max, base_excess, tile_cross, lane_row * tiles, lane_valid,
                 ROWS, TILES, PIECES, WIDTH,
             )  # fmt: skip
+    row = first_row + tl.arange(0, ROWS)
+    valid = row < rows
+    row = tl.minimum(row, rows - 1)
+    excluded = None
+    if exclude is not None:
+        excluded = core.load_excluded(exclude, exclude_stride, row, columns)
+    if SUM:
+        # Kept, since the gradient may take the place of the logits, and all programs of a row need them.
+        for slot in range(0, slots, SLOTS):
+            t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
+            here = counted & (t >= begin * TILE) & (t < end * TILE)
+            x = tl.load(logits + row[:, None] * logits_stride + t, mask=here, other=-INF).to(tl.float32)
+            index = slot + tl.arange(0, SLOTS)[None, :]
+            tl.store(target_logit + row[:, None] * slots + index, x, mask=valid[:, None] & here)
         if FINISH:
-            tl.debug_barrier()  # other threads of the program read the summaries
+            tl.debug_barrier()  # other threads of the program read what was kept
     if FINISH:
-        row = first_row + tl.arange(0, ROWS)
-        valid = row < rows
-        row = tl.minimum(row, rows - 1)
-        excluded = None
-        if exclude is not None:
-            excluded = core.load_excluded(exclude, exclude_stride, row, columns)
         loss, scale, reference, coefficient, base_reference, base_coefficient = finish_rows(
-            logits, logits_stride, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride,
-            base_weight, base_weight_stride, row_scale, row_scale_stride, tile_max, tile_excess, base_max, base_excess,
-            tile_cross, at_target, row, excluded, rows, columns, slots, tiles, NORMALIZED, SLOTS, BLOCK,
+            target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, base_weight,
+            base_weight_stride, row_scale, row_scale_stride, tile_max, tile_excess, base_max, base_excess, tile_cross,
+            target_logit, row, excluded, rows, columns, slots, tiles, NORMALIZED, SLOTS, BLOCK,
         )  # fmt: skip
         split = tl.zeros(row.shape, tl.int32) + tl.program_id(1)
         tl.store(row_loss + row, loss, mask=valid & (split == 0))
         if gradient is not None:
-            # The targets of these tiles before anything is written: the gradient may take the place of the logits.
             for slot in range(0, slots, SLOTS):
                 t, counted = core.load_slots(
                     target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS
                 )
                 here = counted & (t >= begin * TILE) & (t < end * TILE)
-                x = tl.load(logits + row[:, None] * logits_stride + t, mask=here, other=-INF).to(tl.float32)
+                index = slot + tl.arange(0, SLOTS)[None, :]
+                x = tl.load(target_logit + row[:, None] * slots + index, mask=here, other=-INF)
                 result = core.share(x, coefficient[:, None], reference[:, None], 0.0, 0.0, True)
                 if base_logits is not None:
                     b = tl.load(base_logits + row[:, None] * base_stride + t, mask=here, other=-INF).to(tl.float32)
@@ -310,8 +312,7 @@ def matching_loss_kernel(
                     columns, SLOTS,
                 )  # fmt: skip
                 result = (result.to(tl.float64) - scale[:, None] * pulled).to(tl.float32)
-                index = slot + tl.arange(0, SLOTS)[None, :]
-                tl.store(at_target + row[:, None] * slots + index, result, mask=valid[:, None] & here)
+                tl.store(target_gradient + row[:, None] * slots + index, result, mask=valid[:, None] & here)
             tl.debug_barrier()
 
             lane_reference = core.per_lane(reference, TILES)[None, :, None]
@@ -338,7 +339,7 @@ def matching_loss_kernel(
                 )
                 here = valid[:, None] & counted & (t >= begin * TILE) & (t < end * TILE)
                 index = slot + tl.arange(0, SLOTS)[None, :]
-                result = tl.load(at_target + row[:, None] * slots + index, mask=here)
+                result = tl.load(target_gradient + row[:, None] * slots + index, mask=here)
                 at = gradient + row[:, None] * gradient_stride + t
                 tl.store(at, core.rounded(result, gradient.dtype.element_ty), mask=here)
 
@@ -374,7 +375,8 @@ def matching_loss(
         "base_weight": base_weight, "base_weight_stride": core.stride_of(base_weight),
         "row_scale": row_scale, "row_scale_stride": core.stride_of(row_scale),
         "tile_max": tile_max, "tile_excess": tile_excess, "base_max": base_max, "base_excess": base_excess,
-        "tile_cross": tile_cross, "at_target": logits.new_empty(target.shape, dtype=torch.float32),
+        "tile_cross": tile_cross, "target_logit": logits.new_empty(target.shape, dtype=torch.float32),
+        "target_gradient": logits.new_empty(target.shape, dtype=torch.float32),
         "row_loss": row_loss, "gradient": gradient if with_grad else None, "gradient_stride": core.stride_of(gradient),
         "rows": rows, "columns": columns, "slots": target.shape[1], "tiles": tiles, "split_tiles": g.split_tiles,
         "NORMALIZED": normalized, **g.constants, "SLOTS": core.slots_of(target.shape[1]),

@@ -151,7 +151,29 @@ def backward_kolmogorovs():
             backward_kolmogorov.lattice(rows_of(64, 91 * 91, dtype), walks, workspace=WORKSPACE)
 
 
+def ones():
+    """Sizes and strides of 1, which Triton compiles in as constants."""
+    x, index = torch.zeros(1, 1), indices(1, 1)
+    jump.jump(x, index[0], 1.0, 1, SEED, index[0], True)
+    _, log_escape = log_prob.log_prob(x, index, index[0], 1.0)
+    log_prob.log_prob_backward(x, x, index, log_escape, index[0], 2.0)
+    rate_ratio.rate_ratio(x, x, index, None)
+    matching_loss.matching_loss(x, index, x, x, x[0], None, index[0], True, True)
+    of = (x, x, x[0], x, x)
+    with configs.override("linear_jump", form="fused"):
+        linear_jump.linear_jump(of, None, 1.0, 1, SEED, None, True, library=None, workspace=WORKSPACE)
+    _, of_rows = linear_matching_loss.linear_matching_loss(
+        of, index, x, of, x[0], x[0], None, True, workspace=WORKSPACE
+    )
+    one = slice(0, 1)
+    head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))
+    adjoint_weights.adjoint_weights(x[None], x, None, None)
+    tilt_to_ess.tilt_to_ess(x, 1.0, 1.0)
+    backward_kolmogorov.closed_form(x, None, 0.5, 0.5, False)
+
+
 CALLS = [
+    ones,
     adjoint_weights_of_groups,
     tilts,
     backward_kolmogorovs,

@@ -66,6 +66,22 @@ def test_other_ops_do_not_depend_on_tiling():
     assert all(same(result, results[0]) for result in results[1:])
 
 
+def test_a_gradient_may_take_the_place_of_the_logits():
+    """Of rows that programs share, with targets in every part."""
+    logits, target, grad = normal(3, 8000, seed=15), integers(-1, 8000, 3, 40, seed=16), normal(3, 40, seed=17)
+    target[:, 1] = target[:, 0]
+    _, log_escape = log_prob.log_prob(logits, target, None, 1.0)
+    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, None, True, True)
+    for values in TILINGS:
+        with tiled(values):
+            expected = log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
+            x = logits.clone()
+            assert torch.equal(log_prob.log_prob_backward(grad, x, target, log_escape, None, 1.0, x), expected)
+            expected = matching_loss.matching_loss(logits, *arguments)
+            x = logits.clone()
+            assert same(matching_loss.matching_loss(x, *arguments, x), expected)
+
+
 @pytest.mark.parametrize("form", ["fused", "chunked"])
 def test_linear_draws_do_not_depend_on_tiling(form):
     """Rounding of the matmul may differ; few logits are near enough for it to matter (see test_linear_jump.py)."""
