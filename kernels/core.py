@@ -60,7 +60,7 @@ def exponential(high, low):
     large one loses digits.
     """
     u = high.to(tl.float32) * WORD + (low.to(tl.float32) + 0.5) * (WORD * WORD)
-    z = (~high).to(tl.float32) * WORD + ((~low).to(tl.float32) + 0.5) * (WORD * WORD)
+    z = (high ^ 0xFFFFFFFF).to(tl.float32) * WORD + ((low ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (WORD * WORD)
     # z = m 2^k with m in [sqrt(1/2), sqrt(2)); k = 0 for u < 0.29, where m - 1 would have lost the small end.
     bits = z.to(tl.int32, bitcast=True)
     k = (bits - 0x3F3504F3) >> 23
