@@ -156,7 +156,7 @@ def linear_jump(
             None if ids is None else ids[part], check, tuple(x[part] for x in out),
         )  # fmt: skip
         if fused:
-            _race_on_chip(whole.part(part), draw, config)
+            _race_on_chip(whole.part(part), draw, config["merge_rows"])
         else:
             for piece in head.column_chunks(draw.rows, columns, 4, limit):
                 shape = (draw.rows, piece.stop - piece.start)
@@ -171,10 +171,10 @@ def linear_jump(
     return *out, -1
 
 
-def _race_on_chip(of: head.Head, draw: jump.Draw, config: dict[str, Any]) -> None:
+def _race_on_chip(of: head.Head, draw: jump.Draw, merge_rows: int) -> None:
     """Draws from all rows of `of` with two kernels and no logits in memory."""
-    blocks = triton.cdiv(draw.columns, config["block_columns"])
-    shape = (draw.rows, draw.samples, blocks)
+    blocks = head.blocks_of("linear_jump", of.hidden, draw.rows, draw.columns)
+    shape = (draw.rows, draw.samples, blocks.column_blocks)
     race: dict[str, Any] = {
         "row_ids": draw.row_ids, "row_ids_stride": core.stride_of(draw.row_ids), **draw.seed,
         "time": of.hidden.new_empty(shape, dtype=torch.float32),
@@ -182,11 +182,11 @@ def _race_on_chip(of: head.Head, draw: jump.Draw, config: dict[str, Any]) -> Non
         "logit": of.hidden.new_empty(shape, dtype=torch.float32), "samples": draw.samples, "GREEDY": draw.greedy,
     }  # fmt: skip
     summary = head.summarise("linear_jump", of, draw.exclude, draw.scale, race={**race, "RACE": True})
-    ROWS = min(triton.next_power_of_2(draw.rows), config["merge_rows"])
+    ROWS = min(triton.next_power_of_2(draw.rows), merge_rows)
     launch(
         race_kernel, (triton.cdiv(draw.rows, ROWS),), **race, block_max=summary.block_max,
         block_excess=summary.block_excess, tile_max=draw.tile_max, tile_excess=draw.tile_excess, target=draw.target,
         log_prob=draw.log_prob, log_escape=draw.log_escape, first_bad=draw.first_bad, rows=draw.rows,
         blocks=summary.blocks, tiles=draw.tiles, scale_high=draw.scale.scale_high, scale_low=draw.scale.scale_low,
-        PER_TILE=TILE.value // config["block_columns"], ROWS=ROWS, BLOCK=core.block_of(draw.tiles),
+        PER_TILE=TILE.value // blocks.constants["BLOCK_COLUMNS"], ROWS=ROWS, BLOCK=core.block_of(draw.tiles),
     )  # fmt: skip
