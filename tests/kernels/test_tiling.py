@@ -99,6 +99,47 @@ def test_linear_draws_do_not_depend_on_tiling(form):
         assert_close(out.log_prob, expected.log_prob, rtol=2.0**-18, atol=2.0**-18)
 
 
+def test_chunks_of_columns_draw_as_one():
+    """Chunked, a race that a later chunk of columns loses stays decided by an earlier one."""
+    hidden, weight, exclude = normal(12, 16, seed=45), normal(21_000, 16, seed=46), integers(-1, 21_000, 12, seed=47)
+    options = {"exclude": exclude, "num_samples": 3, "seed": 15}
+    with dam.backend("torch"):
+        expected = dam.linear_jump(hidden, weight, **options)
+        greedy = dam.linear_jump(hidden, weight, temperature=0, seed=15)
+    with configs.override("linear_jump", form="chunked", chunk_mb=0.2):  # 6 rows at a time, 8 of 21 tiles
+        out = dam.linear_jump(hidden, weight, **options)
+        assert torch.equal(dam.linear_jump(hidden, weight, temperature=0, seed=15).target, greedy.target)
+    assert torch.equal(out.target, expected.target)
+    assert_close(out.log_prob, expected.log_prob, rtol=2.0**-18, atol=2.0**-18)
+    assert_close(out.log_escape, expected.log_escape, rtol=2.0**-20)
+
+
+def test_blocks_of_trajectories_and_states_change_nothing():
+    """Sums that are carried from block to block, and rows that programs share."""
+    log_ratio, gap, cost = normal(5, 11, 37, seed=48), normal(5, 11, 37, seed=49), normal(5, 11, seed=50)
+    terminal = normal(3, 700, seed=51).exp()
+    lattice = dam.generators.Lattice((20, 35), (True, False))
+
+    def everything():
+        return (
+            *dam.adjoint_weights(log_ratio, cost, escape_gap=gap, clip=0.5),
+            dam.tilt_to_ess(cost, 4.0, max_tilt=3.0),
+            dam.backward_kolmogorov(dam.generators.Uniform(700), terminal, 0.7),
+            dam.backward_kolmogorov(dam.generators.Absorbing(700, 300), terminal, 0.7),
+            dam.backward_kolmogorov(lattice, terminal, 2.0),
+        )
+
+    whole = everything()
+    with (
+        configs.override("adjoint_weights", elements=16, steps=8, weights=4),
+        configs.override("tilt_to_ess", elements=4),
+        configs.override("backward_kolmogorov", elements=128, programs=9, cache_mb=0, points=16, lines=16, depth=16),
+    ):
+        for a, b in zip(everything(), whole, strict=True):
+            # float64 inside, rounded once; tilts are where the ESS crosses a threshold.
+            assert_close(a, b, rtol=2.0**-23, atol=1e-12)
+
+
 @pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H100", "AMD Instinct MI300X"])
 def test_the_sizes_shipped_for_gpus_compute_the_same(gpu):
     """In the interpreter too, where they are slow: on few rows."""
