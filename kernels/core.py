@@ -18,6 +18,8 @@ from torch import Tensor
 from dam.kernels import configs, launch
 
 TILE = tl.constexpr(1024)  # tokens raced together; part of the random stream's contract
+HALF = tl.constexpr(TILE.value // 2)
+NOWHERE = tl.constexpr(2**31 - 1)  # above every tile and column
 TILE_STREAM = tl.constexpr(0)
 TOKEN_STREAM = tl.constexpr(1)
 LOG2E = tl.constexpr(1.4426950408889634)

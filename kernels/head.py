@@ -10,6 +10,7 @@ of single logits; `gradient_kernel` makes the logits again and stores their grad
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dam.kernels import configs, core
-from dam.kernels.core import INF, TILE
+from dam.kernels.core import HALF, INF, NOWHERE, TILE
 from dam.kernels.launch import launch
 
-HALF = tl.constexpr(core.TILE.value // 2)
-NOWHERE = tl.constexpr(2**31 - 1)
+Library = Callable[[slice, slice, Tensor], object]  # writes the logits of rows and columns
 
 
 @triton.jit
@@ -522,3 +522,20 @@ def column_chunks(rows: int, columns: int, bytes_per_logit: int, limit: int) -> 
     """Whole tiles of columns of which those rows' logits fit in `limit` bytes, one tile at the least."""
     step = max(1, limit // (bytes_per_logit * rows * TILE.value)) * TILE.value
     return [slice(at, min(at + step, columns)) for at in range(0, columns, step)]
+
+
+def chunk_memory(hidden: Tensor, parts: list[slice], columns: int, limit: int) -> Tensor:
+    """float32 memory that serves every chunk of logits of these rows, one after another."""
+    most = parts[0].stop if parts else 1  # the first parts are the largest
+    return hidden.new_empty(most * column_chunks(most, columns, 4, limit)[0].stop, dtype=torch.float32)
+
+
+def chunked_logits(
+    library: Library, rows: slice, columns: int, limit: int, memory: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """The first tile of each chunk of columns and its logits [rows, .], valid until the next one is taken."""
+    count = rows.stop - rows.start
+    for piece in column_chunks(count, columns, 4, limit):
+        logits = memory[: count * (piece.stop - piece.start)].view(count, piece.stop - piece.start)
+        library(rows, piece, logits)
+        yield piece.start // TILE.value, logits

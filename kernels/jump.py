@@ -11,11 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dam.kernels import core
-from dam.kernels.core import INF, TILE
+from dam.kernels.core import HALF, INF, NOWHERE, TILE
 from dam.kernels.launch import launch
-
-HALF = tl.constexpr(core.TILE.value // 2)
-NOWHERE = tl.constexpr(2**31 - 1)  # above every tile and token
 
 
 @triton.jit
@@ -245,6 +242,7 @@ def jump_kernel(
             before = tl.load(time + at, mask=valid, other=INF)
             token = tl.load(target + at, mask=valid, other=-1)
             logit = tl.load(log_prob + at, mask=valid, other=-INF)
+            tl.debug_barrier()  # other threads of the program write there
         earlier = arrived < before
         if tl.max(earlier.to(tl.int32), axis=0) > 0:
             drawn = race_tokens(

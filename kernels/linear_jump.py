@@ -8,7 +8,6 @@ Contract: dam/ops/linear_jump.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dam.kernels import configs, core, head, jump
-from dam.kernels.core import INF, TILE
-from dam.kernels.head import NOWHERE
+from dam.kernels.core import INF, NOWHERE, TILE
 from dam.kernels.launch import launch
-
-Library = Callable[[slice, slice, Tensor], object]
 
 
 @triton.jit
@@ -131,22 +127,23 @@ def linear_jump(
     row_ids: Tensor | None,  # [T]
     check: bool,
     *,
-    library: Library,
+    library: head.Library,
     workspace: int,  # bytes
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Its outputs and the first row that cannot be sampled, or -1. `library` writes logits of rows and columns."""
     whole = head.Head(*of)
     hidden, rows, columns = whole.hidden, whole.hidden.shape[0], whole.weight.shape[0]
     config = configs.lookup("linear_jump", hidden.device, hidden.element_size(), rows, columns)
-    fused = head.form_of("linear_jump", hidden, columns) == "fused"
+    bytes_per_block = 8 + 12 * num_samples
+    # Of very many samples not even a row's blocks may fit: then chunked, which keeps nothing for each of them.
+    fits = triton.cdiv(columns, config["block_columns"]) * bytes_per_block <= workspace
+    fused = fits and head.form_of("linear_jump", hidden, columns) == "fused"
     limit = min(workspace, int(config["chunk_mb"] * 2**20))
     if fused:
-        parts = head.summary_chunks("linear_jump", whole, 8 + 12 * num_samples, workspace)
+        parts = head.summary_chunks("linear_jump", whole, bytes_per_block, workspace)
     else:
         parts = head.row_chunks(rows, columns, 4, limit)
-        most = parts[0].stop if parts else 1  # the first parts are the largest
-        width = head.column_chunks(most, columns, 4, limit)[0].stop
-        memory = hidden.new_empty(most * width, dtype=torch.float32)
+        memory = head.chunk_memory(hidden, parts, columns, limit)
     ids = torch.arange(rows, device=hidden.device) if row_ids is None and len(parts) > 1 else row_ids
     out = jump.outputs(hidden, num_samples)
     draws = []
@@ -158,11 +155,8 @@ def linear_jump(
         if fused:
             _race_on_chip(whole.part(part), draw, config["merge_rows"])
         else:
-            for piece in head.column_chunks(draw.rows, columns, 4, limit):
-                shape = (draw.rows, piece.stop - piece.start)
-                logits = memory[: shape[0] * shape[1]].view(shape)
-                library(part, piece, logits)
-                draw.see(logits, piece.start // TILE.value)
+            for first, logits in head.chunked_logits(library, part, columns, limit, memory):
+                draw.see(logits, first)
         draws.append(draw)
     for part, draw in zip(parts, draws, strict=True):
         bad = draw.bad_row()

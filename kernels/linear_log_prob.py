@@ -1,6 +1,8 @@
-"""linear_log_prob, fused: log-probabilities of targets, and the gradient of logits, out of hidden states and head.
+"""linear_log_prob: `log_prob` on the logits of a head, and what their gradient depends on.
 
-Contract: dam/ops/linear_log_prob.py. Its chunked form needs no kernel of its own.
+Fused, the sums and the targets' logits are taken on the chip. Chunked, the library multiplies and log_prob's kernels
+see the logits chunk by chunk, while they are in the cache.
+Contract: dam/ops/linear_log_prob.py.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.kernels import core, head, log_prob
+from dam.kernels import configs, core, head, log_prob
 
 
 def linear_log_prob(
@@ -17,22 +19,32 @@ def linear_log_prob(
     exclude: Tensor | None,  # [T]
     temperature: float,
     *,
+    library: head.Library,
     workspace: int,  # bytes
 ) -> tuple[Tensor, Tensor]:
+    op = "linear_log_prob"
     whole = head.Head(*of)
-    rows, columns = whole.hidden.shape[0], whole.weight.shape[0]
-    value = whole.hidden.new_empty(target.shape, dtype=torch.float32)
-    log_escape = whole.hidden.new_empty((rows,), dtype=torch.float64)
-    for part in head.summary_chunks("linear_log_prob", whole, 8, workspace):
+    hidden, rows, columns = whole.hidden, whole.hidden.shape[0], whole.weight.shape[0]
+    config = configs.lookup(op, hidden.device, hidden.element_size(), rows, columns)
+    fused = head.form_of(op, hidden, columns) == "fused"
+    limit = min(workspace, int(config["chunk_mb"] * 2**20))
+    parts = head.summary_chunks(op, whole, 8, workspace) if fused else head.row_chunks(rows, columns, 4, limit)
+    memory = None if fused else head.chunk_memory(hidden, parts, columns, limit)
+    value = hidden.new_empty(target.shape, dtype=torch.float32)
+    log_escape = hidden.new_empty((rows,), dtype=torch.float64)
+    for part in parts:
         lookup = log_prob.Lookup(
-            whole.hidden[part], columns, target[part], None if exclude is None else exclude[part], temperature,
+            hidden[part], columns, target[part], None if exclude is None else exclude[part], temperature,
             (value[part], log_escape[part]),
         )  # fmt: skip
-        summary = head.summarise(
-            "linear_log_prob", whole.part(part), lookup.exclude, lookup.scale, target=lookup.target,
-            target_logit=lookup.value,
-        )  # fmt: skip
-        lookup.finish(summary.block_max, summary.block_excess)
+        if memory is None:
+            summary = head.summarise(
+                op, whole.part(part), lookup.exclude, lookup.scale, target=lookup.target, target_logit=lookup.value
+            )
+            lookup.finish(summary.block_max, summary.block_excess)
+        else:
+            for first, logits in head.chunked_logits(library, part, columns, limit, memory):
+                lookup.see(logits, first)
     return value, log_escape
 
 

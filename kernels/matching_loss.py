@@ -100,8 +100,8 @@ def loss_of_rows(
     NORMALIZED: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Loss before row_scale, outflow (what multiplies the model's distribution in the gradient) and the model's rate
-    at its largest logit, float64 [lanes] each."""
+    """Loss before row_scale, outflow (what multiplies the model's distribution in the gradient) and the logarithm of
+    the model's rate at its largest logit, float64 [lanes] each."""
     log_total = tl.log(total)
     losses = tl.zeros((row.shape[0], SLOTS), tl.float64)
     weights = tl.zeros((row.shape[0], SLOTS), tl.float64)
@@ -126,20 +126,28 @@ def loss_of_rows(
     loss = tl.sum(losses, axis=1)
     outflow = base_weight + tl.sum(weights, axis=1)
     if NORMALIZED:
-        rate = 1.0 / total
+        log_rate = -log_total
         base_loss = base_weight * (log_total - base_rate * cross)
     else:
-        rate = tl.exp(top)
-        loss += rate * total
+        log_rate = top
+        loss += tl.exp(top) * total
         outflow = tl.zeros(row.shape, tl.float64) + 1.0
         base_loss = -base_weight * (base_rate * cross)
-    return loss + tl.where(base_weight == 0.0, 0.0, base_loss), outflow, rate
+    return loss + tl.where(base_weight == 0.0, 0.0, base_loss), outflow, log_rate
 
 
 @triton.jit
-def coefficient_of(scale, factor, rate):
-    """float32 factor of exp(x - top) in the gradient; 0 where nothing is asked for, whatever the row holds."""
-    return core.clamp_to_float32(tl.where(factor == 0.0, 0.0, scale * factor * rate))
+def coefficient_of(factor, log_rate, reference):
+    """float32 coefficient and float64 reference of factor * exp(log_rate + x - top) = coefficient * exp(x - reference).
+
+    0 where nothing is asked for, whatever the row holds. What float32 cannot hold goes into the reference: only entries
+    that are too large themselves become infinite.
+    """
+    log_size = tl.log(tl.abs(factor)) + log_rate
+    sign = tl.where(factor < 0.0, -1.0, 1.0)
+    held = log_size < 69.0  # 1e30
+    coefficient = tl.where(factor == 0.0, 0.0, tl.where(held, sign * tl.exp(log_size), sign))
+    return coefficient.to(tl.float32), tl.where(held | (factor == 0.0), reference, reference - log_size)
 
 
 @triton.jit
@@ -175,7 +183,7 @@ def finish_rows(
     top, total = core.merge_tiles(tile_max, tile_excess, row * tiles, tiles, 1.0, BLOCK)
     reference = core.pivot(top).to(tl.float64)
     base_reference = tl.zeros(row.shape, tl.float64)
-    base_rate = tl.zeros(row.shape, tl.float64)
+    base_log_rate = tl.zeros(row.shape, tl.float64)
     cross = tl.zeros(row.shape, tl.float64)
     w_base = tl.zeros(row.shape, tl.float64)
     if base_weight is not None:
@@ -183,24 +191,27 @@ def finish_rows(
         base_top, base_total = core.merge_tiles(base_max, base_excess, row * tiles, tiles, 1.0, BLOCK)
         base_reference = core.pivot(base_top).to(tl.float64)
         if NORMALIZED:
-            base_rate = 1.0 / base_total
+            base_log_rate = -tl.log(base_total)
             crossed_at = reference
         else:
-            base_rate = tl.exp(base_reference)
+            base_log_rate = base_reference
             crossed_at = tl.zeros(row.shape, tl.float64)
         cross = merge_cross(
             tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, crossed_at, base_reference, BLOCK
         )
-    loss, outflow, rate = loss_of_rows(
+    loss, outflow, log_rate = loss_of_rows(
         target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, target_logit, row, excluded,
-        slots, columns, reference, total, w_base, base_rate, cross, NORMALIZED, SLOTS,
+        slots, columns, reference, total, w_base, tl.exp(base_log_rate), cross, NORMALIZED, SLOTS,
     )  # fmt: skip
     if row_scale is None:
         scale = (tl.zeros(row.shape, tl.float64) + 1.0) / rows
     else:
         scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
-    coefficient = coefficient_of(scale, outflow, rate)
-    return scale * loss, scale, reference, coefficient, base_reference, coefficient_of(scale, w_base, base_rate)
+    # A row that can reach nothing has no distribution to push down.
+    outflow = tl.where(total == 0.0, 0.0, outflow)
+    coefficient, reference = coefficient_of(scale * outflow, log_rate, reference)
+    base_coefficient, base_reference = coefficient_of(scale * w_base, base_log_rate, base_reference)
+    return scale * loss, scale, reference, coefficient, base_reference, base_coefficient
 
 
 @triton.jit(do_not_specialize=core.VARYING)

@@ -143,8 +143,22 @@ def logits(head: Head, out: Tensor) -> Tensor:
     """Logits of all rows of `head` into `out`, in the accumulator's dtype."""
     _multiply(head.hidden, head.weight.t(), out)
     if head.low_hidden is not None and head.low_weight is not None:
-        out += _multiply(head.low_hidden, head.low_weight.t(), torch.empty_like(out))
+        _add_low_rank(head.low_hidden, head.low_weight, out)
     return out if head.bias is None else out.add_(head.bias.to(out.dtype))
+
+
+def _add_low_rank(low_hidden: Tensor, low_weight: Tensor, out: Tensor) -> None:
+    """out + low_hidden @ low_weight^T in place, a block of columns at a time where that takes memory."""
+    step = out.shape[1]
+    if low_hidden.dtype != out.dtype:
+        step = max(1, 4 * _BLOCK_BYTES // max(1, out.element_size() * out.shape[0]))
+    for at in range(0, out.shape[1], step):
+        part = slice(at, min(at + step, out.shape[1]))
+        if low_hidden.dtype == out.dtype:
+            out.addmm_(low_hidden, low_weight.t())
+        else:
+            total = out.new_empty(out.shape[0], part.stop - at)
+            out[:, part] += _multiply(low_hidden, low_weight[part].t(), total)
 
 
 def gradient_dtype(head: Head, backend: str) -> torch.dtype:
@@ -191,16 +205,18 @@ class Gradients:
         return self._head.hidden.new_empty(shape, dtype=_rows.accumulator(self._head.hidden.dtype))
 
     def _of(self, i: int, whole: bool) -> Tensor | None:
-        """Gradient of tensor i of the head, made when it is first asked for: accumulators unless it comes whole."""
+        """Gradient of tensor i of the head, made when it is first asked for: zeros to add to, unless it comes whole."""
         like = self._head[i]
         if self._gradients[i] is None and self._needed[i] and like is not None:
-            dtype = like.dtype if whole else _rows.accumulator(like.dtype)
-            self._gradients[i] = like.new_zeros(like.shape, dtype=dtype)
+            if whole:
+                self._gradients[i] = torch.empty_like(like, memory_format=torch.contiguous_format)
+            else:
+                self._gradients[i] = like.new_zeros(like.shape, dtype=_rows.accumulator(like.dtype))
         return self._gradients[i]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients in the dtype of the inputs."""
-        gradients = (self._of(i, True) for i in range(5))
+        gradients = (self._of(i, False) for i in range(5))
         dtype = self._head.hidden.dtype
         # Outputs of an operator must not alias each other, so an empty tensor each.
         a, b, c, d, e = (self._head.hidden.new_empty(0) if g is None else g.to(dtype) for g in gradients)
@@ -216,8 +232,11 @@ def _put(gradient: Tensor, total: Tensor, whole: bool) -> None:
 
 def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
     """a @ b put into the gradient of a head, which is as large as the head: a part at a time where it needs a copy."""
-    if a.dtype == gradient.dtype == b.dtype and (whole or a.dtype == _rows.accumulator(a.dtype)):
-        torch.addmm(gradient, a, b, beta=0.0 if whole else 1.0, out=gradient)
+    if a.dtype == gradient.dtype == b.dtype and whole:
+        torch.mm(a, b, out=gradient)
+        return
+    if a.dtype == gradient.dtype == b.dtype == _rows.accumulator(a.dtype):
+        gradient.addmm_(a, b)
         return
     step = max(1, 16 * _BLOCK_BYTES // (4 * max(1, *b.shape)))
     for at in range(0, gradient.shape[0], step):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import math
@@ -31,7 +30,6 @@ DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"  # of the tensors that the kernel
 def launcher(op: str, name: str | None = None) -> Callable[..., Any]:
     """The function `name` (by default `op`) of dam.kernels.<op>, found at its first call: Triton takes a second."""
 
-    @functools.wraps(launcher, assigned=())
     def run(*arguments: Any, **options: Any) -> Any:
         return getattr(importlib.import_module(f"dam.kernels.{op}"), name or op)(*arguments, **options)
 
@@ -82,25 +80,23 @@ def backward_kolmogorov(
 # kernels follow.
 
 
-def _fused(op: str, head: _head.Head, *, key: str = "form") -> bool:
+def _fused(op: str, head: _head.Head, key: str) -> bool:
     return launcher("head", "form_of")(op, head.hidden, head.weight.shape[0], key=key) == "fused"
 
 
-def linear_jump(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+def _library(head: _head.Head) -> Callable[[slice, slice, Tensor], Tensor]:
     def library(rows: slice, columns: slice, out: Tensor) -> Tensor:
         return _head.logits(head.part(rows, columns), out)
 
-    return launcher("linear_jump")(head, *arguments, library=library, workspace=_rows.workspace_bytes())
+    return library
 
 
-def linear_log_prob(
-    head: _head.Head, target: Tensor, exclude: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    from dam.ops import linear_log_prob as op  # which imports this module
+def linear_jump(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+    return launcher("linear_jump")(head, *arguments, library=_library(head), workspace=_rows.workspace_bytes())
 
-    if not _fused("linear_log_prob", head):
-        return op.chunked("triton", head, target, exclude, temperature)
-    return launcher("linear_log_prob")(head, target, exclude, temperature, workspace=_rows.workspace_bytes())
+
+def linear_log_prob(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return launcher("linear_log_prob")(head, *arguments, library=_library(head), workspace=_rows.workspace_bytes())
 
 
 def linear_log_prob_backward(
@@ -114,7 +110,7 @@ def linear_log_prob_backward(
 ) -> tuple[Tensor, ...]:
     from dam.ops import linear_log_prob as op
 
-    if not _fused("linear_log_prob", head, key=_gradient_form(needed)):
+    if not _fused("linear_log_prob", head, _gradient_form(needed)):
         return op.chunked_backward("triton", grad, head, target, log_escape, exclude, temperature, needed)
     rows = launcher("linear_log_prob", "rows_of")(grad, target, log_escape, exclude, temperature)
     return _fused_gradients("linear_log_prob", head, None, rows, temperature, needed)
@@ -134,7 +130,7 @@ def linear_matching_loss(
     from dam.ops import linear_matching_loss as op
 
     arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized)
-    if not _fused("linear_matching_loss", head, key=_gradient_form(needed) if any(needed) else "form"):
+    if not _fused("linear_matching_loss", head, _gradient_form(needed) if any(needed) else "form"):
         return op.chunked("triton", *arguments, needed)
     if row_scale is None:
         count = head.hidden.shape[0]

@@ -46,8 +46,8 @@ def jump(
         seed: 64-bit key of the random stream, an int or an int64 scalar tensor; None takes one from
             torch's default generator.
         row_ids: int64 [T], names each row's stream; 0 .. T-1 unless given.
-        check: raise if a row has a NaN, a +inf or nothing to reach. With False such a row yields
-            target -1 where nothing can be reached, and is unspecified otherwise.
+        check: raise if a row has a NaN, a +inf or nothing to reach; on a GPU that waits for the result. With
+            False such a row yields target -1 where nothing can be reached, and is unspecified otherwise.
 
     Returns:
         Jump(target, log_prob, log_escape). Not differentiable: see `log_prob`.

@@ -49,7 +49,7 @@ def linear_matching_loss(
     Returns:
         Scalar, float32 (float64 for float64 hidden). Extra memory beyond the gradients is bounded by the
         environment variable DAM_WORKSPACE_MB (256 unless set); a 16-bit head that is trained accumulates its
-        gradient in float32.
+        gradient in float32, unless a GPU takes it in blocks of the head, which costs a matmul more instead.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.

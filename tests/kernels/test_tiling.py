@@ -106,12 +106,15 @@ def test_chunks_of_columns_draw_as_one():
     with dam.backend("torch"):
         expected = dam.linear_jump(hidden, weight, **options)
         greedy = dam.linear_jump(hidden, weight, temperature=0, seed=15)
-    with configs.override("linear_jump", form="chunked", chunk_mb=0.2):  # 6 rows at a time, 8 of 21 tiles
+    with configs.override("linear", form="chunked", chunk_mb=0.2):  # 6 rows at a time, 8 of 21 tiles
         out = dam.linear_jump(hidden, weight, **options)
         assert torch.equal(dam.linear_jump(hidden, weight, temperature=0, seed=15).target, greedy.target)
+        target = expected.target[:, :2].contiguous()
+        value = dam.linear_log_prob(hidden, weight, target, exclude=exclude)
     assert torch.equal(out.target, expected.target)
     assert_close(out.log_prob, expected.log_prob, rtol=2.0**-18, atol=2.0**-18)
     assert_close(out.log_escape, expected.log_escape, rtol=2.0**-20)
+    assert_close(value, expected.log_prob[:, :2], rtol=2.0**-18, atol=2.0**-18)
 
 
 def test_blocks_of_trajectories_and_states_change_nothing():
@@ -200,7 +203,7 @@ def test_heads_beyond_2_31_elements():
         arguments = (None, 1.0, 1, torch.tensor(1), None, True)
         with configs.override("linear", form="fused"):
             drawn = linear_jump.linear_jump(of, *arguments, library=None, workspace=2**20)
-        value, log_escape = linear_log_prob.linear_log_prob(of, target, None, 1.0, workspace=2**20)
+            value, log_escape = linear_log_prob.linear_log_prob(of, target, None, 1.0, library=None, workspace=2**20)
         rows = linear_log_prob.rows_of(torch.ones(4, 1), target, log_escape, None, 1.0)
         whole = (slice(0, 4), slice(0, 3))
         gradient = head.gradient("linear_log_prob", of, None, rows, core.scale_of(1.0), *whole, out)

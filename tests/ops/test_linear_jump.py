@@ -97,6 +97,13 @@ def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype):
     assert peak < 2.4 * 2**20
 
 
+def test_more_samples_than_the_workspace_has_room_for(backend, monkeypatch):
+    hidden, weight, bias = head(3, seed=45)
+    expected = dam.linear_jump(hidden, weight, bias=bias, num_samples=40, seed=9).target
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "0.001")
+    assert torch.equal(dam.linear_jump(hidden, weight, bias=bias, num_samples=40, seed=9).target, expected)
+
+
 def test_bias_can_forbid_a_destination(backend):
     hidden, weight, bias = head(50, 4, 6, seed=25)
     bias[:5] = -INF

@@ -153,6 +153,16 @@ def test_strides_and_empty(backend):
     assert dam.linear_log_prob(hidden[:10, :24], weight[:, :24], target[:, :0]).shape == (10, 0)
 
 
+def test_an_adapter_needs_no_more_memory(backend, monkeypatch):
+    """No second array of logits for its product. [T, V] in float32 would be 4 MB."""
+    hidden, weight, _, target = inputs(256, 16, 4096, 1, seed=118)
+    lora = dam.LoRA(normal(3, 16, seed=119), normal(4096, 3, seed=120))
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "1")
+    peak, _ = peak_bytes(lambda: dam.linear_log_prob(hidden, weight, target, lora=lora))
+    # As above, and what keeps 256 rows' sums.
+    assert peak < 1.4 * 2**20
+
+
 def test_lora_is_the_merged_head(backend):
     hidden, weight, bias, target = inputs(seed=110)
     a, b = normal(5, 20, seed=115, scale=0.3), normal(1200, 5, seed=116, scale=0.3)

@@ -220,6 +220,24 @@ def test_rates_overflow_to_infinity(backend, size):
     assert logits.grad[0, 0] >= torch.finfo(torch.float32).max and bool(torch.isfinite(logits.grad[1]).all())
 
 
+def test_a_rate_beyond_float32_leaves_the_other_gradients(backend):
+    """exp(100) is infinite in float32; the row's other entries are what they are. The base's rates likewise."""
+    if backend == "cpu":
+        pytest.skip("C++ multiplies a whole row by its largest rate, or by the largest float if that is less")
+    logits = torch.tensor([[100.0, 2.0, 40.0, -1.0]])
+    base = torch.tensor([[1.0, 3.0, 120.0, 0.0]])
+    for options in ({}, {"base_logits": base, "base_weight": torch.ones(1)}):
+        leaf = logits.clone().requires_grad_()
+        weight = torch.ones(1, 1)
+        dam.matching_loss(leaf, torch.tensor([[1]]), weight, normalized=False, **options).backward()
+        exact = logits.double().exp() - torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+        if options:
+            exact -= base.double().exp()
+        # float32 exponentials; entries that cancel keep the accuracy of their terms.
+        assert_close(leaf.grad[0, [1, 3]], exact[0, [1, 3]], rtol=2.0**-18)
+        assert leaf.grad[0, 0] == INF and (leaf.grad[0, 2] == -INF if options else leaf.grad[0, 2] > 2e17)
+
+
 def test_huge_weights_overflow_to_infinity(backend):
     weight = torch.full((1, 1), 1e300, dtype=torch.float64)
     assert dam.matching_loss(torch.zeros(1, 2), torch.tensor([[0]]), weight) == INF
