@@ -301,7 +301,9 @@ class Draw:
         opens, closes = first == 0, last == self.tiles
         if not (opens and closes) and self.time is None:
             self.time = logits.new_empty((self.rows, self.samples), dtype=torch.float64)
-        SAMPLES = min(triton.next_power_of_2(self.samples), max(1, g.elements // (g.ROWS * g.PIECES * g.WIDTH)))
+        # Half as many as a step of the read has tiles: noise and arrivals take more registers than logits.
+        most = max(1, g.elements // (2 * g.ROWS * g.PIECES * g.WIDTH))
+        SAMPLES = min(triton.next_power_of_2(self.samples), most)
         together = g.splits == 1 and self.samples <= SAMPLES
         arguments = {
             "logits": logits, "logits_stride": core.stride_of(logits),
