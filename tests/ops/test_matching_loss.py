@@ -210,6 +210,15 @@ def test_a_row_without_weight_has_no_gradient(backend, normalized):
     assert bool(torch.isfinite(logits.grad).all())
 
 
+def test_a_row_that_reaches_nothing_is_pulled_by_its_targets_alone(backend):
+    """It has no distribution to be pushed down: its gradient is minus the weights, and not NaN."""
+    logits = torch.tensor([[-INF, -INF, -INF], [1.0, 2.0, 3.0]], requires_grad=True)
+    loss = dam.matching_loss(logits, torch.tensor([[1], [0]]), torch.ones(2, 1))
+    assert not torch.isfinite(loss)
+    loss.backward()
+    assert logits.grad[0].tolist() == [0.0, -0.5, 0.0] and bool(torch.isfinite(logits.grad).all())
+
+
 @pytest.mark.parametrize("size", [100.0, 800.0])
 def test_rates_overflow_to_infinity(backend, size):
     """exp(100) is no float32, exp(800) no float64 either: inf, not an error; a gradient may stop at the largest."""
