@@ -2,13 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "config.h"
 #include "math.h"
 
 DAM_BEGIN
 
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+// float64 is not a dtype of logits: only csrc/cuda takes it, for numbers per row or per slot.
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
 struct bfloat16 {
   uint16_t bits;
@@ -16,6 +18,17 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+
+// Calls body(Element{}) with the element type that the code of a dtype of logits stands for.
+template <class Body>
+inline void with_element(int dtype, Body body) {
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::float32: return body(float{});
+    case Dtype::bfloat16: return body(bfloat16{});
+    case Dtype::float16: return body(float16{});
+    case Dtype::float64: return;
+  }
+}
 
 // The conversions take and give 16-bit patterns in 32-bit integers U, scalar or lane by lane.
 
@@ -51,6 +64,38 @@ DAM_HD U narrow(F value, float16) {
   const U large = magnitude > 0x7F800000u ? U{} + 0x7E00u : U{} + 0x7C00u;
   const U result = magnitude < 0x38800000u ? tiny : normal;
   return (magnitude < 0x47800000u ? result : large) | ((bits >> 16) & 0x8000u);
+}
+
+// One number at a time; a device has instructions for it.
+
+template <class Element>
+DAM_HD float load_one(const Element* x) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return *x;
+#if defined(__CUDA_ARCH__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x->bits));
+    return value;
+#endif
+  } else {
+    return widen<float>(uint32_t{x->bits}, Element{});
+  }
+}
+
+template <class Element>
+DAM_HD void store_one(Element* x, float value) {
+  if constexpr (std::is_same_v<Element, float>) {
+    *x = value;
+#if defined(__CUDA_ARCH__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x->bits) : "f"(value));
+  } else if constexpr (std::is_same_v<Element, bfloat16>) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x->bits) : "f"(value));
+#endif
+  } else {
+    x->bits = static_cast<uint16_t>(narrow<uint32_t>(value, Element{}));
+  }
 }
 
 DAM_END

@@ -1,23 +1,13 @@
 // Arguments and declarations of the CPU kernels, shared by every instruction set and by the bindings.
 //
-// T rows, V columns, J targets per row. Strides are in elements; a null pointer stands for an absent argument.
+// T rows, V columns, J targets per row.
 #pragma once
 
 #include <cstdint>
 
+#include "../core/arguments.h"
+
 namespace dam {
-
-// A matrix with unit inner stride.
-struct Matrix {
-  const void* data;
-  int64_t row_stride;
-};
-
-// int64 [T], whose stride is 0 where a row's value is everyone's.
-struct Indices {
-  const int64_t* data;
-  int64_t stride;
-};
 
 struct Shape {
   int64_t rows, columns;
@@ -96,12 +86,6 @@ struct RateRatioArgs {
   int64_t targets;        // J
   float* log_ratio;       // [T, J]
   float* escape_gap;      // [T]
-};
-
-// [G, K, S] with unit inner stride.
-struct Cube {
-  const void* data;
-  int64_t group_stride, row_stride;
 };
 
 struct AdjointWeightsArgs {

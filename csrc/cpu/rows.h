@@ -70,25 +70,6 @@ inline void for_tiles(int64_t columns, int threads, Body body) {
   parallel_for(tile_count(columns), threads, TILES_PER_GRAB, [&](int64_t tile, int) { body(tile); });
 }
 
-// Calls body(Element{}) with the element type that a dtype code stands for.
-template <class Body>
-inline void with_element(int dtype, Body body) {
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::float32: return body(float{});
-    case Dtype::bfloat16: return body(bfloat16{});
-    case Dtype::float16: return body(float16{});
-  }
-}
-
-template <class Element>
-inline float load_one(const Element* x) {
-  if constexpr (std::is_same_v<Element, float>) {
-    return *x;
-  } else {
-    return widen<float>(uint32_t{x->bits}, Element{});
-  }
-}
-
 template <class Element>
 inline f32 load_lanes(const Element* x) {
   if constexpr (std::is_same_v<Element, float>) {
@@ -103,15 +84,6 @@ inline f32 load_lanes(const Element* x) {
 #endif
   } else {
     return widen<f32>(__builtin_convertvector(load<u16>(x), u32), Element{});
-  }
-}
-
-template <class Element>
-inline void store_one(Element* x, float value) {
-  if constexpr (std::is_same_v<Element, float>) {
-    *x = value;
-  } else {
-    x->bits = static_cast<uint16_t>(narrow<uint32_t>(value, Element{}));
   }
 }
 
