@@ -1,0 +1,212 @@
+// backward_kolmogorov: the closed forms, and the walk along one dimension of a lattice. Contract:
+// dam/ops/backward_kolmogorov.py.
+#include "rows.h"
+
+namespace dam {
+namespace cuda {
+
+// ---- Uniform and Absorbing: result = stays * terminal + one number per row
+
+constexpr int BLOCKS_PER_MULTIPROCESSOR = 3;
+
+template <class Element, int WARPS>
+__global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
+    closed_form_kernel(const __grid_constant__ ClosedFormArgs a, const __grid_constant__ RowPlan plan, Unit, bool sums,
+                       bool finishes) {
+  Team<WARPS> team;
+  const Part part = part_of<WARPS>(plan);
+  const int64_t t = part.row;
+  if (t >= plan.rows) return;
+  // Summed around the mask token, as subtracting it again would cancel.
+  const Row<Element> row = row_of<Element>(a.terminal, a.shape, a.mask_token, t);
+  double* const totals = a.totals + t * plan.tiles;
+  if (sums) {
+#pragma unroll 1
+    for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
+      float x[PER_LANE];
+      row.template load_tile<false>(tile, team.lane(), x, 0.0f);
+      double sum = 0.0;
+#pragma unroll
+      for (int i = 0; i < PER_LANE; ++i) sum += x[i];
+      sum = reduce_warp(sum, Sum{});
+      if (team.lane() == 0) totals[tile] = sum;
+    }
+    if (!finishes) return;
+    sync_row(plan, team);
+  }
+  double total = 0.0;
+  for (int k = team.thread; k < plan.tiles; k += Team<WARPS>::THREADS) total += totals[k];
+  total = team.sum(total);
+  const bool absorbing = a.mask_token >= 0;
+  const double at_mask = absorbing ? load_one(row.data + a.mask_token) : 0.0f;
+  // Not finite if any entry is not.
+  const double poison = 0.0 * (total + at_mask);
+  const double shared = absorbing ? (a.transpose ? 0.0 : at_mask) : total / static_cast<double>(row.columns);
+  const double term = a.moves * shared + poison;
+  float* const result = a.result + t * row.columns;
+#pragma unroll 1
+  for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
+    float x[PER_LANE];
+    row.template load_tile<true>(tile, team.lane(), x, 0.0f);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) x[i] = static_cast<float>(x[i] * a.stays + term);
+    store_tile<Element>(result, row.columns, tile, team.lane(), x);
+  }
+  if (!absorbing) return;
+  team.sync();
+  if (team.thread == 0 && a.mask_token >= int64_t{part.begin} * TILE && a.mask_token < int64_t{part.end} * TILE) {
+    result[a.mask_token] = static_cast<float>(at_mask + poison + (a.transpose ? a.moves * total : 0.0));
+  }
+}
+
+void closed_form(const ClosedFormArgs& a, Queue queue) {
+  const OnDevice guard(queue.device);
+  const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, a.shape.columns * element_bytes(a.shape.dtype), true,
+                                 BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device));
+  with_types(a.shape, plan, [&](auto element, auto warps) {
+    launch_rows(closed_form_kernel<decltype(element), decltype(warps)::value>, plan, queue, a, Unit{});
+  });
+}
+
+// ---- Lattice
+//
+// The walk along one dimension is a product with a matrix of weights, new[i] = sum_j W[i, j] old[j]. With both points
+// on a cycle W[i, j] = w[their distance]. A line with two ends is one half of a cycle of twice its length whose other
+// half mirrors it, so the image of j, at -1 - j, adds its weight.
+
+constexpr int POINTS = 64, LINES = 64, DEPTH = 16;  // results of a block, and its step over the points they come from
+constexpr int WARP_POINTS = POINTS / WARPS_PER_BLOCK, LANE_LINES = LINES / WARP;
+
+struct WalkMemory {
+  double old[DEPTH][LINES + 1];  // a column more, or lines along the points would all lie in the same banks
+  double weights[DEPTH][POINTS];
+  int64_t source[LINES], result[LINES];  // offsets of the lines' first points; -1 past the last line
+  int64_t row[LINES];
+};
+
+// Weight of a point at a distance below `cycle`, which goes round it.
+__device__ __forceinline__ double tap_at(const WalkArgs& a, int64_t distance, int64_t cycle) {
+  const int64_t shorter = distance < cycle - distance ? distance : cycle - distance;
+  if (shorter < 0 || shorter > a.radius) return 0.0;
+  // The point opposite is reached from both sides, each with its weight.
+  return 2 * shorter == cycle ? 2.0 * a.taps[shorter] : a.taps[shorter];
+}
+
+__device__ __forceinline__ double load_double(const double* x) { return *x; }
+template <class Element>
+__device__ __forceinline__ double load_double(const Element* x) {
+  return load_one(x);
+}
+
+template <class Source, class Result>
+__global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_constant__ WalkArgs a) {
+  WalkMemory& memory = *reinterpret_cast<WalkMemory*>(shared_memory());
+  const int64_t tiles = divided_up(a.length, POINTS);
+  const int64_t first = block_of_grid() % tiles * POINTS, first_line = block_of_grid() / tiles * LINES;
+  const int64_t row_lines = a.columns / a.length;
+  const int thread = thread_of_block(), lane = thread % WARP, warp = thread / WARP;
+  if (thread < LINES) {
+    const int64_t line = first_line + thread;
+    const int64_t row = line / row_lines, within = line % row_lines;
+    const int64_t origin = within / a.inner * (a.inner * a.length) + within % a.inner;
+    const bool inside = line < a.rows * row_lines;
+    memory.source[thread] = inside ? row * a.source_stride + origin : -1;
+    memory.result[thread] = row * a.columns + origin;
+    memory.row[thread] = row;
+  }
+  // Points from which others are reached: positions, before those past an end are taken round the cycle.
+  int64_t begin = first - a.radius, end = first + POINTS + a.radius;
+  const int64_t cycle = a.periodic ? a.length : 2 * a.length;
+  bool mirrored = false;
+  if (a.periodic) {
+    if (end - begin >= a.length) begin = 0, end = a.length;
+  } else {
+    begin = begin > 0 ? begin : 0;
+    end = end < a.length ? end : a.length;
+    // Where the distances of images, point + other + 1, include one of at most the radius.
+    mirrored = first + begin < a.radius || first + POINTS + end > cycle - a.radius;
+  }
+  const auto position = [&](int64_t j) { return !a.periodic ? j : j < 0 ? j + a.length : j % a.length; };
+
+  const Source* const source = static_cast<const Source*>(a.source);
+  double sums[WARP_POINTS][LANE_LINES] = {};
+  for (int64_t start = begin; start < end; start += DEPTH) {
+    sync_block();  // the offsets are there; the last step's values have been read
+    for (int i = thread; i < DEPTH * LINES; i += THREADS_PER_BLOCK) {
+      // Neighbouring threads read what lies side by side.
+      const int d = a.inner == 1 ? i % DEPTH : i / LINES, l = a.inner == 1 ? i / DEPTH : i % LINES;
+      const bool live = start + d < end && memory.source[l] >= 0;
+      memory.old[d][l] = live ? load_double(source + memory.source[l] + position(start + d) * a.inner) : 0.0;
+    }
+    for (int i = thread; i < DEPTH * POINTS; i += THREADS_PER_BLOCK) {
+      const int d = i / POINTS, p = i % POINTS;
+      const int64_t point = first + p, other = position(start + d);
+      double weight = tap_at(a, point < other ? other - point : point - other, cycle);
+      if (mirrored) weight += tap_at(a, point + other + 1, cycle);
+      memory.weights[d][p] = weight;
+    }
+    sync_block();
+#pragma unroll 4
+    for (int d = 0; d < DEPTH; ++d) {
+      double old[LANE_LINES];
+#pragma unroll
+      for (int l = 0; l < LANE_LINES; ++l) old[l] = memory.old[d][lane + l * WARP];
+#pragma unroll
+      for (int p = 0; p < WARP_POINTS; ++p) {
+        const double weight = memory.weights[d][warp * WARP_POINTS + p];
+#pragma unroll
+        for (int l = 0; l < LANE_LINES; ++l) sums[p][l] += weight * old[l];
+      }
+    }
+  }
+  Result* const result = static_cast<Result*>(a.result);
+#pragma unroll
+  for (int l = 0; l < LANE_LINES; ++l) {
+    const int line = lane + l * WARP;
+    if (memory.source[line] < 0) continue;
+    bool wrong = false;
+#pragma unroll
+    for (int p = 0; p < WARP_POINTS; ++p) {
+      const int64_t point = first + warp * WARP_POINTS + p;
+      // Any weight, also 0, times what is not finite is not finite: the sums of a point's own block show it.
+      wrong |= !(fabs(sums[p][l]) < HUGE_VAL);
+      if (point < a.length) result[memory.result[line] + point * a.inner] = static_cast<Result>(sums[p][l]);
+    }
+    if (wrong) a.not_finite[memory.row[line]] = 1;
+  }
+}
+
+void walk(const WalkArgs& a, Queue queue) {
+  const OnDevice guard(queue.device);
+  const int64_t lines = a.rows * (a.columns / a.length);
+  const Grid grid{divided_up(lines, LINES) * divided_up(a.length, POINTS), THREADS_PER_BLOCK, sizeof(WalkMemory)};
+  const auto launch_from = [&](auto source) {
+    using Source = decltype(source);
+    if (a.result_is_double) {
+      launch(walk_kernel<Source, double>, grid, queue, a);
+    } else {
+      launch(walk_kernel<Source, float>, grid, queue, a);
+    }
+  };
+  if (static_cast<Dtype>(a.source_dtype) == Dtype::float64) {
+    launch_from(double{});
+  } else {
+    with_element(a.source_dtype, launch_from);
+  }
+}
+
+__global__ void __launch_bounds__(THREADS_PER_BLOCK) fill_with_nan_kernel(const __grid_constant__ FillArgs a) {
+  const int64_t t = block_of_grid();
+  if (a.marked[t] == 0) return;
+  for (int64_t v = thread_of_block(); v < a.columns; v += THREADS_PER_BLOCK) {
+    a.result[t * a.columns + v] = static_cast<float>(HUGE_VAL - HUGE_VAL);
+  }
+}
+
+void fill_with_nan(const FillArgs& a, Queue queue) {
+  const OnDevice guard(queue.device);
+  launch(fill_with_nan_kernel, Grid{a.rows}, queue, a);
+}
+
+}  // namespace cuda
+}  // namespace dam

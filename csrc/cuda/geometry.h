@@ -1,0 +1,84 @@
+// How launches divide their work. Plain C++ on the host, tested as such.
+#pragma once
+
+#include <cstdint>
+
+namespace dam {
+namespace cuda {
+
+constexpr int WARPS_PER_BLOCK = 8;
+constexpr int THREADS_PER_BLOCK = 32 * WARPS_PER_BLOCK;
+constexpr int64_t COLUMNS_PER_TILE = 1024;
+constexpr int MOST_CLUSTERED = 8;  // blocks of a cluster that every chip with clusters has room for
+
+// What of a chip decides how work is divided.
+struct Chip {
+  int multiprocessors;
+  int64_t l2_bytes;
+  bool clusters;  // blocks of a cluster wait for each other: sm_90 and later
+};
+
+constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A launch over rows of logits. A team of warps has one row; a row of many tiles may be split among blocks.
+struct RowPlan {
+  int64_t rows;
+  int tiles;        // of a row
+  int team_warps;   // 1, or WARPS_PER_BLOCK: a block to itself
+  int splits;       // blocks that share a row
+  int split_tiles;  // tiles of each of them
+  bool clustered;   // they are a cluster and do all in one launch; else the row's summaries are a launch of their own
+  int64_t blocks;
+
+  bool one_launch() const { return splits == 1 || clustered; }
+};
+
+// Largest power of two that is at most x; 1 for less.
+constexpr int64_t power_of_two_below(int64_t x) {
+  int64_t power = 1;
+  while (2 * power <= x) power *= 2;
+  return power;
+}
+
+// Rows of `row_bytes` bytes, all arrays counted, are read; `reread` says that they are read a second time, which should
+// be from the L2 cache.
+inline RowPlan plan_rows(int64_t rows, int64_t columns, int64_t row_bytes, bool reread, int blocks_per_multiprocessor,
+                         const Chip& chip) {
+  const int tiles = static_cast<int>(divided_up(columns, COLUMNS_PER_TILE));
+  RowPlan plan{rows, tiles, WARPS_PER_BLOCK, 1, tiles, false, rows};
+  // A warp for a row, where there are enough of them and none is long.
+  if (tiles == 1 || (tiles <= WARPS_PER_BLOCK && rows >= int64_t{WARPS_PER_BLOCK} * 4 * chip.multiprocessors)) {
+    plan.team_warps = 1;
+    plan.blocks = divided_up(rows, WARPS_PER_BLOCK);
+    return plan;
+  }
+  const int64_t resident = int64_t{chip.multiprocessors} * blocks_per_multiprocessor;
+  // Blocks wanted for a row: to fill the chip; and so that what is read again, of the rows that run at once, fits half
+  // of the cache.
+  int64_t wanted = resident / (rows > 0 ? rows : 1);
+  if (reread && row_bytes > 0) {
+    const int64_t at_once = chip.l2_bytes / 2 / row_bytes;
+    const int64_t for_cache = divided_up(resident, at_once > 0 ? at_once : 1);
+    // Two launches read everything before anything is read again: splitting helps nothing then.
+    if (chip.clusters && for_cache > wanted && rows > at_once) wanted = for_cache;
+  }
+  // Each with a tile for each of its warps at least.
+  const int64_t most = divided_up(tiles, WARPS_PER_BLOCK);
+  wanted = wanted < most ? wanted : most;
+  if (chip.clusters) {
+    plan.splits = static_cast<int>(power_of_two_below(wanted < MOST_CLUSTERED ? wanted : MOST_CLUSTERED));
+    plan.clustered = plan.splits > 1;
+  } else if (wanted > 1) {
+    plan.splits = static_cast<int>(wanted);
+  }
+  plan.split_tiles = static_cast<int>(divided_up(tiles, plan.splits));
+  if (!plan.clustered) plan.splits = static_cast<int>(divided_up(tiles, plan.split_tiles));  // none without a tile
+  plan.blocks = rows * plan.splits;
+  return plan;
+}
+
+// Bytes of shared memory that a block of teams needs for their reductions.
+constexpr int64_t TEAM_BYTES = 2 * WARPS_PER_BLOCK * 8;
+
+}  // namespace cuda
+}  // namespace dam

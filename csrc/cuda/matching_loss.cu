@@ -1,0 +1,191 @@
+// matching_loss: the loss of each row in one read, and its gradient in a second. Contract: dam/ops/matching_loss.py.
+#include "rows.h"
+
+namespace dam {
+namespace cuda {
+
+constexpr int BLOCKS_PER_MULTIPROCESSOR = 3;
+constexpr int BLOCKS_WITH_BASE = 2;  // two tiles at once in a warp's registers
+
+// Arrays of the work memory.
+constexpr int MODEL = 0, BASE = 2, CROSS = 4;
+
+// Summaries of the tiles of the logits x and of the base logits b, and sum of exp(b - max b) (x - max x).
+template <int WARPS, class Element>
+__device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<Element>& base, const Part& part,
+                                            const Summaries& out, const Summaries& base_out, float* cross,
+                                            const Team<WARPS>& team) {
+#pragma unroll 1
+  for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
+    float x[PER_LANE], b[PER_LANE];
+    row.template load_tile<false>(tile, team.lane(), x);
+    base.template load_tile<false>(tile, team.lane(), b);
+    const TileSummary base_summary = summarize(b, max_of_tile(b), Unit{});
+    const float max = max_of_tile(x), p = pivot(max);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      // A destination that the base does not reach counts 0 even where x is -inf.
+      sum += b[i] == 0.0f ? 0.0f : b[i] * (x[i] - p);
+    }
+    sum = reduce_warp(sum, Sum{});
+    const TileSummary summary = summarize(x, max, Unit{});
+    if (team.lane() == 0) {
+      out.max[tile] = summary.max;
+      out.excess[tile] = summary.excess;
+      base_out.max[tile] = base_summary.max;
+      base_out.excess[tile] = base_summary.excess;
+      cross[tile] = sum;
+    }
+  }
+}
+
+// Of a whole row: sum over v of exp(b - base_reference) (x - reference).
+template <int WARPS>
+__device__ __forceinline__ double merge_cross(const Summaries& tiles, const Summaries& base, const float* cross,
+                                              double reference, double base_reference, Team<WARPS>& team) {
+  double sum = 0.0;
+#pragma unroll 1
+  for (int k = team.thread; k < tiles.count; k += Team<WARPS>::THREADS) {
+    const double mass = exp(base.max[k] - base_reference);
+    // Not 0 * -inf for a tile of which the base reaches nothing.
+    if (mass != 0.0) sum += mass * (cross[k] + (1.0 + base.excess[k]) * (pivot(tiles.max[k]) - reference));
+  }
+  return team.sum(sum);
+}
+
+// coefficient * exp(x - reference) = factor * exp(log_rate + x - reference). 0 where nothing is asked for, whatever the
+// row holds. What float32 cannot hold goes into the reference: only entries that are too large themselves become
+// infinite.
+__device__ __forceinline__ Share share_of_rate(double factor, double log_rate, double reference) {
+  if (factor == 0.0) return share_of(0.0f, reference);
+  constexpr double HELD = 69.0;  // 1e30
+  const double log_size = log(fabs(factor)) + log_rate;
+  if (log_size < HELD) return share_of(static_cast<float>(copysign(exp(log_size), factor)), reference);
+  return share_of(static_cast<float>(copysign(1.0, factor)), reference - log_size);
+}
+
+template <class Element, class Gradient, int WARPS, bool HAS_BASE>
+__global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR)
+    matching_loss_kernel(const __grid_constant__ MatchingLossArgs a, const __grid_constant__ RowPlan plan, Unit scale,
+                         bool sums, bool finishes) {
+  Team<WARPS> team;
+  const Part part = part_of<WARPS>(plan);
+  const int64_t t = part.row;
+  if (t >= plan.rows) return;
+  const int64_t exclude = load_exclude(a.exclude, a.shape, t);
+  const Row<Element> row = row_of<Element>(a.logits, a.shape, exclude, t);
+  const Row<Element> base = row_of<Element>(HAS_BASE ? a.base : a.logits, a.shape, exclude, t);
+  const Summaries tiles = summaries_of(a.summaries, MODEL, plan, t);
+  const Summaries base_tiles = summaries_of(a.summaries, HAS_BASE ? BASE : MODEL, plan, t);
+  float* const cross = summary_array(a.summaries, HAS_BASE ? CROSS : MODEL, plan, t);
+  float* const target_logit = a.target_logit + t * a.target.count;
+  float* const target_gradient = a.target_gradient + t * a.target.count;
+  const auto counts = [&](int64_t v) { return v >= 0 && v != exclude; };
+  const auto is_here = [&](int64_t v) {
+    return counts(v) && v >= int64_t{part.begin} * TILE && v < int64_t{part.end} * TILE;
+  };
+
+  if (sums) {
+    if constexpr (HAS_BASE) {
+      cross_tiles(row, base, part, tiles, base_tiles, cross, team);
+    } else {
+      sum_tiles<WARPS, false>(row, part, tiles, scale, team);
+    }
+    // Kept, since the gradient may take the place of the logits, and all that share the row need them.
+    for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
+      const int64_t v = load_target(a.target, a.shape, t, j);
+      if (is_here(v)) target_logit[j] = row.at(v);
+    }
+    if (!finishes) return;
+    sync_row(plan, team);
+  }
+
+  // ---- of the whole row
+  const Total total = merge_tiles(tiles, 1.0, team);
+  const double reference = pivot(total.max);
+  const double base_weight = HAS_BASE ? load_value(a.base_weight, t, 0) : 0.0;
+  const double row_scale = a.row_scale.data ? load_value(a.row_scale, t, 0) : 1.0 / static_cast<double>(plan.rows);
+  const double log_sum = log(total.sum);
+  double base_reference = 0.0, base_log_rate = 0.0, base_loss = 0.0;
+  if constexpr (HAS_BASE) {
+    const Total base_total = merge_tiles(base_tiles, 1.0, team);
+    base_reference = pivot(base_total.max);
+    base_log_rate = a.normalized ? -log(base_total.sum) : base_reference;
+    const double crossed = merge_cross(tiles, base_tiles, cross, a.normalized ? reference : 0.0, base_reference, team);
+    if (base_weight != 0.0) base_loss = base_weight * ((a.normalized ? log_sum : 0.0) - ::exp(base_log_rate) * crossed);
+  }
+  double loss = 0.0, weights = 0.0;
+  for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
+    const int64_t v = load_target(a.target, a.shape, t, j);
+    const double w = load_value(a.weight, t, j);
+    if (!counts(v) || w == 0.0) continue;
+    weights += w;
+    const double x = target_logit[j];
+    // Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
+    if (x == -HUGE_VAL && weight_at(v, a.target, a.weight, t) == 0.0) continue;
+    loss += w * (a.normalized ? log_sum - (x - reference) : -x);
+  }
+  loss = team.sum(loss) + base_loss;
+  weights = team.sum(weights) + base_weight;
+  if (!a.normalized) loss += ::exp(reference) * total.sum;
+  if (part.split == 0 && team.thread == 0) a.loss[t] = row_scale * loss;
+  if (!a.gradient.data) return;
+
+  // ---- the gradient, of this part
+  // A row that can reach nothing has no distribution to push down.
+  const double outflow = total.sum == 0.0 ? 0.0 : a.normalized ? weights : 1.0;
+  const Share share = share_of_rate(row_scale * outflow, a.normalized ? -log_sum : reference, reference);
+  const Share base_share = share_of_rate(row_scale * base_weight, base_log_rate, base_reference);
+  Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
+  for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
+    const int64_t v = load_target(a.target, a.shape, t, j);
+    if (!is_here(v)) continue;
+    float value = share_at(share, target_logit[j], scale);
+    if constexpr (HAS_BASE) value -= share_at(base_share, base.at(v), scale);
+    target_gradient[j] = static_cast<float>(value - row_scale * weight_at(v, a.target, a.weight, t));
+  }
+  team.sync();
+#pragma unroll 1
+  for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
+    float x[PER_LANE];
+    row.template load_tile<true>(tile, team.lane(), x);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) x[i] = share_at(share, x[i], scale);
+    if constexpr (HAS_BASE) {
+      float b[PER_LANE];
+      base.template load_tile<true>(tile, team.lane(), b);
+#pragma unroll
+      for (int i = 0; i < PER_LANE; ++i) x[i] -= share_at(base_share, b[i], scale);
+    }
+    store_tile<Element>(gradient, row.columns, tile, team.lane(), x);
+  }
+  team.sync();
+  for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
+    const int64_t v = load_target(a.target, a.shape, t, j);
+    if (is_here(v)) store_one(gradient + v, target_gradient[j]);
+  }
+}
+
+void matching_loss(const MatchingLossArgs& a, Queue queue) {
+  const OnDevice guard(queue.device);
+  const bool has_base = a.base.data != nullptr;
+  const int64_t row_bytes = a.shape.columns * element_bytes(a.shape.dtype) * (has_base ? 2 : 1);
+  const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, row_bytes, a.gradient.data != nullptr,
+                                 has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device));
+  with_types(a.shape, plan, [&](auto element, auto warps) {
+    using Element = decltype(element);
+    constexpr int WARPS = decltype(warps)::value;
+    with_gradient<Element>(a.gradient_dtype, [&](auto gradient) {
+      using Gradient = decltype(gradient);
+      if (has_base) {
+        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, true>, plan, queue, a, Unit{});
+      } else {
+        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, false>, plan, queue, a, Unit{});
+      }
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace dam

@@ -1,0 +1,116 @@
+// A team of warps that has one row, or one group, to itself: one warp, or all of a block.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/math.h"
+#include "device.h"
+#include "geometry.h"
+
+namespace dam {
+namespace cuda {
+
+struct Sum {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+// b where a is NaN.
+struct Larger {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+struct Smaller {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a < b ? a : b;
+  }
+};
+
+// Over the lanes of a warp; every lane gets the same, bit for bit, when the operation commutes.
+template <class T, class Operation>
+__device__ __forceinline__ T reduce_warp(T value, Operation operation) {
+#pragma unroll
+  for (int mask = WARP / 2; mask > 0; mask /= 2) value = operation(value, shuffle_xor(value, mask));
+  return value;
+}
+
+template <int WARPS>
+class Team {
+ public:
+  static constexpr int THREADS = WARPS * WARP;
+
+  __device__ Team() : thread(thread_of_block() % THREADS) {}
+
+  const int thread;  // of the team
+
+  __device__ int warp() const { return thread / WARP; }
+  __device__ int lane() const { return thread % WARP; }
+
+  // What its threads wrote before is seen by all of them after.
+  __device__ void sync() const {
+    if constexpr (WARPS == 1) {
+      sync_warp();
+    } else {
+      sync_block();
+    }
+  }
+
+  // Of all threads of the team, which all get the same and must all come here.
+  template <class T, class Operation>
+  __device__ T reduce(T value, Operation operation) {
+    value = reduce_warp(value, operation);
+    if constexpr (WARPS > 1) {
+      // Two sets of slots in turn: a thread that is one reduction ahead does not write what others still read.
+      char* const slots = shared_memory() + turn_ * (WARPS * 8);
+      turn_ ^= 1;
+      if (lane() == 0) std::memcpy(slots + warp() * 8, &value, sizeof(T));
+      sync_block();
+      std::memcpy(&value, slots, sizeof(T));
+#pragma unroll
+      for (int i = 1; i < WARPS; ++i) {
+        T other;
+        std::memcpy(&other, slots + i * 8, sizeof(T));
+        value = operation(value, other);
+      }
+    }
+    return value;
+  }
+  template <class T>
+  __device__ T sum(T value) {
+    return reduce(value, Sum{});
+  }
+  template <class T>
+  __device__ T largest(T value) {
+    return reduce(value, Larger{});
+  }
+  template <class T>
+  __device__ T smallest(T value) {
+    return reduce(value, Smaller{});
+  }
+
+ private:
+  int turn_ = 0;
+};
+
+// ---- numbers that may be absent, or of any dtype
+
+__device__ __forceinline__ int64_t load_index(const Indices& indices, int64_t t, int64_t absent) {
+  return indices.data ? indices.data[t * indices.stride] : absent;
+}
+
+__device__ __forceinline__ double load_value(const Values& values, int64_t t, int64_t j) {
+  const int64_t at = t * values.row_stride + j * values.slot_stride;
+  switch (static_cast<Dtype>(values.dtype)) {
+    case Dtype::float32: return load_one(static_cast<const float*>(values.data) + at);
+    case Dtype::bfloat16: return load_one(static_cast<const bfloat16*>(values.data) + at);
+    case Dtype::float16: return load_one(static_cast<const float16*>(values.data) + at);
+    default: return static_cast<const double*>(values.data)[at];
+  }
+}
+
+}  // namespace cuda
+}  // namespace dam
