@@ -23,18 +23,20 @@ lint: install-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp per set of extras; both build the C++ extension in pip's isolated build.
+# A stamp per set of extras; both build the extensions in pip's isolated build. The one for tests has the CUDA kernels
+# on the CPU too, and insists that none of them spills.
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+DEV     := DAM_EMULATE_CUDA=1 DAM_CUDA_STRICT=1
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,plot]'
 	touch $@
 
 $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(DEV) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
 # The tests of the operations on the C++ backend under AddressSanitizer, on a build of its own. Not those that start other
