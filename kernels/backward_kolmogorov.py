@@ -241,25 +241,16 @@ class Walk(NamedTuple):
     weights: list[float]  # of a point and of those at distances 1, 2, ... on either side
 
 
-def _tables(walks: list[Walk], device: torch.device) -> Tensor:
-    """Weights of the walks on the device, [walks, .]; copied there without waiting for what it does."""
-    # An even width keeps each row aligned alike, and one kernel serves all.
-    width = max(len(walk.weights) for walk in walks) + 1 & ~1
-    padded = [walk.weights + [0.0] * (width - len(walk.weights)) for walk in walks]
-    on_host = torch.tensor(padded, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
 def lattice(
     terminal: Tensor,  # [B, V]
     walks: list[Walk],  # at least one: each row is looked at
+    taps: Tensor,  # float64 [walks, .]: their weights, of an even width, so that one kernel serves all
     *,
     workspace: int,  # bytes
 ) -> Tensor:
     rows, columns = terminal.shape
     values = configs.lookup("backward_kolmogorov", terminal.device, terminal.element_size(), rows, columns)
     result = terminal.new_empty(terminal.shape, dtype=torch.float32)
-    taps = _tables(walks, terminal.device)
     not_finite = torch.zeros(rows, dtype=torch.int32, device=terminal.device)
     buffers = min(len(walks) - 1, 2)
     step = rows

@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter. Triton looks when it is first imported.
+# Without a GPU the Triton kernels run in Triton's interpreter, and the CUDA kernels in the emulator of csrc/emulator.
+# Both look when they are first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DAM_EMULATE_CUDA", "1")
 
 import dam
 from dam.ops import _backend

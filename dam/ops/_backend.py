@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from dam.ops import _triton
+from dam.ops import _cuda, _triton
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -27,7 +27,12 @@ def _import_error(module: str) -> str | None:
 
 
 # Type of the devices whose tensors a backend takes; the reference takes all.
-DEVICE_TYPE = {"cpu": "cpu", "triton": _triton.DEVICE_TYPE}
+DEVICE_TYPE = {"cpu": "cpu", "triton": _triton.DEVICE_TYPE, "cuda": _cuda.DEVICE_TYPE}
+
+# Of a tensor's device, the fast backends in the order in which they are taken where none is asked for by name. Kernels
+# are interpreted or emulated only on request. dam._cuda has not been timed against Triton yet, whose linear ops have a
+# fused form and chunks that stay in the cache: it is what runs where Triton is not installed.
+_FAST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 # Looked up once: an import that fails is not retried on every call of an op.
 _CPU_ERROR = _import_error("dam._cpu")
@@ -45,9 +50,7 @@ def why_unavailable(name: str) -> str | None:
         return None
     if name == "cpu":
         return None if _CPU_ERROR is None else f"the C++ extension dam._cpu does not import: {_CPU_ERROR}"
-    if name == "triton":
-        return _triton.why_unavailable()
-    return f"this release of dam has no {name} kernels"
+    return _triton.why_unavailable() if name == "triton" else _cuda.why_unavailable()
 
 
 @contextlib.contextmanager
@@ -58,7 +61,7 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "torch" (reference, any device and dtype), "cpu" (C++), "triton" (GPUs; CPU tensors where
-            TRITON_INTERPRET=1 was set at start) or "cuda".
+            TRITON_INTERPRET=1 was set at start) or "cuda" (NVIDIA GPUs; CPU tensors where DAM_EMULATE_CUDA=1 was).
 
     Raises:
         ValueError: `name` is not a backend.
@@ -102,15 +105,19 @@ def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_requested!r} cannot run this call: {reason}")
         return _requested
-    # The fast backend of the tensor's device. Kernels are interpreted only on request.
-    name = {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type)
-    if name is not None and name in implementations and (float64 or tensor.dtype != torch.float64):
+    fast = [name for name in _FAST.get(tensor.device.type, ()) if name in implementations]
+    if not fast or (tensor.dtype == torch.float64 and not float64):
+        return "torch"
+    reasons = []
+    for name in fast:
         reason = why_unavailable(name)
         if reason is None:
             return name
-        warnings.warn(
-            f"dam: {reason}; the slower reference backend 'torch' runs instead of {name!r}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        reasons.append(reason)
+    warnings.warn(
+        f"dam: {'; '.join(reasons)}; the slower reference backend 'torch' runs instead of "
+        f"{' or '.join(repr(name) for name in fast)}.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
     return "torch"

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dam.ops import _rows
+
 try:
     # After torch, so that it joins the OpenMP thread pool that torch has loaded.
     from dam import _cpu as _kernels  # type: ignore[attr-defined]
@@ -163,8 +165,8 @@ def adjoint_weights(
     from dam.ops import adjoint_weights as op
 
     outputs = op.outputs(log_ratio)
-    log_ratio, cost = _unit_inner_stride(log_ratio), terminal_cost.double().contiguous()
-    gap = None if escape_gap is None else _unit_inner_stride(escape_gap)
+    log_ratio, cost = _rows.unit_inner_stride(log_ratio), terminal_cost.double().contiguous()
+    gap = None if escape_gap is None else _rows.unit_inner_stride(escape_gap)
     bad = _kernels.adjoint_weights(
         log_ratio.data_ptr(),
         *log_ratio.shape,
@@ -178,10 +180,6 @@ def adjoint_weights(
         torch.get_num_threads(),
     )
     return *outputs, bad
-
-
-def _unit_inner_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def tilt_to_ess(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:

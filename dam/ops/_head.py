@@ -17,6 +17,7 @@ from dam.ops import _checks, _rows
 
 # Of the vocabulary rows that are converted at a time: of 0.5 to 128 MB, 4 MB were fastest on a CPU with 32 MB of cache.
 _BLOCK_BYTES = 4 * 2**20
+_ON_GPU = ("triton", "cuda")  # backends
 
 
 class LoRA(NamedTuple):
@@ -107,7 +108,7 @@ def chunks(
     if gradient is not None and gradient != dtypes[0]:
         dtypes.append(gradient)
     bytes_per_row = columns * sum(dtype.itemsize for dtype in dtypes)
-    if backend == "triton":
+    if backend in _ON_GPU:
         step = max(1, min(rows, _rows.workspace_bytes() // bytes_per_row))
         step -= step % 128 if step > 128 else 0  # whole blocks of the matmul
         parts = iter([slice(at, min(at + step, rows)) for at in range(0, rows, step)])
@@ -167,7 +168,7 @@ def gradient_dtype(head: Head, backend: str) -> torch.dtype:
     Its matrix units would take a copy of the head in float32 otherwise. float16 could not hold the gradient: at
     V = 128k and T = 8k most of it lies below 1e-8.
     """
-    stays = head.hidden.dtype == torch.bfloat16 and backend == "triton"
+    stays = head.hidden.dtype == torch.bfloat16 and backend in _ON_GPU
     return torch.bfloat16 if stays else _rows.accumulator(head.hidden.dtype)
 
 

@@ -45,6 +45,19 @@ def allowed(logits: Tensor, exclude: Tensor | None) -> Tensor:
     return x
 
 
+def unit_inner_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device(rows: list[list[float]], device: torch.device) -> Tensor:
+    """Rows of numbers as float64 [rows, .], padded with zeros; copied there without waiting for what it does."""
+    # An even width keeps each row aligned alike.
+    width = max(len(row) for row in rows) + 1 & ~1
+    padded = [row + [0.0] * (width - len(row)) for row in rows]
+    on_host = torch.tensor(padded, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """dtype in which results over rows are returned: float64 for float64 input, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

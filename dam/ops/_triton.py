@@ -62,16 +62,11 @@ def backward_kolmogorov(
         mask_token = sizes[0] if kind == "absorbing" else None
         stays, moves = math.exp(-duration), -math.expm1(-duration)
         return launcher("backward_kolmogorov", "closed_form")(terminal, mask_token, stays, moves, transpose)
+    walks = op.weighted_walks(terminal.shape[1], sizes, duration, tol)
+    taps = _rows.on_device([weights for *_, weights in walks], terminal.device)
     walk = launcher("backward_kolmogorov", "Walk")
-    steps = []
-    for length, inner, periodic, weights in op.walks(sizes, duration, op.tail_of(tol, terminal.shape[1])):
-        if weights is None:  # equal: those of a cycle, whose opposite point is reached from both sides
-            periodic, weights = True, [1 / length] * (length // 2 + 1)
-            weights[-1] /= 2 - length % 2
-        if len(weights) > 1:
-            steps.append(walk(length, inner, periodic, weights))
-    steps = steps or [walk(terminal.shape[1], 1, False, [1.0])]
-    return launcher("backward_kolmogorov", "lattice")(terminal, steps, workspace=_rows.workspace_bytes() // 2)
+    steps = [walk(*of_dimension) for of_dimension in walks]
+    return launcher("backward_kolmogorov", "lattice")(terminal, steps, taps, workspace=_rows.workspace_bytes() // 2)
 
 
 # ---- ops that contain the matmul with a head

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
 
 
 class AdjointWeights(NamedTuple):
@@ -114,7 +114,12 @@ def _torch(
     return weight, log_path, log_normalizer, ess, clipped, -1
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.adjoint_weights, "triton": _triton.launcher("adjoint_weights")}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.adjoint_weights,
+    "triton": _triton.launcher("adjoint_weights"),
+    "cuda": _cuda.adjoint_weights,
+}
 
 
 def outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dam import generators
-from dam.ops import _backend, _checks, _cpu, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
 
 
 def backward_kolmogorov(
@@ -201,6 +201,20 @@ def walks(sizes: list[int], duration: float, tail: float) -> list[tuple[int, int
     return result
 
 
+def weighted_walks(
+    columns: int, sizes: list[int], duration: float, tol: float
+) -> list[tuple[int, int, bool, list[float]]]:
+    """What `walks` gives, equal weights written out and walks that stay where they are left out; at least one."""
+    result = []
+    for length, inner, periodic, weights in walks(sizes, duration, tail_of(tol, columns)):
+        if weights is None:  # equal: those of a cycle, whose opposite point is reached from both sides
+            periodic, weights = True, [1 / length] * (length // 2 + 1)
+            weights[-1] /= 2 - length % 2
+        if len(weights) > 1:
+            result.append((length, inner, periodic, weights))
+    return result or [(columns, 1, False, [1.0])]
+
+
 def tail_of(tol: float, columns: int) -> float:
     """What is neglected, as a share of the largest entry. The transpose bounds sums rather than entries: hence V."""
     return tol * 1e-30 / columns
@@ -383,7 +397,12 @@ def _poisson(mean: float, tail: float) -> tuple[int, list[float]]:
     return k, [w / total for w in weights]
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.backward_kolmogorov, "triton": _triton.backward_kolmogorov}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.backward_kolmogorov,
+    "triton": _triton.backward_kolmogorov,
+    "cuda": _cuda.backward_kolmogorov,
+}
 
 
 def outputs(terminal: Tensor) -> Tensor:

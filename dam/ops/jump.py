@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _philox, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _philox, _rows, _triton
 
 
 class Jump(NamedTuple):
@@ -190,7 +190,12 @@ def outputs(logits: Tensor, rows: int, num_samples: int) -> tuple[Tensor, Tensor
     )
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.jump, "triton": _triton.launcher("jump")}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.jump,
+    "triton": _triton.launcher("jump"),
+    "cuda": _cuda.jump,
+}
 
 
 @torch.library.custom_op("dam::jump", mutates_args=())

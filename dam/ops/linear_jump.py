@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _head, _rows, _triton
+from dam.ops import _backend, _checks, _cuda, _head, _rows, _triton
 from dam.ops import jump as _row_op
 
 
@@ -92,6 +92,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(_chunked, "torch"),
     "cpu": functools.partial(_chunked, "cpu"),
     "triton": _triton.linear_jump,
+    "cuda": _cuda.linear_jump,
 }
 
 

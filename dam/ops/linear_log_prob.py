@@ -100,11 +100,13 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked, "torch"),
     "cpu": functools.partial(chunked, "cpu"),
     "triton": _triton.linear_log_prob,
+    "cuda": functools.partial(chunked, "cuda"),
 }
 _BACKWARD: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked_backward, "torch"),
     "cpu": functools.partial(chunked_backward, "cpu"),
     "triton": _triton.linear_log_prob_backward,
+    "cuda": functools.partial(chunked_backward, "cuda"),
 }
 
 

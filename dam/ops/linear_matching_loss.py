@@ -145,6 +145,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked, "torch"),
     "cpu": functools.partial(chunked, "cpu"),
     "triton": _triton.linear_matching_loss,
+    "cuda": functools.partial(chunked, "cuda"),
 }
 
 

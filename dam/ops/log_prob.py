@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
 
 
 def log_prob(
@@ -87,11 +87,17 @@ def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape:
     return gradient.scatter_add_(1, target.clamp(min=0), upstream)
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.log_prob, "triton": _triton.launcher("log_prob")}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.log_prob,
+    "triton": _triton.launcher("log_prob"),
+    "cuda": _cuda.log_prob,
+}
 _BACKWARD = {
     "torch": _torch_backward,
     "cpu": _cpu.log_prob_backward,
     "triton": _triton.launcher("log_prob", "log_prob_backward"),
+    "cuda": _cuda.log_prob_backward,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _formed_gradient, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _formed_gradient, _rows, _triton
 
 
 def matching_loss(
@@ -146,7 +146,12 @@ def _torch(
     return total.to(_rows.accumulator(logits.dtype)), grad
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.matching_loss, "triton": _triton.launcher("matching_loss")}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.matching_loss,
+    "triton": _triton.launcher("matching_loss"),
+    "cuda": _cuda.matching_loss,
+}
 
 
 def outputs(logits: Tensor, with_grad: bool, into: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
 
 
 class RateRatio(NamedTuple):
@@ -68,7 +68,12 @@ def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor 
     return log_ratio, escape_gap
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.rate_ratio, "triton": _triton.launcher("rate_ratio")}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.rate_ratio,
+    "triton": _triton.launcher("rate_ratio"),
+    "cuda": _cuda.rate_ratio,
+}
 
 
 def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

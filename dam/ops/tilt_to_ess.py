@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _triton
 
 
 def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
@@ -69,7 +69,12 @@ def _torch(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
     return torch.where(feasible, low, 0.0), -1
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "cpu": _cpu.tilt_to_ess, "triton": _triton.launcher("tilt_to_ess")}
+_IMPLEMENTATIONS = {
+    "torch": _torch,
+    "cpu": _cpu.tilt_to_ess,
+    "triton": _triton.launcher("tilt_to_ess"),
+    "cuda": _cuda.tilt_to_ess,
+}
 
 
 def outputs(reward: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ def backward_kolmogorovs():
         for periodic in (False, True):
             walks = [backward_kolmogorov.Walk(91, 91, periodic, [0.1] * 20)]
             walks.append(backward_kolmogorov.Walk(91, 1, periodic, [0.1] * 20))
-            backward_kolmogorov.lattice(rows_of(64, 91 * 91, dtype), walks, workspace=WORKSPACE)
+            taps = torch.zeros(2, 20, dtype=torch.float64)
+            backward_kolmogorov.lattice(rows_of(64, 91 * 91, dtype), walks, taps, workspace=WORKSPACE)
 
 
 def ones():

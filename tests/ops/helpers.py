@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from dam.ops import _triton
+from dam.ops import _cuda, _triton
 
 # |z| above it has probability 6e-7 under the hypothesis: the false alarm of one test.
 Z = 5.0
@@ -12,8 +12,9 @@ P_VALUE = 1e-6
 
 
 def slow(backend):
-    """Whether a backend is to be spared large inputs: the reference, and Triton's interpreter."""
-    return backend == "torch" or (backend == "triton" and _triton.INTERPRETED)
+    """Whether a backend is to be spared large inputs: the reference, Triton's interpreter, the emulator of CUDA."""
+    simulated = {"triton": _triton.INTERPRETED, "cuda": _cuda.EMULATED}
+    return backend == "torch" or simulated.get(backend, False)
 
 
 def normal(*shape, seed=0, dtype=torch.float32, scale=1.0):
@@ -64,7 +65,7 @@ def threads(count):
 def product_slack(backend, dtype, grad_logits, factor):
     """What grad_logits @ factor may lose where a backend multiplies the logits' gradient on in bfloat16: each of its
     entries was rounded once."""
-    if backend == "triton" and dtype == torch.bfloat16:
+    if backend in ("triton", "cuda") and dtype == torch.bfloat16:
         return rounding(dtype) * (grad_logits.abs() @ factor.double().abs())
     return torch.zeros(())
 

@@ -38,10 +38,10 @@ def z_score(count, trials, probability):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_draws_follow_the_softmax(backend, temperature):
-    """A million draws (fewer at other temperatures) from rows that differ in their id only."""
+    """A million draws (fewer at other temperatures, and in the emulator of CUDA) from rows that differ in their id only."""
     logits = normal(1, 9, seed=1, scale=2.0)
     logits[0, 4] = -INF
-    rows = 1000 if temperature == 1.0 else 50
+    rows = (200 if backend == "cuda" and slow(backend) else 1000) if temperature == 1.0 else 50
     draws = dam.jump(logits.expand(rows, -1), exclude=2, temperature=temperature, num_samples=1000, seed=7).target
     counts = torch.bincount(draws.flatten(), minlength=9)
     p = log_softmax(logits, 2, temperature).exp()[0]
