@@ -53,23 +53,23 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int64_t row_bytes, bool 
     return plan;
   }
   const int64_t resident = int64_t{chip.multiprocessors} * blocks_per_multiprocessor;
-  // Blocks wanted for a row: to fill the chip; and so that what is read again, of the rows that run at once, fits half
-  // of the cache.
-  int64_t wanted = resident / (rows > 0 ? rows : 1);
-  if (reread && row_bytes > 0) {
-    const int64_t at_once = chip.l2_bytes / 2 / row_bytes;
-    const int64_t for_cache = divided_up(resident, at_once > 0 ? at_once : 1);
-    // Two launches read everything before anything is read again: splitting helps nothing then.
-    if (chip.clusters && for_cache > wanted && rows > at_once) wanted = for_cache;
-  }
-  // Each with a tile for each of its warps at least.
+  // Blocks of a row: as many as fill the chip, each with a tile for each of its warps at least.
   const int64_t most = divided_up(tiles, WARPS_PER_BLOCK);
-  wanted = wanted < most ? wanted : most;
+  int64_t splits = resident / (rows > 0 ? rows : 1);
   if (chip.clusters) {
-    plan.splits = static_cast<int>(power_of_two_below(wanted < MOST_CLUSTERED ? wanted : MOST_CLUSTERED));
+    if (reread && row_bytes > 0) {
+      // And so many that what is read again, of the rows that run at once, fits half of the cache. In two launches all
+      // would be read before anything is read again.
+      const int64_t at_once = chip.l2_bytes / 2 / row_bytes;
+      const int64_t for_cache = divided_up(resident, at_once > 0 ? at_once : 1);
+      if (for_cache > 1 && for_cache > splits && rows > at_once) splits = 2 * power_of_two_below(for_cache - 1);
+    }
+    splits = splits < most ? splits : most;
+    plan.splits = static_cast<int>(power_of_two_below(splits < MOST_CLUSTERED ? splits : MOST_CLUSTERED));
     plan.clustered = plan.splits > 1;
-  } else if (wanted > 1) {
-    plan.splits = static_cast<int>(wanted);
+  } else {
+    splits = splits < most ? splits : most;
+    plan.splits = static_cast<int>(splits > 1 ? splits : 1);
   }
   plan.split_tiles = static_cast<int>(divided_up(tiles, plan.splits));
   if (!plan.clustered) plan.splits = static_cast<int>(divided_up(tiles, plan.split_tiles));  // none without a tile

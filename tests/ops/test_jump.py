@@ -38,7 +38,7 @@ def z_score(count, trials, probability):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_draws_follow_the_softmax(backend, temperature):
-    """A million draws (fewer at other temperatures, and in the emulator of CUDA) from rows that differ in their id only."""
+    """A million draws (fewer at other temperatures or emulated) from rows that differ in their id only."""
     logits = normal(1, 9, seed=1, scale=2.0)
     logits[0, 4] = -INF
     rows = (200 if backend == "cuda" and slow(backend) else 1000) if temperature == 1.0 else 50

@@ -1,0 +1,302 @@
+"""What a result may not depend on: how a launch divides rows, the order in which threads run, where rows lie in memory.
+
+And what a GPU alone can show: streams, CUDA graphs, errors of launches, a second device.
+"""
+
+import math
+
+import pytest
+import torch
+
+import dam
+from dam.ops import _backend, _cuda
+from tests.ops.helpers import assert_close, integers, normal
+
+if _backend.why_unavailable("cuda") is not None:
+    pytest.skip(_backend.why_unavailable("cuda"), allow_module_level=True)
+
+INF = math.inf
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+emulated = pytest.mark.skipif(not _cuda.EMULATED, reason="a chip is what it is")
+on_gpu = pytest.mark.skipif(_cuda.EMULATED, reason="needs a GPU")
+
+# Chips of the emulator: a row to a block, to clusters of 2 to 8, to blocks of two launches; many rows to a warp each.
+CHIPS = [
+    {"multiprocessors": 1, "clusters": True},
+    {"multiprocessors": 5, "clusters": True},
+    {"multiprocessors": 132, "clusters": True},
+    {"multiprocessors": 5, "clusters": False},
+    {"multiprocessors": 108, "clusters": False},
+    {"multiprocessors": 4, "clusters": True, "l2_bytes": 2**16},
+]
+
+
+@pytest.fixture(autouse=True)
+def on_cuda():
+    with torch.device(_backend.DEVICE_TYPE["cuda"]), dam.backend("cuda"):
+        yield
+    if _cuda.EMULATED:
+        _cuda._kernels.pretend()
+
+
+def same(a, b):
+    """Bit for bit, NaN included."""
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
+
+
+def everything(logits, base, seed=0):
+    """Results of every op over rows, gradients among them."""
+    rows, columns = logits.shape
+    target, weight = integers(-1, columns, rows, 3, seed=seed), normal(rows, 3, seed=seed + 1)
+    target[:, 1] = target[:, 0]  # repeated
+    exclude = integers(-1, columns, rows, seed=seed + 2)
+    leaf = logits.detach().requires_grad_()
+    with_base = dam.matching_loss(leaf, target, weight, base_logits=base, base_weight=weight[:, 0], exclude=exclude)
+    alone = dam.matching_loss(leaf, target, weight, normalized=False)
+    value = dam.log_prob(leaf, target, exclude=exclude, temperature=0.7)
+    gradients = [torch.autograd.grad(x, leaf)[0] for x in (with_base, alone, value.clamp(min=-99.0).sum())]
+    return (
+        *dam.jump(logits, exclude=exclude, temperature=0.8, num_samples=3, seed=seed),
+        *dam.jump(logits, num_samples=9, seed=seed),
+        *dam.jump(logits, temperature=0, num_samples=2, seed=seed),
+        *dam.rate_ratio(logits, base, target, exclude=exclude),
+        with_base.detach(),
+        alone.detach(),
+        value.detach(),
+        *gradients,
+        dam.backward_kolmogorov(dam.generators.Uniform(columns), logits.clamp(-9, 9), 0.5),
+        dam.backward_kolmogorov(dam.generators.Absorbing(columns, columns // 2), logits.clamp(-9, 9), 0.5),
+    )
+
+
+@emulated
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_chip(dtype):
+    """Sums over tiles are in the order of threads of a block, which is the same for all of its kinds but not for a warp
+    of its own: hence no comparison with those, whose rows are short."""
+    logits, base = normal(6, 40 * 1024 + 77, seed=1, scale=3.0, dtype=dtype), normal(6, 40 * 1024 + 77, seed=2)
+    logits[2, 1024:4096] = -INF
+    results = []
+    for chip in CHIPS:
+        _cuda._kernels.pretend(**chip)
+        results.append(everything(logits, base.to(dtype)))
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+@emulated
+@pytest.mark.parametrize("chip", [CHIPS[1], CHIPS[3], {"multiprocessors": 1}])
+def test_results_do_not_depend_on_the_order_of_threads(chip):
+    """What one thread writes and another reads lies on two sides of a barrier."""
+    results = []
+    for order in (0, 1, 2, 3):
+        _cuda._kernels.pretend(**chip, order=order)
+        results.append([])
+        for rows, columns in ((40, 700), (3, 20_000), (40, 3000)):
+            results[-1] += everything(normal(rows, columns, seed=3), normal(rows, columns, seed=4))
+        log_ratio, cost = normal(5, 70, 33, seed=5), normal(5, 70, seed=6)
+        results[-1] += dam.adjoint_weights(log_ratio, cost, clip=0.5)
+        results[-1] += [dam.tilt_to_ess(normal(3, 300, seed=7), 30.0, max_tilt=9.0)]
+        lattice = dam.generators.Lattice((20, 35), (True, False))
+        results[-1] += [dam.backward_kolmogorov(lattice, normal(3, 700, seed=8), 2.0)]
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [2048, 5000, 12_289])
+def test_results_do_not_depend_on_alignment(dtype, columns):
+    """Whole loads of 16 bytes where rows are aligned, single ones elsewhere: the same numbers in the same lanes."""
+    logits, base = normal(4, columns, seed=9, dtype=dtype), normal(4, columns, seed=10, dtype=dtype)
+    expected = everything(logits, base)
+    for shift in (1, 8):
+        moved, moved_base = (
+            torch.zeros(4, columns + 9, dtype=dtype)[:, shift : shift + columns].copy_(x) for x in (logits, base)
+        )
+        assert same(everything(moved, moved_base), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 600])
+def test_short_rows_equal_the_reference(rows):
+    """A warp to each; from one column to a tile and one more."""
+    for columns in (1, 2, 31, 512, 513, 1024, 1025):
+        logits = normal(rows, columns, seed=columns, scale=2.0)
+        ours = dam.jump(logits, seed=5)
+        with dam.backend("torch"):
+            expected = dam.jump(logits, seed=5)
+        assert torch.equal(ours.target, expected.target)
+        assert_close(ours.log_prob, expected.log_prob, rtol=2.0**-20, atol=2.0**-20)
+
+
+def test_a_gradient_may_take_the_place_of_the_logits():
+    """Of rows that blocks share, with targets in every part; and it may be bfloat16 beside float32 logits."""
+    target, grad = integers(-1, 20_000, 3, 40, seed=16), normal(3, 40, seed=17)
+    logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
+    target[:, 1] = target[:, 0]
+    of_loss = (target, grad, base, grad[:, 0], None, None, True, True)
+    chips = CHIPS[:4] if _cuda.EMULATED else [None]
+    for chip in chips:
+        if chip is not None:
+            _cuda._kernels.pretend(**chip)
+        _, log_escape = _cuda.log_prob(logits, target, None, 1.0)
+        expected = _cuda.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
+        x = logits.clone()
+        assert torch.equal(_cuda.log_prob_backward(grad, x, target, log_escape, None, 1.0, x), expected)
+        half = torch.empty_like(logits, dtype=torch.bfloat16)
+        _cuda.log_prob_backward(grad, logits, target, log_escape, None, 1.0, half)
+        assert torch.equal(half, expected.to(torch.bfloat16))
+        expected = _cuda.matching_loss(logits, *of_loss)
+        x = logits.clone()
+        assert same(_cuda.matching_loss(x, *of_loss, x), expected)
+        assert torch.equal(_cuda.matching_loss(logits, *of_loss, half)[1], expected[1].to(torch.bfloat16))
+
+
+def test_numbers_of_rows_may_have_any_dtype_and_stride():
+    """Weights, scales and costs are read as they are; the reference converts them."""
+    logits, base = normal(5, 300, seed=20), normal(5, 300, seed=21)
+    target = integers(-1, 300, 5, 4, seed=22)[:, ::2]
+    cost = normal(6, 5, seed=25).t()
+    for dtype in (*DTYPES, torch.float64):
+        weight = normal(2, 5, seed=23, dtype=dtype).t()
+        scale = normal(10, seed=24, dtype=dtype)[::2]
+
+        def results(weight=weight, scale=scale, dtype=dtype):
+            leaf = logits.detach().requires_grad_()
+            options = {"base_logits": base, "base_weight": scale, "row_scale": scale}
+            loss = dam.matching_loss(leaf, target, weight, **options)
+            weights = dam.adjoint_weights(normal(7, 5, 6, seed=26).transpose(0, 2)[:5, :, :6].mT, cost.to(dtype)[:, :6])
+            return loss.detach(), torch.autograd.grad(loss, leaf)[0], *weights
+
+        ours = results()
+        with dam.backend("torch"):
+            expected = results()
+        for a, b in zip(ours, expected, strict=True):
+            # float32 sums of 300 terms at most, and one rounding.
+            assert_close(a, b, rtol=2.0**-19, atol=2.0**-19)
+
+
+def far(rows, columns, dtype):
+    """An array whose rows lie 2^30 elements apart, of memory that is not touched between them."""
+    stride = 2**30 + 8
+    return torch.empty((rows - 1) * stride + columns, dtype=dtype).as_strided((rows, columns), (stride, 1))
+
+
+@emulated  # where untouched memory is memory too, tests/ops/test_large.py has whole arrays
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_beyond_2_31_elements(dtype):
+    logits, base, out = far(4, 2000, dtype), far(4, 2000, dtype), far(4, 2000, dtype)
+    logits.copy_(normal(4, 2000, seed=30))
+    base.copy_(normal(4, 2000, seed=31))
+    near, near_base = logits.contiguous(), base.contiguous()
+    target, grad = integers(-1, 2000, 4, 2, seed=32), normal(4, 2, seed=33)
+    _, log_escape = _cuda.log_prob(near, target, None, 1.0)
+    assert same(dam.jump(logits, seed=1), dam.jump(near, seed=1))
+    assert same(dam.rate_ratio(logits, base, target), dam.rate_ratio(near, near_base, target))
+    assert same(_cuda.log_prob(logits, target, None, 1.0), _cuda.log_prob(near, target, None, 1.0))
+    expected = _cuda.log_prob_backward(grad, near, target, log_escape, None, 1.0)
+    assert torch.equal(_cuda.log_prob_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
+    of_loss = (grad[:, 0], None, None, True, True)
+    expected = _cuda.matching_loss(near, target, grad, near_base, *of_loss)
+    assert same(_cuda.matching_loss(logits, target, grad, base, *of_loss, out), expected)
+
+
+def test_whole_tiles_of_minus_infinity():
+    """Every op, on rows whose first, middle and last tiles cannot be reached, equals the reference."""
+    logits, base = normal(4, 19 * 1024, seed=40), normal(4, 19 * 1024, seed=41)
+    for row, tiles in enumerate(((0,), (3, 4), (18,), (0, 1, 2, *range(4, 19)))):
+        for tile in tiles:
+            logits[row, tile * 1024 : (tile + 1) * 1024] = -INF
+            base[row, (tile - 1) % 19 * 1024 : ((tile - 1) % 19 + 1) * 1024] = -INF
+    target, weight = torch.full((4, 1), 3 * 1024 + 5), torch.ones(4, 1)
+
+    def results():
+        leaf = logits.detach().requires_grad_()
+        loss = dam.matching_loss(leaf, target, weight, base_logits=logits, base_weight=torch.ones(4))
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return *dam.jump(logits, seed=1), dam.log_prob(logits, target), *dam.rate_ratio(logits, base, target), gradient
+
+    ours = results()
+    with dam.backend("torch"):
+        expected = results()
+    for a, b in zip(ours, expected, strict=True):
+        # Roundings of float32, of sums of rates near 3 10^4 too, whose difference the escape gap is.
+        atol = 2.0**-22 * 3e4 if a is ours[5] else 2.0**-18
+        torch.testing.assert_close(a.double(), b.double(), rtol=2.0**-19, atol=atol, equal_nan=True)
+
+
+@emulated
+def test_an_index_out_of_range_is_not_read():
+    """From the bridge, as the ops look at indices on a CPU themselves; on a GPU it ends the process's use of it."""
+    logits = normal(2, 50, seed=50)
+    for bad in (50, -2):
+        with pytest.raises(IndexError, match="target must be -1 or in"):
+            _cuda.log_prob(logits, torch.tensor([[1], [bad]]), None, 1.0)
+        with pytest.raises(IndexError, match="exclude must be -1 or in"):
+            _cuda.jump(logits, torch.tensor([3, bad]), 1.0, 1, torch.tensor(1), None, False)
+
+
+# ---- on a GPU
+
+
+@on_gpu
+def test_calls_are_part_of_a_graph():
+    """Captured once, replayed on new numbers: the same as calls on those."""
+    logits, base = normal(8, 40_000, seed=60, dtype=torch.bfloat16), normal(8, 40_000, seed=61, dtype=torch.bfloat16)
+    target, weight, seed = integers(0, 40_000, 8, 2, seed=62), normal(8, 2, seed=63), torch.tensor(5)
+    log_ratio, cost = normal(4, 8, 16, seed=64), normal(4, 8, seed=65)
+    lattice = dam.generators.Lattice((200, 200), (True, False))
+
+    def results():
+        drawn = dam.jump(logits, seed=seed, check=False)
+        loss, gradient = _cuda.matching_loss(logits, target, weight, base, weight[:, 0], None, None, True, True)
+        value, log_escape = _cuda.log_prob(logits, target, None, 1.0)
+        slope = _cuda.log_prob_backward(weight, logits, target, log_escape, None, 1.0)
+        weights = dam.adjoint_weights(log_ratio, cost)
+        expected = dam.backward_kolmogorov(dam.generators.Uniform(40_000), logits, 0.5)
+        walked = dam.backward_kolmogorov(lattice, logits.float(), 0.5)
+        return *drawn, loss, gradient, value, slope, *dam.rate_ratio(logits, base, target), *weights, expected, walked
+
+    results()  # what torch and the driver load at first use
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    for trial in (66, 67):
+        logits.copy_(normal(8, 40_000, seed=trial))
+        cost.copy_(normal(4, 8, seed=trial))
+        seed.fill_(trial)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(captured, results())
+
+
+@on_gpu
+def test_calls_run_on_the_current_stream():
+    """Behind what that stream is at: a slow fill of the logits."""
+    logits = torch.zeros(64, 100_000)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        logits.fill_(-INF)
+        logits[:, 7] = 1.0
+        drawn = dam.jump(logits, seed=1, check=False)
+    stream.synchronize()
+    assert bool((drawn.target == 7).all())
+
+
+@on_gpu
+def test_a_launch_that_fails_says_so():
+    """A device that does not exist, and a stream of none."""
+    x, index = torch.zeros(2, 10), torch.zeros(2, 1, dtype=torch.int64)
+    arguments = ((2, 10, 0), (x.data_ptr(), 10), (0, 0), 1.0, (index.data_ptr(), 1, 1, 1))
+    out = [torch.empty(64).data_ptr() for _ in range(3)]
+    with pytest.raises(RuntimeError, match="dam: choosing the device"):
+        _cuda._kernels.log_prob(*arguments, *out, (63, 0))
+    assert_close(dam.log_prob(x, index), torch.full((2, 1), -math.log(10)), rtol=2.0**-20)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one():
+    logits = normal(4, 5000, seed=70)
+    expected = dam.jump(logits, seed=1)
+    assert same([x.to("cuda:0") for x in dam.jump(logits.to("cuda:1"), seed=1)], expected)
+    assert torch.cuda.current_device() == 0
