@@ -1,4 +1,4 @@
-"""Builds dam._cpu, every kernel of csrc/cpu once per instruction set, all in one extension that chooses at run time; and
+"""Builds dam._cpu, every kernel of csrc/cpu once per instruction set, in one extension that chooses at run time; and
 dam._cuda, the kernels of csrc/cuda, where nvcc is found.
 
 Environment variables:

@@ -89,11 +89,11 @@ static void rate_ratio(const ShapeTuple& of, const MatrixTuple& logits, const Ma
 static void matching_loss(const ShapeTuple& of, const MatrixTuple& logits, const MatrixTuple& base,
                           const IndicesTuple& exclude, const TargetsTuple& target, const ValuesTuple& weight,
                           const ValuesTuple& base_weight, const ValuesTuple& row_scale, bool normalized,
-                          uintptr_t summaries, uintptr_t target_logit, uintptr_t target_gradient, uintptr_t loss,
-                          const MatrixTuple& gradient, int gradient_dtype, const QueueTuple& where) {
+                          uintptr_t summaries, uintptr_t target_logit, uintptr_t loss, const MatrixTuple& gradient,
+                          int gradient_dtype, const QueueTuple& where) {
   matching_loss({shape(of), matrix(logits), matrix(base), indices(exclude), targets(target), values(weight),
                  values(base_weight), values(row_scale), normalized, at<float>(summaries), at<float>(target_logit),
-                 at<float>(target_gradient), at<double>(loss), matrix(gradient), gradient_dtype},
+                 at<double>(loss), matrix(gradient), gradient_dtype},
                 queue(where));
 }
 
@@ -171,10 +171,9 @@ PYBIND11_MODULE(DAM_MODULE, module) {
   module.def("rate_ratio", bind::rate_ratio, "shape"_a, "logits"_a, "base"_a, "exclude"_a, "target"_a, "summaries"_a,
              "log_ratio"_a, "escape_gap"_a, "where"_a, "Fills log_ratio float32 [T, J] and escape_gap float32 [T].");
   module.def("matching_loss", bind::matching_loss, "shape"_a, "logits"_a, "base"_a, "exclude"_a, "target"_a, "weight"_a,
-             "base_weight"_a, "row_scale"_a, "normalized"_a, "summaries"_a, "target_logit"_a, "target_gradient"_a,
-             "loss"_a, "gradient"_a, "gradient_dtype"_a, "where"_a,
-             "Fills loss float64 [T] and gradient [T, V]; target_logit and target_gradient are work memory, float32 "
-             "[T, J].");
+             "base_weight"_a, "row_scale"_a, "normalized"_a, "summaries"_a, "target_logit"_a, "loss"_a, "gradient"_a,
+             "gradient_dtype"_a, "where"_a,
+             "Fills loss float64 [T] and gradient [T, V]; target_logit is work memory, float32 [T, J].");
   module.def(
       "adjoint_weights", bind::adjoint_weights, "groups"_a, "size"_a, "steps"_a, "dtype"_a, "log_ratio"_a,
       "escape_gap"_a, "terminal_cost"_a, "clip"_a, "log_weight"_a, "weight"_a, "log_path"_a, "log_normalizer"_a,

@@ -105,12 +105,11 @@ struct MatchingLossArgs {
   Values base_weight;  // [T], with a base
   Values row_scale;    // [T]; null: 1 / T
   bool normalized;
-  float* summaries;        // ROW_SUMMARIES, or BASE_SUMMARIES with a base
-  float* target_logit;     // work memory [T, J]
-  float* target_gradient;  // work memory [T, J]
-  double* loss;            // [T], each times its row_scale
-  Matrix gradient;         // [T, V]; may be the logits; null: not wanted
-  int gradient_dtype;      // the logits', or bfloat16 beside float32
+  float* summaries;     // ROW_SUMMARIES, or BASE_SUMMARIES with a base
+  float* target_logit;  // work memory [T, J]
+  double* loss;         // [T], each times its row_scale
+  Matrix gradient;      // [T, V]; may be the logits; null: not wanted
+  int gradient_dtype;   // the logits', or bfloat16 beside float32
 };
 
 struct AdjointWeightsArgs {

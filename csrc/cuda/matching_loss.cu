@@ -80,7 +80,6 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   const Summaries base_tiles = summaries_of(a.summaries, HAS_BASE ? BASE : MODEL, plan, t);
   float* const cross = summary_array(a.summaries, HAS_BASE ? CROSS : MODEL, plan, t);
   float* const target_logit = a.target_logit + t * a.target.count;
-  float* const target_gradient = a.target_gradient + t * a.target.count;
   const auto counts = [&](int64_t v) { return v >= 0 && v != exclude; };
   const auto is_here = [&](int64_t v) {
     return counts(v) && v >= int64_t{part.begin} * TILE && v < int64_t{part.end} * TILE;
@@ -138,14 +137,6 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   const Share share = share_of_rate(row_scale * outflow, a.normalized ? -log_sum : reference, reference);
   const Share base_share = share_of_rate(row_scale * base_weight, base_log_rate, base_reference);
   Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
-  for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
-    const int64_t v = load_target(a.target, a.shape, t, j);
-    if (!is_here(v)) continue;
-    float value = share_at(share, target_logit[j], scale);
-    if constexpr (HAS_BASE) value -= share_at(base_share, base.at(v), scale);
-    target_gradient[j] = static_cast<float>(value - row_scale * weight_at(v, a.target, a.weight, t));
-  }
-  team.sync();
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
     float x[PER_LANE];
@@ -163,7 +154,10 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   team.sync();
   for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
     const int64_t v = load_target(a.target, a.shape, t, j);
-    if (is_here(v)) store_one(gradient + v, target_gradient[j]);
+    if (!is_here(v)) continue;
+    float value = share_at(share, target_logit[j], scale);
+    if constexpr (HAS_BASE) value -= share_at(base_share, base.at(v), scale);
+    store_one(gradient + v, static_cast<float>(value - row_scale * weight_at(v, a.target, a.weight, t)));
   }
 }
 

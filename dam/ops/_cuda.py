@@ -276,7 +276,7 @@ def matching_loss(
     _, gradient = op.outputs(logits, with_grad, into)
     arrays = _kernels.ROW_SUMMARIES if base_logits is None else _kernels.BASE_SUMMARIES
     summaries = _summaries(logits, arrays, rows)
-    of_targets = logits.new_empty((2, *target.shape), dtype=torch.float32)
+    target_logit = logits.new_empty(target.shape, dtype=torch.float32)
     row_loss = logits.new_empty((rows,), dtype=torch.float64)
     _kernels.matching_loss(
         _shape(logits),
@@ -289,8 +289,7 @@ def matching_loss(
         _values(row_scale),
         normalized,
         summaries.data_ptr(),
-        of_targets[0].data_ptr(),
-        of_targets[1].data_ptr(),
+        target_logit.data_ptr(),
         row_loss.data_ptr(),
         _matrix(gradient) if with_grad else _ABSENT_MATRIX,
         _DTYPE_CODE[gradient.dtype],

@@ -132,7 +132,7 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
     target[:, 1] = target[:, 0]
     of_loss = (target, grad, base, grad[:, 0], None, None, True, True)
-    chips = CHIPS[:4] if _cuda.EMULATED else [None]
+    chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if _cuda.EMULATED else [None]
     for chip in chips:
         if chip is not None:
             _cuda._kernels.pretend(**chip)
