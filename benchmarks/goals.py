@@ -11,8 +11,10 @@ from dam.ops import _rows
 Record = Mapping[str, Any]
 
 FORMS = ("fused", "chunked")
+CUDA = "dam, cuda"  # the CUDA kernels; "dam" are those of Triton
 STATE_OPS = ("adjoint_weights", "backward_kolmogorov", "tilt_to_ess")
 FEW, MANY = 64, 1024  # rows; the goals of the linear forms change there
+VERY_FEW = 8  # rows, which blocks share
 NOISE = 1.02  # a ratio up to it is no difference
 
 
@@ -40,6 +42,13 @@ def of_floor(record: Record, name: str = "dam") -> float:
 def reading_seconds(record: Record, bandwidth: Mapping[str, float]) -> float:
     """Seconds in which what must move is read."""
     return record["moved_bytes"] / bandwidth["read"]
+
+
+def best_peer(record: Record) -> float | None:
+    """Seconds of the fastest that is not dam's and not a floor; None where none was measured."""
+    seconds = record["median_seconds"].items()
+    others = [t for name, t in seconds if name != record["floor_name"] and not name.startswith("dam")]
+    return min(others, default=None)
 
 
 def of_reading(record: Record, bandwidth: Mapping[str, float]) -> float:
@@ -95,17 +104,29 @@ def reached(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[G
     def of(label: str, least: float = 0, most: float = math.inf) -> list[Record]:
         return [r for r in records if r["label"] == label and least <= r["sizes"].get("rows", 0) <= most]
 
-    def bandwidths(label: str, goal: float | None, text: str, least: float = 0) -> Goal:
+    def bandwidths(label: str, goal: float | None, text: str, least: float = 0, name: str = "dam") -> Goal:
         return _judged(
-            label, text, of(label, least), lambda r: fraction(r, bandwidth), goal, atmost=False,
+            label if name == "dam" else f"{label}, cuda", text, having(name, of(label, least)),
+            lambda r: fraction(r, bandwidth, r["median_seconds"][name]), goal, atmost=False, name=name,
             kernels=lambda r, seconds: fraction(r, bandwidth, seconds),
         )  # fmt: skip
+
+    def having(name: str, found: list[Record]) -> list[Record]:
+        return [r for r in found if name in r["median_seconds"]]
 
     def ratios(what: str, text: str, found: list[Record], value: Callable[[Record], float], goal: float | None) -> Goal:
         return _judged(what, text, found, value, goal, atmost=True)
 
     copy = f">= 90% of the copy's bandwidth from T = {MANY:,}"
-    goals = [bandwidths(label, 0.9, copy, MANY) for label in ("jump", "log_prob, forward", "rate_ratio")]
+    reading = ("jump", "log_prob, forward", "rate_ratio")
+    goals = [bandwidths(label, 0.9, copy, MANY, name) for label in reading for name in ("dam", CUDA)]
+    for label in reading:
+        for name, suffix in (("dam", ""), (CUDA, ", cuda")):
+            found = [r for r in having(name, of(label, 0, VERY_FEW)) if best_peer(r) is not None]
+            text = f"no slower than the best peer for T <= {VERY_FEW}"
+            goals.append(
+                ratios(f"{label}{suffix}", text, found, lambda r, n=name: r["median_seconds"][n] / best_peer(r), NOISE)
+            )
     both = "forward and backward"
     others = (f"log_prob, {both}", f"matching_loss, {both}", f"matching_loss with base, {both}")
     goals += [bandwidths(label, None, "of the copy's bandwidth", MANY) for label in others]
@@ -160,6 +181,7 @@ def _judged(
     atmost: bool,
     unit: str = "",
     kernels: Callable[[Record, float], float] | None = None,
+    name: str = "dam",
 ) -> Goal:
     """A goal that every record must meet, and the farthest figure."""
     if not records:
@@ -171,7 +193,7 @@ def _judged(
     if len(records) > 1:
         text += f"; best {(min if atmost else max)(values.values()):.3g}{unit}"
         text += "" if goal is None else f"; {sum(good.values())} of {len(records)} sizes"
-    alone = None if kernels is None else kernel_seconds(records[farthest])
+    alone = None if kernels is None else kernel_seconds(records[farthest], name)
     if alone is not None and kernels is not None:
         text += f"; there its kernels alone {kernels(records[farthest], alone):.3g}"
     return Goal(what, goal_text, text, None if goal is None else all(good.values()))
@@ -230,24 +252,24 @@ def _fractions(records: Sequence[Record], bandwidth: Mapping[str, float]) -> lis
         if not r["flops"] and r["op"] not in STATE_OPS
     }
     vocabularies = sorted({v for _, _, v in found})
+
+    def cell(record: Record | None, name: str) -> str:
+        if record is None or name not in record["median_seconds"]:
+            return ""
+        seconds, alone = record["median_seconds"][name], kernel_seconds(record, name)
+        text = f"{1e3 * seconds:.3g} ms, {fraction(record, bandwidth, seconds):.2f}"
+        return text + ("" if alone is None else f" ({fraction(record, bandwidth, alone):.2f})")
+
     for label in dict.fromkeys(label for label, _, _ in found):
         for count in sorted({t for name, t, _ in found if name == label}):
-            cells = []
-            for v in vocabularies:
-                record = found.get((label, count, v))
-                if record is None:
-                    cells.append("")
-                    continue
-                alone = kernel_seconds(record)
-                cells.append(
-                    f"{1e3 * record['median_seconds']['dam']:.3g} ms, {fraction(record, bandwidth):.2f}"
-                    + ("" if alone is None else f" ({fraction(record, bandwidth, alone):.2f})")
-                )
-            rows.append((label, f"{count:,}", *cells))
+            for name in ("dam", CUDA):
+                cells = [cell(found.get((label, count, v)), name) for v in vocabularies]
+                if any(cells):
+                    rows.append((label, "triton" if name == "dam" else "cuda", f"{count:,}", *cells))
     if not rows:
         return []
     title = "## Fraction of the copy's bandwidth (of its kernels alone)"
-    return [title, "", *markdown(("op", "T", *(f"V = {v:,}" for v in vocabularies)), rows)]
+    return [title, "", *markdown(("op", "backend", "T", *(f"V = {v:,}" for v in vocabularies)), rows)]
 
 
 def _linear(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:
@@ -265,11 +287,12 @@ def _linear(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[s
                 f"{r['sizes']['rows']:,}",
                 *(f"{1e3 * t:.4g}" for t in floors),
                 *(f"{1e3 * forms[form]:.4g}" if form in forms else "-" for form in FORMS),
+                f"{1e3 * seconds[CUDA]:.4g}" if CUDA in seconds else "-",
                 min(forms, key=forms.__getitem__) if forms else "-",
                 str(r["table_form"] or "-"),
             )
         )
     if not rows:
         return []
-    header = ("linear_", "V", "T", "matmuls", "reading", "dam", *FORMS, "fastest form", "table's form")
+    header = ("linear_", "V", "T", "matmuls", "reading", "dam", *FORMS, "cuda", "fastest form", "table's form")
     return ["## Forms of the linear ops, ms", "", *markdown(header, rows)]

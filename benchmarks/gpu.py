@@ -1,7 +1,8 @@
-"""Measures the GPU table: python -m benchmarks.gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune].
+"""Measures the GPU table: python -m benchmarks.gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune|--sanitize].
 
-Installs this checkout where it is not, runs tests/ops, measures every operation against its floors and its peers,
-writes JSON, PNG and summary.md, and prints that summary last. Needs an NVIDIA GPU and no network.
+Installs this checkout where it is not, with the CUDA kernels if there is an nvcc, runs the tests of the operations,
+measures every operation against its floors and its peers, in Triton ("dam") and in CUDA ("dam, cuda"), writes JSON, PNG
+and summary.md, and prints that summary last. Needs an NVIDIA GPU and no network.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,18 +29,19 @@ import dam
 from benchmarks import goals, harness, report, tune
 from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
-from dam.ops import _triton
+from dam.ops import _backend, _triton
 
 Function = Callable[[], object]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-BUDGET, TESTS_LIMIT = 450.0, 180.0  # seconds
+BUDGET, TESTS_LIMIT, SANITIZE_LIMIT = 450.0, 180.0, 400.0  # seconds
+TESTS = ("tests/ops", "tests/cuda")
 LLADA = 126_464
 VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
 ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss")
 LINEAR_OPS = ("linear_jump", "linear_log_prob", "linear_matching_loss")
 OPS = (*ROW_OPS, *LINEAR_OPS, *goals.STATE_OPS)
-COPY = "copy of as many bytes"
+COPY, CUDA = "copy of as many bytes", goals.CUDA
 
 
 class Item(NamedTuple):
@@ -64,7 +67,7 @@ def plan() -> list[Item]:
         return Item(op, {"rows": count, "vocabulary": vocabulary, "hidden": 4096}, compiled=compiled)
 
     others = [v for v in VOCABULARIES if v != LLADA]
-    items = [rows(op, t, LLADA) for t in (8192, 1024, 64) for op in ROW_OPS]
+    items = [rows(op, t, LLADA) for t in (8192, 1024, 64, 1) for op in ROW_OPS]
     items += [linear("linear_jump", t) for t in (1, 64, 128, 256, 1024, 4096)]
     items += [linear("linear_matching_loss", 8192), linear("linear_log_prob", 8192)]
     # The bisection is 53 passes, which a compiler would unroll for a minute.
@@ -73,9 +76,9 @@ def plan() -> list[Item]:
     items += [rows(op, t, v) for t in (8192, 1024) for v in others for op in ROW_OPS]
     items += [linear("linear_jump", t) for t in (16, 512, 8192)]
     items += [linear(op, t) for t in (64, 1024) for op in ("linear_log_prob", "linear_matching_loss")]
-    items += [rows(op, t, LLADA) for t in (4096, 1, 32_768) for op in ROW_OPS]
+    items += [rows(op, t, LLADA) for t in (8, 4096, 32_768) for op in ROW_OPS]
     items += [linear("linear_jump", t, 151_936) for t in (64, 256, 1024, 4096, 1, 16, 128, 512, 8192)]
-    items += [rows(op, t, v) for t in (4096, 64, 1, 32_768) for v in others for op in ROW_OPS]
+    items += [rows(op, t, v) for t in (4096, 64, 1, 8, 32_768) for v in others for op in ROW_OPS]
     return items
 
 
@@ -105,6 +108,8 @@ class Run:
     def measure(self, items: Sequence[Item], bandwidth_bytes: int = 2**32) -> str:
         """Measures the items, printing each; writes JSON, PNG and summary.md, whose text it returns."""
         stopped = None
+        if (reason := _backend.why_unavailable("cuda")) is not None:
+            self.left_out.append(f"the CUDA kernels: {reason}")
         with dam.backend("triton"):  # an error rather than figures of another backend
             self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
             self.machine.free()
@@ -232,7 +237,7 @@ class Run:
             f"A large copy moves {copy}, bytes read and bytes written counted; reading alone {read}.\n",
             *listed("Left out", self.left_out, most=20),
             *goals.tables(self.records, self.bandwidth),
-            f"tests/ops: {self.tests}\n",
+            f"tests: {self.tests}\n",
             *listed("FAILED", self.failures),
         ]
         return "\n".join(lines).rstrip() + "\n"
@@ -253,8 +258,17 @@ def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[st
     return [f"## {title}\n", *(f"* {line}" for line in lines[:most]), *rest, ""]
 
 
+def on_cuda(function: Function) -> Function:
+    def call() -> object:
+        with dam.backend("cuda"):
+            return function()
+
+    return call
+
+
 def chosen(case: harness.Case, item: Item) -> harness.Case:
-    """The case with the functions that the item asks for, each form of a linear op among them.
+    """The case with the functions that the item asks for, those of the CUDA kernels and each form of a linear op among
+    them.
 
     What compiles or loads kernels of its own when it is first called goes with `compiled`.
     """
@@ -263,6 +277,10 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
         call = functions["dam"]
         for form in goals.FORMS:
             functions[f"dam, {form}"] = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
+    if _backend.why_unavailable("cuda") is None:
+        for name, call in (*case.functions.items(), *case.on_gpu.items()):
+            if name.startswith("dam"):
+                functions[name.replace("dam", CUDA, 1)] = on_cuda(call)
     if not item.compiled:
         compiled = {name: f for name, f in compiled.items() if "compiled" not in name}
     if not item.peers:
@@ -320,10 +338,15 @@ def install() -> None:
         raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-20:]))
 
 
-def run_tests(log: Path, limit: float, paths: Sequence[str] = ("tests/ops",)) -> tuple[bool, str]:
-    """Whether the tests passed within the limit, in seconds, and pytest's closing line; all that it prints into log."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
-    if importlib.util.find_spec("xdist") is not None:
+def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Sequence[str] = ()) -> tuple[bool, str]:
+    """Whether the tests passed within the limit, in seconds, and pytest's closing line; all that it prints into log.
+
+    Args:
+        options: arguments of pytest.
+        under: a command that runs another one, which is then pytest in one process.
+    """
+    command = [*under, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    if not under and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of their time goes into compiling kernels
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=CHECKOUT, start_new_session=True)
@@ -338,6 +361,21 @@ def run_tests(log: Path, limit: float, paths: Sequence[str] = ("tests/ops",)) ->
     if status is None:
         closing = f"not finished after {limit:.0f} s; its last line: {closing}"
     return status == 0, closing
+
+
+def sanitize(output: Path, limit: float) -> list[str]:
+    """What compute-sanitizer finds in the tests of the CUDA kernels, a line for each of its tools that was run."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return ["compute-sanitizer is not installed here, so nothing was looked for"]
+    lines = []
+    for check in ("memcheck", "racecheck"):
+        log = output / f"{check}.txt"
+        under = (tool, "--tool", check, "--error-exitcode", "1", "--kernel-name", "kernel_substring=dam")
+        options = (*TESTS, "-k", "cuda and not compile and not opcheck and not graph", "-m", "not slow")
+        passed, closing = run_tests(log, limit / 2, options, under)
+        lines.append(f"{check}: {'nothing found' if passed else 'FAILED'}; {closing} ({log})")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -364,14 +402,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = Gpu()
     output = options.output or report.RESULTS / report.slug(machine.facts()["gpu"])
     run = Run(machine, output, options.budget, options.repeats, started)
+    if options.sanitize:
+        lines = sanitize(output, min(options.budget, SANITIZE_LIMIT))
+        print("\n".join(lines), flush=True)
+        return 1 if any("FAILED" in line for line in lines) else 0
     if options.tune:
         text = run.tune([job for job in tune.jobs() if job.op in options.only])
     else:
         if options.tests:
             passed, run.tests = run_tests(output / "tests.txt", options.tests_limit)
-            print(f"tests/ops: {run.tests}", flush=True)
+            print(f"tests: {run.tests}", flush=True)
             if not passed:
-                run.failures.append(f"tests/ops: {run.tests} ({output / 'tests.txt'})")
+                run.failures.append(f"tests: {run.tests} ({output / 'tests.txt'})")
         text = run.measure([item for item in plan() if item.op in options.only])
     print(f"\nJSON and PNG: {output}\n\n{text}", end="", flush=True)
     return 1 if run.failures else 0
@@ -393,11 +435,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output", metavar="DIR", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
     add("--budget", metavar="SECONDS", type=float, default=BUDGET, help="begin nothing after it (default: %(default)g)")
     add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")
-    add("--no-tests", dest="tests", action="store_false", help="leave out tests/ops")
-    add(
-        "--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for tests/ops (default: %(default)g)"
-    )
+    add("--no-tests", dest="tests", action="store_false", help="leave out the tests")
+    add("--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for them (default: %(default)g)")
     add("--tune", action="store_true", help="instead: measure candidates for the table of kernels/configs.py")
+    add("--sanitize", action="store_true", help="instead: the tests of the CUDA kernels under compute-sanitizer")
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,7 @@ import torch
 
 import dam
 from dam.adjoint import ESTIMATORS, NORMALIZERS
-from dam.ops import _backend, _cpu, _triton
+from dam.ops import _backend, _cpu, _cuda, _triton
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +49,8 @@ def _detail(backend: str) -> str:
         version = importlib.metadata.version("triton")
         where = "interpreted on the CPU" if _triton.INTERPRETED else torch.cuda.get_device_name()
         return f", Triton {version}, {where}"
+    if backend == "cuda":
+        return ", emulated on the CPU" if _cuda.EMULATED else f", {torch.cuda.get_device_name()}"
     return ""
 
 

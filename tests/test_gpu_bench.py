@@ -70,6 +70,31 @@ def test_both_forms_of_a_linear_op_are_measured(whole):
         assert record["table_form"] in (goals.FORMS if forms else (None,))
 
 
+def test_the_cuda_kernels_are_measured_beside_those_of_triton(whole):
+    for record in whole.records:
+        assert goals.CUDA in record["median_seconds"], record["label"]
+    assert "dam, cuda, check=False" in record_of(whole, "jump")["median_seconds"]
+    assert "| jump | cuda | 3 |" in whole.text and "| jump | triton | 3 |" in whole.text
+
+
+def test_without_the_cuda_kernels_the_run_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu._backend, "why_unavailable", lambda name: "no nvcc here" if name == "cuda" else None)
+    run = gpu.Run(Machine(), tmp_path, repeats=1)
+    run.measure([item("rate_ratio")], 2**10)
+    assert run.failures == [] and run.left_out == ["the CUDA kernels: no nvcc here"]
+    assert goals.CUDA not in run.records[0]["median_seconds"]
+
+
+def test_few_rows_are_compared_with_the_best_peer():
+    """Not with the floor, nor with dam's other functions."""
+    few = record("jump", rows=4, dam=2.0, **{"dam, cuda": 1.0, "fast peer": 1.5, "slow peer": 9.0})
+    found = {g.what: g for g in goals.reached([few], BANDWIDTH) if g.goal.startswith("no slower")}
+    assert found["jump"].met is False and "1.33" in found["jump"].measured
+    assert found["jump, cuda"].met is True and "0.667" in found["jump, cuda"].measured
+    many = {g.what: g for g in goals.reached([record("jump", rows=2048, dam=2.0)], BANDWIDTH)}
+    assert many["jump, cuda"].measured == "not measured"
+
+
 def test_a_form_is_that_of_the_forward_pass_and_of_gradients():
     case = harness.Case(
         "", "floor", dict, {"dam": lambda: configs.lookup("linear_jump", torch.device("cpu"), 2, 3, 20)}
@@ -157,7 +182,7 @@ def test_what_is_planned():
     assert {item.op for item in items} == set(gpu.OPS)
     for op in gpu.ROW_OPS:
         sizes = {(i.sizes["rows"], i.sizes["vocabulary"]) for i in items if i.op == op}
-        assert sizes == {(t, v) for t in (1, 64, 1024, 4096, 8192, 32_768) for v in gpu.VOCABULARIES}
+        assert sizes == {(t, v) for t in (1, 8, 64, 1024, 4096, 8192, 32_768) for v in gpu.VOCABULARIES}
     rows = {i.sizes["rows"] for i in items if i.op == "linear_jump" and i.sizes["vocabulary"] == gpu.LLADA}
     assert rows == {1, 16, 64, 128, 256, 512, 1024, 4096, 8192}
 
@@ -188,6 +213,7 @@ def test_a_function_of_dam_that_fails_fails_the_run(monkeypatch, tmp_path):
     text = run.measure([item("rate_ratio"), item("jump")], 2**10)
     assert run.failures == [
         "rate_ratio, T = 3, V = 20, rate_ratio: ValueError: broken kernel",
+        "jump, T = 3, V = 20, jump, dam, cuda, check=False: ValueError: broken kernel",
         "jump, T = 3, V = 20, jump, dam, check=False: ValueError: broken kernel",
     ]
     assert all(f"* {failure}" in text[text.index("## FAILED") :] for failure in run.failures)
@@ -278,7 +304,7 @@ def test_the_fastest_form_of_each_size_is_named():
 
 def test_kernels_are_reported_beside_calls():
     short = record("jump", dam=2.0, kernels=1.0)
-    (goal,) = (g for g in goals.reached([short], BANDWIDTH) if g.what == "jump")
+    goal = next(g for g in goals.reached([short], BANDWIDTH) if g.what == "jump")
     assert goal.met is False and goal.measured.endswith("its kernels alone 1")
     assert any("2e+03 ms, 0.50 (1.00)" in line for line in goals.tables([short], BANDWIDTH))
 
@@ -443,8 +469,27 @@ def test_the_command_prints_the_summary_last(as_if_on_gpu, tmp_path, capsys):
 def test_tests_that_fail_fail_the_command(as_if_on_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "run_tests", lambda log, limit: (False, "1 failed, 2 passed"))
     assert gpu.main(["--repeats", "1", "--only", "jump", "--output", str(tmp_path)]) == 1
-    assert "* tests/ops: 1 failed, 2 passed" in capsys.readouterr().out.split("## FAILED")[1]
+    assert "* tests: 1 failed, 2 passed" in capsys.readouterr().out.split("## FAILED")[1]
     assert (tmp_path / "jump.json").exists()  # measuring went on
+
+
+def test_the_command_sanitizes(as_if_on_gpu, monkeypatch, tmp_path, capsys):
+    """Each tool over the tests of the CUDA kernels, in one process; what it finds fails the command."""
+    seen = []
+
+    def run_tests(log, limit, options, under):
+        seen.append((log.name, under[:3], "-k" in options))
+        return under[2] == "memcheck", "closing line"
+
+    monkeypatch.setattr(gpu, "run_tests", run_tests)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    assert gpu.main(["--sanitize", "--output", str(tmp_path)]) == 1
+    tool = ("/bin/compute-sanitizer", "--tool")
+    assert seen == [("memcheck.txt", (*tool, "memcheck"), True), ("racecheck.txt", (*tool, "racecheck"), True)]
+    assert "memcheck: nothing found; closing line" in capsys.readouterr().out
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.main(["--sanitize", "--output", str(tmp_path)]) == 0
+    assert "compute-sanitizer is not installed here" in capsys.readouterr().out
 
 
 def test_the_command_tunes(as_if_on_gpu, monkeypatch, tmp_path, capsys):

@@ -82,14 +82,17 @@ struct WalkMemory {
   double weights[DEPTH][POINTS];
   int64_t source[LINES], result[LINES];  // offsets of the lines' first points; -1 past the last line
   int64_t row[LINES];
+  double taps[FEW_TAPS];
 };
 
+static_assert(sizeof(WalkMemory) <= 48 * 1024, "more shared memory must be asked for");
+
 // Weight of a point at a distance below `cycle`, which goes round it.
-__device__ __forceinline__ double tap_at(const WalkArgs& a, int64_t distance, int64_t cycle) {
+__device__ __forceinline__ double tap_at(const double* taps, int64_t radius, int64_t distance, int64_t cycle) {
   const int64_t shorter = distance < cycle - distance ? distance : cycle - distance;
-  if (shorter < 0 || shorter > a.radius) return 0.0;
+  if (shorter < 0 || shorter > radius) return 0.0;
   // The point opposite is reached from both sides, each with its weight.
-  return 2 * shorter == cycle ? 2.0 * a.taps[shorter] : a.taps[shorter];
+  return 2 * shorter == cycle ? 2.0 * taps[shorter] : taps[shorter];
 }
 
 __device__ __forceinline__ double load_double(const double* x) { return *x; }
@@ -114,6 +117,10 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
     memory.result[thread] = row * a.columns + origin;
     memory.row[thread] = row;
   }
+  if (!a.taps) {
+    for (int k = thread; k <= a.radius; k += THREADS_PER_BLOCK) memory.taps[k] = a.few_taps[k];
+  }
+  const double* const taps = a.taps ? a.taps : memory.taps;
   // Points from which others are reached: positions, before those past an end are taken round the cycle.
   int64_t begin = first - a.radius, end = first + POINTS + a.radius;
   const int64_t cycle = a.periodic ? a.length : 2 * a.length;
@@ -131,7 +138,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
   const Source* const source = static_cast<const Source*>(a.source);
   double sums[WARP_POINTS][LANE_LINES] = {};
   for (int64_t start = begin; start < end; start += DEPTH) {
-    sync_block();  // the offsets are there; the last step's values have been read
+    sync_block();  // offsets and taps are there; the last step's values have been read
     for (int i = thread; i < DEPTH * LINES; i += THREADS_PER_BLOCK) {
       // Neighbouring threads read what lies side by side.
       const int d = a.inner == 1 ? i % DEPTH : i / LINES, l = a.inner == 1 ? i / DEPTH : i % LINES;
@@ -141,8 +148,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
     for (int i = thread; i < DEPTH * POINTS; i += THREADS_PER_BLOCK) {
       const int d = i / POINTS, p = i % POINTS;
       const int64_t point = first + p, other = position(start + d);
-      double weight = tap_at(a, point < other ? other - point : point - other, cycle);
-      if (mirrored) weight += tap_at(a, point + other + 1, cycle);
+      double weight = tap_at(taps, a.radius, point < other ? other - point : point - other, cycle);
+      if (mirrored) weight += tap_at(taps, a.radius, point + other + 1, cycle);
       memory.weights[d][p] = weight;
     }
     sync_block();

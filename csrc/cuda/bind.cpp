@@ -1,10 +1,13 @@
 // Python module dam._cuda: the CUDA kernels, over addresses and sizes. Compiled with -DDAM_EMULATE, the same kernels on
 // the CPU: dam._cuda_emulated.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <limits>
+#include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "../core/dtype.h"
 #include "geometry.h"
@@ -119,11 +122,29 @@ static void closed_form(const ShapeTuple& of, const MatrixTuple& terminal, int64
 }
 
 static void walk(int64_t rows, int64_t columns, int64_t length, int64_t inner, bool periodic, uintptr_t taps,
-                 int64_t radius, const MatrixTuple& source, int source_dtype, uintptr_t result, bool result_is_double,
-                 uintptr_t not_finite, const QueueTuple& where) {
-  walk({rows, columns, length, inner, periodic, at<double>(taps), radius, at<void>(std::get<0>(source)), source_dtype,
-        std::get<1>(source), at<void>(result), result_is_double, at<int>(not_finite)},
-       queue(where));
+                 const std::vector<double>& few_taps, int64_t radius, const MatrixTuple& source, int source_dtype,
+                 uintptr_t result, bool result_is_double, uintptr_t not_finite, const QueueTuple& where) {
+  WalkArgs a{rows,
+             columns,
+             length,
+             inner,
+             periodic,
+             at<double>(taps),
+             {},
+             radius,
+             at<void>(std::get<0>(source)),
+             source_dtype,
+             std::get<1>(source),
+             at<void>(result),
+             result_is_double,
+             at<int>(not_finite)};
+  if (!a.taps) {
+    if (radius >= FEW_TAPS || static_cast<int64_t>(few_taps.size()) != radius + 1) {
+      throw std::invalid_argument("dam: too many taps to go with a launch");
+    }
+    std::copy(few_taps.begin(), few_taps.end(), a.few_taps);
+  }
+  walk(a, queue(where));
 }
 
 static void fill_with_nan(int64_t rows, int64_t columns, uintptr_t marked, uintptr_t result, const QueueTuple& where) {
@@ -156,6 +177,7 @@ PYBIND11_MODULE(DAM_MODULE, module) {
   module.def("summary_floats", dam::cuda::summary_floats, "arrays"_a, "rows"_a, "columns"_a,
              "Floats of work memory for `arrays` numbers per tile of each row.");
   module.attr("ROW_SUMMARIES") = dam::cuda::ROW_SUMMARIES;
+  module.attr("FEW_TAPS") = dam::cuda::FEW_TAPS;
   module.attr("BASE_SUMMARIES") = dam::cuda::BASE_SUMMARIES;
 
   module.def("jump", bind::jump, "shape"_a, "logits"_a, "exclude"_a, "row_ids"_a, "temperature"_a, "samples"_a,
@@ -190,8 +212,8 @@ PYBIND11_MODULE(DAM_MODULE, module) {
              "Fills result float32 [B, V]; mask_token -1 is the uniform chain; totals is work memory, float64 [B, "
              "tiles of 1024].");
   module.def(
-      "walk", bind::walk, "rows"_a, "columns"_a, "length"_a, "inner"_a, "periodic"_a, "taps"_a, "radius"_a, "source"_a,
-      "source_dtype"_a, "result"_a, "result_is_double"_a, "not_finite"_a, "where"_a,
+      "walk", bind::walk, "rows"_a, "columns"_a, "length"_a, "inner"_a, "periodic"_a, "taps"_a, "few_taps"_a,
+      "radius"_a, "source"_a, "source_dtype"_a, "result"_a, "result_is_double"_a, "not_finite"_a, "where"_a,
       "Fills result [B, V] and sets the int32 [B] at not_finite to 1 for rows that hold something not finite; taps "
       "is float64 [radius + 1].");
   module.def("fill_with_nan", bind::fill_with_nan, "rows"_a, "columns"_a, "marked"_a, "result"_a, "where"_a,

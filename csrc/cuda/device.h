@@ -22,7 +22,7 @@ struct alignas(BYTES) Packed {
 };
 
 __device__ __forceinline__ char* shared_memory() {
-  extern __shared__ char memory[];
+  extern __shared__ __align__(16) char memory[];
   return memory;
 }
 

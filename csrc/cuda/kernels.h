@@ -149,11 +149,13 @@ struct ClosedFormArgs {
 };
 
 // backward_kolmogorov along one dimension of a lattice, for rows of `length` x `inner` x ... states.
+constexpr int64_t FEW_TAPS = 448;  // go with the launch itself, whose arguments may take 4 kB
 struct WalkArgs {
   int64_t rows, columns;  // B, V
   int64_t length, inner;  // points of a line, and the distance of neighbours
   bool periodic;
-  const double* taps;  // [radius + 1], weights of a point and of those at distances 1, 2, ...
+  const double* taps;         // [radius + 1], weights of a point and of those at distances 1, 2, ...; null: few_taps
+  double few_taps[FEW_TAPS];  // the same, if there are no more
   int64_t radius;
   const void* source;  // [B, V]
   int source_dtype;    // float64 after the first dimension

@@ -146,25 +146,28 @@ struct TileSummary {
   float excess;
 };
 
-// Of a tile whose logits the lanes of a warp hold. A NaN among them is left out; it shows in the sum.
-__device__ __forceinline__ float max_of_tile(const float (&x)[PER_LANE]) {
-  float max = x[0];
+// Over a lane's logits, in CHAINS that do not wait for each other.
+constexpr int CHAINS = 4;
+template <class Operation>
+__device__ __forceinline__ float reduce_lane(const float (&x)[PER_LANE], Operation operation) {
+  float chains[CHAINS];
 #pragma unroll
-  for (int i = 1; i < PER_LANE; ++i) max = larger(x[i], max);
-  return reduce_warp(max, Larger{});
+  for (int i = 0; i < PER_LANE; ++i) chains[i % CHAINS] = i < CHAINS ? x[i] : operation(x[i], chains[i % CHAINS]);
+  return operation(operation(chains[0], chains[1]), operation(chains[2], chains[3]));
+}
+
+// Of a tile whose logits the lanes of a warp hold. A NaN among them may be left out; it shows in the sum.
+__device__ __forceinline__ float max_of_tile(const float (&x)[PER_LANE]) {
+  return reduce_warp(reduce_lane(x, Larger{}), Larger{});
 }
 
 // Summary of such a tile; leaves exp(scale (x - max)) in x.
 template <class Scale>
 __device__ __forceinline__ TileSummary summarize(float (&x)[PER_LANE], float max, Scale scale) {
   const float p = pivot(max);
-  float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
-    x[i] = exp_scaled(x[i] - p, scale);
-    sum += x[i];
-  }
-  sum = reduce_warp(sum, Sum{});
+  for (int i = 0; i < PER_LANE; ++i) x[i] = exp_scaled(x[i] - p, scale);
+  const float sum = reduce_warp(reduce_lane(x, Sum{}), Sum{});
   // In one float with the maximum's 1 the rest is rounded at 2^-24 of it, which shows in the log of a total close to 1:
   // the ones of such a tile are counted apart, and the difference of the two sums is their number.
   constexpr float PEAKED = 4.0f;

@@ -20,7 +20,7 @@ struct Sum {
 struct Larger {
   template <class T>
   __device__ T operator()(T a, T b) const {
-    return a > b ? a : b;
+    return larger(a, b);
   }
 };
 struct Smaller {
@@ -65,17 +65,13 @@ class Team {
     value = reduce_warp(value, operation);
     if constexpr (WARPS > 1) {
       // Two sets of slots in turn: a thread that is one reduction ahead does not write what others still read.
-      char* const slots = shared_memory() + turn_ * (WARPS * 8);
+      T* const slots = reinterpret_cast<T*>(shared_memory() + turn_ * (TEAM_BYTES / 2));
       turn_ ^= 1;
-      if (lane() == 0) std::memcpy(slots + warp() * 8, &value, sizeof(T));
+      if (lane() == 0) slots[warp()] = value;
       sync_block();
-      std::memcpy(&value, slots, sizeof(T));
+      value = slots[0];
 #pragma unroll
-      for (int i = 1; i < WARPS; ++i) {
-        T other;
-        std::memcpy(&other, slots + i * 8, sizeof(T));
-        value = operation(value, other);
-      }
+      for (int i = 1; i < WARPS; ++i) value = operation(value, slots[i]);
     }
     return value;
   }

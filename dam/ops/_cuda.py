@@ -374,7 +374,9 @@ def _lattice(terminal: Tensor, walks: list[tuple[int, int, bool, list[float]]]) 
 
     rows, columns = terminal.shape
     result = op.outputs(terminal)
-    taps = _rows.on_device([weights for *_, weights in walks], terminal.device)
+    # Few go with the launch: a copy to the device could not be part of a CUDA graph, which reads the host when it runs.
+    few = all(len(weights) <= _kernels.FEW_TAPS for *_, weights in walks)
+    taps = None if few else _rows.on_device([weights for *_, weights in walks], terminal.device)
     not_finite = torch.zeros(rows, dtype=torch.int32, device=terminal.device)
     buffers = min(len(walks) - 1, 2)
     memory = min(_LATTICE_CHUNK_BYTES, _rows.workspace_bytes() // 2)
@@ -393,7 +395,8 @@ def _lattice(terminal: Tensor, walks: list[tuple[int, int, bool, list[float]]]) 
                 length,
                 inner,
                 periodic,
-                taps[i].data_ptr(),
+                0 if taps is None else taps[i].data_ptr(),
+                weights if taps is None else [],
                 len(weights) - 1,
                 _matrix(source),
                 _DTYPE_CODE[source.dtype],

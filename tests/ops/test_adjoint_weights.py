@@ -44,6 +44,17 @@ def test_matches_the_formulas(backend, dtype, clip, steps):
         assert_close(actual, wanted, rtol=2 * rounding(result) + 1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize(("groups", "size", "steps"), [(3, 5, 300), (2, 300, 33), (1, 1100, 129)])
+def test_long_trajectories_and_large_groups(backend, groups, size, steps):
+    """Sums that kernels carry from one block of steps, or of trajectories, to the next."""
+    log_ratio, gap = (normal(groups, size, steps, seed=s, scale=0.2) for s in (11, 12))
+    cost = normal(groups, size, seed=13)
+    out = dam.adjoint_weights(log_ratio, cost, escape_gap=gap, clip=1.0)
+    for actual, wanted in zip(out, reference(log_ratio, cost, gap, 1.0), strict=True):
+        # As above, with sums of up to 300 numbers.
+        assert_close(actual, wanted, rtol=2 * FLOAT32 + 1e-12, atol=1e-12)
+
+
 def test_path_sums_run_backward_from_zero(backend):
     log_ratio = torch.tensor([[[1.0, 2.0, 4.0, 0.0]]])
     out = dam.adjoint_weights(log_ratio, torch.tensor([[3.0]]))

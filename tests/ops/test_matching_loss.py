@@ -161,6 +161,21 @@ def test_what_weighs_nothing_counts_nothing(backend, normalized):
 
 
 @pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_a_base_of_no_measurable_mass_counts_nothing(backend, normalized):
+    """A tile of the base 800 nats below the rest, where the model reaches nothing: 0, not 0 * inf."""
+    logits, base = normal(2, 3000, seed=55), normal(2, 3000, seed=56)
+    logits[:, 1024:2048] = -INF
+    base[:, 1024:2048] -= 800.0
+    target, weight = integers(0, 1024, 2, 1, seed=57), torch.ones(2, 1)
+    options = {"base_logits": base, "base_weight": torch.ones(2), "normalized": normalized}
+    loss = dam.matching_loss(logits, target, weight, **options)
+    with dam.backend("torch"):
+        expected = dam.matching_loss(logits, target, weight, **options)
+    # float32 sums of 3000 terms.
+    assert math.isfinite(loss) and math.isclose(loss, expected, rel_tol=2.0**-18)
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
 def test_weights_that_cancel_count_nothing(backend, normalized):
     """w is the sum over slots: +1 and -1 on an unreachable destination are 0."""
     logits = torch.tensor([[-INF, 0.5, 0.0]])

@@ -47,6 +47,22 @@ def test_is_the_largest(size, scale, share, max_tilt, dtype, seed):
     assert bool((ess(reward, more)[decided] < wanted).all())
 
 
+def test_a_tilt_that_leaves_almost_nothing_to_the_others(backend):
+    """Two rewards, a gap of 1/2 apart: an ESS of 1 + 2p leaves p, where the tilt is 2 log(1/p)."""
+    p = 1e-8
+    tilt = dam.tilt_to_ess(torch.tensor([[1.0, 0.5]]), 1 + 2 * p, max_tilt=1e6)
+    # ESS = 1 / (1 - 2p + 2p^2), and 1e-12 of it is forgiven: 5e-5 of p.
+    assert math.isclose(float(tilt), 2 * math.log(1 / p), rel_tol=1e-5)
+
+
+def test_large_groups(backend):
+    """More rewards than a kernel looks at together."""
+    reward = normal(3, 700, seed=20)
+    tilt = dam.tilt_to_ess(reward, 100.0, max_tilt=50.0)
+    assert bool((ess(reward, tilt) >= 100.0 * (1 - SLACK)).all())
+    assert bool((ess(reward, tilt * (1 + 1e-5)) < 100.0).all())
+
+
 def test_known_tilt(backend):
     """Rewards 0 and 1: ESS = (1 + x)^2 / (1 + x^2) with x = e^h."""
     h = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
