@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dam
-from dam.ops import _backend, _triton
+from dam.ops import _backend, _cuda, _triton
 
 UNAVAILABLE = [name for name in _backend.BACKENDS if _backend.why_unavailable(name) is not None]
 
@@ -45,7 +45,7 @@ def test_default_picks_by_dtype():
 
 
 def test_default_picks_by_device(monkeypatch):
-    """Triton on a GPU, where it can run; the interpreter never unasked."""
+    """Triton on a GPU, where it can run, else CUDA; the interpreter and the emulator never unasked."""
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
     assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "triton"
@@ -53,8 +53,11 @@ def test_default_picks_by_device(monkeypatch):
     on_gpu.dtype = torch.float64
     assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
     monkeypatch.setattr(_triton, "why_unavailable", lambda: "no such package")
+    monkeypatch.setattr(_cuda, "why_unavailable", lambda: None)
     on_gpu.dtype = torch.float32
-    with pytest.warns(RuntimeWarning, match="no such package.*'torch' runs instead of 'triton'"):
+    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "cuda"
+    monkeypatch.setattr(_cuda, "why_unavailable", lambda: "not built")
+    with pytest.warns(RuntimeWarning, match="no such package; not built;.*'torch' runs instead of 'triton' or 'cuda'"):
         assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
 
 
@@ -71,6 +74,30 @@ def test_what_triton_lacks_is_named(missing, variable, message):
     _, errors = run.communicate()
     assert run.returncode != 0
     assert re.search(f"backend 'triton' is not available: {message}", errors.splitlines()[-1]), errors
+
+
+@pytest.mark.parametrize(
+    ("missing", "variable", "message"),
+    [
+        ("sys.modules['dam._cuda'] = None", "0", r"dam._cuda does not import \(.*installed where nvcc is found"),
+        ("sys.modules['dam._cuda_emulated'] = None", "1", r"dam._cuda_emulated does not.*with DAM_EMULATE_CUDA=1"),
+        (
+            "sys.modules['dam._cuda'] = sys; import torch; torch.cuda.is_available = lambda: False",
+            "0",
+            "torch sees no GPU",
+        ),
+        (
+            "sys.modules['dam._cuda'] = sys; import torch; torch.version.hip = '6.4'",
+            "0",
+            "this torch is built for ROCm",
+        ),
+    ],
+)
+def test_what_cuda_lacks_is_named(missing, variable, message):
+    run = start(f"import sys; {missing}; import dam; dam.backend('cuda').__enter__()", DAM_EMULATE_CUDA=variable)
+    _, errors = run.communicate()
+    assert run.returncode != 0
+    assert re.search(f"backend 'cuda' is not available: {message}", errors.splitlines()[-1]), errors
 
 
 def test_default_falls_back_with_a_warning(monkeypatch):
@@ -144,7 +171,7 @@ def test_ops_without_an_implementation_refuse(monkeypatch):
     monkeypatch.delitem(module._IMPLEMENTATIONS, "cpu")
     x, index = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     dam.rate_ratio(x, x, index)
-    message = r"rate_ratio has no cpu implementation yet \(it has: torch, triton\)"
+    message = r"rate_ratio has no cpu implementation yet \(it has: torch, triton, cuda\)"
     with dam.backend("cpu"), pytest.raises(RuntimeError, match=message):
         dam.rate_ratio(x, x, index)
 
