@@ -39,14 +39,16 @@ $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	$(DEV) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
-# The tests of the operations on the C++ backend under AddressSanitizer, on a build of its own. Not those that start other
-# processes or compile, which would lack the sanitizer's library or take long. -s: pytest would keep a report to itself.
+# The tests of the operations on the C++ backend, and on the CUDA one in its emulator, under AddressSanitizer, on a build of
+# its own. Not those that start other processes or compile, which would lack the sanitizer's library or take long. -s: pytest
+# would keep a report to itself.
 sanitize: install-dev
-	DAM_SANITIZE=1 $(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
+	DAM_SANITIZE=1 DAM_EMULATE_CUDA=1 DAM_BUILD_CUDA=0 \
+		$(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q -s tests/ops -m 'not slow' \
-		-k 'cpu and not compile and not instruction_set and not openmp and not environment'
-	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
+		$(BIN)/python -m pytest -q -s tests/ops tests/cuda -m 'not slow' \
+		-k '(cpu or cuda) and not compile and not instruction_set and not openmp and not environment and not named and not test_build'
+	$(DEV) $(BIN)/python -m pip install --quiet --no-deps --force-reinstall --editable .
 
 clean:
 	rm -rf $(VENV) build dam/_cpu*.so *.egg-info

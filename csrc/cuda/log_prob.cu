@@ -62,10 +62,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BACKWARD_BLOCKS_PER_MULTIPR
     if (v >= 0 && v != exclude) asked += load_value(a.upstream, t, j);
   }
   asked = a.scale * team.sum(asked);
-  // The nearest float: one of infinity would make 0 * inf of what cannot be reached.
-  constexpr double LARGEST = 3.4028234663852886e38;
-  const double bounded = asked > LARGEST ? LARGEST : asked < -LARGEST ? -LARGEST : asked;
-  const Share share = share_of(static_cast<float>(bounded), a.log_escape[t] * a.temperature);
+  const Share share = share_of(asked, 0.0, a.log_escape[t] * a.temperature, a.scale);
 
   const auto is_here = [&](int64_t v) {
     return v >= 0 && v != exclude && v >= int64_t{part.begin} * TILE && v < int64_t{part.end} * TILE;
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BACKWARD_BLOCKS_PER_MULTIPR
     const int64_t v = load_target(a.target, a.shape, t, j);
     if (!is_here(v)) continue;
     const double pulled = a.scale * weight_at(v, a.target, a.upstream, t);
-    a.target_gradient[t * a.target.count + j] = static_cast<float>(pulled - share_at(share, row.at(v), scale));
+    a.target_gradient[t * a.target.count + j] = static_cast<float>(pulled - exact_share_at(share, row.at(v), a.scale));
   }
   team.sync();
 #pragma unroll 1

@@ -54,17 +54,6 @@ __device__ __forceinline__ double merge_cross(const Summaries& tiles, const Summ
   return team.sum(sum);
 }
 
-// coefficient * exp(x - reference) = factor * exp(log_rate + x - reference). 0 where nothing is asked for, whatever the
-// row holds. What float32 cannot hold goes into the reference: only entries that are too large themselves become
-// infinite.
-__device__ __forceinline__ Share share_of_rate(double factor, double log_rate, double reference) {
-  if (factor == 0.0) return share_of(0.0f, reference);
-  constexpr double HELD = 69.0;  // 1e30
-  const double log_size = log(fabs(factor)) + log_rate;
-  if (log_size < HELD) return share_of(static_cast<float>(copysign(exp(log_size), factor)), reference);
-  return share_of(static_cast<float>(copysign(1.0, factor)), reference - log_size);
-}
-
 template <class Element, class Gradient, int WARPS, bool HAS_BASE>
 __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR)
     matching_loss_kernel(const __grid_constant__ MatchingLossArgs a, const __grid_constant__ RowPlan plan, Unit scale,
@@ -134,8 +123,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   // ---- the gradient, of this part
   // A row that can reach nothing has no distribution to push down.
   const double outflow = total.sum == 0.0 ? 0.0 : a.normalized ? weights : 1.0;
-  const Share share = share_of_rate(row_scale * outflow, a.normalized ? -log_sum : reference, reference);
-  const Share base_share = share_of_rate(row_scale * base_weight, base_log_rate, base_reference);
+  const Share share = share_of(row_scale * outflow, a.normalized ? -log_sum : reference, reference, 1.0);
+  const Share base_share = share_of(row_scale * base_weight, base_log_rate, base_reference, 1.0);
   Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
@@ -147,7 +136,10 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
       float b[PER_LANE];
       base.template load_tile<true>(tile, team.lane(), b);
 #pragma unroll
-      for (int i = 0; i < PER_LANE; ++i) x[i] -= share_at(base_share, b[i], scale);
+      for (int i = 0; i < PER_LANE; ++i) {
+        const float pulled = share_at(base_share, b[i], scale);
+        x[i] = x[i] == pulled ? 0.0f : x[i] - pulled;  // not inf - inf
+      }
     }
     store_tile<Element>(gradient, row.columns, tile, team.lane(), x);
   }
@@ -155,8 +147,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
     const int64_t v = load_target(a.target, a.shape, t, j);
     if (!is_here(v)) continue;
-    float value = share_at(share, target_logit[j], scale);
-    if constexpr (HAS_BASE) value -= share_at(base_share, base.at(v), scale);
+    double value = exact_share_at(share, target_logit[j], 1.0);
+    if constexpr (HAS_BASE) value -= exact_share_at(base_share, base.at(v), 1.0);
     store_one(gradient + v, static_cast<float>(value - row_scale * weight_at(v, a.target, a.weight, t)));
   }
 }

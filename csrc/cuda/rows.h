@@ -269,7 +269,20 @@ struct Share {
   float high, low;  // the reference, as a sum
 };
 
-__device__ __forceinline__ Share share_of(float coefficient, double reference) {
+// factor * exp(log_rate + scale (x - reference)). 0 where nothing is asked for, whatever the row holds. What float32
+// cannot hold goes into the reference: only entries that are too large themselves become infinite.
+__device__ __forceinline__ Share share_of(double factor, double log_rate, double reference, double scale) {
+  float coefficient = 0.0f;
+  if (factor != 0.0) {
+    constexpr double HELD = 69.0;  // 1e30
+    const double log_size = log(fabs(factor)) + log_rate;
+    if (!(log_size >= HELD)) {
+      coefficient = static_cast<float>(copysign(exp(log_size), factor));
+    } else {
+      coefficient = static_cast<float>(copysign(1.0, factor));
+      reference -= log_size / scale;
+    }
+  }
   const float high = static_cast<float>(reference);
   return {coefficient, high, static_cast<float>(reference - high)};
 }
@@ -279,6 +292,12 @@ template <class Scale>
 __device__ __forceinline__ float share_at(const Share& share, float x, Scale scale) {
   if (share.coefficient == 0.0f) return 0.0f;
   return share.coefficient * exp_scaled((x - share.high) - share.low, scale);
+}
+
+// The same in double, where sums of numbers beyond float32 may cancel.
+__device__ __forceinline__ double exact_share_at(const Share& share, float x, double scale) {
+  if (share.coefficient == 0.0f) return 0.0;
+  return share.coefficient * ::exp(scale * (static_cast<double>(x) - share.high - share.low));
 }
 
 // Sum of the weights of all slots of row t whose target is v: targets may repeat.

@@ -100,10 +100,11 @@ void store_packed(void* address, const Packed<BYTES>& value) {
   std::memcpy(address, &value, BYTES);
 }
 
-// Infinity where the result is too large, as a device's instruction has it; the host's polynomial is not defined there.
+// Up to infinity where the result is too large, as a device's instruction has it; the host's polynomial ends before.
 template <class Scale>
 float exp_scaled(float x, Scale c) {
-  return x * c.high >= 128.0f ? HUGE_VALF : dam::exp_scaled(x, c);
+  const float power = x * c.high;
+  return power >= 126.0f ? static_cast<float>(std::exp2(static_cast<double>(power))) : dam::exp_scaled(x, c);
 }
 
 inline uint64_t opaque(uint64_t value) { return value; }

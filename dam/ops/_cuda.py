@@ -74,6 +74,11 @@ def _targets(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1), x.shape[1]
 
 
+def _readable(x: Tensor | None) -> Tensor | None:
+    """Numbers of a dtype that the kernels read."""
+    return x if x is None or x.dtype in _DTYPE_CODE else x.double()
+
+
 def _values(x: Tensor | None) -> tuple[int, int, int, int]:
     if x is None:
         return _ABSENT_VALUES
@@ -273,6 +278,7 @@ def matching_loss(
     from dam.ops import matching_loss as op
 
     rows = logits.shape[0]
+    numbers = tuple(_readable(x) for x in (weight, base_weight, row_scale))
     _, gradient = op.outputs(logits, with_grad, into)
     arrays = _kernels.ROW_SUMMARIES if base_logits is None else _kernels.BASE_SUMMARIES
     summaries = _summaries(logits, arrays, rows)
@@ -284,9 +290,7 @@ def matching_loss(
         _matrix(base_logits),
         _indices(exclude),
         _targets(target),
-        _values(weight),
-        _values(base_weight),
-        _values(row_scale),
+        *(_values(x) for x in numbers),
         normalized,
         summaries.data_ptr(),
         target_logit.data_ptr(),
@@ -308,6 +312,7 @@ def adjoint_weights(
     log_ratio = _rows.unit_inner_stride(log_ratio)
     gap = None if escape_gap is None else _rows.unit_inner_stride(escape_gap)
     log_weight = log_ratio.new_empty((groups, size), dtype=torch.float64)
+    cost = _readable(terminal_cost)
     first_bad = _FirstBad(log_ratio, groups * size)
     _kernels.adjoint_weights(
         groups,
@@ -316,7 +321,7 @@ def adjoint_weights(
         _DTYPE_CODE[log_ratio.dtype],
         _cube(log_ratio),
         _cube(gap),
-        _values(terminal_cost),
+        _values(cost),
         math.inf if clip is None else clip,
         log_weight.data_ptr(),
         *(output.data_ptr() for output in outputs),

@@ -173,6 +173,39 @@ def test_numbers_of_rows_may_have_any_dtype_and_stride():
             assert_close(a, b, rtol=2.0**-19, atol=2.0**-19)
 
 
+def test_numbers_beyond_float32_may_cancel():
+    """Rates of e^90, and an upstream gradient times 1 / temperature of 10^40: what is left fits float32."""
+    x = torch.tensor([[90.0, 1.0], [90.0, 2.0]])
+
+    def results():
+        leaf = x.detach().requires_grad_()
+        weight = torch.tensor([[2 * math.exp(90.0)], [0.999 * math.exp(90.0)]], dtype=torch.float64)
+        options = {"base_logits": x, "base_weight": torch.ones(2), "normalized": False}
+        pulled = dam.matching_loss(leaf, torch.zeros(2, 1, dtype=torch.int64), weight, normalized=False)
+        based = dam.matching_loss(leaf, torch.full((2, 1), -1), weight, **options)
+        value = dam.log_prob(leaf * 0, torch.zeros(2, 1, dtype=torch.int64), temperature=1e-30)
+        repeated = dam.log_prob(torch.cat((leaf, leaf - 200), 1), torch.zeros(2, 4, dtype=torch.int64))
+        gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (pulled, based)]
+        gradients += [torch.autograd.grad(value.sum() * 1e4, leaf)[0]]
+        return *gradients, torch.autograd.grad(repeated, leaf, torch.full_like(repeated, 3e38))[0]
+
+    ours = results()
+    with dam.backend("torch"):
+        expected = results()
+    for a, b in zip(ours, expected, strict=True):
+        # float32 exponentials of numbers near 90.
+        torch.testing.assert_close(a.double(), b.double(), rtol=2.0**-17, atol=2.0**-17)
+
+
+def test_numbers_of_a_row_in_eight_bits():
+    """A dtype that kernels do not read is converted."""
+    scale = torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn)
+    arguments = (normal(2, 20, seed=80), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+    assert torch.equal(
+        dam.matching_loss(*arguments, row_scale=scale), dam.matching_loss(*arguments, row_scale=scale.float())
+    )
+
+
 def far(rows, columns, dtype):
     """An array whose rows lie 2^30 elements apart, of memory that is not touched between them."""
     stride = 2**30 + 8
