@@ -183,11 +183,13 @@ def test_numbers_beyond_float32_may_cancel():
         options = {"base_logits": x, "base_weight": torch.ones(2), "normalized": False}
         pulled = dam.matching_loss(leaf, torch.zeros(2, 1, dtype=torch.int64), weight, normalized=False)
         based = dam.matching_loss(leaf, torch.full((2, 1), -1), weight, **options)
-        value = dam.log_prob(leaf * 0, torch.zeros(2, 1, dtype=torch.int64), temperature=1e-30)
-        repeated = dam.log_prob(torch.cat((leaf, leaf - 200), 1), torch.zeros(2, 4, dtype=torch.int64))
         gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (pulled, based)]
-        gradients += [torch.autograd.grad(value.sum() * 1e4, leaf)[0]]
-        return *gradients, torch.autograd.grad(repeated, leaf, torch.full_like(repeated, 3e38))[0]
+        many = torch.zeros(1, 1000, requires_grad=True)
+        cold = dam.log_prob(many, torch.zeros(1, 1, dtype=torch.int64), temperature=1e-30)
+        gradients += [torch.autograd.grad(cold, many, torch.full_like(cold, 1e10))[0][:, 1:]]  # of the target: infinite
+        peaked = torch.tensor([[0.0, -10.0]], requires_grad=True)
+        repeated = dam.log_prob(peaked, torch.zeros(1, 4, dtype=torch.int64))
+        return *gradients, torch.autograd.grad(repeated, peaked, torch.full_like(repeated, 3e38))[0]
 
     ours = results()
     with dam.backend("torch"):
