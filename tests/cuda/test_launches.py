@@ -10,7 +10,7 @@ import torch
 
 import dam
 from dam.ops import _backend, _cuda
-from tests.ops.helpers import assert_close, integers, normal
+from tests.ops.helpers import assert_close, far, integers, normal
 
 if _backend.why_unavailable("cuda") is not None:
     pytest.skip(_backend.why_unavailable("cuda"), allow_module_level=True)
@@ -208,13 +208,6 @@ def test_numbers_of_a_row_in_eight_bits():
     )
 
 
-def far(rows, columns, dtype):
-    """An array whose rows lie 2^30 elements apart, of memory that is not touched between them."""
-    stride = 2**30 + 8
-    return torch.empty((rows - 1) * stride + columns, dtype=dtype).as_strided((rows, columns), (stride, 1))
-
-
-@emulated  # where untouched memory is memory too, tests/ops/test_large.py has whole arrays
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offsets_beyond_2_31_elements(dtype):
     logits, base, out = far(4, 2000, dtype), far(4, 2000, dtype), far(4, 2000, dtype)

@@ -7,7 +7,7 @@ import torch
 
 import dam
 from dam.ops import _backend
-from tests.ops.helpers import assert_close, integers, normal
+from tests.ops.helpers import assert_close, far, integers, normal
 
 if _backend.why_unavailable("triton") is not None:
     pytest.skip(_backend.why_unavailable("triton"), allow_module_level=True)
@@ -164,14 +164,6 @@ def test_the_sizes_shipped_for_gpus_compute_the_same(gpu):
 
 
 # ---- offsets beyond 2^31 without the memory, and tiles of -inf
-
-
-def far(rows, columns, dtype):
-    """An array whose rows lie 2^30 elements apart, of memory that is not touched between them."""
-    stride = 2**30 + 8
-    if torch.get_default_device().type == "cuda":
-        pytest.skip("tests/ops/test_large.py has whole arrays")  # where untouched memory is memory too
-    return torch.empty((rows - 1) * stride + columns, dtype=dtype).as_strided((rows, columns), (stride, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

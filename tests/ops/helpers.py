@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 
 from dam.ops import _cuda, _triton
@@ -36,6 +37,14 @@ def allowed(logits, exclude=-1):
     exclude = torch.as_tensor(exclude, device=x.device).expand(x.shape[0])
     columns = torch.arange(x.shape[1], device=x.device)
     return x.masked_fill(columns == exclude[:, None], -torch.inf)
+
+
+def far(rows, columns, dtype):
+    """An array whose rows lie 2^30 elements apart, of memory that is not touched between them."""
+    stride = 2**30 + 8
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("tests/ops/test_large.py has whole arrays")  # where untouched memory is memory too
+    return torch.empty((rows - 1) * stride + columns, dtype=dtype).as_strided((rows, columns), (stride, 1))
 
 
 def log_softmax(logits, exclude=-1, temperature=1.0):
