@@ -1,6 +1,23 @@
-"""Continuous-time Markov chains: processes and their schedules."""
+"""Continuous-time Markov chains: processes, their schedules, simulation, and exact laws by enumeration."""
 
+from dam.ctmc import enumeration
 from dam.ctmc.masked import MaskedCTMC
-from dam.ctmc.schedules import Cosine, Linear, Schedule
+from dam.ctmc.noised import LatticeCTMC, NoisedCTMC, UniformCTMC
+from dam.ctmc.schedules import Cosine, Geometric, Linear, Schedule, UserSchedule
+from dam.ctmc.simulate import Path, simulate, tau_leap
 
-__all__ = ["Cosine", "Linear", "MaskedCTMC", "Schedule"]
+__all__ = [
+    "Cosine",
+    "Geometric",
+    "LatticeCTMC",
+    "Linear",
+    "MaskedCTMC",
+    "NoisedCTMC",
+    "Path",
+    "Schedule",
+    "UniformCTMC",
+    "UserSchedule",
+    "enumeration",
+    "simulate",
+    "tau_leap",
+]

@@ -30,6 +30,25 @@ class MaskedCTMC:
     mask_token: int
     schedule: Schedule = dataclasses.field(default_factory=Linear)
 
+    def __post_init__(self) -> None:
+        start = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64)))
+        if abs(start) > 1e-9:
+            raise ValueError(f"MaskedCTMC: a schedule must start with nothing unmasked; alpha(0) is {start:g}")
+
+    def log_rates(self, prediction: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
+        """log u_t(y, x) of logits of p(v | i, x) [B, L, V] at tokens [B, L] and times [B], float64 [B, L, V].
+
+        -inf at positions that are filled in, and for the mask token.
+        """
+        logits = prediction.double().index_fill(2, torch.tensor(self.mask_token, device=tokens.device), -torch.inf)
+        rate = self.schedule.unmasking_rate(time.double()).log()[:, None, None]
+        return torch.where(self.masked(tokens)[..., None], rate + logits.log_softmax(dim=2), -torch.inf)
+
+    def escape_bound(self, start: float, end: float, length: int) -> float:
+        """What no escape rate of `length` positions exceeds on [start, end]."""
+        times = torch.linspace(start, end, 33, dtype=torch.float64)
+        return 1.05 * length * float(self.schedule.unmasking_rate(times).max())
+
     def masked(self, tokens: Tensor) -> Tensor:
         """Boolean, like tokens: where something is left to fill in."""
         return tokens == self.mask_token

@@ -1,17 +1,18 @@
-"""Schedules of masked chains: the unmasked fraction alpha(t), from 0 at time 0 (noise) to 1 at time 1 (data)."""
+"""Schedules alpha(t): what is left of the data, from noise at time 0 to all of it at time 1; or what is unmasked."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
 class Schedule(abc.ABC):
-    """An increasing function alpha from [0, 1] onto [0, 1]."""
+    """An increasing function alpha on [0, 1] with alpha(1) = 1; alpha(0) = 0 but where a schedule says otherwise."""
 
     @abc.abstractmethod
     def alpha(self, time: Tensor) -> Tensor:
@@ -56,3 +57,65 @@ class Cosine(Schedule):
 
     def inverse(self, alpha: Tensor) -> Tensor:
         return torch.acos(1 - alpha) * 2 / math.pi
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometric(Schedule):
+    """alpha(t) = least^(1 - t): noise at a constant rate, log(1 / least), and alpha(0) = least.
+
+    Source: Campbell et al., A Continuous Time Framework for Discrete Denoising Models, arXiv 2205.14987.
+    """
+
+    least: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least < 1:
+            raise ValueError(f"Geometric: least must be in (0, 1); got {self.least}")
+
+    def alpha(self, time: Tensor) -> Tensor:
+        return torch.exp((1 - time) * math.log(self.least))
+
+    def derivative(self, time: Tensor) -> Tensor:
+        return -math.log(self.least) * self.alpha(time)
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        return 1 - alpha.log() / math.log(self.least)
+
+
+@dataclasses.dataclass(frozen=True)
+class UserSchedule(Schedule):
+    """A schedule from a function of yours; its derivative by autograd, its inverse by bisection.
+
+    Args:
+        function: alpha, an increasing function of a tensor of times that autograd can follow.
+
+    Raises:
+        ValueError: alpha does not increase to 1 at time 1.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        values = self.alpha(torch.linspace(0, 1, 129, dtype=torch.float64))
+        if not bool((values.diff() > 0).all()) or abs(float(values[-1]) - 1) > 1e-6 or float(values[0]) < 0:
+            raise ValueError(
+                "UserSchedule: alpha must increase on [0, 1], from at least 0 at time 0 to 1 at time 1; got "
+                f"{float(values[0]):g} at 0 and {float(values[-1]):g} at 1, least step {float(values.diff().min()):g}"
+            )
+
+    def alpha(self, time: Tensor) -> Tensor:
+        return self.function(time)
+
+    def derivative(self, time: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = time.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
+        return slope
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        low, high = torch.zeros_like(alpha), torch.ones_like(alpha)
+        for _ in range(60):  # to the last bit of float64
+            middle = (low + high) / 2
+            below = self.function(middle) < alpha
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2

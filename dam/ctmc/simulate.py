@@ -1,0 +1,271 @@
+"""Trajectories of a chain whose rates depend on time and state, with the weights of their paths against a base.
+
+A model is a function of tokens [B, L] and times [B] that gives numbers [B, L, V]; a process says what rates they mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dam.ops.jump import jump
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+class Process(Protocol):
+    """What the simulators ask of a chain."""
+
+    def log_rates(self, prediction: Tensor, tokens: Tensor, time: Tensor) -> Tensor: ...
+
+    def escape_bound(self, start: float, end: float, length: int) -> float: ...
+
+
+@dataclasses.dataclass
+class Path:
+    """B trajectories, each of at most S events in the order of time; an event is a jump, or a time that passed.
+
+    The log weight of a path, log p_base - log p, is the sum of log_ratio and escape_gap over its events, as
+    `dam.adjoint_weights` takes them.
+    """
+
+    initial: Tensor  # int64 [B, L]
+    final: Tensor  # int64 [B, L]
+    time: Tensor  # float64 [B, S]: of each event, +inf where a trajectory had fewer
+    position: Tensor  # int64 [B, S]: coordinate that jumped, -1 for none
+    token: Tensor  # int64 [B, S]: where it went, -1 for none
+    log_ratio: Tensor  # float64 [B, S]: log u_base - log u at jumps, 0 elsewhere
+    escape_gap: Tensor  # float64 [B, S]: of times that passed without a jump, 0 elsewhere
+    network_calls: int  # states that the model was evaluated at
+
+
+def simulate(
+    process: Process,
+    model: Model,
+    tokens: Tensor,  # [B, L]
+    *,
+    times: Sequence[float] | Tensor,
+    base: Model | None = None,
+    bound: float = 1.0,
+    seed: int,
+) -> Path:
+    """Exact trajectories: events at a rate that the escape rate never exceeds, each a jump or a thinned one.
+
+    In each interval of `times` events arrive at rate M = bound * process.escape_bound(...). At an event the chain jumps
+    with probability Lambda_t(x) / M, to y with probability u_t(y, x) / Lambda_t(x), and else stays: Gillespie's
+    algorithm by thinning, and with rates that are constant in an interval uniformisation. The law does not depend on
+    M or on the intervals, which only decide how many events are thinned.
+
+    The path weight is exact too: a jump contributes log(u_base / u), an event that was thinned
+    log(M - Lambda_base) - log(M - Lambda), the escape integral's unbiased stand-in; its mean weight over the thinned
+    events is exp of the integral of Lambda - Lambda_base.
+
+    Args:
+        process: names rates and their bound.
+        model: gives what the process makes rates of; called at the states and times of the events.
+        tokens: int64 X at the first of the times.
+        times: increasing, at least two.
+        base: the model that paths are weighed against; None leaves log_ratio and escape_gap 0.
+        bound: multiplies the process's bound, for models whose rates may pass it (those that predict ratios).
+        seed: of times, thinning and jumps.
+
+    Raises:
+        ValueError: times do not increase; or rates are NaN, infinite, or pass the bound: the message names the state
+            and the time.
+
+    Source: Lewis and Shedler, Simulation of nonhomogeneous Poisson processes by thinning, 1979; uniformisation:
+    Jensen, 1953; weights: So et al., arXiv 2602.07132, Eq. 12.
+    """
+    grid = _increasing("simulate", times)
+    count, length = tokens.shape
+    generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
+    path = _Recorder(tokens)
+    for start, end in itertools.pairwise(grid):
+        rate = bound * process.escape_bound(start, end, length)
+        if not 0 <= rate < float("inf"):
+            raise ValueError(
+                f"simulate: the bound of escape rates on [{start:g}, {end:g}] is {rate}; end before rates are infinite"
+            )
+        mean = torch.full((count,), rate * (end - start), dtype=torch.float64, device=tokens.device)
+        events = torch.poisson(mean, generator=generator).long()
+        uniform = torch.rand(
+            (count, int(events.max()) if count else 0), dtype=torch.float64, generator=generator, device=tokens.device
+        )
+        # Uniform times of which a trajectory has its own number, in order: the others sort behind them.
+        index = torch.arange(uniform.shape[1], device=tokens.device)
+        arrival = torch.where(index < events[:, None], start + (end - start) * uniform, torch.inf).sort(dim=1).values
+        for n in range(uniform.shape[1]):
+            rows = (events > n).nonzero()[:, 0]
+            state, time = path.final[rows], arrival[rows, n]
+            log_rates = checked_log_rates(process, model, state, time).flatten(1)
+            log_escape = torch.logsumexp(log_rates, dim=1)
+            _below("model", log_escape, rate, state, time)
+            thinned = torch.rand(len(rows), dtype=torch.float64, generator=generator, device=rows.device)
+            jumps = thinned * rate < log_escape.exp()
+            drawn = _destination(log_rates, path.calls, rows, seed)
+            log_ratio, escape_gap = torch.zeros_like(time), torch.zeros_like(time)
+            if base is not None:
+                base_rates = checked_log_rates(process, base, state, time).flatten(1)
+                base_escape = torch.logsumexp(base_rates, dim=1)
+                _below("base", base_escape, rate, state, time)
+                at = drawn[:, None].clamp(min=0)  # -1 where there is nowhere to go, and no jump
+                log_ratio = torch.where(jumps, (base_rates.gather(1, at) - log_rates.gather(1, at))[:, 0], 0.0)
+                # A chain that jumps at every event has no thinned ones, so that no logarithm of 0 is used.
+                gap = (1 - base_escape.exp() / rate).log() - (1 - log_escape.exp() / rate).log()
+                escape_gap = torch.where(jumps, 0.0, gap)
+            values = log_rates.shape[1] // length
+            path.record(rows, time, jumps, drawn // values, drawn % values, log_ratio, escape_gap)
+    return path.finish()
+
+
+def tau_leap(
+    process: Process,
+    model: Model,
+    tokens: Tensor,  # [B, L]
+    *,
+    times: Sequence[float] | Tensor,
+    base: Model | None = None,
+    seed: int,
+) -> Path:
+    """Trajectories whose rates stay what they are at the start of each interval, every coordinate by itself.
+
+    In an interval of length d a coordinate stays with probability exp(-Lambda^i d), else moves once, to v with
+    probability u(v) / Lambda^i. One network call an interval, whatever happens in it: a chain in discrete time, whose
+    law tends to the exact one as the intervals shrink, and whose path weights against the base's, sampled the same way,
+    are exact at any length.
+
+    Arguments and errors are those of `simulate`; nothing is thinned, so there is no bound. Events are one per
+    coordinate and interval.
+
+    Source: Gillespie, Approximate accelerated stochastic simulation of chemically reacting systems, 2001.
+    """
+    grid = _increasing("tau_leap", times)
+    count, length = tokens.shape
+    generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
+    path = _Recorder(tokens)
+    rows = torch.arange(count, device=tokens.device)
+    for start, end in itertools.pairwise(grid):
+        duration = end - start
+        time = torch.full((count,), start, dtype=torch.float64, device=tokens.device)
+        state = path.final.clone()
+        log_rates = checked_log_rates(process, model, state, time)
+        log_escape = torch.logsumexp(log_rates, dim=2)  # [B, L]
+        u = torch.rand((count, length), dtype=torch.float64, generator=generator, device=tokens.device)
+        jumps = u < -torch.expm1(-duration * log_escape.exp())
+        flat = log_rates.flatten(0, 1)
+        # Rows that have nowhere to go do not jump.
+        drawn = _destination(flat, path.calls, torch.arange(len(flat), device=flat.device), seed).view(count, length)
+        log_ratio, escape_gap = (torch.zeros((count, length), dtype=torch.float64, device=u.device) for _ in range(2))
+        if base is not None:
+            base_rates = checked_log_rates(process, base, state, time)
+            base_escape = torch.logsumexp(base_rates, dim=2)
+            at = drawn[..., None].clamp(min=0)
+
+            def log_jump(rates: Tensor, log_total: Tensor, at: Tensor = at, duration: float = duration) -> Tensor:
+                moved = (-torch.expm1(-duration * log_total.exp())).log()
+                return rates.gather(2, at)[..., 0] - log_total + moved
+
+            log_ratio = torch.where(jumps, log_jump(base_rates, base_escape) - log_jump(log_rates, log_escape), 0.0)
+            escape_gap = torch.where(jumps, 0.0, duration * (log_escape.exp() - base_escape.exp()))
+        for i in range(length):
+            coordinate = torch.full_like(rows, i)
+            path.record(
+                rows, time, jumps[:, i], coordinate, drawn[:, i], log_ratio[:, i], escape_gap[:, i], calls=i == 0
+            )
+    return path.finish()
+
+
+def checked_log_rates(process: Process, model: Model, tokens: Tensor, time: Tensor) -> Tensor:
+    """log u_t(y, x) of a model, float64 [B, L, V].
+
+    Raises:
+        ValueError: a rate is NaN or infinite; the message names the state and the time.
+    """
+    log_rates = process.log_rates(model(tokens, time), tokens, time)
+    bad = ~(log_rates < torch.inf)
+    if bool(bad.any()):
+        row, position, value = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"the rate of coordinate {position} to {value} is {float(log_rates[row, position, value].exp())} at state "
+            f"{tokens[row].tolist()} and time {float(time[row]):g}; rates must be finite and not negative"
+        )
+    return log_rates
+
+
+def _below(whose: str, log_escape: Tensor, rate: float, state: Tensor, time: Tensor) -> None:
+    above = log_escape.exp() > rate
+    if bool(above.any()):
+        row = int(above.nonzero()[0])
+        raise ValueError(
+            f"simulate: the {whose}'s escape rate {float(log_escape[row].exp()):g} passes the bound {rate:g} at state "
+            f"{state[row].tolist()} and time {float(time[row]):g}; raise `bound`"
+        )
+
+
+def _destination(log_rates: Tensor, call: int, rows: Tensor, seed: int) -> Tensor:
+    """A column of each row, in proportion to the rates; -1 for a row without any."""
+    # A stream for each call, so that events of one trajectory are independent.
+    return jump(log_rates.float(), seed=seed, row_ids=rows + (call << 32), check=False).target
+
+
+def _increasing(op: str, times: Sequence[float] | Tensor) -> list[float]:
+    grid = [float(t) for t in times]
+    if len(grid) < 2 or any(not a < b for a, b in itertools.pairwise(grid)):
+        raise ValueError(f"{op}: times must increase, and be at least two; got {grid[:4]}{'...' if grid[4:] else ''}")
+    return grid
+
+
+class _Recorder:
+    """Events of trajectories as they happen, packed at the end."""
+
+    def __init__(self, tokens: Tensor):
+        self.initial, self.final = tokens, tokens.clone()
+        self.calls = 0  # batched evaluations of the model
+        self._evaluated = 0
+        self._events: list[tuple[Tensor, ...]] = []
+
+    def record(
+        self,
+        rows: Tensor,
+        time: Tensor,
+        jumps: Tensor,
+        position: Tensor,
+        token: Tensor,
+        log_ratio: Tensor,
+        escape_gap: Tensor,
+        calls: bool = True,
+    ) -> None:
+        """An event of each of the rows; with `calls`, the model was evaluated for it."""
+        self.final[rows[jumps], position[jumps]] = token[jumps]
+        none = torch.full_like(position, -1)
+        self._events.append(
+            (rows, time, torch.where(jumps, position, none), torch.where(jumps, token, none), log_ratio, escape_gap)
+        )
+        if calls:
+            self.calls += 1
+            self._evaluated += len(rows)
+
+    def finish(self) -> Path:
+        count = len(self.initial)
+        length = torch.zeros(count, dtype=torch.int64, device=self.initial.device)
+        for rows, *_ in self._events:
+            length[rows] += 1
+        shape = (count, int(length.max()) if count else 0)
+
+        def empty(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=self.initial.device)
+
+        time, position, token = empty(torch.inf, torch.float64), empty(-1, torch.int64), empty(-1, torch.int64)
+        log_ratio, escape_gap = empty(0.0, torch.float64), empty(0.0, torch.float64)
+        columns = (time, position, token, log_ratio, escape_gap)
+        at = torch.zeros_like(length)
+        for rows, *values in self._events:
+            for column, value in zip(columns, values, strict=True):
+                column[rows, at[rows]] = value
+            at[rows] += 1
+        return Path(self.initial, self.final, *columns, self._evaluated)
