@@ -1,0 +1,99 @@
+"""Matching of rates by other divergences than the generalised KL of `dam.matching_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dam.ops import _checks
+from dam.ops.matching_loss import matching_loss
+
+Convex = Callable[[Tensor], Tensor]
+
+
+def rate_matching_loss(
+    log_rates: Tensor,  # [T, V]
+    target: Tensor,  # int64 [T, J]
+    weight: Tensor,  # [T, J]
+    *,
+    divergence: str | Convex = "kl",
+    row_scale: Tensor | None = None,
+    exclude: int | Tensor = -1,
+) -> Tensor:
+    """Bregman divergence of a model's rates u = exp(log_rates) to weighted targets w, up to a constant.
+
+        D(w, u) = sum_v phi(w) - phi(u) - phi'(u) (w - u),      w(v) = sum_j weight_j 1[v = target_j]
+
+    summed over rows with row_scale. Whatever the convex phi, the expectation of D over random w is least at
+    u = E[w]; phi decides how much an error of a small or of a large rate counts, and how noise of w does.
+
+        "kl"    phi(u) = u log u    the generalised KL, `dam.matching_loss(normalized=False)` and its kernels
+        "l2"    phi(u) = u^2 / 2    (u - w)^2 / 2: the noise of large weights counts in full
+
+    Others than "kl" are torch's own operations on arrays [T, V].
+
+    Args:
+        log_rates: log rates [T, V]; -inf is a destination that cannot be reached.
+        target: destinations; -1 stands for none.
+        weight: their weights, detached.
+        divergence: "kl", "l2" or phi, a convex function of positive numbers, elementwise, that autograd can follow
+            twice.
+        row_scale: [T]; 1 / T unless given.
+        exclude: destination left out, as for `dam.jump`.
+
+    Returns:
+        A scalar, differentiable in log_rates.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape or dtype, or the divergence is none.
+
+    Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 11; Holderrieth et al., Generator Matching,
+    arXiv 2410.20587 (Bregman divergences).
+    """
+    op = "rate_matching_loss"
+    if divergence == "kl":
+        return matching_loss(log_rates, target, weight, row_scale=row_scale, exclude=exclude, normalized=False)
+    if divergence != "l2" and (isinstance(divergence, str) or not callable(divergence)):
+        raise ValueError(f"{op}: divergence must be 'kl', 'l2' or a convex function; got {divergence!r}")
+    _checks.matrix(op, "log_rates", log_rates, "V")
+    rows, columns = log_rates.shape
+    target = _checks.target(op, target, rows, log_rates, dims=(2,))
+    _checks.index_range(op, "target", target, columns, "torch")
+    if weight.shape != target.shape:
+        raise ValueError(f"{op}: weight must have the shape of target, {list(target.shape)}; got {list(weight.shape)}")
+    excluded = _checks.exclude(op, exclude, rows, columns, log_rates)
+    if excluded is not None:
+        _checks.index_range(op, "exclude", excluded, columns, "torch")
+        log_rates = log_rates.masked_fill(
+            torch.arange(columns, device=log_rates.device) == excluded[:, None], -torch.inf
+        )
+        target = torch.where(target == excluded[:, None], -1, target)
+    rates = log_rates.double().exp()
+    if isinstance(divergence, str):
+        slope, pull = rates, rates.square() / 2  # phi'(u), and phi'(u) u - phi(u)
+    else:
+        slope, pull = _of_generator(divergence, rates)
+    # A destination of rate 0 is none: phi may not be defined there.
+    outflow = torch.where(rates > 0, pull, 0.0).sum(dim=1)
+    at = slope.gather(1, target.clamp(min=0))
+    counted = target >= 0
+    gain = torch.where(counted, weight.detach().double() * torch.where(counted, at, 0.0), 0.0).sum(dim=1)
+    scale = torch.full_like(outflow, 1.0 / max(rows, 1)) if row_scale is None else row_scale.detach().double()
+    return (scale * (outflow - gain)).sum().to(torch.promote_types(log_rates.dtype, torch.float32))
+
+
+def _of_generator(phi: Convex, rates: Tensor) -> tuple[Tensor, Tensor]:
+    """phi'(u) and phi'(u) u - phi(u), differentiable in u."""
+    positive = torch.where(rates > 0, rates, 1.0)
+    with torch.enable_grad():
+        leaf = positive if positive.requires_grad else positive.detach().requires_grad_()
+        value = phi(leaf)
+        if value.shape != leaf.shape:
+            raise ValueError(
+                f"rate_matching_loss: the divergence must be elementwise; it made {list(value.shape)} of "
+                f"{list(leaf.shape)}"
+            )
+        (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    return slope, slope * leaf - value
