@@ -65,3 +65,33 @@ def times_and_floor(
         axes.set_xlabel("ms, and times the floor", fontsize=8)
         axes.tick_params(labelsize=8)
     figure.savefig(path, dpi=150)
+
+
+def training(path: str | Path, history: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
+    """Writes a PNG of what `DAMTrainer` logged, a panel for each figure, against reward calls.
+
+    Args:
+        history: `trainer.state.log_history`, or the lines of metrics.jsonl.
+
+    Raises:
+        ValueError: it holds no figure.
+    """
+    panels = ("reward", "kl", "ess", "ess_path", "tilt", "clip_fraction", "split_half", "loss")
+    found = {
+        name: [(e["reward_calls"], e[name]) for e in history if name in e and "reward_calls" in e] for name in panels
+    }
+    found = {name: points for name, points in found.items() if points}
+    if not found:
+        raise ValueError(f"history must hold some of {', '.join(panels)} with reward_calls")
+    rows = -(-len(found) // 2)
+    figure = figure_class()(figsize=(8, 2.2 * rows), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True).flatten()
+    for axis, (name, points) in zip(axes, found.items(), strict=False):
+        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
+    figure.supxlabel("reward calls")
+    figure.savefig(path, dpi=150)

@@ -20,6 +20,7 @@ from transformers import AutoModelForMaskedLM, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
 
+from dam import diagnostics
 from dam.adjoint import estimator_loss, group_targets, state_targets, tilted_weights
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import MaskedLM
@@ -42,6 +43,7 @@ class _Draw(enum.IntEnum):
     REPLAY = 4
     REMASK = 5
     DROPOUT = 6
+    DIAGNOSTICS = 7
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
@@ -81,8 +83,9 @@ class DAMTrainer(Trainer):
     `prompt`, a string or token ids to which `max_completion_length` masks are appended. All other columns go to
     the reward functions. `labels`, if present, also goes to `compute_metrics`.
 
-    Logged: reward and its standard deviation, ess, tilt (the step h toward the optimum), clip_fraction, kl (an
-    estimate of KL(p_model || p_base) per prompt), reward_calls, and the mean of each reward function.
+    Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
+    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl (an estimate of
+    KL(p_model || p_base) per prompt) and split_half.
 
     Every random choice depends on (args.seed, step) only, so a resumed run continues to the same result.
 
@@ -335,14 +338,21 @@ class DAMTrainer(Trainer):
         weights, step = tilted_weights(
             log_ratio.cpu(), reward, beta=args.beta, ess=args.target_ess, max_tilt=args.max_tilt, clip=args.clip
         )
+        final = trajectories.final.view(groups, size, -1)
+        told = diagnostics.diagnose(
+            weights,
+            log_ratio.cpu(),
+            final.cpu(),
+            self.process.masked(states).cpu(),
+            generator=self._generator(_Draw.DIAGNOSTICS),
+        )
         weight = weights.weight.float()
         if args.null_arm:
-            order = torch.rand(weight.shape, generator=self._generator(_Draw.NULL_ARM)).argsort(dim=1)
-            weight = weight.gather(1, order)
+            weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
         self._replay.extend(
             {
                 "states": states,
-                "final": trajectories.final.view(groups, size, -1),
+                "final": final,
                 "first": trajectories.position[:, 0].view(groups, size),
                 "weight": weight,
                 "attention_mask": attention_mask,
@@ -353,10 +363,9 @@ class DAMTrainer(Trainer):
         self._record(
             reward=float(finite.mean()) if finite.numel() else -math.inf,
             reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
-            ess=float(weights.ess.mean()),
             tilt=float(step.mean()),
-            clip_fraction=float(weights.clipped.mean()),
-            kl=float(-log_ratio.sum(dim=2).mean()),
+            # Nothing to correlate is no figure.
+            **{name: value for name, value in told._asdict().items() if not math.isnan(value)},
             **{f"rewards/{name}": value for name, value in means.items()},
         )
         best = int(flat.argmax())

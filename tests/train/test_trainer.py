@@ -14,6 +14,7 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
+from dam import diagnostics
 from dam.models import MaskedLM
 from dam.train import DAMTrainer
 from tests.architectures import small_sizes
@@ -237,7 +238,7 @@ def test_what_is_logged(tmp_path):
     trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = {"reward", "reward_std", "ess", "tilt", "clip_fraction", "kl", "rewards/sum_reward", "reward_calls"}
+    names = {"reward", "reward_std", "tilt", "rewards/sum_reward", "reward_calls", *diagnostics.Diagnostics._fields}
     assert all(names <= set(entry) for entry in entries)
     assert [entry["reward_calls"] for entry in entries] == [16, 32, 48]
     assert entries[0]["kl"] == 0  # the first rollout is the base's

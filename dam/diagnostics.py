@@ -1,0 +1,120 @@
+"""Whether trajectories can teach a model: figures of path weights, and the controls that tell signal from noise.
+
+Each is one call in a loop of your own; `DAMTrainer` logs them, and `dam.plots.training` draws what it logged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
+
+
+class Diagnostics(NamedTuple):
+    """Means over groups."""
+
+    ess: float  # effective sample size of the weights, of K
+    ess_path: float  # that of the path weights alone, without the terminal cost
+    clip_fraction: float  # trajectories whose weight was clipped
+    adjoint_mean: float  # mean weight E[a]: 1 but for clipping, and for groups in which nothing is feasible
+    kl: float  # KL(p_u || p_base) of a trajectory, estimated
+    split_half: float  # reliability of the targets, NaN where there is nothing to correlate
+
+
+def diagnose(
+    weights: AdjointWeights,
+    log_ratio: Tensor,  # [G, K, S]
+    final: Tensor,  # int64 [G, K, L]
+    maskable: Tensor,  # bool [G, L]
+    *,
+    escape_gap: Tensor | None = None,  # [G, K, S]
+    generator: torch.Generator | None = None,
+) -> Diagnostics:
+    """All figures of K trajectories of each of G groups at once.
+
+    Args:
+        weights: of the trajectories, from `dam.adjoint_weights` or `dam.adjoint.tilted_weights`.
+        log_ratio, escape_gap: log u_base - log u at the jumps, and the integrated gap of the escape rates.
+        final: the outcomes X_1.
+        maskable: which positions were filled in.
+        generator: divides the trajectories into halves.
+    """
+    return Diagnostics(
+        ess=float(weights.ess.mean()),
+        ess_path=float(ess_by_step(log_ratio, escape_gap=escape_gap)[0]),
+        clip_fraction=float(weights.clipped.mean()),
+        adjoint_mean=float(weights.weight.mean()),
+        kl=float(kl_to_base(log_ratio, escape_gap=escape_gap).mean()),
+        split_half=split_half_reliability(weights.weight, final, maskable, generator=generator),
+    )
+
+
+def ess_by_step(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tensor:
+    """Effective sample size of the path weights from each step on, a mean over groups: float64 [S + 1].
+
+    The last entry is K, as nothing is left to weigh; where it falls first is where model and base part.
+    """
+    cost = log_ratio.new_zeros(log_ratio.shape[:2], dtype=torch.float64)
+    log_path = adjoint_weights(log_ratio, cost, escape_gap=escape_gap).log_path.double()
+    weight = torch.softmax(log_path, dim=1)
+    return (1 / weight.square().sum(dim=1)).mean(dim=0)
+
+
+def kl_to_base(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tensor:
+    """KL(p_u || p_base) estimated from each group's trajectories, the mean of -log W: float64 [G]."""
+    gain = log_ratio.double() if escape_gap is None else log_ratio.double() + escape_gap.double()
+    return -gain.sum(dim=2).mean(dim=1)
+
+
+def permuted(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The null arm: weights [G, K] permuted within each group. What still improves is not the reward's doing."""
+    order = torch.rand(weight.shape, generator=generator, device=weight.device).argsort(dim=1)
+    return weight.gather(1, order)
+
+
+def split_half_reliability(
+    weight: Tensor,  # [G, K]
+    final: Tensor,  # int64 [G, K, L]
+    maskable: Tensor,  # bool [G, L]
+    *,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Correlation of what two halves of each group's trajectories say that the reward changes.
+
+    A half's target at a position is the weighted share of each token among its outcomes; less the unweighted share,
+    it is what the weights ask for. Over all groups, positions and tokens these of one half are correlated with those
+    of the other, whose trajectories are independent: near 0 says that K is too small, or the reward too coarse, to
+    teach.
+
+    Returns:
+        In [-1, 1]; NaN with fewer than two trajectories in a half, or where no weights differ.
+    """
+    groups, size = weight.shape
+    half = size // 2
+    if half < 2:
+        return float("nan")
+    order = torch.rand(weight.shape, generator=generator, device=weight.device).argsort(dim=1)
+    keys, index = torch.unique(_cells(final, maskable), return_inverse=True)
+    index = index.view(groups, size, -1)
+    asked = []
+    for part in (order[:, :half], order[:, half : 2 * half]):
+        w = weight.double().gather(1, part)
+        total = w.sum(dim=1, keepdim=True)
+        share = torch.where(total > 0, w / total, 1.0 / half) - 1.0 / half
+        where = index.gather(1, part[..., None].expand(-1, -1, index.shape[2]))
+        sums = torch.zeros(len(keys), dtype=torch.float64, device=weight.device)
+        asked.append(sums.index_add_(0, where.flatten(), share[..., None].expand(where.shape).flatten())[keys >= 0])
+    centred = [x - x.mean() for x in asked]
+    norm = centred[0].norm() * centred[1].norm() if len(asked[0]) else weight.new_zeros(())
+    return float(centred[0] @ centred[1] / norm) if float(norm) > 0 else float("nan")
+
+
+def _cells(final: Tensor, maskable: Tensor) -> Tensor:
+    """A number for each (group, position, token) of the outcomes [G, K, L]; -1 where nothing was filled in."""
+    groups, _, length = final.shape
+    place = torch.arange(groups * length, device=final.device).view(groups, 1, length)
+    cells = place * (int(final.max()) + 1 if final.numel() else 1) + final
+    return torch.where(maskable[:, None, :], cells, -1)

@@ -1,0 +1,88 @@
+"""Diagnostics: what they are on groups whose truth is known, and that noise has none of it."""
+
+import math
+
+import pytest
+import torch
+
+import dam
+from dam import diagnostics, plots
+
+GROUPS, SIZE, LENGTH = 40, 32, 6
+
+
+def outcomes(seed):
+    """Independent tokens 0 .. 3; the first position of each group is given."""
+    final = torch.randint(4, (GROUPS, SIZE, LENGTH), generator=torch.Generator().manual_seed(seed))
+    maskable = torch.ones(GROUPS, LENGTH, dtype=torch.bool)
+    maskable[:, 0] = False
+    final[:, :, 0] = 1
+    return final, maskable
+
+
+def weights_of(reward):
+    return dam.adjoint_weights(torch.zeros(*reward.shape, 1), -reward)
+
+
+def test_halves_agree_where_the_reward_is_in_the_outcome():
+    """A strong preference for one token in one place is what both halves say; a random reward is what neither does."""
+    final, maskable = outcomes(1)
+    taught = weights_of(3.0 * (final[:, :, 2] == 3).double()).weight
+    noise = weights_of(torch.randn(GROUPS, SIZE, generator=torch.Generator().manual_seed(2))).weight
+    reliable = diagnostics.split_half_reliability(taught, final, maskable, generator=torch.Generator().manual_seed(3))
+    random = diagnostics.split_half_reliability(noise, final, maskable, generator=torch.Generator().manual_seed(3))
+    # Of 40 x 5 x 4 cells correlations of noise are within 5 / 800^(1/2).
+    assert reliable > 0.35 and abs(random) < 0.18
+    null = diagnostics.permuted(taught, torch.Generator().manual_seed(4))
+    assert torch.equal(null.sort(dim=1).values, taught.sort(dim=1).values) and not torch.equal(null, taught)
+    assert abs(diagnostics.split_half_reliability(null, final, maskable)) < 0.18
+
+
+def test_halves_of_equal_weights_and_tiny_groups_say_nothing():
+    final, maskable = outcomes(5)
+    assert math.isnan(diagnostics.split_half_reliability(torch.ones(GROUPS, SIZE), final, maskable))
+    assert math.isnan(diagnostics.split_half_reliability(torch.ones(GROUPS, 3), final[:, :3], maskable))
+
+
+def test_what_is_given_does_not_count():
+    """Positions that were not filled in are the same in all outcomes, and no agreement."""
+    final, maskable = outcomes(6)
+    weight = weights_of((final[:, :, 2] == 3).double()).weight
+    changed = final.clone()
+    changed[:, :, 0] = 0
+    values = [
+        diagnostics.split_half_reliability(weight, x, maskable, generator=torch.Generator().manual_seed(7))
+        for x in (final, changed)
+    ]
+    assert values[0] == values[1]
+
+
+def test_ess_by_step_and_kl():
+    """All from one jump at step 1: before it the ESS is that of its ratios, after it K."""
+    log_ratio = torch.zeros(2, 4, 3)
+    log_ratio[:, 0, 1] = math.log(5.0)
+    ess = diagnostics.ess_by_step(log_ratio)
+    one = (5 + 3) ** 2 / (25 + 3)
+    # float32 sums of a path, whose exponentials are taken.
+    torch.testing.assert_close(ess, torch.tensor([one, one, 4.0, 4.0]).double(), rtol=1e-6, atol=0)
+    assert torch.allclose(diagnostics.kl_to_base(log_ratio), torch.full((2,), -math.log(5.0) / 4).double())
+    with_gap = diagnostics.kl_to_base(log_ratio, escape_gap=torch.ones(2, 4, 3))
+    assert torch.allclose(with_gap, torch.full((2,), -math.log(5.0) / 4 - 3).double())
+
+
+def test_diagnose_is_all_of_them():
+    final, maskable = outcomes(8)
+    log_ratio = 0.1 * torch.randn(GROUPS, SIZE, 5, generator=torch.Generator().manual_seed(9))
+    weights = dam.adjoint_weights(log_ratio, -3.0 * (final[:, :, 2] == 3).double(), clip=0.5)
+    told = diagnostics.diagnose(weights, log_ratio, final, maskable, generator=torch.Generator().manual_seed(1))
+    assert told.ess == float(weights.ess.mean()) and told.clip_fraction == float(weights.clipped.mean()) > 0
+    assert told.adjoint_mean < 1 and told.ess_path == float(diagnostics.ess_by_step(log_ratio)[0])
+    assert told.kl == float(-log_ratio.double().sum(2).mean(1).mean()) and told.split_half > 0.5
+
+
+def test_the_plot_of_a_training_run(tmp_path):
+    history = [{"reward": 0.1 * n, "kl": 0.2 * n, "ess": 4.0, "reward_calls": 16 * n, "step": n} for n in range(5)]
+    plots.training(tmp_path / "plot.png", [*history, {"eval_loss": 1.0}])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="history must hold some of reward, kl"):
+        plots.training(tmp_path / "none.png", [{"eval_loss": 1.0}])
