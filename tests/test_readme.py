@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-OPERATIONS, TRAINING = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+OPERATIONS, TRAINING, CHAINS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_operations_in_a_loop_of_ones_own():
@@ -24,6 +24,12 @@ def test_fine_tuning_a_model(tmp_path):
     exec(shortened, names)
     assert names["trainer"].reward_calls == 4 * names["args"].num_generations
     assert names["trainer"].state.global_step == 4
+
+
+def test_a_chain_that_is_not_masked():
+    names = {}
+    exec(CHAINS, names)
+    assert names["path"].final.shape == (64, 3) and abs(float(names["weights"].weight.mean()) - 1) < 1e-5
 
 
 def test_every_operation_is_listed():
