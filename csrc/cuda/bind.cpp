@@ -151,6 +151,10 @@ static void fill_with_nan(int64_t rows, int64_t columns, uintptr_t marked, uintp
   fill_with_nan({rows, columns, at<int>(marked), at<float>(result)}, queue(where));
 }
 
+static void scale(uintptr_t gradient, int dtype, int64_t count, const ValuesTuple& factor, const QueueTuple& where) {
+  scale({at<void>(gradient), dtype, count, values(factor)}, queue(where));
+}
+
 static void probe_exp(uintptr_t x, uintptr_t result, int64_t count, double scale, const QueueTuple& where) {
   probe_exp(at<float>(x), at<float>(result), count, scale, queue(where));
 }
@@ -218,6 +222,9 @@ PYBIND11_MODULE(DAM_MODULE, module) {
       "is float64 [radius + 1].");
   module.def("fill_with_nan", bind::fill_with_nan, "rows"_a, "columns"_a, "marked"_a, "result"_a, "where"_a,
              "Fills the marked rows of result float32 [rows, columns] with NaN.");
+
+  module.def("scale", bind::scale, "gradient"_a, "dtype"_a, "count"_a, "factor"_a, "where"_a,
+             "Multiplies a contiguous gradient by the number at factor, in place; by 1 without reading it.");
 
   module.def("probe_exp", bind::probe_exp, "x"_a, "result"_a, "count"_a, "scale"_a, "where"_a);
   module.def("probe_exponential", bind::probe_exponential, "words"_a, "result"_a, "count"_a, "where"_a);

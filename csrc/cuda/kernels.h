@@ -172,6 +172,14 @@ struct FillArgs {
   float* result;
 };
 
+// gradient *= factor, of `count` entries.
+struct ScaleArgs {
+  void* gradient;
+  int dtype;
+  int64_t count;
+  Values factor;  // []
+};
+
 void jump(const JumpArgs&, Queue);
 void log_prob(const LogProbArgs&, Queue);
 void log_prob_backward(const LogProbBackwardArgs&, Queue);
@@ -182,6 +190,7 @@ void tilt_to_ess(const TiltToEssArgs&, Queue);
 void closed_form(const ClosedFormArgs&, Queue);
 void walk(const WalkArgs&, Queue);
 void fill_with_nan(const FillArgs&, Queue);
+void scale(const ScaleArgs&, Queue);
 
 // The numerics of csrc/core as the device computes them, for the tests; arrays on the device.
 void probe_exp(const float* x, float* result, int64_t count, double scale, Queue);

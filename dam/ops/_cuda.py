@@ -302,6 +302,13 @@ def matching_loss(
     return row_loss.sum().to(torch.float32), gradient
 
 
+def scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor in place, without waiting for the device to learn the factor."""
+    kept = _readable(factor.reshape(1))
+    _kernels.scale(gradient.data_ptr(), _DTYPE_CODE[gradient.dtype], gradient.numel(), _values(kept), _where(gradient))
+    return gradient
+
+
 def adjoint_weights(
     log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:

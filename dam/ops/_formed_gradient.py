@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dam.ops import _triton
+from dam.ops import _cuda, _triton
 
 
 def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
@@ -20,8 +20,11 @@ def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
     if not overwrite:
         return gradient * factor
     # float64 is the reference's.
-    if gradient.is_cuda and gradient.dtype != torch.float64 and _triton.why_unavailable() is None:
-        return _triton.launcher("formed_gradient", "scale")(gradient, factor)
+    if gradient.is_cuda and gradient.dtype != torch.float64:
+        if _triton.why_unavailable() is None:
+            return _triton.launcher("formed_gradient", "scale")(gradient, factor)
+        if _cuda.why_unavailable() is None:
+            return _cuda.scale(gradient, factor)
     return gradient.mul_(factor)
 
 

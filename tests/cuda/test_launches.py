@@ -199,6 +199,18 @@ def test_numbers_beyond_float32_may_cancel():
         torch.testing.assert_close(a.double(), b.double(), rtol=2.0**-17, atol=2.0**-17)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, -0.5, 0.0])
+def test_a_formed_gradient_is_scaled_in_place(dtype, factor):
+    """Of any length; what lies behind it stays."""
+    for count in (1, 1023, 40_000):
+        memory = normal(count + 8, seed=81, dtype=dtype)
+        expected = memory.clone()
+        expected[:count] = (expected[:count].double() * factor).to(dtype)
+        assert _cuda.scale(memory[:count], torch.tensor(factor)).data_ptr() == memory.data_ptr()
+        assert torch.equal(memory, expected)
+
+
 def test_numbers_of_a_row_in_eight_bits():
     """A dtype that kernels do not read is converted."""
     scale = torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn)
