@@ -37,7 +37,7 @@ def diagnose(
 
     Args:
         weights: of the trajectories, from `dam.adjoint_weights` or `dam.adjoint.tilted_weights`.
-        log_ratio, escape_gap: log u_base - log u at the jumps, and the integrated gap of the escape rates.
+        log_ratio, escape_gap: log u_base - log u at the jumps, and the gap of the escape rates between them.
         final: the outcomes X_1.
         maskable: which positions were filled in.
         generator: divides the trajectories into halves.
@@ -64,7 +64,10 @@ def ess_by_step(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tenso
 
 
 def kl_to_base(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tensor:
-    """KL(p_u || p_base) estimated from each group's trajectories, the mean of -log W: float64 [G]."""
+    """KL(p_u || p_base) estimated from each group's trajectories, the mean of -log W: float64 [G].
+
+    Of trajectories from `dam.ctmc.simulate`, that of paths with their thinned events, which is no less.
+    """
     gain = log_ratio.double() if escape_gap is None else log_ratio.double() + escape_gap.double()
     return -gain.sum(dim=2).mean(dim=1)
 
@@ -90,7 +93,7 @@ def split_half_reliability(
     teach.
 
     Returns:
-        In [-1, 1]; NaN with fewer than two trajectories in a half, or where no weights differ.
+        In [-1, 1]; NaN with fewer than two trajectories in a half, where no weights differ, and for weights of NaN.
     """
     groups, size = weight.shape
     half = size // 2
@@ -107,9 +110,11 @@ def split_half_reliability(
         where = index.gather(1, part[..., None].expand(-1, -1, index.shape[2]))
         sums = torch.zeros(len(keys), dtype=torch.float64, device=weight.device)
         asked.append(sums.index_add_(0, where.flatten(), share[..., None].expand(where.shape).flatten())[keys >= 0])
+    # What rounding leaves of equal weights is nothing to correlate.
+    if not all(len(x) and float(x.abs().max()) > 1e-9 for x in asked) or bool(weight.isnan().any()):
+        return float("nan")
     centred = [x - x.mean() for x in asked]
-    norm = centred[0].norm() * centred[1].norm() if len(asked[0]) else weight.new_zeros(())
-    return float(centred[0] @ centred[1] / norm) if float(norm) > 0 else float("nan")
+    return float(centred[0] @ centred[1] / (centred[0].norm() * centred[1].norm()))
 
 
 def _cells(final: Tensor, maskable: Tensor) -> Tensor:

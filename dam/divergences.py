@@ -35,7 +35,8 @@ def rate_matching_loss(
     Others than "kl" are torch's own operations on arrays [T, V].
 
     Args:
-        log_rates: log rates [T, V]; -inf is a destination that cannot be reached.
+        log_rates: log rates [T, V]; -inf is a destination that cannot be reached. For a phi of yours rates below
+            2e-308 count as that number where a target is.
         target: destinations; -1 stands for none.
         weight: their weights, detached.
         divergence: "kl", "l2" or phi, a convex function of positive numbers, elementwise, that autograd can follow
@@ -61,6 +62,10 @@ def rate_matching_loss(
     rows, columns = log_rates.shape
     target = _checks.target(op, target, rows, log_rates, dims=(2,))
     _checks.index_range(op, "target", target, columns, "torch")
+    _checks.floating(op, "weight", weight)
+    _checks.same_device(op, "weight", weight, log_rates)
+    if row_scale is not None:
+        _checks.vector(op, "row_scale", row_scale, rows, log_rates)
     if weight.shape != target.shape:
         raise ValueError(f"{op}: weight must have the shape of target, {list(target.shape)}; got {list(weight.shape)}")
     excluded = _checks.exclude(op, exclude, rows, columns, log_rates)
@@ -75,8 +80,7 @@ def rate_matching_loss(
         slope, pull = rates, rates.square() / 2  # phi'(u), and phi'(u) u - phi(u)
     else:
         slope, pull = _of_generator(divergence, rates)
-    # A destination of rate 0 is none: phi may not be defined there.
-    outflow = torch.where(rates > 0, pull, 0.0).sum(dim=1)
+    outflow = torch.where(rates == 0, 0.0, pull).sum(dim=1)  # a destination of rate 0 is none; NaN stays
     at = slope.gather(1, target.clamp(min=0))
     counted = target >= 0
     gain = torch.where(counted, weight.detach().double() * torch.where(counted, at, 0.0), 0.0).sum(dim=1)
@@ -86,9 +90,11 @@ def rate_matching_loss(
 
 def _of_generator(phi: Convex, rates: Tensor) -> tuple[Tensor, Tensor]:
     """phi'(u) and phi'(u) u - phi(u), differentiable in u."""
-    positive = torch.where(rates > 0, rates, 1.0)
-    with torch.enable_grad():
-        leaf = positive if positive.requires_grad else positive.detach().requires_grad_()
+    # phi and its slope need not be defined at 0; NaN stays.
+    positive = torch.where(rates == 0, torch.finfo(rates.dtype).tiny, rates)
+    wanted = positive.requires_grad
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = positive if wanted else positive.clone().requires_grad_()
         value = phi(leaf)
         if value.shape != leaf.shape:
             raise ValueError(
@@ -96,4 +102,5 @@ def _of_generator(phi: Convex, rates: Tensor) -> tuple[Tensor, Tensor]:
                 f"{list(leaf.shape)}"
             )
         (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-    return slope, slope * leaf - value
+    pull = slope * leaf - value
+    return (slope, pull) if wanted else (slope.detach(), pull.detach())

@@ -40,7 +40,12 @@ def test_halves_agree_where_the_reward_is_in_the_outcome():
 
 def test_halves_of_equal_weights_and_tiny_groups_say_nothing():
     final, maskable = outcomes(5)
-    assert math.isnan(diagnostics.split_half_reliability(torch.ones(GROUPS, SIZE), final, maskable))
+    for equal in (
+        torch.ones(GROUPS, SIZE),
+        torch.full((GROUPS, SIZE), 0.1).double(),
+        torch.full((GROUPS, SIZE), math.nan),
+    ):
+        assert math.isnan(diagnostics.split_half_reliability(equal, final, maskable))
     assert math.isnan(diagnostics.split_half_reliability(torch.ones(GROUPS, 3), final[:, :3], maskable))
 
 

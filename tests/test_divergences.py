@@ -69,7 +69,31 @@ def test_what_cannot_be_reached_counts_nothing():
     for divergence in ("l2", lambda u: -u.log()):
         loss = rate_matching_loss(logits, torch.tensor([[0]]), torch.ones(1, 1), divergence=divergence, exclude=2)
         (gradient,) = torch.autograd.grad(loss, logits)
-        assert math.isfinite(loss) and gradient[0, 1] == gradient[0, 2] == 0 and math.isfinite(gradient[0, 0])
+        assert (
+            math.isfinite(float(loss.detach()))
+            and gradient[0, 1] == gradient[0, 2] == 0
+            and math.isfinite(gradient[0, 0])
+        )
+
+
+def test_a_target_of_no_rate_costs_what_phi_says_of_almost_none():
+    """l2's own cost, whichever way it is asked for; without end where phi's slope is; NaN stays NaN."""
+    logits, target, weight = torch.tensor([[0.0, -INF, 1.0]]), torch.tensor([[1]]), torch.ones(1, 1)
+    squared = rate_matching_loss(logits, target, weight, divergence="l2")
+    assert_close(rate_matching_loss(logits, target, weight, divergence=lambda u: u * u / 2), squared, rtol=1e-6)
+    assert rate_matching_loss(logits, target, weight, divergence=lambda u: -u.log()) == INF
+    logits[0, 1] = math.nan
+    for divergence in ("kl", "l2", lambda u: u * u / 2):
+        assert math.isnan(rate_matching_loss(logits, target, weight, divergence=divergence))
+
+
+def test_no_gradient_without_need():
+    logits, target, weight = normal(2, 5, seed=9), integers(0, 5, 2, 1, seed=10), torch.ones(2, 1)
+    phi = lambda u: u * u.log() - u  # noqa: E731
+    loss = rate_matching_loss(logits, target, weight, divergence=phi)
+    assert not loss.requires_grad
+    with torch.inference_mode():
+        assert rate_matching_loss(logits, target, weight, divergence=phi) == loss
 
 
 @pytest.mark.parametrize(
@@ -79,6 +103,8 @@ def test_what_cannot_be_reached_counts_nothing():
         ({"divergence": lambda u: u.sum()}, ValueError, "must be elementwise"),
         ({"divergence": "l2", "exclude": 7}, ValueError, "exclude must be -1 or in"),
         ({"divergence": "l2", "weight": torch.ones(2, 3)}, ValueError, "weight must have the shape of target"),
+        ({"divergence": "l2", "row_scale": torch.ones(2, 1)}, ValueError, r"row_scale must have shape \[2\]"),
+        ({"divergence": "l2", "weight": torch.ones(2, 1).long()}, TypeError, "weight must be float"),
         ({"divergence": "l2", "target": torch.full((2, 1), 5)}, ValueError, "target must be -1 or in"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dam.ctmc.simulate import Model, Process, checked_log_rates
+from dam.ctmc.simulate import Model, Process, checked_log_rates, increasing
 
 
 def states(size: int, length: int) -> Tensor:
@@ -61,7 +61,7 @@ def law(
     Each interval by uniformisation of the rates at its middle: non-negative, and of second order in its length.
     """
     current = initial.double()
-    grid = [float(t) for t in times]
+    grid = increasing("law", times)
     for start, end in itertools.pairwise(grid):
         rates = Rates(process, model, size, length, (start + end) / 2)
         current = _uniformised(rates.forward, current, float(rates.escape.max()), end - start)
@@ -79,7 +79,7 @@ def value(
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Thm. 2.2 and Prop. 2.3.
     """
     current = terminal.double()
-    grid = [float(t) for t in times]
+    grid = increasing("value", times)
     for start, end in zip(grid[-2::-1], grid[:0:-1], strict=True):
         rates = Rates(process, model, size, length, (start + end) / 2)
         current = _uniformised(rates.backward, current, float(rates.escape.max()), end - start)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dam import generators
-from dam.ctmc.schedules import Geometric, Schedule
+from dam.ctmc.schedules import Geometric, Schedule, sampled
 
 PREDICTS = ("data", "ratio")
 # Largest total variation between X_0 given X_1 and X_0 alone that passes without a word, and that passes at all.
 INDEPENDENT, TOLERATED = 1e-3, 0.05
+_NONE = 1e-290  # a probability that is none: one over it still fits float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +126,22 @@ class NoisedCTMC(abc.ABC):
         kernel = self.kernel(time)  # [B, V, V]
         at = kernel.transpose(1, 2)[torch.arange(len(tokens), device=tokens.device)[:, None], tokens]  # K[w, x_i]
         # What cannot have become x_i has no probability under a model of the data given x.
-        weight = torch.where(at > 0, log_data.exp() / at, 0.0)
+        weight = torch.where(at > _NONE, log_data.exp() / at, 0.0)
         return (weight @ kernel).log()
 
     def escape_bound(self, start: float, end: float, length: int) -> float:
         """What no escape rate of L = `length` coordinates exceeds on [start, end], for models that predict data.
+
+        For schedules whose speed changes by less than 5% within 1/256 of the interval; infinite if no noise is left.
 
         A coordinate's is beta_t (q + d/d sigma log sum_w p(w) K[w, x_i]) at most, q its escape rate of the noise, and
         that is largest for one w: d/d sigma log K[w, x], which falls with the noise. Bounds at both ends serve for
         what lies between.
         """
         times = torch.tensor([start, end], dtype=torch.float64)
-        speed = float(self.noise_speed(torch.linspace(start, end, 33, dtype=torch.float64)).max())
+        if float(self.noise_left(times).min()) <= 0:
+            return math.inf
+        speed = float(self.noise_speed(sampled(start, end)).max())
         kernel = self.kernel(times)
         towards = kernel @ self._rates(times.device)
         ratio = torch.where(kernel > 0, towards / kernel, 0.0)
@@ -192,7 +197,7 @@ class UniformCTMC(NoisedCTMC):
 
     def escape_bound(self, start: float, end: float, length: int) -> float:
         """beta_t (1 / (1 - alpha) - 1 / V) for a coordinate that is wrong for certain; it is largest at an end."""
-        times = torch.linspace(start, end, 33, dtype=torch.float64)
+        times = sampled(start, end)
         left = self.schedule.alpha(times)
         if float(left.max()) >= 1:
             return math.inf

@@ -31,6 +31,11 @@ class Schedule(abc.ABC):
         return self.derivative(time) / (1 - self.alpha(time))
 
 
+def sampled(start: float, end: float) -> Tensor:
+    """Times at which bounds on an interval look at a schedule, float64 [257]."""
+    return torch.linspace(start, end, 257, dtype=torch.float64)
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear(Schedule):
     """alpha(t) = t."""
@@ -104,11 +109,11 @@ class UserSchedule(Schedule):
             )
 
     def alpha(self, time: Tensor) -> Tensor:
-        return self.function(time)
+        return self.function(time).clamp(max=1.0)  # rounding of the function must not make probabilities negative
 
     def derivative(self, time: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = time.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = time.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
         return slope
 

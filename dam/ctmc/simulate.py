@@ -44,6 +44,7 @@ class Path:
     network_calls: int  # states that the model was evaluated at
 
 
+@torch.no_grad()
 def simulate(
     process: Process,
     model: Model,
@@ -61,9 +62,10 @@ def simulate(
     algorithm by thinning, and with rates that are constant in an interval uniformisation. The law does not depend on
     M or on the intervals, which only decide how many events are thinned.
 
-    The path weight is exact too: a jump contributes log(u_base / u), an event that was thinned
-    log(M - Lambda_base) - log(M - Lambda), the escape integral's unbiased stand-in; its mean weight over the thinned
-    events is exp of the integral of Lambda - Lambda_base.
+    The path's weight is unbiased: a jump contributes log(u_base / u), an event that was thinned
+    log(M - Lambda_base) - log(M - Lambda), the escape integral's stand-in, whose exponential has for its mean over the
+    thinned events that of the integral of Lambda - Lambda_base. It weighs the path with its thinned events: so weights
+    spread more, and KL estimates come out larger, than the chain's own, by what falls as `bound` grows.
 
     Args:
         process: names rates and their bound.
@@ -81,9 +83,9 @@ def simulate(
     Source: Lewis and Shedler, Simulation of nonhomogeneous Poisson processes by thinning, 1979; uniformisation:
     Jensen, 1953; weights: So et al., arXiv 2602.07132, Eq. 12.
     """
-    grid = _increasing("simulate", times)
-    count, length = tokens.shape
-    generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
+    grid, seed = increasing("simulate", times), int(seed) % 2**63
+    count, length = _checked("simulate", tokens)
+    generator = torch.Generator(device=tokens.device).manual_seed(seed)
     path = _Recorder(tokens)
     for start, end in itertools.pairwise(grid):
         rate = bound * process.escape_bound(start, end, length)
@@ -123,6 +125,7 @@ def simulate(
     return path.finish()
 
 
+@torch.no_grad()
 def tau_leap(
     process: Process,
     model: Model,
@@ -144,9 +147,9 @@ def tau_leap(
 
     Source: Gillespie, Approximate accelerated stochastic simulation of chemically reacting systems, 2001.
     """
-    grid = _increasing("tau_leap", times)
-    count, length = tokens.shape
-    generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
+    grid, seed = increasing("tau_leap", times), int(seed) % 2**63
+    count, length = _checked("tau_leap", tokens)
+    generator = torch.Generator(device=tokens.device).manual_seed(seed)
     path = _Recorder(tokens)
     rows = torch.arange(count, device=tokens.device)
     for start, end in itertools.pairwise(grid):
@@ -168,7 +171,8 @@ def tau_leap(
 
             def log_jump(rates: Tensor, log_total: Tensor, at: Tensor = at, duration: float = duration) -> Tensor:
                 moved = (-torch.expm1(-duration * log_total.exp())).log()
-                return rates.gather(2, at)[..., 0] - log_total + moved
+                rate = rates.gather(2, at)[..., 0]
+                return torch.where(rate == -torch.inf, rate, rate - log_total + moved)  # not -inf + inf
 
             log_ratio = torch.where(jumps, log_jump(base_rates, base_escape) - log_jump(log_rates, log_escape), 0.0)
             escape_gap = torch.where(jumps, 0.0, duration * (log_escape.exp() - base_escape.exp()))
@@ -213,7 +217,14 @@ def _destination(log_rates: Tensor, call: int, rows: Tensor, seed: int) -> Tenso
     return jump(log_rates.float(), seed=seed, row_ids=rows + (call << 32), check=False).target
 
 
-def _increasing(op: str, times: Sequence[float] | Tensor) -> list[float]:
+def _checked(op: str, tokens: Tensor) -> tuple[int, int]:
+    """B and L of int64 tokens [B, L]."""
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"{op}: tokens must be int64 [B, L]; got {tokens.dtype} {list(tokens.shape)}")
+    return tokens.shape[0], tokens.shape[1]
+
+
+def increasing(op: str, times: Sequence[float] | Tensor) -> list[float]:
     grid = [float(t) for t in times]
     if len(grid) < 2 or any(not a < b for a, b in itertools.pairwise(grid)):
         raise ValueError(f"{op}: times must increase, and be at least two; got {grid[:4]}{'...' if grid[4:] else ''}")
@@ -224,7 +235,7 @@ class _Recorder:
     """Events of trajectories as they happen, packed at the end."""
 
     def __init__(self, tokens: Tensor):
-        self.initial, self.final = tokens, tokens.clone()
+        self.initial, self.final = tokens.clone(), tokens.clone()
         self.calls = 0  # batched evaluations of the model
         self._evaluated = 0
         self._events: list[tuple[Tensor, ...]] = []

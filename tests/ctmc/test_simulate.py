@@ -357,8 +357,51 @@ def test_rates_above_the_bound_are_an_error():
     for times in ([0.5], [0.5, 0.5], [0.5, 0.1]):
         with pytest.raises(ValueError, match="times must increase"):
             simulate(process, high, torch.tensor([[0, 1]]), times=times, seed=1)
-    with pytest.raises(ValueError, match="end before rates are infinite"):
-        simulate(process, high, torch.tensor([[0, 1]]), times=[0.5, 1.0], seed=1)
+    for infinite in (process, LatticeCTMC(SIZE, Geometric(1e-4))):
+        with pytest.raises(ValueError, match="end before rates are infinite"):
+            simulate(infinite, high, torch.tensor([[0, 1]]), times=[0.5, 1.0], seed=1)
+    with pytest.raises(ValueError, match=r"tokens must be int64 \[B, L\]; got torch.int32 \[1, 2\]"):
+        tau_leap(process, high, torch.tensor([[0, 1]], dtype=torch.int32), times=[0.5, 0.6], seed=1)
+    for of in (enumeration.law, enumeration.value):
+        with pytest.raises(ValueError, match="times must increase"):
+            of(process, high, torch.ones(9) / 9, SIZE, LENGTH, [0.9, 0.5])
+
+
+def test_a_base_without_a_rate_forbids_the_path():
+    """Weight 0, not NaN, in both simulators."""
+    process = UniformCTMC(SIZE, Geometric(1e-3), predicts="ratio")
+
+    def model(tokens, time):
+        return torch.zeros(*tokens.shape, SIZE)
+
+    def base(tokens, time):
+        return torch.full((*tokens.shape, SIZE), -math.inf)
+
+    for run in (simulate, tau_leap):
+        path = run(process, model, torch.zeros(50, 2, dtype=torch.int64), times=[0.0, 0.3], base=base, seed=1)
+        jumped = (path.position >= 0).any(dim=1)
+        assert bool(jumped.any()) and bool((path.log_ratio.sum(dim=1)[jumped] == -math.inf).all())
+        assert bool((path.log_ratio[~jumped] == 0).all())
+
+
+def test_a_seed_fixes_a_run_and_nothing_else_is_touched():
+    """Nor is a graph of the model's calls kept, and schedules by autograd serve under inference mode too."""
+    process = UniformCTMC(SIZE, UserSchedule(lambda t: 1e-4 ** (1 - t)))
+    scale = torch.nn.Parameter(torch.ones(()))
+
+    def model(tokens, time):
+        return scale * torch.sin(tokens[..., None] + torch.arange(SIZE))
+
+    tokens = torch.tensor([[0, 1], [2, 2]])
+    options = {"times": [0.0, 0.5, 0.9], "base": model, "seed": 2**64 + 5}
+    for run in (simulate, tau_leap):
+        with torch.inference_mode():
+            first = run(process, model, tokens, **options)
+        second = run(process, model, tokens, **options)
+        assert torch.equal(first.final, second.final) and torch.equal(first.time, second.time)
+        assert not second.log_ratio.requires_grad and tokens.tolist() == [[0, 1], [2, 2]]
+        other = run(process, model, tokens.repeat(40, 1), **(options | {"seed": 6}))
+        assert not torch.equal(other.final[:2], other.final[2:4])
 
 
 def test_schedules_of_users():
