@@ -28,7 +28,6 @@ __device__ __forceinline__ char* shared_memory() {
 
 __device__ __forceinline__ int thread_of_block() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int64_t block_of_grid() { return blockIdx.x; }
-__device__ __forceinline__ int64_t blocks_of_grid() { return gridDim.x; }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }

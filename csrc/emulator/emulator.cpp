@@ -281,7 +281,7 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, int64_t cluster, con
     for (int i = 0; i < count; ++i) {
       Fiber& fiber = state.fibers[i];
       fiber.stack = state.stacks.of(i, count);
-      fiber.place = {first + i / threads, blocks, i % threads, shared + i / threads * shared_bytes};
+      fiber.place = {first + i / threads, i % threads, shared + i / threads * shared_bytes};
       for (const Scope scope : {Scope::warp, Scope::block, Scope::cluster}) {
         ++state.barriers[state.barrier_of(scope, i)].live;
       }

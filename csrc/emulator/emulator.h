@@ -33,7 +33,7 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, int64_t cluster, con
 // ---- of the thread that runs
 
 struct Place {
-  int64_t block, blocks;
+  int64_t block;
   int thread;
   char* shared;  // of its block
 };
@@ -59,7 +59,6 @@ struct alignas(BYTES) Packed {
 inline char* shared_memory() { return emulator::place().shared; }
 inline int thread_of_block() { return emulator::place().thread; }
 inline int64_t block_of_grid() { return emulator::place().block; }
-inline int64_t blocks_of_grid() { return emulator::place().blocks; }
 
 inline void sync_warp() { emulator::wait_for_all(emulator::Scope::warp); }
 inline void sync_block() { emulator::wait_for_all(emulator::Scope::block); }
