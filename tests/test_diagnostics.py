@@ -50,11 +50,11 @@ def test_halves_of_equal_weights_and_tiny_groups_say_nothing():
 
 
 def test_what_is_given_does_not_count():
-    """Positions that were not filled in are the same in all outcomes, and no agreement."""
+    """What stands at positions that were not filled in is not looked at, even if it tells all."""
     final, maskable = outcomes(6)
     weight = weights_of((final[:, :, 2] == 3).double()).weight
     changed = final.clone()
-    changed[:, :, 0] = 0
+    changed[:, :, 0] = final[:, :, 2]
     values = [
         diagnostics.split_half_reliability(weight, x, maskable, generator=torch.Generator().manual_seed(7))
         for x in (final, changed)

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+import dam
 from dam.ctmc import (
     Geometric,
     LatticeCTMC,
@@ -178,6 +179,21 @@ def test_a_language_models_vocabulary():
     assert bool((state[0] != final[0]).any()) and torch.equal(state[1], final[1])
     log_rates = process.log_rates(torch.zeros(2, 5, 150_000), state, torch.tensor([0.5, 0.9]))
     assert log_rates.shape == (2, 5, 150_000) and math.isclose(process.dependence(), 1e-4, rel_tol=1e-4)
+
+
+def test_kernels_are_the_generators_exponential():
+    """As the library's backward equation has it, whichever of its two ways a lattice's is computed."""
+    for process in (
+        UniformCTMC(5),
+        LatticeCTMC(5, Geometric(1e-5)),
+        LatticeCTMC(6, Geometric(math.exp(-200.0)), periodic=True),
+    ):
+        for time in (0.0, 0.5, 0.99):
+            t = torch.tensor(time, dtype=torch.float64)
+            eye = torch.eye(process.size, dtype=torch.float64)
+            expected = dam.backward_kolmogorov(process.generator, eye, float(process.noise_left(t)))
+            # Sums of up to 128 terms that are not negative, and of eigenvectors where all entries are about 1 / V.
+            torch.testing.assert_close(process.kernel(t), expected, rtol=1e-11, atol=0)
 
 
 # ---- simulation

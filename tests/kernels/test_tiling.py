@@ -204,27 +204,3 @@ def test_heads_beyond_2_31_elements():
     dense = torch.empty(4, 3, dtype=torch.bfloat16)
     expected = everything(hidden.contiguous(), weight.contiguous(), dense)
     assert same(everything(hidden, weight, far(4, 3, torch.bfloat16)), expected)
-
-
-def test_whole_tiles_of_minus_infinity():
-    """Every op, on rows whose first, middle and last tiles cannot be reached, equals the reference."""
-    logits, base = normal(4, 7 * 1024, seed=40), normal(4, 7 * 1024, seed=41)
-    for row, tiles in enumerate(((0,), (3, 4), (6,), (0, 1, 2, 4, 5, 6))):
-        for tile in tiles:
-            logits[row, tile * 1024 : (tile + 1) * 1024] = -INF
-            base[row, (tile - 1) % 7 * 1024 : ((tile - 1) % 7 + 1) * 1024] = -INF
-    target, weight = torch.full((4, 1), 3 * 1024 + 5), torch.ones(4, 1)
-
-    def everything():
-        leaf = logits.clone().requires_grad_()
-        loss = dam.matching_loss(leaf, target, weight, base_logits=logits, base_weight=torch.ones(4))
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return *dam.jump(logits, seed=1), dam.log_prob(logits, target), *dam.rate_ratio(logits, base, target), gradient
-
-    ours = everything()
-    with dam.backend("torch"):
-        expected = everything()
-    for a, b in zip(ours, expected, strict=True):
-        # Roundings of float32, of sums of rates near 10^4 too, whose difference the escape gap is.
-        atol = 2.0**-22 * 1e4 if a is ours[5] else 2.0**-18
-        torch.testing.assert_close(a.double(), b.double(), rtol=2.0**-20, atol=atol, equal_nan=True)
