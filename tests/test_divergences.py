@@ -76,6 +76,14 @@ def test_what_cannot_be_reached_counts_nothing():
         )
 
 
+def test_an_excluded_target_is_none():
+    logits, weight = normal(2, 5, seed=11), torch.ones(2, 1)
+    excluded, none = torch.full((2, 1), 3), torch.full((2, 1), -1)
+    for divergence in ("kl", "l2", lambda u: -u.log()):
+        losses = [rate_matching_loss(logits, t, weight, divergence=divergence, exclude=3) for t in (excluded, none)]
+        assert torch.equal(*losses)
+
+
 def test_a_target_of_no_rate_costs_what_phi_says_of_almost_none():
     """l2's own cost, whichever way it is asked for; without end where phi's slope is; NaN stays NaN."""
     logits, target, weight = torch.tensor([[0.0, -INF, 1.0]]), torch.tensor([[1]]), torch.ones(1, 1)
