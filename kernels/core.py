@@ -129,11 +129,27 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def addresses(array, offset, column):
+    """Pointers to a block [PIECES, lanes, WIDTH] of an array, marked so that warps lie along the lanes.
+
+    The compiler lays warps along the dimension that has most consecutive addresses after the last. Neither has any, and
+    which of the two it then takes depends on the release: Triton 3.6 the pieces, so that every sum over a tile crossed
+    warps. Nothing else rests on what it is told of the lanes: how much a thread loads at once is read off the last
+    dimension, as long as that has most.
+    """
+    WIDTH: tl.constexpr = column.shape[2]
+    pointer = array + offset[None, :, None] + column
+    if WIDTH > 2:
+        pointer = tl.max_contiguous(pointer, (1, 2, WIDTH))
+    return pointer
+
+
+@triton.jit
 def load_tiles(logits, offset, tile, columns, MASKED: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):
     """float32 logits [PIECES, lanes, WIDTH] of one tile per lane, -inf past the row's end, and their columns."""
     piece = tl.arange(0, PIECES)[:, None, None] * WIDTH
     column = (tile * TILE)[None, :, None] + piece + tl.arange(0, WIDTH)[None, None, :]
-    pointer = logits + offset[None, :, None] + column
+    pointer = addresses(logits, offset, column)
     if MASKED:
         x = tl.load(pointer, mask=column < columns, other=-INF)
     else:
@@ -158,7 +174,8 @@ def without_excluded(x, column, excluded, first, last, ROWS: tl.constexpr):
 def store_tiles(out, offset, tile, column, columns, last, valid, x):
     """Stores x [PIECES, lanes, WIDTH] in the output's dtype, where the lane is valid and its tile below last."""
     inside = (valid & (tile < last))[None, :, None] & (column < columns)
-    tl.store(out + offset[None, :, None] + column, rounded(x, out.dtype.element_ty), mask=inside)
+    pointer = addresses(out, offset, column)
+    tl.store(pointer, rounded(x, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

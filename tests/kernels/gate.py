@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 import triton
@@ -82,6 +83,8 @@ def compiled(launch: launching.Launch, target: GPUTarget) -> dict[str, object]:
     kernel = triton.compile(source(launch), target=target, options=options)
     usage = cubin_usage(kernel.asm["cubin"]) if target.backend == "cuda" else amdgcn_usage(kernel.asm["amdgcn"])
     constants = {k: v for k, v in launch.arguments.items() if isinstance(v, (bool, int)) and k.isupper()}
+    if "PIECES" in constants and constants.get("SUM", True):
+        usage["warps_of_blocks"] = warps_of_blocks(kernel.asm["ttgir"], constants)
     dtypes = sorted({_TYPES[v.dtype] for v in launch.arguments.values() if isinstance(v, torch.Tensor)})
     return {
         "kernel": launch.kernel.fn.__name__, "constants": constants, "dtypes": dtypes,
@@ -89,7 +92,16 @@ def compiled(launch: launching.Launch, target: GPUTarget) -> dict[str, object]:
     }  # fmt: skip
 
 
-def cubin_usage(cubin: bytes) -> dict[str, int]:
+def warps_of_blocks(ttgir: str, constants: dict[str, int]) -> list[list[int]]:
+    """Warps along each dimension of blocks [PIECES, lanes, WIDTH], for every layout that the compiler gives them."""
+    shape = f"{constants['PIECES']}x{constants['ROWS'] * constants['TILES']}x{constants['WIDTH']}"
+    layouts = dict(re.findall(r"^#(\w+) = (.*)$", ttgir, re.MULTILINE))
+    names = set(re.findall(rf"tensor<{shape}x[^,>]+(?:<[^>]*>)?, #(\w+)>", ttgir))
+    warps = [re.search(r"warpsPerCTA = \[([\d, ]+)\]", layouts[name]) for name in sorted(names)]
+    return [[int(count) for count in found[1].split(",")] for found in warps if found]
+
+
+def cubin_usage(cubin: bytes) -> dict[str, Any]:
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -99,7 +111,7 @@ def cubin_usage(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
 
 
-def amdgcn_usage(assembly: str) -> dict[str, int]:
+def amdgcn_usage(assembly: str) -> dict[str, Any]:
     def number(name: str) -> int:
         return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly))
 

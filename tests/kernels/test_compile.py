@@ -42,6 +42,11 @@ def test_every_kernel_compiles_and_fits(target):
     for report in found:
         assert report["spills"] <= SPILLS_OF_EPILOGUE.get(report["kernel"], SPILLS), report
         assert report["shared"] <= SHARED[target], report
+    blocks = [report for report in found if "warps_of_blocks" in report]
+    assert blocks and all(report["warps_of_blocks"] for report in blocks)
+    for report in blocks if target.startswith("sm") else ():  # AMD's warps of 64 own two tiles at once
+        # A warp owns whole tiles: sums over tiles that warps share go through shared memory, 40 times slower.
+        assert all(pieces == width == 1 for pieces, _, width in report["warps_of_blocks"]), report
 
 
 def kernels():
