@@ -1,8 +1,8 @@
 """Measures the GPU table: python -m benchmarks.gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune|--sanitize].
 
-Installs this checkout where it is not, with the CUDA kernels if there is an nvcc, runs the tests of the operations,
-measures every operation against its floors and its peers, in Triton ("dam") and in CUDA ("dam, cuda"), writes JSON, PNG
-and summary.md, and prints that summary last. Needs an NVIDIA GPU and no network.
+Installs this checkout where it is not, with the CUDA kernels if there is an nvcc, runs the tests of both GPU backends,
+measures every operation against its floors and its peers, on the default backend ("dam") and in Triton ("dam, triton"),
+writes JSON, PNG and summary.md, and prints that summary last. Needs an NVIDIA GPU and no network.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import checkout
+
+if __name__ == "__main__" and torch.cuda.is_available():  # before dam is imported
+    if (_reason := checkout.ensure_installed("benchmarks.gpu", sys.argv[1:])) is not None:
+        sys.exit(f"python -m benchmarks.gpu: nothing was measured: {_reason}")
 
 import dam
 from benchmarks import goals, harness, report, tune
@@ -33,15 +39,17 @@ from dam.ops import _backend, _triton
 
 Function = Callable[[], object]
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 BUDGET, TESTS_LIMIT, SANITIZE_LIMIT = 450.0, 180.0, 400.0  # seconds
-TESTS = ("tests/ops", "tests/cuda")
+TESTS = ("tests/cuda", "tests/ops")
+# Of those, by name, in this order: what the other backends compute needs no GPU, and was tested elsewhere.
+TESTED = {"cuda": "cuda", "triton": "triton and not cuda"}
+WORKERS = 12
 LLADA = 126_464
 VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
 ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss")
 LINEAR_OPS = ("linear_jump", "linear_log_prob", "linear_matching_loss")
 OPS = (*ROW_OPS, *LINEAR_OPS, *goals.STATE_OPS)
-COPY, CUDA = "copy of as many bytes", goals.CUDA
+COPY, TRITON = "copy of as many bytes", goals.TRITON
 
 
 class Item(NamedTuple):
@@ -100,7 +108,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        self.facts = {**report.versions(), **self.machine.facts(), "commit": commit()}
+        self.facts = {**report.versions(), **self.machine.facts(), "commit": checkout.commit()}
 
     def out_of_time(self) -> bool:
         return time.monotonic() - self.started > self.budget
@@ -110,7 +118,7 @@ class Run:
         stopped = None
         if (reason := _backend.why_unavailable("cuda")) is not None:
             self.left_out.append(f"the CUDA kernels: {reason}")
-        with dam.backend("triton"):  # an error rather than figures of another backend
+        with dam.backend(default_backend()):  # an error rather than figures of another backend
             self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
             self.machine.free()
             for item in items:
@@ -258,16 +266,21 @@ def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[st
     return [f"## {title}\n", *(f"* {line}" for line in lines[:most]), *rest, ""]
 
 
-def on_cuda(function: Function) -> Function:
+def default_backend() -> str:
+    """The backend that a GPU's tensors get, where none is asked for by name."""
+    return next(name for name in _backend.FAST["cuda"] if name == "triton" or _backend.why_unavailable(name) is None)
+
+
+def on_triton(function: Function) -> Function:
     def call() -> object:
-        with dam.backend("cuda"):
+        with dam.backend("triton"):
             return function()
 
     return call
 
 
 def chosen(case: harness.Case, item: Item) -> harness.Case:
-    """The case with the functions that the item asks for, those of the CUDA kernels and each form of a linear op among
+    """The case with the functions that the item asks for, those of Triton and each of its forms of a linear op among
     them.
 
     What compiles or loads kernels of its own when it is first called goes with `compiled`.
@@ -276,11 +289,12 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
     if item.op in LINEAR_OPS:
         call = functions["dam"]
         for form in goals.FORMS:
-            functions[f"dam, {form}"] = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
-    if _backend.why_unavailable("cuda") is None:
+            form_of_triton = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
+            functions[f"dam, {form}"] = on_triton(form_of_triton)
+    if default_backend() != "triton":
         for name, call in (*case.functions.items(), *case.on_gpu.items()):
             if name.startswith("dam"):
-                functions[name.replace("dam", CUDA, 1)] = on_cuda(call)
+                functions[name.replace("dam", TRITON, 1)] = on_triton(call)
     if not item.compiled:
         compiled = {name: f for name, f in compiled.items() if "compiled" not in name}
     if not item.peers:
@@ -302,42 +316,6 @@ def table_form(item: Item, label: str, device: torch.device) -> str | None:
     return values[trained if "trained" in label else frozen if "frozen" in label else forward]
 
 
-def commit() -> str | None:
-    """Commit of this checkout, marked if files differ from it; None where git does not say."""
-
-    def git(*arguments: str) -> str:
-        command = ("git", "-C", str(CHECKOUT), *arguments)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def why_not_installed() -> str | None:
-    """Why `import dam` and its kernels would not be those of this checkout, or None."""
-    code = "import dam, dam.kernels, dam._cpu; print(dam.__file__, dam.kernels.__file__, dam._cpu.__file__, sep='\\n')"
-    with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=elsewhere)
-    if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or ["the import failed"])[-1]
-    outside = [path for path in done.stdout.splitlines() if CHECKOUT not in Path(path).resolve().parents]
-    return f"{outside[0]} is not of this checkout" if outside else None
-
-
-def install() -> None:
-    """Builds the C++ extension and installs this checkout in place, without network.
-
-    Raises:
-        RuntimeError: it failed; the message holds pip's last lines.
-    """
-    options = ("--no-build-isolation", "--no-deps", "--disable-pip-version-check", "--editable", str(CHECKOUT))
-    done = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-20:]))
-
-
 def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Sequence[str] = ()) -> tuple[bool, str]:
     """Whether the tests passed within the limit, in seconds, and pytest's closing line; all that it prints into log.
 
@@ -345,22 +323,44 @@ def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Se
         options: arguments of pytest.
         under: a command that runs another one, which is then pytest in one process.
     """
-    command = [*under, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    # A line for each test as it ends, and a failure when it happens: the log of a run that was cut off is to have them.
+    plugins = ("-p", "no:cacheprovider", "-p", "benchmarks.failures")
+    command = [*under, sys.executable, "-m", "pytest", "-v", "--tb=short", *plugins, *options]
     if not under and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of their time goes into compiling kernels
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]  # most of their time goes into compiling kernels
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=CHECKOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=checkout.ROOT, start_new_session=True)
         try:
             status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    closing = lines[-1].strip("= ") if lines else "pytest printed nothing"
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    closing = text.splitlines()[-1].strip("= ") if text else "pytest printed nothing"
     if status is None:
-        closing = f"not finished after {limit:.0f} s; its last line: {closing}"
+        # "NAME PASSED [ 1%]" of one process, "[gw0] [ 1%] PASSED NAME" of several.
+        passed, failed = (
+            {a or b for a, b in re.findall(rf"^(\S+::.+) {word} |^\[gw.*\] {word} (.+)$", text, re.MULTILINE)}
+            for word in ("PASSED", "FAILED")
+        )
+        named = f": {', '.join(sorted(failed)[:5])}" if failed else ""
+        closing = f"not finished after {limit:.0f} s; {len(passed)} passed, {len(failed)} failed{named}"
     return status == 0, closing
+
+
+def run_all_tests(output: Path, limit: float) -> tuple[bool, str]:
+    """The same of the tests of each GPU backend, one after another within the limit."""
+    began, passed, closings = time.monotonic(), True, []
+    for name, expression in TESTED.items():
+        left = began + limit - time.monotonic()
+        if left <= 0.0:
+            passed, closing = False, "no time was left"
+        else:
+            good, closing = run_tests(output / f"tests-{name}.txt", left, (*TESTS, "-k", expression))
+            passed = passed and good
+        closings.append(f"{name}: {closing}")
+    return passed, "; ".join(closings)
 
 
 def sanitize(output: Path, limit: float) -> list[str]:
@@ -379,26 +379,14 @@ def sanitize(output: Path, limit: float) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    started = time.monotonic()
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _options(arguments)
+    started = checkout.started()
+    options = _options(sys.argv[1:] if arguments is None else arguments)
     if not torch.cuda.is_available():
         return _error("torch sees no GPU here, so nothing was measured")
     if _triton.INTERPRETED:
         return _error("TRITON_INTERPRET=1 is set, so kernels would not run on the GPU; nothing was measured")
     if os.environ.get("DAM_LINEAR_FORM"):
         return _error("DAM_LINEAR_FORM is set, so no other form could be measured; nothing was measured")
-    if (reason := why_not_installed()) is not None:
-        print(f"Installing this checkout: {reason}", flush=True)
-        try:
-            install()
-        except RuntimeError as error:
-            return _error(f"this checkout could not be installed, so nothing was measured:\n{error}")
-        if (reason := why_not_installed()) is not None:
-            return _error(f"the installed package does not import, so nothing was measured: {reason}")
-        # Anew, since this process has looked for the package before it was there. The last of two equal options counts.
-        left = ["--budget", str(options.budget - (time.monotonic() - started))]
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *arguments, *left])
     machine = Gpu()
     output = options.output or report.RESULTS / report.slug(machine.facts()["gpu"])
     run = Run(machine, output, options.budget, options.repeats, started)
@@ -410,10 +398,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = run.tune([job for job in tune.jobs() if job.op in options.only])
     else:
         if options.tests:
-            passed, run.tests = run_tests(output / "tests.txt", options.tests_limit)
+            passed, run.tests = run_all_tests(output, options.tests_limit)
             print(f"tests: {run.tests}", flush=True)
             if not passed:
-                run.failures.append(f"tests: {run.tests} ({output / 'tests.txt'})")
+                run.failures.append(f"tests: {run.tests} ({output})")
         text = run.measure([item for item in plan() if item.op in options.only])
     print(f"\nJSON and PNG: {output}\n\n{text}", end="", flush=True)
     return 1 if run.failures else 0

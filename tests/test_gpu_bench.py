@@ -3,13 +3,16 @@
 import contextlib
 import json
 import math
+import re
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 import dam
-from benchmarks import goals, gpu, harness, machine, peers, tune
+from benchmarks import checkout, goals, gpu, harness, machine, peers, tune
 from dam.kernels import configs
 from dam.ops import _triton
 
@@ -70,11 +73,21 @@ def test_both_forms_of_a_linear_op_are_measured(whole):
         assert record["table_form"] in (goals.FORMS if forms else (None,))
 
 
-def test_the_cuda_kernels_are_measured_beside_those_of_triton(whole):
+def test_the_default_backend_is_measured_beside_triton(whole):
     for record in whole.records:
-        assert goals.CUDA in record["median_seconds"], record["label"]
-    assert "dam, cuda, check=False" in record_of(whole, "jump")["median_seconds"]
-    assert "| jump | cuda | 3 |" in whole.text and "| jump | triton | 3 |" in whole.text
+        assert goals.TRITON in record["median_seconds"], record["label"]
+    names = ("dam", "dam, check=False", "dam, triton", "dam, triton, check=False")
+    assert set(names) <= record_of(whole, "jump")["median_seconds"].keys()
+    assert all(f"| jump | {name} | 3 |" in whole.text for name in names)
+
+
+def test_each_name_stands_for_its_backend():
+    seen = []
+    case = harness.Case("", "floor", dict, {"dam": lambda: seen.append(gpu._backend._requested)})
+    with dam.backend(gpu.default_backend()):
+        for name, function in gpu.chosen(case, item("linear_jump")).functions.items():
+            function()
+            assert seen.pop() == ("cuda" if name == "dam" else "triton"), name
 
 
 def test_without_the_cuda_kernels_the_run_says_so(monkeypatch, tmp_path):
@@ -82,17 +95,26 @@ def test_without_the_cuda_kernels_the_run_says_so(monkeypatch, tmp_path):
     run = gpu.Run(Machine(), tmp_path, repeats=1)
     run.measure([item("rate_ratio")], 2**10)
     assert run.failures == [] and run.left_out == ["the CUDA kernels: no nvcc here"]
-    assert goals.CUDA not in run.records[0]["median_seconds"]
+    assert gpu.default_backend() == "triton" and goals.TRITON not in run.records[0]["median_seconds"]
 
 
 def test_few_rows_are_compared_with_the_best_peer():
     """Not with the floor, nor with dam's other functions."""
-    few = record("jump", rows=4, dam=2.0, **{"dam, cuda": 1.0, "fast peer": 1.5, "slow peer": 9.0})
+    few = record("jump", rows=4, dam=2.0, **{"dam, triton": 1.0, "fast peer": 1.5, "slow peer": 9.0})
     found = {g.what: g for g in goals.reached([few], BANDWIDTH) if g.goal.startswith("no slower")}
     assert found["jump"].met is False and "1.33" in found["jump"].measured
-    assert found["jump, cuda"].met is True and "0.667" in found["jump, cuda"].measured
+    assert found["jump, triton"].met is True and "0.667" in found["jump, triton"].measured
     many = {g.what: g for g in goals.reached([record("jump", rows=2048, dam=2.0)], BANDWIDTH)}
-    assert many["jump, cuda"].measured == "not measured"
+    assert many["jump, triton"].measured == "not measured"
+
+
+def test_goals_are_about_the_unchecked_call_where_there_is_one():
+    """Peers check nothing, and a check waits for the GPU."""
+    functions = {"dam": 9.0, "dam, check=False": 1.05, "dam, triton": 9.0, "dam, triton, check=False": 2.0}
+    found = {g.what: g for g in goals.reached([record("jump", **functions)], BANDWIDTH) if "90%" in g.goal}
+    assert found["jump"].met is True and found["jump, triton"].measured.startswith("0.5 ")
+    found = {g.what: g for g in goals.reached([record("linear_jump", **functions)], BANDWIDTH) if "1.08x" in g.goal}
+    assert found["linear_jump"].met is True
 
 
 def test_a_form_is_that_of_the_forward_pass_and_of_gradients():
@@ -174,7 +196,7 @@ def test_what_is_written(whole):
     summary = json.loads((whole.output / "summary.json").read_text())
     assert {"gpu", "bandwidth", "tests", "goals", "failures", "left_out"} <= summary.keys()
     assert (whole.output / "summary.md").read_text() == whole.text
-    assert whole.text.index("## Goals") > whole.text.index("## Forms of the linear ops")
+    assert whole.text.index("## Goals") > whole.text.index("## Linear ops and their forms")
 
 
 def test_what_is_planned():
@@ -213,7 +235,7 @@ def test_a_function_of_dam_that_fails_fails_the_run(monkeypatch, tmp_path):
     text = run.measure([item("rate_ratio"), item("jump")], 2**10)
     assert run.failures == [
         "rate_ratio, T = 3, V = 20, rate_ratio: ValueError: broken kernel",
-        "jump, T = 3, V = 20, jump, dam, cuda, check=False: ValueError: broken kernel",
+        "jump, T = 3, V = 20, jump, dam, triton, check=False: ValueError: broken kernel",
         "jump, T = 3, V = 20, jump, dam, check=False: ValueError: broken kernel",
     ]
     assert all(f"* {failure}" in text[text.index("## FAILED") :] for failure in run.failures)
@@ -438,7 +460,6 @@ def as_if_on_gpu(monkeypatch):
     """main() with the CPU in the place of a GPU, and tiny items."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_triton, "INTERPRETED", False)
-    monkeypatch.setattr(gpu, "why_not_installed", lambda: None)
     monkeypatch.setattr(gpu, "Gpu", Machine)
     monkeypatch.setattr(gpu, "plan", lambda: [item("rate_ratio"), item("jump")])
     monkeypatch.setattr(gpu, "bandwidths", lambda machine, nbytes: BANDWIDTH)
@@ -467,9 +488,10 @@ def test_the_command_prints_the_summary_last(as_if_on_gpu, tmp_path, capsys):
 
 
 def test_tests_that_fail_fail_the_command(as_if_on_gpu, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu, "run_tests", lambda log, limit: (False, "1 failed, 2 passed"))
+    monkeypatch.setattr(gpu, "run_tests", lambda log, limit, options: ("triton" in log.name, f"{options[-1]} ran"))
     assert gpu.main(["--repeats", "1", "--only", "jump", "--output", str(tmp_path)]) == 1
-    assert "* tests: 1 failed, 2 passed" in capsys.readouterr().out.split("## FAILED")[1]
+    failed = capsys.readouterr().out.split("## FAILED")[1]
+    assert "* tests: cuda: cuda ran; triton: triton and not cuda ran" in failed
     assert (tmp_path / "jump.json").exists()  # measuring went on
 
 
@@ -514,32 +536,50 @@ class Replaced(Exception):
     """This process would have been replaced."""
 
 
-def test_what_is_not_installed_is_installed_first(as_if_on_gpu, monkeypatch):
+def test_what_is_not_installed_is_installed_first(monkeypatch):
     reasons, done = ["No module named 'dam.kernels'", None], []
 
     def execv(path, arguments):
         done.append(arguments)
         raise Replaced
 
-    monkeypatch.setattr(gpu, "why_not_installed", lambda: reasons.pop(0))
-    monkeypatch.setattr(gpu, "install", lambda: done.append("installed"))
-    monkeypatch.setattr(gpu.os, "execv", execv)
+    monkeypatch.setattr(checkout, "why_not_installed", lambda: reasons.pop(0))
+    monkeypatch.setattr(checkout, "install", lambda: done.append("installed"))
+    monkeypatch.setattr(checkout.os, "execv", execv)
+    monkeypatch.setenv(checkout._STARTED, "")
+    began = time.monotonic()
     with pytest.raises(Replaced):
-        gpu.main(["--budget", "100", "--no-tests"])
+        checkout.ensure_installed("benchmarks.gpu", ["--budget", "100"])
     installed, arguments = done
-    assert installed == "installed" and arguments[1:3] == ["-m", "benchmarks.gpu"]
-    options = gpu._options(arguments[3:])
-    assert not options.tests and 90 < options.budget < 100  # what is left of it
+    assert installed == "installed" and arguments[1:] == ["-m", "benchmarks.gpu", "--budget", "100"]
+    assert began <= checkout.started() <= time.monotonic()  # what it took counts
+    time.sleep(0.01)
+    assert checkout.started() < time.monotonic() - 0.01
 
 
-def test_what_cannot_be_installed_is_an_error(as_if_on_gpu, monkeypatch, capsys):
+def test_what_is_installed_stays(monkeypatch):
+    monkeypatch.setattr(checkout, "why_not_installed", lambda: None)
+    assert checkout.ensure_installed("benchmarks.gpu", []) is None
+
+
+def test_what_cannot_be_installed_is_an_error(monkeypatch):
     def fails():
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(gpu, "why_not_installed", lambda: "No module named 'dam.kernels'")
-    monkeypatch.setattr(gpu, "install", fails)
-    assert gpu.main([]) == 1
-    assert "no compiler" in capsys.readouterr().err
+    monkeypatch.setattr(checkout, "why_not_installed", lambda: "No module named 'dam.kernels'")
+    monkeypatch.setattr(checkout, "install", fails)
+    assert "no compiler" in checkout.ensure_installed("benchmarks.gpu", [])
+
+
+def test_installing_needs_nothing_of_dam():
+    """In a fresh checkout `import dam` fails, and this is what puts that right."""
+    code = (
+        "import sys; sys.modules['dam'] = None; import torch; torch.cuda.is_available = lambda: True\n"
+        "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: 'asked'\n"
+        "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=checkout.ROOT)
+    assert run.returncode == 1 and run.stderr.endswith("nothing was measured: asked\n"), run.stderr
 
 
 def test_tests_run_within_a_limit(tmp_path):
@@ -547,15 +587,27 @@ def test_tests_run_within_a_limit(tmp_path):
     path.write_text("def test_good(): pass\n")
     passed, closing = gpu.run_tests(tmp_path / "log.txt", 60.0, [str(path)])
     assert passed and closing.startswith("1 passed")
-    path.write_text("import time\nprint('collecting', flush=True)\ntime.sleep(60)\n")
-    passed, closing = gpu.run_tests(tmp_path / "log.txt", 0.5, [str(path), "-s"])
-    assert not passed and closing.startswith("not finished after 0 s")
+
+
+def test_tests_that_are_cut_off_are_named(tmp_path):
+    path = tmp_path / "test_it.py"
+    path.write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert 'reason' == ''\ndef test_long(): time.sleep(60)\n"
+    )
+    passed, closing = gpu.run_tests(tmp_path / "log.txt", 6.0, [str(path)])
+    assert not passed
+    assert re.fullmatch(r"not finished after 6 s; 1 passed, 1 failed: \S*test_it.py::test_bad", closing), closing
+    assert "assert 'reason' == ''" in (tmp_path / "log.txt").read_text()
+
+
+def test_tests_that_no_time_is_left_for_fail(tmp_path):
+    assert gpu.run_all_tests(tmp_path, 0.0) == (False, "cuda: no time was left; triton: no time was left")
 
 
 def test_another_checkout_is_not_this_one(monkeypatch, tmp_path):
-    assert gpu.why_not_installed() is None
-    monkeypatch.setattr(gpu, "CHECKOUT", tmp_path)
-    assert "is not of this checkout" in gpu.why_not_installed()
+    assert checkout.why_not_installed() is None
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    assert "is not of this checkout" in checkout.why_not_installed()
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

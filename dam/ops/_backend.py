@@ -29,10 +29,9 @@ def _import_error(module: str) -> str | None:
 # Type of the devices whose tensors a backend takes; the reference takes all.
 DEVICE_TYPE = {"cpu": "cpu", "triton": _triton.DEVICE_TYPE, "cuda": _cuda.DEVICE_TYPE}
 
-# Of a tensor's device, the fast backends in the order in which they are taken where none is asked for by name. Kernels
-# are interpreted or emulated only on request. dam._cuda has not been timed against Triton yet, whose linear ops have a
-# fused form and chunks that stay in the cache: it is what runs where Triton is not installed.
-_FAST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# Of a tensor's device, the fast backends in the order in which they are taken where none is asked for by name. The CUDA
+# kernels were ahead of Triton's on an H100 (benchmarks/notes.md). Kernels are interpreted or emulated only on request.
+FAST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 # Looked up once: an import that fails is not retried on every call of an op.
 _CPU_ERROR = _import_error("dam._cpu")
@@ -105,7 +104,7 @@ def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_requested!r} cannot run this call: {reason}")
         return _requested
-    fast = [name for name in _FAST.get(tensor.device.type, ()) if name in implementations]
+    fast = [name for name in FAST.get(tensor.device.type, ()) if name in implementations]
     if not fast or (tensor.dtype == torch.float64 and not float64):
         return "torch"
     reasons = []

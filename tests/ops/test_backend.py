@@ -45,19 +45,19 @@ def test_default_picks_by_dtype():
 
 
 def test_default_picks_by_device(monkeypatch):
-    """Triton on a GPU, where it can run, else CUDA; the interpreter and the emulator never unasked."""
+    """CUDA on a GPU, where it was built, else Triton; the emulator and the interpreter never unasked."""
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
-    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "triton"
+    monkeypatch.setattr(_cuda, "why_unavailable", lambda: None)
+    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "cuda"
     assert chosen() == "cpu"
     on_gpu.dtype = torch.float64
     assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
-    monkeypatch.setattr(_triton, "why_unavailable", lambda: "no such package")
-    monkeypatch.setattr(_cuda, "why_unavailable", lambda: None)
-    on_gpu.dtype = torch.float32
-    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "cuda"
     monkeypatch.setattr(_cuda, "why_unavailable", lambda: "not built")
-    with pytest.warns(RuntimeWarning, match="no such package; not built;.*'torch' runs instead of 'triton' or 'cuda'"):
+    monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
+    on_gpu.dtype = torch.float32
+    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "triton"
+    monkeypatch.setattr(_triton, "why_unavailable", lambda: "no such package")
+    with pytest.warns(RuntimeWarning, match="not built; no such package;.*'torch' runs instead of 'cuda' or 'triton'"):
         assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
 
 
