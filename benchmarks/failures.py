@@ -12,6 +12,7 @@ class _Failures:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
             self._terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
+            self._terminal.flush()
 
 
 def pytest_configure(config: Any) -> None:
