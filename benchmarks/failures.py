@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 
 class _Failures:
     def __init__(self, terminal: Any):
@@ -15,6 +17,7 @@ class _Failures:
             self._terminal.flush()
 
 
+@pytest.hookimpl(trylast=True)  # the terminal's reporter is made by another plugin's
 def pytest_configure(config: Any) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:
