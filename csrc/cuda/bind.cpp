@@ -93,11 +93,21 @@ static void matching_loss(const ShapeTuple& of, const MatrixTuple& logits, const
                           const IndicesTuple& exclude, const TargetsTuple& target, const ValuesTuple& weight,
                           const ValuesTuple& base_weight, const ValuesTuple& row_scale, bool normalized,
                           uintptr_t summaries, uintptr_t target_logit, uintptr_t loss, const MatrixTuple& gradient,
-                          int gradient_dtype, const QueueTuple& where) {
+                          int gradient_dtype, uintptr_t shares, const QueueTuple& where) {
   matching_loss({shape(of), matrix(logits), matrix(base), indices(exclude), targets(target), values(weight),
                  values(base_weight), values(row_scale), normalized, at<float>(summaries), at<float>(target_logit),
-                 at<double>(loss), matrix(gradient), gradient_dtype},
+                 at<double>(loss), matrix(gradient), gradient_dtype, at<float>(shares)},
                 queue(where));
+}
+
+static void gradient(const ShapeTuple& of, const MatrixTuple& logits, const MatrixTuple& base, int64_t first_column,
+                     const IndicesTuple& exclude, const TargetsTuple& target, const ValuesTuple& pull, uintptr_t shares,
+                     double temperature, uintptr_t target_gradient, const MatrixTuple& gradient, int gradient_dtype,
+                     const QueueTuple& where) {
+  cuda::gradient({shape(of), matrix(logits), matrix(base), first_column, indices(exclude), targets(target),
+                  values(pull), at<float>(shares), 1.0 / temperature, at<float>(target_gradient), matrix(gradient),
+                  gradient_dtype},
+                 queue(where));
 }
 
 static void adjoint_weights(int64_t groups, int64_t size, int64_t steps, int dtype, const CubeTuple& log_ratio,
@@ -183,6 +193,7 @@ PYBIND11_MODULE(DAM_MODULE, module) {
   module.attr("ROW_SUMMARIES") = dam::cuda::ROW_SUMMARIES;
   module.attr("FEW_TAPS") = dam::cuda::FEW_TAPS;
   module.attr("BASE_SUMMARIES") = dam::cuda::BASE_SUMMARIES;
+  module.attr("SHARES") = dam::cuda::SHARES;
 
   module.def("jump", bind::jump, "shape"_a, "logits"_a, "exclude"_a, "row_ids"_a, "temperature"_a, "samples"_a,
              "seed_address"_a, "seed"_a, "summaries"_a, "target"_a, "log_prob"_a, "log_escape"_a, "first_bad"_a,
@@ -198,8 +209,14 @@ PYBIND11_MODULE(DAM_MODULE, module) {
              "log_ratio"_a, "escape_gap"_a, "where"_a, "Fills log_ratio float32 [T, J] and escape_gap float32 [T].");
   module.def("matching_loss", bind::matching_loss, "shape"_a, "logits"_a, "base"_a, "exclude"_a, "target"_a, "weight"_a,
              "base_weight"_a, "row_scale"_a, "normalized"_a, "summaries"_a, "target_logit"_a, "loss"_a, "gradient"_a,
-             "gradient_dtype"_a, "where"_a,
-             "Fills loss float64 [T] and gradient [T, V]; target_logit is work memory, float32 [T, J].");
+             "gradient_dtype"_a, "shares"_a, "where"_a,
+             "Fills loss float64 [T], gradient [T, V] and shares float32 [T, SHARES], the last two unless 0; target_logit "
+             "is work memory, float32 [T, J].");
+  module.def("gradient", bind::gradient, "shape"_a, "logits"_a, "base"_a, "first_column"_a, "exclude"_a, "target"_a,
+             "pull"_a, "shares"_a, "temperature"_a, "target_gradient"_a, "gradient"_a, "gradient_dtype"_a, "where"_a,
+             "Fills gradient of the logits of some columns, from first_column of the vocabulary on: the share of the "
+             "logits less that of the base's, less pull [T, J] at the targets; target_gradient is work memory, float32 "
+             "[T, J].");
   module.def(
       "adjoint_weights", bind::adjoint_weights, "groups"_a, "size"_a, "steps"_a, "dtype"_a, "log_ratio"_a,
       "escape_gap"_a, "terminal_cost"_a, "clip"_a, "log_weight"_a, "weight"_a, "log_path"_a, "log_normalizer"_a,

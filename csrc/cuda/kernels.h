@@ -42,6 +42,10 @@ constexpr int64_t summary_floats(int arrays, int64_t rows, int64_t columns) {
 constexpr int ROW_SUMMARIES = 2;   // of a row of logits: maximum and excess of each tile
 constexpr int BASE_SUMMARIES = 5;  // and of base logits beside them, and a cross term
 
+// What the gradient of a row's logits x depends on, coefficient * exp(scale (x - reference)): float32 coefficient, and the
+// reference as a sum of two; then the same of base logits.
+constexpr int SHARES = 6;
+
 struct JumpArgs {
   Shape shape;
   Matrix logits;
@@ -110,6 +114,24 @@ struct MatchingLossArgs {
   double* loss;         // [T], each times its row_scale
   Matrix gradient;      // [T, V]; may be the logits; null: not wanted
   int gradient_dtype;   // the logits', or bfloat16 beside float32
+  float* shares;        // [T, SHARES]; null: not wanted
+};
+
+// The gradient of the logits x of some columns, once it is known what it depends on: share of x - share of base logits -
+// sum_j pull_j 1[v = target_j].
+struct GradientArgs {
+  Shape shape;  // of these columns
+  Matrix logits;
+  Matrix base;           // null: none
+  int64_t first_column;  // where they begin in the vocabulary, which exclude and target are columns of
+  Indices exclude;
+  Targets target;
+  Values pull;           // [T, J]
+  const float* shares;   // [T, SHARES]
+  double scale;          // of the logits
+  float* target_gradient;  // work memory [T, J]
+  Matrix gradient;         // may be the logits
+  int gradient_dtype;      // the logits', or bfloat16 beside float32
 };
 
 struct AdjointWeightsArgs {
@@ -185,6 +207,7 @@ void log_prob(const LogProbArgs&, Queue);
 void log_prob_backward(const LogProbBackwardArgs&, Queue);
 void rate_ratio(const RateRatioArgs&, Queue);
 void matching_loss(const MatchingLossArgs&, Queue);
+void gradient(const GradientArgs&, Queue);
 void adjoint_weights(const AdjointWeightsArgs&, Queue);
 void tilt_to_ess(const TiltToEssArgs&, Queue);
 void closed_form(const ClosedFormArgs&, Queue);

@@ -118,13 +118,14 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   weights = team.sum(weights) + base_weight;
   if (!a.normalized) loss += ::exp(reference) * total.sum;
   if (part.split == 0 && team.thread == 0) a.loss[t] = row_scale * loss;
-  if (!a.gradient.data) return;
 
   // ---- the gradient, of this part
   // A row that can reach nothing has no distribution to push down.
   const double outflow = total.sum == 0.0 ? 0.0 : a.normalized ? weights : 1.0;
   const Share share = share_of(row_scale * outflow, a.normalized ? -log_sum : reference, reference, 1.0);
   const Share base_share = share_of(row_scale * base_weight, base_log_rate, base_reference, 1.0);
+  if (a.shares && part.split == 0 && team.thread == 0) store_shares(a.shares + t * SHARES, share, base_share);
+  if (!a.gradient.data) return;
   Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {

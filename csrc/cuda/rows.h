@@ -300,6 +300,12 @@ __device__ __forceinline__ double exact_share_at(const Share& share, float x, do
   return share.coefficient * ::exp(scale * (static_cast<double>(x) - share.high - share.low));
 }
 
+__device__ inline void store_shares(float* out, const Share& share, const Share& base) {
+  const float values[SHARES] = {share.coefficient, share.high, share.low, base.coefficient, base.high, base.low};
+#pragma unroll
+  for (int i = 0; i < SHARES; ++i) out[i] = values[i];
+}
+
 // Sum of the weights of all slots of row t whose target is v: targets may repeat.
 __device__ inline double weight_at(int64_t v, const Targets& target, const Values& weight, int64_t t) {
   double sum = 0.0;

@@ -244,6 +244,67 @@ def log_prob_backward(
     return gradient
 
 
+def linear_log_prob_backward(
+    grad: Tensor,
+    head: _head.Head,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """By rows, or by columns where the head is trained and the rows do not fit one chunk."""
+    from dam.ops import linear_log_prob as op
+
+    if not _head.by_columns(head, needed, 1, _head.gradient_dtype(head, "cuda")):
+        return op.chunked_backward("cuda", grad, head, target, log_escape, exclude, temperature, needed)
+    pull = -grad.double() / temperature
+    counted = target >= 0 if exclude is None else (target >= 0) & (target != exclude[:, None])
+    largest = torch.finfo(torch.float32).max
+    coefficient = torch.where(counted, pull, 0.0).sum(dim=1).clamp(-largest, largest).float()
+    reference = log_escape.double() * temperature
+    high = reference.float()
+    nothing = torch.zeros_like(high)
+    shares = torch.stack((coefficient, high, (reference - high).float(), nothing, nothing, nothing), dim=1)
+    return _gradients_by_columns(head, None, target, pull, shares, exclude, temperature, needed)
+
+
+def _gradients_by_columns(
+    head: _head.Head,
+    base: _head.Head | None,
+    target: Tensor,  # [T, J]
+    pull: Tensor,  # float64 [T, J]
+    shares: Tensor,  # [T, SHARES]
+    exclude: Tensor | None,
+    temperature: float,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """Gradients of a head's tensors from what the gradient of logits depends on: the logits again, and with them it."""
+    gradients, rows = _head.Gradients(head, needed), slice(0, head.hidden.shape[0])
+    target_gradient = pull.new_empty(pull.shape, dtype=torch.float32)
+    arrays, dtype = 1 if base is None else 2, _head.gradient_dtype(head, "cuda")
+    for columns, memory, gradient in _head.column_chunks(head, arrays=arrays, gradient=dtype):
+        logits = _head.logits(head.part(rows, columns), memory[0])
+        base_logits = None if base is None else _head.logits(base.part(rows, columns), memory[1])
+        _kernels.gradient(
+            _shape(logits),
+            _matrix(logits),
+            _matrix(base_logits),
+            columns.start,
+            _indices(exclude),
+            _targets(target),
+            _values(pull),
+            shares.data_ptr(),
+            temperature,
+            target_gradient.data_ptr(),
+            _matrix(gradient),
+            _DTYPE_CODE[gradient.dtype],
+            _where(logits),
+        )
+        gradients.add(rows, columns, gradient)
+    return gradients.finish()
+
+
 def rate_ratio(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
     from dam.ops import rate_ratio as op
 
@@ -274,6 +335,7 @@ def matching_loss(
     normalized: bool,
     with_grad: bool,
     into: Tensor | None = None,
+    shares: Tensor | None = None,  # [T, SHARES]; filled with what the gradient depends on
 ) -> tuple[Tensor, Tensor]:
     from dam.ops import matching_loss as op
 
@@ -297,9 +359,34 @@ def matching_loss(
         row_loss.data_ptr(),
         _matrix(gradient) if with_grad else _ABSENT_MATRIX,
         _DTYPE_CODE[gradient.dtype],
+        0 if shares is None else shares.data_ptr(),
         _where(logits),
     )
     return row_loss.sum().to(torch.float32), gradient
+
+
+def linear_matching_loss(
+    head: _head.Head,
+    target: Tensor,
+    weight: Tensor,
+    base: _head.Head | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """By rows; the gradient of a trained head in a second pass by columns, where the rows do not fit one chunk."""
+    from dam.ops import linear_matching_loss as op
+
+    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized)
+    if not _head.by_columns(head, needed, 1 if base is None else 2, _head.gradient_dtype(head, "cuda")):
+        return op.chunked("cuda", *arguments, needed)
+    rows = head.hidden.shape[0]
+    shares = head.hidden.new_empty((rows, _kernels.SHARES), dtype=torch.float32)
+    loss, *_ = op.chunked("cuda", *arguments, (False,) * 5, shares)
+    scale = 1.0 / rows if row_scale is None else row_scale.double()[:, None]
+    return loss, *_gradients_by_columns(head, base, target, weight.double() * scale, shares, exclude, 1.0, needed)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -18,6 +18,14 @@ from dam.ops import _checks, _rows
 # Of the vocabulary rows that are converted at a time: of 0.5 to 128 MB, 4 MB were fastest on a CPU with 32 MB of cache.
 _BLOCK_BYTES = 4 * 2**20
 _ON_GPU = ("triton", "cuda")  # backends
+# Rows of a chunk from which on adding to the head's gradient costs less than computing the logits again: of each of its
+# entries 8 bytes at 3 TB/s, beside 2 operations a row at 760 TFLOP/s, as an H100 has them.
+_MANY_ROWS = 1024
+# Whether a product of 16-bit numbers can be added to a float32 array: in torch 2.11 and later.
+_ADDS_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out") and tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    11,
+)
 
 
 class LoRA(NamedTuple):
@@ -96,6 +104,20 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, buffer[: part.stop - start].copy_(weight[part])
 
 
+def _dtypes(weight: Tensor, arrays: int, gradient: torch.dtype | None) -> list[torch.dtype]:
+    """Of arrays of logits, and of their gradient if that does not take the place of the first."""
+    dtypes = [_rows.accumulator(weight.dtype)] * arrays
+    return dtypes if gradient in (None, dtypes[0]) else [*dtypes, gradient]
+
+
+def _steps(length: int, bytes_per_step: int) -> list[slice]:
+    """Parts whose arrays fit the workspace on a GPU: of equal size but the last, and whole blocks of a matmul."""
+    step = max(1, min(length, _rows.workspace_bytes() // max(1, bytes_per_step)))
+    if step < length:
+        step -= step % next((block for block in (1024, 64) if step >= block), 1)
+    return [slice(at, min(at + step, length)) for at in range(0, length, step)]
+
+
 def chunks(
     rows: int, weight: Tensor, *, arrays: int, backend: str, gradient: torch.dtype | None = None
 ) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -104,14 +126,10 @@ def chunks(
     One more array follows for the gradient of the logits, if that has another dtype.
     """
     columns = weight.shape[0]
-    dtypes = [_rows.accumulator(weight.dtype)] * arrays
-    if gradient is not None and gradient != dtypes[0]:
-        dtypes.append(gradient)
+    dtypes = _dtypes(weight, arrays, gradient)
     bytes_per_row = columns * sum(dtype.itemsize for dtype in dtypes)
     if backend in _ON_GPU:
-        step = max(1, min(rows, _rows.workspace_bytes() // bytes_per_row))
-        step -= step % 128 if step > 128 else 0  # whole blocks of the matmul
-        parts = iter([slice(at, min(at + step, rows)) for at in range(0, rows, step)])
+        parts = iter(_steps(rows, bytes_per_row))
     else:
         parts = _rows.chunks(rows, bytes_per_row)
     memory: list[Tensor] = []
@@ -120,6 +138,31 @@ def chunks(
         if not memory:  # the first chunk is the largest
             memory = [weight.new_empty(size, columns, dtype=dtype) for dtype in dtypes]
         yield part, [array[:size] for array in memory]
+
+
+def by_columns(head: Head, needed: Needed, arrays: int, gradient: torch.dtype) -> bool:
+    """Whether the gradient of a trained head should be made by columns of the logits on a GPU, not by rows.
+
+    By rows, every chunk but a single one adds to a float32 gradient as large as the head; by columns each row of the
+    head gets its gradient in one product, but logits whose sums must be known first are computed twice.
+    """
+    columns = head.weight.shape[0]
+    rows = _steps(
+        head.hidden.shape[0], columns * sum(dtype.itemsize for dtype in _dtypes(head.weight, arrays, gradient))
+    )
+    return needed[1] and len(rows) > 1 and rows[0].stop < _MANY_ROWS
+
+
+def column_chunks(head: Head, *, arrays: int, gradient: torch.dtype) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+    """Chunks of columns, with arrays [T, chunk] like those of `chunks`, the gradient's last; it may be the first."""
+    dtypes = _dtypes(head.weight, arrays, gradient)
+    rows, columns = head.hidden.shape[0], head.weight.shape[0]
+    memory: list[Tensor] = []
+    for part in _steps(columns, rows * sum(dtype.itemsize for dtype in dtypes)):
+        size = part.stop - part.start
+        memory = memory or [head.weight.new_empty(rows * size, dtype=dtype) for dtype in dtypes]
+        found = [array[: rows * size].view(rows, size) for array in memory]
+        yield part, found[:arrays], found[arrays] if len(found) > arrays else found[0]
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -138,6 +181,17 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     for part, block in _blocks(b):
         out.addmm_(a[:, part].to(out.dtype), block)
     return out
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Adds a @ b to `out`, of the accumulator's dtype, if that takes no copies; else False, and nothing is done."""
+    if a.dtype == b.dtype == out.dtype:
+        out.addmm_(a, b)
+        return True
+    if a.dtype == b.dtype and a.is_cuda and torch.version.cuda is not None and _ADDS_PRODUCTS:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        return True
+    return False
 
 
 def logits(head: Head, out: Tensor) -> Tensor:
@@ -193,6 +247,8 @@ class Gradients:
         whole_columns = rows == slice(0, head.hidden.shape[0])
         for i, factor in ((0, head.weight), (3, head.low_weight)):
             if factor is not None and (gradient := self._of(i, whole_rows)) is not None:
+                if not whole_rows and _add_product(grad_logits, factor[columns], gradient[rows]):
+                    continue
                 shape = (grad_logits.shape[0], factor.shape[1])
                 total = _multiply(grad_logits, factor[columns], self._accumulators(shape))
                 _put(gradient[rows], total, whole_rows)
@@ -236,8 +292,7 @@ def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
     if a.dtype == gradient.dtype == b.dtype and whole:
         torch.mm(a, b, out=gradient)
         return
-    if a.dtype == gradient.dtype == b.dtype == _rows.accumulator(a.dtype):
-        gradient.addmm_(a, b)
+    if not whole and _add_product(a, b, gradient):
         return
     step = max(1, 16 * _BLOCK_BYTES // (4 * max(1, *b.shape)))
     for at in range(0, gradient.shape[0], step):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _head, _triton
+from dam.ops import _backend, _checks, _cuda, _head, _triton
 from dam.ops import log_prob as _row_op
 
 
@@ -106,7 +106,7 @@ _BACKWARD: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked_backward, "torch"),
     "cpu": functools.partial(chunked_backward, "cpu"),
     "triton": _triton.linear_log_prob_backward,
-    "cuda": functools.partial(chunked_backward, "cuda"),
+    "cuda": _cuda.linear_log_prob_backward,
 }
 
 

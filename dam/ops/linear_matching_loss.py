@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _formed_gradient, _head, _rows, _triton
+from dam.ops import _backend, _checks, _cuda, _formed_gradient, _head, _rows, _triton
 from dam.ops import matching_loss as _row_op
 
 
@@ -112,6 +112,7 @@ def chunked(
     exclude: Tensor | None,
     normalized: bool,
     needed: _head.Needed,
+    shares: Tensor | None = None,  # [T, .]; filled by the row op, if it takes them
 ) -> tuple[Tensor, ...]:
     """Loss and gradients by library matmuls over chunks of rows, with the row op between them."""
     rows = head.hidden.shape[0]
@@ -134,6 +135,7 @@ def chunked(
             normalized,
             any(needed),
             memory[arrays] if len(memory) > arrays else memory[0],
+            *(() if shares is None else (shares[part],)),
         )
         total += loss
         if any(needed):
@@ -145,7 +147,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked, "torch"),
     "cpu": functools.partial(chunked, "cpu"),
     "triton": _triton.linear_matching_loss,
-    "cuda": functools.partial(chunked, "cuda"),
+    "cuda": _cuda.linear_matching_loss,
 }
 
 

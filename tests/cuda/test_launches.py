@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dam
-from dam.ops import _backend, _cuda
+from dam.ops import _backend, _cuda, _head
 from tests.ops.helpers import assert_close, far, integers, normal
 
 if _backend.why_unavailable("cuda") is not None:
@@ -147,6 +147,57 @@ def test_a_gradient_may_take_the_place_of_the_logits():
         x = logits.clone()
         assert same(_cuda.matching_loss(x, *of_loss, x), expected)
         assert torch.equal(_cuda.matching_loss(logits, *of_loss, half)[1], expected[1].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("based", [False, True], ids=["", "base"])
+@pytest.mark.parametrize("normalized", [False, True], ids=["rates", ""])
+def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, normalized):
+    """Of a head in chunks of 1024 columns, the last one short, with targets, repeated and excluded ones, in each."""
+    rows, columns = 40, 3000
+    tensors = [normal(rows, 24, seed=1), normal(columns, 24, seed=2, scale=0.2), normal(columns, seed=3)]
+    tensors = [x.to(dtype) for x in tensors]
+    lora = [normal(3, 24, seed=4, dtype=dtype), normal(columns, 3, seed=5, dtype=dtype, scale=0.1)]
+    target, weight = integers(-1, columns, rows, 5, seed=6), normal(rows, 5, seed=7)
+    target[:, 1], exclude = target[:, 0], integers(-1, columns, rows, seed=8)
+    exclude[::2] = target[::2, 2]
+    options = {"exclude": exclude, "row_scale": normal(rows, seed=9)}
+    if based:
+        base = [normal(rows, 16, seed=10, dtype=dtype), normal(columns, 16, seed=11, scale=0.2, dtype=dtype)]
+        options |= {"base_hidden": base[0], "base_head_weight": base[1], "base_weight": normal(rows, seed=12)}
+    monkeypatch.setenv("DAM_WORKSPACE_MB", str(1100 * rows * (12 if based else 8) / 2**20))
+
+    def results(by_columns):
+        monkeypatch.setattr(_head, "by_columns", lambda *arguments: by_columns)
+        leaves = [x.clone().requires_grad_() for x in (*tensors, *lora)]
+        head = {"bias": leaves[2], "lora": dam.LoRA(*leaves[3:], 0.7)}
+        loss = dam.linear_matching_loss(*leaves[:2], target, weight, **head, **options, normalized=normalized)
+        value = dam.linear_log_prob(*leaves[:2], target, **head, exclude=exclude, temperature=0.7)
+        value = (value.clamp(min=-99.0) * weight).sum()
+        return loss.detach(), *(x for y in (loss, value) for x in torch.autograd.grad(y, leaves))
+
+    for a, b in zip(results(True), results(False), strict=True):
+        # Sums of as many float32 products in another order; and a rounding to the inputs' dtype.
+        rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[a.dtype]
+        assert a.shape == b.shape
+        assert_close(
+            a.float(), b.float(), rtol=2.0**-16 + rounding, atol=(2.0**-17 + rounding / 16) * float(b.abs().max())
+        )
+
+
+def test_a_trained_head_of_many_chunks_goes_by_columns(monkeypatch):
+    monkeypatch.delenv("DAM_WORKSPACE_MB", raising=False)
+
+    def chosen(rows, columns, trained=True):
+        hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, columns))
+        needed = (True, trained, False, False, False)
+        return _head.by_columns(_head.Head(hidden, weight, None), needed, 1, torch.bfloat16)
+
+    assert chosen(8192, 126_464) and not chosen(8192, 126_464, trained=False)
+    assert not chosen(256, 126_464)  # one chunk
+    assert not chosen(8192, 32_768)  # few
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "1024")
+    assert not chosen(8192, 126_464)
 
 
 def test_numbers_of_rows_may_have_any_dtype_and_stride():
