@@ -8,6 +8,7 @@ writes JSON, PNG and summary.md, and prints that summary last. Needs an NVIDIA G
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -118,7 +119,7 @@ class Run:
         stopped = None
         if (reason := _backend.why_unavailable("cuda")) is not None:
             self.left_out.append(f"the CUDA kernels: {reason}")
-        with dam.backend(default_backend()):  # an error rather than figures of another backend
+        with on_default(self.machine):
             self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
             self.machine.free()
             for item in items:
@@ -267,8 +268,16 @@ def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[st
 
 
 def default_backend() -> str:
-    """The backend that a GPU's tensors get, where none is asked for by name."""
+    """The backend that most operations on a GPU's tensors get, where none is asked for by name."""
     return next(name for name in _backend.FAST["cuda"] if name == "triton" or _backend.why_unavailable(name) is None)
+
+
+def on_default(machine: Machine) -> contextlib.AbstractContextManager[None]:
+    """What makes "dam" the default backend of a GPU's tensors, whatever the machine."""
+    backend = default_backend()
+    # Asked for by name Triton is an error where it is missing, rather than figures of the reference.
+    by_default = machine.device.type == "cuda" and backend != "triton"
+    return contextlib.nullcontext() if by_default else dam.backend(backend)
 
 
 def on_triton(function: Function) -> Function:
@@ -385,6 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _error("torch sees no GPU here, so nothing was measured")
     if _triton.INTERPRETED:
         return _error("TRITON_INTERPRET=1 is set, so kernels would not run on the GPU; nothing was measured")
+    if os.environ.get("DAM_BACKEND"):
+        return _error("DAM_BACKEND is set, so the default could not be measured; nothing was measured")
     if os.environ.get("DAM_LINEAR_FORM"):
         return _error("DAM_LINEAR_FORM is set, so no other form could be measured; nothing was measured")
     machine = Gpu()

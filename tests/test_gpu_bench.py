@@ -84,7 +84,7 @@ def test_the_default_backend_is_measured_beside_triton(whole):
 def test_each_name_stands_for_its_backend():
     seen = []
     case = harness.Case("", "floor", dict, {"dam": lambda: seen.append(gpu._backend._requested)})
-    with dam.backend(gpu.default_backend()):
+    with gpu.on_default(Machine()):
         for name, function in gpu.chosen(case, item("linear_jump")).functions.items():
             function()
             assert seen.pop() == ("cuda" if name == "dam" else "triton"), name
@@ -464,6 +464,7 @@ def as_if_on_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "plan", lambda: [item("rate_ratio"), item("jump")])
     monkeypatch.setattr(gpu, "bandwidths", lambda machine, nbytes: BANDWIDTH)
     monkeypatch.delenv("DAM_LINEAR_FORM", raising=False)
+    monkeypatch.delenv("DAM_BACKEND", raising=False)
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
@@ -474,10 +475,11 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
     assert captured.err == "python -m benchmarks.gpu: torch sees no GPU here, so nothing was measured\n"
 
 
-def test_a_form_for_all_calls_cannot_be_compared(as_if_on_gpu, monkeypatch, capsys):
-    monkeypatch.setenv("DAM_LINEAR_FORM", "fused")
+@pytest.mark.parametrize(("variable", "value"), (("DAM_LINEAR_FORM", "fused"), ("DAM_BACKEND", "triton")))
+def test_a_choice_for_all_calls_cannot_be_compared(as_if_on_gpu, monkeypatch, capsys, variable, value):
+    monkeypatch.setenv(variable, value)
     assert gpu.main([]) == 1
-    assert "DAM_LINEAR_FORM is set" in capsys.readouterr().err
+    assert f"{variable} is set" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_summary_last(as_if_on_gpu, tmp_path, capsys):

@@ -93,8 +93,17 @@ def _reason_against(
     return None
 
 
-def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor, *, float64: bool = False) -> str:
+def choose(
+    op: str,
+    implementations: Mapping[str, Callable],
+    tensor: torch.Tensor,
+    *,
+    float64: bool = False,
+    first: str | None = None,
+) -> str:
     """Name of the backend that runs `op` on `tensor`; `float64` says that every implementation takes that dtype.
+
+    `first` is a backend that is tried before the others of the device, if it is one of them and none is asked for.
 
     Raises:
         ValueError, RuntimeError: the backend asked for cannot run this call; the message says why.
@@ -107,6 +116,8 @@ def choose(op: str, implementations: Mapping[str, Callable], tensor: torch.Tenso
     fast = [name for name in FAST.get(tensor.device.type, ()) if name in implementations]
     if not fast or (tensor.dtype == torch.float64 and not float64):
         return "torch"
+    if first in fast:
+        fast = [first, *(name for name in fast if name != first)]
     reasons = []
     for name in fast:
         reason = why_unavailable(name)

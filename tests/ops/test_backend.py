@@ -49,6 +49,9 @@ def test_default_picks_by_device(monkeypatch):
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     monkeypatch.setattr(_cuda, "why_unavailable", lambda: None)
     assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "cuda"
+    monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
+    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu, first="triton") == "triton"
+    assert _backend.choose("op", dict.fromkeys(("torch", "cuda")), on_gpu, first="triton") == "cuda"
     assert chosen() == "cpu"
     on_gpu.dtype = torch.float64
     assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
