@@ -210,8 +210,8 @@ PYBIND11_MODULE(DAM_MODULE, module) {
   module.def("matching_loss", bind::matching_loss, "shape"_a, "logits"_a, "base"_a, "exclude"_a, "target"_a, "weight"_a,
              "base_weight"_a, "row_scale"_a, "normalized"_a, "summaries"_a, "target_logit"_a, "loss"_a, "gradient"_a,
              "gradient_dtype"_a, "shares"_a, "where"_a,
-             "Fills loss float64 [T], gradient [T, V] and shares float32 [T, SHARES], the last two unless 0; target_logit "
-             "is work memory, float32 [T, J].");
+             "Fills loss float64 [T], gradient [T, V] and shares float32 [T, SHARES], the last two unless 0; "
+             "target_logit is work memory, float32 [T, J].");
   module.def("gradient", bind::gradient, "shape"_a, "logits"_a, "base"_a, "first_column"_a, "exclude"_a, "target"_a,
              "pull"_a, "shares"_a, "temperature"_a, "target_gradient"_a, "gradient"_a, "gradient_dtype"_a, "where"_a,
              "Fills gradient of the logits of some columns, from first_column of the vocabulary on: the share of the "

@@ -1,5 +1,5 @@
-// The gradient of the logits of some columns, for the linear forms of log_prob and matching_loss with a trained head: by
-// columns each row of the head gets its gradient in one product. Contract: `GradientArgs`.
+// The gradient of the logits of some columns, for the linear forms of log_prob and matching_loss with a trained head:
+// by columns each row of the head gets its gradient in one product. Contract: `GradientArgs`.
 #include "rows.h"
 
 namespace dam {

@@ -42,8 +42,8 @@ constexpr int64_t summary_floats(int arrays, int64_t rows, int64_t columns) {
 constexpr int ROW_SUMMARIES = 2;   // of a row of logits: maximum and excess of each tile
 constexpr int BASE_SUMMARIES = 5;  // and of base logits beside them, and a cross term
 
-// What the gradient of a row's logits x depends on, coefficient * exp(scale (x - reference)): float32 coefficient, and the
-// reference as a sum of two; then the same of base logits.
+// What the gradient of a row's logits x depends on, coefficient * exp(scale (x - reference)): float32 coefficient, and
+// the reference as a sum of two; then the same of base logits.
 constexpr int SHARES = 6;
 
 struct JumpArgs {
@@ -115,10 +115,11 @@ struct MatchingLossArgs {
   Matrix gradient;      // [T, V]; may be the logits; null: not wanted
   int gradient_dtype;   // the logits', or bfloat16 beside float32
   float* shares;        // [T, SHARES]; null: not wanted
+  bool keeps = false;   // chosen by the launch: rows wait in shared memory for their gradient
 };
 
-// The gradient of the logits x of some columns, once it is known what it depends on: share of x - share of base logits -
-// sum_j pull_j 1[v = target_j].
+// The gradient of the logits x of some columns, once it is known what it depends on: share of x - share of base logits
+// - sum_j pull_j 1[v = target_j].
 struct GradientArgs {
   Shape shape;  // of these columns
   Matrix logits;

@@ -75,6 +75,16 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Queue queue, Arguments... arguments) {
   if (grid.blocks == 0) return;
   if (grid.blocks > 0x7FFFFFFF) throw std::runtime_error("dam: more than 2^31 blocks of a CUDA kernel");
+  constexpr int64_t LITTLE = 4096;  // bytes of shared memory that as many blocks as fit the registers find room for
+  if (grid.shared_bytes > LITTLE) {
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared_bytes)),
+          "shared memory of a kernel");
+    check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "shared memory of a kernel");
+  }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
@@ -109,8 +119,8 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Queue, Arguments...
 // (arguments, plan, scale, sums, finishes), the last two saying what of the work it is to do.
 template <class Args, class Scale>
 void launch_rows(void (*kernel)(Args, RowPlan, Scale, bool, bool), const RowPlan& plan, Queue queue,
-                 const Args& arguments, Scale scale) {
-  const Grid grid{plan.blocks, THREADS_PER_BLOCK, TEAM_BYTES, plan.clustered ? plan.splits : 1};
+                 const Args& arguments, Scale scale, int64_t more_shared_bytes = 0) {
+  const Grid grid{plan.blocks, THREADS_PER_BLOCK, TEAM_BYTES + more_shared_bytes, plan.clustered ? plan.splits : 1};
   if (plan.one_launch()) {
     launch(kernel, grid, queue, arguments, plan, scale, true, true);
   } else {

@@ -7,6 +7,9 @@ namespace cuda {
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 3;
 constexpr int BLOCKS_WITH_BASE = 2;  // two tiles at once in a warp's registers
 
+// Shared memory of a multiprocessor of sm_90, less what every block takes of it besides.
+constexpr int64_t SHARED_BYTES = 228 * 1024, RESERVED_BYTES = 1024;
+
 // Arrays of the work memory.
 constexpr int MODEL = 0, BASE = 2, CROSS = 4;
 
@@ -14,12 +17,16 @@ constexpr int MODEL = 0, BASE = 2, CROSS = 4;
 template <int WARPS, class Element>
 __device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<Element>& base, const Part& part,
                                             const Summaries& out, const Summaries& base_out, float* cross,
-                                            const Team<WARPS>& team) {
+                                            const Team<WARPS>& team, Element* keep, Element* keep_base) {
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
     float x[PER_LANE], b[PER_LANE];
     row.template load_tile<false>(tile, team.lane(), x);
     base.template load_tile<false>(tile, team.lane(), b);
+    if (keep) {
+      store_tile<Element>(keep, row.columns, tile, team.lane(), x);
+      store_tile<Element>(keep_base, row.columns, tile, team.lane(), b);
+    }
     const TileSummary base_summary = summarize(b, max_of_tile(b), Unit{});
     const float max = max_of_tile(x), p = pivot(max);
     float sum = 0.0f;
@@ -74,11 +81,20 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
     return counts(v) && v >= int64_t{part.begin} * TILE && v < int64_t{part.end} * TILE;
   };
 
+  // The block's part of the row in shared memory, and then of the base's: each lane reads again what it has put there.
+  Row<Element> again = row, base_again = base;
+  Element *keep = nullptr, *keep_base = nullptr;
+  if (WARPS > 1 && a.keeps) {
+    keep = reinterpret_cast<Element*>(shared_memory() + TEAM_BYTES) - int64_t{part.begin} * TILE;
+    keep_base = keep + int64_t{plan.split_tiles} * TILE;
+    again.data = keep;
+    base_again.data = keep_base;
+  }
   if (sums) {
     if constexpr (HAS_BASE) {
-      cross_tiles(row, base, part, tiles, base_tiles, cross, team);
+      cross_tiles(row, base, part, tiles, base_tiles, cross, team, keep, keep_base);
     } else {
-      sum_tiles<WARPS, false>(row, part, tiles, scale, team);
+      sum_tiles<WARPS, false>(row, part, tiles, scale, team, keep);
     }
     // Kept, since the gradient may take the place of the logits, and all that share the row need them.
     for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
@@ -130,12 +146,12 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
     float x[PER_LANE];
-    row.template load_tile<true>(tile, team.lane(), x);
+    again.template load_tile<false>(tile, team.lane(), x);
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) x[i] = share_at(share, x[i], scale);
     if constexpr (HAS_BASE) {
       float b[PER_LANE];
-      base.template load_tile<true>(tile, team.lane(), b);
+      base_again.template load_tile<false>(tile, team.lane(), b);
 #pragma unroll
       for (int i = 0; i < PER_LANE; ++i) {
         const float pulled = share_at(base_share, b[i], scale);
@@ -154,21 +170,28 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   }
 }
 
-void matching_loss(const MatchingLossArgs& a, Queue queue) {
+void matching_loss(const MatchingLossArgs& asked, Queue queue) {
   const OnDevice guard(queue.device);
+  MatchingLossArgs a = asked;
   const bool has_base = a.base.data != nullptr;
   const int64_t row_bytes = a.shape.columns * element_bytes(a.shape.dtype) * (has_base ? 2 : 1);
   const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, row_bytes, a.gradient.data != nullptr,
                                  has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device));
+  const int64_t part_bytes = plan.split_tiles * COLUMNS_PER_TILE * element_bytes(a.shape.dtype) * (has_base ? 2 : 1);
+  const int64_t block_bytes =
+      SHARED_BYTES / (has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR) - RESERVED_BYTES - TEAM_BYTES;
+  // Clusters are those of sm_90.
+  a.keeps = plan.clustered && a.gradient.data && part_bytes <= block_bytes;
+  const int64_t kept_bytes = a.keeps ? part_bytes : 0;
   with_types(a.shape, plan, [&](auto element, auto warps) {
     using Element = decltype(element);
     constexpr int WARPS = decltype(warps)::value;
     with_gradient<Element>(a.gradient_dtype, [&](auto gradient) {
       using Gradient = decltype(gradient);
       if (has_base) {
-        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, true>, plan, queue, a, Unit{});
+        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, true>, plan, queue, a, Unit{}, kept_bytes);
       } else {
-        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, false>, plan, queue, a, Unit{});
+        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, false>, plan, queue, a, Unit{}, kept_bytes);
       }
     });
   });

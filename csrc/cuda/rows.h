@@ -222,13 +222,15 @@ __device__ __forceinline__ void sync_row(const RowPlan& plan, const Team<WARPS>&
   }
 }
 
+// Summaries of tiles of a row; `keep`, unless null, gets a copy of them, in the places that they have in the row.
 template <int WARPS, bool ONCE, class Element, class Scale>
 __device__ __forceinline__ void sum_tiles(const Row<Element>& row, const Part& part, const Summaries& out, Scale scale,
-                                          const Team<WARPS>& team) {
+                                          const Team<WARPS>& team, Element* keep = nullptr) {
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
     float x[PER_LANE];
     row.template load_tile<ONCE>(tile, team.lane(), x);
+    if (keep) store_tile<Element>(keep, row.columns, tile, team.lane(), x);
     const TileSummary summary = summarize(x, max_of_tile(x), scale);
     if (team.lane() == 0) {
       out.max[tile] = summary.max;
