@@ -8,7 +8,8 @@ much of what K trajectories tell they use, from the paper's (noisiest) to the te
     posterior        all K trajectories at all masked positions
 
 and in what the weights are normalised over: "state", K trajectories from one state X_t; or "group", K from
-one prompt, with a state X_t for each by re-masking its outcome.
+one prompt, with a state X_t for each by re-masking its outcome. `path_targets` stays at the states that trajectories
+went through themselves, where the weights' mean can be subtracted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dam.models.denoiser import Denoiser
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.linear_matching_loss import linear_matching_loss
 from dam.ops.tilt_to_ess import tilt_to_ess
+from dam.rollout import Trajectories
 
 ESTIMATORS = ("first_jump_one", "first_jump", "posterior")
 NORMALIZERS = ("state", "group")
@@ -180,6 +182,49 @@ def group_targets(
         row = torch.arange(flat.shape[0], device=weight.device)
         position = process.jump_times(flat, generator).argmin(dim=1)
     return MatchingTargets(flat, group, row, position, outcome[row, position][:, None], w[row][:, None])
+
+
+def path_targets(
+    trajectories: Trajectories,  # B = G K of them
+    weight: Tensor,  # [G, K]
+    *,
+    generator: torch.Generator | None = None,
+) -> MatchingTargets:
+    """Targets at states that the trajectories went through: of each one a jump, drawn uniformly, where it was made.
+
+    The token of a jump is drawn from p_theta(v | i, x), so that E[grad log p_theta(v | i, x)] = 0 at each state: any
+    baseline may be subtracted from the weights. With `weight - 1` the noise of the gradient vanishes as the model
+    comes to p*, where all weights are 1, while that of the other estimators, the noise of drawn outcomes, stays. Not
+    so at re-masked states: what was drawn there came from other states, and as long as the model's conditionals are
+    not those of one joint law, weights less 1 drive it away.
+
+    Negative weights only push away from what was drawn, so a model that has lost a mode does not find it again, and
+    the effective sample size of its own trajectories does not tell. Draw a share s of the trajectories from the base:
+    with q = (1 - s) p_theta + s p_base over paths, p*/q are bounded weights, p*/q - p_theta/q those with baseline.
+
+    Args:
+        trajectories: of `dam.rollout`, at temperature 1.
+        weight: any number for each.
+        generator: draws the jumps.
+
+    Source: So et al., arXiv 2602.07132, Eq. 14 at the states of Alg. 1; defensive mixtures: Hesterberg, Weighted
+    average importance sampling and defensive mixture distributions, 1995.
+    """
+    _check(ESTIMATORS[0], weight)
+    count = (trajectories.call >= 0).sum(dim=1)
+    if count.shape[0] != weight.numel():
+        raise ValueError(f"weight must have an element per trajectory, {len(count)}; got {list(weight.shape)}")
+    row = torch.arange(len(count), device=count.device)
+    uniform = torch.rand(count.shape, generator=generator, device=count.device)
+    jump = (uniform * count).long().clamp(max=count - 1)
+    states = trajectories.initial.clone()
+    # A network call sees what the calls before it filled in.
+    earlier = (trajectories.call >= 0) & (trajectories.call < trajectories.call[row, jump][:, None])
+    at, before = torch.nonzero(earlier, as_tuple=True)
+    states[at, trajectories.position[at, before]] = trajectories.token[at, before]
+    group = row // weight.shape[1]
+    position, token = trajectories.position[row, jump], trajectories.token[row, jump]
+    return MatchingTargets(states, group, row, position, token[:, None], weight.flatten()[:, None])
 
 
 def estimator_loss(

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import dam
-from dam.adjoint import ESTIMATORS, MatchingTargets, estimator_loss, group_targets, state_targets, tilted_weights
+from dam.adjoint import (
+    ESTIMATORS,
+    MatchingTargets,
+    estimator_loss,
+    group_targets,
+    path_targets,
+    state_targets,
+    tilted_weights,
+)
 from dam.rollout import rollout
 from tests import oracle
 
@@ -195,6 +203,71 @@ def test_drawn_outcomes_have_the_expectation_of_weighted_ones():
     # A share of 0.8 of 20,000 draws has standard deviation 0.003, times at most 1/2 for two positions.
     torch.testing.assert_close(drawn, weighted, rtol=0, atol=Z * 0.003 / 2)
     assert float(drawn[0, 0]) == 0, "an outcome of weight zero was drawn"
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_targets_on_the_path_are_what_the_model_drew_there(steps):
+    """A jump's state is what its network call saw, and the gradient of log p_theta has mean 0 at every state."""
+    joint = oracle.random_joint(3, 2, seed=31)
+    process, model = oracle.process(joint), oracle.perturbed(oracle.table(joint).float(), 1.0, seed=32).double()
+    groups, size = 500, 16
+    start = torch.tensor([2, 2, 2]).repeat(groups * size, 1)
+    start[::2, 1] = 0  # a prompt fills position 1
+    path = rollout(model, start, process, steps=steps, seed=33)
+    weight = torch.rand(groups, size, generator=torch.Generator().manual_seed(34), dtype=torch.float64) - 0.5
+    targets = path_targets(path, weight, generator=torch.Generator().manual_seed(35))
+    assert torch.equal(targets.weight[:, 0], weight.flatten()) and bool((targets.row == torch.arange(len(start))).all())
+    assert bool((targets.group == torch.arange(groups).repeat_interleave(size)).all())
+    rows = torch.arange(len(start))
+    assert bool((targets.states[rows, targets.position] == 2).all()) and bool((targets.target < 2).all())
+    assert torch.equal(path.final[rows, targets.position], targets.target[:, 0])
+    jump = ((path.position == targets.position[:, None]) & (path.call >= 0)).long().argmax(dim=1)
+    for n in (0, 1, 2, 3, 40, 41):
+        assert torch.equal(targets.states[n], path.states_before(int(path.call[n, jump[n]]))[n])
+    # Each of a trajectory's jumps is as likely to be chosen.
+    count = (path.call >= 0).sum(dim=1)
+    for m in (2, 3):
+        chosen = torch.bincount(jump[count == m], minlength=m).double()
+        assert abs(oracle.chi_square_z(chosen, torch.full((m,), 1.0 / m, dtype=torch.float64))) < Z
+    ones = path_targets(path, torch.ones_like(weight), generator=torch.Generator().manual_seed(35))
+    probability = torch.stack([oracle.log_conditional(model, s)[i, 1] for s, i in zip(
+        ones.states, ones.position, strict=True)]).exp().detach()  # fmt: skip
+    score = (ones.target[:, 0] == 1).double() - probability  # the gradient of the logit of token 1
+    index = model.index(ones.states) * 3 + ones.position
+    for at in index.unique():
+        here = score[index == at]
+        # A sum of at least 200 centred bounded terms.
+        if len(here) >= 200:
+            spread = (probability[index == at] * (1 - probability[index == at])).sum() ** 0.5
+            assert abs(float(here.sum() / spread)) < Z
+    with pytest.raises(ValueError, match="an element per trajectory, 8000"):
+        path_targets(path, weight[1:])
+
+
+def test_a_baseline_on_the_path_changes_the_noise_and_not_the_mean():
+    """Of the gradient at the optimum, where weights are 1: none is left of it. At another model the mean stays."""
+    joint = oracle.random_joint(3, 3, seed=36)
+    optimum, process = oracle.tilted(joint, oracle.neighbour_cost(joint, seed=37)), oracle.process(joint)
+    groups, size = 400, 32
+    for model, bound in ((oracle.table(optimum), 1e-5), (oracle.perturbed(oracle.table(optimum), 0.3, seed=38), None)):
+        path = rollout(model.float(), torch.full((groups * size, 3), 3), process, seed=39)
+        log_prob = path.log_prob.double().sum(dim=1)
+        # Given the order, which both laws draw alike.
+        weight = (optimum[tuple(path.final.T)].log() - log_prob).exp().view(groups, size)
+        gradients = []
+        for baseline in (0.0, 1.0):
+            targets = path_targets(path, weight - baseline, generator=torch.Generator().manual_seed(40))
+            noise = target_mass(targets, groups * size, 3, 3).sum(dim=1)
+            with torch.no_grad():
+                p = torch.stack([oracle.log_conditional(model.double(), s)[i] for s, i in zip(
+                    targets.states, targets.position, strict=True)]).exp()  # fmt: skip
+            gradients.append(noise - targets.weight.double() * p)  # of the logits of the chosen position
+        if bound is not None:
+            # float32 log-probabilities; without the baseline it is of order 1.
+            assert float(gradients[1].abs().max()) < bound < float(gradients[0].abs().max()) / 1e3
+        difference = gradients[0] - gradients[1]
+        z = difference.mean(dim=0) / (difference.std(dim=0) / len(difference) ** 0.5)
+        assert float(z.abs().max()) < Z
 
 
 def estimation_errors(sampler, base, optimum, cost, state, size=16, repeats=1000):
