@@ -1,19 +1,20 @@
-"""Which estimator learns most from a reward call: python -m benchmarks.estimators ising [--help].
+"""Which estimator learns most from a reward call: python -m benchmarks.estimators grid|ising|sudoku [--help].
 
-A model learns to sample an Ising lattice from the energy alone: the base is a masked chain that knows nothing, so that
-p* proportional to exp(-beta E) is its optimum at g = beta E. Every estimator gets the same network, start, batches and
-number of reward calls. Truth is by enumeration; beside each figure stands what as many exact samples would have.
+grid: a pinwheel or a checkerboard on 91 x 91 points, learned from log p* alone by a masked or a uniform chain whose
+base knows nothing; divergences are exact. ising: a lattice of spins, from its energy alone, against enumeration, and
+beside each figure what as many exact samples have. sudoku: a language model that knows rows only, from rewards.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
+import json
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +23,191 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import densities, grid, learners, report
+from benchmarks.densities import Density, Grid, Ising
 from dam import plots
-from dam.adjoint import ESTIMATORS, estimator_loss, group_targets, tilted_weights
-from dam.ctmc import MaskedCTMC, enumeration
+from dam.ctmc import enumeration
 from dam.models.denoiser import Head
-from dam.rollout import rollout
 
-SPINS, MASK = 2, 2
-PROCESS = MaskedCTMC(MASK)
-# ESS and TV of Zhu et al., MDNS: Masked Diffusion Neural Sampler, arXiv 2508.10684, at the default setting.
-PUBLISHED = {"MDNS by weighted denoising cross-entropy": (0.9644, 0.0799), "best of MDNS": (0.9713, 0.0748)}
+SVDD = "svdd"
+CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
 
 
 @dataclasses.dataclass(frozen=True)
-class Ising:
-    """E(x) = -sum of s s' over neighbours on a periodic square lattice - field sum of s, for spins s = 2x - 1."""
+class Options:
+    """What every learner gets alike."""
 
-    side: int = 4
-    beta: float = 0.28
-    field: float = 0.1
+    rounds: int = 3000
+    batch: int = 2048  # reward calls of a round
+    steps: int = 1  # gradient steps of a round, of learners that can take more
+    learning_rate: float = 2e-3
+    power: float = 1.5  # with which it falls to 0
+    average: float = 16.0  # exponent of the weights' average
 
-    @property
-    def length(self) -> int:
-        return self.side**2
 
-    def log_density(self, x: Tensor) -> Tensor:
-        """-beta E(x), up to a constant log p*(x), float64 [B] for x [B, L]: the reward."""
-        s = self.spins(x)
-        pairs = (s * s.roll(1, 1)).sum(dim=(1, 2)) + (s * s.roll(1, 2)).sum(dim=(1, 2))
-        return self.beta * (pairs + self.field * s.sum(dim=(1, 2)))
+def fitting(options: Options) -> dict[str, float]:
+    """What models take of the options."""
+    return {name: getattr(options, name) for name in ("learning_rate", "power", "average")}
 
-    def spins(self, x: Tensor) -> Tensor:
-        return (2 * x - 1).double().view(-1, self.side, self.side)
 
-    def observables(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Magnetisation per spin, and the correlation of neighbours, float64 [B]."""
-        s = self.spins(x)
-        return s.mean(dim=(1, 2)), ((s * s.roll(1, 1)) + (s * s.roll(1, 2))).mean(dim=(1, 2)) / 2
+def checked(rounds: int) -> set[int]:
+    """Rounds after which a run is evaluated, the last among them."""
+    return {max(1, round(rounds ** (k / CHECKS))) for k in range(CHECKS // 3, CHECKS + 1)}
 
-    def law(self) -> Tensor:
-        """p*, float64 [2^L], in the order of `enumeration.states`."""
-        return torch.softmax(self.log_density(enumeration.states(SPINS, self.length)), dim=0)
+
+def play(
+    learner: learners.Learner,
+    model: learners.Model,
+    rounds: int,
+    evaluate: Callable[[], dict[str, float]],
+    label: str,
+) -> list[dict[str, float]]:
+    """Plays rounds; figures on the way, with what they had cost."""
+    curve, at = [], checked(rounds)
+    reward_calls = network_calls = 0
+    for n in tqdm(range(rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+        round = learner.round(model, n, n / rounds)
+        for targets in round.steps:
+            model.step(targets, n / rounds)
+        reward_calls, network_calls = reward_calls + round.reward_calls, network_calls + round.network_calls
+        if n + 1 in at:
+            curve.append({"reward_calls": reward_calls, "network_calls": network_calls, **evaluate()})
+    return curve
+
+
+# ---- two tokens on a grid
+
+
+def on_grid(density: Grid, name: str, options: Options, seed: int) -> tuple[list[dict[str, float]], Tensor]:
+    """Trains on a masked chain; the curve, and the law at the end, float64 [V, V]."""
+    torch.manual_seed(seed)
+    truth = density.law().view(density.size, density.size)
+    model = grid.GridModel(density, **fitting(options))
+    if name == SVDD:
+        learner: learners.Learner = grid.ValueGuidance(density, batch=options.batch, seed=seed)
+        law = learner.law
+    else:
+        learner = learners.learner(name, density, batch=options.batch, steps=options.steps, seed=seed)
+        law = model.law
+    curve = play(
+        learner, model, options.rounds, lambda: grid.divergences(truth, law()), f"{name}, {density.name}, seed {seed}"
+    )
+    return curve, law()
+
+
+# Of the uniform chain: the last time, where 1e-4 of the noise is left, and times that bounds are taken between.
+UNIFORM_TIMES = [1 - 10 ** (-5 * k / 30) for k in range(31)]
+UNIFORM_LEARNERS = ("posterior, baseline", "posterior")
+
+
+def on_uniform_grid(density: Grid, name: str, options: Options, seed: int) -> tuple[list[dict[str, float]], Tensor]:
+    """Trains on a uniform chain, simulated exactly; outcomes are re-noised for the gradient.
+
+    A tenth of the trajectories are the base's, as in `learners.Path`. The model is one joint law at all times, so that
+    the baseline is exact at re-noised states too. The figures at the end are of the chain's law by its forward
+    equation; those on the way of the law that its rates reverse.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    truth = density.law().view(density.size, density.size)
+    model = grid.UniformModel(density, **fitting(options))
+    curve, at, network_calls = [], checked(options.rounds), 0
+    uniform = options.batch // 10
+    share = uniform / options.batch
+    label = f"{name}, uniform base, {density.name}, seed {seed}"
+    for n in tqdm(range(options.rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+        final, log_ratio, calls = model.trajectories(options.batch, uniform, seed * 10**6 + 2 * n, UNIFORM_TIMES)
+        network_calls += calls + options.steps * options.batch
+        # p_base over the mixture of both laws of paths, and p_u over it.
+        log_base = -torch.logaddexp(math.log1p(-share) - log_ratio, torch.full_like(log_ratio, math.log(share)))
+        weight = torch.softmax(density.log_density(final) + log_base, dim=0) * options.batch
+        if name == UNIFORM_LEARNERS[0]:
+            weight = weight - (log_base - log_ratio).exp()
+        for _ in range(options.steps):
+            model.step(final, weight, n / options.rounds, generator)
+        if n + 1 in at:
+            cost = {"reward_calls": (n + 1) * options.batch, "network_calls": network_calls}
+            curve.append({**cost, **grid.divergences(truth, model.law())})
+    # Half as long intervals as those that were simulated in: the solver is of second order in them.
+    times = [1 - 10 ** (-5 * k / 120) for k in range(121)]
+    law = model.simulated_law(times).view_as(truth)
+    curve[-1].update(grid.divergences(truth, law))
+    return curve, law
+
+
+def study_grid(given: dict[str, Any], options: Options, output: Path) -> str:
+    density = Grid(given["density"], given["size"])
+    run = on_grid if given["base"] == "masked" else on_uniform_grid
+    results, laws = [], {}
+    for name in given["learners"]:
+        for seed in range(given["seeds"]):
+            started = time.perf_counter()
+            more = given["published_times"] if name == learners.PUBLISHED else 1
+            its = dataclasses.replace(options, rounds=options.rounds * more)
+            curve, law = run(density, name, its, seed)
+            laws.setdefault(name, law)
+            results.append({"learner": name, "seed": seed, "curve": curve, "seconds": time.perf_counter() - started})
+            print(f"{name}, seed {seed}: KL {curve[-1]['kl']:.3g} after {curve[-1]['reward_calls']:,}", flush=True)
+    stem = f"{density.name}-{given['base']}"
+    setting = {**dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
+    report.write_json(output / f"{stem}.json", {**report.versions(), **setting, "results": results})
+    title = f"{density.name}, {density.size} x {density.size}, {given['base']} base"
+    draw_curves(output / f"{stem}.png", results, "kl", "KL(p* || p_u)", title)
+    draw_laws(output / f"{stem}-samples.png", {"p*": density.law().view(density.size, density.size), **laws}, title)
+    return grid_table(results)
+
+
+def reached(curve: Sequence[dict[str, float]], figure: str, level: float) -> float:
+    """Reward calls at the first evaluation from which on the figure stays at the level or below; infinite if never."""
+    first = math.inf
+    for point in reversed(curve):
+        if not point[figure] <= level:
+            break
+        first = point["reward_calls"]
+    return first
+
+
+def grid_table(results: Sequence[dict[str, Any]]) -> str:
+    lines = ["| learner | reward calls | network calls | KL(p* of p_u) | TV | calls to KL 1e-2 | to 1e-3 | to 1e-4 |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        curves = [r["curve"] for r in results if r["learner"] == name]
+        last = curves[0][-1]
+        cells = [name, f"{last['reward_calls']:,}", f"{last['network_calls']:,}"]
+        cells += [spread([curve[-1][figure] for curve in curves], "{:.2g}") for figure in ("kl", "tv")]
+        for level in (1e-2, 1e-3, 1e-4):
+            calls = sorted(reached(curve, "kl", level) for curve in curves)
+            middle = calls[len(calls) // 2]
+            cells.append(f"{middle:,.0f}" if math.isfinite(middle) else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median, and least to most if there are several."""
+    values = sorted(values)
+    middle = form.format(values[len(values) // 2])
+    return middle if len(values) == 1 else f"{middle} ({form.format(values[0])} to {form.format(values[-1])})"
+
+
+# ---- the Ising lattice
 
 
 class Network(nn.Module):
     """p(v | position, tokens) by a residual MLP of all tokens, as a `Denoiser`; uniform at the start."""
 
-    def __init__(self, length: int, width: int = 256, depth: int = 2):
+    def __init__(self, density: Density, width: int = 256, depth: int = 2):
         super().__init__()
-        self.first = nn.Linear(length * (SPINS + 1), width)
+        self.values = density.tokens + 1  # and the mask
+        self.first = nn.Linear(density.length * self.values, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.last = nn.Linear(width, length * 32)
-        self.output = nn.Linear(32, SPINS + 1)
+        self.last = nn.Linear(width, density.length * 32)
+        self.output = nn.Linear(32, self.values)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        h = F.gelu(self.first(F.one_hot(tokens, SPINS + 1).float().flatten(1)))
+        h = F.gelu(self.first(F.one_hot(tokens, self.values).float().flatten(1)))
         for layer in self.layers:
             h = h + F.gelu(layer(h))
         return F.gelu(self.last(h)).view(*tokens.shape, 32)
@@ -88,166 +216,239 @@ class Network(nn.Module):
         return Head(self.output.weight, self.output.bias)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What every estimator gets alike."""
-
-    calls: int = 614_400  # reward calls
-    groups: int = 16  # of a rollout
-    size: int = 64  # K, trajectories of a group
-    states: int = 4  # gradient steps on a rollout, each at states re-masked anew
-    learning_rate: float = 2e-3  # falls to 0 along a line
-    average: float = 0.995  # of the weights that are evaluated, over gradient steps
-    samples: int = 16_384  # that figures are of
-    checks: int = 8  # evaluations on the way, of an eighth of the samples
-
-
-def train(model: Ising, estimator: str, options: Options, seed: int) -> dict[str, Any]:
-    """Trains a network with one estimator; its figures at the end and on the way."""
+def on_lattice(
+    density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Trains on a masked chain; the curve, of few samples, and the figures at the end."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    network = Network(model.length)
-    averaged = copy.deepcopy(network)
-    optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
-    batch = options.groups * options.size
-    rounds = max(1, options.calls // batch)
-    initial = torch.full((batch, model.length), MASK)
-    base = -math.log(SPINS)  # of every token
-    curve, step, started = [], 0, time.perf_counter()
-    for n in tqdm(range(rounds), desc=f"{estimator}, seed {seed}", leave=False, disable=not sys.stderr.isatty()):
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * (1 - n / rounds)
-        path = rollout(network, initial, PROCESS, seed=seed * 10**6 + n)
-        shape = (options.groups, options.size, -1)
-        log_ratio = (base * (path.position >= 0) - path.log_prob.double()).view(shape)
-        reward = model.log_density(path.final).view(shape[:2])
-        weights, _ = tilted_weights(log_ratio, reward, beta=1.0)
-        for _ in range(options.states):
-            states = PROCESS.remask(initial, path.final, generator)
-            targets = group_targets(
-                estimator,
-                states.view(shape),
-                path.final.view(shape),
-                weights.weight.float(),
-                PROCESS,
-                generator=generator,
-            )
-            optimizer.zero_grad()
-            estimator_loss(network, targets, PROCESS).backward()
-            optimizer.step()
-            step += 1
-            with torch.no_grad():
-                for mean, now in zip(averaged.parameters(), network.parameters(), strict=True):
-                    mean.lerp_(now, 1 - min(options.average, step / (step + 10)))
-        if (n + 1) % max(1, rounds // options.checks) == 0:
-            found = figures(model, averaged, options.samples // 8, seed)
-            curve.append({"reward_calls": (n + 1) * batch, "ess": found["ess"]})
-    return {
-        "estimator": estimator,
-        "seed": seed,
-        **figures(model, averaged, options.samples, seed),
-        "reward_calls": rounds * batch,
-        "curve": curve,
-        "seconds": time.perf_counter() - started,
-    }
+    model = learners.DenoiserModel(Network(density), density, **fitting(options))
+    learner = learners.learner(name, density, batch=options.batch, steps=options.steps, size=size, seed=seed)
+
+    def evaluate() -> dict[str, float]:
+        found = figures(density, model, samples // 8, seed)
+        return {"ess": found["ess"], "kl": found["kl"]}
+
+    curve = play(learner, model, options.rounds, evaluate, f"{name}, beta {density.beta}, seed {seed}")
+    return curve, figures(density, model, samples, seed)
 
 
-def figures(model: Ising, network: Network, samples: int, seed: int) -> dict[str, Any]:
-    """ESS of the network's weighted samples, and its samples against p*, with what exact samples have in [1]."""
-    pieces = [min(16_384, samples - at) for at in range(0, samples, 16_384)]
+OBSERVED = ("tv", "magnetisation_error", "correlation_error")
+
+
+def figures(density: Ising, model: learners.Model, samples: int, seed: int) -> dict[str, Any]:
+    """Of the averaged network's samples: ESS of their weights, KL(p_u || p*) of paths by their mean, and total
+    variation and observables against p*, each with what exact samples have in [1].
+    """
+    network, model.network = model.network, model.averaged
     finals, log_weights = [], []
-    for n, count in enumerate(pieces):
-        initial = torch.full((count, model.length), MASK)
-        path = rollout(network, initial, PROCESS, seed=10**9 + seed * 1000 + n)
+    for n, at in enumerate(range(0, samples, 16_384)):
+        path = model.sampled(model.blank(min(16_384, samples - at)), 10**9 + seed * 1000 + n)
         finals.append(path.final)
-        log_weights.append(model.log_density(path.final) - path.log_prob.double().sum(dim=1))
-    final, weight = torch.cat(finals), torch.softmax(torch.cat(log_weights), dim=0)
-    law = model.law()
+        log_weights.append(density.log_density(path.final) - path.log_prob.double().sum(dim=1))
+    model.network = network
+    every = enumeration.states(density.tokens, density.length)
+    final, log_weight = torch.cat(finals), torch.cat(log_weights) - density.log_density(every).logsumexp(dim=0)
+    weight = torch.softmax(log_weight, dim=0)
+    law = density.law()
     exact = torch.multinomial(law, samples, replacement=True, generator=torch.Generator().manual_seed(seed))
-    every = enumeration.states(SPINS, model.length)
-    truth = [float((law * x).sum()) for x in model.observables(every)]
+    truth = [float((law * x).sum()) for x in density.observables(every)]
 
     def compared(index: Tensor) -> tuple[float, float, float]:
         share = torch.bincount(index, minlength=len(law)).double() / len(index)
-        means = [float(x.mean()) for x in model.observables(every[index])]
+        means = [float(x.mean()) for x in density.observables(every[index])]
         return float((share - law).abs().sum() / 2), *(abs(m - t) for m, t in zip(means, truth, strict=True))
 
-    ours, floor = compared(enumeration.index_of(final, SPINS)), compared(exact)
-    names = ("tv", "magnetisation_error", "correlation_error")
+    ours, floor = compared(enumeration.index_of(final, density.tokens)), compared(exact)
     return {
         "ess": float(1 / weight.square().sum() / samples),
-        **dict(zip(names, zip(ours, floor, strict=True), strict=True)),
+        "kl": float(-log_weight.mean()),
+        **dict(zip(OBSERVED, zip(ours, floor, strict=True), strict=True)),
     }
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """The figures in Markdown, those of exact samples in parentheses."""
-    names = ("tv", "magnetisation_error", "correlation_error")
-    lines = ["| estimator | seed | reward calls | ESS | TV | magnetisation off by | correlation off by | seconds |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for r in results:
-        against = (f"{r[name][0]:.4f} ({r[name][1]:.4f})" for name in names)
-        cells = (
-            r["estimator"],
-            r["seed"],
-            f"{r['reward_calls']:,}",
-            f"{r['ess']:.4f}",
-            *against,
-            f"{r['seconds']:.0f}",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
+    density = Ising(given["side"], given["beta"], given["field"])
+    results: list[dict[str, Any]] = []
+    for name in given["learners"]:
+        for seed in range(given["seeds"]):
+            started = time.perf_counter()
+            curve, found = on_lattice(density, name, options, seed, given["samples"], given["group_size"])
+            seconds = time.perf_counter() - started
+            results.append({"learner": name, "seed": seed, **found, "curve": curve, "seconds": seconds})
+            print(f"{name}, seed {seed}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}, {seconds:.0f} s", flush=True)
+    stem = f"ising-{density.beta:g}"
+    setting = {**dataclasses.asdict(density), "samples": given["samples"], **dataclasses.asdict(options)}
+    report.write_json(output / f"{stem}.json", {**report.versions(), **setting, "results": results})
+    title = f"{density.side} x {density.side} Ising, beta {density.beta}, masked base"
+    lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
+    draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
+    return ising_table(results)
+
+
+def ising_table(results: Sequence[dict[str, Any]]) -> str:
+    """Medians over seeds, those of exact samples in brackets."""
+    lines = ["| learner | reward calls | ESS | KL(p_u of p*) | TV | magnetisation off by | correlation off by |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        runs = [r for r in results if r["learner"] == name]
+        cells = [name, f"{runs[0]['curve'][-1]['reward_calls']:,}"]
+        cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
+        for figure in OBSERVED:
+            ours, exact = (sorted(r[figure][k] for r in runs)[len(runs) // 2] for k in (0, 1))
+            cells.append(f"{ours:.4f} [{exact:.4f}]")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
-    """1 - ESS against reward calls: the mean over seeds of each estimator, with a band of all of them."""
-    figure = plots.figure_class()(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name in dict.fromkeys(r["estimator"] for r in results):
-        curves = [r["curve"] for r in results if r["estimator"] == name]
-        calls = [point["reward_calls"] for point in curves[0]]
-        lost = torch.tensor([[1 - point["ess"] for point in curve] for curve in curves])
-        (line,) = axes.plot(calls, lost.mean(dim=0), marker="o", markersize=3, label=name)
-        axes.fill_between(calls, lost.amin(dim=0), lost.amax(dim=0), alpha=0.2, color=line.get_color())
-    axes.set_yscale("log")
-    axes.set_xlabel("reward calls")
-    axes.set_ylabel("1 - ESS")
-    axes.set_title(title, fontsize=9)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+# ---- Sudoku
+
+SUDOKU = ("posterior, group", "first_jump, group", "posterior, state", "first_jump_one, state")
+
+
+def study_sudoku(given: dict[str, Any], output: Path) -> str:
+    """The main job of `dam sudoku` with each estimator and normaliser: held-out puzzles solved, on the way."""
+    from dam.tasks import finetune_sudoku
+
+    results = []
+    for name in given["learners"]:
+        estimator, normalizer = name.split(", ")
+        for seed in range(given["seeds"]):
+            options = finetune_sudoku.Options(
+                reward_calls=given["calls"], estimator=estimator, normalizer=normalizer, seed=seed
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                found = finetune_sudoku.finetune(Path(folder), options)
+                lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            history = [json.loads(line) for line in lines]
+            curve = [
+                {"reward_calls": entry["reward_calls"], "unsolved": 1 - entry["eval_solved"]}
+                for entry in history
+                if "eval_solved" in entry
+            ]
+            kept = {name: found[name] for name in ("base_solved", "solved", "exact", "seconds")}
+            results.append({"learner": name, "seed": seed, **kept, "curve": curve})
+            print(f"{name}, seed {seed}: {found['solved']:.1%} solved", flush=True)
+    report.write_json(output / "sudoku-estimators.json", {**report.versions(), "results": results})
+    title = "4 x 4 Sudoku, held-out puzzles of 8 blanks"
+    draw_curves(output / "sudoku-estimators.png", results, "unsolved", "share not solved", title, log=False)
+    lines = ["| estimator, normaliser | reward calls | solved | of the base |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        runs = [r for r in results if r["learner"] == name]
+        solved = spread([r["solved"] for r in runs], "{:.1%}")
+        calls = runs[0]["curve"][-1]["reward_calls"]
+        lines.append(f"| {name} | {calls:,} | {solved} | {runs[0]['base_solved']:.1%} |")
+    return "\n".join(lines)
+
+
+# ---- figures
+
+
+def draw_curves(
+    path: Path, results: Sequence[dict[str, Any]], figure: str, axis: str, title: str, *, log: bool = True
+) -> None:
+    """A figure against reward calls and, where they are counted, network calls: medians and bands over seeds."""
+    costs = [cost for cost in ("reward_calls", "network_calls") if cost in results[0]["curve"][-1]]
+    drawn = plots.figure_class()(figsize=(6 * len(costs), 4.5), layout="constrained")
+    drawn.suptitle(title, fontsize=10)
+    for axes, cost in zip(drawn.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
+        for name in dict.fromkeys(r["learner"] for r in results):
+            curves = [r["curve"] for r in results if r["learner"] == name]
+            calls = [point[cost] for point in curves[0]]
+            values = torch.tensor([[point[figure] for point in curve] for curve in curves])
+            style = "--" if name == learners.PUBLISHED else "-"
+            (line,) = axes.plot(calls, values.median(dim=0).values.tolist(), style, linewidth=1.2, label=name)
+            axes.fill_between(
+                calls, values.amin(dim=0).tolist(), values.amax(dim=0).tolist(), alpha=0.2, color=line.get_color()
+            )
+        if log:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        axes.set_xlabel(cost.replace("_", " "))
+        axes.grid(alpha=0.3)
+    drawn.axes[0].set_ylabel(axis)
+    drawn.axes[-1].legend(fontsize=7)
+    drawn.savefig(path, dpi=130)
+
+
+def draw_laws(path: Path, laws: dict[str, Tensor], title: str, samples: int = 20_000) -> None:
+    """Counts of samples of each law [V, V], as images."""
+    columns = min(6, len(laws))
+    rows = -(-len(laws) // columns)
+    figure = plots.figure_class()(figsize=(2 * columns, 2.2 * rows), layout="constrained")
+    figure.suptitle(f"{title}: {samples:,} samples", fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    generator = torch.Generator().manual_seed(0)
+    most = float((samples * next(iter(laws.values()))).max())
+    for axis, (name, law) in zip(axes, laws.items(), strict=False):
+        drawn = torch.multinomial(law.flatten(), samples, replacement=True, generator=generator)
+        count = torch.bincount(drawn, minlength=law.numel()).view_as(law)
+        axis.imshow(count.t().tolist(), origin="lower", cmap="magma", vmax=most)
+        axis.set_title(name, fontsize=7)
+    for axis in axes:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=130)
+
+
+def learners_of(given: dict[str, Any]) -> list[str]:
+    """Names of a study's learners."""
+    if given["study"] == "sudoku":
+        return list(SUDOKU)
+    if given.get("base") == "uniform":
+        return list(UNIFORM_LEARNERS)
+    return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.estimators", description=__doc__)
-    ising = parser.add_subparsers(dest="study", required=True).add_parser("ising", help="an Ising lattice, masked base")
-    add = ising.add_argument
-    add("--estimators", nargs="+", choices=ESTIMATORS, default=list(reversed(ESTIMATORS)))
-    add("--seeds", type=int, default=2, help="seeds 0 .. N-1 (default: %(default)s)")
-    for field in dataclasses.fields(Ising):
-        add(f"--{field.name}", type=type(field.default), default=field.default)
-    for field in dataclasses.fields(Options):
-        name = field.name.replace("_", "-")
-        add(f"--{name}", type=type(field.default), default=field.default)
-    add("--output", metavar="DIR", type=Path, help="folder of JSON and PNG (default: benchmarks/results/<device>)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.estimators",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    studies = parser.add_subparsers(dest="study", required=True)
+    on = {name: studies.add_parser(name, help=text) for name, text in STUDIES.items()}
+    for name, default in (("grid", Options()), ("ising", ISING)):
+        add = on[name].add_argument
+        for field in dataclasses.fields(Options):
+            value = getattr(default, field.name)
+            add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2)):
+        every = "; ".join(learners_of({"study": name}))
+        on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all)")
+        on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
+        on[name].add_argument("--output", metavar="DIR", type=Path, help="default: benchmarks/results/<device>")
+    add = on["grid"].add_argument
+    add("--density", choices=densities.DENSITIES, default=Grid.name)
+    add("--size", type=int, default=Grid.size, help="points of an axis (default: %(default)s)")
+    add("--base", choices=("masked", "uniform"), default="masked")
+    add("--published-times", type=int, default=1, help="as many rounds for the published estimator (default: 1)")
+    add = on["ising"].add_argument
+    for ising in dataclasses.fields(Ising):
+        add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
+    add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
+    add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+    on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     given = vars(parser.parse_args(arguments))
-    model = Ising(**{f.name: given[f.name] for f in dataclasses.fields(Ising)})
-    options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options)})
+    given["learners"] = given["learners"] or learners_of(given)
+    for name in given["learners"]:
+        if name not in learners_of(given):
+            parser.error(f"no learner {name!r} in this study; there are {'; '.join(learners_of(given))}")
     output = given["output"] or report.RESULTS / report.device()
     output.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    for estimator in given["estimators"]:
-        for seed in range(given["seeds"]):
-            results.append(train(model, estimator, options, seed))
-            print(table(results[-1:]).splitlines()[-1], flush=True)
-    setting = {**dataclasses.asdict(model), **dataclasses.asdict(options)}
-    report.write_json(output / "ising.json", {**report.versions(), **setting, "results": results})
-    draw(output / "ising.png", results, f"{model.side} x {model.side} Ising, beta {model.beta}, masked base")
-    print(f"\n{table(results)}\n\nJSON and PNG: {output}")
-    if model == Ising():
-        print("Published, ESS and TV:", "; ".join(f"{name} {ess}, {tv}" for name, (ess, tv) in PUBLISHED.items()))
+    if given["study"] == "sudoku":
+        text = study_sudoku(given, output)
+    else:
+        options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+        text = (study_grid if given["study"] == "grid" else study_ising)(given, options, output)
+    print(f"\n{text}\n\nJSON and PNG: {output}")
     return 0
 
+
+STUDIES = {
+    "grid": "two tokens on a grid",
+    "ising": "an Ising lattice, masked base",
+    "sudoku": "the main job, estimator by estimator",
+}
+ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -188,6 +188,7 @@ def path_targets(
     trajectories: Trajectories,  # B = G K of them
     weight: Tensor,  # [G, K]
     *,
+    every: bool = False,
     generator: torch.Generator | None = None,
 ) -> MatchingTargets:
     """Targets at states that the trajectories went through: of each one a jump, drawn uniformly, where it was made.
@@ -205,6 +206,7 @@ def path_targets(
     Args:
         trajectories: of `dam.rollout`, at temperature 1.
         weight: any number for each.
+        every: all jumps instead of one of each, at as many states: what one has for its expectation.
         generator: draws the jumps.
 
     Source: So et al., arXiv 2602.07132, Eq. 14 at the states of Alg. 1; defensive mixtures: Hesterberg, Weighted
@@ -214,17 +216,28 @@ def path_targets(
     count = (trajectories.call >= 0).sum(dim=1)
     if count.shape[0] != weight.numel():
         raise ValueError(f"weight must have an element per trajectory, {len(count)}; got {list(weight.shape)}")
-    row = torch.arange(len(count), device=count.device)
-    uniform = torch.rand(count.shape, generator=generator, device=count.device)
-    jump = (uniform * count).long().clamp(max=count - 1)
-    states = trajectories.initial.clone()
+    if every:
+        path, jump = torch.nonzero(trajectories.call >= 0, as_tuple=True)
+        share = len(path) / (len(count) * count[path])  # the mean over states is to be one over trajectories
+    else:
+        path = torch.arange(len(count), device=count.device)
+        uniform = torch.rand(count.shape, generator=generator, device=count.device)
+        jump = (uniform * count).long().clamp(max=count - 1)
+        share = torch.ones_like(uniform)
+    states = trajectories.initial[path].clone()
     # A network call sees what the calls before it filled in.
-    earlier = (trajectories.call >= 0) & (trajectories.call < trajectories.call[row, jump][:, None])
-    at, before = torch.nonzero(earlier, as_tuple=True)
-    states[at, trajectories.position[at, before]] = trajectories.token[at, before]
-    group = row // weight.shape[1]
-    position, token = trajectories.position[row, jump], trajectories.token[row, jump]
-    return MatchingTargets(states, group, row, position, token[:, None], weight.flatten()[:, None])
+    call = trajectories.call[path]
+    earlier = (call >= 0) & (call < trajectories.call[path, jump][:, None])
+    row, before = torch.nonzero(earlier, as_tuple=True)
+    states[row, trajectories.position[path[row], before]] = trajectories.token[path[row], before]
+    return MatchingTargets(
+        states,
+        group=path // weight.shape[1],
+        row=torch.arange(len(path), device=path.device),
+        position=trajectories.position[path, jump],
+        target=trajectories.token[path, jump][:, None],
+        weight=(weight.flatten()[path] * share.to(weight.dtype))[:, None],
+    )
 
 
 def estimator_loss(

@@ -229,6 +229,18 @@ def test_targets_on_the_path_are_what_the_model_drew_there(steps):
     for m in (2, 3):
         chosen = torch.bincount(jump[count == m], minlength=m).double()
         assert abs(oracle.chi_square_z(chosen, torch.full((m,), 1.0 / m, dtype=torch.float64))) < Z
+    # All jumps of a trajectory weigh together as much as the one that is drawn.
+    every = path_targets(path, weight, every=True)
+    assert len(every.states) == int(count.sum())
+    total = torch.zeros(len(start), dtype=torch.float64)
+    trajectory = torch.repeat_interleave(torch.arange(len(start)), count)
+    total.index_add_(0, trajectory, every.weight[:, 0] / len(every.states))
+    torch.testing.assert_close(total, weight.flatten() / len(start), rtol=1e-6, atol=0)  # shares in float32
+    assert torch.equal(every.group, trajectory // size) and bool((every.states[every.row, every.position] == 2).all())
+    at = torch.stack(
+        [every.position == targets.position[trajectory], every.target[:, 0] == targets.target[trajectory, 0]]
+    )
+    assert torch.equal(every.states[at.all(dim=0)], targets.states)
     ones = path_targets(path, torch.ones_like(weight), generator=torch.Generator().manual_seed(35))
     probability = torch.stack([oracle.log_conditional(model, s)[i, 1] for s, i in zip(
         ones.states, ones.position, strict=True)]).exp().detach()  # fmt: skip

@@ -109,13 +109,14 @@ def simulate(
             _below("model", log_escape, rate, state, time)
             thinned = torch.rand(len(rows), dtype=torch.float64, generator=generator, device=rows.device)
             jumps = thinned * rate < log_escape.exp()
-            drawn = _destination(log_rates, path.calls, rows, seed)
+            drawn = torch.full_like(rows, -1)
+            drawn[jumps] = _destination(log_rates[jumps], path.calls, rows[jumps], seed)
             log_ratio, escape_gap = torch.zeros_like(time), torch.zeros_like(time)
             if base is not None:
                 base_rates = checked_log_rates(process, base, state, time).flatten(1)
                 base_escape = torch.logsumexp(base_rates, dim=1)
                 _below("base", base_escape, rate, state, time)
-                at = drawn[:, None].clamp(min=0)  # -1 where there is nowhere to go, and no jump
+                at = drawn[:, None].clamp(min=0)  # -1 where there is no jump
                 log_ratio = torch.where(jumps, (base_rates.gather(1, at) - log_rates.gather(1, at))[:, 0], 0.0)
                 # A chain that jumps at every event has no thinned ones, so that no logarithm of 0 is used.
                 gap = (1 - base_escape.exp() / rate).log() - (1 - log_escape.exp() / rate).log()
