@@ -104,10 +104,10 @@ static void gradient(const ShapeTuple& of, const MatrixTuple& logits, const Matr
                      const IndicesTuple& exclude, const TargetsTuple& target, const ValuesTuple& pull, uintptr_t shares,
                      double temperature, uintptr_t target_gradient, const MatrixTuple& gradient, int gradient_dtype,
                      const QueueTuple& where) {
-  cuda::gradient({shape(of), matrix(logits), matrix(base), first_column, indices(exclude), targets(target),
-                  values(pull), at<float>(shares), 1.0 / temperature, at<float>(target_gradient), matrix(gradient),
-                  gradient_dtype},
-                 queue(where));
+  cuda::gradient(
+      {shape(of), matrix(logits), matrix(base), first_column, indices(exclude), targets(target), values(pull),
+       at<float>(shares), 1.0 / temperature, at<float>(target_gradient), matrix(gradient), gradient_dtype},
+      queue(where));
 }
 
 static void adjoint_weights(int64_t groups, int64_t size, int64_t steps, int dtype, const CubeTuple& log_ratio,

@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
 void gradient(const GradientArgs& a, Queue queue) {
   const OnDevice guard(queue.device);
   const bool has_base = a.base.data != nullptr;
-  const RowPlan plan =
-      plan_rows(a.shape.rows, a.shape.columns, 0, false, has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR,
-                chip_of(queue.device));
+  const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, 0, false,
+                                 has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device));
   const Grid grid{plan.blocks};  // its splits do not wait for each other
   with_types(a.shape, plan, a.scale, [&](auto element, auto warps, auto scale) {
     using Element = decltype(element);

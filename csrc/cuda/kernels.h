@@ -127,9 +127,9 @@ struct GradientArgs {
   int64_t first_column;  // where they begin in the vocabulary, which exclude and target are columns of
   Indices exclude;
   Targets target;
-  Values pull;           // [T, J]
-  const float* shares;   // [T, SHARES]
-  double scale;          // of the logits
+  Values pull;             // [T, J]
+  const float* shares;     // [T, SHARES]
+  double scale;            // of the logits
   float* target_gradient;  // work memory [T, J]
   Matrix gradient;         // may be the logits
   int gradient_dtype;      // the logits', or bfloat16 beside float32
