@@ -72,6 +72,10 @@ __device__ __forceinline__ uint64_t opaque(uint64_t value) {
   return value;
 }
 
+// a - b, each rounded before: the compiler may not fuse a product that a is with the subtraction, which would leave
+// of equal numbers the rounding error of one.
+__device__ __forceinline__ double difference(double a, double b) { return __dsub_rn(a, b); }
+
 // For numbers that are not negative.
 __device__ __forceinline__ void atomic_min(int64_t* address, int64_t value) {
   atomicMin(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
   if (part.split > 0) return;
   const double rate = escape_rate(merge_tiles(tiles, 1.0, team));
   const double base_rate = escape_rate(merge_tiles(base_tiles, 1.0, team));
-  if (team.thread == 0) a.escape_gap[part.row] = static_cast<float>(rate - base_rate);
+  if (team.thread == 0) a.escape_gap[part.row] = static_cast<float>(difference(rate, base_rate));
   for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
     const int64_t v = load_target(a.target, a.shape, part.row, j);
     const double ratio = v < 0 ? 0.0 : static_cast<double>(base.at(v)) - static_cast<double>(row.at(v));

@@ -107,6 +107,7 @@ float exp_scaled(float x, Scale c) {
 }
 
 inline uint64_t opaque(uint64_t value) { return value; }
+inline double difference(double a, double b) { return a - b; }
 
 inline void atomic_min(int64_t* address, int64_t value) {
   if (value < *address) *address = value;
