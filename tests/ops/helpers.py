@@ -86,8 +86,13 @@ def assert_near(actual, expected, *, rtol, atol):
 
 
 def peak_bytes(function):
-    """Largest number of bytes that `function` has allocated at once through torch, and its result."""
+    """Largest number of bytes that `function` has allocated at once through torch, and its result.
+
+    On a GPU `function` runs once before: a thread's first product with cuBLAS takes a workspace through torch, 32 MB
+    on an H100, which the thread keeps. A backward pass has a thread of its own, so its graph must outlive a call.
+    """
     if torch.get_default_device().type == "cuda":
+        function()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -32,7 +32,12 @@ def test_equals_jump_on_the_logits(backend, dtype, temperature):
         out, expected = dam.linear_jump(hidden, weight, bias=b, **options), dam.jump(logits, **options)
         # 60 draws, each of which a rounding of a logit near 10 (1e-6) turns with probability about 1e-6.
         assert torch.equal(out.target, expected.target)
-        assert_close(out.log_prob, expected.log_prob, rtol=2.0**-20, atol=64 * rounding(torch.float32))
+        atol = 64 * rounding(torch.float32)
+        if torch.get_default_device().type == "cuda" and dtype != torch.float32 and temperature > 0:
+            # A GPU's tensor cores cut partial sums of 16-bit products off where others round them: two of 2^-23 of
+            # logits that go up to 24, which the temperature divides.
+            atol = max(atol, 2 * 24 * 2.0**-23 / temperature)
+        assert_close(out.log_prob, expected.log_prob, rtol=2.0**-20, atol=atol)
         assert_close(out.log_escape, expected.log_escape, rtol=2.0**-20)
         assert out.log_prob.dtype == out.log_escape.dtype == torch.float32
 

@@ -99,7 +99,7 @@ def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype):
     peak, value = peak_bytes(lambda: dam.linear_log_prob(hidden, weight, target, bias=bias))
     # Besides the workspace: outputs and a float32 copy of a block of the head, 0.4 MB together.
     assert peak < 1.4 * 2**20
-    peak, _ = peak_bytes(lambda: torch.autograd.grad(value.sum(), leaves))
+    peak, _ = peak_bytes(lambda: torch.autograd.grad(value.sum(), leaves, retain_graph=True))
     # And twice the gradients in float32, 0.6 MB. On a CPU, which multiplies no bfloat16 into float32, also a copy of
     # the logits' gradient that the simulated kernels make.
     copied = backend != "torch" and slow(backend) and dtype == torch.bfloat16
