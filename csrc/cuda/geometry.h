@@ -78,7 +78,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int64_t row_bytes, bool 
 }
 
 // Bytes of shared memory that a block of teams needs for their reductions.
-constexpr int64_t TEAM_BYTES = 2 * WARPS_PER_BLOCK * 8;
+constexpr int REDUCED_AT_ONCE = 3;
+constexpr int64_t TEAM_BYTES = 2 * REDUCED_AT_ONCE * WARPS_PER_BLOCK * 8;
 
 }  // namespace cuda
 }  // namespace dam

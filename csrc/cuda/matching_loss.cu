@@ -47,18 +47,34 @@ __device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<E
   }
 }
 
-// Of a whole row: sum over v of exp(b - base_reference) (x - reference).
+// Totals of a whole row and of the base's, and sum over v of exp(b - max b) (x - reference), where the reference is max
+// x if `centred`, else 0. All at once: what a row waits for between its passes takes longer than moving its bytes.
+struct Crossed {
+  Total model, base;
+  double cross;
+};
 template <int WARPS>
-__device__ __forceinline__ double merge_cross(const Summaries& tiles, const Summaries& base, const float* cross,
-                                              double reference, double base_reference, Team<WARPS>& team) {
-  double sum = 0.0;
+__device__ __forceinline__ Crossed merge_crossed(const Summaries& tiles, const Summaries& base, const float* cross,
+                                                 bool centred, Team<WARPS>& team) {
+  float max[2] = {-HUGE_VALF, -HUGE_VALF};
 #pragma unroll 1
   for (int k = team.thread; k < tiles.count; k += Team<WARPS>::THREADS) {
-    const double mass = exp(base.max[k] - base_reference);
-    // Not 0 * -inf for a tile of which the base reaches nothing.
-    if (mass != 0.0) sum += mass * (cross[k] + (1.0 + base.excess[k]) * (pivot(tiles.max[k]) - reference));
+    max[0] = larger(tiles.max[k], max[0]);
+    max[1] = larger(base.max[k], max[1]);
   }
-  return team.sum(sum);
+  team.reduce_each(max, Larger{});
+  const double p = pivot(max[0]), base_p = pivot(max[1]), reference = centred ? p : 0.0;
+  double sums[3] = {0.0, 0.0, 0.0};
+#pragma unroll 1
+  for (int k = team.thread; k < tiles.count; k += Team<WARPS>::THREADS) {
+    const double mass = exp(base.max[k] - base_p), base_sum = 1.0 + base.excess[k];
+    sums[0] += (1.0 + tiles.excess[k]) * exp(tiles.max[k] - p);
+    sums[1] += base_sum * mass;
+    // Not 0 * -inf for a tile of which the base reaches nothing.
+    if (mass != 0.0) sums[2] += mass * (cross[k] + base_sum * (pivot(tiles.max[k]) - reference));
+  }
+  team.reduce_each(sums, Sum{});
+  return {{max[0], sums[0]}, {max[1], sums[1]}, sums[2]};
 }
 
 template <class Element, class Gradient, int WARPS, bool HAS_BASE>
@@ -106,20 +122,27 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   }
 
   // ---- of the whole row
-  const Total total = merge_tiles(tiles, 1.0, team);
+  Crossed of_row;
+  if constexpr (HAS_BASE) {
+    of_row = merge_crossed(tiles, base_tiles, cross, a.normalized, team);
+  } else {
+    of_row.model = merge_tiles(tiles, 1.0, team);
+  }
+  const Total total = of_row.model;
   const double reference = pivot(total.max);
   const double base_weight = HAS_BASE ? load_value(a.base_weight, t, 0) : 0.0;
   const double row_scale = a.row_scale.data ? load_value(a.row_scale, t, 0) : 1.0 / static_cast<double>(plan.rows);
   const double log_sum = log(total.sum);
   double base_reference = 0.0, base_log_rate = 0.0, base_loss = 0.0;
   if constexpr (HAS_BASE) {
-    const Total base_total = merge_tiles(base_tiles, 1.0, team);
-    base_reference = pivot(base_total.max);
-    base_log_rate = a.normalized ? -log(base_total.sum) : base_reference;
-    const double crossed = merge_cross(tiles, base_tiles, cross, a.normalized ? reference : 0.0, base_reference, team);
-    if (base_weight != 0.0) base_loss = base_weight * ((a.normalized ? log_sum : 0.0) - ::exp(base_log_rate) * crossed);
+    base_reference = pivot(of_row.base.max);
+    base_log_rate = a.normalized ? -log(of_row.base.sum) : base_reference;
+    if (base_weight != 0.0) {
+      base_loss = base_weight * ((a.normalized ? log_sum : 0.0) - ::exp(base_log_rate) * of_row.cross);
+    }
   }
-  double loss = 0.0, weights = 0.0;
+  double sums_of_targets[2] = {0.0, 0.0};
+  double &loss = sums_of_targets[0], &weights = sums_of_targets[1];
   for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
     const int64_t v = load_target(a.target, a.shape, t, j);
     const double w = load_value(a.weight, t, j);
@@ -130,8 +153,9 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
     if (x == -HUGE_VAL && weight_at(v, a.target, a.weight, t) == 0.0) continue;
     loss += w * (a.normalized ? log_sum - (x - reference) : -x);
   }
-  loss = team.sum(loss) + base_loss;
-  weights = team.sum(weights) + base_weight;
+  team.reduce_each(sums_of_targets, Sum{});
+  loss += base_loss;
+  weights += base_weight;
   if (!a.normalized) loss += ::exp(reference) * total.sum;
   if (part.split == 0 && team.thread == 0) a.loss[t] = row_scale * loss;
 

@@ -62,18 +62,32 @@ class Team {
   // Of all threads of the team, which all get the same and must all come here.
   template <class T, class Operation>
   __device__ T reduce(T value, Operation operation) {
-    value = reduce_warp(value, operation);
+    T one[1] = {value};
+    reduce_each(one, operation);
+    return one[0];
+  }
+  // Each of several values, which wait for each other's shuffles and barriers only once.
+  template <int N, class T, class Operation>
+  __device__ void reduce_each(T (&values)[N], Operation operation) {
+    static_assert(N <= REDUCED_AT_ONCE && sizeof(T) <= 8, "more than the slots hold");
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] = reduce_warp(values[n], operation);
     if constexpr (WARPS > 1) {
       // Two sets of slots in turn: a thread that is one reduction ahead does not write what others still read.
       T* const slots = reinterpret_cast<T*>(shared_memory() + turn_ * (TEAM_BYTES / 2));
       turn_ ^= 1;
-      if (lane() == 0) slots[warp()] = value;
-      sync_block();
-      value = slots[0];
+      if (lane() == 0) {
 #pragma unroll
-      for (int i = 1; i < WARPS; ++i) value = operation(value, slots[i]);
+        for (int n = 0; n < N; ++n) slots[n * WARPS + warp()] = values[n];
+      }
+      sync_block();
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        values[n] = slots[n * WARPS];
+#pragma unroll
+        for (int i = 1; i < WARPS; ++i) values[n] = operation(values[n], slots[n * WARPS + i]);
+      }
     }
-    return value;
   }
   template <class T>
   __device__ T sum(T value) {
