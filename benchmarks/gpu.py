@@ -106,6 +106,8 @@ class Run:
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failures: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
+    not_yet: list[str] = dataclasses.field(default_factory=list)  # what is still to be measured
+    stopped: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # compiled too long: label, name, why
 
     def __post_init__(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -115,33 +117,31 @@ class Run:
         return time.monotonic() - self.started > self.budget
 
     def measure(self, items: Sequence[Item], bandwidth_bytes: int = 2**32) -> str:
-        """Measures the items, printing each; writes JSON, PNG and summary.md, whose text it returns."""
+        """Measures the items, printing each; writes JSON, PNG and summary.md, whose text it returns.
+
+        JSON and summary.md are written after every item, for a run that is killed.
+        """
         stopped = None
         if (reason := _backend.why_unavailable("cuda")) is not None:
             self.left_out.append(f"the CUDA kernels: {reason}")
         with on_default(self.machine):
             self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
             self.machine.free()
-            for item in items:
+            for n, item in enumerate(items):
                 if stopped is None and self.out_of_time():
                     stopped = f"the budget of {self.budget:.0f} s was spent"
                 if stopped is not None:
                     self.left_out.append(f"{described(item)}: {stopped}")
                     continue
                 self._measure(item)
+                self.not_yet = [described(later) for later in items[n + 1 :]]
                 self._write(item.op)
+                self._write_summary()
                 if not self.machine.answers():
                     stopped = "the GPU no longer answers"
+        self.not_yet = []
         self._plot()
-        text = self.summary()
-        (self.output / "summary.md").write_text(text, encoding="utf-8")
-        reached = [goal._asdict() for goal in goals.reached(self.records, self.bandwidth)]
-        result = {"bandwidth": self.bandwidth, "tests": self.tests, "goals": reached}
-        report.write_json(
-            self.output / "summary.json",
-            {**self.facts, **result, "failures": self.failures, "left_out": self.left_out},
-        )
-        return text
+        return self._write_summary()
 
     def tune(self, jobs: Sequence[tune.Job]) -> str:
         """Tunes the jobs and writes tune.json; returns the rows for the table, and what failed or was left out."""
@@ -194,7 +194,15 @@ class Run:
         else:
             case = dataclasses.replace(case, floor_name=COPY, floor=copying(moved, self.machine.device))
         case = chosen(case, item)
+        # What was stopped while it compiled at one size would be stopped at every other.
+        known = {name: why for (label, name), why in self.stopped.items() if label == case.label}
+        case.functions, case.compiled = (
+            {name: f for name, f in some.items() if name not in known} for some in (case.functions, case.compiled)
+        )
         measured = harness.measure(case, self.repeats, timer=self.machine)
+        slow = {name: why for name, why in measured.absent.items() if why.startswith(TimeoutError.__name__)}
+        self.stopped.update({(case.label, name): why for name, why in slow.items() if name in case.compiled})
+        measured.absent.update(known)
         functions = {case.floor_name: case.floor, **case.functions, **case.compiled}
         functions = {name: f for name, f in functions.items() if name not in measured.absent}
         peaks = {name: self.machine.peak_bytes(f) for name, f in functions.items()}
@@ -221,6 +229,15 @@ class Run:
             result = {"op": op, **self.facts, "repeats": self.repeats, "bandwidth": self.bandwidth, "cases": records}
             report.write_json(self.output / f"{op}.json", result)
 
+    def _write_summary(self) -> str:
+        text = self.summary()
+        (self.output / "summary.md").write_text(text, encoding="utf-8")
+        reached = [goal._asdict() for goal in goals.reached(self.records, self.bandwidth)]
+        result = {"bandwidth": self.bandwidth, "tests": self.tests, "goals": reached}
+        lists = {"failures": self.failures, "left_out": self.left_out, "not_yet": self.not_yet}
+        report.write_json(self.output / "summary.json", {**self.facts, **result, **lists})
+        return text
+
     def _plot(self) -> None:
         """A PNG per op: of its cases with LLaDA's vocabulary, or of all where there is none."""
         for op in dict.fromkeys(record["op"] for record in self.records):
@@ -245,6 +262,7 @@ class Run:
             ", ".join(f"{name} {self.facts[name]}" for name in names if self.facts.get(name)) + "\n",
             f"A large copy moves {copy}, bytes read and bytes written counted; reading alone {read}.\n",
             *listed("Left out", self.left_out, most=20),
+            *listed("Cut off before", self.not_yet, most=20),
             *goals.tables(self.records, self.bandwidth),
             f"tests: {self.tests}\n",
             *listed("FAILED", self.failures),

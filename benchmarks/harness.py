@@ -6,13 +6,17 @@ keyword arguments are the sizes that `dam bench` can set, with the defaults of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import math
 import random
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +25,9 @@ from torch import Tensor
 from dam.ops import _cpu
 
 SHORT = 0.1  # seconds; a function that takes less runs once more, untimed, before each timed call
-SLOW = 20.0  # seconds; a peer that needs longer for its first call is not called again
+SLOW = 20.0  # seconds; a peer that needs longer for its first call is stopped, and absent
+COMPILES = 60.0  # seconds; the same of one that its first call compiles
+_HAS_ALARM = hasattr(signal, "setitimer")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -97,8 +103,8 @@ def measure(
     """Median seconds of the floor and of each function, called alternately, after one call each to warm up.
 
     Alternately, so that a machine which is slow for a while is slow for all of them. A function that fails its first
-    call, or takes very long, is absent with its reason; the floor and dam must not fail. Without
-    peers nothing disturbs these two: what others have just freed the system may be clearing for a while.
+    call, or takes very long, is absent with its reason; the floor and dam must not fail, and may take as long as they
+    need. Without peers nothing disturbs these two: what others have just freed the system may be clearing for a while.
     """
     timer = timer or Timer()
     functions = {case.floor_name: case.floor, **case.functions, **case.compiled}
@@ -108,16 +114,17 @@ def measure(
     for name in absent:
         del functions[name]
     for name, function in list(functions.items()):
-        required, took = name in (case.floor_name, "dam"), 0.0
+        required = name in (case.floor_name, "dam")
+        limit = math.inf if required else COMPILES if name in case.compiled else SLOW
         try:
-            took = timer.first(function)
+            with stopped_after(limit):
+                took = timer.first(function)
+            if took > limit:
+                raise TimeoutError(f"its first call took {took:.0f} s")
         except Exception as error:
             if required:
                 raise
             absent[name] = reason(error)
-        if took > SLOW and not required and name not in case.compiled:  # the first call of these compiles
-            absent[name] = f"its first call took {took:.0f} s"
-        if name in absent:
             del functions[name]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
@@ -127,6 +134,27 @@ def measure(
             seconds[name].append(timer(functions[name]))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return Measurement(case.label, case.floor_name, medians, absent)
+
+
+@contextlib.contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, as soon as it returns to Python; only in the main thread, and where the
+    system has such signals.
+    """
+    if math.isinf(seconds) or threading.current_thread() is not threading.main_thread() or not _HAS_ALARM:
+        yield
+        return
+
+    def stop(*arguments: object) -> None:
+        raise TimeoutError(f"its first call took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def reason(error: Exception) -> str:

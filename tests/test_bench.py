@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import math
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -149,6 +153,42 @@ def test_a_peer_that_fails_is_absent_with_its_reason(monkeypatch):
     case.functions["dam"] = fails
     with pytest.raises(RuntimeError, match="no compiler"):
         harness.measure(case, 1)
+
+
+def test_a_peer_that_does_not_return_is_stopped(monkeypatch):
+    def fine():
+        return None
+
+    def compiles():
+        time.sleep(60)
+
+    monkeypatch.setattr(harness, "SLOW", 0.2)
+    monkeypatch.setattr(harness, "COMPILES", 0.3)
+    handler, began = signal.getsignal(signal.SIGALRM), time.monotonic()
+    case = harness.Case("an op", "floor", fine, {"dam": fine, "slow": compiles}, {"compiled": compiles})
+    measured = harness.measure(case, 1)
+    assert time.monotonic() - began < 30
+    reasons = {"slow": "0.2 s", "compiled": "0.3 s"}
+    assert measured.absent == {k: f"TimeoutError: its first call took more than {v}" for k, v in reasons.items()}
+    assert measured.median_seconds.keys() == {"floor", "dam"}
+    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_nothing_is_stopped_where_there_are_no_signals():
+    """They are the main thread's."""
+    done = []
+
+    def wait():
+        with harness.stopped_after(0.05):
+            time.sleep(0.2)
+            done.append("waited")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+    with harness.stopped_after(math.inf):
+        done.append("no limit")
+    assert done == ["waited", "no limit"]
 
 
 def test_bench_prints_a_table_and_writes_json_and_png(tmp_path, capsys):

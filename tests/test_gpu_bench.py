@@ -195,6 +195,7 @@ def test_what_is_written(whole):
         assert (whole.output / f"{op}.png").stat().st_size > 0
     summary = json.loads((whole.output / "summary.json").read_text())
     assert {"gpu", "bandwidth", "tests", "goals", "failures", "left_out"} <= summary.keys()
+    assert summary["not_yet"] == [] and "Cut off" not in whole.text
     assert (whole.output / "summary.md").read_text() == whole.text
     assert whole.text.index("## Goals") > whole.text.index("## Linear ops and their forms")
 
@@ -240,6 +241,44 @@ def test_a_function_of_dam_that_fails_fails_the_run(monkeypatch, tmp_path):
     ]
     assert all(f"* {failure}" in text[text.index("## FAILED") :] for failure in run.failures)
     assert [record["op"] for record in run.records] == ["jump"]  # the rest is measured
+
+
+def test_what_compiles_too_long_is_stopped_once(monkeypatch, tmp_path):
+    """At the other sizes it is absent at once, for the same reason."""
+    calls = []
+
+    def compiles(*arguments):
+        calls.append(arguments)
+        time.sleep(60)
+
+    monkeypatch.setattr(harness, "COMPILES", 0.1)
+    monkeypatch.setattr(peers, "quack_log_prob", compiles)
+    monkeypatch.setattr(peers, "quack_cross_entropy", compiles)
+    run = gpu.Run(Machine(), tmp_path, repeats=1)
+    run.measure([item("log_prob"), item("log_prob", rows=2)], 2**10)
+    assert len(calls) == 2  # one for each case, forward, and forward and backward
+    for record in run.records:
+        assert record["absent"] == {"quack's cross entropy": "TimeoutError: its first call took more than 0.1 s"}
+    assert len(run.records) == 4 and run.failures == []
+
+
+def test_what_was_measured_survives_a_kill(monkeypatch, tmp_path):
+    run = gpu.Run(Machine(), tmp_path, repeats=1)
+    measure = run._measure
+
+    def killed(item):
+        if item.op == "jump":
+            raise KeyboardInterrupt
+        measure(item)
+
+    monkeypatch.setattr(run, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure([item("rate_ratio"), item("jump"), item("log_prob")], 2**10)
+    text, result = (tmp_path / "summary.md").read_text(), json.loads((tmp_path / "summary.json").read_text())
+    assert "* rate_ratio (T = 3, V = 20): dam" in text
+    assert result["not_yet"] == ["jump, T = 3, V = 20", "log_prob, T = 3, V = 20"]
+    assert "## Cut off before\n\n* jump, T = 3, V = 20\n* log_prob, T = 3, V = 20\n" in text
+    assert (tmp_path / "rate_ratio.json").exists()
 
 
 def test_a_spent_budget_leaves_out_the_rest(monkeypatch, tmp_path):
