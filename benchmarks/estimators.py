@@ -31,6 +31,7 @@ from dam.models.denoiser import Head
 
 SVDD = "svdd"
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
+ON_THE_WAY = 2048  # samples of an evaluation before the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +226,7 @@ def on_lattice(
     learner = learners.learner(name, density, batch=options.batch, steps=options.steps, size=size, seed=seed)
 
     def evaluate() -> dict[str, float]:
-        found = figures(density, model, samples // 8, seed)
+        found = figures(density, model, min(samples, ON_THE_WAY), seed)
         return {"ess": found["ess"], "kl": found["kl"]}
 
     curve = play(learner, model, options.rounds, evaluate, f"{name}, beta {density.beta}, seed {seed}")
@@ -276,7 +277,7 @@ def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
             seconds = time.perf_counter() - started
             results.append({"learner": name, "seed": seed, **found, "curve": curve, "seconds": seconds})
             print(f"{name}, seed {seed}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}, {seconds:.0f} s", flush=True)
-    stem = f"ising-{density.beta:g}"
+    stem = given["name"] or f"ising-{density.beta:g}"
     setting = {**dataclasses.asdict(density), "samples": given["samples"], **dataclasses.asdict(options)}
     report.write_json(output / f"{stem}.json", {**report.versions(), **setting, "results": results})
     title = f"{density.side} x {density.side} Ising, beta {density.beta}, masked base"
@@ -425,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for ising in dataclasses.fields(Ising):
         add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
     add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
+    add("--name", help="of the JSON and PNG (default: ising-BETA)")
     add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     given = vars(parser.parse_args(arguments))
