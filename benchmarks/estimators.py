@@ -140,19 +140,18 @@ def study_grid(given: dict[str, Any], options: Options, output: Path) -> str:
     density = Grid(given["density"], given["size"])
     run = on_grid if given["base"] == "masked" else on_uniform_grid
     results, laws = [], {}
+    stem = f"{density.name}-{given['base']}"
+    title = f"{density.name}, {density.size} x {density.size}, {given['base']} base"
+    setting = {**report.versions(), **dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
     for name in given["learners"]:
         for seed in range(given["seeds"]):
             started = time.perf_counter()
             more = given["published_times"] if name == learners.PUBLISHED else 1
-            its = dataclasses.replace(options, rounds=options.rounds * more)
-            curve, law = run(density, name, its, seed)
+            curve, law = run(density, name, dataclasses.replace(options, rounds=options.rounds * more), seed)
             laws.setdefault(name, law)
             results.append({"learner": name, "seed": seed, "curve": curve, "seconds": time.perf_counter() - started})
             print(f"{name}, seed {seed}: KL {curve[-1]['kl']:.3g} after {curve[-1]['reward_calls']:,}", flush=True)
-    stem = f"{density.name}-{given['base']}"
-    setting = {**dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
-    report.write_json(output / f"{stem}.json", {**report.versions(), **setting, "results": results})
-    title = f"{density.name}, {density.size} x {density.size}, {given['base']} base"
+            report.write_json(output / f"{stem}.json", {**setting, "results": results})  # of what is done
     draw_curves(output / f"{stem}.png", results, "kl", "KL(p* || p_u)", title)
     draw_laws(output / f"{stem}-samples.png", {"p*": density.law().view(density.size, density.size), **laws}, title)
     return grid_table(results)

@@ -230,7 +230,7 @@ class UniformModel:
         Given X_1, paths have the same law under model and base, noise run backwards, so that the weights of all paths
         to X_1 have the mean p_base(X_1) / p_u(X_1). This model, being a joint law, can tell it; others weigh each path.
         """
-        log_joint = self.log_joint().detach().double()
+        log_joint = self.log_joint().detach()
         flat = torch.full_like(log_joint, -2 * math.log(self.size))
         generator = torch.Generator().manual_seed(seed)
         finals, calls = [], 0
@@ -246,4 +246,4 @@ class UniformModel:
             finals.append(path.final)
             calls += path.network_calls
         final = torch.cat(finals)
-        return final, flat[0, 0] - log_joint[final[:, 0], final[:, 1]], calls
+        return final, (flat[0, 0] - log_joint[final[:, 0], final[:, 1]]).double(), calls
