@@ -26,7 +26,8 @@ from tqdm import tqdm
 from benchmarks import densities, grid, learners, report
 from benchmarks.densities import Density, Grid, Ising
 from dam import plots
-from dam.ctmc import enumeration
+from dam.adjoint import tilted_weights
+from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
 from dam.models.denoiser import Head
 
 SVDD = "svdd"
@@ -236,16 +237,30 @@ OBSERVED = ("tv", "magnetisation_error", "correlation_error")
 
 
 def figures(density: Ising, model: learners.Model, samples: int, seed: int) -> dict[str, Any]:
-    """Of the averaged network's samples: ESS of their weights, KL(p_u || p*) of paths by their mean, and total
-    variation and observables against p*, each with what exact samples have in [1].
-    """
+    """`lattice_figures` of the averaged network of a masked chain."""
+
+    def sampled(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        path = model.sampled(model.blank(count), seed)
+        return path.final, -density.length * math.log(density.tokens) - path.log_prob.double().sum(dim=1)
+
     network, model.network = model.network, model.averaged
+    try:
+        return lattice_figures(density, sampled, samples, seed)
+    finally:
+        model.network = network
+
+
+def lattice_figures(
+    density: Ising, sampled: Callable[[int, int], tuple[Tensor, Tensor]], samples: int, seed: int
+) -> dict[str, Any]:
+    """Of samples and the weights log p_base - log p_u of their paths: ESS of the weights to p*, KL(p_u || p*) of paths
+    by their mean, and total variation and observables against p*, each with what exact samples have in [1].
+    """
     finals, log_weights = [], []
     for n, at in enumerate(range(0, samples, 16_384)):
-        path = model.sampled(model.blank(min(16_384, samples - at)), 10**9 + seed * 1000 + n)
-        finals.append(path.final)
-        log_weights.append(density.log_density(path.final) - path.log_prob.double().sum(dim=1))
-    model.network = network
+        final, log_ratio = sampled(min(16_384, samples - at), 10**9 + seed * 1000 + n)
+        finals.append(final)
+        log_weights.append(log_ratio + density.length * math.log(density.tokens) + density.log_density(final))
     every = enumeration.states(density.tokens, density.length)
     final, log_weight = torch.cat(finals), torch.cat(log_weights) - density.log_density(every).logsumexp(dim=0)
     weight = torch.softmax(log_weight, dim=0)
@@ -266,20 +281,106 @@ def figures(density: Ising, model: learners.Model, samples: int, seed: int) -> d
     }
 
 
+class TimedNetwork(nn.Module):
+    """What the other spins and the time say of each one: log-odds [B, L, 2], 0 at the start; a residual MLP."""
+
+    def __init__(self, density: Ising, width: int = 256, depth: int = 2):
+        super().__init__()
+        self.first = nn.Linear(density.length + 3, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.last = nn.Linear(width, density.length * 2)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, tokens: Tensor, left: Tensor) -> Tensor:
+        times = torch.stack([left, left.square(), left.clamp(min=1e-4).log() / 8], dim=1)
+        h = F.gelu(self.first(torch.cat([2.0 * tokens - 1, times], dim=1).float()))
+        for layer in self.layers:
+            h = h + F.gelu(layer(h))
+        return self.last(h).view(*tokens.shape, 2)
+
+
+# Of the uniform chain of spins: weights over as many events as `simulate` would make of them vary too much.
+LEAPS = [1 - 10 ** (-4 * k / 40) for k in range(41)]
+
+
+class UniformLattice:
+    """A uniform chain of spins: p(X_1^i = w | x, t) in proportion to K_t[w, x_i] and what a network adds to it."""
+
+    def __init__(self, density: Ising, options: Options):
+        self.density, self.process = density, UniformCTMC(density.tokens, Geometric(1e-3))
+        self._fit = learners.Fit(TimedNetwork(density), **fitting(options))
+
+    def base(self, tokens: Tensor, time: Tensor) -> Tensor:
+        return self.process.kernel(time).transpose(1, 2)[torch.arange(len(tokens))[:, None], tokens].log()
+
+    def prediction(self, network: nn.Module, tokens: Tensor, time: Tensor) -> Tensor:
+        left = self.process.schedule.alpha(time.double())
+        return self.base(tokens, time) + network(tokens, left).double()
+
+    def step(self, final: Tensor, weight: Tensor, progress: float, generator: torch.Generator) -> None:
+        """A gradient step on outcomes re-noised to times at which what is left of them is uniform in (0, 1)."""
+        time = self.process.schedule.inverse(torch.rand(len(final), generator=generator, dtype=torch.float64))
+        time = time.clamp(min=0.0)
+        states = self.process.noise(final, time, generator)
+        log_prob = self.prediction(self._fit.network, states, time).log_softmax(dim=2)
+        loss = -(weight * log_prob.gather(2, final[..., None]).sum(dim=(1, 2))).mean() / self.density.length
+        self._fit.step(loss, progress)
+
+    def sampled(self, count: int, seed: int, *, averaged: bool = False) -> tuple[Tensor, Tensor]:
+        """Outcomes [B, L], and log p_base - log p_u of their paths."""
+        network = self._fit.averaged if averaged else self._fit.network
+        start = self.process.initial((count, self.density.length), torch.Generator().manual_seed(seed))
+        path = tau_leap(
+            self.process,
+            lambda x, t: self.prediction(network, x, t),
+            start,
+            times=LEAPS,
+            base=self.base,
+            seed=seed,
+        )
+        return path.final, (path.log_ratio + path.escape_gap).sum(dim=1)
+
+
+def on_uniform_lattice(
+    density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Trains on a uniform chain; the curve, of few samples, and the figures at the end."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model, curve, at = UniformLattice(density, options), [], checked(options.rounds)
+    label = f"{name}, uniform base, beta {density.beta}, seed {seed}"
+    for n in tqdm(range(options.rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+        final, log_ratio = model.sampled(options.batch, seed * 10**6 + n)
+        reward = density.log_density(final)
+        shape = (-1, size or options.batch)
+        weights, _ = tilted_weights(log_ratio.view(*shape, 1), reward.view(shape), beta=1.0)
+        for _ in range(options.steps):
+            model.step(final, weights.weight.flatten(), n / options.rounds, generator)
+        if n + 1 in at:
+            found = lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), ON_THE_WAY, seed)
+            # A trajectory is a call for every leap.
+            calls = (n + 1) * options.batch * (len(LEAPS) - 1 + options.steps)
+            cost = {"reward_calls": (n + 1) * options.batch, "network_calls": calls}
+            curve.append({**cost, "ess": found["ess"], "kl": found["kl"]})
+    return curve, lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), samples, seed)
+
+
 def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
     density = Ising(given["side"], given["beta"], given["field"])
+    run = on_lattice if given["base"] == "masked" else on_uniform_lattice
     results: list[dict[str, Any]] = []
     for name in given["learners"]:
         for seed in range(given["seeds"]):
             started = time.perf_counter()
-            curve, found = on_lattice(density, name, options, seed, given["samples"], given["group_size"])
+            curve, found = run(density, name, options, seed, given["samples"], given["group_size"])
             seconds = time.perf_counter() - started
             results.append({"learner": name, "seed": seed, **found, "curve": curve, "seconds": seconds})
             print(f"{name}, seed {seed}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}, {seconds:.0f} s", flush=True)
-    stem = given["name"] or f"ising-{density.beta:g}"
+    stem = given["name"] or f"ising-{density.beta:g}-{given['base']}"
     setting = {**dataclasses.asdict(density), "samples": given["samples"], **dataclasses.asdict(options)}
     report.write_json(output / f"{stem}.json", {**report.versions(), **setting, "results": results})
-    title = f"{density.side} x {density.side} Ising, beta {density.beta}, masked base"
+    title = f"{density.side} x {density.side} Ising, beta {density.beta}, {given['base']} base"
     lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
     draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
     return ising_table(results)
@@ -394,7 +495,7 @@ def learners_of(given: dict[str, Any]) -> list[str]:
     if given["study"] == "sudoku":
         return list(SUDOKU)
     if given.get("base") == "uniform":
-        return list(UNIFORM_LEARNERS)
+        return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
 
 
@@ -408,6 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on = {name: studies.add_parser(name, help=text) for name, text in STUDIES.items()}
     for name, default in (("grid", Options()), ("ising", ISING)):
         add = on[name].add_argument
+        add("--base", choices=("masked", "uniform"), default="masked")
         for field in dataclasses.fields(Options):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
@@ -419,13 +521,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = on["grid"].add_argument
     add("--density", choices=densities.DENSITIES, default=Grid.name)
     add("--size", type=int, default=Grid.size, help="points of an axis (default: %(default)s)")
-    add("--base", choices=("masked", "uniform"), default="masked")
     add("--published-times", type=int, default=1, help="as many rounds for the published estimator (default: 1)")
     add = on["ising"].add_argument
     for ising in dataclasses.fields(Ising):
         add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
     add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
-    add("--name", help="of the JSON and PNG (default: ising-BETA)")
+    add("--name", help="of the JSON and PNG (default: ising-BETA-BASE)")
     add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     given = vars(parser.parse_args(arguments))
@@ -446,7 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 STUDIES = {
     "grid": "two tokens on a grid",
-    "ising": "an Ising lattice, masked base",
+    "ising": "an Ising lattice",
     "sudoku": "the main job, estimator by estimator",
 }
 ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dam
 from benchmarks.densities import Grid
-from benchmarks.learners import Learner, Model, Round
+from benchmarks.learners import Fit, Learner, Model, Round
 from dam.adjoint import MatchingTargets
 from dam.ctmc import Geometric, UniformCTMC, enumeration, simulate
 from dam.rollout import Trajectories
@@ -178,14 +178,14 @@ class UniformModel:
     alone, up to what X_0 tells of it.
     """
 
-    def __init__(self, density: Grid, *, learning_rate: float, power: float = 1.0, average: float = 16.0):
-        self._masked = GridModel(density, learning_rate=learning_rate, power=power, average=average)
+    def __init__(self, density: Grid, **options: float):
+        self._fit = Fit(Contexts(density.size), **options)
         self.size = density.size
         self.process = UniformCTMC(self.size, Geometric(1e-3))
 
     def log_joint(self, network: nn.Module | None = None) -> Tensor:
         """float32 [V, V], differentiable."""
-        log_prob = (network or self._masked.network)().log_softmax(dim=2)
+        log_prob = (network or self._fit.network)().log_softmax(dim=2)
         return log_prob[0, -1][:, None] + log_prob[1, :-1]
 
     def prediction(self, log_joint: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
@@ -203,18 +203,14 @@ class UniformModel:
         time = self.process.schedule.inverse(torch.rand(len(final), generator=generator, dtype=torch.float64))
         time = time.clamp(min=0.0)
         states = self.process.noise(final, time, generator)
-        self._masked.loss = lambda _: (
-            -(
-                weight[:, None]
-                * self.prediction(self.log_joint(), states, time).log_softmax(dim=2).gather(2, final[..., None])[..., 0]
-            ).mean()
-        )
-        self._masked.step(None, progress)
+        log_prob = self.prediction(self.log_joint(), states, time).log_softmax(dim=2)
+        told = log_prob.gather(2, final[..., None])[..., 0]
+        self._fit.step(-(weight[:, None] * told).mean(), progress)
 
     @torch.no_grad()
     def law(self) -> Tensor:
         """The law that its rates reverse, float64 [V, V]."""
-        return self.log_joint(self._masked.averaged).double().exp()
+        return self.log_joint(self._fit.averaged).double().exp()
 
     @torch.no_grad()
     def simulated_law(self, times: list[float]) -> Tensor:

@@ -29,24 +29,47 @@ from dam.models.denoiser import Denoiser
 from dam.rollout import Trajectories, jump_log_prob, rollout
 
 
-class Model(abc.ABC):
-    """A network that predicts p(v | i, x), trained by Adam; figures are of the average of its weights.
+class Fit:
+    """Adam on a network, and the average of its weights, which figures are of.
 
     Args:
-        network: made anew; its weights' average is kept beside it.
-        density: names tokens and length; token V is the mask.
         learning_rate: falls to 0 with `power` over the run.
         average: exponent of the average's weights: the n-th step counts as n^average.
     """
 
-    def __init__(
-        self, network: nn.Module, density: Density, *, learning_rate: float, power: float = 1.0, average: float = 16.0
-    ):
+    def __init__(self, network: nn.Module, *, learning_rate: float, power: float = 1.0, average: float = 16.0):
         self.network, self.averaged = network, copy.deepcopy(network)
-        self.tokens, self.length = density.tokens, density.length
-        self.process = MaskedCTMC(self.tokens)
         self._rate, self._power, self._average, self._steps = learning_rate, power, average, 0
         self._optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        """A gradient step; progress is the share of the run that is over, in [0, 1)."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * (1 - progress) ** self._power
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._steps += 1
+        share = (self._average + 1) / (self._steps + self._average)
+        with torch.no_grad():
+            for mean, now in zip(self.averaged.parameters(), self._optimizer.param_groups[0]["params"], strict=True):
+                mean.lerp_(now, share)
+
+
+class Model(abc.ABC):
+    """A network that predicts p(v | i, x), and what it is fitted with.
+
+    Args:
+        network: made anew; Adam keeps fitting it, whatever `network` is set to for a while.
+        density: names tokens and length; token V is the mask.
+        options: of `Fit`.
+    """
+
+    def __init__(self, network: nn.Module, density: Density, **options: float):
+        self._fit = Fit(network, **options)
+        self.network, self.averaged = network, self._fit.averaged
+        self.tokens, self.length = density.tokens, density.length
+        self.process = MaskedCTMC(self.tokens)
 
     @abc.abstractmethod
     def sampled(self, initial: Tensor, seed: int) -> Trajectories:
@@ -65,17 +88,7 @@ class Model(abc.ABC):
         """The matching loss of the targets, differentiable in the network."""
 
     def step(self, targets: MatchingTargets, progress: float) -> None:
-        """A gradient step; progress is the share of the run that is over, in [0, 1)."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * (1 - progress) ** self._power
-        self._optimizer.zero_grad()
-        self.loss(targets).backward()
-        self._optimizer.step()
-        self._steps += 1
-        share = (self._average + 1) / (self._steps + self._average)
-        with torch.no_grad():
-            for mean, now in zip(self.averaged.parameters(), self.network.parameters(), strict=True):
-                mean.lerp_(now, share)
+        self._fit.step(self.loss(targets), progress)
 
     def blank(self, count: int) -> Tensor:
         return torch.full((count, self.length), self.tokens)

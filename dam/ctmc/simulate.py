@@ -161,9 +161,10 @@ def tau_leap(
         log_escape = torch.logsumexp(log_rates, dim=2)  # [B, L]
         u = torch.rand((count, length), dtype=torch.float64, generator=generator, device=tokens.device)
         jumps = u < -torch.expm1(-duration * log_escape.exp())
-        flat = log_rates.flatten(0, 1)
-        # Rows that have nowhere to go do not jump.
-        drawn = _destination(flat, path.calls, torch.arange(len(flat), device=flat.device), seed).view(count, length)
+        jumping = jumps.flatten().nonzero()[:, 0]
+        drawn = torch.full((count * length,), -1, device=tokens.device)
+        drawn[jumping] = _destination(log_rates.flatten(0, 1)[jumping], path.calls, jumping, seed)
+        drawn = drawn.view(count, length)
         log_ratio, escape_gap = (torch.zeros((count, length), dtype=torch.float64, device=u.device) for _ in range(2))
         if base is not None:
             base_rates = checked_log_rates(process, base, state, time)
