@@ -19,11 +19,11 @@ RANK = {
     "divergences": 2,
     "models": 3,
     "rollout": 4,
-    "adjoint": 4,
     "diagnostics": 4,
-    "train": 5,
-    "tasks": 6,
-    "cli": 7,
+    "adjoint": 5,
+    "train": 6,
+    "tasks": 7,
+    "cli": 8,
 }
 LEAVES = {"plots": 0}
 OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
