@@ -66,7 +66,7 @@ class Grid(Density):
     """A density of the plane at the points of a grid: two tokens, one for each axis of [-1, 1]^2.
 
     "pinwheel" has five bent Gaussian arms above a floor of e^-9 of its peak; "checkerboard" is 1 on every other of
-    4 x 4 squares and e^-6 between, with edges of one cell.
+    4 x 4 squares and e^-6 between, with edges of one cell, which coarse grids see little of.
     """
 
     name: str = "pinwheel"
@@ -85,7 +85,7 @@ class Grid(Density):
         return self.table()[x[:, 0], x[:, 1]]
 
     def table(self) -> Tensor:
-        """float64 [V, V], at most 0."""
+        """log p* up to a constant, float64 [V, V]."""
         axis = torch.linspace(-1, 1, self.size, dtype=torch.float64)
         x, y = torch.meshgrid(axis, axis, indexing="ij")
         if self.name == "checkerboard":

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ class Options:
     rounds: int = 3000
     batch: int = 2048  # reward calls of a round
     steps: int = 1  # gradient steps of a round, of learners that can take more
+    replicates: int = 1  # states that an outcome is re-masked to in each step, of learners that re-mask
     learning_rate: float = 2e-3
     power: float = 1.5  # with which it falls to 0
     average: float = 16.0  # exponent of the weights' average
@@ -50,6 +52,11 @@ class Options:
 def fitting(options: Options) -> dict[str, float]:
     """What models take of the options."""
     return {name: getattr(options, name) for name in ("learning_rate", "power", "average")}
+
+
+def playing(options: Options) -> dict[str, int]:
+    """What learners take of them."""
+    return {name: getattr(options, name) for name in ("batch", "steps", "replicates")}
 
 
 def checked(rounds: int) -> set[int]:
@@ -68,10 +75,10 @@ def play(
     curve, at = [], checked(rounds)
     reward_calls = network_calls = 0
     for n in tqdm(range(rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
-        round = learner.round(model, n, n / rounds)
-        for targets in round.steps:
+        played = learner.round(model, n, n / rounds)
+        for targets in played.steps:
             model.step(targets, n / rounds)
-        reward_calls, network_calls = reward_calls + round.reward_calls, network_calls + round.network_calls
+        reward_calls, network_calls = reward_calls + played.reward_calls, network_calls + played.network_calls
         if n + 1 in at:
             curve.append({"reward_calls": reward_calls, "network_calls": network_calls, **evaluate()})
     return curve
@@ -89,7 +96,7 @@ def on_grid(density: Grid, name: str, options: Options, seed: int) -> tuple[list
         learner: learners.Learner = grid.ValueGuidance(density, batch=options.batch, seed=seed)
         law = learner.law
     else:
-        learner = learners.learner(name, density, batch=options.batch, steps=options.steps, seed=seed)
+        learner = learners.learner(name, density, **playing(options), seed=seed)
         law = model.law
     curve = play(
         learner, model, options.rounds, lambda: grid.divergences(truth, law()), f"{name}, {density.name}, seed {seed}"
@@ -118,15 +125,20 @@ def on_uniform_grid(density: Grid, name: str, options: Options, seed: int) -> tu
     share = uniform / options.batch
     label = f"{name}, uniform base, {density.name}, seed {seed}"
     for n in tqdm(range(options.rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
-        final, log_ratio, calls = model.trajectories(options.batch, uniform, seed * 10**6 + 2 * n, UNIFORM_TIMES)
-        network_calls += calls + options.steps * options.batch
+        drawn_from = model.log_joint().detach()
+        final, log_ratio, calls = model.trajectories(
+            drawn_from, options.batch, uniform, seed * 10**6 + 2 * n, UNIFORM_TIMES
+        )
+        # The teacher's word on a state is asked for beside the model's.
+        network_calls += calls + options.steps * options.batch * (2 if name == UNIFORM_LEARNERS[0] else 1)
         # p_base over the mixture of both laws of paths, and p_u over it.
         log_base = -torch.logaddexp(math.log1p(-share) - log_ratio, torch.full_like(log_ratio, math.log(share)))
         weight = torch.softmax(density.log_density(final) + log_base, dim=0) * options.batch
+        taken: dict[str, Any] = {}
         if name == UNIFORM_LEARNERS[0]:
-            weight = weight - (log_base - log_ratio).exp()
+            taken = {"baseline": (log_base - log_ratio).exp(), "teacher": drawn_from}
         for _ in range(options.steps):
-            model.step(final, weight, n / options.rounds, generator)
+            model.step(final, weight, n / options.rounds, generator, **taken)
         if n + 1 in at:
             cost = {"reward_calls": (n + 1) * options.batch, "network_calls": network_calls}
             curve.append({**cost, **grid.divergences(truth, model.law())})
@@ -141,9 +153,10 @@ def study_grid(given: dict[str, Any], options: Options, output: Path) -> str:
     density = Grid(given["density"], given["size"])
     run = on_grid if given["base"] == "masked" else on_uniform_grid
     results, laws = [], {}
-    stem = f"{density.name}-{given['base']}"
+    stem = given["name"] or f"{density.name}-{given['base']}"
     title = f"{density.name}, {density.size} x {density.size}, {given['base']} base"
     setting = {**report.versions(), **dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
+    setting["published_times"] = given["published_times"]
     for name in given["learners"]:
         for seed in range(given["seeds"]):
             started = time.perf_counter()
@@ -169,7 +182,7 @@ def reached(curve: Sequence[dict[str, float]], figure: str, level: float) -> flo
 
 
 def grid_table(results: Sequence[dict[str, Any]]) -> str:
-    lines = ["| learner | reward calls | network calls | KL(p* of p_u) | TV | calls to KL 1e-2 | to 1e-3 | to 1e-4 |"]
+    lines = ["| learner | reward calls | network calls | KL(p*, p_u) | TV | calls to KL 1e-2 | to 1e-3 | to 1e-4 |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(r["learner"] for r in results):
         curves = [r["curve"] for r in results if r["learner"] == name]
@@ -177,8 +190,7 @@ def grid_table(results: Sequence[dict[str, Any]]) -> str:
         cells = [name, f"{last['reward_calls']:,}", f"{last['network_calls']:,}"]
         cells += [spread([curve[-1][figure] for curve in curves], "{:.2g}") for figure in ("kl", "tv")]
         for level in (1e-2, 1e-3, 1e-4):
-            calls = sorted(reached(curve, "kl", level) for curve in curves)
-            middle = calls[len(calls) // 2]
+            middle = statistics.median(reached(curve, "kl", level) for curve in curves)
             cells.append(f"{middle:,.0f}" if math.isfinite(middle) else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -186,9 +198,8 @@ def grid_table(results: Sequence[dict[str, Any]]) -> str:
 
 def spread(values: Sequence[float], form: str) -> str:
     """Median, and least to most if there are several."""
-    values = sorted(values)
-    middle = form.format(values[len(values) // 2])
-    return middle if len(values) == 1 else f"{middle} ({form.format(values[0])} to {form.format(values[-1])})"
+    middle = form.format(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 # ---- the Ising lattice
@@ -223,7 +234,7 @@ def on_lattice(
     """Trains on a masked chain; the curve, of few samples, and the figures at the end."""
     torch.manual_seed(seed)
     model = learners.DenoiserModel(Network(density), density, **fitting(options))
-    learner = learners.learner(name, density, batch=options.batch, steps=options.steps, size=size, seed=seed)
+    learner = learners.learner(name, density, **playing(options), size=size, seed=seed)
 
     def evaluate() -> dict[str, float]:
         found = figures(density, model, min(samples, ON_THE_WAY), seed)
@@ -330,7 +341,7 @@ class UniformLattice:
     def sampled(self, count: int, seed: int, *, averaged: bool = False) -> tuple[Tensor, Tensor]:
         """Outcomes [B, L], and log p_base - log p_u of their paths."""
         network = self._fit.averaged if averaged else self._fit.network
-        start = self.process.initial((count, self.density.length), torch.Generator().manual_seed(seed))
+        start = self.process.initial((count, self.density.length), torch.Generator().manual_seed(seed + 2**40))
         path = tau_leap(
             self.process,
             lambda x, t: self.prediction(network, x, t),
@@ -345,7 +356,10 @@ class UniformLattice:
 def on_uniform_lattice(
     density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Trains on a uniform chain; the curve, of few samples, and the figures at the end."""
+    """Trains on a uniform chain; the curve, of few samples, and the figures at the end.
+
+    What is matched is the exact chain's, and what samples the one of tau-leaping, which p* is not quite a law of.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model, curve, at = UniformLattice(density, options), [], checked(options.rounds)
@@ -388,14 +402,14 @@ def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
 
 def ising_table(results: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, those of exact samples in brackets."""
-    lines = ["| learner | reward calls | ESS | KL(p_u of p*) | TV | magnetisation off by | correlation off by |"]
+    lines = ["| learner | reward calls | ESS | KL(p_u, p*) | TV | magnetisation off by | correlation off by |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
         cells = [name, f"{runs[0]['curve'][-1]['reward_calls']:,}"]
         cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
         for figure in OBSERVED:
-            ours, exact = (sorted(r[figure][k] for r in runs)[len(runs) // 2] for k in (0, 1))
+            ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
             cells.append(f"{ours:.4f} [{exact:.4f}]")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -457,7 +471,7 @@ def draw_curves(
             calls = [point[cost] for point in curves[0]]
             values = torch.tensor([[point[figure] for point in curve] for curve in curves])
             style = "--" if name == learners.PUBLISHED else "-"
-            (line,) = axes.plot(calls, values.median(dim=0).values.tolist(), style, linewidth=1.2, label=name)
+            (line,) = axes.plot(calls, values.quantile(0.5, dim=0).tolist(), style, linewidth=1.2, label=name)
             axes.fill_between(
                 calls, values.amin(dim=0).tolist(), values.amax(dim=0).tolist(), alpha=0.2, color=line.get_color()
             )
@@ -499,6 +513,10 @@ def learners_of(given: dict[str, Any]) -> list[str]:
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
 
 
+def default_learners(given: dict[str, Any]) -> list[str]:
+    return [name for name in learners_of(given) if name not in learners.ABLATIONS]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.estimators",
@@ -510,12 +528,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, default in (("grid", Options()), ("ising", ISING)):
         add = on[name].add_argument
         add("--base", choices=("masked", "uniform"), default="masked")
+        add("--name", help="of the JSON and PNG (default: by density and base)")
         for field in dataclasses.fields(Options):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
     for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2)):
         every = "; ".join(learners_of({"study": name}))
-        on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all)")
+        on[name].add_argument(
+            "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
+        )
         on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
         on[name].add_argument("--output", metavar="DIR", type=Path, help="default: benchmarks/results/<device>")
     add = on["grid"].add_argument
@@ -526,11 +547,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for ising in dataclasses.fields(Ising):
         add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
     add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
-    add("--name", help="of the JSON and PNG (default: ising-BETA-BASE)")
     add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     given = vars(parser.parse_args(arguments))
-    given["learners"] = given["learners"] or learners_of(given)
+    given["learners"] = given["learners"] or default_learners(given)
     for name in given["learners"]:
         if name not in learners_of(given):
             parser.error(f"no learner {name!r} in this study; there are {'; '.join(learners_of(given))}")

@@ -198,14 +198,34 @@ class UniformModel:
         here = nn.functional.one_hot(tokens, self.size).to(joint.dtype)
         return torch.stack([first, second], dim=1).log() + (left[..., None] * here + spread[..., None]).log()
 
-    def step(self, final: Tensor, weight: Tensor, progress: float, generator: torch.Generator) -> None:
-        """A gradient step on outcomes [B, 2] re-noised to times at which what is left of them is uniform in (0, 1)."""
+    def step(
+        self,
+        final: Tensor,
+        weight: Tensor,
+        progress: float,
+        generator: torch.Generator,
+        *,
+        baseline: Tensor | float = 0.0,
+        teacher: Tensor | None = None,
+    ) -> None:
+        """A gradient step on outcomes [B, 2] re-noised to times at which what is left of them is uniform in (0, 1).
+
+        Args:
+            final, weight: outcomes, and their weights toward p*.
+            progress: share of the run that is over.
+            generator: draws times and noise.
+            baseline: taken off each weight, and given to `teacher`, the log joint law [V, V] that the outcomes were
+                drawn from: in expectation nothing, and all of the noise once the weights are the baseline.
+        """
         time = self.process.schedule.inverse(torch.rand(len(final), generator=generator, dtype=torch.float64))
         time = time.clamp(min=0.0)
         states = self.process.noise(final, time, generator)
         log_prob = self.prediction(self.log_joint(), states, time).log_softmax(dim=2)
-        told = log_prob.gather(2, final[..., None])[..., 0]
-        self._fit.step(-(weight[:, None] * told).mean(), progress)
+        told = (weight - baseline)[:, None] * log_prob.gather(2, final[..., None])[..., 0]
+        if teacher is not None:
+            share = self.prediction(teacher, states, time).softmax(dim=2)
+            told = told + torch.as_tensor(baseline)[:, None] * (share * log_prob).sum(dim=2)
+        self._fit.step(-told.mean(), progress)
 
     @torch.no_grad()
     def law(self) -> Tensor:
@@ -219,16 +239,17 @@ class UniformModel:
         start = torch.full((self.size**2,), 1.0 / self.size**2, dtype=torch.float64)
         return enumeration.law(self.process, lambda x, t: self.prediction(log_joint, x, t), start, self.size, 2, times)
 
-    def trajectories(self, count: int, uniform: int, seed: int, times: list[float]) -> tuple[Tensor, Tensor, int]:
-        """Outcomes [B, 2] of the chain, the first `uniform` of them of the base, log p_base - log p_u of what leads to
-        them, and the states at which the network was evaluated.
+    def trajectories(
+        self, log_joint: Tensor, count: int, uniform: int, seed: int, times: list[float]
+    ) -> tuple[Tensor, Tensor, int]:
+        """Outcomes [B, 2] of the chain of a joint law, the first `uniform` of them of the base, log p_base - log p_u of
+        what leads to them, and the states at which the network was evaluated.
 
         Given X_1, paths have the same law under model and base, noise run backwards, so that the weights of all paths
         to X_1 have the mean p_base(X_1) / p_u(X_1). This model, being a joint law, can tell it; others weigh each path.
         """
-        log_joint = self.log_joint().detach()
         flat = torch.full_like(log_joint, -2 * math.log(self.size))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + 2**40)  # not the simulator's stream
         finals, calls = [], 0
         for law, number in ((flat, uniform), (log_joint, count - uniform)):
             start = self.process.initial((number, 2), generator)

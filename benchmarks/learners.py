@@ -135,11 +135,15 @@ class Round(NamedTuple):
 
 @dataclasses.dataclass
 class Learner(abc.ABC):
-    """A way to learn; `batch` reward calls a round, spent on `steps` gradient steps."""
+    """A way to learn; `batch` reward calls a round, spent on `steps` gradient steps.
+
+    Learners that re-mask outcomes do so `replicates` times for every step.
+    """
 
     density: Density
     batch: int = 2048
     steps: int = 1
+    replicates: int = 1
     seed: int = 0
     generator: torch.Generator = dataclasses.field(init=False)
 
@@ -175,18 +179,11 @@ class Group(Learner):
         reward = self.density.log_density(path.final).view(shape)
         weights, _ = tilted_weights(self.log_ratio(path).view(*shape, -1), reward, beta=1.0)
         steps = []
+        final = path.final.view(*shape, -1).repeat(1, self.replicates, 1)
         for _ in range(self.steps):
-            states = model.process.remask(path.initial, path.final, self.generator)
-            steps.append(
-                group_targets(
-                    self.estimator,
-                    states.view(*shape, -1),
-                    path.final.view(*shape, -1),
-                    weights.weight,
-                    model.process,
-                    generator=self.generator,
-                )
-            )
+            states = model.process.remask(torch.full_like(final, self.density.tokens), final, self.generator)
+            weight = weights.weight.repeat(1, self.replicates)
+            steps.append(group_targets(self.estimator, states, final, weight, model.process, generator=self.generator))
         return self.done(steps, self.batch, path)
 
 
@@ -217,7 +214,7 @@ class State(Learner):
             model.process,
             generator=self.generator,
         )
-        return self.done([targets], self.batch, before, path)
+        return self.done([targets], groups * self.size, before, path)
 
 
 @dataclasses.dataclass
@@ -255,16 +252,17 @@ class WeightedDenoising(Learner):
     def round(self, model: Model, n: int, progress: float) -> Round:
         path = model.sampled(model.blank(self.batch), self.seed_of(n))
         log_weight = self.density.log_density(path.final) + self.log_ratio(path).sum(dim=1)
-        weight = torch.softmax(log_weight, dim=0) * self.batch
+        weight = (torch.softmax(log_weight, dim=0) * self.batch).repeat(self.replicates)
+        final = path.final.repeat(self.replicates, 1)
         steps = []
         for _ in range(self.steps):
-            level = torch.rand((self.batch, 1), generator=self.generator)
-            masked = torch.rand(path.final.shape, generator=self.generator) < level
+            level = torch.rand((len(final), 1), generator=self.generator)
+            masked = torch.rand(final.shape, generator=self.generator) < level
             row, position = masked.nonzero(as_tuple=True)
             share = weight[row] / (level[row, 0] * self.density.length)
-            states = torch.where(masked, self.density.tokens, path.final)
+            states = torch.where(masked, self.density.tokens, final)
             group = torch.zeros(len(states), dtype=torch.int64)
-            target = path.final[row, position][:, None]
+            target = final[row, position][:, None]
             steps.append(MatchingTargets(states, group, row, position, target, share[:, None]))
         return self.done(steps, self.batch, path)
 
@@ -273,7 +271,8 @@ class WeightedDenoising(Learner):
 class TiltMatching(Learner):
     """c-DTM: the tilt goes to 1 in stages; each stage's teacher is the model that the last one ended with.
 
-    (e^{h r} - c) CE(X_1) + c CE(teacher) at re-masked outcomes X_1 of the teacher; r less its mean over the batch.
+    (e^{h r} - c) CE(X_1) + c CE(teacher) at re-masked outcomes X_1 of the teacher; r less its mean over the batch. The
+    number of stages is ours.
 
     Source: Discrete Tilt Matching, arXiv 2604.18739.
     """
@@ -293,23 +292,24 @@ class TiltMatching(Learner):
         try:
             path = model.sampled(model.blank(self.batch), self.seed_of(n))
             reward = self.density.log_density(path.final)
-            weight = ((reward - reward.mean()) / self.stages).exp()
+            weight = ((reward - reward.mean()) / self.stages).exp().repeat(self.replicates)
+            final = path.final.repeat(self.replicates, 1)
             steps = []
             for _ in range(self.steps):
-                states = model.process.remask(path.initial, path.final, self.generator)
+                states = model.process.remask(torch.full_like(final, self.density.tokens), final, self.generator)
                 masked = model.process.masked(states)
                 row, position = masked.nonzero(as_tuple=True)
                 teacher = model.log_prob(states)[row, position].double().exp()  # [R, V]
                 every = torch.arange(self.density.tokens).expand(len(row), -1)
-                target = torch.cat([path.final[row, position][:, None], every], dim=1)
+                target = torch.cat([final[row, position][:, None], every], dim=1)
                 pulled = torch.cat([(weight - self.constant)[row, None], self.constant * teacher], dim=1)
                 group = torch.zeros(len(states), dtype=torch.int64)
                 pulled = pulled / masked.sum(dim=1)[row, None]
                 steps.append(MatchingTargets(states, group, row, position, target, pulled))
         finally:
             model.network = student
-        round = self.done(steps, self.batch, path)
-        return round._replace(network_calls=round.network_calls + sum(len(t.states) for t in steps))
+        done = self.done(steps, self.batch, path)
+        return done._replace(network_calls=done.network_calls + sum(len(t.states) for t in steps))
 
 
 @dataclasses.dataclass
@@ -344,7 +344,8 @@ class AnalyticAdjoint(Learner):
 @dataclasses.dataclass
 class PolicyGradient(Learner):
     """diffu-GRPO of d1: advantages r - mean(r) of a group, and the mean-field likelihood of one network call that sees
-    masks only, with the k3 estimate of KL to the base. One step on each batch, so that no ratio is clipped.
+    masks only, with the k3 estimate of KL to the base. One step on each batch, so that no ratio is clipped. Its fixed
+    point is not p*: the likelihood is that of independent tokens, and the gradient of k3 that of KL(base || model).
 
     Source: Zhao et al., d1, arXiv 2504.12216, Sec. 3.2 and Alg. 1.
     """
@@ -364,21 +365,40 @@ class PolicyGradient(Learner):
         return self.done([targets], self.batch, path)
 
 
-def learner(name: str, density: Density, *, batch: int, steps: int = 1, size: int | None = None, seed: int) -> Learner:
+def learner(
+    name: str,
+    density: Density,
+    *,
+    batch: int,
+    steps: int = 1,
+    replicates: int = 1,
+    size: int | None = None,
+    seed: int,
+) -> Learner:
     """A learner by its name, one of LEARNERS.
 
     Args:
-        batch, steps: as for `Learner`; learners that need K trajectories from a state take one step a round.
+        batch, steps, replicates: as for `Learner`. Learners with normaliser "state", "analytic adjoint" and "d1" take
+            one step a round, and `path` takes all jumps in one step, or one jump of each trajectory in each of several.
         size: K of the group normaliser; None weighs the whole batch together.
+
+    Raises:
+        ValueError: the batch is no multiple of what the learner needs together.
     """
     made, options = LEARNERS[name]
     if made is Group:
         options = {**options, "size": size}
-    return made(density, batch=batch, steps=steps, seed=seed, **options)
+    found = made(density, batch=batch, steps=steps, replicates=replicates, seed=seed, **options)
+    together = getattr(found, "size", None) or getattr(found, "draws", 0) + 1
+    if batch < together or batch % together:
+        raise ValueError(f"{name}: the batch must be a multiple of {together}; got {batch}")
+    return found
 
 
 LEARNERS: dict[str, tuple[type[Learner], dict[str, object]]] = {
     "path, baseline": (Path, {}),
+    "path, baseline, no base": (Path, {"explore": 0.0}),
+    "path": (Path, {"baseline": False}),
     "posterior": (Group, {"estimator": "posterior"}),
     "first_jump": (Group, {"estimator": "first_jump"}),
     "posterior, state": (State, {"estimator": "posterior"}),
@@ -390,3 +410,4 @@ LEARNERS: dict[str, tuple[type[Learner], dict[str, object]]] = {
     "d1": (PolicyGradient, {}),
 }
 PUBLISHED = "first_jump_one, state"
+ABLATIONS = ("path, baseline, no base", "path")

@@ -1,6 +1,6 @@
 """From trajectories and costs to weighted targets of the matching loss: the estimators.
 
-Every estimator has the same fixed point, the model whose p(v | i, x) is that of p*. They differ in how
+At the model whose p(v | i, x) is that of p* no estimator asks for a change. They differ in how
 much of what K trajectories tell they use, from the paper's (noisiest) to the terminal posterior (quietest):
 
     first_jump_one   the first jump of one of the K trajectories, drawn uniformly
@@ -90,6 +90,10 @@ class MatchingTargets(NamedTuple):
 def _check(estimator: str, weight: Tensor) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}")
+    _check_weight(weight)
+
+
+def _check_weight(weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [groups, trajectories]; got {list(weight.shape)}")
 
@@ -197,22 +201,23 @@ def path_targets(
     baseline may be subtracted from the weights. With `weight - 1` the noise of the gradient vanishes as the model
     comes to p*, where all weights are 1, while that of the other estimators, the noise of drawn outcomes, stays. Not
     so at re-masked states: what was drawn there came from other states, and as long as the model's conditionals are
-    not those of one joint law, weights less 1 drive it away.
+    not those of one joint law, weights less 1 drive it away. Nor for a model that is not the one that drew any more:
+    take one step, or few, on a batch, or add the baseline's share of a cross-entropy to the model that drew it.
 
     Negative weights only push away from what was drawn, so a model that has lost a mode does not find it again, and
     the effective sample size of its own trajectories does not tell. Draw a share s of the trajectories from the base:
     with q = (1 - s) p_theta + s p_base over paths, p*/q are bounded weights, p*/q - p_theta/q those with baseline.
 
     Args:
-        trajectories: of `dam.rollout`, at temperature 1.
+        trajectories: of `dam.rollout` in random order, at temperature 1.
         weight: any number for each.
-        every: all jumps instead of one of each, at as many states: what one has for its expectation.
+        every: all jumps instead of a drawn one; the loss is then the expectation over the drawn one.
         generator: draws the jumps.
 
     Source: So et al., arXiv 2602.07132, Eq. 14 at the states of Alg. 1; defensive mixtures: Hesterberg, Weighted
     average importance sampling and defensive mixture distributions, 1995.
     """
-    _check(ESTIMATORS[0], weight)
+    _check_weight(weight)
     count = (trajectories.call >= 0).sum(dim=1)
     if count.shape[0] != weight.numel():
         raise ValueError(f"weight must have an element per trajectory, {len(count)}; got {list(weight.shape)}")

@@ -135,36 +135,59 @@ class Exact(torch.nn.Module):
         return self.log_prob.log_softmax(dim=2).float()
 
 
-@pytest.mark.parametrize("name", sorted(set(learners.LEARNERS) - {"d1"}))
-def test_the_fixed_point_is_the_optimum(name):
-    """At p* no learner's gradient has another mean than 0; that of c-DTM vanishes a stage's tilt beyond its teacher.
+def gradients(name, law, model_law, rounds=60):
+    """The gradients [rounds, 2, V + 1, V] that a learner asks for at a model of a joint law, and its log p(v | x).
 
-    Not of d1, whose likelihood is that of independent tokens.
+    `law` is the target's, log rewards up to a constant; that of c-DTM a stage's tilt beyond the model.
     """
     density = Random("pinwheel", 5)
     model = trained(5)
-    reward = density.table()
-    law = density.law().view(5, 5)
+    model.network = Exact(model_law)
     learner = learners.learner(name, density, batch=4096, seed=6)
-    teacher = law
-    if name == "c-DTM":
-        law = torch.softmax((reward * (1 / learner.stages)).flatten(), dim=0).view(5, 5)
-        teacher = torch.full((5, 5), 1 / 25, dtype=torch.float64)
-    model.network = Exact(teacher)
-    optimum = Exact(law).forward().double().exp()
-    gradients = []
-    for n in range(60):
+    log_prob = model.network().double()
+    found = []
+    for n in range(rounds):
         total = torch.zeros(2, 6, 5, dtype=torch.float64)
         for targets in learner.round(model, n, 0.0).steps:
             other = targets.states[targets.row, 1 - targets.position]
             rows, used = torch.arange(len(other))[:, None].expand_as(targets.target), targets.target >= 0
             where = (targets.position[rows][used], other[rows][used], targets.target[used])
             total.index_put_(where, targets.weight[used].double(), accumulate=True)
-        gradients.append(total - total.sum(dim=2, keepdim=True) * optimum)
-    gradient = torch.stack(gradients)
+        found.append(total - total.sum(dim=2, keepdim=True) * Exact(law).forward().double().exp())
+    return torch.stack(found), log_prob
+
+
+def laws(name):
+    """p*, and for c-DTM that of its first stage from a base that knows nothing."""
+    reward = Random("pinwheel", 5).table()
+    stages = learners.TiltMatching.stages if name == "c-DTM" else 1
+    return torch.softmax((reward / stages).flatten(), dim=0).view(5, 5), torch.full((5, 5), 1 / 25, dtype=torch.float64)
+
+
+CONSISTENT = sorted(set(learners.LEARNERS) - {"d1"})
+
+
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_the_fixed_point_is_the_optimum(name):
+    """At p* no learner's gradient has another mean than 0; that of c-DTM vanishes a stage's tilt beyond its teacher.
+
+    Not of d1: see `learners.PolicyGradient`.
+    """
+    law, uniform = laws(name)
+    gradient, _ = gradients(name, law, uniform if name == "c-DTM" else law)
+    # float32 log-probabilities leave gradients of 1e-4 a trajectory where there are none.
     z = gradient.mean(dim=0) / (gradient.std(dim=0) / 60**0.5).clamp(min=1e-3)
     # Student's t of 59 degrees of freedom beyond 7: 3e-9 each.
     assert float(z.abs().max()) < 7
+
+
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_away_from_the_optimum_the_gradient_leads_to_it(name):
+    """From the base, the gradient has a positive product with log p* - log p_theta."""
+    law, uniform = laws(name)
+    gradient, log_prob = gradients(name, uniform, uniform, rounds=40)
+    toward = (gradient * (Exact(law).forward().double() - log_prob)).sum(dim=(1, 2, 3))
+    assert float(toward.mean() / (toward.std() / 40**0.5)) > 7
 
 
 def test_weights_are_constant_where_the_model_is_the_law():
@@ -190,7 +213,8 @@ def test_what_resampling_keeps():
     exact = grid.kept(value, 3)
     assert abs(oracle.chi_square_z(torch.bincount(chosen, minlength=4).double(), exact)) < Z
     torch.testing.assert_close(grid.kept(value, 1), torch.full((4,), 0.25, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(grid.kept(value, 10_000), value / value.sum(), rtol=5e-3, atol=1e-6)
+    # In proportion to the values, up to a share of their spread over the number of draws.
+    torch.testing.assert_close(grid.kept(value, 10_000), value / value.sum(), rtol=5e-4, atol=0)
 
 
 def test_the_uniform_chain_of_a_joint_law():
@@ -221,7 +245,7 @@ def test_the_uniform_chain_of_a_joint_law():
 
 
 def test_order_on_the_grid(tmp_path, capsys):
-    """At equal reward calls: by factors in KL, where seeds differ by a fifth."""
+    """At equal reward calls: by factors in KL (0.10, 0.23, 0.96, 1.9), where two seeds differed by a fifth at most."""
     chosen = ["path, baseline", "posterior", "first_jump_one, state", "d1", "svdd"]
     arguments = ["grid", "--size", "31", "--rounds", "250", "--batch", "512", "--seeds", "1", "--output", str(tmp_path)]
     assert estimators.main([*arguments, "--learners", *chosen]) == 0
@@ -258,8 +282,8 @@ def test_a_network_that_knows_nothing_has_the_weights_of_the_base():
     found = estimators.figures(density, model, 20_000, seed=0)
     p = density.law()
     expected = 1 / (16 * float(p.square().sum()))
-    # 20,000 samples of 16 states: 1% of it.
-    assert math.isclose(found["ess"], expected, rel_tol=0.02)
+    # Of 20,000 samples it has a standard deviation of 0.43% (200 repetitions).
+    assert math.isclose(found["ess"], expected, rel_tol=Z * 0.0043)
     uniform = float((p - 1 / 16).abs().sum()) / 2
     assert math.isclose(found["tv"][0], uniform, abs_tol=0.02) and found["tv"][1] < 0.03
     kl = float((-math.log(16) - p.log()).mean())
@@ -300,6 +324,15 @@ def test_the_study_of_sudoku(tmp_path, capsys):
     assert "| posterior, group | 1,024 |" in capsys.readouterr().out
 
 
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="first_jump_one, state: the batch must be a multiple of 16; got 100"):
+        learners.learner("first_jump_one, state", Grid("pinwheel", 5), batch=100, seed=0)
+    with pytest.raises(ValueError, match="analytic adjoint: the batch must be a multiple of 8; got 4"):
+        learners.learner("analytic adjoint", Grid("pinwheel", 5), batch=4, seed=0)
+    with pytest.raises(ValueError, match="posterior: the batch must be a multiple of 64; got 100"):
+        learners.learner("posterior", Grid("pinwheel", 5), batch=100, size=64, seed=0)
+
+
 def test_reward_calls_to_a_level():
     curve = [{"reward_calls": n, "kl": kl} for n, kl in ((1, 5.0), (2, 0.9), (3, 1.1), (4, 0.8), (5, 0.5))]
     assert estimators.reached(curve, "kl", 1.0) == 4 and estimators.reached(curve, "kl", 10.0) == 1
@@ -310,4 +343,4 @@ def test_reward_calls_to_a_level():
 def test_a_learner_of_another_study_is_refused(capsys):
     with pytest.raises(SystemExit):
         estimators.main(["ising", "--learners", "svdd"])
-    assert "no learner 'svdd' in this study; there are path, baseline" in capsys.readouterr().err
+    assert "no learner 'svdd' in this study; there are path, baseline;" in capsys.readouterr().err
