@@ -470,7 +470,7 @@ def draw_curves(
             curves = [r["curve"] for r in results if r["learner"] == name]
             calls = [point[cost] for point in curves[0]]
             values = torch.tensor([[point[figure] for point in curve] for curve in curves])
-            style = "--" if name == learners.PUBLISHED else "-"
+            style = {learners.PUBLISHED: "--", SVDD: "k:"}.get(name, "-")  # there are ten colours
             (line,) = axes.plot(calls, values.quantile(0.5, dim=0).tolist(), style, linewidth=1.2, label=name)
             axes.fill_between(
                 calls, values.amin(dim=0).tolist(), values.amax(dim=0).tolist(), alpha=0.2, color=line.get_color()
