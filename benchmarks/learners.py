@@ -154,6 +154,11 @@ class Learner(abc.ABC):
     def round(self, model: Model, n: int, progress: float) -> Round:
         """The n-th round."""
 
+    @property
+    def together(self) -> int:
+        """Reward calls that cannot be divided."""
+        return 1
+
     def seed_of(self, n: int) -> int:
         return (self.seed * 10**6 + n) * 4
 
@@ -172,6 +177,10 @@ class Group(Learner):
 
     estimator: str = "posterior"
     size: int | None = None  # K; None: the batch
+
+    @property
+    def together(self) -> int:
+        return self.size or 1
 
     def round(self, model: Model, n: int, progress: float) -> Round:
         path = model.sampled(model.blank(self.batch), self.seed_of(n))
@@ -197,6 +206,10 @@ class State(Learner):
     estimator: str = "first_jump_one"
     size: int = 16  # K
 
+    @property
+    def together(self) -> int:
+        return self.size
+
     def round(self, model: Model, n: int, progress: float) -> Round:
         groups = self.batch // self.size
         before = model.sampled(model.blank(groups), self.seed_of(n))
@@ -214,7 +227,7 @@ class State(Learner):
             model.process,
             generator=self.generator,
         )
-        return self.done([targets], groups * self.size, before, path)
+        return self.done([targets], self.batch, before, path)
 
 
 @dataclasses.dataclass
@@ -320,8 +333,12 @@ class AnalyticAdjoint(Learner):
 
     draws: int = 7
 
+    @property
+    def together(self) -> int:
+        return self.draws + 1
+
     def round(self, model: Model, n: int, progress: float) -> Round:
-        count, tokens = self.batch // (self.draws + 1), self.density.tokens
+        count, tokens = self.batch // self.together, self.density.tokens
         before = model.sampled(model.blank(count), self.seed_of(n))
         states = model.process.remask(before.initial, before.final, self.generator)
         path = model.sampled(states, self.seed_of(n) + 1)
@@ -338,7 +355,7 @@ class AnalyticAdjoint(Learner):
         targets = MatchingTargets(
             states, torch.zeros(count, dtype=torch.int64), row, position, token[:, None], weight[:, None]
         )
-        return self.done([targets], count * (self.draws + 1), before, path)
+        return self.done([targets], self.batch, before, path)
 
 
 @dataclasses.dataclass
@@ -389,9 +406,8 @@ def learner(
     if made is Group:
         options = {**options, "size": size}
     found = made(density, batch=batch, steps=steps, replicates=replicates, seed=seed, **options)
-    together = getattr(found, "size", None) or getattr(found, "draws", 0) + 1
-    if batch < together or batch % together:
-        raise ValueError(f"{name}: the batch must be a multiple of {together}; got {batch}")
+    if batch < found.together or batch % found.together:
+        raise ValueError(f"{name}: the batch must be a multiple of {found.together}; got {batch}")
     return found
 
 
