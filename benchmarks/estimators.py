@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,12 @@ def checked(rounds: int) -> set[int]:
     return {max(1, round(rounds ** (k / CHECKS))) for k in range(CHECKS // 3, CHECKS + 1)}
 
 
+def bar(rounds: int, label: str) -> tqdm:
+    """Counts rounds on a terminal that no other process writes to."""
+    hidden = not sys.stderr.isatty() or multiprocessing.parent_process() is not None
+    return tqdm(range(rounds), desc=label, leave=False, disable=hidden)
+
+
 def play(
     learner: learners.Learner,
     model: learners.Model,
@@ -74,7 +83,7 @@ def play(
     """Plays rounds; figures on the way, with what they had cost."""
     curve, at = [], checked(rounds)
     reward_calls = network_calls = 0
-    for n in tqdm(range(rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+    for n in bar(rounds, label):
         played = learner.round(model, n, n / rounds)
         for targets in played.steps:
             model.step(targets, n / rounds)
@@ -82,6 +91,28 @@ def play(
         if n + 1 in at:
             curve.append({"reward_calls": reward_calls, "network_calls": network_calls, **evaluate()})
     return curve
+
+
+Run = Callable[[str, int], dict[str, Any]]  # what a learner comes to from a seed; `curve` is part of it
+
+
+def timed(run: Run, name: str, seed: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = run(name, seed)
+    return {"learner": name, "seed": seed, **found, "seconds": time.perf_counter() - started}
+
+
+def played(given: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
+    """Every learner from every seed, in this order, as many at a time as there are processes."""
+    names, seeds = zip(*((name, seed) for name in given["learners"] for seed in range(given["seeds"])), strict=True)
+    run = functools.partial(timed, run)
+    if given["processes"] == 1:
+        yield from map(run, names, seeds)
+        return
+    # New interpreters: a fork of this one would have torch's pools of threads without the threads.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given["processes"], fresh, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(run, names, seeds)
 
 
 # ---- two tokens on a grid
@@ -124,7 +155,7 @@ def on_uniform_grid(density: Grid, name: str, options: Options, seed: int) -> tu
     uniform = options.batch // 10
     share = uniform / options.batch
     label = f"{name}, uniform base, {density.name}, seed {seed}"
-    for n in tqdm(range(options.rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+    for n in bar(options.rounds, label):
         drawn_from = model.log_joint().detach()
         final, log_ratio, calls = model.trajectories(
             drawn_from, options.batch, uniform, seed * 10**6 + 2 * n, UNIFORM_TIMES
@@ -149,25 +180,31 @@ def on_uniform_grid(density: Grid, name: str, options: Options, seed: int) -> tu
     return curve, law
 
 
+def run_grid(density: Grid, base: str, options: Options, published_times: int, name: str, seed: int) -> dict[str, Any]:
+    more = published_times if name == learners.PUBLISHED else 1
+    options = dataclasses.replace(options, rounds=options.rounds * more)
+    curve, law = (on_grid if base == "masked" else on_uniform_grid)(density, name, options, seed)
+    return {"curve": curve, "law": law}
+
+
 def study_grid(given: dict[str, Any], options: Options, output: Path) -> str:
     density = Grid(given["density"], given["size"])
-    run = on_grid if given["base"] == "masked" else on_uniform_grid
-    results, laws = [], {}
+    run = functools.partial(run_grid, density, given["base"], options, given["published_times"])
+    results, laws = [], {"p*": density.law().view(density.size, density.size)}
     stem = given["name"] or f"{density.name}-{given['base']}"
     title = f"{density.name}, {density.size} x {density.size}, {given['base']} base"
     setting = {**report.versions(), **dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
     setting["published_times"] = given["published_times"]
-    for name in given["learners"]:
-        for seed in range(given["seeds"]):
-            started = time.perf_counter()
-            more = given["published_times"] if name == learners.PUBLISHED else 1
-            curve, law = run(density, name, dataclasses.replace(options, rounds=options.rounds * more), seed)
-            laws.setdefault(name, law)
-            results.append({"learner": name, "seed": seed, "curve": curve, "seconds": time.perf_counter() - started})
-            print(f"{name}, seed {seed}: KL {curve[-1]['kl']:.3g} after {curve[-1]['reward_calls']:,}", flush=True)
-            report.write_json(output / f"{stem}.json", {**setting, "results": results})  # of what is done
+    for found in played(given, run):
+        laws.setdefault(found["learner"], found.pop("law"))
+        results.append(found)
+        last = found["curve"][-1]
+        print(
+            f"{found['learner']}, seed {found['seed']}: KL {last['kl']:.3g} after {last['reward_calls']:,}", flush=True
+        )
+        report.write_json(output / f"{stem}.json", {**setting, "results": results})  # of what is done
     draw_curves(output / f"{stem}.png", results, "kl", "KL(p* || p_u)", title)
-    draw_laws(output / f"{stem}-samples.png", {"p*": density.law().view(density.size, density.size), **laws}, title)
+    draw_laws(output / f"{stem}-samples.png", laws, title)
     return grid_table(results)
 
 
@@ -364,7 +401,7 @@ def on_uniform_lattice(
     generator = torch.Generator().manual_seed(seed)
     model, curve, at = UniformLattice(density, options), [], checked(options.rounds)
     label = f"{name}, uniform base, beta {density.beta}, seed {seed}"
-    for n in tqdm(range(options.rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+    for n in bar(options.rounds, label):
         final, log_ratio = model.sampled(options.batch, seed * 10**6 + n)
         reward = density.log_density(final)
         shape = (-1, size or options.batch)
@@ -380,20 +417,25 @@ def on_uniform_lattice(
     return curve, lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), samples, seed)
 
 
+def run_ising(
+    density: Ising, base: str, options: Options, samples: int, size: int | None, name: str, seed: int
+) -> dict[str, Any]:
+    run = on_lattice if base == "masked" else on_uniform_lattice
+    curve, found = run(density, name, options, seed, samples, size)
+    return {**found, "curve": curve}
+
+
 def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
     density = Ising(given["side"], given["beta"], given["field"])
-    run = on_lattice if given["base"] == "masked" else on_uniform_lattice
+    run = functools.partial(run_ising, density, given["base"], options, given["samples"], given["group_size"])
     results: list[dict[str, Any]] = []
-    for name in given["learners"]:
-        for seed in range(given["seeds"]):
-            started = time.perf_counter()
-            curve, found = run(density, name, options, seed, given["samples"], given["group_size"])
-            seconds = time.perf_counter() - started
-            results.append({"learner": name, "seed": seed, **found, "curve": curve, "seconds": seconds})
-            print(f"{name}, seed {seed}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}, {seconds:.0f} s", flush=True)
     stem = given["name"] or f"ising-{density.beta:g}-{given['base']}"
-    setting = {**dataclasses.asdict(density), "samples": given["samples"], **dataclasses.asdict(options)}
-    report.write_json(output / f"{stem}.json", {**report.versions(), **setting, "results": results})
+    setting = {**report.versions(), **dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
+    setting.update(samples=given["samples"], group_size=given["group_size"])
+    for found in played(given, run):
+        results.append(found)
+        print(f"{found['learner']}, seed {found['seed']}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}", flush=True)
+        report.write_json(output / f"{stem}.json", {**setting, "results": results})
     title = f"{density.side} x {density.side} Ising, beta {density.beta}, {given['base']} base"
     lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
     draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
@@ -420,30 +462,31 @@ def ising_table(results: Sequence[dict[str, Any]]) -> str:
 SUDOKU = ("posterior, group", "first_jump, group", "posterior, state", "first_jump_one, state")
 
 
-def study_sudoku(given: dict[str, Any], output: Path) -> str:
-    """The main job of `dam sudoku` with each estimator and normaliser: held-out puzzles solved, on the way."""
+def run_sudoku(calls: int, name: str, seed: int) -> dict[str, Any]:
+    """The main job of `dam sudoku` with an estimator and a normaliser: held-out puzzles solved, on the way."""
     from dam.tasks import finetune_sudoku
 
+    estimator, normalizer = name.split(", ")
+    options = finetune_sudoku.Options(reward_calls=calls, estimator=estimator, normalizer=normalizer, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        found = finetune_sudoku.finetune(Path(folder), options)
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    history = [json.loads(line) for line in lines]
+    curve = [
+        {"reward_calls": entry["reward_calls"], "unsolved": 1 - entry["eval_solved"]}
+        for entry in history
+        if "eval_solved" in entry
+    ]
+    return {**{figure: found[figure] for figure in ("base_solved", "solved", "exact")}, "curve": curve}
+
+
+def study_sudoku(given: dict[str, Any], output: Path) -> str:
     results = []
-    for name in given["learners"]:
-        estimator, normalizer = name.split(", ")
-        for seed in range(given["seeds"]):
-            options = finetune_sudoku.Options(
-                reward_calls=given["calls"], estimator=estimator, normalizer=normalizer, seed=seed
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                found = finetune_sudoku.finetune(Path(folder), options)
-                lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            history = [json.loads(line) for line in lines]
-            curve = [
-                {"reward_calls": entry["reward_calls"], "unsolved": 1 - entry["eval_solved"]}
-                for entry in history
-                if "eval_solved" in entry
-            ]
-            kept = {name: found[name] for name in ("base_solved", "solved", "exact", "seconds")}
-            results.append({"learner": name, "seed": seed, **kept, "curve": curve})
-            print(f"{name}, seed {seed}: {found['solved']:.1%} solved", flush=True)
-    report.write_json(output / "sudoku-estimators.json", {**report.versions(), "results": results})
+    setting = {**report.versions(), "calls": given["calls"]}
+    for found in played(given, functools.partial(run_sudoku, given["calls"])):
+        results.append(found)
+        print(f"{found['learner']}, seed {found['seed']}: {found['solved']:.1%} solved", flush=True)
+        report.write_json(output / "sudoku-estimators.json", {**setting, "results": results})
     title = "4 x 4 Sudoku, held-out puzzles of 8 blanks"
     draw_curves(output / "sudoku-estimators.png", results, "unsolved", "share not solved", title, log=False)
     lines = ["| estimator, normaliser | reward calls | solved | of the base |", "| --- | --- | --- | --- |"]
@@ -538,6 +581,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
         )
         on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
+        on[name].add_argument("--processes", type=int, default=1, help="runs at a time (default: %(default)s)")
         on[name].add_argument("--output", metavar="DIR", type=Path, help="default: benchmarks/results/<device>")
     add = on["grid"].add_argument
     add("--density", choices=densities.DENSITIES, default=Grid.name)

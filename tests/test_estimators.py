@@ -262,6 +262,23 @@ def test_order_on_the_grid(tmp_path, capsys):
     assert "| posterior | 128,000 |" in capsys.readouterr().out
 
 
+def test_processes_change_no_figure(tmp_path):
+    """Runs depend on their seed alone, and stand in the order in which they were asked for."""
+    arguments = ["grid", "--size", "7", "--rounds", "3", "--batch", "64", "--seeds", "2"]
+    for processes in ("1", "2"):
+        chosen = ["--learners", "posterior", "svdd", "--processes", processes, "--output", str(tmp_path / processes)]
+        assert estimators.main([*arguments, *chosen]) == 0
+    one, two = (
+        json.loads((tmp_path / processes / "pinwheel-masked.json").read_text())["results"] for processes in ("1", "2")
+    )
+    assert [(r["learner"], r["seed"]) for r in two] == [("posterior", 0), ("posterior", 1), ("svdd", 0), ("svdd", 1)]
+    for a, b in zip(one, two, strict=True):
+        assert (a["learner"], a["seed"]) == (b["learner"], b["seed"])
+        for mine, other in zip(a["curve"], b["curve"], strict=True):
+            assert mine == pytest.approx(other, rel=1e-4)  # float32 sums by another number of threads
+    assert one[0]["curve"][-1]["kl"] != pytest.approx(one[1]["curve"][-1]["kl"], rel=1e-4)
+
+
 def test_a_uniform_base_on_the_grid(tmp_path):
     """A few thousand simulated trajectories leave two thirds of the base's divergence at most."""
     arguments = ["grid", "--base", "uniform", "--size", "11", "--rounds", "16", "--batch", "256", "--steps", "4"]
