@@ -16,8 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dam
-from benchmarks import harness, memory, peers, report
+from benchmarks import builds, harness, memory, peers, report
 from dam import cli
+from dam.ops import _cpu
 from tests.ops import helpers
 
 CHECKOUT = Path(__file__).parent.parent
@@ -271,3 +272,22 @@ def test_pytest_benchmark_runs_the_same_functions():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout
+
+
+def test_another_build_runs_beside_this_one(tmp_path, capsys):
+    """Its kernels are called under this checkout's bindings, which have their own again afterwards."""
+    kernels = _cpu._kernels
+    before = Path(kernels.__file__).parents[1]
+    arguments = ["--rows", "2", "--vocabulary", "64", "--repeats", "1", "--json", str(tmp_path / "builds.json")]
+    assert builds.main([str(before), *arguments]) == 0
+    cases = json.loads((tmp_path / "builds.json").read_text())["cases"]
+    assert len(cases) == 5 and all({"dam", "before"} <= case["median_seconds"].keys() for case in cases)
+    assert capsys.readouterr().out.count("of a plain read") == 5
+    other = builds.load(before)
+    assert other is not kernels is _cpu._kernels
+    seen = []
+    builds.with_kernels(other, lambda: seen.append(_cpu._kernels))()
+    assert seen == [other]
+    _cpu._kernels = kernels
+    with pytest.raises(FileNotFoundError, match=r"no dam/_cpu\*\.so in .*: build it there first"):
+        builds.load(tmp_path)
