@@ -18,6 +18,7 @@ static int64_t winner(const Earliest<f64>& lanes) {
 
 // The first tile to arrive; mass has zeros up to a multiple of WIDE.
 static int64_t race_tiles(const double* mass, int64_t count, Stream stream) {
+  if (count == 1) return 0;
   Earliest<f64> first;
   for (int64_t k = 0; k < count; k += WIDE) {
     const Words<u64> words = philox(iota<u64>() + static_cast<uint64_t>(k), stream);
@@ -26,17 +27,17 @@ static int64_t race_tiles(const double* mass, int64_t count, Stream stream) {
   return winner(first);
 }
 
-// The first of a tile's `width` tokens to arrive, rates relative to anything; zeros up to the end of the tile.
-static int64_t race_tokens(const float* rate, int64_t width, int64_t tile, Stream stream) {
+// The first of a tile's `count` tokens to arrive, rates relative to anything; zeros up to the tile's width.
+static int64_t race_tokens(const float* rate, int64_t count, int64_t tile, Stream stream) {
   constexpr int HALF = TILE / 2;
   const auto rates = [&](int i) { return __builtin_convertvector(load<f32_narrow>(rate + i), f64); };
   Earliest<f64> first;
-  for (int i = 0; i < HALF && i < width; i += WIDE) {
+  for (int i = 0; i < HALF && i < count; i += WIDE) {
     const uint64_t index = static_cast<uint64_t>(tile) * HALF + i;
     // One counter serves two tokens half a tile apart.
     const Words<u64> words = philox(iota<u64>() + index, stream);
     first.enter(exponential<f64>(words.x, words.y), rates(i), iota<f64>() + static_cast<double>(i));
-    if (i + HALF >= width) continue;
+    if (i + HALF >= count) continue;
     first.enter(exponential<f64>(words.z, words.w), rates(i + HALF), iota<f64>() + static_cast<double>(i + HALF));
   }
   return winner(first);
@@ -76,7 +77,7 @@ static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
       if (tile != raced) {
         const float* x = row.template load_tile<true>(tile, buffer);
         const float p = static_cast<float>(pivot(tiles.max[tile]));
-        with_scale(scale, [&](auto factor) { scaled_exp_tile<false>(rate, x, p, factor, 1.0f, x); });
+        with_scale(scale, [&](auto factor) { scaled_exp_tile<false>(rate, x, row.width(tile), p, factor, 1.0f, x); });
         raced = tile;
       }
       stream.sample_stream = sample + TOKEN_STREAM;

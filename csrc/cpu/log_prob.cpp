@@ -46,7 +46,9 @@ static void log_prob_backward_row(const LogProbBackwardArgs& a, int64_t t, int t
     alignas(64) float buffer[TILE];
     GradientTile<Element> out(gradient, k, row.count(k));
     const float* x = row.load_tile(k, buffer);
-    with_scale(scale, [&](auto s) { scaled_exp_tile<false>(out.values, x, p, s, coefficient, row.tile_ahead(k)); });
+    with_scale(scale, [&](auto s) {
+      scaled_exp_tile<false>(out.values, x, row.width(k), p, s, coefficient, row.tile_ahead(k));
+    });
     for (int64_t j = 0; j < a.targets; ++j) {
       if (target[j] != row.exclude) out.add(target[j], scale * upstream[j]);
     }

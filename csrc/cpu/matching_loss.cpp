@@ -11,11 +11,11 @@ struct Cross {
 };
 
 template <class Element>
-static Cross cross_tile(const float* b, const float* x, float p, const Element* next) {
-  const float max = max_of_tile(b);
+static Cross cross_tile(const float* b, const float* x, int width, float p, const Element* next) {
+  const float max = max_of_tile(b, width);
   const float q = pivot(max);
   f32 sum[UNROLL] = {}, cross[UNROLL] = {};
-  for (int i = 0; i < TILE; i += UNROLL * LANES) {
+  for (int i = 0; i < width; i += STEP) {
     prefetch(next, i);
     f32 e[UNROLL];
     load_differences(e, b + i, q);
@@ -69,13 +69,14 @@ static MatchingRow read_row(const MatchingLossArgs& a, int64_t t, const Row<Elem
     alignas(64) float buffer[TILE], base_buffer[TILE];
     const float* x = row.load_tile(k, buffer);
     float* const keep = kept_tile(a, row, t, k);
-    const Summary s =
-        keep ? sum_tile<true>(x, Unit{}, row.tile_ahead(k), keep) : sum_tile(x, Unit{}, row.tile_ahead(k));
+    const int width = row.width(k);
+    const Summary s = keep ? sum_tile<true>(x, width, Unit{}, row.tile_ahead(k), keep)
+                           : sum_tile(x, width, Unit{}, row.tile_ahead(k));
     tiles.max[k] = s.max;
     tiles.sum[k] = s.sum;
     if (base.data) {
       const float p = static_cast<float>(pivot(s.max));
-      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, p, base.tile_ahead(k));
+      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, width, p, base.tile_ahead(k));
       base_max[k] = c.max;
       base_sum[k] = c.sum;
       cross[k] = c.cross;
@@ -142,14 +143,16 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   const double* const tile_max = scratch_tiles(a.scratch, worker, row.columns).max;
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];
+    const int width = row.width(k);
     GradientTile<Element> out(gradient, k, row.count(k));
     if (float* const kept = kept_tile(a, row, t, k)) {
       scale_tile(kept, coefficient == 0.0f ? 0.0f : to_float(coefficient * exp(tile_max[k] - pivot(r.total.max))));
     } else {
-      scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), p, Unit{}, coefficient, row.tile_ahead(k));
+      scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), width, p, Unit{}, coefficient, row.tile_ahead(k));
     }
     if (base_coefficient != 0.0f) {
-      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), q, Unit{}, base_coefficient, base.tile_ahead(k));
+      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), width, q, Unit{}, base_coefficient,
+                            base.tile_ahead(k));
     }
     for (int64_t j = 0; j < a.targets; ++j) {
       if (counts(j)) out.add(target[j], -row_scale * weight[j]);

@@ -21,6 +21,10 @@ DAM_BEGIN
 // No containers or algorithms of the standard library in the kernels: their code would be shared between the
 // instruction sets.
 
+// How many vectors go side by side through a loop over a tile, and the numbers in them.
+constexpr int UNROLL = 4;
+constexpr int STEP = UNROLL * LANES;
+
 constexpr int64_t tile_count(int64_t columns) { return (columns + TILE - 1) / TILE; }
 
 // Calls body(i, worker) for i in [0, count), worker in [0, threads).
@@ -151,9 +155,12 @@ struct Row {
     return left < TILE ? static_cast<int>(left) : TILE;
   }
 
+  // The numbers of a tile that loops go through: all of it, or what the row has of it, up to a whole step.
+  int width(int64_t tile) const { return (count(tile) + STEP - 1) / STEP * STEP; }
+
   double at(int64_t v) const { return v == exclude ? -HUGE_VAL : double{load_one(data + v)}; }
 
-  // The TILE logits of a tile as floats, in place where they can be read there, else in `buffer`, with the excluded one
+  // A tile's width of logits as floats, in place where they can be read there, else in `buffer`, with the excluded one
   // and those past the row's end at -inf. In the slots' order unless IN_ORDER.
   template <bool IN_ORDER = false>
   const float* load_tile(int64_t tile, float* buffer) const {
@@ -164,6 +171,9 @@ struct Row {
     if constexpr (std::is_same_v<Element, float>) {
       if (n == TILE && !excludes) return x;
     }
+    if (n < width(tile)) {
+      for (int i = width(tile) - STEP; i < width(tile); i += LANES) store(buffer + i, f32{} - HUGE_VALF);
+    }
     int i = 0;
     if constexpr (IN_ORDER) {
       for (; i + LANES <= n; i += LANES) store(buffer + i, load_lanes(x + i));
@@ -171,7 +181,6 @@ struct Row {
       for (; i + 2 * LANES <= n; i += 2 * LANES) load_slots(x + i, buffer + i);
     }
     for (; i < n; ++i) buffer[place(i)] = load_one(x + i);
-    for (; i < TILE; ++i) buffer[place(i)] = -HUGE_VALF;
     if (excludes) buffer[place(static_cast<int>(exclude - tile * TILE))] = -HUGE_VALF;
     return buffer;
   }
@@ -189,14 +198,11 @@ inline Row<Element> row_of(const Matrix& matrix, int64_t columns, const Indices&
           exclude.data ? exclude.data[t * exclude.stride] : -1};
 }
 
-// How many vectors go side by side through a loop over a tile.
-constexpr int UNROLL = 4;
-
 // Largest of a tile's numbers, NaN left out.
-inline float max_of_tile(const float* x) {
+inline float max_of_tile(const float* x, int width) {
   f32 max[UNROLL];
   for (f32& lanes : max) lanes = f32{} - HUGE_VALF;
-  for (int i = 0; i < TILE; i += UNROLL * LANES) {
+  for (int i = 0; i < width; i += STEP) {
     for (int u = 0; u < UNROLL; ++u) max[u] = larger(load<f32>(x + i + u * LANES), max[u]);
   }
   float result = -HUGE_VALF;
@@ -216,7 +222,7 @@ inline double sum_lanes(V lanes) {
 template <class Element>
 inline void prefetch(const Element* next, int i) {
   constexpr int PER_LINE = 64 / sizeof(Element);
-  for (int j = 0; j < UNROLL * LANES; j += PER_LINE) __builtin_prefetch(next + i + j);
+  for (int j = 0; j < STEP; j += PER_LINE) __builtin_prefetch(next + i + j);
 }
 
 // x - p for the UNROLL vectors at x.
@@ -237,11 +243,11 @@ inline void with_scale(double scale, Body body) {
 // Summary of exp(scale * x) over a tile; with KEEP also leaves the exponentials, relative to the tile's maximum, in
 // `keep`.
 template <bool KEEP = false, class Element, class Scale>
-inline Summary sum_tile(const float* x, Scale scale, const Element* next, float* keep = nullptr) {
-  const float max = max_of_tile(x);
+inline Summary sum_tile(const float* x, int width, Scale scale, const Element* next, float* keep = nullptr) {
+  const float max = max_of_tile(x, width);
   const float p = pivot(max);
   f32 sums[UNROLL] = {};
-  for (int i = 0; i < TILE; i += UNROLL * LANES) {
+  for (int i = 0; i < width; i += STEP) {
     prefetch(next, i);
     f32 d[UNROLL];
     load_differences(d, x + i, p);
@@ -259,10 +265,10 @@ inline Summary sum_tile(const float* x, Scale scale, const Element* next, float*
 
 // The same sum with the ones that the maximum contributes counted apart.
 template <class Scale>
-inline double sum_peaked_tile(const float* x, float max, Scale scale) {
+inline double sum_peaked_tile(const float* x, int width, float max, Scale scale) {
   f32 rest{};
   u32 ones{};
-  for (int i = 0; i < TILE; i += LANES) {
+  for (int i = 0; i < width; i += LANES) {
     const f32 d = load<f32>(x + i) - max;
     const auto is_max = d == 0.0f;
     rest += is_max ? f32{} : exp_scaled(d, scale);
@@ -313,12 +319,13 @@ class GradientTile {
 // out = coefficient * exp(scale * (x - p)) over a tile, or out minus that; 0 for a coefficient of 0, whatever x is.
 // Arguments by value: through a reference the compiler would reload them after every store.
 template <bool SUBTRACT, class Element, class Scale>
-inline void scaled_exp_tile(float* out, const float* x, float p, Scale scale, float coefficient, const Element* next) {
+inline void scaled_exp_tile(float* out, const float* x, int width, float p, Scale scale, float coefficient,
+                            const Element* next) {
   if (coefficient == 0.0f) {
-    for (int i = 0; i < TILE && !SUBTRACT; i += LANES) store(out + i, f32{});
+    for (int i = 0; i < width && !SUBTRACT; i += LANES) store(out + i, f32{});
     return;
   }
-  for (int i = 0; i < TILE; i += UNROLL * LANES) {
+  for (int i = 0; i < width; i += STEP) {
     prefetch(next, i);
     f32 d[UNROLL];
     load_differences(d, x + i, p);
@@ -364,7 +371,8 @@ inline Summary finish_sum(const Row<Element>& row, double scale, Tiles tiles) {
     if (tiles.max[k] == total.max) {
       alignas(64) float buffer[TILE];
       const float* x = row.load_tile(k, buffer);
-      with_scale(scale, [&](auto s) { tiles.sum[k] = sum_peaked_tile(x, static_cast<float>(total.max), s); });
+      with_scale(scale,
+                 [&](auto s) { tiles.sum[k] = sum_peaked_tile(x, row.width(k), static_cast<float>(total.max), s); });
     }
     total.sum += tiles.sum[k];
   }
@@ -377,7 +385,7 @@ inline Summary sum_row(const Row<Element>& row, double scale, int threads, Tiles
   with_scale(scale, [&](auto s) {
     for_tiles(row.columns, threads, [&](int64_t k) {
       alignas(64) float buffer[TILE];
-      const Summary tile = sum_tile(row.load_tile(k, buffer), s, row.tile_ahead(k));
+      const Summary tile = sum_tile(row.load_tile(k, buffer), row.width(k), s, row.tile_ahead(k));
       tiles.max[k] = tile.max;
       tiles.sum[k] = tile.sum;
     });
