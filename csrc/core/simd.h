@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -78,6 +79,22 @@ DAM_HD f32 larger(f32 a, f32 b) {
 #endif
 }
 #endif
+
+// All lanes brought together by an associative function of two vectors, half by half: lane after lane each would wait
+// for the last.
+template <class V, class F>
+DAM_HD auto fold(V lanes, F combine) {
+  using T = std::decay_t<decltype(lanes[0])>;
+  constexpr int HALF = sizeof(V) / sizeof(T) / 2;
+  if constexpr (HALF == 0) {
+    return lanes[0];
+  } else {
+    T each[2 * HALF];
+    store(each, lanes);
+    using Half = typename VectorOf<T, HALF>::type;
+    return fold(combine(load<Half>(each), load<Half>(each + HALF)), combine);
+  }
+}
 
 // Product of the low 32 bits of each lane with m.
 DAM_HD u64 multiply_low(u64 a, uint32_t m) {

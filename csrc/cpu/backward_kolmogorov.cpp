@@ -14,9 +14,8 @@ static double sum_of(const float* x, int64_t count) {
   for (; i + UNROLL * WIDE <= count; i += UNROLL * WIDE) {
     for (int u = 0; u < UNROLL; ++u) lanes[u] += load_wide(x + i + u * WIDE);
   }
-  double sum = 0.0;
+  double sum = sum_lanes(lanes);
   for (; i < count; ++i) sum += x[i];
-  for (const f64& lane : lanes) sum += sum_lanes(lane);
   return sum;
 }
 

@@ -26,12 +26,7 @@ static Cross cross_tile(const float* b, const float* x, int width, float p, cons
       cross[u] += e[u] == 0.0f ? f32{} : e[u] * (load<f32>(x + i + u * LANES) - p);
     }
   }
-  Cross result{max, 0.0, 0.0};
-  for (int u = 0; u < UNROLL; ++u) {
-    result.sum += sum_lanes(sum[u]);
-    result.cross += sum_lanes(cross[u]);
-  }
-  return result;
+  return {max, sum_lanes(sum), sum_lanes(cross)};
 }
 
 // Where the exponentials of tile k of row t are kept from the first read to the second, or null.

@@ -205,18 +205,35 @@ inline float max_of_tile(const float* x, int width) {
   for (int i = 0; i < width; i += STEP) {
     for (int u = 0; u < UNROLL; ++u) max[u] = larger(load<f32>(x + i + u * LANES), max[u]);
   }
-  float result = -HUGE_VALF;
-  for (const f32& lanes : max) {
-    for (int i = 0; i < LANES; ++i) result = lanes[i] > result ? lanes[i] : result;
+  f32 all = max[0];
+  for (const f32& lanes : max) all = larger(all, lanes);
+  return fold(all, [](auto a, auto b) { return larger(a, b); });
+}
+
+// The lanes of a vector as doubles, added up to one vector of them.
+template <class V>
+inline f64 halves(V lanes) {
+  using T = std::decay_t<decltype(lanes[0])>;
+  constexpr int COUNT = sizeof(V) / sizeof(T);
+  T each[COUNT];
+  store(each, lanes);
+  f64 sum{};
+  for (int i = 0; i < COUNT; i += WIDE) {
+    sum += __builtin_convertvector(load<typename VectorOf<T, WIDE>::type>(each + i), f64);
   }
-  return result;
+  return sum;
+}
+
+template <class V, int N>
+inline double sum_lanes(const V (&vectors)[N]) {
+  f64 sum{};
+  for (const V& lanes : vectors) sum += halves(lanes);
+  return fold(sum, [](auto a, auto b) { return a + b; });
 }
 
 template <class V>
 inline double sum_lanes(V lanes) {
-  double sum = 0.0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(lanes[0]); ++i) sum += lanes[i];
-  return sum;
+  return sum_lanes({lanes});
 }
 
 template <class Element>
@@ -257,10 +274,8 @@ inline Summary sum_tile(const float* x, int width, Scale scale, const Element* n
       if constexpr (KEEP) store(keep + i + u * LANES, d[u]);
     }
   }
-  double sum = 0.0;
-  for (const f32& lanes : sums) sum += sum_lanes(lanes);
   // Of a tile with nothing to reach exp_each leaves 2^-125 each, which merging multiplies by exp(-inf).
-  return {max, sum};
+  return {max, sum_lanes(sums)};
 }
 
 // The same sum with the ones that the maximum contributes counted apart.

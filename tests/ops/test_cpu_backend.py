@@ -441,6 +441,37 @@ def test_first_bad_row_is_named(value, columns, dtype):
             assert bool((target[17] == -1).all()) and bool((log_prob[17] == value).all()) and log_escape[17] == value
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_past_a_rows_end_is_seen(dtype):
+    """Loops go in steps of 16, 32 or 64 numbers: neither memory beyond the row counts nor what an earlier row left."""
+    big = torch.full((2, 2048), 6e4).to(dtype)
+    target, weight, seed = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), torch.tensor(3)
+
+    def everything(x, base):
+        grad = torch.ones(2, 1, dtype=torch.float64)
+        log_prob, log_escape = _cpu.log_prob(x, target, None, 1.0)
+        return [
+            *_cpu.jump(x, None, 1.0, 4, seed, None, True)[:3],
+            log_prob,
+            log_escape,
+            _cpu.log_prob_backward(grad, x, target, log_escape, None, 1.0),
+            *_cpu.rate_ratio(x, base, target, None),
+            *_cpu.matching_loss(x, target, weight, base, torch.ones(2), None, None, True, True),
+        ]
+
+    for columns in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1023, 1025, 1087, 1089):
+        rows = torch.randn(2, columns).to(dtype)
+        expected = everything(rows, rows.flip(0))
+        full = big.clone()
+        full[:, :columns] = rows
+        everything(big, big)
+        for a, b in zip(everything(full[:, :columns], full.flip(0)[:, :columns]), expected, strict=True):
+            assert torch.equal(a, b)
+        assert bool((expected[0] < columns).all()) and bool((expected[3] <= 0).all())
+        exact = rows.double().log_softmax(dim=1)[:, :1]
+        assert_within(expected[3], exact, log_prob_tolerance(exact))
+
+
 def test_excluded_nan_is_not_seen():
     x = torch.randn(2, 1100)
     x[:, 1050] = math.nan
