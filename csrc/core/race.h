@@ -8,16 +8,19 @@
 
 DAM_BEGIN
 
+// A 32-bit word as a double; upper halves of the 64-bit lanes of U are not read.
+template <class F, class U>
+DAM_HD F number(U word) {
+  // Under the exponent of 2^52 it is that double plus the word.
+  return bit_cast<F>((word & 0xFFFFFFFFu) | 0x4330000000000000u) - 4503599627370496.0;
+}
+
 // Standard exponential from 64 random bits: E = -log1p(-u), u = (bits + 1/2) 2^-64.
 //
 // The small end decides which improbable token wins: it keeps full relative accuracy down to 2^-65.
-// U holds 32-bit words in 64-bit lanes, whose upper halves are not read.
 template <class F, class U>
 DAM_HD F exponential(U high, U low) {
-  // A 32-bit word under the exponent of 2^52 is that double plus the word.
-  const F h = bit_cast<F>((high & 0xFFFFFFFFu) | 0x4330000000000000u) - 4503599627370496.0;
-  const F l = bit_cast<F>((low & 0xFFFFFFFFu) | 0x4330000000000000u) - 4503599627370496.0;
-  const F u = h * 0x1p-32 + (l + 0.5) * 0x1p-64;
+  const F u = number<F>(high) * 0x1p-32 + (number<F>(low) + 0.5) * 0x1p-64;
   const double largest = 1.0 - 0x1p-53;
   return negative_log1m(u < largest ? u : F{} + largest);
 }

@@ -96,6 +96,20 @@ DAM_HD auto fold(V lanes, F combine) {
   }
 }
 
+// Whether a comparison of doubles holds in any lane.
+template <class Mask>
+DAM_HD bool any(Mask lanes) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask((__m512i)lanes) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd((__m256d)lanes) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_pd((__m128d)lanes) != 0;
+#else
+  return fold(lanes, [](auto a, auto b) { return a | b; }) != 0;
+#endif
+}
+
 // Product of the low 32 bits of each lane with m.
 DAM_HD u64 multiply_low(u64 a, uint32_t m) {
   const u64 b = u64{} + m;

@@ -5,42 +5,57 @@
 
 DAM_BEGIN
 
-static int64_t winner(const Earliest<f64>& lanes) {
-  double time = HUGE_VAL, index = 0;
-  for (int i = 0; i < WIDE; ++i) {
-    if (lanes.time[i] < time || (lanes.time[i] == time && lanes.index[i] < index)) {
-      time = lanes.time[i];
-      index = lanes.index[i];
-    }
+// The earliest of many events. Which of them may still win is asked before their logarithms are taken.
+class Race {
+ public:
+  // False if none of the events can be first, by the high words of their exponentials: -log(1 - u) >= u. A millionth
+  // covers the rounding of both sides, and more words.
+  bool open(u64 high, f64 rate) const { return any(number<f64>(high) * (0x1p-32 * (1 - 1e-6)) <= rate * time_); }
+
+  void enter(u64 high, u64 low, f64 rate, f64 at) {
+    first_.enter(exponential<f64>(high, low), rate, at);
+    time_ = fold(first_.time, [](auto a, auto b) { return a < b ? a : b; });
   }
-  return static_cast<int64_t>(index);
-}
+
+  int64_t winner() const {
+    double index = HUGE_VAL;
+    for (int i = 0; i < WIDE; ++i) {
+      if (first_.time[i] == time_ && first_.index[i] < index) index = first_.index[i];
+    }
+    return static_cast<int64_t>(index);
+  }
+
+ private:
+  Earliest<f64> first_;
+  double time_ = HUGE_VAL;
+};
 
 // The first tile to arrive; mass has zeros up to a multiple of WIDE.
 static int64_t race_tiles(const double* mass, int64_t count, Stream stream) {
   if (count == 1) return 0;
-  Earliest<f64> first;
+  Race race;
   for (int64_t k = 0; k < count; k += WIDE) {
     const Words<u64> words = philox(iota<u64>() + static_cast<uint64_t>(k), stream);
-    first.enter(exponential<f64>(words.x, words.y), load<f64>(mass + k), iota<f64>() + static_cast<double>(k));
+    const f64 rate = load<f64>(mass + k);
+    if (race.open(words.x, rate)) race.enter(words.x, words.y, rate, iota<f64>() + static_cast<double>(k));
   }
-  return winner(first);
+  return race.winner();
 }
 
 // The first of a tile's `count` tokens to arrive, rates relative to anything; zeros up to the tile's width.
 static int64_t race_tokens(const float* rate, int64_t count, int64_t tile, Stream stream) {
   constexpr int HALF = TILE / 2;
   const auto rates = [&](int i) { return __builtin_convertvector(load<f32_narrow>(rate + i), f64); };
-  Earliest<f64> first;
+  Race race;
   for (int i = 0; i < HALF && i < count; i += WIDE) {
     const uint64_t index = static_cast<uint64_t>(tile) * HALF + i;
     // One counter serves two tokens half a tile apart.
     const Words<u64> words = philox(iota<u64>() + index, stream);
-    first.enter(exponential<f64>(words.x, words.y), rates(i), iota<f64>() + static_cast<double>(i));
-    if (i + HALF >= count) continue;
-    first.enter(exponential<f64>(words.z, words.w), rates(i + HALF), iota<f64>() + static_cast<double>(i + HALF));
+    const f64 near = rates(i), far = i + HALF < count ? rates(i + HALF) : f64{};
+    if (race.open(words.x, near)) race.enter(words.x, words.y, near, iota<f64>() + static_cast<double>(i));
+    if (race.open(words.z, far)) race.enter(words.z, words.w, far, iota<f64>() + static_cast<double>(i + HALF));
   }
-  return winner(first);
+  return race.winner();
 }
 
 static int64_t argmax(const float* x, float max) {
