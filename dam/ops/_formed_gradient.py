@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dam.ops import _cuda, _triton
+from dam.ops import _cuda, _op, _triton
 
 
 def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
@@ -28,7 +28,7 @@ def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
     return gradient.mul_(factor)
 
 
-def register(op: torch.library.CustomOpDef, name: str, inputs: int, differentiable: Sequence[int]) -> None:
+def register(op: _op.Op, name: str, inputs: int, differentiable: Sequence[int]) -> None:
     """Registers the backward pass of `op`, whose outputs are (loss, gradient of each differentiable input).
 
     The gradient of an input that needs none is an empty tensor. The op's last argument, `overwrite`, says

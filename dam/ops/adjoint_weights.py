@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
 
 
 class AdjointWeights(NamedTuple):
@@ -132,7 +132,7 @@ def outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return weight, log_path, log_normalizer, ess, clipped
 
 
-@torch.library.custom_op("dam::adjoint_weights", mutates_args=())
+@_op.op("adjoint_weights")
 def _adjoint_weights(
     log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

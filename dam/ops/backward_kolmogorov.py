@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dam import generators
-from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
 
 
 def backward_kolmogorov(
@@ -412,7 +412,7 @@ def outputs(terminal: Tensor) -> Tensor:
     return terminal.new_empty(terminal.shape, dtype=_rows.accumulator(terminal.dtype))
 
 
-@torch.library.custom_op("dam::backward_kolmogorov", mutates_args=())
+@_op.op("backward_kolmogorov")
 def _backward_kolmogorov(
     terminal: Tensor,
     kind: str,

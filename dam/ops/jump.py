@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _philox, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _op, _philox, _rows, _triton
 
 
 class Jump(NamedTuple):
@@ -110,7 +110,7 @@ def sampling_arguments(
 def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int) -> Jump:
     target, log_prob, log_escape = drawn
     if num_samples == 1:
-        return Jump(target[:, 0], log_prob[:, 0], log_escape)
+        return Jump(target.squeeze(1), log_prob.squeeze(1), log_escape)
     return Jump(target, log_prob, log_escape)
 
 
@@ -198,7 +198,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-@torch.library.custom_op("dam::jump", mutates_args=())
+@_op.op("jump")
 def _jump(
     logits: Tensor,
     exclude: Tensor | None,

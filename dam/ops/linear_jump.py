@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cuda, _head, _rows, _triton
+from dam.ops import _backend, _checks, _cuda, _head, _op, _rows, _triton
 from dam.ops import jump as _row_op
 
 
@@ -96,7 +96,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-@torch.library.custom_op("dam::linear_jump", mutates_args=())
+@_op.op("linear_jump")
 def _linear_jump(
     hidden: Tensor,
     weight: Tensor,

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cuda, _head, _triton
+from dam.ops import _backend, _checks, _cuda, _head, _op, _triton
 from dam.ops import log_prob as _row_op
 
 
@@ -110,7 +109,7 @@ _BACKWARD: dict[str, Callable[..., Any]] = {
 }
 
 
-@torch.library.custom_op("dam::linear_log_prob", mutates_args=())
+@_op.op("linear_log_prob")
 def _linear_log_prob(
     hidden: Tensor,
     weight: Tensor,
@@ -133,7 +132,7 @@ def _(hidden, weight, bias, low_hidden, low_weight, target, exclude, temperature
     return _row_op.outputs(hidden, target)
 
 
-@torch.library.custom_op("dam::linear_log_prob_backward", mutates_args=())
+@_op.op("linear_log_prob_backward")
 def _linear_log_prob_backward(
     grad: Tensor,
     hidden: Tensor,

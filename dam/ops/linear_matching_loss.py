@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cuda, _formed_gradient, _head, _rows, _triton
+from dam.ops import _backend, _checks, _cuda, _formed_gradient, _head, _op, _rows, _triton
 from dam.ops import matching_loss as _row_op
 
 
@@ -151,7 +151,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-@torch.library.custom_op("dam::linear_matching_loss", mutates_args=())
+@_op.op("linear_matching_loss")
 def _linear_matching_loss(
     hidden: Tensor,
     head_weight: Tensor,

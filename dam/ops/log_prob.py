@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
 
 
 def log_prob(
@@ -112,7 +112,7 @@ def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("dam::log_prob", mutates_args=())
+@_op.op("log_prob")
 def _log_prob(
     logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def _(logits, target, exclude, temperature, backend):
     return outputs(logits, target)
 
 
-@torch.library.custom_op("dam::log_prob_backward", mutates_args=())
+@_op.op("log_prob_backward")
 def _log_prob_backward(
     grad: Tensor,
     logits: Tensor,

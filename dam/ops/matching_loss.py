@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _formed_gradient, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _formed_gradient, _op, _rows, _triton
 
 
 def matching_loss(
@@ -162,7 +162,7 @@ def outputs(logits: Tensor, with_grad: bool, into: Tensor | None = None) -> tupl
     return loss, logits.new_empty(logits.shape if with_grad else (0,))
 
 
-@torch.library.custom_op("dam::matching_loss", mutates_args=())
+@_op.op("matching_loss")
 def _matching_loss(
     logits: Tensor,
     target: Tensor,

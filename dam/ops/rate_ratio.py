@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _rows, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
 
 
 class RateRatio(NamedTuple):
@@ -82,7 +81,7 @@ def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(target.shape, dtype=dtype), logits.new_empty(logits.shape[:1], dtype=dtype)
 
 
-@torch.library.custom_op("dam::rate_ratio", mutates_args=())
+@_op.op("rate_ratio")
 def _rate_ratio(
     logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _triton
+from dam.ops import _backend, _checks, _cpu, _cuda, _op, _triton
 
 
 def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
@@ -82,7 +82,7 @@ def outputs(reward: Tensor) -> Tensor:
     return reward.new_empty(reward.shape[:1], dtype=torch.float64)
 
 
-@torch.library.custom_op("dam::tilt_to_ess", mutates_args=())
+@_op.op("tilt_to_ess")
 def _tilt_to_ess(reward: Tensor, ess: float, max_tilt: float, backend: str) -> Tensor:
     tilt, bad = _IMPLEMENTATIONS[backend](reward, ess, max_tilt)
     if bad >= 0:

@@ -433,7 +433,7 @@ def test_opcheck_and_compile(backend, name):
     generator = GENERATORS[name]()
     terminal = normal(2, generator.size, seed=22).requires_grad_()
     arguments = (terminal, *module._pieces(generator), 0.9, 1e-6, False, backend)
-    torch.library.opcheck(module._backward_kolmogorov, arguments)
+    torch.library.opcheck(module._backward_kolmogorov.overload, arguments)
 
     def step(x):
         return dam.backward_kolmogorov(generator, (-x).exp(), 0.9).log().sum()

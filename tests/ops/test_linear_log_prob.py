@@ -194,9 +194,11 @@ def test_opcheck(backend):
     hidden, weight, bias, target = inputs(4, 5, 30, seed=90)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     low = (normal(4, 3, seed=93).requires_grad_(), normal(30, 3, seed=94).requires_grad_())
-    torch.library.opcheck(module._linear_log_prob, (*leaves, *low, target, None, 1.0, backend))
+    torch.library.opcheck(module._linear_log_prob.overload, (*leaves, *low, target, None, 1.0, backend))
     exclude = torch.tensor([0, -1, 3, 29])
-    torch.library.opcheck(module._linear_log_prob, (*leaves[:2], None, None, None, target, exclude, 0.5, backend))
+    torch.library.opcheck(
+        module._linear_log_prob.overload, (*leaves[:2], None, None, None, target, exclude, 0.5, backend)
+    )
 
 
 def test_compiled_equals_eager(backend):

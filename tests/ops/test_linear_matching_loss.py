@@ -232,10 +232,10 @@ def test_opcheck(backend):
     tail = ([True] * 5, backend, False)
     exclude = torch.tensor([0, -1, 3, 29])
     args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), exclude, False, *tail)
-    torch.library.opcheck(module._linear_matching_loss, args)
+    torch.library.opcheck(module._linear_matching_loss.overload, args)
     tail = ([True, False, False, False, False], backend, False)
     args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 6, True, *tail)
-    torch.library.opcheck(module._linear_matching_loss, args)
+    torch.library.opcheck(module._linear_matching_loss.overload, args)
 
 
 def test_compiled_equals_eager(backend):

@@ -346,9 +346,9 @@ def test_opcheck(backend):
     base_logits, base_weight, row_scale, exclude = options.values()
     # overwrite=False: opcheck calls backward more than once.
     tail = (True, backend, False)
-    torch.library.opcheck(module._matching_loss, (logits, target, weight, None, None, None, None, True, *tail))
+    torch.library.opcheck(module._matching_loss.overload, (logits, target, weight, None, None, None, None, True, *tail))
     args = (logits, target, weight, base_logits, base_weight, row_scale, exclude, False, *tail)
-    torch.library.opcheck(module._matching_loss, args)
+    torch.library.opcheck(module._matching_loss.overload, args)
 
 
 def test_compiled_equals_eager(backend):
