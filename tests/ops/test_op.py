@@ -1,0 +1,83 @@
+"""How the ops are registered with torch: what eager calls, modes and compilers get of the same op."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
+
+import dam
+from dam.ops import _op
+
+
+@_op.op("test_square")
+def square(x: Tensor, scales: list[Tensor], name: str, exponent: int) -> tuple[Tensor, Tensor]:
+    calls.append(torch.is_grad_enabled())
+    return x**exponent, x.new_zeros(len(scales))
+
+
+@square.register_fake
+def _(x, scales, name, exponent):
+    return torch.empty_like(x), x.new_empty(len(scales))
+
+
+@_op.op("test_plain")
+def plain(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+calls: list[bool] = []
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    return 2 * ctx.saved_tensors[0] * plain(grad), [None, None], None, None
+
+
+square.register_autograd(_backward, setup_context=_setup_context)
+
+
+def test_a_gradient_with_and_without_a_compiler():
+    x = torch.tensor([1.0, -3.0], requires_grad=True)
+
+    def step(x):
+        y, other = square(x, [x.detach(), x.detach()], "name", 2)
+        return y.sum() + other.sum()
+
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x.grad = None
+        function(x).backward()
+        assert torch.equal(x.grad, 2 * x.detach())
+    y, other = square(x, [], "name", 2)
+    assert y.requires_grad and not other.requires_grad
+    assert not any(calls)  # no graph of what the op does itself
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert not square(x, [], "name", 2)[0].requires_grad
+
+
+def test_an_op_without_a_gradient_refuses_one():
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="dam::test_plain has no gradient"):
+        plain(x).sum().backward()
+    assert not plain(x.detach()).requires_grad
+    # So does the second derivative of an op whose gradient is an op.
+    logits = torch.randn(2, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(dam.log_prob(logits, torch.tensor([1, 2])).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="dam::log_prob_backward has no gradient"):
+        gradient.square().sum().backward()
+
+
+def test_modes_see_the_op():
+    with FakeTensorMode():
+        x = torch.randn(4, 8, requires_grad=True)
+        dam.log_prob(x, torch.zeros(4, dtype=torch.int64)).sum().backward()
+        assert x.grad.shape == (4, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    with profile() as profiled:
+        dam.log_prob(x, torch.zeros(4, dtype=torch.int64)).sum().backward()
+    assert {"dam::log_prob", "dam::log_prob_backward"} <= {event.key for event in profiled.key_averages()}
