@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.profiler import profile
 
 import dam
@@ -70,6 +71,17 @@ def test_an_op_without_a_gradient_refuses_one():
     (gradient,) = torch.autograd.grad(dam.log_prob(logits, torch.tensor([1, 2])).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="dam::log_prob_backward has no gradient"):
         gradient.square().sum().backward()
+
+
+def test_forward_derivatives_are_refused():
+    x, target = torch.randn(2, 5), torch.tensor([1, 2])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            dam.log_prob(dual, target)
+        dam.jump(dual)  # has no derivative to get wrong
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.jvp(lambda y: dam.log_prob(y, target), (x,), (x,))
 
 
 def test_modes_see_the_op():
