@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,10 @@ def load(checkout: Path) -> ModuleType:
     Raises:
         FileNotFoundError: there is none.
     """
-    paths = sorted(checkout.glob("dam/_cpu*.so"))
-    if not paths:
-        raise FileNotFoundError(f"no dam/_cpu*.so in {checkout}: build it there first")
-    spec = importlib.util.spec_from_file_location("before._cpu", paths[0])
+    path = checkout / "dam" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: build it there first")
+    spec = importlib.util.spec_from_file_location("before._cpu", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +42,8 @@ def load(checkout: Path) -> ModuleType:
 def with_kernels(module: ModuleType, function: Callable[[], object]) -> Callable[[], object]:
     def call() -> None:
         _cpu._kernels = module
-        function()
+        with dam.backend("cpu"):
+            function()
 
     return call
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,23 @@ def timed(run: Run, name: str, seed: int) -> dict[str, Any]:
     return {"learner": name, "seed": seed, **found, "seconds": time.perf_counter() - started}
 
 
-def played(given: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
-    """Every learner from every seed, in this order, as many at a time as there are processes."""
-    names, seeds = zip(*((name, seed) for name in given["learners"] for seed in range(given["seeds"])), strict=True)
-    run = functools.partial(timed, run)
+def run_all(given: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
+    """Every learner from every seed, as many at a time as there are processes, in the order in which they end."""
+    tasks = [(name, seed) for name in given["learners"] for seed in range(given["seeds"])]
     if given["processes"] == 1:
-        yield from map(run, names, seeds)
+        yield from (timed(run, *task) for task in tasks)
         return
     # New interpreters: a fork of this one would have torch's pools of threads without the threads.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given["processes"], fresh, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(run, names, seeds)
+        yield from (future.result() for future in as_completed([pool.submit(timed, run, *task) for task in tasks]))
+
+
+def write(path: Path, setting: dict[str, Any], results: list[dict[str, Any]], given: dict[str, Any]) -> None:
+    """The results of what is done, put into the order in which they were asked for."""
+    results.sort(key=lambda r: (given["learners"].index(r["learner"]), r["seed"]))
+    setting = {**report.versions(), **setting, "processes": given["processes"]}
+    report.write_json(path, {**setting, "results": results})
 
 
 # ---- two tokens on a grid
@@ -190,21 +196,25 @@ def run_grid(density: Grid, base: str, options: Options, published_times: int, n
 def study_grid(given: dict[str, Any], options: Options, output: Path) -> str:
     density = Grid(given["density"], given["size"])
     run = functools.partial(run_grid, density, given["base"], options, given["published_times"])
-    results, laws = [], {"p*": density.law().view(density.size, density.size)}
+    results: list[dict[str, Any]] = []
+    laws: dict[str, Tensor] = {}
     stem = given["name"] or f"{density.name}-{given['base']}"
     title = f"{density.name}, {density.size} x {density.size}, {given['base']} base"
-    setting = {**report.versions(), **dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
+    setting = {**dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
     setting["published_times"] = given["published_times"]
-    for found in played(given, run):
-        laws.setdefault(found["learner"], found.pop("law"))
+    for found in run_all(given, run):
+        law = found.pop("law")
+        if found["seed"] == 0:
+            laws[found["learner"]] = law
         results.append(found)
         last = found["curve"][-1]
         print(
             f"{found['learner']}, seed {found['seed']}: KL {last['kl']:.3g} after {last['reward_calls']:,}", flush=True
         )
-        report.write_json(output / f"{stem}.json", {**setting, "results": results})  # of what is done
+        write(output / f"{stem}.json", setting, results, given)
     draw_curves(output / f"{stem}.png", results, "kl", "KL(p* || p_u)", title)
-    draw_laws(output / f"{stem}-samples.png", laws, title)
+    truth = density.law().view(density.size, density.size)
+    draw_laws(output / f"{stem}-samples.png", {"p*": truth, **{n: laws[n] for n in given["learners"]}}, title)
     return grid_table(results)
 
 
@@ -430,12 +440,12 @@ def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
     run = functools.partial(run_ising, density, given["base"], options, given["samples"], given["group_size"])
     results: list[dict[str, Any]] = []
     stem = given["name"] or f"ising-{density.beta:g}-{given['base']}"
-    setting = {**report.versions(), **dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
+    setting = {**dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
     setting.update(samples=given["samples"], group_size=given["group_size"])
-    for found in played(given, run):
+    for found in run_all(given, run):
         results.append(found)
         print(f"{found['learner']}, seed {found['seed']}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}", flush=True)
-        report.write_json(output / f"{stem}.json", {**setting, "results": results})
+        write(output / f"{stem}.json", setting, results, given)
     title = f"{density.side} x {density.side} Ising, beta {density.beta}, {given['base']} base"
     lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
     draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
@@ -481,12 +491,11 @@ def run_sudoku(calls: int, name: str, seed: int) -> dict[str, Any]:
 
 
 def study_sudoku(given: dict[str, Any], output: Path) -> str:
-    results = []
-    setting = {**report.versions(), "calls": given["calls"]}
-    for found in played(given, functools.partial(run_sudoku, given["calls"])):
+    results: list[dict[str, Any]] = []
+    for found in run_all(given, functools.partial(run_sudoku, given["calls"])):
         results.append(found)
         print(f"{found['learner']}, seed {found['seed']}: {found['solved']:.1%} solved", flush=True)
-        report.write_json(output / "sudoku-estimators.json", {**setting, "results": results})
+        write(output / "sudoku-estimators.json", {"calls": given["calls"]}, results, given)
     title = "4 x 4 Sudoku, held-out puzzles of 8 blanks"
     draw_curves(output / "sudoku-estimators.png", results, "unsolved", "share not solved", title, log=False)
     lines = ["| estimator, normaliser | reward calls | solved | of the base |", "| --- | --- | --- | --- |"]
@@ -581,7 +590,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
         )
         on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
-        on[name].add_argument("--processes", type=int, default=1, help="runs at a time (default: %(default)s)")
+        several = "runs at a time, with a thread each if several (default: %(default)s)"
+        on[name].add_argument("--processes", type=int, default=1, help=several)
         on[name].add_argument("--output", metavar="DIR", type=Path, help="default: benchmarks/results/<device>")
     add = on["grid"].add_argument
     add("--density", choices=densities.DENSITIES, default=Grid.name)
@@ -594,6 +604,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     given = vars(parser.parse_args(arguments))
+    for name in ("seeds", "processes"):
+        if given[name] < 1:
+            parser.error(f"--{name} must be at least 1; got {given[name]}")
     given["learners"] = given["learners"] or default_learners(given)
     for name in given["learners"]:
         if name not in learners_of(given):

@@ -289,5 +289,5 @@ def test_another_build_runs_beside_this_one(tmp_path, capsys):
     builds.with_kernels(other, lambda: seen.append(_cpu._kernels))()
     assert seen == [other]
     _cpu._kernels = kernels
-    with pytest.raises(FileNotFoundError, match=r"no dam/_cpu\*\.so in .*: build it there first"):
+    with pytest.raises(FileNotFoundError, match="build it there first"):
         builds.load(tmp_path)

@@ -361,3 +361,10 @@ def test_a_learner_of_another_study_is_refused(capsys):
     with pytest.raises(SystemExit):
         estimators.main(["ising", "--learners", "svdd"])
     assert "no learner 'svdd' in this study; there are path, baseline;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["seeds", "processes"])
+def test_no_runs_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        estimators.main(["ising", f"--{option}", "0"])
+    assert f"--{option} must be at least 1; got 0" in capsys.readouterr().err

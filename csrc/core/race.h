@@ -10,7 +10,7 @@ DAM_BEGIN
 
 // A 32-bit word as a double; upper halves of the 64-bit lanes of U are not read.
 template <class F, class U>
-DAM_HD F number(U word) {
+DAM_HD F from_word(U word) {
   // Under the exponent of 2^52 it is that double plus the word.
   return bit_cast<F>((word & 0xFFFFFFFFu) | 0x4330000000000000u) - 4503599627370496.0;
 }
@@ -20,7 +20,7 @@ DAM_HD F number(U word) {
 // The small end decides which improbable token wins: it keeps full relative accuracy down to 2^-65.
 template <class F, class U>
 DAM_HD F exponential(U high, U low) {
-  const F u = number<F>(high) * 0x1p-32 + (number<F>(low) + 0.5) * 0x1p-64;
+  const F u = from_word<F>(high) * 0x1p-32 + (from_word<F>(low) + 0.5) * 0x1p-64;
   const double largest = 1.0 - 0x1p-53;
   return negative_log1m(u < largest ? u : F{} + largest);
 }

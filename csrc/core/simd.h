@@ -80,8 +80,8 @@ DAM_HD f32 larger(f32 a, f32 b) {
 }
 #endif
 
-// All lanes brought together by an associative function of two vectors, half by half: lane after lane each would wait
-// for the last.
+// All lanes brought together by an associative and commutative function of two vectors, half by half: lane after lane
+// each would wait for the last.
 template <class V, class F>
 DAM_HD auto fold(V lanes, F combine) {
   using T = std::decay_t<decltype(lanes[0])>;

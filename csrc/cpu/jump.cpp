@@ -8,9 +8,9 @@ DAM_BEGIN
 // The earliest of many events. Which of them may still win is asked before their logarithms are taken.
 class Race {
  public:
-  // False if none of the events can be first, by the high words of their exponentials: -log(1 - u) >= u. A millionth
-  // covers the rounding of both sides, and more words.
-  bool open(u64 high, f64 rate) const { return any(number<f64>(high) * (0x1p-32 * (1 - 1e-6)) <= rate * time_); }
+  // False if none of the events can be first, by the high words of their exponentials: -log(1 - u) >= u, and the low
+  // words only add to u. A millionth covers the rounding of both sides.
+  bool open(u64 high, f64 rate) const { return any(from_word<f64>(high) * (0x1p-32 * (1 - 1e-6)) <= rate * time_); }
 
   void enter(u64 high, u64 low, f64 rate, f64 at) {
     first_.enter(exponential<f64>(high, low), rate, at);

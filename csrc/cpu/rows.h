@@ -212,7 +212,7 @@ inline float max_of_tile(const float* x, int width) {
 
 // The lanes of a vector as doubles, added up to one vector of them.
 template <class V>
-inline f64 halves(V lanes) {
+inline f64 widened_sum(V lanes) {
   using T = std::decay_t<decltype(lanes[0])>;
   constexpr int COUNT = sizeof(V) / sizeof(T);
   T each[COUNT];
@@ -227,7 +227,7 @@ inline f64 halves(V lanes) {
 template <class V, int N>
 inline double sum_lanes(const V (&vectors)[N]) {
   f64 sum{};
-  for (const V& lanes : vectors) sum += halves(lanes);
+  for (const V& lanes : vectors) sum += widened_sum(lanes);
   return fold(sum, [](auto a, auto b) { return a + b; });
 }
 

@@ -9,71 +9,79 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_LIBRARY = torch.library.Library("dam", "FRAGMENT")
+_libraries: dict[str, torch.library.Library] = {}
 
 
 class Op:
     """The op dam::<name> of a function of tensors, numbers and strings that changes none of its arguments.
 
     torch.library.custom_op puts several calls of Python around each of its ops, and an autograd kernel that costs more
-    than a small op itself. Here the dispatcher calls the function, and a gradient comes from an autograd.Function; a
-    compiler, which pays once, sees the formula that `register_autograd` tells torch. Calls take positional arguments,
-    all of them.
+    than a small op itself. Here the dispatcher calls the function, and the gradient of an eager call comes from an
+    autograd.Function; what traces calls, and pays once, gets the op with an autograd kernel by the same formulas. An
+    op without `register_autograd` refuses a gradient. Calls take positional arguments, all of them.
     """
 
     def __init__(self, name: str, function: Callable):
-        schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        if name in _libraries:  # its module is being loaded again
+            _libraries.pop(name)._destroy()
+        library = _libraries[name] = torch.library.Library("dam", "FRAGMENT")
+        library.define(
+            name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+        )
+        library.impl(name, function, "CompositeExplicitAutograd")
         self.name = f"dam::{name}"
         self.overload = getattr(torch.ops.dam, name).default
-        self._function = _function(self.name, self.overload, self._refuse, None)
-        self._registered = False  # an autograd kernel, to be stepped over
+        self._library = library
+        self._backward: Callable = self._refuse
+        self._setup_context: Callable | None = None
+        torch.library.register_autograd(self.name, self._gradient, setup_context=self._keep, lib=library)
+        self._differentiable = _autograd_function(self)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.overload(*args)
+        if self._setup_context is not None and getattr(forward_ad, "_current_level", -1) >= 0:
+            return self._differentiable.apply(*args)  # which refuses; the dispatcher would call the tangent 0
+        if torch._C._are_functorch_transforms_active():
+            return self.overload(*args)  # a tensor inside vmap does not say that the one around it requires a gradient
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return self._function.apply(*args)
-        if not self._registered:
-            return self.overload(*args)
-        if getattr(forward_ad, "_current_level", -1) >= 0:
-            return self._function.apply(*args)  # which refuses; the dispatcher would call the tangent 0
+            return self._differentiable.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
+
+    def register_fake(self, fake: Callable) -> Callable:
+        return torch.library.register_fake(self.name, fake, lib=self._library)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As torch.library.register_autograd; no tensor in a list of them has a gradient."""
+        self._backward, self._setup_context = backward, setup_context
+
+    def _gradient(self, ctx, *grads):
+        return self._backward(ctx, *grads)
+
+    def _keep(self, ctx, inputs, output):
+        if self._setup_context is not None:
+            self._setup_context(ctx, inputs, output)
 
     def _refuse(self, ctx, *grads):
         raise RuntimeError(f"{self.name} has no gradient")
 
-    def register_fake(self, fake: Callable) -> Callable:
-        return torch.library.register_fake(self.name, fake, lib=_LIBRARY)
 
-    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
-        """As torch.library.register_autograd; no tensor in a list of them has a gradient."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
-        self._function, self._registered = _function(self.name, self.overload, backward, setup_context), True
+def _autograd_function(op: Op) -> type[torch.autograd.Function]:
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op.overload(*inputs)
+        op._keep(ctx, inputs, output)
+        return output
 
+    def backward(ctx, *grads):
+        result = op._gradient(ctx, *grads)
+        gradients = result if isinstance(result, tuple) else (result,)
+        return tuple(None if isinstance(gradient, list) else gradient for gradient in gradients)
 
-def _function(
-    name: str, overload: Callable, backward: Callable, setup_context: Callable | None
-) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *grads):
-            result = backward(ctx, *grads)
-            gradients = result if isinstance(result, tuple) else (result,)
-            return tuple(None if isinstance(gradient, list) else gradient for gradient in gradients)
-
-    Function.__name__ = Function.__qualname__ = name
-    return Function
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # Named when it is made: torch's node, which anomaly mode speaks of, takes its name then.
+    return type(op.name.replace("::", "_"), (torch.autograd.Function,), methods)
 
 
 def op(name: str) -> Callable[[Callable], Op]:

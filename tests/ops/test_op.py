@@ -66,6 +66,8 @@ def test_an_op_without_a_gradient_refuses_one():
     with pytest.raises(RuntimeError, match="dam::test_plain has no gradient"):
         plain(x).sum().backward()
     assert not plain(x.detach()).requires_grad
+    with pytest.raises(RuntimeError, match="dam::test_plain has no gradient"):
+        torch.compile(lambda x: plain(x).sum(), fullgraph=True, backend="eager")(x).backward()
     # So does the second derivative of an op whose gradient is an op.
     logits = torch.randn(2, 5, requires_grad=True)
     (gradient,) = torch.autograd.grad(dam.log_prob(logits, torch.tensor([1, 2])).sum(), logits, create_graph=True)
@@ -93,3 +95,43 @@ def test_modes_see_the_op():
     with profile() as profiled:
         dam.log_prob(x, torch.zeros(4, dtype=torch.int64)).sum().backward()
     assert {"dam::log_prob", "dam::log_prob_backward"} <= {event.key for event in profiled.key_averages()}
+
+
+def test_a_gradient_from_outside_vmap():
+    logits, target = torch.randn(3, 4, 8, requires_grad=True), torch.arange(4)
+    torch.func.vmap(lambda x: dam.log_prob(x, target))(logits).sum().backward()
+    expected = torch.stack([torch.autograd.grad(dam.log_prob(x, target).sum(), x)[0] for x in logits])
+    assert torch.equal(logits.grad, expected)
+
+
+def test_a_traced_module_holds_the_op():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return dam.log_prob(self.linear(x), torch.arange(4))
+
+    model, x = Model(), torch.randn(4, 8)
+    traced = torch.jit.trace(model, (x,))
+    assert "dam::log_prob" in {node.kind() for node in traced.inlined_graph.nodes()}
+    assert torch.equal(traced(x), model(x))
+
+
+def test_nodes_are_named_after_their_op():
+    logits = torch.randn(2, 5, requires_grad=True)
+    assert "dam_matching_loss" in dam.matching_loss(logits, torch.zeros(2, 1).long(), torch.ones(2, 1)).grad_fn.name()
+
+
+def test_an_op_can_be_defined_again():
+    first = _op.Op("test_again", lambda_of(1.0))
+    second = _op.Op("test_again", lambda_of(2.0))
+    assert second(torch.ones(())) == 2.0 and first.name == second.name
+
+
+def lambda_of(factor):
+    def scaled(x: Tensor) -> Tensor:
+        return factor * x
+
+    return scaled
