@@ -530,6 +530,7 @@ def draw_curves(
         if log:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.tick_params(which="minor", labelbottom=False)  # they would overlap
         axes.set_xlabel(cost.replace("_", " "))
         axes.grid(alpha=0.3)
     drawn.axes[0].set_ylabel(axis)
