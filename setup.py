@@ -208,9 +208,9 @@ def extensions():
 
 if __name__ == "__main__":
     setup(
-        # The kernels live beside the package; a distribution called `kernels` exists, so that name is never installed.
-        packages=[*find_packages(include=["dam", "dam.*"]), "dam.kernels"],
-        package_dir={"dam.kernels": "kernels"},
+        # dam.kernels among them, by the link dam/kernels: a distribution called `kernels` exists, so that name is never
+        # installed.
+        packages=find_packages(include=["dam", "dam.*"]),
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},
     )

@@ -220,16 +220,17 @@ class Lookup:
             like.new_empty(target.shape, dtype=torch.float32),
             like.new_empty(like.shape[:1], dtype=torch.float64),
         )
-        self.like, self.tile_max, self.tile_excess = like, None, None
+        self.like = like
+        self.summaries: tuple[Tensor, Tensor] | None = None  # of the tiles seen so far
 
     def see(self, logits: Tensor, first: int = 0) -> None:
         """Takes the logits of the tiles from `first` on, [T, .]: all of the rest or a multiple of 1024 columns."""
-        if self.tile_max is None:
-            self.tile_max, self.tile_excess = core.summaries(self.like, self.tiles)
+        if self.summaries is None:
+            self.summaries = core.summaries(self.like, self.tiles)
         last = first + triton.cdiv(logits.shape[1], TILE.value)
         g = core.geometry("log_prob", logits)
         arguments = {
-            **self._arguments(g, self.tile_max, self.tile_excess), "logits": logits,
+            **self._arguments(g, *self.summaries), "logits": logits,
             "logits_stride": core.stride_of(logits), "first": first, "last": last, "OPENS": first == 0,
             "CLOSES": last == self.tiles,
         }  # fmt: skip
