@@ -20,7 +20,9 @@ import torch
 
 import dam
 from benchmarks import harness, report
-from dam.ops import _cpu
+from dam.backends import cpu
+from dam.ops import log_prob as log_prob_op
+from dam.ops import matching_loss as matching_loss_op
 
 
 def load(checkout: Path) -> ModuleType:
@@ -41,7 +43,7 @@ def load(checkout: Path) -> ModuleType:
 
 def with_kernels(module: ModuleType, function: Callable[[], object]) -> Callable[[], object]:
     def call() -> None:
-        _cpu._kernels = module
+        cpu.kernels = module
         with dam.backend("cpu"):
             function()
 
@@ -49,16 +51,16 @@ def with_kernels(module: ModuleType, function: Callable[[], object]) -> Callable
 
 
 def cases(rows: int, vocabulary: int, dtype: torch.dtype, before: ModuleType) -> list[harness.Case]:
-    now = _cpu._kernels
+    now = cpu.kernels
     logits, base = (harness.logits(rows, vocabulary, dtype) for _ in range(2))
     target, weight, base_weight = torch.randint(vocabulary, (rows, 1)), torch.rand(rows, 1), torch.rand(rows)
-    _, log_escape = _cpu.log_prob(logits, target, None, 1.0)
+    _, log_escape = log_prob_op._cpu(logits, target, None, 1.0)
     functions = {
         "jump": lambda: dam.jump(logits),
         "log_prob": lambda: dam.log_prob(logits, target),
-        "log_prob's backward": lambda: _cpu.log_prob_backward(weight, logits, target, log_escape, None, 1.0),
-        "matching_loss": lambda: _cpu.matching_loss(logits, target, weight, None, None, None, None, True, True),
-        "matching_loss with base": lambda: _cpu.matching_loss(
+        "log_prob's backward": lambda: log_prob_op._cpu_backward(weight, logits, target, log_escape, None, 1.0),
+        "matching_loss": lambda: matching_loss_op._cpu(logits, target, weight, None, None, None, None, True, True),
+        "matching_loss with base": lambda: matching_loss_op._cpu(
             logits, target, weight, base, base_weight, None, None, True, True
         ),
     }
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the medians")
     options = parser.parse_args(arguments)
     print(f"T = {options.rows}, V = {options.vocabulary}, {options.dtype}, medians of {options.repeats}")
-    measured, now = [], _cpu._kernels
+    measured, now = [], cpu.kernels
     try:
         for case in cases(options.rows, options.vocabulary, getattr(torch, options.dtype), load(options.before)):
             measurement = harness.measure(case, options.repeats)
@@ -96,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             measured.append(dataclasses.asdict(measurement))
     finally:
-        _cpu._kernels = now
+        cpu.kernels = now
     if options.json:
         setting = {"rows": options.rows, "vocabulary": options.vocabulary, "dtype": options.dtype}
-        setting |= {**report.versions(), "instruction_set": _cpu.isa(), "repeats": options.repeats}
+        setting |= {**report.versions(), "instruction_set": cpu.isa(), "repeats": options.repeats}
         report.write_json(options.json, {**setting, "cases": measured})
     return 0
 

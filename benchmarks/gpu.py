@@ -36,7 +36,7 @@ import dam
 from benchmarks import goals, harness, report, tune
 from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
-from dam.ops import _backend, _triton
+from dam.backends import choice, triton
 
 Function = Callable[[], object]
 
@@ -122,7 +122,7 @@ class Run:
         JSON and summary.md are written after every item, for a run that is killed.
         """
         stopped = None
-        if (reason := _backend.why_unavailable("cuda")) is not None:
+        if (reason := choice.why_unavailable("cuda")) is not None:
             self.left_out.append(f"the CUDA kernels: {reason}")
         with on_default(self.machine):
             self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
@@ -287,7 +287,7 @@ def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[st
 
 def default_backend() -> str:
     """The backend that most operations on a GPU's tensors get, where none is asked for by name."""
-    return next(name for name in _backend.FAST["cuda"] if name == "triton" or _backend.why_unavailable(name) is None)
+    return next(name for name in choice.FAST["cuda"] if name == "triton" or choice.why_unavailable(name) is None)
 
 
 def on_default(machine: Machine) -> contextlib.AbstractContextManager[None]:
@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(sys.argv[1:] if arguments is None else arguments)
     if not torch.cuda.is_available():
         return _error("torch sees no GPU here, so nothing was measured")
-    if _triton.INTERPRETED:
+    if triton.INTERPRETED:
         return _error("TRITON_INTERPRET=1 is set, so kernels would not run on the GPU; nothing was measured")
     if os.environ.get("DAM_BACKEND"):
         return _error("DAM_BACKEND is set, so the default could not be measured; nothing was measured")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dam.ops import _cpu
+from dam.backends import cpu
 
 SHORT = 0.1  # seconds; a function that takes less runs once more, untimed, before each timed call
 SLOW = 20.0  # seconds; a peer that needs longer for its first call is stopped, and absent
@@ -175,7 +175,7 @@ def reading(*tensors: Tensor) -> Callable[[], object]:
 
     def read() -> None:
         for x in tensors:
-            _cpu._kernels.read(x.data_ptr(), x.nbytes // 8, torch.get_num_threads())
+            cpu.kernels.read(x.data_ptr(), x.nbytes // 8, torch.get_num_threads())
 
     return read
 

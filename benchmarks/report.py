@@ -16,7 +16,7 @@ import torch
 import dam
 from benchmarks import harness, memory
 from dam import plots
-from dam.ops import _cpu
+from dam.backends import cpu
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,7 +91,7 @@ def measure(op: str, options: Options) -> dict[str, Any]:
         **versions(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "instruction_set": _cpu.isa(),
+        "instruction_set": cpu.isa(),
         "cases": [dataclasses.asdict(measurement) for measurement in measured],
     }
 
@@ -144,7 +144,7 @@ def versions() -> dict[str, str]:
 
 def device() -> str:
     """Name of a folder: CPU model, instruction set in use, cores."""
-    return f"{slug(cpu_model())}-{_cpu.isa()}-{os.cpu_count()}-cores"
+    return f"{slug(cpu_model())}-{cpu.isa()}-{os.cpu_count()}-cores"
 
 
 def cpu_model() -> str:

@@ -1,7 +1,7 @@
 """Discrete Adjoint Matching as fused kernels: the public API, re-exported."""
 
 from dam import generators
-from dam.ops._backend import backend
+from dam.backends.choice import backend
 from dam.ops._head import LoRA
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.backward_kolmogorov import backward_kolmogorov

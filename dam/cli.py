@@ -15,7 +15,7 @@ import torch
 
 import dam
 from dam.adjoint import ESTIMATORS, NORMALIZERS
-from dam.ops import _backend, _cpu, _cuda, _triton
+from dam.backends import choice, cpu, cuda, triton
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def info() -> str:
     """Version, and which backends can run here and why not the others."""
     lines = [f"dam {dam.__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
-    for name in _backend.BACKENDS:
-        reason = _backend.why_unavailable(name)
+    for name in choice.BACKENDS:
+        reason = choice.why_unavailable(name)
         lines.append(f"{name:7}" + (f"available{_detail(name)}" if reason is None else f"not available: {reason}"))
     return "\n".join(lines)
 
@@ -44,13 +44,13 @@ def info() -> str:
 def _detail(backend: str) -> str:
     """What an available backend runs on."""
     if backend == "cpu":
-        return f", instruction set {_cpu.isa()}, {torch.get_num_threads()} threads"
+        return f", instruction set {cpu.isa()}, {torch.get_num_threads()} threads"
     if backend == "triton":
         version = importlib.metadata.version("triton")
-        where = "interpreted on the CPU" if _triton.INTERPRETED else torch.cuda.get_device_name()
+        where = "interpreted on the CPU" if triton.INTERPRETED else torch.cuda.get_device_name()
         return f", Triton {version}, {where}"
     if backend == "cuda":
-        return ", emulated on the CPU" if _cuda.EMULATED else f", {torch.cuda.get_device_name()}"
+        return ", emulated on the CPU" if cuda.EMULATED else f", {torch.cuda.get_device_name()}"
     return ""
 
 
@@ -147,7 +147,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not (checkout / "benchmarks" / "report.py").is_file():
         print("dam bench: the benchmarks are in dam's source repository; run this in a checkout", file=sys.stderr)
         return 1
-    if (reason := _backend.why_unavailable("cpu")) is not None:
+    if (reason := choice.why_unavailable("cpu")) is not None:
         print(f"dam bench: {reason}", file=sys.stderr)
         return 1
     sys.path.insert(0, str(checkout))  # an installed command does not look there

@@ -12,19 +12,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DAM_EMULATE_CUDA", "1")
 
 import dam
-from dam.ops import _backend
+from dam.backends import choice
 
 
 def device_of(name):
     """Type of the device whose tensors a backend takes, "cpu" for the reference."""
-    return _backend.DEVICE_TYPE.get(name, "cpu")
+    return choice.DEVICE_TYPE.get(name, "cpu")
 
 
 def pytest_generate_tests(metafunc):
     """Runs a test that takes `backend` on each of them; a module whose ops have forms lists these in FORMS."""
     if "backend" in metafunc.fixturenames:
         params = []
-        for name in _backend.BACKENDS:
+        for name in choice.BACKENDS:
             forms = getattr(metafunc.module, "FORMS", ()) if name == "triton" else ()
             params += [pytest.param((name, form), id=f"{name}-{form}") for form in forms] or [
                 pytest.param((name, None), id=name)
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc):
 def backend(request, monkeypatch):
     """Runs the test on a backend, if it can run here; a test module lists what its op has in IMPLEMENTATIONS."""
     name, form = request.param
-    reason = _backend.why_unavailable(name)
+    reason = choice.why_unavailable(name)
     if reason is not None:
         pytest.skip(reason)
     implementations = getattr(request.module, "IMPLEMENTATIONS", (name,))

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dam
 from benchmarks import builds, harness, memory, peers, report
 from dam import cli
-from dam.ops import _cpu
+from dam.backends import cpu
 from tests.ops import helpers
 
 CHECKOUT = Path(__file__).parent.parent
@@ -276,7 +276,7 @@ def test_pytest_benchmark_runs_the_same_functions():
 
 def test_another_build_runs_beside_this_one(tmp_path, capsys, monkeypatch):
     """Its kernels are called under this checkout's bindings, which have their own again afterwards."""
-    kernels = _cpu._kernels
+    kernels = cpu.kernels
     measure = harness.measure
 
     def measured_then_before(case, *options):
@@ -293,10 +293,10 @@ def test_another_build_runs_beside_this_one(tmp_path, capsys, monkeypatch):
     assert len(cases) == 5 and all({"dam", "before"} <= case["median_seconds"].keys() for case in cases)
     assert capsys.readouterr().out.count("of a plain read") == 5
     other = builds.load(before)
-    assert other is not kernels is _cpu._kernels
+    assert other is not kernels is cpu.kernels
     seen = []
-    builds.with_kernels(other, lambda: seen.append(_cpu._kernels))()
+    builds.with_kernels(other, lambda: seen.append(cpu.kernels))()
     assert seen == [other]
-    _cpu._kernels = kernels
+    cpu.kernels = kernels
     with pytest.raises(FileNotFoundError, match="build it there first"):
         builds.load(tmp_path)

@@ -13,11 +13,11 @@ import torch
 
 import dam
 from benchmarks import checkout, goals, gpu, harness, machine, peers, tune
+from dam.backends import triton
 from dam.kernels import configs
-from dam.ops import _triton
 
 # On a GPU the command itself is the trial.
-pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not triton.INTERPRETED, reason="needs Triton's interpreter")
 
 SIZES = {"rows": 3, "vocabulary": 20, "hidden": 16, "groups": 2, "trajectories": 5, "steps": 4}
 
@@ -83,7 +83,7 @@ def test_the_default_backend_is_measured_beside_triton(whole):
 
 def test_each_name_stands_for_its_backend():
     seen = []
-    case = harness.Case("", "floor", dict, {"dam": lambda: seen.append(gpu._backend._requested)})
+    case = harness.Case("", "floor", dict, {"dam": lambda: seen.append(gpu.choice._requested)})
     with gpu.on_default(Machine()):
         for name, function in gpu.chosen(case, item("linear_jump")).functions.items():
             function()
@@ -91,7 +91,7 @@ def test_each_name_stands_for_its_backend():
 
 
 def test_without_the_cuda_kernels_the_run_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu._backend, "why_unavailable", lambda name: "no nvcc here" if name == "cuda" else None)
+    monkeypatch.setattr(gpu.choice, "why_unavailable", lambda name: "no nvcc here" if name == "cuda" else None)
     run = gpu.Run(Machine(), tmp_path, repeats=1)
     run.measure([item("rate_ratio")], 2**10)
     assert run.failures == [] and run.left_out == ["the CUDA kernels: no nvcc here"]
@@ -498,7 +498,7 @@ def test_a_row_holds_for_all_gpus_of_a_chip(name, part):
 def as_if_on_gpu(monkeypatch):
     """main() with the CPU in the place of a GPU, and tiny items."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(gpu, "Gpu", Machine)
     monkeypatch.setattr(gpu, "plan", lambda: [item("rate_ratio"), item("jump")])
     monkeypatch.setattr(gpu, "bandwidths", lambda machine, nbytes: BANDWIDTH)

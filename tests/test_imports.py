@@ -1,6 +1,7 @@
-"""Imports point one way, and `import dam` needs torch and numpy only."""
+"""Imports point one way, within a part as between parts, and `import dam` needs torch and numpy only."""
 
 import ast
+import fnmatch
 import subprocess
 import sys
 from pathlib import Path
@@ -8,24 +9,38 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dam"
-KERNELS = PACKAGE.parent / "kernels"  # installed as dam.kernels
+KERNELS = PACKAGE.parent / "kernels"  # dam.kernels, by the link dam/kernels
 # A module imports from its own part and from parts of lower rank. plots knows nothing of the rest.
 RANK = {
     "_cpu": 0,
     "kernels": 0,
     "generators": 0,
-    "ops": 1,
-    "ctmc": 2,
-    "divergences": 2,
-    "models": 3,
-    "rollout": 4,
-    "diagnostics": 4,
-    "adjoint": 5,
-    "train": 6,
-    "tasks": 7,
-    "cli": 8,
+    "backends": 1,
+    "ops": 2,
+    "ctmc": 3,
+    "divergences": 3,
+    "models": 4,
+    "rollout": 5,
+    "diagnostics": 5,
+    "adjoint": 6,
+    "train": 7,
+    "tasks": 8,
+    "cli": 9,
 }
 LEAVES = {"plots": 0}
+# Within a part, a module imports modules of lower rank only; the first pattern that fits a name gives its rank. Of the
+# other parts it holds that they have no circle.
+WITHIN = {
+    "backends": {"address": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
+    "ops": {
+        **dict.fromkeys(("_checks", "_op", "_philox", "_rows"), 0),
+        **dict.fromkeys(("_formed_gradient", "_head"), 1),
+        "_linear": 2,
+        "linear_*": 4,
+        "*": 3,
+    },
+    "kernels": {"configs": 0, "launch": 0, "core": 1, "head": 2, "linear_*": 4, "*": 3},
+}
 OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
 
 
@@ -33,38 +48,102 @@ def modules():
     return sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 
 
-def part_of(path):
-    """The part of the package that a file belongs to."""
-    return "kernels" if KERNELS in path.parents else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path):
+    """Dotted name of a file's module, without `dam`."""
+    inside = Path("kernels") / path.relative_to(KERNELS) if KERNELS in path.parents else path.relative_to(PACKAGE)
+    return ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(path):
-    """The modules below dam that a file imports, wherever in it, as dotted names without `dam`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(source, known):
+    """The modules below dam that source code imports, wherever in it, inside functions too, as names without `dam`."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name[4:] for alias in node.names if alias.name.startswith("dam."))
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            if node.module == "dam":
-                yield from (alias.name for alias in node.names)
-            elif node.module.startswith("dam."):
-                yield node.module[4:]
+            assert node.level == 0, "imports are absolute"
+            if node.module == "dam" or node.module.startswith("dam."):
+                parent = node.module[4:]
+                for alias in node.names:
+                    child = f"{parent}.{alias.name}".removeprefix(".")
+                    yield child if child in known or not parent else parent
 
 
-def test_every_part_of_the_package_has_a_rank():
-    parts = {part_of(path) for path in modules()}
-    assert parts - {"__init__"} <= RANK.keys() | LEAVES.keys()
+def rank_within(within, name):
+    return next(rank for pattern, rank in within.items() if fnmatch.fnmatch(name.split(".")[1], pattern))
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE.parent)))
-def test_imports_point_one_way(path):
-    part = part_of(path)
-    if part == "__init__":
-        return  # re-exports
+def graph_of(sources):
+    """Which modules each module imports; sources by name."""
+    return {name: set(imported(source, sources)) for name, source in sources.items()}
+
+
+def faults(graph):
+    """Every import that points upward, between parts or within one, and every circle."""
+    found = []
     ranks = {**RANK, **LEAVES}
-    for name in imported(path):
-        other = name.split(".")[0]
-        assert other == part or ranks[other] < ranks[part], f"{path.name} imports dam.{name}"
+    for name, others in graph.items():
+        part = name.split(".")[0]
+        for other in sorted(others):
+            if part == "__init__":
+                continue  # re-exports
+            other_part = other.split(".")[0]
+            if other_part != part and not ranks[other_part] < ranks[part]:
+                found.append(f"{name} imports dam.{other}, which is not below it")
+            within = WITHIN.get(part)
+            if within is not None and other_part == part and "." in other and "." in name:
+                mine, its = (rank_within(within, x) for x in (name, other))
+                if not its < mine:
+                    found.append(f"{name} imports dam.{other}, which is not below it in {part}")
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            found.append("a circle: " + " -> ".join([*path[path.index(name) :], name]))
+        elif name not in done:
+            path.append(name)
+            for other in sorted(graph.get(name, ())):
+                visit(other)
+            done.add(path.pop())
+
+    for name in sorted(graph):
+        visit(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return {name_of(path): path.read_text(encoding="utf-8") for path in modules()}
+
+
+def test_every_part_of_the_package_has_a_rank(sources):
+    parts = {name.split(".")[0] for name in sources}
+    assert parts - {"__init__"} <= RANK.keys() | LEAVES.keys()
+    for part, within in WITHIN.items():
+        names = {name.split(".")[1] for name in sources if name.startswith(f"{part}.")}
+        assert all(fnmatch.filter(names, pattern) for pattern in within)
+        assert all(any(fnmatch.fnmatch(name, pattern) for pattern in within) for name in names)
+
+
+def test_imports_point_one_way(sources):
+    assert faults(graph_of(sources)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "fault"),
+    [
+        ("backends.cuda", "from dam.ops import _head", "backends.cuda imports dam.ops._head, which is not below it"),
+        ("backends.cpu", "from dam.backends import choice", "is not below it in backends"),
+        ("ops._rows", "import dam.ops.jump", "ops._rows imports dam.ops.jump, which is not below it in ops"),
+        ("ops.jump", "from dam.ops import log_prob", "ops.jump imports dam.ops.log_prob, which is not below it in ops"),
+        ("kernels.core", "from dam.kernels.jump import jump", "is not below it in kernels"),
+        ("ctmc.simulate", "from dam.ctmc.enumeration import process_law", "a circle: ctmc.enumeration -> ctmc.simulate"),
+        ("models.denoiser", "from dam.rollout import rollout", "models.denoiser imports dam.rollout"),
+    ],
+)
+def test_a_planted_import_is_found(sources, module, line, fault):
+    """Inside a function, where it does not run when the module is loaded."""
+    planted = {**sources, module: f"{sources[module]}\n\ndef planted():\n    {line}\n"}
+    assert any(fault in text for text in faults(graph_of(planted)))
 
 
 def test_the_package_itself_re_exports_only():

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dam.ops import _cuda, _op, _triton
+from dam.backends import address, cuda, triton
+from dam.ops import _op
+
+
+def _cuda_scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor in place, without waiting for the device to learn the factor."""
+    kept = address.readable(factor.reshape(1))
+    code = address.DTYPE_CODE[gradient.dtype]
+    cuda.kernels.scale(gradient.data_ptr(), code, gradient.numel(), address.values(kept), cuda.where(gradient))
+    return gradient
 
 
 def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
@@ -21,10 +30,10 @@ def _scaled(gradient: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
         return gradient * factor
     # float64 is the reference's.
     if gradient.is_cuda and gradient.dtype != torch.float64:
-        if _triton.why_unavailable() is None:
-            return _triton.launcher("formed_gradient", "scale")(gradient, factor)
-        if _cuda.why_unavailable() is None:
-            return _cuda.scale(gradient, factor)
+        if triton.why_unavailable() is None:
+            return triton.launcher("formed_gradient", "scale")(gradient, factor)
+        if cuda.why_unavailable() is None:
+            return _cuda_scaled(gradient, factor)
     return gradient.mul_(factor)
 
 

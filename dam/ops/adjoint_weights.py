@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _op, _rows
 
 
 class AdjointWeights(NamedTuple):
@@ -71,7 +72,7 @@ def adjoint_weights(
         escape_gap = escape_gap.detach()
     if clip is not None and not (isinstance(clip, (int, float)) and math.isfinite(clip)):
         raise ValueError(f"{op}: clip must be a finite number or None; got {clip!r}")
-    backend = _backend.choose(op, _IMPLEMENTATIONS, log_ratio)
+    backend = choice.choose(op, _IMPLEMENTATIONS, log_ratio)
     bound = None if clip is None else float(clip)
     return AdjointWeights(*_adjoint_weights(log_ratio.detach(), terminal_cost.detach(), escape_gap, bound, backend))
 
@@ -114,11 +115,59 @@ def _torch(
     return weight, log_path, log_normalizer, ess, clipped, -1
 
 
+def _cpu(
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    results = outputs(log_ratio)
+    log_ratio, cost = _rows.unit_inner_stride(log_ratio), terminal_cost.double().contiguous()
+    gap = None if escape_gap is None else _rows.unit_inner_stride(escape_gap)
+    bad = cpu.kernels.adjoint_weights(
+        log_ratio.data_ptr(),
+        *log_ratio.shape,
+        log_ratio.stride(0),
+        log_ratio.stride(1),
+        address.DTYPE_CODE[log_ratio.dtype],
+        *address.cube(gap),
+        cost.data_ptr(),
+        math.inf if clip is None else clip,
+        *(result.data_ptr() for result in results),
+        torch.get_num_threads(),
+    )
+    return *results, bad
+
+
+def _cuda(
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    groups, size, steps = log_ratio.shape
+    results = outputs(log_ratio)
+    log_ratio = _rows.unit_inner_stride(log_ratio)
+    gap = None if escape_gap is None else _rows.unit_inner_stride(escape_gap)
+    log_weight = log_ratio.new_empty((groups, size), dtype=torch.float64)
+    cost = address.readable(terminal_cost)
+    first_bad = cuda.FirstBad(log_ratio, groups * size)
+    cuda.kernels.adjoint_weights(
+        groups,
+        size,
+        steps,
+        address.DTYPE_CODE[log_ratio.dtype],
+        address.cube(log_ratio),
+        address.cube(gap),
+        address.values(cost),
+        math.inf if clip is None else clip,
+        log_weight.data_ptr(),
+        *(result.data_ptr() for result in results),
+        first_bad.lowest.data_ptr(),
+        cuda.where(log_ratio),
+    )
+    return *results, first_bad.read()
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.adjoint_weights,
-    "triton": _triton.launcher("adjoint_weights"),
-    "cuda": _cuda.adjoint_weights,
+    "cpu": _cpu,
+    "triton": triton.launcher("adjoint_weights"),
+    "cuda": _cuda,
 }
 
 

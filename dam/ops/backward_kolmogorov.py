@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dam import generators
-from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _op, _rows
 
 
 def backward_kolmogorov(
@@ -71,8 +72,8 @@ def backward_kolmogorov(
     duration = _checks.number(op, "duration", duration, 0.0, sys.float_info.max)
     tol = _checks.number(op, "tol", tol, 1e-12, 0.1)
     # Products on tensor cores: 8.5 ms where the CUDA kernels take 14.0 (benchmarks/notes.md).
-    first = "triton" if kind == "lattice" and _triton.why_unavailable() is None else None
-    backend = _backend.choose(op, _IMPLEMENTATIONS, terminal, first=first)
+    first = "triton" if kind == "lattice" and triton.why_unavailable() is None else None
+    backend = choice.choose(op, _IMPLEMENTATIONS, terminal, first=first)
     return _backward_kolmogorov(terminal, kind, tensors, sizes, duration, tol, False, backend)
 
 
@@ -97,6 +98,9 @@ def _pieces(generator: generators.Generator) -> tuple[str, list[Tensor], list[in
         f"got {type(generator).__name__}"
     )
 
+
+# float64 states between the dimensions of a lattice on a GPU, which should stay in the L2 cache.
+_LATTICE_CHUNK_BYTES = 32 * 2**20
 
 # Advances float64 rows [n, V] by the whole duration.
 Advance = Callable[[Tensor], Tensor]
@@ -399,11 +403,135 @@ def _poisson(mean: float, tail: float) -> tuple[int, list[float]]:
     return k, [w / total for w in weights]
 
 
+def _cpu(
+    terminal: Tensor,
+    kind: str,
+    tensors: list[Tensor],
+    sizes: list[int],
+    duration: float,
+    tol: float,
+    transpose: bool,
+) -> Tensor:
+    if kind not in ("uniform", "absorbing") or duration == 0.0:
+        return in_float64(terminal, kind, tensors, sizes, duration, tol, transpose, _cpu_filter)
+    result = outputs(terminal)
+    cpu.kernels.closed_form(
+        *cpu.matrix(terminal),
+        sizes[0] if kind == "absorbing" else -1,
+        math.exp(-duration),
+        -math.expm1(-duration),
+        transpose,
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result
+
+
+def _cpu_filter(lines: Tensor, periodic: bool, taps: list[float]) -> Tensor:
+    lines = lines.contiguous()
+    result = torch.empty_like(lines)
+    cpu.kernels.filter_lines(lines.data_ptr(), *lines.shape, periodic, taps, result.data_ptr(), torch.get_num_threads())
+    return result
+
+
+def _triton(
+    terminal: Tensor,
+    kind: str,
+    tensors: list[Tensor],
+    sizes: list[int],
+    duration: float,
+    tol: float,
+    transpose: bool,
+) -> Tensor:
+    if duration == 0.0 or kind in ("low_rank", "dense"):  # a copy, or the library's matmuls
+        return _torch(terminal, kind, tensors, sizes, duration, tol, transpose)
+    if kind != "lattice":
+        mask_token = sizes[0] if kind == "absorbing" else None
+        stays, moves = math.exp(-duration), -math.expm1(-duration)
+        return triton.launcher("backward_kolmogorov", "closed_form")(terminal, mask_token, stays, moves, transpose)
+    walks = weighted_walks(terminal.shape[1], sizes, duration, tol)
+    taps = _rows.on_device([weights for *_, weights in walks], terminal.device)
+    walk = triton.launcher("backward_kolmogorov", "Walk")
+    steps = [walk(*of_dimension) for of_dimension in walks]
+    return triton.launcher("backward_kolmogorov", "lattice")(
+        terminal, steps, taps, workspace=_rows.workspace_bytes() // 2
+    )
+
+
+def _cuda(
+    terminal: Tensor,
+    kind: str,
+    tensors: list[Tensor],
+    sizes: list[int],
+    duration: float,
+    tol: float,
+    transpose: bool,
+) -> Tensor:
+    if duration == 0.0 or kind in ("low_rank", "dense"):  # a copy, or the library's matmuls
+        return _torch(terminal, kind, tensors, sizes, duration, tol, transpose)
+    if kind == "lattice":
+        return _cuda_lattice(terminal, weighted_walks(terminal.shape[1], sizes, duration, tol))
+    rows, columns = terminal.shape
+    result = outputs(terminal)
+    totals = terminal.new_empty(cuda.kernels.summary_floats(1, rows, columns), dtype=torch.float64)
+    cuda.kernels.closed_form(
+        cuda.shape(terminal),
+        address.matrix(terminal),
+        sizes[0] if kind == "absorbing" else -1,
+        math.exp(-duration),
+        -math.expm1(-duration),
+        transpose,
+        totals.data_ptr(),
+        result.data_ptr(),
+        cuda.where(terminal),
+    )
+    return result
+
+
+def _cuda_lattice(terminal: Tensor, walks: list[tuple[int, int, bool, list[float]]]) -> Tensor:
+    rows, columns = terminal.shape
+    result = outputs(terminal)
+    # Few go with the launch: a copy to the device could not be part of a CUDA graph, which reads the host when it runs.
+    few = all(len(weights) <= cuda.kernels.FEW_TAPS for *_, weights in walks)
+    taps = None if few else _rows.on_device([weights for *_, weights in walks], terminal.device)
+    not_finite = torch.zeros(rows, dtype=torch.int32, device=terminal.device)
+    buffers = min(len(walks) - 1, 2)
+    memory = min(_LATTICE_CHUNK_BYTES, _rows.workspace_bytes() // 2)
+    step = max(1, memory // (buffers * columns * 8)) if buffers > 0 else max(1, rows)
+    states = terminal.new_empty((buffers, min(step, rows), columns), dtype=torch.float64)
+    where = cuda.where(terminal)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        source = terminal[part]
+        for i, (length, inner, periodic, weights) in enumerate(walks):
+            last = i == len(walks) - 1
+            target = result[part] if last else states[i % 2][: part.stop - start]
+            cuda.kernels.walk(
+                part.stop - start,
+                columns,
+                length,
+                inner,
+                periodic,
+                0 if taps is None else taps[i].data_ptr(),
+                weights if taps is None else [],
+                len(weights) - 1,
+                address.matrix(source),
+                address.DTYPE_CODE[source.dtype],
+                target.data_ptr(),
+                not last,
+                not_finite[part].data_ptr(),
+                where,
+            )
+            source = target
+    cuda.kernels.fill_with_nan(rows, columns, not_finite.data_ptr(), result.data_ptr(), where)
+    return result
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.backward_kolmogorov,
-    "triton": _triton.backward_kolmogorov,
-    "cuda": _cuda.backward_kolmogorov,
+    "cpu": _cpu,
+    "triton": _triton,
+    "cuda": _cuda,
 }
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _op, _philox, _rows, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _op, _philox, _rows
 
 
 class Jump(NamedTuple):
@@ -65,7 +66,7 @@ def jump(
     temperature, num_samples, seed, row_ids = sampling_arguments(
         "jump", logits, rows, temperature, num_samples, seed, row_ids
     )
-    backend = _backend.choose("jump", _IMPLEMENTATIONS, logits)
+    backend = choice.choose("jump", _IMPLEMENTATIONS, logits)
     drawn = _jump(logits.detach(), excluded, temperature, num_samples, seed, row_ids, check, backend)
     return as_jump(drawn, num_samples)
 
@@ -190,11 +191,79 @@ def outputs(logits: Tensor, rows: int, num_samples: int) -> tuple[Tensor, Tensor
     )
 
 
+def _cpu(
+    logits: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    target, log_prob, log_escape = outputs(logits, logits.shape[0], num_samples)
+    bad_row = cpu.kernels.jump(
+        *cpu.matrix(logits),
+        *address.indices(exclude),
+        *address.indices(row_ids),
+        temperature,
+        num_samples,
+        int(seed) % 2**64,
+        target.data_ptr(),
+        log_prob.data_ptr(),
+        log_escape.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return target, log_prob, log_escape, bad_row if check else -1
+
+
+def cuda_draw(
+    logits: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    num_samples: int,
+    seed: tuple[int, int],
+    row_ids: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor],  # contiguous
+    first_bad: cuda.FirstBad | None,
+    first_row: int = 0,
+) -> None:
+    summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
+    cuda.kernels.jump(
+        cuda.shape(logits),
+        address.matrix(logits),
+        address.indices(exclude),
+        address.indices(row_ids),
+        temperature,
+        num_samples,
+        *seed,
+        summaries.data_ptr(),
+        *(x.data_ptr() for x in out),
+        0 if first_bad is None else first_bad.lowest.data_ptr(),
+        first_row,
+        cuda.where(logits),
+    )
+
+
+def _cuda(
+    logits: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    out = outputs(logits, logits.shape[0], num_samples)
+    first_bad = cuda.FirstBad(logits, logits.shape[0]) if check else None
+    cuda_draw(logits, exclude, temperature, num_samples, cuda.seed(seed, logits), row_ids, out, first_bad)
+    return *out, -1 if first_bad is None else first_bad.read()
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.jump,
-    "triton": _triton.launcher("jump"),
-    "cuda": _cuda.jump,
+    "cpu": _cpu,
+    "triton": triton.launcher("jump"),
+    "cuda": _cuda,
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cuda, _head, _op, _rows, _triton
+from dam.backends import choice, cuda, triton
+from dam.ops import _checks, _head, _linear, _op, _rows
 from dam.ops import jump as _row_op
 
 
@@ -52,7 +53,7 @@ def linear_jump(
     temperature, num_samples, seed, row_ids = _row_op.sampling_arguments(
         op, hidden, rows, temperature, num_samples, seed, row_ids
     )
-    backend = _backend.choose(op, _IMPLEMENTATIONS, hidden)
+    backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     tensors = (None if x is None else x.detach() for x in head)
     drawn = _linear_jump(*tensors, excluded, temperature, num_samples, seed, row_ids, check, backend)
     return _row_op.as_jump(drawn, num_samples)
@@ -88,11 +89,49 @@ def _chunked(
     return *out, -1
 
 
+def _triton(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+    return triton.launcher("linear_jump")(
+        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
+    )
+
+
+def _cuda(
+    head: _head.Head,
+    exclude: Tensor | None,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Library matmuls over chunks of rows, with a draw after each; whether a row is bad is asked once, at the end."""
+    rows = head.hidden.shape[0]
+    out = _row_op.outputs(head.hidden, rows, num_samples)
+    first_bad = cuda.FirstBad(head.hidden, rows) if check else None
+    key = cuda.seed(seed, head.hidden)
+    ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
+    for part, (memory,) in _head.chunks(rows, head.weight, arrays=1, backend="cuda"):
+        logits = _head.logits(head.part(part), memory)
+        target, log_prob, log_escape = (x[part] for x in out)
+        _row_op.cuda_draw(
+            logits,
+            None if exclude is None else exclude[part],
+            temperature,
+            num_samples,
+            key,
+            ids[part],
+            (target, log_prob, log_escape),
+            first_bad,
+            part.start,
+        )
+    return *out, -1 if first_bad is None else first_bad.read()
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(_chunked, "torch"),
     "cpu": functools.partial(_chunked, "cpu"),
-    "triton": _triton.linear_jump,
-    "cuda": _cuda.linear_jump,
+    "triton": _triton,
+    "cuda": _cuda,
 }
 
 

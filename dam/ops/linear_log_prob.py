@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cuda, _head, _op, _triton
+from dam.backends import choice, triton
+from dam.ops import _checks, _head, _linear, _op, _rows
 from dam.ops import log_prob as _row_op
 
 
@@ -47,7 +49,7 @@ def linear_log_prob(
     targets = _checks.target(op, target, rows, hidden)
     excluded = _checks.exclude(op, exclude, rows, weight.shape[0], hidden)
     temperature = _checks.temperature(op, temperature, zero=False)
-    backend = _backend.choose(op, _IMPLEMENTATIONS, hidden)
+    backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     value, _ = _linear_log_prob(*head, targets, excluded, temperature, backend)
     return value.view(target.shape)
 
@@ -95,17 +97,61 @@ def chunked_backward(
     return gradients.finish()
 
 
+def _triton(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return triton.launcher("linear_log_prob")(
+        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
+    )
+
+
+def _triton_backward(
+    grad: Tensor,
+    head: _head.Head,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    if not _linear.fused("linear_log_prob", head, _linear.gradient_form(needed)):
+        return chunked_backward("triton", grad, head, target, log_escape, exclude, temperature, needed)
+    rows = triton.launcher("linear_log_prob", "rows_of")(grad, target, log_escape, exclude, temperature)
+    return _linear.fused_gradients("linear_log_prob", head, None, rows, temperature, needed)
+
+
+def _cuda_backward(
+    grad: Tensor,
+    head: _head.Head,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """By rows, or by columns where the head is trained and the rows do not fit one chunk."""
+    if not _head.by_columns(head, needed, 1, _head.gradient_dtype(head, "cuda")):
+        return chunked_backward("cuda", grad, head, target, log_escape, exclude, temperature, needed)
+    pull = -grad.double() / temperature
+    counted = target >= 0 if exclude is None else (target >= 0) & (target != exclude[:, None])
+    largest = torch.finfo(torch.float32).max
+    coefficient = torch.where(counted, pull, 0.0).sum(dim=1).clamp(-largest, largest).float()
+    reference = log_escape.double() * temperature
+    high = reference.float()
+    nothing = torch.zeros_like(high)
+    shares = torch.stack((coefficient, high, (reference - high).float(), nothing, nothing, nothing), dim=1)
+    return _linear.gradients_by_columns(head, None, target, pull, shares, exclude, temperature, needed)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked, "torch"),
     "cpu": functools.partial(chunked, "cpu"),
-    "triton": _triton.linear_log_prob,
+    "triton": _triton,
     "cuda": functools.partial(chunked, "cuda"),
 }
 _BACKWARD: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked_backward, "torch"),
     "cpu": functools.partial(chunked_backward, "cpu"),
-    "triton": _triton.linear_log_prob_backward,
-    "cuda": _cuda.linear_log_prob_backward,
+    "triton": _triton_backward,
+    "cuda": _cuda_backward,
 }
 
 

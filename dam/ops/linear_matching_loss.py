@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cuda, _formed_gradient, _head, _op, _rows, _triton
+from dam.backends import choice, cuda, triton
+from dam.ops import _checks, _formed_gradient, _head, _linear, _op, _rows
 from dam.ops import matching_loss as _row_op
 
 
@@ -82,7 +83,7 @@ def linear_matching_loss(
         )
         base_bias = None if base_bias is None else base_bias.detach()
     excluded = _checks.exclude(op, exclude, rows, columns, hidden)
-    backend = _backend.choose(op, _IMPLEMENTATIONS, hidden)
+    backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     loss, *_ = _linear_matching_loss(
         *head,
         target,
@@ -143,11 +144,59 @@ def chunked(
     return total.to(_rows.accumulator(head.hidden.dtype)), *gradients.finish()
 
 
+def _triton(
+    head: _head.Head,
+    target: Tensor,
+    weight: Tensor,
+    base: _head.Head | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized)
+    if not _linear.fused("linear_matching_loss", head, _linear.gradient_form(needed) if any(needed) else "form"):
+        return chunked("triton", *arguments, needed)
+    if row_scale is None:
+        count = head.hidden.shape[0]
+        row_scale = head.hidden.new_full((count,), 1.0 / max(count, 1), dtype=torch.float64)
+    row_loss, rows = triton.launcher("linear_matching_loss")(
+        head, target, weight, base, base_weight, row_scale, exclude, normalized, workspace=_rows.workspace_bytes()
+    )
+    gradients = _linear.fused_gradients("linear_matching_loss", head, base, rows, 1.0, needed)
+    return row_loss.sum().to(torch.float32), *gradients
+
+
+def _cuda(
+    head: _head.Head,
+    target: Tensor,
+    weight: Tensor,
+    base: _head.Head | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """By rows; the gradient of a trained head in a second pass by columns, where the rows do not fit one chunk."""
+    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized)
+    if not _head.by_columns(head, needed, 1 if base is None else 2, _head.gradient_dtype(head, "cuda")):
+        return chunked("cuda", *arguments, needed)
+    rows = head.hidden.shape[0]
+    shares = head.hidden.new_empty((rows, cuda.kernels.SHARES), dtype=torch.float32)
+    loss, *_ = chunked("cuda", *arguments, (False,) * 5, shares)
+    scale = 1.0 / rows if row_scale is None else row_scale.double()[:, None]
+    return loss, *_linear.gradients_by_columns(
+        head, base, target, weight.double() * scale, shares, exclude, 1.0, needed
+    )
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "torch": functools.partial(chunked, "torch"),
     "cpu": functools.partial(chunked, "cpu"),
-    "triton": _triton.linear_matching_loss,
-    "cuda": _cuda.linear_matching_loss,
+    "triton": _triton,
+    "cuda": _cuda,
 }
 
 

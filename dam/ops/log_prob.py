@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _op, _rows
 
 
 def log_prob(
@@ -41,7 +42,7 @@ def log_prob(
     targets = _checks.target("log_prob", target, rows, logits)
     excluded = _checks.exclude("log_prob", exclude, rows, columns, logits)
     temperature = _checks.temperature("log_prob", temperature, zero=False)
-    backend = _backend.choose("log_prob", _IMPLEMENTATIONS, logits)
+    backend = choice.choose("log_prob", _IMPLEMENTATIONS, logits)
     value, _ = _log_prob(logits, targets, excluded, temperature, backend)
     return value.view(target.shape)
 
@@ -87,17 +88,104 @@ def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape:
     return gradient.scatter_add_(1, target.clamp(min=0), upstream)
 
 
+def _cpu(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    value, log_escape = outputs(logits, target)
+    target = target.contiguous()
+    cpu.kernels.log_prob(
+        *cpu.matrix(logits),
+        *address.indices(exclude),
+        temperature,
+        target.data_ptr(),
+        target.shape[1],
+        value.data_ptr(),
+        log_escape.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return value, log_escape
+
+
+def _cpu_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    into: Tensor | None = None,
+) -> Tensor:
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
+    # Held by names: the kernel sees addresses only.
+    target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.double().contiguous()
+    cpu.kernels.log_prob_backward(
+        *cpu.matrix(logits),
+        *address.indices(exclude),
+        temperature,
+        target.data_ptr(),
+        target.shape[1],
+        upstream.data_ptr(),
+        log_escape.data_ptr(),
+        gradient.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gradient
+
+
+def _cuda(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    value, log_escape = outputs(logits, target)
+    summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
+    cuda.kernels.log_prob(
+        cuda.shape(logits),
+        address.matrix(logits),
+        address.indices(exclude),
+        temperature,
+        address.targets(target),
+        summaries.data_ptr(),
+        value.data_ptr(),
+        log_escape.data_ptr(),
+        cuda.where(logits),
+    )
+    return value, log_escape
+
+
+def _cuda_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Tensor | None,
+    temperature: float,
+    into: Tensor | None = None,
+) -> Tensor:
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
+    log_escape = log_escape.double().contiguous()
+    target_gradient = grad.new_empty(grad.shape, dtype=torch.float32)
+    cuda.kernels.log_prob_backward(
+        cuda.shape(logits),
+        address.matrix(logits),
+        address.indices(exclude),
+        temperature,
+        address.targets(target),
+        address.values(grad),
+        log_escape.data_ptr(),
+        target_gradient.data_ptr(),
+        address.matrix(gradient),
+        address.DTYPE_CODE[gradient.dtype],
+        cuda.where(logits),
+    )
+    return gradient
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.log_prob,
-    "triton": _triton.launcher("log_prob"),
-    "cuda": _cuda.log_prob,
+    "cpu": _cpu,
+    "triton": triton.launcher("log_prob"),
+    "cuda": _cuda,
 }
 _BACKWARD = {
     "torch": _torch_backward,
-    "cpu": _cpu.log_prob_backward,
-    "triton": _triton.launcher("log_prob", "log_prob_backward"),
-    "cuda": _cuda.log_prob_backward,
+    "cpu": _cpu_backward,
+    "triton": triton.launcher("log_prob", "log_prob_backward"),
+    "cuda": _cuda_backward,
 }
 
 

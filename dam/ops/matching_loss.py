@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _formed_gradient, _op, _rows, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _formed_gradient, _op, _rows
 
 
 def matching_loss(
@@ -63,7 +64,7 @@ def matching_loss(
         _checks.vector(op, "base_weight", base_weight, rows, logits)
         base_logits, base_weight = base_logits.detach(), base_weight.detach()
     excluded = _checks.exclude(op, exclude, rows, columns, logits)
-    backend = _backend.choose(op, _IMPLEMENTATIONS, logits)
+    backend = choice.choose(op, _IMPLEMENTATIONS, logits)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     loss, _ = _matching_loss(
         logits, target, weight, base_logits, base_weight, row_scale, excluded, normalized, with_grad, backend, True
@@ -146,11 +147,88 @@ def _torch(
     return total.to(_rows.accumulator(logits.dtype)), grad
 
 
+def _cpu(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_logits: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    with_grad: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    loss, gradient = outputs(logits, with_grad, into)
+    target, weight = target.contiguous(), weight.double().contiguous()
+    scale = (
+        torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+        if row_scale is None
+        else row_scale.double().contiguous()
+    )
+    base_weight = None if base_weight is None else base_weight.double().contiguous()
+    total = cpu.kernels.matching_loss(
+        *cpu.matrix(logits),
+        *address.matrix(base_logits),
+        *address.indices(exclude),
+        target.data_ptr(),
+        target.shape[1],
+        weight.data_ptr(),
+        address.of(base_weight),
+        scale.data_ptr(),
+        normalized,
+        gradient.data_ptr() if with_grad else 0,
+        torch.get_num_threads(),
+    )
+    # Through float64: fill_ refuses a sum beyond float32 where a conversion gives inf.
+    return loss.copy_(torch.tensor(total, dtype=torch.float64)), gradient
+
+
+def _cuda(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_logits: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    exclude: Tensor | None,
+    normalized: bool,
+    with_grad: bool,
+    into: Tensor | None = None,
+    shares: Tensor | None = None,  # [T, SHARES]; filled with what the gradient depends on
+) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    numbers = tuple(address.readable(x) for x in (weight, base_weight, row_scale))
+    _, gradient = outputs(logits, with_grad, into)
+    arrays = cuda.kernels.ROW_SUMMARIES if base_logits is None else cuda.kernels.BASE_SUMMARIES
+    summaries = cuda.summaries(logits, arrays, rows)
+    target_logit = logits.new_empty(target.shape, dtype=torch.float32)
+    row_loss = logits.new_empty((rows,), dtype=torch.float64)
+    cuda.kernels.matching_loss(
+        cuda.shape(logits),
+        address.matrix(logits),
+        address.matrix(base_logits),
+        address.indices(exclude),
+        address.targets(target),
+        *(address.values(x) for x in numbers),
+        normalized,
+        summaries.data_ptr(),
+        target_logit.data_ptr(),
+        row_loss.data_ptr(),
+        address.matrix(gradient if with_grad else None),
+        address.DTYPE_CODE[gradient.dtype],
+        address.of(shares),
+        cuda.where(logits),
+    )
+    return row_loss.sum().to(torch.float32), gradient
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.matching_loss,
-    "triton": _triton.launcher("matching_loss"),
-    "cuda": _cuda.matching_loss,
+    "cpu": _cpu,
+    "triton": triton.launcher("matching_loss"),
+    "cuda": _cuda,
 }
 
 

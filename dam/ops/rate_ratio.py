@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _op, _rows, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _op, _rows
 
 
 class RateRatio(NamedTuple):
@@ -52,7 +54,7 @@ def rate_ratio(
     rows, columns = logits.shape
     targets = _checks.target("rate_ratio", target, rows, logits)
     excluded = _checks.exclude("rate_ratio", exclude, rows, columns, logits)
-    backend = _backend.choose("rate_ratio", _IMPLEMENTATIONS, logits)
+    backend = choice.choose("rate_ratio", _IMPLEMENTATIONS, logits)
     log_ratio, escape_gap = _rate_ratio(logits.detach(), base_logits.detach(), targets, excluded, backend)
     return RateRatio(log_ratio.view(target.shape), escape_gap)
 
@@ -67,11 +69,44 @@ def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor 
     return log_ratio, escape_gap
 
 
+def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    log_ratio, escape_gap = outputs(logits, target)
+    target = target.contiguous()
+    cpu.kernels.rate_ratio(
+        *cpu.matrix(logits),
+        *address.matrix(base_logits),
+        *address.indices(exclude),
+        target.data_ptr(),
+        target.shape[1],
+        log_ratio.data_ptr(),
+        escape_gap.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return log_ratio, escape_gap
+
+
+def _cuda(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    log_ratio, escape_gap = outputs(logits, target)
+    summaries = cuda.summaries(logits, 2 * cuda.kernels.ROW_SUMMARIES, logits.shape[0])
+    cuda.kernels.rate_ratio(
+        cuda.shape(logits),
+        address.matrix(logits),
+        address.matrix(base_logits),
+        address.indices(exclude),
+        address.targets(target),
+        summaries.data_ptr(),
+        log_ratio.data_ptr(),
+        escape_gap.data_ptr(),
+        cuda.where(logits),
+    )
+    return log_ratio, escape_gap
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.rate_ratio,
-    "triton": _triton.launcher("rate_ratio"),
-    "cuda": _cuda.rate_ratio,
+    "cpu": _cpu,
+    "triton": triton.launcher("rate_ratio"),
+    "cuda": _cuda,
 }
 
 

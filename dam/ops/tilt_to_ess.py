@@ -7,7 +7,8 @@ import sys
 import torch
 from torch import Tensor
 
-from dam.ops import _backend, _checks, _cpu, _cuda, _op, _triton
+from dam.backends import address, choice, cpu, cuda, triton
+from dam.ops import _checks, _op
 
 
 def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
@@ -35,7 +36,7 @@ def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
         raise ValueError(f"{op}: reward must have shape [G, K] with K >= 1; got {list(reward.shape)}")
     ess = _checks.number(op, "ess", ess, 1, reward.shape[1])
     max_tilt = _checks.number(op, "max_tilt", max_tilt, 0, sys.float_info.max)
-    backend = _backend.choose(op, _IMPLEMENTATIONS, reward, float64=True)
+    backend = choice.choose(op, _IMPLEMENTATIONS, reward, float64=True)
     return _tilt_to_ess(reward.detach(), ess, max_tilt, backend)
 
 
@@ -69,11 +70,34 @@ def _torch(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
     return torch.where(feasible, low, 0.0), -1
 
 
+def _cpu(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
+    tilt, reward = outputs(reward), reward.double().contiguous()
+    bad = cpu.kernels.tilt_to_ess(
+        reward.data_ptr(), *reward.shape, ess, max_tilt, tilt.data_ptr(), torch.get_num_threads()
+    )
+    return tilt, bad
+
+
+def _cuda(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
+    tilt = outputs(reward)
+    first_bad = cuda.FirstBad(reward, reward.numel())
+    cuda.kernels.tilt_to_ess(
+        *reward.shape,
+        address.values(reward),
+        ess,
+        max_tilt,
+        tilt.data_ptr(),
+        first_bad.lowest.data_ptr(),
+        cuda.where(reward),
+    )
+    return tilt, first_bad.read()
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
-    "cpu": _cpu.tilt_to_ess,
-    "triton": _triton.launcher("tilt_to_ess"),
-    "cuda": _cuda.tilt_to_ess,
+    "cpu": _cpu,
+    "triton": triton.launcher("tilt_to_ess"),
+    "cuda": _cuda,
 }
 
 

@@ -5,19 +5,20 @@ import math
 import pytest
 import torch
 
-from dam.ops import _backend, _cuda, _philox
+from dam.backends import choice, cuda
+from dam.ops import _philox
 from tests.ops.helpers import integers
 
-if _backend.why_unavailable("cuda") is not None:
-    pytest.skip(_backend.why_unavailable("cuda"), allow_module_level=True)
+if choice.why_unavailable("cuda") is not None:
+    pytest.skip(choice.why_unavailable("cuda"), allow_module_level=True)
 
 INF = math.inf
-kernels = _cuda._kernels
+kernels = cuda.kernels
 
 
 @pytest.fixture(autouse=True)
 def on_device():
-    with torch.device(_backend.DEVICE_TYPE["cuda"]):
+    with torch.device(choice.DEVICE_TYPE["cuda"]):
         yield
 
 
@@ -33,7 +34,7 @@ def test_philox_is_the_reference_s():
     keys[:2] = torch.tensor([0, -1])
     given, out = as_words(counters), torch.empty(64, 4, dtype=torch.int32)
     for key in keys.tolist():
-        kernels.probe_philox(given.data_ptr(), key % 2**64, out.data_ptr(), 64, _cuda._where(out))
+        kernels.probe_philox(given.data_ptr(), key % 2**64, out.data_ptr(), 64, cuda.where(out))
         words = torch.tensor(key & 0xFFFFFFFF), torch.tensor((key >> 32) & 0xFFFFFFFF)
         expected = torch.stack(_philox.philox(tuple(counters.t()), words), dim=1)
         assert torch.equal(out, as_words(expected))
@@ -46,7 +47,7 @@ def test_exponentials_are_accurate_at_both_ends():
     high, low = high.clamp(max=2**32 - 1), low.clamp(max=2**32 - 1)
     high[:400], high[400:800] = 0, 2**32 - 1
     words, out = as_words(torch.stack((high, low), dim=1)), torch.empty(len(high))
-    kernels.probe_exponential(words.data_ptr(), out.data_ptr(), len(high), _cuda._where(out))
+    kernels.probe_exponential(words.data_ptr(), out.data_ptr(), len(high), cuda.where(out))
     # -log(1 - u) by whichever of u and 1 - u float64 holds exactly enough.
     u = high.double() * 2.0**-32 + (low.double() + 0.5) * 2.0**-64
     z = (2**32 - 1 - high).double() * 2.0**-32 + (2**32 - 1 - low + 0.5).double() * 2.0**-64
@@ -62,9 +63,9 @@ def test_exp_scaled(scale):
     x = -torch.linspace(0, 86 / scale, 5000, dtype=torch.float64).to(torch.float32)
     x[-4:] = torch.tensor([-INF, math.nan, -1000 / scale, 0.0])
     out = torch.empty_like(x)
-    kernels.probe_exp(x.data_ptr(), out.data_ptr(), len(x), scale, _cuda._where(out))
+    kernels.probe_exp(x.data_ptr(), out.data_ptr(), len(x), scale, cuda.where(out))
     exact = (x.double() * scale).exp()
-    per_argument = 2.0**-22 if _cuda.EMULATED else 1.25 * 2.0**-24
+    per_argument = 2.0**-22 if cuda.EMULATED else 1.25 * 2.0**-24
     tolerance = 2.0**-22 + per_argument * (x.double() * scale).abs()
     assert bool((((out.double() - exact) / exact).abs() < tolerance)[:-4].all())
     assert out[-4] == 0 and math.isnan(out[-3]) and out[-2] == 0 and out[-1] == 1

@@ -9,16 +9,20 @@ import pytest
 import torch
 
 import dam
-from dam.ops import _backend, _cuda, _head
+from dam.backends import choice, cuda
+from dam.ops import _formed_gradient, _head
+from dam.ops import jump as jump_op
+from dam.ops import log_prob as log_prob_op
+from dam.ops import matching_loss as matching_loss_op
 from tests.ops.helpers import assert_close, far, integers, normal
 
-if _backend.why_unavailable("cuda") is not None:
-    pytest.skip(_backend.why_unavailable("cuda"), allow_module_level=True)
+if choice.why_unavailable("cuda") is not None:
+    pytest.skip(choice.why_unavailable("cuda"), allow_module_level=True)
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-emulated = pytest.mark.skipif(not _cuda.EMULATED, reason="a chip is what it is")
-on_gpu = pytest.mark.skipif(_cuda.EMULATED, reason="needs a GPU")
+emulated = pytest.mark.skipif(not cuda.EMULATED, reason="a chip is what it is")
+on_gpu = pytest.mark.skipif(cuda.EMULATED, reason="needs a GPU")
 
 # Chips of the emulator: a row to a block, to clusters of 2 to 8, to blocks of two launches; many rows to a warp each.
 CHIPS = [
@@ -33,10 +37,10 @@ CHIPS = [
 
 @pytest.fixture(autouse=True)
 def on_cuda():
-    with torch.device(_backend.DEVICE_TYPE["cuda"]), dam.backend("cuda"):
+    with torch.device(choice.DEVICE_TYPE["cuda"]), dam.backend("cuda"):
         yield
-    if _cuda.EMULATED:
-        _cuda._kernels.pretend()
+    if cuda.EMULATED:
+        cuda.kernels.pretend()
 
 
 def same(a, b):
@@ -78,7 +82,7 @@ def test_results_do_not_depend_on_the_chip(dtype):
     logits[2, 1024:4096] = -INF
     results = []
     for chip in CHIPS:
-        _cuda._kernels.pretend(**chip)
+        cuda.kernels.pretend(**chip)
         results.append(everything(logits, base.to(dtype)))
     assert all(same(result, results[0]) for result in results[1:])
 
@@ -89,7 +93,7 @@ def test_results_do_not_depend_on_the_order_of_threads(chip):
     """What one thread writes and another reads lies on two sides of a barrier."""
     results = []
     for order in (0, 1, 2, 3):
-        _cuda._kernels.pretend(**chip, order=order)
+        cuda.kernels.pretend(**chip, order=order)
         results.append([])
         for rows, columns in ((40, 700), (3, 20_000), (40, 3000)):
             results[-1] += everything(normal(rows, columns, seed=3), normal(rows, columns, seed=4))
@@ -132,21 +136,21 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
     target[:, 1] = target[:, 0]
     of_loss = (target, grad, base, grad[:, 0], None, None, True, True)
-    chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if _cuda.EMULATED else [None]
+    chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if cuda.EMULATED else [None]
     for chip in chips:
         if chip is not None:
-            _cuda._kernels.pretend(**chip)
-        _, log_escape = _cuda.log_prob(logits, target, None, 1.0)
-        expected = _cuda.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
+            cuda.kernels.pretend(**chip)
+        _, log_escape = log_prob_op._cuda(logits, target, None, 1.0)
+        expected = log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0)
         x = logits.clone()
-        assert torch.equal(_cuda.log_prob_backward(grad, x, target, log_escape, None, 1.0, x), expected)
+        assert torch.equal(log_prob_op._cuda_backward(grad, x, target, log_escape, None, 1.0, x), expected)
         half = torch.empty_like(logits, dtype=torch.bfloat16)
-        _cuda.log_prob_backward(grad, logits, target, log_escape, None, 1.0, half)
+        log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0, half)
         assert torch.equal(half, expected.to(torch.bfloat16))
-        expected = _cuda.matching_loss(logits, *of_loss)
+        expected = matching_loss_op._cuda(logits, *of_loss)
         x = logits.clone()
-        assert same(_cuda.matching_loss(x, *of_loss, x), expected)
-        assert torch.equal(_cuda.matching_loss(logits, *of_loss, half)[1], expected[1].to(torch.bfloat16))
+        assert same(matching_loss_op._cuda(x, *of_loss, x), expected)
+        assert torch.equal(matching_loss_op._cuda(logits, *of_loss, half)[1], expected[1].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -258,7 +262,7 @@ def test_a_formed_gradient_is_scaled_in_place(dtype, factor):
         memory = normal(count + 8, seed=81, dtype=dtype)
         expected = memory.clone()
         expected[:count] = (expected[:count].double() * factor).to(dtype)
-        assert _cuda.scale(memory[:count], torch.tensor(factor)).data_ptr() == memory.data_ptr()
+        assert _formed_gradient._cuda_scaled(memory[:count], torch.tensor(factor)).data_ptr() == memory.data_ptr()
         assert torch.equal(memory, expected)
 
 
@@ -278,15 +282,15 @@ def test_offsets_beyond_2_31_elements(dtype):
     base.copy_(normal(4, 2000, seed=31))
     near, near_base = logits.contiguous(), base.contiguous()
     target, grad = integers(-1, 2000, 4, 2, seed=32), normal(4, 2, seed=33)
-    _, log_escape = _cuda.log_prob(near, target, None, 1.0)
+    _, log_escape = log_prob_op._cuda(near, target, None, 1.0)
     assert same(dam.jump(logits, seed=1), dam.jump(near, seed=1))
     assert same(dam.rate_ratio(logits, base, target), dam.rate_ratio(near, near_base, target))
-    assert same(_cuda.log_prob(logits, target, None, 1.0), _cuda.log_prob(near, target, None, 1.0))
-    expected = _cuda.log_prob_backward(grad, near, target, log_escape, None, 1.0)
-    assert torch.equal(_cuda.log_prob_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
+    assert same(log_prob_op._cuda(logits, target, None, 1.0), log_prob_op._cuda(near, target, None, 1.0))
+    expected = log_prob_op._cuda_backward(grad, near, target, log_escape, None, 1.0)
+    assert torch.equal(log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
     of_loss = (grad[:, 0], None, None, True, True)
-    expected = _cuda.matching_loss(near, target, grad, near_base, *of_loss)
-    assert same(_cuda.matching_loss(logits, target, grad, base, *of_loss, out), expected)
+    expected = matching_loss_op._cuda(near, target, grad, near_base, *of_loss)
+    assert same(matching_loss_op._cuda(logits, target, grad, base, *of_loss, out), expected)
 
 
 @emulated
@@ -295,9 +299,9 @@ def test_an_index_out_of_range_is_not_read():
     logits = normal(2, 50, seed=50)
     for bad in (50, -2):
         with pytest.raises(IndexError, match="target must be -1 or in"):
-            _cuda.log_prob(logits, torch.tensor([[1], [bad]]), None, 1.0)
+            log_prob_op._cuda(logits, torch.tensor([[1], [bad]]), None, 1.0)
         with pytest.raises(IndexError, match="exclude must be -1 or in"):
-            _cuda.jump(logits, torch.tensor([3, bad]), 1.0, 1, torch.tensor(1), None, False)
+            jump_op._cuda(logits, torch.tensor([3, bad]), 1.0, 1, torch.tensor(1), None, False)
 
 
 # ---- on a GPU
@@ -313,9 +317,9 @@ def test_calls_are_part_of_a_graph():
 
     def results():
         drawn = dam.jump(logits, seed=seed, check=False)
-        loss, gradient = _cuda.matching_loss(logits, target, weight, base, weight[:, 0], None, None, True, True)
-        value, log_escape = _cuda.log_prob(logits, target, None, 1.0)
-        slope = _cuda.log_prob_backward(weight, logits, target, log_escape, None, 1.0)
+        loss, gradient = matching_loss_op._cuda(logits, target, weight, base, weight[:, 0], None, None, True, True)
+        value, log_escape = log_prob_op._cuda(logits, target, None, 1.0)
+        slope = log_prob_op._cuda_backward(weight, logits, target, log_escape, None, 1.0)
         weights = dam.adjoint_weights(log_ratio, cost)
         expected = dam.backward_kolmogorov(dam.generators.Uniform(40_000), logits, 0.5)
         walked = dam.backward_kolmogorov(lattice, logits.float(), 0.5)
@@ -356,7 +360,7 @@ def test_a_launch_that_fails_says_so():
     arguments = ((2, 10, 0), (x.data_ptr(), 10), (0, 0), 1.0, (index.data_ptr(), 1, 1, 1))
     out = [torch.empty(64).data_ptr() for _ in range(3)]
     with pytest.raises(RuntimeError, match="dam: choosing the device"):
-        _cuda._kernels.log_prob(*arguments, *out, (63, 0))
+        cuda.kernels.log_prob(*arguments, *out, (63, 0))
     assert_close(dam.log_prob(x, index), torch.full((2, 1), -math.log(10)), rtol=2.0**-20)
 
 

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from dam.ops import _backend, _philox
+from dam.backends import choice
+from dam.ops import _philox
 from tests.ops.helpers import integers, normal
 
-if _backend.why_unavailable("triton") is not None:
-    pytest.skip(_backend.why_unavailable("triton"), allow_module_level=True)
+if choice.why_unavailable("triton") is not None:
+    pytest.skip(choice.why_unavailable("triton"), allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -20,7 +21,7 @@ from dam.kernels.launch import launch
 
 @pytest.fixture(autouse=True)
 def on_device():
-    with torch.device(_backend.DEVICE_TYPE["triton"]):
+    with torch.device(choice.DEVICE_TYPE["triton"]):
         yield
 
 

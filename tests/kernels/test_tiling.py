@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import dam
-from dam.ops import _backend
+from dam.backends import choice
 from tests.ops.helpers import assert_close, far, integers, normal
 
-if _backend.why_unavailable("triton") is not None:
-    pytest.skip(_backend.why_unavailable("triton"), allow_module_level=True)
+if choice.why_unavailable("triton") is not None:
+    pytest.skip(choice.why_unavailable("triton"), allow_module_level=True)
 
 from dam.kernels import configs, core, head, linear_jump, linear_log_prob, log_prob, matching_loss
 
@@ -26,7 +26,7 @@ TILINGS = [
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with torch.device(_backend.DEVICE_TYPE["triton"]), dam.backend("triton"):
+    with torch.device(choice.DEVICE_TYPE["triton"]), dam.backend("triton"):
         yield
 
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from dam.ops import _cuda, _triton
+from dam.backends import cuda, triton
 
 # |z| above it has probability 6e-7 under the hypothesis: the false alarm of one test.
 Z = 5.0
@@ -14,7 +14,7 @@ P_VALUE = 1e-6
 
 def slow(backend):
     """Whether a backend is to be spared large inputs: the reference, Triton's interpreter, the emulator of CUDA."""
-    simulated = {"triton": _triton.INTERPRETED, "cuda": _cuda.EMULATED}
+    simulated = {"triton": triton.INTERPRETED, "cuda": cuda.EMULATED}
     return backend == "torch" or simulated.get(backend, False)
 
 

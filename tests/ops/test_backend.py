@@ -11,18 +11,18 @@ import pytest
 import torch
 
 import dam
-from dam.ops import _backend, _cuda, _triton
+from dam.backends import choice, cpu, cuda, triton
 
-UNAVAILABLE = [name for name in _backend.BACKENDS if _backend.why_unavailable(name) is not None]
+UNAVAILABLE = [name for name in choice.BACKENDS if choice.why_unavailable(name) is not None]
 
 
 def chosen(dtype=torch.float32):
-    return _backend.choose("op", dict.fromkeys(_backend.BACKENDS), torch.zeros(1, dtype=dtype))
+    return choice.choose("op", dict.fromkeys(choice.BACKENDS), torch.zeros(1, dtype=dtype))
 
 
 @pytest.fixture(autouse=True)
 def nothing_requested(monkeypatch):
-    monkeypatch.setattr(_backend, "_requested", None)
+    monkeypatch.setattr(choice, "_requested", None)
 
 
 def start(code, **environment):
@@ -34,34 +34,34 @@ def start(code, **environment):
 
 def test_the_cpp_backend_is_built():
     """setup.py always builds it: tests that would be skipped without it must not hide that it is missing."""
-    assert _backend.why_unavailable("cpu") is None
+    assert choice.why_unavailable("cpu") is None
 
 
 def test_default_picks_by_dtype():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert chosen(dtype) == "cpu"
     assert chosen(torch.float64) == "torch"
-    assert _backend.choose("op", {"torch": None}, torch.zeros(1)) == "torch"
+    assert choice.choose("op", {"torch": None}, torch.zeros(1)) == "torch"
 
 
 def test_default_picks_by_device(monkeypatch):
     """CUDA on a GPU, where it was built, else Triton; the emulator and the interpreter never unasked."""
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    monkeypatch.setattr(_cuda, "why_unavailable", lambda: None)
-    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "cuda"
-    monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
-    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu, first="triton") == "triton"
-    assert _backend.choose("op", dict.fromkeys(("torch", "cuda")), on_gpu, first="triton") == "cuda"
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    assert choice.choose("op", dict.fromkeys(choice.BACKENDS), on_gpu) == "cuda"
+    monkeypatch.setattr(triton, "why_unavailable", lambda: None)
+    assert choice.choose("op", dict.fromkeys(choice.BACKENDS), on_gpu, first="triton") == "triton"
+    assert choice.choose("op", dict.fromkeys(("torch", "cuda")), on_gpu, first="triton") == "cuda"
     assert chosen() == "cpu"
     on_gpu.dtype = torch.float64
-    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
-    monkeypatch.setattr(_cuda, "why_unavailable", lambda: "not built")
-    monkeypatch.setattr(_triton, "why_unavailable", lambda: None)
+    assert choice.choose("op", dict.fromkeys(choice.BACKENDS), on_gpu) == "torch"
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "not built")
+    monkeypatch.setattr(triton, "why_unavailable", lambda: None)
     on_gpu.dtype = torch.float32
-    assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "triton"
-    monkeypatch.setattr(_triton, "why_unavailable", lambda: "no such package")
+    assert choice.choose("op", dict.fromkeys(choice.BACKENDS), on_gpu) == "triton"
+    monkeypatch.setattr(triton, "why_unavailable", lambda: "no such package")
     with pytest.warns(RuntimeWarning, match="not built; no such package;.*'torch' runs instead of 'cuda' or 'triton'"):
-        assert _backend.choose("op", dict.fromkeys(_backend.BACKENDS), on_gpu) == "torch"
+        assert choice.choose("op", dict.fromkeys(choice.BACKENDS), on_gpu) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_cuda_lacks_is_named(missing, variable, message):
 
 def test_default_falls_back_with_a_warning(monkeypatch):
     """Without the extension the reference runs, and says so."""
-    monkeypatch.setattr(_backend, "_CPU_ERROR", "no such file")
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "no such file")
     with pytest.warns(RuntimeWarning, match=r"dam._cpu does not import: no such file.*'torch' runs"):
         assert chosen() == "torch"
     with pytest.raises(RuntimeError, match=r"'cpu' is not available.*no such file"), dam.backend("cpu"):
@@ -131,7 +131,7 @@ def test_context_nests_and_survives_exceptions():
 def test_context_serves_as_decorator():
     calls = []
     dam.backend("torch")(lambda: calls.append(chosen()))()
-    assert calls == ["torch"] and _backend._requested is None
+    assert calls == ["torch"] and choice._requested is None
 
 
 def test_unknown_and_unavailable_backends(monkeypatch):
@@ -139,7 +139,7 @@ def test_unknown_and_unavailable_backends(monkeypatch):
     with pytest.raises(ValueError, match=unknown), dam.backend("gpu"):
         pass
     # As DAM_BACKEND=gpu sets it.
-    monkeypatch.setattr(_backend, "_requested", "gpu")
+    monkeypatch.setattr(choice, "_requested", "gpu")
     with pytest.raises(ValueError, match=unknown):
         dam.jump(torch.zeros(2, 3))
     for name in UNAVAILABLE:
@@ -190,7 +190,7 @@ def test_every_op_runs_on_what_was_asked_for(monkeypatch):
 
 
 def test_environment_variable():
-    code = "import torch, dam; from dam.ops import _backend; print(_backend._requested); dam.jump(torch.zeros(2, 3))"
+    code = "import torch, dam; from dam.backends import choice; print(choice._requested); dam.jump(torch.zeros(2, 3))"
     runs = {name: start(code, DAM_BACKEND=name) for name in ("torch", *UNAVAILABLE[:1])}
     output = {name: run.communicate() for name, run in runs.items()}
     assert runs["torch"].returncode == 0 and output["torch"][0].strip() == "torch", output["torch"][1]

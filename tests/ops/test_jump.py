@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dam
+from dam.backends import choice
 from dam.ops import jump as module
 
 IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
@@ -270,12 +271,12 @@ def test_backends_agree():
     logits = normal(100_000, 20, seed=18, scale=3.0)
     with dam.backend("torch"):
         reference = dam.jump(logits, seed=12).target
-    others = [n for n in IMPLEMENTATIONS if n != "torch" and dam.ops._backend.why_unavailable(n) is None]
+    others = [n for n in IMPLEMENTATIONS if n != "torch" and choice.why_unavailable(n) is None]
     if not others:
         pytest.skip("only the reference runs here")
     for name in others:
         with dam.backend(name):
-            target = dam.jump(logits.to(dam.ops._backend.DEVICE_TYPE[name]), seed=12).target.cpu()
+            target = dam.jump(logits.to(choice.DEVICE_TYPE[name]), seed=12).target.cpu()
         assert int((target != reference).sum()) <= 1
 
 

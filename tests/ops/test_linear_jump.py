@@ -8,7 +8,7 @@ import torch
 from helpers import P_VALUE, assert_close, integers, normal, peak_bytes, rounding, slow, threads
 
 import dam
-from dam.ops import _backend
+from dam.backends import choice
 from dam.ops import linear_jump as module
 
 IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
@@ -154,10 +154,10 @@ def test_compiled_equals_eager(backend):
     assert torch.equal(torch.compile(draw, fullgraph=True, backend="aot_eager")(hidden), draw(hidden))
 
 
-@pytest.mark.skipif(_backend.why_unavailable("triton") is not None, reason="Triton kernels cannot run here")
+@pytest.mark.skipif(choice.why_unavailable("triton") is not None, reason="Triton kernels cannot run here")
 def test_wrong_form(monkeypatch):
     monkeypatch.setenv("DAM_LINEAR_FORM", "both")
-    with torch.device(_backend.DEVICE_TYPE["triton"]), dam.backend("triton"):
+    with torch.device(choice.DEVICE_TYPE["triton"]), dam.backend("triton"):
         with pytest.raises(ValueError, match="DAM_LINEAR_FORM must be fused or chunked; got 'both'"):
             dam.linear_jump(torch.zeros(3, 4), torch.zeros(5, 4))
 

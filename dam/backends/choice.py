@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from dam.ops import _cuda, _triton
+from dam.backends import cpu, cuda, triton
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 # Process-wide rather than a context variable: torch.compile can guard on a module global.
 _requested: str | None = os.environ.get("DAM_BACKEND") or None
 
-
-def _import_error(module: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return str(error)
-    return None
-
-
 # Type of the devices whose tensors a backend takes; the reference takes all.
-DEVICE_TYPE = {"cpu": "cpu", "triton": _triton.DEVICE_TYPE, "cuda": _cuda.DEVICE_TYPE}
+DEVICE_TYPE = {"cpu": cpu.DEVICE_TYPE, "triton": triton.DEVICE_TYPE, "cuda": cuda.DEVICE_TYPE}
 
 # Of a tensor's device, the fast backends in the order in which they are taken where none is asked for by name. The CUDA
 # kernels were ahead of Triton's on an H100 (benchmarks/notes.md). Kernels are interpreted or emulated only on request.
 FAST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-
-# Looked up once: an import that fails is not retried on every call of an op.
-_CPU_ERROR = _import_error("dam._cpu")
 
 
 def why_unavailable(name: str) -> str | None:
@@ -48,8 +35,8 @@ def why_unavailable(name: str) -> str | None:
     if name == "torch":
         return None
     if name == "cpu":
-        return None if _CPU_ERROR is None else f"the C++ extension dam._cpu does not import: {_CPU_ERROR}"
-    return _triton.why_unavailable() if name == "triton" else _cuda.why_unavailable()
+        return cpu.why_unavailable()
+    return triton.why_unavailable() if name == "triton" else cuda.why_unavailable()
 
 
 @contextlib.contextmanager
