@@ -136,7 +136,11 @@ def test_imports_point_one_way(sources):
         ("ops._rows", "import dam.ops.jump", "ops._rows imports dam.ops.jump, which is not below it in ops"),
         ("ops.jump", "from dam.ops import log_prob", "ops.jump imports dam.ops.log_prob, which is not below it in ops"),
         ("kernels.core", "from dam.kernels.jump import jump", "is not below it in kernels"),
-        ("ctmc.simulate", "from dam.ctmc.enumeration import process_law", "a circle: ctmc.enumeration -> ctmc.simulate"),
+        (
+            "ctmc.simulate",
+            "from dam.ctmc.enumeration import process_law",
+            "a circle: ctmc.enumeration -> ctmc.simulate",
+        ),
         ("models.denoiser", "from dam.rollout import rollout", "models.denoiser imports dam.rollout"),
     ],
 )
