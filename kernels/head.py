@@ -21,6 +21,7 @@ from torch import Tensor
 from dam.kernels import configs, core
 from dam.kernels.core import HALF, INF, NOWHERE, TILE
 from dam.kernels.launch import launch
+from dam.kernels.projection import Projection
 
 Library = Callable[[slice, slice, Tensor], object]  # writes the logits of rows and columns
 
@@ -341,23 +342,6 @@ def gradient_kernel(
 # ---- on the host
 
 
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # those of a `Head`
-
-
-class Head(NamedTuple):
-    """Hidden states and what maps them to logits: T rows, V columns."""
-
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None = None  # [V]
-    low_hidden: Tensor | None = None  # [T, R]
-    low_weight: Tensor | None = None  # [V, R]
-
-    def part(self, rows: slice) -> Head:
-        low = None if self.low_hidden is None else self.low_hidden[rows]
-        return self._replace(hidden=self.hidden[rows], low_hidden=low)
-
-
 class Blocks(NamedTuple):
     """How programs share the logits, and what they are launched with."""
 
@@ -394,7 +378,7 @@ def blocks_of(op: str, hidden: Tensor, rows: int, columns: int) -> Blocks:
     return Blocks(triton.cdiv(rows, block_rows), triton.cdiv(columns, config["block_columns"]), constants, options)
 
 
-def arguments_of(head: Head, base: Head | None, blocks: Blocks) -> dict[str, Any]:
+def arguments_of(head: Projection, base: Projection | None, blocks: Blocks) -> dict[str, Any]:
     """What summary_kernel and gradient_kernel take alike."""
     step = blocks.constants["BLOCK_DEPTH"]
     low_depth = 0 if head.low_hidden is None else head.low_hidden.shape[1]
@@ -430,11 +414,11 @@ class Summary(NamedTuple):
 
 def summarise(
     op: str,
-    head: Head,
+    head: Projection,
     exclude: Tensor | None,
     scale: core.Scale,
     *,
-    base: Head | None = None,
+    base: Projection | None = None,
     target: Tensor | None = None,
     target_logit: Tensor | None = None,
     race: dict[str, Any] | None = None,
@@ -475,8 +459,8 @@ class Rows(NamedTuple):
 
 def gradient(
     op: str,
-    of: Tensors,
-    of_base: Tensors | None,
+    of: Projection,
+    base: Projection | None,
     of_rows: Rows,
     scale: core.Scale,
     rows: slice,
@@ -484,23 +468,22 @@ def gradient(
     out: Tensor,
 ) -> Tensor:
     """The gradient of the logits of these rows and columns, stored in `out`, [rows, columns] of any float dtype."""
-    head, base = Head(*of), None if of_base is None else Head(*of_base)
-    blocks = blocks_of(op, head.hidden, rows.stop - rows.start, columns.stop - columns.start)
+    blocks = blocks_of(op, of.hidden, rows.stop - rows.start, columns.stop - columns.start)
     target = of_rows.target
     launch(
-        gradient_kernel, (blocks.row_blocks * blocks.column_blocks,), **arguments_of(head, base, blocks),
+        gradient_kernel, (blocks.row_blocks * blocks.column_blocks,), **arguments_of(of, base, blocks),
         exclude=of_rows.exclude, exclude_stride=core.stride_of(of_rows.exclude), target=target,
         target_stride=target.stride(0), slot_stride=target.stride(1), pull=of_rows.pull, reference=of_rows.reference,
         coefficient=of_rows.coefficient, base_reference=of_rows.base_reference,
         base_coefficient=of_rows.base_coefficient, gradient=out, gradient_stride=out.stride(0),
         first_row=rows.start, last_row=rows.stop, first_column=columns.start, last_column=columns.stop,
-        columns=head.weight.shape[0], slots=target.shape[1], c_high=scale.c_high, c_low=scale.c_low, UNIT=scale.UNIT,
+        columns=of.weight.shape[0], slots=target.shape[1], c_high=scale.c_high, c_low=scale.c_low, UNIT=scale.UNIT,
         **blocks.options,
     )  # fmt: skip
     return out
 
 
-def summary_chunks(op: str, of: Head, bytes_per_block: int, limit: int) -> list[slice]:
+def summary_chunks(op: str, of: Projection, bytes_per_block: int, limit: int) -> list[slice]:
     """Rows that are summarised together, so that what is kept of their blocks fits in `limit` bytes."""
     rows, columns = of.hidden.shape[0], of.weight.shape[0]
     blocks = blocks_of(op, of.hidden, rows, columns).column_blocks

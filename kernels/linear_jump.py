@@ -18,6 +18,7 @@ from torch import Tensor
 from dam.kernels import configs, core, head, jump
 from dam.kernels.core import INF, NOWHERE, TILE
 from dam.kernels.launch import launch
+from dam.kernels.projection import Projection
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def race_kernel(
 
 
 def linear_jump(
-    of: head.Tensors,
+    of: Projection,
     exclude: Tensor | None,  # [T]
     temperature: float,
     num_samples: int,
@@ -131,8 +132,7 @@ def linear_jump(
     workspace: int,  # bytes
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Its outputs and the first row that cannot be sampled, or -1. `library` writes logits of rows and columns."""
-    whole = head.Head(*of)
-    hidden, rows, columns = whole.hidden, whole.hidden.shape[0], whole.weight.shape[0]
+    hidden, rows, columns = of.hidden, of.hidden.shape[0], of.weight.shape[0]
     config = configs.lookup("linear_jump", hidden.device, hidden.element_size(), rows, columns)
     bytes_per_block = 8 + 12 * num_samples
     # Of very many samples not even a row's blocks may fit: then chunked, which keeps nothing for each of them.
@@ -140,7 +140,7 @@ def linear_jump(
     fused = fits and head.form_of("linear_jump", hidden, columns) == "fused"
     limit = min(workspace, int(config["chunk_mb"] * 2**20))
     if fused:
-        parts = head.summary_chunks("linear_jump", whole, bytes_per_block, workspace)
+        parts = head.summary_chunks("linear_jump", of, bytes_per_block, workspace)
     else:
         parts = head.row_chunks(rows, columns, 4, limit)
         memory = head.chunk_memory(hidden, parts, columns, limit)
@@ -153,7 +153,7 @@ def linear_jump(
             None if ids is None else ids[part], check, tuple(x[part] for x in out),
         )  # fmt: skip
         if fused:
-            _race_on_chip(whole.part(part), draw, config["merge_rows"])
+            _race_on_chip(of.part(part), draw, config["merge_rows"])
         else:
             for first, logits in head.chunked_logits(library, part, columns, limit, memory):
                 draw.see(logits, first)
@@ -165,7 +165,7 @@ def linear_jump(
     return *out, -1
 
 
-def _race_on_chip(of: head.Head, draw: jump.Draw, merge_rows: int) -> None:
+def _race_on_chip(of: Projection, draw: jump.Draw, merge_rows: int) -> None:
     """Draws from all rows of `of` with two kernels and no logits in memory."""
     blocks = head.blocks_of("linear_jump", of.hidden, draw.rows, draw.columns)
     shape = (draw.rows, draw.samples, blocks.column_blocks)

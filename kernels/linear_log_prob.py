@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dam.kernels import configs, core, head, log_prob
+from dam.kernels.projection import Projection
 
 
 def linear_log_prob(
-    of: head.Tensors,
+    of: Projection,
     target: Tensor,  # [T, J]
     exclude: Tensor | None,  # [T]
     temperature: float,
@@ -23,12 +24,11 @@ def linear_log_prob(
     workspace: int,  # bytes
 ) -> tuple[Tensor, Tensor]:
     op = "linear_log_prob"
-    whole = head.Head(*of)
-    hidden, rows, columns = whole.hidden, whole.hidden.shape[0], whole.weight.shape[0]
+    hidden, rows, columns = of.hidden, of.hidden.shape[0], of.weight.shape[0]
     config = configs.lookup(op, hidden.device, hidden.element_size(), rows, columns)
     fused = head.form_of(op, hidden, columns) == "fused"
     limit = min(workspace, int(config["chunk_mb"] * 2**20))
-    parts = head.summary_chunks(op, whole, 8, workspace) if fused else head.row_chunks(rows, columns, 4, limit)
+    parts = head.summary_chunks(op, of, 8, workspace) if fused else head.row_chunks(rows, columns, 4, limit)
     memory = None if fused else head.chunk_memory(hidden, parts, columns, limit)
     value = hidden.new_empty(target.shape, dtype=torch.float32)
     log_escape = hidden.new_empty((rows,), dtype=torch.float64)
@@ -39,7 +39,7 @@ def linear_log_prob(
         )  # fmt: skip
         if memory is None:
             summary = head.summarise(
-                op, whole.part(part), lookup.exclude, lookup.scale, target=lookup.target, target_logit=lookup.value
+                op, of.part(part), lookup.exclude, lookup.scale, target=lookup.target, target_logit=lookup.value
             )
             lookup.finish(summary.block_max, summary.block_excess)
         else:

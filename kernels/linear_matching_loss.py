@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dam.kernels import core, head, matching_loss
 from dam.kernels.launch import launch
+from dam.kernels.projection import Projection
 
 
 @triton.jit(do_not_specialize=core.VARYING)
@@ -73,10 +74,10 @@ def finish_kernel(
 
 
 def linear_matching_loss(
-    of: head.Tensors,
+    of: Projection,
     target: Tensor,  # [T, J]
     weight: Tensor,  # [T, J]
-    base: head.Tensors | None,
+    base: Projection | None,
     base_weight: Tensor | None,  # [T]
     row_scale: Tensor,  # [T]
     exclude: Tensor | None,  # [T]
@@ -86,24 +87,23 @@ def linear_matching_loss(
 ) -> tuple[Tensor, head.Rows]:
     """Loss of each row, float64 [T], and what the gradient of its logits depends on, beside them."""
     op = "linear_matching_loss"
-    whole, whole_base = head.Head(*of), None if base is None else head.Head(*base)
-    rows, columns = whole.hidden.shape[0], whole.weight.shape[0]
+    rows, columns = of.hidden.shape[0], of.weight.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return whole.hidden.new_empty(shape, dtype=dtype)
+        return of.hidden.new_empty(shape, dtype=dtype)
 
     row_loss, pull = empty(rows), empty(*target.shape)
     reference, base_reference = empty(rows), empty(rows)
     coefficient, base_coefficient = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.float32)
-    for part in head.summary_chunks(op, whole, 8 if base is None else 20, workspace):
+    for part in head.summary_chunks(op, of, 8 if base is None else 20, workspace):
         some = None if exclude is None else exclude[part]
         target_logit = empty(*target[part].shape, dtype=torch.float32)
         summary = head.summarise(
-            op, whole.part(part), some, core.scale_of(1.0), base=None if whole_base is None else whole_base.part(part),
+            op, of.part(part), some, core.scale_of(1.0), base=None if base is None else base.part(part),
             target=target[part], target_logit=target_logit,
         )  # fmt: skip
         some_base_weight = None if base_weight is None else base_weight[part]
-        g = core.geometry("matching_loss", whole.hidden[part], columns)
+        g = core.geometry("matching_loss", of.hidden[part], columns)
         launch(
             finish_kernel, (g.blocks,), exclude=some, exclude_stride=core.stride_of(some), target=target[part],
             target_stride=target.stride(0), slot_stride=target.stride(1), weight=weight[part],

@@ -39,7 +39,7 @@ WITHIN = {
         "linear_*": 4,
         "*": 3,
     },
-    "kernels": {"configs": 0, "launch": 0, "core": 1, "head": 2, "linear_*": 4, "*": 3},
+    "kernels": {"configs": 0, "launch": 0, "projection": 0, "core": 1, "head": 2, "linear_*": 4, "*": 3},
 }
 OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
 

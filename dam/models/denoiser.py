@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dam.ops._head import LoRA
-
-
-class Head(NamedTuple):
-    """The output layer: logits = hidden @ (weight + lora's product)^T + bias."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    lora: LoRA | None = None
-
-    def to(self, dtype: torch.dtype) -> Head:
-        """The head in the dtype of the hidden states, which autocast may have changed."""
-        lora = None if self.lora is None else LoRA(self.lora.a.to(dtype), self.lora.b.to(dtype), self.lora.scale)
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), lora)
+from dam.ops._head import Head, LoRA
 
 
 class Denoiser(Protocol):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dam.kernels.projection import Projection
 from dam.ops import _checks, _rows
 
 # Of the vocabulary rows that are converted at a time: of 0.5 to 128 MB, 4 MB were fastest on a CPU with 32 MB of cache.
@@ -40,27 +41,16 @@ class LoRA(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Hidden states and what maps them to logits = hidden @ weight^T + low_hidden @ low_weight^T + bias.
+    """The output layer of a model: logits = hidden @ (weight + lora's product)^T + bias."""
 
-    The second product is a LoRA adapter's: low_hidden = scale * hidden @ a^T, low_weight = b.
-    """
-
-    hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
-    low_hidden: Tensor | None = None  # [T, R]
-    low_weight: Tensor | None = None  # [V, R]
+    lora: LoRA | None = None
 
-    def part(self, rows: slice, columns: slice = slice(None)) -> Head:
-        """The same for some rows and columns of the logits."""
-        hidden, weight, bias, low_hidden, low_weight = self
-        return Head(
-            hidden[rows],
-            weight[columns],
-            None if bias is None else bias[columns],
-            None if low_hidden is None else low_hidden[rows],
-            None if low_weight is None else low_weight[columns],
-        )
+    def to(self, dtype: torch.dtype) -> Head:
+        """The head in the dtype of the hidden states, which autocast may have changed."""
+        lora = None if self.lora is None else LoRA(self.lora.a.to(dtype), self.lora.b.to(dtype), self.lora.scale)
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), lora)
 
 
 def checked(
@@ -70,12 +60,12 @@ def checked(
     bias: Tensor | None,
     lora: LoRA | None = None,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
-) -> Head:
-    """The arguments of a linear op as a `Head`, once they fit each other; `names` are theirs."""
+) -> Projection:
+    """The arguments of a linear op as a `Projection`, once they fit each other; `names` are theirs."""
     _checks.matrix(op, names[0], hidden, "D")
     _checks.head(op, names[1], weight, names[2], bias, names[0], hidden)
     if lora is None:
-        return Head(hidden, weight, bias)
+        return Projection(hidden, weight, bias)
     if not isinstance(lora, LoRA):
         raise TypeError(f"{op}: lora must be a dam.LoRA or None; got {type(lora).__name__}")
     scale = _checks.number(op, "lora.scale", lora.scale, -1e30, 1e30)
@@ -87,7 +77,7 @@ def checked(
     for name, factor, shape in zip(("a", "b"), (lora.a, lora.b), wanted, strict=True):
         if factor.shape != shape:
             raise ValueError(f"{op}: lora.{name} must have shape {list(shape)}; got {list(factor.shape)}")
-    return Head(hidden, weight, bias, (hidden @ lora.a.t()) * scale, lora.b)
+    return Projection(hidden, weight, bias, (hidden @ lora.a.t()) * scale, lora.b)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -140,7 +130,7 @@ def chunks(
         yield part, [array[:size] for array in memory]
 
 
-def by_columns(head: Head, needed: Needed, arrays: int, gradient: torch.dtype) -> bool:
+def by_columns(head: Projection, needed: Needed, arrays: int, gradient: torch.dtype) -> bool:
     """Whether the gradient of a trained head should be made by columns of the logits on a GPU, not by rows.
 
     By rows, every chunk but a single one adds to a float32 gradient as large as the head; by columns each row of the
@@ -153,7 +143,9 @@ def by_columns(head: Head, needed: Needed, arrays: int, gradient: torch.dtype) -
     return needed[1] and len(rows) > 1 and rows[0].stop < _MANY_ROWS
 
 
-def column_chunks(head: Head, *, arrays: int, gradient: torch.dtype) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+def column_chunks(
+    head: Projection, *, arrays: int, gradient: torch.dtype
+) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """Chunks of columns, with arrays [T, chunk] like those of `chunks`, the gradient's last; it may be the first."""
     dtypes = _dtypes(head.weight, arrays, gradient)
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
@@ -194,7 +186,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> bool:
     return False
 
 
-def logits(head: Head, out: Tensor) -> Tensor:
+def logits(head: Projection, out: Tensor) -> Tensor:
     """Logits of all rows of `head` into `out`, in the accumulator's dtype."""
     _multiply(head.hidden, head.weight.t(), out)
     if head.low_hidden is not None and head.low_weight is not None:
@@ -216,7 +208,7 @@ def _add_low_rank(low_hidden: Tensor, low_weight: Tensor, out: Tensor) -> None:
             out[:, part] += _multiply(low_hidden, low_weight[part].t(), total)
 
 
-def gradient_dtype(head: Head, backend: str) -> torch.dtype:
+def gradient_dtype(head: Projection, backend: str) -> torch.dtype:
     """In which the gradient of logits is multiplied on: the accumulator's, but bfloat16 stays so on a GPU.
 
     Its matrix units would take a copy of the head in float32 otherwise. float16 could not hold the gradient: at
@@ -226,13 +218,13 @@ def gradient_dtype(head: Head, backend: str) -> torch.dtype:
     return torch.bfloat16 if stays else _rows.accumulator(head.hidden.dtype)
 
 
-Needed = tuple[bool, bool, bool, bool, bool]  # whether each tensor of a `Head`, in their order, gets a gradient
+Needed = tuple[bool, bool, bool, bool, bool]  # whether each tensor of a `Projection`, in their order, gets a gradient
 
 
 class Gradients:
     """Gradients of a head's tensors, accumulated over chunks of the logits; empty where not needed."""
 
-    def __init__(self, head: Head, needed: Needed):
+    def __init__(self, head: Projection, needed: Needed):
         self._head, self._needed = head, needed
         self._gradients: list[Tensor | None] = [None] * 5
 
@@ -301,14 +293,14 @@ def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
         _put(gradient[part], _multiply(a[part], b, total), whole)
 
 
-def needed_of(head: Head) -> Needed:
+def needed_of(head: Projection) -> Needed:
     """Which tensors of a head a backward pass that starts now would want gradients of."""
     enabled = torch.is_grad_enabled()
     a, b, c, d, e = (enabled and x is not None and x.requires_grad for x in head)
     return a, b, c, d, e
 
 
-def fake_gradients(head: Head, needed: Needed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fake_gradients(head: Projection, needed: Needed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised gradients with the shapes that `Gradients.finish` returns."""
     a, b, c, d, e = (
         head.hidden.new_empty(x.shape if need and x is not None else (0,)) for x, need in zip(head, needed, strict=True)

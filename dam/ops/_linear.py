@@ -13,8 +13,8 @@ from dam.ops import _head, _rows
 
 
 def gradients_by_columns(
-    head: _head.Head,
-    base: _head.Head | None,
+    head: _head.Projection,
+    base: _head.Projection | None,
     target: Tensor,  # [T, J]
     pull: Tensor,  # float64 [T, J]
     shares: Tensor,  # [T, SHARES]
@@ -52,12 +52,12 @@ def gradients_by_columns(
 # the row-wise kernels follow
 
 
-def fused(op: str, head: _head.Head, key: str) -> bool:
+def fused(op: str, head: _head.Projection, key: str) -> bool:
     """Whether the table of kernel sizes chooses the fused form; `key` names the form, of values or of a gradient."""
     return triton.launcher("head", "form_of")(op, head.hidden, head.weight.shape[0], key=key) == "fused"
 
 
-def library(head: _head.Head) -> Callable[[slice, slice, Tensor], Tensor]:
+def library(head: _head.Projection) -> Callable[[slice, slice, Tensor], Tensor]:
     """What a chunked kernel calls for the logits of some rows and columns."""
 
     def multiply(rows: slice, columns: slice, out: Tensor) -> Tensor:
@@ -72,7 +72,12 @@ def gradient_form(needed: _head.Needed) -> str:
 
 
 def fused_gradients(
-    op: str, head: _head.Head, base: _head.Head | None, of_rows: Any, temperature: float, needed: _head.Needed
+    op: str,
+    head: _head.Projection,
+    base: _head.Projection | None,
+    of_rows: Any,
+    temperature: float,
+    needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
     """Chunks of the gradient of logits, each multiplied on by the library as soon as it is made."""
     gradients = _head.Gradients(head, needed)

@@ -61,7 +61,7 @@ def linear_jump(
 
 def _chunked(
     backend: str,
-    head: _head.Head,
+    head: _head.Projection,
     exclude: Tensor | None,
     temperature: float,
     num_samples: int,
@@ -89,14 +89,14 @@ def _chunked(
     return *out, -1
 
 
-def _triton(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
     return triton.launcher("linear_jump")(
         head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
     )
 
 
 def _cuda(
-    head: _head.Head,
+    head: _head.Projection,
     exclude: Tensor | None,
     temperature: float,
     num_samples: int,
@@ -151,7 +151,7 @@ def _linear_jump(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.index_range("linear_jump", "exclude", exclude, weight.shape[0], backend)
-    head = _head.Head(hidden, weight, bias, low_hidden, low_weight)
+    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
     *drawn, bad = _IMPLEMENTATIONS[backend](head, exclude, temperature, num_samples, seed, row_ids, check)
     if bad >= 0:
         one = slice(bad, bad + 1)

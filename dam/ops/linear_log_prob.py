@@ -55,7 +55,7 @@ def linear_log_prob(
 
 
 def chunked(
-    backend: str, head: _head.Head, target: Tensor, exclude: Tensor | None, temperature: float
+    backend: str, head: _head.Projection, target: Tensor, exclude: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Values and log escape rates by library matmuls over chunks of rows, with the row op after each."""
     value, log_escape = _row_op.outputs(head.hidden, target)
@@ -72,7 +72,7 @@ def chunked(
 def chunked_backward(
     backend: str,
     grad: Tensor,
-    head: _head.Head,
+    head: _head.Projection,
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
@@ -97,7 +97,7 @@ def chunked_backward(
     return gradients.finish()
 
 
-def _triton(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.launcher("linear_log_prob")(
         head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
     )
@@ -105,7 +105,7 @@ def _triton(head: _head.Head, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _triton_backward(
     grad: Tensor,
-    head: _head.Head,
+    head: _head.Projection,
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
@@ -120,7 +120,7 @@ def _triton_backward(
 
 def _cuda_backward(
     grad: Tensor,
-    head: _head.Head,
+    head: _head.Projection,
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
@@ -169,7 +169,7 @@ def _linear_log_prob(
 ) -> tuple[Tensor, Tensor]:
     _checks.index_range("linear_log_prob", "target", target, weight.shape[0], backend)
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
-    head = _head.Head(hidden, weight, bias, low_hidden, low_weight)
+    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
     return _IMPLEMENTATIONS[backend](head, target, exclude, temperature)
 
 
@@ -193,7 +193,7 @@ def _linear_log_prob_backward(
     needed: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = _head.Head(hidden, weight, bias, low_hidden, low_weight)
+    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
     return _BACKWARD[backend](grad, head, target, log_escape, exclude, temperature, needed)
 
 
@@ -212,7 +212,7 @@ def _(
     needed,
     backend,
 ):
-    return _head.fake_gradients(_head.Head(hidden, weight, bias, low_hidden, low_weight), needed)
+    return _head.fake_gradients(_head.Projection(hidden, weight, bias, low_hidden, low_weight), needed)
 
 
 def _setup_context(ctx, inputs, output):

@@ -104,10 +104,10 @@ def linear_matching_loss(
 
 def chunked(
     backend: str,
-    head: _head.Head,
+    head: _head.Projection,
     target: Tensor,
     weight: Tensor,
-    base: _head.Head | None,
+    base: _head.Projection | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
     exclude: Tensor | None,
@@ -145,10 +145,10 @@ def chunked(
 
 
 def _triton(
-    head: _head.Head,
+    head: _head.Projection,
     target: Tensor,
     weight: Tensor,
-    base: _head.Head | None,
+    base: _head.Projection | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
     exclude: Tensor | None,
@@ -169,10 +169,10 @@ def _triton(
 
 
 def _cuda(
-    head: _head.Head,
+    head: _head.Projection,
     target: Tensor,
     weight: Tensor,
-    base: _head.Head | None,
+    base: _head.Projection | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
     exclude: Tensor | None,
@@ -225,8 +225,8 @@ def _linear_matching_loss(
     _checks.index_range("linear_matching_loss", "exclude", exclude, columns, backend)
     base = None
     if base_hidden is not None and base_head_weight is not None:
-        base = _head.Head(base_hidden, base_head_weight, base_bias)
-    head = _head.Head(hidden, head_weight, bias, low_hidden, low_weight)
+        base = _head.Projection(base_hidden, base_head_weight, base_bias)
+    head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
     return _IMPLEMENTATIONS[backend](head, target, weight, base, base_weight, row_scale, exclude, normalized, needed)
 
 
@@ -250,7 +250,7 @@ def _(
     backend,
     overwrite,
 ):
-    gradients = _head.fake_gradients(_head.Head(hidden, head_weight, bias, low_hidden, low_weight), needed)
+    gradients = _head.fake_gradients(_head.Projection(hidden, head_weight, bias, low_hidden, low_weight), needed)
     return hidden.new_empty((), dtype=_rows.accumulator(hidden.dtype)), *gradients
 
 

@@ -195,7 +195,7 @@ def test_a_trained_head_of_many_chunks_goes_by_columns(monkeypatch):
     def chosen(rows, columns, trained=True):
         hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, columns))
         needed = (True, trained, False, False, False)
-        return _head.by_columns(_head.Head(hidden, weight, None), needed, 1, torch.bfloat16)
+        return _head.by_columns(_head.Projection(hidden, weight, None), needed, 1, torch.bfloat16)
 
     assert chosen(8192, 126_464) and not chosen(8192, 126_464, trained=False)
     assert not chosen(256, 126_464)  # one chunk

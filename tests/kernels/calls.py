@@ -21,6 +21,7 @@ from dam.kernels import (
     rate_ratio,
     tilt_to_ess,
 )
+from dam.kernels.projection import Projection
 
 SEED = torch.tensor(1)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -77,7 +78,8 @@ def matching_losses():
 def heads(rows, dtype, low=None):
     """Tensors of a head, with a LoRA adapter of rank `low`."""
     tensors = (rows_of(rows, WIDTH, dtype), rows_of(LLADA, WIDTH, dtype), torch.empty(LLADA, dtype=dtype))
-    return (*tensors, *((None, None) if low is None else (rows_of(rows, low, dtype), rows_of(LLADA, low, dtype))))
+    low_tensors = () if low is None else (rows_of(rows, low, dtype), rows_of(LLADA, low, dtype))
+    return Projection(*tensors, *low_tensors)
 
 
 def nothing(rows, columns, out):
@@ -164,7 +166,7 @@ def ones():
     log_prob.log_prob_backward(x, x, index, log_escape, index[0], 2.0)
     rate_ratio.rate_ratio(x, x, index, None)
     matching_loss.matching_loss(x, index, x, x, x[0], None, index[0], True, True)
-    of = (x, x, x[0], x, x)
+    of = Projection(x, x, x[0], x, x)
     with configs.override("linear_jump", form="fused"):
         linear_jump.linear_jump(of, None, 1.0, 1, SEED, None, True, library=None, workspace=WORKSPACE)
     _, of_rows = linear_matching_loss.linear_matching_loss(

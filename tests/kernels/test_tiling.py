@@ -13,6 +13,7 @@ if choice.why_unavailable("triton") is not None:
     pytest.skip(choice.why_unavailable("triton"), allow_module_level=True)
 
 from dam.kernels import configs, core, head, linear_jump, linear_log_prob, log_prob, matching_loss
+from dam.kernels.projection import Projection
 
 INF = math.inf
 # Values of a launch over rows, from one tile in one step to a whole row, and rows split among programs.
@@ -191,7 +192,7 @@ def test_heads_beyond_2_31_elements():
     target = torch.zeros(4, 1, dtype=torch.int64)
 
     def everything(hidden, weight, out):
-        of = (hidden, weight, None, None, None)
+        of = Projection(hidden, weight)
         arguments = (None, 1.0, 1, torch.tensor(1), None, True)
         with configs.override("linear", form="fused"):
             drawn = linear_jump.linear_jump(of, *arguments, library=None, workspace=2**20)

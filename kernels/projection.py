@@ -1,0 +1,31 @@
+"""Hidden states with the head that maps them to logits: the tensors of a linear op, here and in `dam.ops`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Projection(NamedTuple):
+    """Logits that are not there yet: hidden @ weight^T + low_hidden @ low_weight^T + bias.
+
+    The second product is a LoRA adapter's: low_hidden = scale * hidden @ a^T, low_weight = b.
+    """
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    low_hidden: Tensor | None = None  # [T, R]
+    low_weight: Tensor | None = None  # [V, R]
+
+    def part(self, rows: slice, columns: slice = slice(None)) -> Projection:
+        """The same for some rows and columns of the logits."""
+        hidden, weight, bias, low_hidden, low_weight = self
+        return Projection(
+            hidden[rows],
+            weight[columns],
+            None if bias is None else bias[columns],
+            None if low_hidden is None else low_hidden[rows],
+            None if low_weight is None else low_weight[columns],
+        )
