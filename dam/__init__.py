@@ -1,5 +1,8 @@
 """Discrete Adjoint Matching as fused kernels: the public API, re-exported."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dam import generators
 from dam.backends.choice import backend
 from dam.ops._head import LoRA
@@ -14,7 +17,21 @@ from dam.ops.matching_loss import matching_loss
 from dam.ops.rate_ratio import RateRatio, rate_ratio
 from dam.ops.tilt_to_ess import tilt_to_ess
 
+if TYPE_CHECKING:
+    from dam import adjoint as adjoint
+    from dam import ctmc as ctmc
+    from dam import diagnostics as diagnostics
+    from dam import divergences as divergences
+    from dam import models as models
+    from dam import plots as plots
+    from dam import rollout as rollout
+    from dam import tasks as tasks
+    from dam import train as train
+
 __version__ = "0.1.0"
+
+# Loaded when they are first asked for: what they need, an extra of some, `import dam` does not.
+_SUBMODULES = ("adjoint", "ctmc", "diagnostics", "divergences", "models", "plots", "rollout", "tasks", "train")
 
 __all__ = [
     "AdjointWeights",
@@ -34,3 +51,18 @@ __all__ = [
     "rate_ratio",
     "tilt_to_ess",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A submodule.
+
+    Raises:
+        ImportError: it needs an extra that is not installed; the message names it.
+    """
+    if name in _SUBMODULES:
+        return importlib.import_module(f"dam.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

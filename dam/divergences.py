@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dam.ops import _checks
-from dam.ops.matching_loss import matching_loss
+from dam.ops.matching_loss import matching_loss, weighted_targets
 
 Convex = Callable[[Tensor], Tensor]
 
@@ -35,13 +35,13 @@ def rate_matching_loss(
     Others than "kl" are torch's own operations on arrays [T, V].
 
     Args:
-        log_rates: log rates [T, V]; -inf is a destination that cannot be reached. For a phi of yours rates below
+        log_rates: log rates [..., V]; -inf is a destination that cannot be reached. For a phi of yours rates below
             2e-308 count as that number where a target is.
         target: destinations; -1 stands for none.
         weight: their weights, detached.
         divergence: "kl", "l2" or phi, a convex function of positive numbers, elementwise, that autograd can follow
             twice.
-        row_scale: [T]; 1 / T unless given.
+        row_scale: [...]; 1 / T unless given.
         exclude: destination left out, as for `dam.jump`.
 
     Returns:
@@ -58,24 +58,16 @@ def rate_matching_loss(
         return matching_loss(log_rates, target, weight, row_scale=row_scale, exclude=exclude, normalized=False)
     if divergence != "l2" and (isinstance(divergence, str) or not callable(divergence)):
         raise ValueError(f"{op}: divergence must be 'kl', 'l2' or a convex function; got {divergence!r}")
-    _checks.matrix(op, "log_rates", log_rates, "V")
-    rows, columns = log_rates.shape
-    target = _checks.target(op, target, rows, log_rates, dims=(2,))
+    x, lead = _checks.rows(op, "log_rates", log_rates, "V")
+    rows, columns = x.shape
+    target, weight, row_scale = weighted_targets(op, x, lead, target, weight, row_scale)
     _checks.index_range(op, "target", target, columns, "torch")
-    _checks.floating(op, "weight", weight)
-    _checks.same_device(op, "weight", weight, log_rates)
-    if row_scale is not None:
-        _checks.vector(op, "row_scale", row_scale, rows, log_rates)
-    if weight.shape != target.shape:
-        raise ValueError(f"{op}: weight must have the shape of target, {list(target.shape)}; got {list(weight.shape)}")
-    excluded = _checks.exclude(op, exclude, rows, columns, log_rates)
+    excluded = _checks.exclude(op, exclude, lead, columns, x)
     if excluded is not None:
         _checks.index_range(op, "exclude", excluded, columns, "torch")
-        log_rates = log_rates.masked_fill(
-            torch.arange(columns, device=log_rates.device) == excluded[:, None], -torch.inf
-        )
+        x = x.masked_fill(torch.arange(columns, device=x.device) == excluded[:, None], -torch.inf)
         target = torch.where(target == excluded[:, None], -1, target)
-    rates = log_rates.double().exp()
+    rates = x.double().exp()
     if isinstance(divergence, str):
         slope, pull = rates, rates.square() / 2  # phi'(u), and phi'(u) u - phi(u)
     else:
@@ -83,8 +75,8 @@ def rate_matching_loss(
     outflow = torch.where(rates == 0, 0.0, pull).sum(dim=1)  # a destination of rate 0 is none; NaN stays
     at = slope.gather(1, target.clamp(min=0))
     counted = target >= 0
-    gain = torch.where(counted, weight.detach().double() * torch.where(counted, at, 0.0), 0.0).sum(dim=1)
-    scale = torch.full_like(outflow, 1.0 / max(rows, 1)) if row_scale is None else row_scale.detach().double()
+    gain = torch.where(counted, weight.double() * torch.where(counted, at, 0.0), 0.0).sum(dim=1)
+    scale = torch.full_like(outflow, 1.0 / max(rows, 1)) if row_scale is None else row_scale.double()
     return (scale * (outflow - gain)).sum().to(torch.promote_types(log_rates.dtype, torch.float32))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import dam
+
 PACKAGE = Path(__file__).parent.parent / "dam"
 KERNELS = PACKAGE.parent / "kernels"  # dam.kernels, by the link dam/kernels
 # A module imports from its own part and from parts of lower rank. plots knows nothing of the rest.
@@ -151,9 +153,39 @@ def test_a_planted_import_is_found(sources, module, line, fault):
 
 
 def test_the_package_itself_re_exports_only():
+    """And finds its submodules when they are asked for."""
     for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        assert is_text or isinstance(node, (ast.ImportFrom, ast.Assign))
+        for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        lazy = isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
+        assert is_text or for_checkers or lazy or isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))
+
+
+def test_submodules_are_reachable_and_loaded_late():
+    code = """
+import sys, dam
+
+late = [name for name in dam._SUBMODULES if f"dam.{name}" in sys.modules]
+assert not late and "matplotlib" not in sys.modules, late
+assert dam.ctmc.MaskedCTMC and dam.rollout.rollout and dam.adjoint.group_targets and "train" in dir(dam)
+try:
+    dam.train
+    raise SystemExit("dam.train was loaded")
+except ImportError as error:
+    assert "pip install 'discrete-adjoint-matching[train]'" in str(error), error
+try:
+    dam.nothing
+    raise SystemExit("dam.nothing is there")
+except AttributeError as error:
+    assert "nothing" in str(error)
+"""
+    done = run_without_extras(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_submodule_is_reachable():
+    submodules = {name.split(".")[0] for name in map(name_of, modules())} - {"__init__", "cli", "ops", "backends"}
+    assert submodules - {"kernels"} == {*dam._SUBMODULES, "generators"}
 
 
 def run_without_extras(code):

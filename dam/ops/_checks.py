@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def renamed(old: str, new: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: keyword `old` still stands for `new`, with a warning; for one release."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                name = function.__name__
+                if new in kwargs:
+                    raise TypeError(f"{name}: {old} is the old name of {new}; both were given")
+                warnings.warn(f"{name}: {old} is now called {new}", FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def _is_tensor(op: str, name: str, value: object) -> None:
@@ -27,9 +49,26 @@ def matrix(op: str, name: str, value: Tensor, columns: str) -> None:
     floating(op, name, value)
     if value.dim() != 2:
         raise ValueError(f"{op}: {name} must have shape [rows, {columns}]; got {list(value.shape)}")
-    if value.shape[1] < 1:
+    _inner_dimension(op, name, value)
+
+
+def rows(op: str, name: str, value: Tensor, columns: str) -> tuple[Tensor, torch.Size]:
+    """Floating-point rows [..., columns] with unit inner stride as a matrix, and their leading dimensions.
+
+    The matrix is a view, or a copy where no row stride describes the leading dimensions.
+    """
+    floating(op, name, value)
+    if value.dim() == 0:
+        raise ValueError(f"{op}: {name} must have shape [..., {columns}]; got []")
+    _inner_dimension(op, name, value)
+    lead = value.shape[:-1]
+    return value if len(lead) == 1 else value.reshape(lead.numel(), value.shape[-1]), lead
+
+
+def _inner_dimension(op: str, name: str, value: Tensor) -> None:
+    if value.shape[-1] < 1:
         raise ValueError(f"{op}: {name} must have at least one column; got shape {list(value.shape)}")
-    if value.stride(1) != 1 and value.shape[1] > 1:
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(
             f"{op}: {name} must have stride 1 in its last dimension; got strides {list(value.stride())}. "
             "Call .contiguous() first"
@@ -72,46 +111,60 @@ def head(
             raise ValueError(f"{op}: {bias_name} must have shape [{weight.shape[0]}]; got {list(bias.shape)}")
 
 
-def vector(op: str, name: str, value: Tensor, rows: int, reference: Tensor) -> None:
-    """A floating-point vector with one entry per row."""
+def vector(op: str, name: str, value: Tensor, lead: torch.Size, reference: Tensor) -> Tensor:
+    """Floating-point numbers with one entry per row, as a vector."""
     _is_tensor(op, name, value)
-    if value.shape != (rows,):
-        raise ValueError(f"{op}: {name} must have shape [{rows}]; got {list(value.shape)}")
+    if value.shape != lead:
+        raise ValueError(f"{op}: {name} must have shape {list(lead)}; got {list(value.shape)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be floating point; got {value.dtype}")
     same_device(op, name, value, reference)
+    return flat(value)
 
 
-def target(op: str, value: Tensor, rows: int, reference: Tensor, *, dims: Sequence[int] = (1, 2)) -> Tensor:
-    """int64 targets [T] or [T, J]; returns them as [T, J]. Their range is checked where the op runs."""
+def flat(value: Tensor) -> Tensor:
+    """One entry per row, [...], as a vector."""
+    return value if value.dim() == 1 else value.reshape(-1)
+
+
+def target(op: str, value: Tensor, lead: torch.Size, reference: Tensor, *, one: bool = True) -> Tensor:
+    """int64 targets, J per row or (with `one`) one, as [T, J]. Their range is checked where the op runs."""
     _is_tensor(op, "target", value)
-    if value.dim() not in dims or value.shape[0] != rows:
-        wanted = " or ".join(f"[{rows}]" if d == 1 else f"[{rows}, J]" for d in dims)
-        raise ValueError(f"{op}: target must have shape {wanted}; got {list(value.shape)}")
+    single = one and value.shape == lead
+    if not single and (value.dim() != len(lead) + 1 or value.shape[:-1] != lead):
+        slots = ", ".join([*map(str, lead), "J"])
+        raise ValueError(
+            f"{op}: target must have shape {f'{list(lead)} or ' if one else ''}[{slots}]; got {list(value.shape)}"
+        )
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: target must be int64; got {value.dtype}")
     same_device(op, "target", value, reference)
-    return value if value.dim() == 2 else value[:, None]
+    return value.reshape(reference.shape[0], 1) if single else per_slot(value, reference)
 
 
-def exclude(op: str, value: int | Tensor, rows: int, columns: int, reference: Tensor) -> Tensor | None:
+def per_slot(value: Tensor, reference: Tensor) -> Tensor:
+    """[..., J] as [T, J]."""
+    return value if value.dim() == 2 else value.reshape(reference.shape[0], value.shape[-1])
+
+
+def exclude(op: str, value: int | Tensor, lead: torch.Size, columns: int, reference: Tensor) -> Tensor | None:
     """Excluded destination per row as int64 [T], or None when every row keeps all of them."""
     if isinstance(value, Tensor):
-        if value.shape != (rows,):
+        if value.shape != lead:
             raise ValueError(
-                f"{op}: exclude must be an int or a tensor of shape [{rows}]; got shape {list(value.shape)}"
+                f"{op}: exclude must be an int or a tensor of shape {list(lead)}; got shape {list(value.shape)}"
             )
         if value.dtype != torch.int64:
             raise TypeError(f"{op}: exclude must be int64; got {value.dtype}")
         same_device(op, "exclude", value, reference)
-        return value
+        return flat(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: exclude must be an int or an int64 tensor; got {type(value).__name__}")
     if not -1 <= value < columns:
         raise ValueError(f"{op}: exclude must be -1 or in [0, {columns}); got {value}")
     if value == -1:
         return None
-    return torch.full((1,), value, dtype=torch.int64, device=reference.device).expand(rows)
+    return torch.full((1,), value, dtype=torch.int64, device=reference.device).expand(lead.numel())
 
 
 def boolean(op: str, name: str, value: bool) -> None:

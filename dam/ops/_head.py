@@ -59,10 +59,9 @@ def checked(
     weight: Tensor,
     bias: Tensor | None,
     lora: LoRA | None = None,
-    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+    names: tuple[str, str, str] = ("hidden", "head_weight", "bias"),
 ) -> Projection:
-    """The arguments of a linear op as a `Projection`, once they fit each other; `names` are theirs."""
-    _checks.matrix(op, names[0], hidden, "D")
+    """The arguments of a linear op, hidden states as [T, D], as a `Projection`, once they fit each other."""
     _checks.head(op, names[1], weight, names[2], bias, names[0], hidden)
     if lora is None:
         return Projection(hidden, weight, bias)

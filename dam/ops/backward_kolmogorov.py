@@ -17,7 +17,7 @@ from dam.ops import _checks, _op, _rows
 
 def backward_kolmogorov(
     generator: generators.Generator,
-    terminal: Tensor,  # [B, V]
+    terminal: Tensor,  # [..., V]
     duration: float,
     *,
     tol: float = 1e-6,
@@ -45,13 +45,13 @@ def backward_kolmogorov(
 
     Args:
         generator: of `dam.generators`, with V states; its tensors on terminal's device. It is not differentiated.
-        terminal: value of each final state [B, V], differentiable; any row stride, unit inner stride. A row with
+        terminal: value of each final state [..., V], differentiable; any row stride, unit inner stride. A row with
             an entry that is not finite comes out NaN throughout.
         duration: time left, >= 0 and finite. 0 copies terminal.
         tol: error bound above, in [1e-12, 0.1].
 
     Returns:
-        [B, V], float32 (float64 for float64 terminal). The gradient is exp(duration Q)^T times the upstream one,
+        [..., V], float32 (float64 for float64 terminal). The gradient is exp(duration Q)^T times the upstream one,
         to the same accuracy, in terminal's dtype.
 
     Raises:
@@ -62,11 +62,10 @@ def backward_kolmogorov(
     """
     op = "backward_kolmogorov"
     kind, tensors, sizes = _pieces(generator)
-    _checks.matrix(op, "terminal", terminal, "V")
+    terminal, lead = _checks.rows(op, "terminal", terminal, "V")
     if terminal.shape[1] != generator.size:
-        raise ValueError(
-            f"{op}: terminal must have shape [B, {generator.size}] to fit the generator; got {list(terminal.shape)}"
-        )
+        got = [*lead, terminal.shape[1]]
+        raise ValueError(f"{op}: terminal must have shape [..., {generator.size}] to fit the generator; got {got}")
     for tensor in tensors:
         _checks.same_device(op, "generator", tensor, terminal)
     duration = _checks.number(op, "duration", duration, 0.0, sys.float_info.max)
@@ -74,7 +73,9 @@ def backward_kolmogorov(
     # Products on tensor cores: 8.5 ms where the CUDA kernels take 14.0 (benchmarks/notes.md).
     first = "triton" if kind == "lattice" and triton.why_unavailable() is None else None
     backend = choice.choose(op, _IMPLEMENTATIONS, terminal, first=first)
-    return _backward_kolmogorov(terminal, kind, tensors, sizes, duration, tol, False, backend)
+    return _backward_kolmogorov(terminal, kind, tensors, sizes, duration, tol, False, backend).view(
+        *lead, generator.size
+    )
 
 
 def _pieces(generator: generators.Generator) -> tuple[str, list[Tensor], list[int]]:

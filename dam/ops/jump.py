@@ -15,13 +15,13 @@ from dam.ops import _checks, _op, _philox, _rows
 class Jump(NamedTuple):
     """Destinations and their log-probabilities, and the log escape rate of each row."""
 
-    target: Tensor  # int64 [T], or [T, num_samples] when num_samples > 1
+    target: Tensor  # int64 [...], or [..., num_samples] when num_samples > 1
     log_prob: Tensor  # like target, float32 (float64 for float64 logits)
-    log_escape: Tensor  # [T], float32 (float64 for float64 logits)
+    log_escape: Tensor  # [...], float32 (float64 for float64 logits)
 
 
 def jump(
-    logits: Tensor,  # [T, V]
+    logits: Tensor,  # [..., V]
     *,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
@@ -39,19 +39,20 @@ def jump(
     not on the batch, the order of rows, the number of threads or the backend (up to floating-point ties).
 
     Args:
-        logits: unnormalised log rates [T, V]; any row stride, unit inner stride. -inf cannot be reached.
-        exclude: destination to leave out: an int for all rows or int64 [T]; -1 leaves none out.
+        logits: unnormalised log rates [..., V], of T rows in all; any row stride, unit inner stride. -inf cannot be
+            reached.
+        exclude: destination to leave out: an int for all rows or int64 [...]; -1 leaves none out.
         temperature: divides the logits. 0 takes the largest logit (the lowest index on ties), with
             log_prob and log_escape at temperature 1.
         num_samples: independent draws per row.
         seed: 64-bit key of the random stream, an int or an int64 scalar tensor; None takes one from
             torch's default generator.
-        row_ids: int64 [T], names each row's stream; 0 .. T-1 unless given.
+        row_ids: int64 [...], names each row's stream; 0 .. T-1 unless given.
         check: raise if a row has a NaN, a +inf or nothing to reach; on a GPU that waits for the result. With
             False such a row yields target -1 where nothing can be reached, and is unspecified otherwise.
 
     Returns:
-        Jump(target, log_prob, log_escape). Not differentiable: see `log_prob`.
+        Jump(target, log_prob, log_escape), with the leading dimensions of logits. Not differentiable: see `log_prob`.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range, or (with check)
@@ -59,22 +60,21 @@ def jump(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 1; random stream: `dam.ops._philox`.
     """
-    _checks.matrix("jump", "logits", logits, "V")
-    rows, columns = logits.shape
-    excluded = _checks.exclude("jump", exclude, rows, columns, logits)
+    logits, lead = _checks.rows("jump", "logits", logits, "V")
+    excluded = _checks.exclude("jump", exclude, lead, logits.shape[1], logits)
     _checks.boolean("jump", "check", check)
     temperature, num_samples, seed, row_ids = sampling_arguments(
-        "jump", logits, rows, temperature, num_samples, seed, row_ids
+        "jump", logits, lead, temperature, num_samples, seed, row_ids
     )
     backend = choice.choose("jump", _IMPLEMENTATIONS, logits)
     drawn = _jump(logits.detach(), excluded, temperature, num_samples, seed, row_ids, check, backend)
-    return as_jump(drawn, num_samples)
+    return as_jump(drawn, num_samples, lead)
 
 
 def sampling_arguments(
     op: str,
     reference: Tensor,
-    rows: int,
+    lead: torch.Size,
     temperature: float,
     num_samples: int,
     seed: int | Tensor | None,
@@ -91,9 +91,10 @@ def sampling_arguments(
             raise TypeError(
                 f"{op}: row_ids must be an int64 tensor; got {getattr(row_ids, 'dtype', type(row_ids).__name__)}"
             )
-        if row_ids.shape != (rows,):
-            raise ValueError(f"{op}: row_ids must have shape [{rows}]; got {list(row_ids.shape)}")
+        if row_ids.shape != lead:
+            raise ValueError(f"{op}: row_ids must have shape {list(lead)}; got {list(row_ids.shape)}")
         _checks.same_device(op, "row_ids", row_ids, reference)
+        row_ids = _checks.flat(row_ids)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"{op}: a seed tensor must hold one int64; got {seed.dtype} {list(seed.shape)}")
@@ -108,11 +109,10 @@ def sampling_arguments(
     return temperature, num_samples, torch.tensor(signed, dtype=torch.int64), row_ids
 
 
-def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int) -> Jump:
+def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int, lead: torch.Size) -> Jump:
     target, log_prob, log_escape = drawn
-    if num_samples == 1:
-        return Jump(target.squeeze(1), log_prob.squeeze(1), log_escape)
-    return Jump(target, log_prob, log_escape)
+    shape = lead if num_samples == 1 else (*lead, num_samples)
+    return Jump(target.view(shape), log_prob.view(shape), log_escape.view(lead))
 
 
 def raise_bad_row(op: str, row: int, logits: Tensor, exclude: Tensor | None) -> None:

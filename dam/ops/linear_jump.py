@@ -14,11 +14,12 @@ from dam.ops import _checks, _head, _linear, _op, _rows
 from dam.ops import jump as _row_op
 
 
+@_checks.renamed("weight", "head_weight")
 def linear_jump(
-    hidden: Tensor,  # [T, D]
-    weight: Tensor,  # [V, D]
-    *,
+    hidden: Tensor,  # [..., D]
+    head_weight: Tensor,  # [V, D]
     bias: Tensor | None = None,  # [V]
+    *,
     lora: _head.LoRA | None = None,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
@@ -27,14 +28,13 @@ def linear_jump(
     row_ids: Tensor | None = None,
     check: bool = True,
 ) -> _row_op.Jump:
-    """`jump` on logits = hidden @ weight^T + bias, without storing them: the same draws up to rounding.
+    """`jump` on logits = hidden @ head_weight^T + bias, without storing them: the same draws up to rounding.
 
     Args:
-        hidden: hidden states [T, D]; unit inner stride.
-        weight: head weight [V, D], of the dtype of hidden.
-        bias: head bias [V].
+        hidden: hidden states [..., D], of T rows in all; unit inner stride.
+        head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
-            weight + scale * b @ a, which is never formed.
+            head_weight + scale * b @ a, which is never formed.
         exclude, temperature, num_samples, seed, row_ids, check: as for `jump`.
 
     Returns:
@@ -46,17 +46,17 @@ def linear_jump(
             a row cannot be sampled; the message names the first such row.
     """
     op = "linear_jump"
-    head = _head.checked(op, hidden, weight, bias, lora)
-    rows = hidden.shape[0]
-    excluded = _checks.exclude(op, exclude, rows, weight.shape[0], hidden)
+    hidden, lead = _checks.rows(op, "hidden", hidden, "D")
+    head = _head.checked(op, hidden, head_weight, bias, lora)
+    excluded = _checks.exclude(op, exclude, lead, head_weight.shape[0], hidden)
     _checks.boolean(op, "check", check)
     temperature, num_samples, seed, row_ids = _row_op.sampling_arguments(
-        op, hidden, rows, temperature, num_samples, seed, row_ids
+        op, hidden, lead, temperature, num_samples, seed, row_ids
     )
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     tensors = (None if x is None else x.detach() for x in head)
     drawn = _linear_jump(*tensors, excluded, temperature, num_samples, seed, row_ids, check, backend)
-    return _row_op.as_jump(drawn, num_samples)
+    return _row_op.as_jump(drawn, num_samples, lead)
 
 
 def _chunked(

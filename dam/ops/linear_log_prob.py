@@ -14,25 +14,25 @@ from dam.ops import _checks, _head, _linear, _op, _rows
 from dam.ops import log_prob as _row_op
 
 
+@_checks.renamed("weight", "head_weight")
 def linear_log_prob(
-    hidden: Tensor,  # [T, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [T] or [T, J]
-    *,
+    hidden: Tensor,  # [..., D]
+    head_weight: Tensor,  # [V, D]
+    target: Tensor,  # [...] or [..., J]
     bias: Tensor | None = None,  # [V]
+    *,
     lora: _head.LoRA | None = None,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
 ) -> Tensor:
-    """`log_prob` on logits = hidden @ weight^T + bias, without storing them.
+    """`log_prob` on logits = hidden @ head_weight^T + bias, without storing them.
 
     Args:
-        hidden: hidden states [T, D]; unit inner stride.
-        weight: head weight [V, D], of the dtype of hidden.
-        target: int64 [T] or [T, J]. -1 stands for no jump: log-probability 0, no gradient.
-        bias: head bias [V].
+        hidden: hidden states [..., D]; unit inner stride.
+        head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
+        target: int64 [...] or [..., J]. -1 stands for no jump: log-probability 0, no gradient.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`, differentiated too: the head's weight is
-            then weight + scale * b @ a, which is never formed.
+            then head_weight + scale * b @ a, which is never formed.
         exclude, temperature: as for `log_prob`.
 
     Returns:
@@ -44,10 +44,10 @@ def linear_log_prob(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
     """
     op = "linear_log_prob"
-    head = _head.checked(op, hidden, weight, bias, lora)
-    rows = hidden.shape[0]
-    targets = _checks.target(op, target, rows, hidden)
-    excluded = _checks.exclude(op, exclude, rows, weight.shape[0], hidden)
+    hidden, lead = _checks.rows(op, "hidden", hidden, "D")
+    head = _head.checked(op, hidden, head_weight, bias, lora)
+    targets = _checks.target(op, target, lead, hidden)
+    excluded = _checks.exclude(op, exclude, lead, head_weight.shape[0], hidden)
     temperature = _checks.temperature(op, temperature, zero=False)
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     value, _ = _linear_log_prob(*head, targets, excluded, temperature, backend)

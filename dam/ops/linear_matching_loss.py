@@ -15,18 +15,18 @@ from dam.ops import matching_loss as _row_op
 
 
 def linear_matching_loss(
-    hidden: Tensor,  # [T, D]
+    hidden: Tensor,  # [..., D]
     head_weight: Tensor,  # [V, D]
-    target: Tensor,  # [T, J]
-    weight: Tensor,  # [T, J]
-    *,
+    target: Tensor,  # [..., J]
+    weight: Tensor,  # [..., J]
     bias: Tensor | None = None,  # [V]
+    *,
     lora: _head.LoRA | None = None,
-    base_hidden: Tensor | None = None,  # [T, D']
+    base_hidden: Tensor | None = None,  # [..., D']
     base_head_weight: Tensor | None = None,  # [V, D']
     base_bias: Tensor | None = None,  # [V]
-    base_weight: Tensor | None = None,  # [T]
-    row_scale: Tensor | None = None,  # [T]
+    base_weight: Tensor | None = None,  # [...]
+    row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
     normalized: bool = True,
 ) -> Tensor:
@@ -38,7 +38,7 @@ def linear_matching_loss(
     them: put the scale into row_scale instead, or use bfloat16.
 
     Args:
-        hidden: hidden states [T, D]; unit inner stride.
+        hidden: hidden states [..., D]; unit inner stride.
         head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
             head_weight + scale * b @ a, which is never formed. The base has none.
@@ -59,30 +59,34 @@ def linear_matching_loss(
     """
     op = "linear_matching_loss"
     _checks.boolean(op, "normalized", normalized)
-    head = _head.checked(op, hidden, head_weight, bias, lora, ("hidden", "head_weight", "bias"))
-    rows, columns = hidden.shape[0], head_weight.shape[0]
-    target, weight, row_scale = _row_op.weighted_targets(op, hidden, rows, target, weight, row_scale)
+    hidden, lead = _checks.rows(op, "hidden", hidden, "D")
+    head = _head.checked(op, hidden, head_weight, bias, lora)
+    columns = head_weight.shape[0]
+    target, weight, row_scale = _row_op.weighted_targets(op, hidden, lead, target, weight, row_scale)
     base = (base_hidden, base_head_weight, base_weight)
     if any(value is None for value in base) and any(value is not None for value in (*base, base_bias)):
         raise ValueError(f"{op}: base_hidden, base_head_weight and base_weight must be given together")
     if base_hidden is not None and base_head_weight is not None and base_weight is not None:
         names = ("base_hidden", "base_head_weight", "base_bias")
+        base_hidden, base_lead = _checks.rows(op, "base_hidden", base_hidden, "D")
         _head.checked(op, base_hidden, base_head_weight, base_bias, names=names)
         _checks.like(op, "base_hidden", base_hidden, "hidden", hidden, shape=False)
-        if base_hidden.shape[0] != rows:
-            raise ValueError(f"{op}: base_hidden must have {rows} rows like hidden; got {list(base_hidden.shape)}")
+        if base_lead != lead:
+            wanted = ", ".join([*map(str, lead), "D"])
+            got = [*base_lead, base_hidden.shape[1]]
+            raise ValueError(f"{op}: base_hidden must have shape [{wanted}] like hidden; got {got}")
         if base_head_weight.shape[0] != columns:
             raise ValueError(
                 f"{op}: base_head_weight must have {columns} rows like head_weight; got {list(base_head_weight.shape)}"
             )
-        _checks.vector(op, "base_weight", base_weight, rows, hidden)
+        base_weight = _checks.vector(op, "base_weight", base_weight, lead, hidden)
         base_hidden, base_head_weight, base_weight = (
             base_hidden.detach(),
             base_head_weight.detach(),
             base_weight.detach(),
         )
         base_bias = None if base_bias is None else base_bias.detach()
-    excluded = _checks.exclude(op, exclude, rows, columns, hidden)
+    excluded = _checks.exclude(op, exclude, lead, columns, hidden)
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     loss, *_ = _linear_matching_loss(
         *head,

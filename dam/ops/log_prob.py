@@ -10,8 +10,8 @@ from dam.ops import _checks, _op, _rows
 
 
 def log_prob(
-    logits: Tensor,  # [T, V]
-    target: Tensor,  # [T] or [T, J]
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [...] or [..., J]
     *,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
@@ -23,9 +23,9 @@ def log_prob(
     over destinations v that are not excluded.
 
     Args:
-        logits: unnormalised log rates [T, V]; any row stride, unit inner stride.
-        target: int64 [T] or [T, J]. -1 stands for no jump: log-probability 0, no gradient.
-        exclude: destination left out: an int for all rows or int64 [T]; -1 leaves none out. An excluded
+        logits: unnormalised log rates [..., V]; any row stride, unit inner stride.
+        target: int64 [...] or [..., J]. -1 stands for no jump: log-probability 0, no gradient.
+        exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out. An excluded
             target has log-probability -inf.
         temperature: divides the logits; > 0.
 
@@ -37,10 +37,9 @@ def log_prob(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
     """
-    _checks.matrix("log_prob", "logits", logits, "V")
-    rows, columns = logits.shape
-    targets = _checks.target("log_prob", target, rows, logits)
-    excluded = _checks.exclude("log_prob", exclude, rows, columns, logits)
+    logits, lead = _checks.rows("log_prob", "logits", logits, "V")
+    targets = _checks.target("log_prob", target, lead, logits)
+    excluded = _checks.exclude("log_prob", exclude, lead, logits.shape[1], logits)
     temperature = _checks.temperature("log_prob", temperature, zero=False)
     backend = choice.choose("log_prob", _IMPLEMENTATIONS, logits)
     value, _ = _log_prob(logits, targets, excluded, temperature, backend)

@@ -10,13 +10,13 @@ from dam.ops import _checks, _formed_gradient, _op, _rows
 
 
 def matching_loss(
-    logits: Tensor,  # [T, V]
-    target: Tensor,  # [T, J]
-    weight: Tensor,  # [T, J]
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [..., J]
+    weight: Tensor,  # [..., J]
     *,
-    base_logits: Tensor | None = None,  # [T, V]
-    base_weight: Tensor | None = None,  # [T]
-    row_scale: Tensor | None = None,  # [T]
+    base_logits: Tensor | None = None,  # [..., V]
+    base_weight: Tensor | None = None,  # [...]
+    row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
     normalized: bool = True,
 ) -> Tensor:
@@ -35,12 +35,12 @@ def matching_loss(
     multiplies it: put the scale into row_scale instead, or use bfloat16.
 
     Args:
-        logits: unnormalised log rates [T, V]; any row stride, unit inner stride.
-        target: int64 [T, J]; -1 means no target in that slot; targets that repeat add up.
-        weight: floating point [T, J]; may be negative, zero or large. Weight on an excluded target is dropped.
+        logits: unnormalised log rates [..., V], of T rows in all; any row stride, unit inner stride.
+        target: int64 [..., J]; -1 means no target in that slot; targets that repeat add up.
+        weight: floating point [..., J]; may be negative, zero or large. Weight on an excluded target is dropped.
         base_logits, base_weight: a second weighted target over the whole vocabulary, given together.
-        row_scale: floating point [T]; 1/T unless given.
-        exclude: destination left out: an int for all rows or int64 [T]; -1 leaves none out.
+        row_scale: floating point [...]; 1/T unless given.
+        exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
         normalized: which of the two forms.
 
     Returns:
@@ -53,38 +53,36 @@ def matching_loss(
     """
     op = "matching_loss"
     _checks.boolean(op, "normalized", normalized)
-    _checks.matrix(op, "logits", logits, "V")
-    rows, columns = logits.shape
-    target, weight, row_scale = weighted_targets(op, logits, rows, target, weight, row_scale)
+    x, lead = _checks.rows(op, "logits", logits, "V")
+    target, weight, row_scale = weighted_targets(op, x, lead, target, weight, row_scale)
     if (base_logits is None) != (base_weight is None):
         raise ValueError(f"{op}: base_logits and base_weight must be given together")
     if base_logits is not None and base_weight is not None:
-        _checks.matrix(op, "base_logits", base_logits, "V")
+        base, _ = _checks.rows(op, "base_logits", base_logits, "V")
         _checks.like(op, "base_logits", base_logits, "logits", logits)
-        _checks.vector(op, "base_weight", base_weight, rows, logits)
-        base_logits, base_weight = base_logits.detach(), base_weight.detach()
-    excluded = _checks.exclude(op, exclude, rows, columns, logits)
-    backend = choice.choose(op, _IMPLEMENTATIONS, logits)
-    with_grad = logits.requires_grad and torch.is_grad_enabled()
+        base_weight = _checks.vector(op, "base_weight", base_weight, lead, x).detach()
+        base_logits = base.detach()
+    excluded = _checks.exclude(op, exclude, lead, x.shape[1], x)
+    backend = choice.choose(op, _IMPLEMENTATIONS, x)
+    with_grad = x.requires_grad and torch.is_grad_enabled()
     loss, _ = _matching_loss(
-        logits, target, weight, base_logits, base_weight, row_scale, excluded, normalized, with_grad, backend, True
+        x, target, weight, base_logits, base_weight, row_scale, excluded, normalized, with_grad, backend, True
     )
     return loss
 
 
 def weighted_targets(
-    op: str, reference: Tensor, rows: int, target: Tensor, weight: Tensor, row_scale: Tensor | None
+    op: str, reference: Tensor, lead: torch.Size, target: Tensor, weight: Tensor, row_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checks and detaches the arguments that `matching_loss` and `linear_matching_loss` share."""
-    target = _checks.target(op, target, rows, reference, dims=(2,))
+    targets = _checks.target(op, target, lead, reference, one=False)
     _checks.floating(op, "weight", weight)
     if weight.shape != target.shape:
         raise ValueError(f"{op}: weight must have the shape of target, {list(target.shape)}; got {list(weight.shape)}")
     _checks.same_device(op, "weight", weight, reference)
     if row_scale is not None:
-        _checks.vector(op, "row_scale", row_scale, rows, reference)
-        row_scale = row_scale.detach()
-    return target, weight.detach(), row_scale
+        row_scale = _checks.vector(op, "row_scale", row_scale, lead, reference).detach()
+    return targets, _checks.per_slot(weight.detach(), reference), row_scale
 
 
 def reference_rows(

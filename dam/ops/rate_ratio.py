@@ -15,13 +15,13 @@ class RateRatio(NamedTuple):
     """The two pieces of a path's log weight: at its jumps, and per unit of time between them."""
 
     log_ratio: Tensor  # like target: log u_base(jump) - log u(jump)
-    escape_gap: Tensor  # [T]: escape rate of the model minus that of the base
+    escape_gap: Tensor  # [...]: escape rate of the model minus that of the base
 
 
 def rate_ratio(
-    logits: Tensor,  # [T, V]
-    base_logits: Tensor,  # [T, V]
-    target: Tensor,  # [T] or [T, J]
+    logits: Tensor,  # [..., V]
+    base_logits: Tensor,  # [..., V]
+    target: Tensor,  # [...] or [..., J]
     *,
     exclude: int | Tensor = -1,
 ) -> RateRatio:
@@ -35,10 +35,10 @@ def rate_ratio(
     integral: for their normalised rates take the difference of two `log_prob`.
 
     Args:
-        logits, base_logits: log rates [T, V] of model and base; any row stride, unit inner stride.
-        target: int64 [T] or [T, J]. -1 stands for no jump: log_ratio 0. A target that only one of the chains
+        logits, base_logits: log rates [..., V] of model and base; any row stride, unit inner stride.
+        target: int64 [...] or [..., J]. -1 stands for no jump: log_ratio 0. A target that only one of the chains
             can reach gives +inf or -inf; one that neither can (an excluded one among them) gives NaN.
-        exclude: destination left out: an int for all rows or int64 [T]; -1 leaves none out.
+        exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
 
     Returns:
         RateRatio(log_ratio, escape_gap), float32 (float64 for float64 logits). Not differentiable.
@@ -48,15 +48,14 @@ def rate_ratio(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
     """
-    _checks.matrix("rate_ratio", "logits", logits, "V")
-    _checks.matrix("rate_ratio", "base_logits", base_logits, "V")
+    x, lead = _checks.rows("rate_ratio", "logits", logits, "V")
+    base, _ = _checks.rows("rate_ratio", "base_logits", base_logits, "V")
     _checks.like("rate_ratio", "base_logits", base_logits, "logits", logits)
-    rows, columns = logits.shape
-    targets = _checks.target("rate_ratio", target, rows, logits)
-    excluded = _checks.exclude("rate_ratio", exclude, rows, columns, logits)
-    backend = choice.choose("rate_ratio", _IMPLEMENTATIONS, logits)
-    log_ratio, escape_gap = _rate_ratio(logits.detach(), base_logits.detach(), targets, excluded, backend)
-    return RateRatio(log_ratio.view(target.shape), escape_gap)
+    targets = _checks.target("rate_ratio", target, lead, x)
+    excluded = _checks.exclude("rate_ratio", exclude, lead, x.shape[1], x)
+    backend = choice.choose("rate_ratio", _IMPLEMENTATIONS, x)
+    log_ratio, escape_gap = _rate_ratio(x.detach(), base.detach(), targets, excluded, backend)
+    return RateRatio(log_ratio.view(target.shape), escape_gap.view(lead))
 
 
 def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def slow(backend):
 def normal(*shape, seed=0, dtype=torch.float32, scale=1.0):
     """Standard normal numbers times scale, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
     return x.to(torch.get_default_device(), dtype)
 
 

@@ -395,7 +395,7 @@ def test_is_not_differentiable(backend):
     ("arguments", "error", "message"),
     [
         ({"logits": [[1.0]]}, TypeError, "logits must be a tensor; got list"),
-        ({"logits": torch.zeros(5)}, ValueError, r"logits must have shape \[rows, V\]; got \[5\]"),
+        ({"logits": torch.zeros(())}, ValueError, r"logits must have shape \[..., V\]; got \[\]"),
         ({"logits": torch.zeros(3, 0)}, ValueError, r"logits must have at least one column; got shape \[3, 0\]"),
         ({"logits": torch.zeros(3, 5).long()}, TypeError, "logits must be float32.*got torch.int64"),
         ({"logits": torch.zeros(5, 3).t()}, ValueError, r"logits must have stride 1.*got strides \[1, 3\]"),

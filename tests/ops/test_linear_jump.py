@@ -172,16 +172,24 @@ def test_wrong_workspace(monkeypatch, workspace):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"hidden": torch.zeros(4)}, ValueError, r"hidden must have shape \[rows, D\]; got \[4\]"),
+        ({"hidden": torch.zeros(())}, ValueError, r"hidden must have shape \[..., D\]; got \[\]"),
         ({"hidden": torch.zeros(3, 4).long()}, TypeError, "hidden must be float32.*got torch.int64"),
         ({"hidden": torch.zeros(4, 3).t()}, ValueError, r"hidden must have stride 1.*got strides \[1, 3\]"),
-        ({"weight": torch.zeros(5, 3)}, ValueError, r"weight must have shape \[V, 4\] to fit hidden.*got \[5, 3\]"),
-        ({"weight": torch.zeros(0, 4)}, ValueError, r"weight must have at least one row; got shape \[0, 4\]"),
-        ({"weight": torch.zeros(5, 4).half()}, TypeError, "weight must have the dtype of hidden.*got torch.float16"),
-        ({"weight": torch.zeros(4, 5).t()}, ValueError, r"weight must have stride 1.*got strides \[1, 5\]"),
-        ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, "weight must be on cpu .*; got meta"),
+        (
+            {"head_weight": torch.zeros(5, 3)},
+            ValueError,
+            r"head_weight must have shape \[V, 4\] to fit.*got \[5, 3\]",
+        ),
+        ({"head_weight": torch.zeros(0, 4)}, ValueError, r"head_weight must have at least one row; got shape \[0, 4\]"),
+        (
+            {"head_weight": torch.zeros(5, 4).half()},
+            TypeError,
+            "head_weight must have the dtype of.*got torch.float16",
+        ),
+        ({"head_weight": torch.zeros(4, 5).t()}, ValueError, r"head_weight must have stride 1.*got strides \[1, 5\]"),
+        ({"head_weight": torch.zeros(5, 4, device="meta")}, ValueError, "head_weight must be on cpu .*; got meta"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[5\]; got \[4\]"),
-        ({"bias": torch.zeros(5).half()}, TypeError, "bias must have the dtype of weight.*got torch.float16"),
+        ({"bias": torch.zeros(5).half()}, TypeError, "bias must have the dtype of head_weight.*got torch.float16"),
         ({"bias": 0.0}, TypeError, "bias must be a tensor; got float"),
         ({"lora": (1, 2)}, TypeError, r"lora must be a dam.LoRA or None; got tuple"),
         ({"lora": dam.LoRA(torch.zeros(2, 3), torch.zeros(5, 2))}, ValueError, r"lora.a must have shape \[2, 4\]"),
@@ -198,4 +206,4 @@ def test_wrong_workspace(monkeypatch, workspace):
 )
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=f"^linear_jump: .*{message}"):
-        dam.linear_jump(**{"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), **arguments})
+        dam.linear_jump(**{"hidden": torch.zeros(3, 4), "head_weight": torch.zeros(5, 4), **arguments})

@@ -217,9 +217,17 @@ def test_compiled_equals_eager(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"hidden": torch.zeros(4)}, ValueError, r"hidden must have shape \[rows, D\]; got \[4\]"),
-        ({"weight": torch.zeros(5, 3)}, ValueError, r"weight must have shape \[V, 4\] to fit hidden.*got \[5, 3\]"),
-        ({"weight": torch.zeros(5, 4).half()}, TypeError, "weight must have the dtype of hidden.*got torch.float16"),
+        ({"hidden": torch.zeros(())}, ValueError, r"hidden must have shape \[..., D\]; got \[\]"),
+        (
+            {"head_weight": torch.zeros(5, 3)},
+            ValueError,
+            r"head_weight must have shape \[V, 4\] to fit.*got \[5, 3\]",
+        ),
+        (
+            {"head_weight": torch.zeros(5, 4).half()},
+            TypeError,
+            "head_weight must have the dtype of.*got torch.float16",
+        ),
         ({"bias": torch.zeros(5, 1)}, ValueError, r"bias must have shape \[5\]; got \[5, 1\]"),
         ({"target": torch.arange(4)}, ValueError, r"target must have shape \[3\] or \[3, J\]; got \[4\]"),
         ({"target": torch.tensor([0, 5, 0])}, ValueError, r"target must be -1 or in \[0, 5\); got 5"),
@@ -229,6 +237,6 @@ def test_compiled_equals_eager(backend):
     ],
 )
 def test_wrong_arguments(arguments, error, message):
-    good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "target": torch.arange(3)}
+    good = {"hidden": torch.zeros(3, 4), "head_weight": torch.zeros(5, 4), "target": torch.arange(3)}
     with pytest.raises(error, match=f"^linear_log_prob: .*{message}"):
         dam.linear_log_prob(**{**good, **arguments})

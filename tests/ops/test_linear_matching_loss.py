@@ -258,13 +258,17 @@ def test_compiled_equals_eager(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"hidden": torch.zeros(4)}, ValueError, r"hidden must have shape \[rows, D\]; got \[4\]"),
+        ({"hidden": torch.zeros(())}, ValueError, r"hidden must have shape \[..., D\]; got \[\]"),
         ({"head_weight": torch.zeros(5, 3)}, ValueError, r"head_weight must have shape \[V, 4\].*got \[5, 3\]"),
         ({"head_weight": torch.zeros(5, 4).half()}, TypeError, "head_weight must have the dtype.*got torch.float16"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[5\]; got \[4\]"),
         ({"target": torch.arange(3)}, ValueError, r"target must have shape \[3, J\]; got \[3\]"),
         ({"target": torch.full((3, 2), 5)}, ValueError, r"target must be -1 or in \[0, 5\); got 5"),
-        ({"weight": torch.zeros(3, 1)}, ValueError, r"weight must have the shape of target, \[3, 2\]; got \[3, 1\]"),
+        (
+            {"weight": torch.zeros(3, 1)},
+            ValueError,
+            r"weight must have the shape of target, \[3, 2\]; got \[3, 1\]",
+        ),
         ({"row_scale": torch.ones(2)}, ValueError, r"row_scale must have shape \[3\]; got \[2\]"),
         (
             {"base_weight": torch.ones(3)},
@@ -276,7 +280,11 @@ def test_compiled_equals_eager(backend):
             ValueError,
             "base_hidden, base_head_weight and base_weight must be given together",
         ),
-        ({"base_hidden": torch.zeros(2, 4)}, ValueError, r"base_hidden must have 3 rows like hidden; got \[2, 4\]"),
+        (
+            {"base_hidden": torch.zeros(2, 4)},
+            ValueError,
+            r"base_hidden must have shape \[3, D\] like hidden; got \[2, 4\]",
+        ),
         ({"base_head_weight": torch.zeros(6, 4)}, ValueError, r"base_head_weight must have 5 rows.*got \[6, 4\]"),
         (
             {"base_head_weight": torch.zeros(5, 3)},

@@ -240,7 +240,7 @@ def test_compiled_equals_eager(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"logits": torch.zeros(5)}, ValueError, r"logits must have shape \[rows, V\]; got \[5\]"),
+        ({"logits": torch.zeros(())}, ValueError, r"logits must have shape \[..., V\]; got \[\]"),
         ({"logits": torch.zeros(3, 5).int()}, TypeError, "logits must be float32.*got torch.int32"),
         ({"target": [0, 1, 2]}, TypeError, "target must be a tensor; got list"),
         ({"target": torch.arange(4)}, ValueError, r"target must have shape \[3\] or \[3, J\]; got \[4\]"),

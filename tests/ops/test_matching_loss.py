@@ -373,7 +373,7 @@ def test_compiled_equals_eager(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"logits": torch.zeros(5)}, ValueError, r"logits must have shape \[rows, V\]; got \[5\]"),
+        ({"logits": torch.zeros(())}, ValueError, r"logits must have shape \[..., V\]; got \[\]"),
         ({"target": torch.arange(3)}, ValueError, r"target must have shape \[3, J\]; got \[3\]"),
         ({"target": torch.zeros(3, 2)}, TypeError, "target must be int64; got torch.float32"),
         ({"target": torch.full((3, 2), 5)}, ValueError, r"target must be -1 or in \[0, 5\); got 5"),

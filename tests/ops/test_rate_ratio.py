@@ -110,7 +110,7 @@ def test_opcheck_and_compile(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"logits": torch.zeros(5)}, ValueError, r"logits must have shape \[rows, V\]; got \[5\]"),
+        ({"logits": torch.zeros(())}, ValueError, r"logits must have shape \[..., V\]; got \[\]"),
         ({"base_logits": torch.zeros(3, 4)}, ValueError, r"base_logits must have the shape of logits.*got \[3, 4\]"),
         ({"base_logits": torch.zeros(3, 5).half()}, TypeError, "base_logits must have the dtype.*got torch.float16"),
         ({"base_logits": None}, TypeError, "base_logits must be a tensor; got NoneType"),
