@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,35 @@ class MaskedLM:
                 f"a LoRA adapter on the output layer must have lora_dropout=0 in training; got {dropout.p}"
             )
         return LoRA(layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]]))
+
+
+def denoiser_of(model: nn.Module, *, adapter: bool = True) -> Denoiser:
+    """A module as a `Denoiser`: itself where it has hidden_states() and head(), else a `MaskedLM`.
+
+    Args:
+        model: the module, or one wrapped by DistributedDataParallel and its like.
+        adapter: False evaluates a PEFT model with its adapters switched off (the base model).
+
+    Raises:
+        TypeError: the module is neither; or it is a Denoiser inside a wrapper, whose forward pass a call of its
+            methods would go around, and with it the sum of gradients over processes.
+    """
+    if _is_denoiser(model):
+        if not adapter:
+            raise TypeError(f"{type(model).__name__} has no adapter to switch off")
+        return cast(Denoiser, model)
+    inner = getattr(model, "module", None)
+    if _is_denoiser(inner):
+        raise TypeError(
+            f"{type(inner).__name__} is a Denoiser inside {type(model).__name__}: its methods would go around the "
+            "wrapper, and gradients would not be summed over processes. Train it in one process, or hand in a "
+            "denoiser that calls the wrapper's forward"
+        )
+    return MaskedLM(model, adapter=adapter)
+
+
+def _is_denoiser(model: Any) -> bool:
+    return all(callable(getattr(model, name, None)) for name in ("hidden_states", "head"))
 
 
 class Tabular(nn.Module):

@@ -7,8 +7,9 @@ except ImportError as error:
     raise ImportError(f"dam.train needs {error.name}: pip install 'discrete-adjoint-matching[train]'") from error
 
 from dam.train.config import DAMConfig
+from dam.train.progress import last_checkpoint
 from dam.train.replay import ReplayBuffer
 from dam.train.rewards import RewardError
-from dam.train.trainer import DAMTrainer, last_checkpoint
+from dam.train.trainer import DAMTrainer
 
 __all__ = ["DAMConfig", "DAMTrainer", "ReplayBuffer", "RewardError", "last_checkpoint"]

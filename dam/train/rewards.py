@@ -1,9 +1,10 @@
-"""Calling reward functions, which are plain Python, and saying clearly when one of them misbehaves."""
+"""Calling reward functions, which are plain Python, and saying clearly when one of them misbehaves, and on what."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,3 +97,43 @@ def total_reward(
             f"no reward function applies to completion {int((~applies).nonzero()[0])} ({names} gave None)"
         )
     return total, means
+
+
+class Rewards:
+    """The reward of a run: functions and their weights.
+
+    Args:
+        functions: one or more.
+        weights: one for each; all 1 unless given.
+        output_dir: where the outcomes that a function misbehaved on are kept.
+
+    Raises:
+        TypeError: there is no function, or something that is none.
+        ValueError: there are not as many weights as functions.
+    """
+
+    def __init__(
+        self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None, output_dir: str
+    ):
+        self.functions: list[RewardFunction] = (
+            list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
+        )
+        if not self.functions or not all(callable(f) for f in self.functions):
+            raise TypeError("reward_funcs must be a function or a non-empty list of functions")
+        self._weights = weights or [1.0] * len(self.functions)
+        if len(self._weights) != len(self.functions):
+            raise ValueError(
+                f"reward_weights must have one entry per reward function, {len(self.functions)}; "
+                f"got {len(self._weights)}"
+            )
+        self._output_dir = output_dir
+
+    def __call__(self, outcomes: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
+        """`total_reward` of the outcomes of a step; they are kept in a file if a function misbehaves."""
+        try:
+            return total_reward(self.functions, self._weights, **outcomes)
+        except RewardError as error:
+            path = os.path.join(self._output_dir, "failed_rollouts.pt")
+            os.makedirs(self._output_dir, exist_ok=True)
+            torch.save({"step": step, **outcomes}, path)
+            raise RewardError(f"{error}. The rollouts of step {step} are kept in {path}") from error

@@ -124,4 +124,4 @@ def test_training_twice_starts_afresh(tmp_path):
     trainer.train()
     trainer.train()
     assert trainer.reward_calls == 16
-    assert len(trainer._replay) == 2
+    assert len(trainer.progress.replay) == 2

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from dam import diagnostics
-from dam.models import MaskedLM
+from dam.models import MaskedLM, Tabular, denoiser_of
 from dam.train import DAMTrainer
+from dam.train.trainer import _Draw
 from tests.architectures import small_sizes
 
 WORDS = ["[MASK]", "[PAD]", "a", "b", "c", "d"]
@@ -85,9 +86,8 @@ def test_no_weight_falls_on_what_is_forbidden(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert all(map(math.isfinite, losses))
     # A third of all positions would be at stake; the base draws a five in one of five.
-    final = trainer._rollout(
-        torch.tensor([row["input_ids"] for row in ROWS * 16]), torch.ones(128, 4), 1, base=False, temperature=1.0
-    ).final
+    tokens = torch.tensor([row["input_ids"] for row in ROWS * 16])
+    final = trainer.sampler.rollout(trainer.model, tokens, torch.ones(128, 4), 1, temperature=1.0).final
     assert float((final[:, 1:] == 5).double().mean()) < 0.05
 
 
@@ -208,8 +208,8 @@ def test_padding_does_not_move_blocks(tmp_path, tokenizer):
     )
 
     def filled_last(longest):
-        batch = trainer._collate([{"prompt": [5]}] * 40 + [{"prompt": [2] * longest}])
-        way = trainer._rollout(batch["input_ids"], batch["attention_mask"], 0, base=False, temperature=1.0)
+        batch = trainer.data_collator([{"prompt": [5]}] * 40 + [{"prompt": [2] * longest}])
+        way = trainer.sampler.rollout(trainer.model, batch["input_ids"], batch["attention_mask"], 0, temperature=1.0)
         return set((way.position[:40, -1] - batch["input_ids"].shape[1]).tolist())
 
     # 40 orders: a place that is last in half of them is missed once in 2^40.
@@ -223,7 +223,7 @@ def test_padding_is_never_filled_in(tmp_path, tokenizer, with_tokenizer, normali
     rows = [{"prompt": [2, 3, 4]}, {"prompt": [5]}] * 2
     trainer = DAMTrainer(tiny_model(), sum_reward, config, rows, processing_class=tokenizer if with_tokenizer else None)
     trainer.train()
-    groups = trainer._replay.sample(6, torch.Generator())
+    groups = trainer.progress.replay.sample(6, torch.Generator())
     padding = groups["attention_mask"] == 0
     assert padding.any()
     assert not (trainer.process.masked(groups["states"]) & padding).any()
@@ -359,5 +359,83 @@ def test_an_adapter_s_base_is_the_model_without_it(tmp_path):
     tokens = torch.tensor([row["input_ids"] for row in ROWS])
     trainer.model.eval()
     expected = MaskedLM(tiny_model().eval()).hidden_states(tokens)
-    torch.testing.assert_close(trainer._base().hidden_states(tokens), expected)
+    torch.testing.assert_close(trainer.sampler.base(trainer.model).hidden_states(tokens), expected)
     assert not torch.allclose(MaskedLM(trainer.model).hidden_states(tokens), expected)
+
+
+# A denoiser of one's own
+
+
+def table(length=3, tokens=4):
+    """A table of random logits, whose last token is the mask."""
+    generator = torch.Generator().manual_seed(3)
+    return Tabular(0.3 * torch.randn(tokens**length, length, tokens, generator=generator), tokens)
+
+
+def twos(completion_ids, **_):
+    return [float(sum(token == 2 for token in ids)) for ids in completion_ids]
+
+
+def table_config(tmp_path, **changes):
+    return tiny_config(tmp_path, mask_token_id=3, **changes)
+
+
+TABLE_ROWS = [{"input_ids": [3, 3, 3]}] * 8
+
+
+def test_a_model_that_is_a_denoiser_is_taken_as_it_is(tmp_path):
+    """And trained: the reward counts twos, a third of what the table draws at the start."""
+    config = table_config(
+        tmp_path, num_generations=16, per_device_train_batch_size=8, max_steps=60, learning_rate=0.1, logging_steps=10
+    )
+    trainer = DAMTrainer(table(), twos, config, TABLE_ROWS)
+    trainer.train()
+    assert rewards(trainer)[0] < 1.8 and rewards(trainer)[-1] > 2.5
+
+
+def test_a_denoiser_is_made_by_what_the_user_hands_in(tmp_path):
+    """One factory makes those of the model, of its base and of the loss; the step is the same as by default."""
+    made = []
+
+    def factory(model, *, adapter=True):
+        made.append((model, adapter))
+        return MaskedLM(model, adapter=adapter)
+
+    trained = []
+    for options in ({}, {"denoiser": factory}):
+        trained.append(tiny_model())
+        trainer = DAMTrainer(trained[-1], sum_reward, tiny_config(tmp_path, max_steps=2), ROWS, **options)
+        trainer.train()
+    assert_same_weights(*trained)
+    models = [model for model, _ in made]
+    assert trainer.model in models and len({id(model) for model in models}) == 2  # the model and its frozen base
+    assert all(adapter for _, adapter in made)
+
+
+def test_the_gradient_of_a_step_is_that_of_the_cross_entropy(tmp_path):
+    """Weighted, of the replayed groups, and of the table itself: no copy, no other model."""
+    trainer = DAMTrainer(table(), twos, table_config(tmp_path), TABLE_ROWS)
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(TABLE_ROWS[:2]))
+    (gradient,) = torch.autograd.grad(loss, [trainer.model.logits])
+    trainer.progress.micro_step = 0  # the same draws again
+    targets = trainer._targets(trainer.progress.replay.sample(4, trainer._generator(_Draw.REPLAY)))
+    logits = trainer.model.logits.detach().double().requires_grad_()
+    rows = logits[trainer.model.index(targets.states)[targets.row], targets.position]
+    log_prob = torch.log_softmax(rows[:, :-1], dim=1).gather(1, targets.target.clamp(min=0))
+    terms = torch.where(targets.target >= 0, targets.weight * log_prob, 0.0)
+    expected = -terms.sum() / len(targets.states)
+    # Float32 rounding of sums of a few dozen terms of order 1.
+    torch.testing.assert_close(loss.double(), expected, rtol=2.0**-20, atol=0.0)
+    (exact,) = torch.autograd.grad(expected, [logits])
+    torch.testing.assert_close(gradient.double(), exact, rtol=2.0**-18, atol=2.0**-22)
+
+
+def test_a_denoiser_inside_a_wrapper_is_refused():
+    """Its methods would go around the wrapper, which sums gradients over processes."""
+    wrapped = torch.nn.Module()
+    wrapped.module = table()
+    with pytest.raises(TypeError, match="Tabular is a Denoiser inside Module: its methods would go around the wrapper"):
+        denoiser_of(wrapped)
+    with pytest.raises(TypeError, match="Tabular has no adapter to switch off"):
+        denoiser_of(table(), adapter=False)
+    assert isinstance(denoiser_of(tiny_model()), MaskedLM)

@@ -1,0 +1,85 @@
+"""Prompts to trajectories, in this process. A serving engine will take the place of `Sampler`: by its methods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dam.ctmc import MaskedCTMC
+from dam.models.denoiser import Denoiser
+from dam.rollout import Trajectories, rollout
+from dam.train.config import DAMConfig
+
+DenoiserFactory = Callable[..., Denoiser]  # of a module, and of one with its adapter off by adapter=False
+
+
+class Sampler:
+    """Draws trajectories of a model, with the log-probabilities of its base where they are asked for.
+
+    Args:
+        denoiser: makes a `Denoiser` of a module.
+        process: names the mask token.
+        args: steps, blocks and trajectories per network call of a rollout.
+        ref_model: the base model; None: the model with its adapter off.
+        precision: makes the context in which networks run, such as autocast.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserFactory,
+        process: MaskedCTMC,
+        args: DAMConfig,
+        ref_model: nn.Module | None,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ):
+        self._denoiser, self._process, self._args = denoiser, process, args
+        self._ref_model, self._precision = ref_model, precision
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Context manager: the model without dropout and gradients."""
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self._precision():
+                yield
+        finally:
+            model.train(was_training)
+
+    def base(self, model: nn.Module) -> Denoiser:
+        return self._denoiser(model, adapter=False) if self._ref_model is None else self._denoiser(self._ref_model)
+
+    def rollout(
+        self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, seed: int, *, base: bool = False, **options: Any
+    ) -> Trajectories:
+        """`dam.rollout.rollout` in pieces of rollout_batch_size."""
+        size = self._args.rollout_batch_size
+        pieces = []
+        for n, start in enumerate(range(0, len(tokens), size)):
+            part = slice(start, start + size)
+            pieces.append(
+                rollout(
+                    self._denoiser(model),
+                    tokens[part],
+                    self._process,
+                    base=self.base(model) if base else None,
+                    attention_mask=attention_mask[part],
+                    steps=self._args.diffusion_steps,
+                    block_length=self._args.block_length,
+                    seed=seed + n,
+                    **options,
+                )
+            )
+        return Trajectories.concatenate(pieces)
+
+    def states(
+        self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, seed: int, generator: torch.Generator
+    ) -> Tensor:
+        """A partly filled-in state of each prompt: an outcome of the model, re-masked."""
+        way = self.rollout(model, tokens, attention_mask, seed, temperature=self._args.temperature)
+        return self._process.remask(tokens.cpu(), way.final.cpu(), generator).to(tokens.device)
