@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import importlib.metadata
 import platform
@@ -77,32 +76,11 @@ def _add_sudoku(commands: argparse._SubParsersAction) -> None:
 
 def _sudoku(arguments: argparse.Namespace) -> int:
     try:
-        from dam.tasks import finetune_sudoku as job
-        from dam.train.rewards import RewardError
+        from dam.tasks import finetune, finetune_sudoku
     except ImportError as error:
         print(f"dam sudoku: {error}", file=sys.stderr)
         return 1
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of every file saved; the run has a bar of its own
-    fields = {field.name for field in dataclasses.fields(job.Options)}
-    given = {name: value for name, value in vars(arguments).items() if name in fields}
-    try:
-        output = arguments.output or (job.last_output() if arguments.resume else job.next_output())
-        options = job.resumed_options(output, given) if arguments.resume else job.Options(**given)
-        result = job.finetune(output, options, resume=arguments.resume)
-    except (ValueError, OSError, ImportError, RewardError) as error:
-        print(f"dam sudoku: {error}", file=sys.stderr)
-        return 1
-    except job.Stopped as stop:
-        print(f"dam sudoku: {stop}. Continue with: dam sudoku --resume --output {output}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("dam sudoku: interrupted. Continue with the same command and --resume", file=sys.stderr)
-        return 130
-    print(job.report(result))
-    print(f"\nmodel, metrics and plot: {output}")
-    return 0
+    return finetune.command(finetune_sudoku.Sudoku, arguments)
 
 
 _SIZES = {

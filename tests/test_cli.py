@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from dam import cli
+from dam.tasks import finetune as front
 from dam.tasks import finetune_sudoku as job
 from dam.tasks import sudoku
 
@@ -31,7 +32,7 @@ KEYS = (
     "estimator",
 )
 # A rollout is 4 puzzles of 8 trajectories; 12 rollouts of 2 steps, evaluated and saved after every second rollout.
-SHRUNK = {"PROMPTS": 4, "GENERATIONS": 8, "ITERATIONS": 2, "CALLS_PER_ROLLOUT": 32, "EVALUATIONS": 6}
+SHRUNK = {"prompts": 4, "generations": 8, "iterations": 2, "evaluations": 6}
 all_grids = functools.cache(sudoku.all_grids)
 SMALL = ("--reward-calls", "384", "--seed", "3")
 
@@ -39,17 +40,16 @@ SMALL = ("--reward-calls", "384", "--seed", "3")
 def shrink(set_attribute):
     """Makes a run small enough to be done several times, through set_attribute(object, name, value)."""
     for name, value in SHRUNK.items():
-        set_attribute(job, name, value)
+        set_attribute(job.Sudoku, name, value)
     set_attribute(sudoku, "all_grids", all_grids)
-    config = job._config
+    config = job.Sudoku.config
 
-    def smaller(*args):
-        changed = config(*args)
-        changed.save_steps, changed.replay_batch_size = 4, 4
-        changed.draw_outcomes = changed.draw_outcomes and 16
-        return changed
+    def smaller(self):
+        changed = config(self)
+        few = changed["draw_outcomes"] and 16
+        return {**changed, "save_steps": 4, "replay_batch_size": 4, "draw_outcomes": few}
 
-    set_attribute(job, "_config", smaller)
+    set_attribute(job.Sudoku, "config", smaller)
 
 
 def interrupted_after(calls, number):
@@ -384,7 +384,7 @@ def test_a_kill_while_a_checkpoint_was_written(small, reference, puzzles, tmp_pa
 def test_resuming_a_finished_run_prints_the_same_table(small, reference, puzzles, capsys):
     before = {path.name: path.read_bytes() for path in reference.iterdir() if path.is_file()}
     assert cli.main(["sudoku", *SMALL, "--puzzles", puzzles, "--output", str(reference), "--resume"]) == 0
-    assert capsys.readouterr().out.startswith(job.report(result(reference)))
+    assert capsys.readouterr().out.startswith(job.Sudoku.report(result(reference)))
     assert {path.name: path.read_bytes() for path in reference.iterdir() if path.is_file()} == before
 
 
@@ -402,10 +402,10 @@ def test_a_run_is_not_resumed_with_other_options(small, reference, puzzles, caps
 
 
 def test_runs_are_numbered(tmp_path):
-    assert job.next_output(tmp_path) == tmp_path / "sudoku-1"
+    assert front.next_output("sudoku", tmp_path) == tmp_path / "sudoku-1"
     with pytest.raises(ValueError, match="nothing to resume"):
-        job.last_output(tmp_path)
+        front.last_output("sudoku", tmp_path)
     for name in ("sudoku-2", "sudoku-10", "sudoku-old", "other-99"):
         (tmp_path / name).mkdir()
-    assert job.last_output(tmp_path) == tmp_path / "sudoku-10"
-    assert job.next_output(tmp_path) == tmp_path / "sudoku-11"
+    assert front.last_output("sudoku", tmp_path) == tmp_path / "sudoku-10"
+    assert front.next_output("sudoku", tmp_path) == tmp_path / "sudoku-11"
