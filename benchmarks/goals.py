@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dam.kernels import configs
 from dam.ops import _rows
 
 Record = Mapping[str, Any]
 
 FORMS = ("fused", "chunked")
 TRITON = "dam, triton"  # Triton's kernels; "dam" are those of the default backend, CUDA's where they are built
-STATE_OPS = ("adjoint_weights", "backward_kolmogorov", "tilt_to_ess")
 FEW, MANY = 64, 1024  # rows; the goals of the linear forms change there
 VERY_FEW = 8  # rows, which blocks share
 NOISE = 1.02  # a ratio up to it is no difference
@@ -257,7 +257,7 @@ def _fractions(records: Sequence[Record], bandwidth: Mapping[str, float]) -> lis
     found = {
         (r["label"], r["sizes"]["rows"], r["sizes"]["vocabulary"]): r
         for r in records
-        if not r["flops"] and r["op"] not in STATE_OPS
+        if not r["flops"] and r["op"] not in configs.STATE_OPS
     }
     vocabularies = sorted({v for _, _, v in found})
 

@@ -37,6 +37,7 @@ from benchmarks import goals, harness, report, tune
 from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
 from dam.backends import choice, triton
+from dam.kernels import configs
 
 Function = Callable[[], object]
 
@@ -47,9 +48,6 @@ TESTED = {"cuda": "cuda", "triton": "triton and not cuda"}
 WORKERS = 12
 LLADA = 126_464
 VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
-ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss")
-LINEAR_OPS = ("linear_jump", "linear_log_prob", "linear_matching_loss")
-OPS = (*ROW_OPS, *LINEAR_OPS, *goals.STATE_OPS)
 COPY, TRITON = "copy of as many bytes", goals.TRITON
 
 
@@ -76,18 +74,18 @@ def plan() -> list[Item]:
         return Item(op, {"rows": count, "vocabulary": vocabulary, "hidden": 4096}, compiled=compiled)
 
     others = [v for v in VOCABULARIES if v != LLADA]
-    items = [rows(op, t, LLADA) for t in (8192, 1024, 64, 1) for op in ROW_OPS]
+    items = [rows(op, t, LLADA) for t in (8192, 1024, 64, 1) for op in configs.ROW_OPS]
     items += [linear("linear_jump", t) for t in (1, 64, 128, 256, 1024, 4096)]
     items += [linear("linear_matching_loss", 8192), linear("linear_log_prob", 8192)]
     # The bisection is 53 passes, which a compiler would unroll for a minute.
-    sizes = {"adjoint_weights": {}, "backward_kolmogorov": {"rows": 1024, "vocabulary": LLADA}, "tilt_to_ess": {}}
-    items += [Item(op, sizes[op], torch.float32, compiled=op != "tilt_to_ess") for op in goals.STATE_OPS]
-    items += [rows(op, t, v) for t in (8192, 1024) for v in others for op in ROW_OPS]
+    sizes = {"backward_kolmogorov": {"rows": 1024, "vocabulary": LLADA}}
+    items += [Item(op, sizes.get(op, {}), torch.float32, compiled=op != "tilt_to_ess") for op in configs.STATE_OPS]
+    items += [rows(op, t, v) for t in (8192, 1024) for v in others for op in configs.ROW_OPS]
     items += [linear("linear_jump", t) for t in (16, 512, 8192)]
     items += [linear(op, t) for t in (64, 1024) for op in ("linear_log_prob", "linear_matching_loss")]
-    items += [rows(op, t, LLADA) for t in (8, 4096, 32_768) for op in ROW_OPS]
+    items += [rows(op, t, LLADA) for t in (8, 4096, 32_768) for op in configs.ROW_OPS]
     items += [linear("linear_jump", t, 151_936) for t in (64, 256, 1024, 4096, 1, 16, 128, 512, 8192)]
-    items += [rows(op, t, v) for t in (4096, 64, 1, 8, 32_768) for v in others for op in ROW_OPS]
+    items += [rows(op, t, v) for t in (4096, 64, 1, 8, 32_768) for v in others for op in configs.ROW_OPS]
     return items
 
 
@@ -187,7 +185,7 @@ class Run:
         """The measurements of a case, as they are written to JSON."""
         result_bytes = nbytes(harness.tensors(case.functions["dam"]()))
         moved, flops = nbytes(case.reads) + result_bytes, 0
-        if item.op in LINEAR_OPS:
+        if item.op in configs.LINEAR_OPS:
             with FlopCounterMode(display=False) as counter:
                 case.floor()
             flops = counter.get_total_flops()
@@ -313,7 +311,7 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
     What compiles or loads kernels of its own when it is first called goes with `compiled`.
     """
     functions, compiled = dict(case.functions), case.compiled | case.on_gpu
-    if item.op in LINEAR_OPS:
+    if item.op in configs.LINEAR_OPS:
         call = functions["dam"]
         for form in goals.FORMS:
             form_of_triton = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
@@ -333,10 +331,8 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
 
 def table_form(item: Item, label: str, device: torch.device) -> str | None:
     """The form that the table of kernel sizes chooses for a case of a linear op, for its gradient if it has one."""
-    if item.op not in LINEAR_OPS:
+    if item.op not in configs.LINEAR_OPS:
         return None
-    from dam.kernels import configs
-
     sizes = {**harness.sizes_of(harness.cases_of(item.op)), **item.sizes}
     values = configs.lookup(item.op, device, item.dtype.itemsize, sizes["rows"], sizes["vocabulary"])
     forward, frozen, trained = tune.FORM_KEYS
@@ -442,13 +438,13 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
 
     def ops(text: str) -> list[str]:
-        unknown = [name for name in text.split(",") if name not in OPS]
+        unknown = [name for name in text.split(",") if name not in configs.OPS]
         if unknown:
-            raise argparse.ArgumentTypeError(f"no op {unknown[0]!r} to measure; there are {', '.join(OPS)}")
+            raise argparse.ArgumentTypeError(f"no op {unknown[0]!r} to measure; there are {', '.join(configs.OPS)}")
         return text.split(",")
 
     add = parser.add_argument
-    add("--only", metavar="OP,OP", type=ops, default=list(OPS), help="operations to measure (default: all)")
+    add("--only", metavar="OP,OP", type=ops, default=list(configs.OPS), help="operations to measure (default: all)")
     add("--output", metavar="DIR", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
     add("--budget", metavar="SECONDS", type=float, default=BUDGET, help="begin nothing after it (default: %(default)g)")
     add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from dam.kernels import configs
 
 Function = Callable[[], object]
 
@@ -28,8 +29,6 @@ class Machine(harness.Timer):
     def facts(self) -> dict[str, Any]:
         """What tells this machine and its software from others."""
         import triton
-
-        from dam.kernels import configs
 
         return {"gpu": configs.device_name(self.device), "triton": triton.__version__}
 

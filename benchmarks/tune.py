@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.machine import Machine
+from dam.kernels import configs
 
 Function = Callable[[], object]
 Values = dict[str, Any]
@@ -104,10 +105,7 @@ LATTICE = (
 
 def jobs(vocabulary: int = 126_464, hidden: int = 4096) -> list[Job]:
     head = {"vocabulary": vocabulary, "hidden": hidden}
-    found = [
-        Job(op, ROWS, (1, 64, 1024, 8192), {"vocabulary": vocabulary})
-        for op in ("jump", "log_prob", "rate_ratio", "matching_loss")
-    ]
+    found = [Job(op, ROWS, (1, 64, 1024, 8192), {"vocabulary": vocabulary}) for op in configs.ROW_OPS]
     found += [Job("linear_jump", forms("form", CHUNKS, PROGRAMS), (16, 64, 128, 256, 512, 1024, 4096), head)]
     # The blocks of an op serve its gradients too, so they are tuned once.
     found += [
@@ -167,8 +165,6 @@ def rows(machine: Machine, job: Job, chosen: Mapping[int | None, Values]) -> lis
 
     Each names all that any of them does, since the rows of larger buckets hold for smaller ones too.
     """
-    from dam.kernels import configs
-
     names = dict.fromkeys(name for values in chosen.values() for name in values)
     if not names:
         return []
@@ -193,8 +189,6 @@ def part_of_name(gpu: str) -> str:
 
 
 def _table_values(machine: Machine, job: Job, bucket: int | None) -> Values:
-    from dam.kernels import configs
-
     sizes = harness.sizes_of(harness.cases_of(job.op)) | job.sizes
     count = sizes.get("rows", 1) if bucket is None else bucket
     return configs.lookup(job.op, machine.device, job.dtype.itemsize, count, sizes.get("vocabulary", 1))
@@ -262,8 +256,6 @@ def with_values(op: str, values: Mapping[str, Any], function: Function) -> Funct
     """The function, with these values instead of the table's for launches of `op`."""
 
     def call() -> object:
-        from dam.kernels import configs
-
         with configs.override(op, **values):
             return function()
 

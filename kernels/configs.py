@@ -29,9 +29,15 @@ class Row(NamedTuple):
     columns: float = math.inf  # and of V
 
 
-# Ops that take what their family's rows say, and then what their own do.
-FAMILY = dict.fromkeys(("jump", "log_prob", "rate_ratio", "matching_loss"), "rows")
-FAMILY |= dict.fromkeys(("linear_jump", "linear_log_prob", "linear_matching_loss"), "linear")
+# The ops by what they work on: rows of logits, hidden states and a head, or states and trajectories. Whatever else goes
+# through all of one kind takes it from here.
+ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss")
+LINEAR_OPS = ("linear_jump", "linear_log_prob", "linear_matching_loss")
+STATE_OPS = ("adjoint_weights", "backward_kolmogorov", "tilt_to_ess")
+OPS = (*ROW_OPS, *LINEAR_OPS, *STATE_OPS)
+
+# Ops that take what their family's rows say, and then what their own do. The others have rows of their own only.
+FAMILY = dict.fromkeys(ROW_OPS, "rows") | dict.fromkeys(LINEAR_OPS, "linear")
 
 # rows: kernels over rows of logits.
 #   elements  logits that a program takes in one step: tiles of 1024 side by side, or narrow rows

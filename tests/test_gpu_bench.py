@@ -33,7 +33,7 @@ PUBLIC_OPS = {name for name in dam.__all__ if name[0].islower()} - {"backend", "
 
 def item(op, **sizes):
     defaults = harness.sizes_of(harness.cases_of(op))
-    dtype = torch.float32 if op in goals.STATE_OPS else torch.bfloat16
+    dtype = torch.float32 if op in configs.STATE_OPS else torch.bfloat16
     return gpu.Item(op, {name: SIZES[name] for name in defaults} | sizes, dtype)
 
 
@@ -46,7 +46,7 @@ def seeded():
 def whole(tmp_path_factory):
     """A run of every op."""
     run = gpu.Run(Machine(), tmp_path_factory.mktemp("results"), repeats=1)
-    run.text = run.measure([item(op) for op in gpu.OPS], 2**16)
+    run.text = run.measure([item(op) for op in configs.OPS], 2**16)
     return run
 
 
@@ -57,8 +57,8 @@ def record_of(run, label):
 
 def test_every_op_is_measured(whole):
     assert whole.failures == whole.left_out == []
-    assert {record["op"] for record in whole.records} == PUBLIC_OPS == set(gpu.OPS)
-    for op in gpu.OPS:
+    assert {record["op"] for record in whole.records} == PUBLIC_OPS == set(configs.OPS)
+    for op in configs.OPS:
         labels = [case.label for case in harness.tiny_cases(harness.cases_of(op), torch.float32)]
         assert [record["label"] for record in whole.records if record["op"] == op] == labels
     for record in whole.records:
@@ -187,7 +187,7 @@ def test_the_copy_moves_all_bytes(monkeypatch, limit):
 
 
 def test_what_is_written(whole):
-    for op in gpu.OPS:
+    for op in configs.OPS:
         result = json.loads((whole.output / f"{op}.json").read_text())
         assert all(result[key] for key in ("op", "gpu", "torch", "triton", "dam", "repeats", "bandwidth"))
         assert "commit" in result
@@ -202,8 +202,8 @@ def test_what_is_written(whole):
 
 def test_what_is_planned():
     items = gpu.plan()
-    assert {item.op for item in items} == set(gpu.OPS)
-    for op in gpu.ROW_OPS:
+    assert {item.op for item in items} == set(configs.OPS)
+    for op in configs.ROW_OPS:
         sizes = {(i.sizes["rows"], i.sizes["vocabulary"]) for i in items if i.op == op}
         assert sizes == {(t, v) for t in (1, 8, 64, 1024, 4096, 8192, 32_768) for v in gpu.VOCABULARIES}
     rows = {i.sizes["rows"] for i in items if i.op == "linear_jump" and i.sizes["vocabulary"] == gpu.LLADA}
@@ -479,7 +479,7 @@ def test_a_spent_budget_ends_tuning():
 
 
 def test_jobs_of_the_tuner_are_of_ops_that_exist():
-    assert {job.op for job in tune.jobs()} == set(gpu.OPS)
+    assert {job.op for job in tune.jobs()} == set(configs.OPS)
     for job in tune.jobs():
         assert job.case < len(harness.tiny_cases(harness.cases_of(job.op), job.dtype))
 
@@ -570,7 +570,7 @@ def test_the_command_tunes(as_if_on_gpu, monkeypatch, tmp_path, capsys):
 def test_an_unknown_op_is_an_error_that_lists_what_there_is(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "jump,jmup"])
-    assert "'jmup'" in (message := capsys.readouterr().err) and all(op in message for op in gpu.OPS)
+    assert "'jmup'" in (message := capsys.readouterr().err) and all(op in message for op in configs.OPS)
 
 
 class Replaced(Exception):
