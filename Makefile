@@ -16,8 +16,8 @@ test: install-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
 
 lint: install-dev
-	$(BIN)/ruff check dam kernels tests benchmarks setup.py
-	$(BIN)/ruff format --check dam kernels tests benchmarks setup.py
+	$(BIN)/ruff check dam kernels tests benchmarks experiments setup.py
+	$(BIN)/ruff format --check dam kernels tests benchmarks experiments setup.py
 	$(BIN)/mypy
 
 $(BIN)/python:

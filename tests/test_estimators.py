@@ -1,15 +1,20 @@
-"""`python -m benchmarks.estimators`, its small versions: the laws that are learned, and the order of the estimators."""
+"""`python -m experiments`, its small versions: the laws that are learned, and the order of the estimators."""
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import dam
-from benchmarks import estimators, grid, learners
-from benchmarks.densities import Grid, Ising
 from dam.ctmc import enumeration
+from dam.tasks import sudoku
+from experiments import estimators, grid, learners
+from experiments.__main__ import main
+from experiments.densities import Grid, Ising
 from tests import oracle
 
 Z = 5.5  # false alarm of a normal score: below 1e-7 each
@@ -248,7 +253,7 @@ def test_order_on_the_grid(tmp_path, capsys):
     """At equal reward calls: by factors in KL (0.10, 0.23, 0.96, 1.9), where two seeds differed by a fifth at most."""
     chosen = ["path, baseline", "posterior", "first_jump_one, state", "d1", "svdd"]
     arguments = ["grid", "--size", "31", "--rounds", "250", "--batch", "512", "--seeds", "1", "--output", str(tmp_path)]
-    assert estimators.main([*arguments, "--learners", *chosen]) == 0
+    assert main([*arguments, "--learners", *chosen]) == 0
     found = table("pinwheel-masked", tmp_path)
     kl = {name: r["curve"][-1]["kl"] for name, r in found.items()}
     assert kl["path, baseline"] < kl["posterior"] / 1.5 and kl["posterior"] < kl["first_jump_one, state"] / 2
@@ -267,7 +272,7 @@ def test_processes_change_no_figure(tmp_path):
     arguments = ["grid", "--size", "7", "--rounds", "3", "--batch", "64", "--seeds", "2"]
     for processes in ("1", "2"):
         chosen = ["--learners", "posterior", "svdd", "--processes", processes, "--output", str(tmp_path / processes)]
-        assert estimators.main([*arguments, *chosen]) == 0
+        assert main([*arguments, *chosen]) == 0
     one, two = (
         json.loads((tmp_path / processes / "pinwheel-masked.json").read_text())["results"] for processes in ("1", "2")
     )
@@ -282,7 +287,7 @@ def test_processes_change_no_figure(tmp_path):
 def test_a_uniform_base_on_the_grid(tmp_path):
     """A few thousand simulated trajectories leave two thirds of the base's divergence at most."""
     arguments = ["grid", "--base", "uniform", "--size", "11", "--rounds", "16", "--batch", "256", "--steps", "4"]
-    assert estimators.main([*arguments, "--learning-rate", "4e-3", "--seeds", "1", "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--learning-rate", "4e-3", "--seeds", "1", "--output", str(tmp_path)]) == 0
     density = Grid("pinwheel", 11)
     start = grid.divergences(density.law(), torch.full((121,), 1 / 121, dtype=torch.float64))["kl"]
     found = table("pinwheel-uniform", tmp_path)
@@ -312,7 +317,7 @@ def test_order_on_the_lattice(tmp_path, capsys):
     """At equal reward calls the posterior is ahead of the published estimator, beyond what seeds differ by (0.02)."""
     arguments = ["ising", "--side", "2", "--rounds", "32", "--batch", "256", "--samples", "4096", "--seeds", "1"]
     chosen = ["--learners", "posterior", "first_jump_one, state", "--output", str(tmp_path)]
-    assert estimators.main([*arguments, *chosen]) == 0
+    assert main([*arguments, *chosen]) == 0
     found = table("ising-0.28-masked", tmp_path)
     posterior, published = found["posterior"], found["first_jump_one, state"]
     assert posterior["ess"] > 0.93 and published["ess"] < posterior["ess"] - 0.1
@@ -324,7 +329,7 @@ def test_order_on_the_lattice(tmp_path, capsys):
 def test_a_uniform_base_on_the_lattice(tmp_path):
     """Samples weighed by their paths: ESS of the base is 0.31 there, and of what is trained twice as much."""
     arguments = ["ising", "--base", "uniform", "--side", "2", "--rounds", "16", "--batch", "256", "--samples", "1024"]
-    assert estimators.main([*arguments, "--seeds", "1", "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--seeds", "1", "--output", str(tmp_path)]) == 0
     found = table("ising-0.28-uniform", tmp_path)["posterior"]
     law = Ising(side=2).law()
     assert 1 / (16 * float(law.square().sum())) < 0.32 and found["ess"] > 0.62
@@ -334,11 +339,45 @@ def test_a_uniform_base_on_the_lattice(tmp_path):
 def test_the_study_of_sudoku(tmp_path, capsys):
     """One rollout of each: no order to be seen yet, but the table and what it is made of."""
     arguments = ["sudoku", "--seeds", "1", "--calls", "1024", "--output", str(tmp_path)]
-    assert estimators.main([*arguments, "--learners", "posterior, group", "first_jump_one, state"]) == 0
+    assert main([*arguments, "--learners", "posterior, group", "first_jump_one, state"]) == 0
     for r in table("sudoku-estimators", tmp_path).values():
         assert r["curve"][0] == {"reward_calls": 0, "unsolved": pytest.approx(1 - r["base_solved"])}
         assert r["curve"][-1]["reward_calls"] == 1024 and 0 <= r["solved"] <= 1
     assert "| posterior, group | 1,024 |" in capsys.readouterr().out
+
+
+def test_figures_of_finished_runs(tmp_path, capsys):
+    """A run that saved the base model does on other puzzles as the base does."""
+    training, held_out = (sudoku.draw_puzzles(grids, 6, blanks=(3, 8), seed=0) for grids in sudoku.split_grids())
+    rows = [
+        ",".join("".join(map(str, cells)) for cells in row)
+        for puzzles in (training, held_out)
+        for row in zip(puzzles.puzzle.tolist(), puzzles.solution.tolist(), strict=True)
+    ]
+    (tmp_path / "puzzles.csv").write_text("\n".join(["Puzzle,Solution", *rows, ""]))
+    sudoku.base_model().save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"solved": 0.5, "example": "a grid"}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"options": {"null_arm": True}}))
+    arguments = ["runs", str(tmp_path / "run"), "--json", str(tmp_path / "runs.json")]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == [{"solved": 0.5, "null_arm": True}]
+    assert main([*arguments, "--puzzles", str(tmp_path / "puzzles.csv")]) == 0
+    run, base = json.loads((tmp_path / "runs.json").read_text())
+    assert run == {"solved": 0.5, "null_arm": True, **{key: base[key] for key in ("other_file", "other_file_unseen")}}
+    assert base["base"] is True and base["other_file"]["puzzles"] == 12 and base["other_file_unseen"]["puzzles"] == 6
+
+
+def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
+    own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "runs": "--puzzles"}
+    for study, option in own.items():
+        with pytest.raises(SystemExit) as stop:
+            main([study, "--help"])
+        shown = capsys.readouterr().out
+        assert stop.value.code == 0 and shown.startswith(f"usage: python -m experiments {study}") and option in shown
+    checkout = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "experiments", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkout)
+    assert done.returncode == 0 and all(f"\n    {study}  " in done.stdout for study in own), done.stdout + done.stderr
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
@@ -359,12 +398,12 @@ def test_reward_calls_to_a_level():
 
 def test_a_learner_of_another_study_is_refused(capsys):
     with pytest.raises(SystemExit):
-        estimators.main(["ising", "--learners", "svdd"])
+        main(["ising", "--learners", "svdd"])
     assert "no learner 'svdd' in this study; there are path, baseline;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["seeds", "processes"])
 def test_no_runs_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        estimators.main(["ising", f"--{option}", "0"])
+        main(["ising", f"--{option}", "0"])
     assert f"--{option} must be at least 1; got 0" in capsys.readouterr().err

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import dam
-from benchmarks.densities import Grid
-from benchmarks.learners import Fit, Learner, Model, Round
 from dam.adjoint import MatchingTargets
 from dam.ctmc import Geometric, UniformCTMC, enumeration, simulate
 from dam.rollout import Trajectories
+from experiments.densities import Grid
+from experiments.learners import Fit, Learner, Model, Round
 
 
 class Contexts(nn.Module):

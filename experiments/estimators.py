@@ -1,4 +1,4 @@
-"""Which estimator learns most from a reward call: python -m benchmarks.estimators grid|ising|sudoku [--help].
+"""Which estimator learns most from a reward call, in three studies.
 
 grid: a pinwheel or a checkerboard on 91 x 91 points, learned from log p* alone by a masked or a uniform chain whose
 base knows nothing; divergences are exact. ising: a lattice of spins, from its energy alone, against enumeration, and
@@ -7,7 +7,6 @@ beside each figure what as many exact samples have. sudoku: a language model tha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -27,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import densities, grid, learners, report
-from benchmarks.densities import Density, Grid, Ising
+from benchmarks import report
 from dam import plots
 from dam.adjoint import tilted_weights
 from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
 from dam.models.denoiser import Head
+from experiments import grid, learners
+from experiments.densities import Density, Grid, Ising
 
 SVDD = "svdd"
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
@@ -50,6 +50,9 @@ class Options:
     learning_rate: float = 2e-3
     power: float = 1.5  # with which it falls to 0
     average: float = 16.0  # exponent of the weights' average
+
+
+ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)
 
 
 def fitting(options: Options) -> dict[str, float]:
@@ -568,67 +571,3 @@ def learners_of(given: dict[str, Any]) -> list[str]:
 
 def default_learners(given: dict[str, Any]) -> list[str]:
     return [name for name in learners_of(given) if name not in learners.ABLATIONS]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.estimators",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    studies = parser.add_subparsers(dest="study", required=True)
-    on = {name: studies.add_parser(name, help=text) for name, text in STUDIES.items()}
-    for name, default in (("grid", Options()), ("ising", ISING)):
-        add = on[name].add_argument
-        add("--base", choices=("masked", "uniform"), default="masked")
-        add("--name", help="of the JSON and PNG (default: by density and base)")
-        for field in dataclasses.fields(Options):
-            value = getattr(default, field.name)
-            add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2)):
-        every = "; ".join(learners_of({"study": name}))
-        on[name].add_argument(
-            "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
-        )
-        on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
-        several = "runs at a time, with a thread each if several (default: %(default)s)"
-        on[name].add_argument("--processes", type=int, default=1, help=several)
-        on[name].add_argument("--output", metavar="DIR", type=Path, help="default: benchmarks/results/<device>")
-    add = on["grid"].add_argument
-    add("--density", choices=densities.DENSITIES, default=Grid.name)
-    add("--size", type=int, default=Grid.size, help="points of an axis (default: %(default)s)")
-    add("--published-times", type=int, default=1, help="as many rounds for the published estimator (default: 1)")
-    add = on["ising"].add_argument
-    for ising in dataclasses.fields(Ising):
-        add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
-    add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
-    add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
-    on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
-    given = vars(parser.parse_args(arguments))
-    for name in ("seeds", "processes"):
-        if given[name] < 1:
-            parser.error(f"--{name} must be at least 1; got {given[name]}")
-    given["learners"] = given["learners"] or default_learners(given)
-    for name in given["learners"]:
-        if name not in learners_of(given):
-            parser.error(f"no learner {name!r} in this study; there are {'; '.join(learners_of(given))}")
-    output = given["output"] or report.RESULTS / report.device()
-    output.mkdir(parents=True, exist_ok=True)
-    if given["study"] == "sudoku":
-        text = study_sudoku(given, output)
-    else:
-        options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
-        text = (study_grid if given["study"] == "grid" else study_ising)(given, options, output)
-    print(f"\n{text}\n\nJSON and PNG: {output}")
-    return 0
-
-
-STUDIES = {
-    "grid": "two tokens on a grid",
-    "ising": "an Ising lattice",
-    "sudoku": "the main job, estimator by estimator",
-}
-ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.densities import Density
 from dam.adjoint import (
     MatchingTargets,
     estimator_loss,
@@ -27,6 +26,7 @@ from dam.adjoint import (
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Denoiser
 from dam.rollout import Trajectories, jump_log_prob, rollout
+from experiments.densities import Density
 
 
 class Fit:

@@ -1,0 +1,108 @@
+"""The studies of the method: python -m experiments grid|ising|sudoku|runs [--help].
+
+The first three ask which estimator learns most from a reward call, by `estimators`; runs prints the figures of finished
+`dam sudoku` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from experiments import densities, estimators
+from experiments.densities import Grid, Ising
+
+PROG = "python -m experiments"
+RESULTS = Path(__file__).parent / "results"
+STUDIES = {
+    "grid": "two tokens on a grid",
+    "ising": "an Ising lattice",
+    "sudoku": "the main job, estimator by estimator",
+}
+RUNS = "figures of finished `dam sudoku` runs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=estimators.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    studies = parser.add_subparsers(dest="study", required=True)
+    on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
+    for name, default in (("grid", estimators.Options()), ("ising", estimators.ISING)):
+        add = on[name].add_argument
+        add("--base", choices=("masked", "uniform"), default="masked")
+        add("--name", help="of the JSON and PNG (default: by density and base)")
+        for field in dataclasses.fields(estimators.Options):
+            value = getattr(default, field.name)
+            add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2)):
+        every = "; ".join(estimators.learners_of({"study": name}))
+        on[name].add_argument(
+            "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
+        )
+        on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
+        several = "runs at a time, with a thread each if several (default: %(default)s)"
+        on[name].add_argument("--processes", type=int, default=1, help=several)
+        on[name].add_argument("--output", metavar="DIR", type=Path, help="default: experiments/results/<device>")
+    add = on["grid"].add_argument
+    add("--density", choices=densities.DENSITIES, default=Grid.name)
+    add("--size", type=int, default=Grid.size, help="points of an axis (default: %(default)s)")
+    add("--published-times", type=int, default=1, help="as many rounds for the published estimator (default: 1)")
+    add = on["ising"].add_argument
+    for ising in dataclasses.fields(Ising):
+        add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
+    add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
+    add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+    on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
+    add = on["runs"].add_argument
+    add("runs", nargs="+", metavar="DIR", type=Path, help="folder of a run")
+    add("--puzzles", metavar="FILE", help="another puzzle file")
+    add("--json", metavar="FILE", type=Path, help="also write the figures")
+    given = vars(parser.parse_args(arguments))
+    if given["study"] == "runs":
+        return print_runs(given["runs"], given["puzzles"], given["json"])
+    for name in ("seeds", "processes"):
+        if given[name] < 1:
+            parser.error(f"--{name} must be at least 1; got {given[name]}")
+    given["learners"] = given["learners"] or estimators.default_learners(given)
+    for name in given["learners"]:
+        if name not in estimators.learners_of(given):
+            parser.error(f"no learner {name!r} in this study; there are {'; '.join(estimators.learners_of(given))}")
+    return study(given)
+
+
+def study(given: dict[str, Any]) -> int:
+    """Runs a study and prints its table."""
+    output = given["output"] or RESULTS / report.device()
+    output.mkdir(parents=True, exist_ok=True)
+    if given["study"] == "sudoku":
+        text = estimators.study_sudoku(given, output)
+    else:
+        options = estimators.Options(
+            **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}
+        )
+        run = estimators.study_grid if given["study"] == "grid" else estimators.study_ising
+        text = run(given, options, output)
+    print(f"\n{text}\n\nJSON and PNG: {output}")
+    return 0
+
+
+def print_runs(runs: Sequence[Path], puzzles: str | None, output: Path | None) -> int:
+    from dam.tasks.sudoku import read_puzzles
+    from experiments import sudoku  # needs transformers
+
+    text = json.dumps(sudoku.figures(runs, None if puzzles is None else read_puzzles(puzzles)), indent=2)
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
