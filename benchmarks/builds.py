@@ -1,4 +1,4 @@
-"""Two builds of the C++ backend in one process: python -m benchmarks.builds BEFORE [--rows 512] [--dtype bfloat16].
+"""Two builds of the C++ backend in one process: python -m benchmarks builds BEFORE [--rows 512] [--dtype bfloat16].
 
 BEFORE is a checkout of another commit whose extension was built there, by `python setup.py build_ext --inplace`; its
 kernels run under this checkout's bindings, alternating with this checkout's own. For changes that leave the bindings
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,9 +74,9 @@ def cases(rows: int, vocabulary: int, dtype: torch.dtype, before: ModuleType) ->
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.builds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks builds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("before", type=Path, metavar="BEFORE", help="checkout of the other commit, built in place")
     parser.add_argument("--rows", type=int, default=64)
@@ -104,7 +103,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting |= {**report.versions(), "instruction_set": cpu.isa(), "repeats": options.repeats}
         report.write_json(options.json, {**setting, "cases": measured})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the records of `benchmarks.gpu` say: figures of a case, the goals of the GPU table, and the summary's tables."""
+"""What the records of a GPU say: figures of a case, the goals of the GPU table, and the summary's tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.options import SIZES
 from dam.kernels import configs
 from dam.ops import _rows
 
@@ -208,8 +209,7 @@ def _judged(
 
 
 def sizes_text(sizes: Mapping[str, int]) -> str:
-    letters = {"rows": "T", "vocabulary": "V", "hidden": "D", "groups": "G", "trajectories": "K", "steps": "S"}
-    return ", ".join(f"{letters[name]} = {size:,}" for name, size in sizes.items())
+    return ", ".join(f"{SIZES[name][0]} = {size:,}" for name, size in sizes.items())
 
 
 # ---- tables

@@ -1,4 +1,4 @@
-"""Measures the GPU table: python -m benchmarks.gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune|--sanitize].
+"""Measures the GPU table: python -m benchmarks gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune|--sanitize].
 
 Installs this checkout where it is not, with the CUDA kernels if there is an nvcc, runs the tests of both GPU backends,
 measures every operation against its floors and its peers, on the default backend ("dam") and in Triton ("dam, triton"),
@@ -26,14 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import checkout
-
-if __name__ == "__main__" and torch.cuda.is_available():  # before dam is imported
-    if (_reason := checkout.ensure_installed("benchmarks.gpu", sys.argv[1:])) is not None:
-        sys.exit(f"python -m benchmarks.gpu: nothing was measured: {_reason}")
-
 import dam
-from benchmarks import goals, harness, report, tune
+from benchmarks import checkout, goals, harness, report, tune
 from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
 from dam.backends import choice, triton
@@ -41,6 +35,7 @@ from dam.kernels import configs
 
 Function = Callable[[], object]
 
+PROG = "python -m benchmarks gpu"
 BUDGET, TESTS_LIMIT, SANITIZE_LIMIT = 450.0, 180.0, 400.0  # seconds
 TESTS = ("tests/cuda", "tests/ops", "--ignore", "tests/cuda/test_build.py")
 # Of those, by name, in this order: what the other backends compute needs no GPU, and was tested elsewhere.
@@ -401,9 +396,9 @@ def sanitize(output: Path, limit: float) -> list[str]:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     started = checkout.started()
-    options = _options(sys.argv[1:] if arguments is None else arguments)
+    options = _options(arguments)
     if not torch.cuda.is_available():
         return _error("torch sees no GPU here, so nothing was measured")
     if triton.INTERPRETED:
@@ -434,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
     def ops(text: str) -> list[str]:
@@ -456,9 +451,5 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _error(sentence: str) -> int:
-    print(f"python -m benchmarks.gpu: {sentence}", file=sys.stderr)
+    print(f"{PROG}: {sentence}", file=sys.stderr)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """What the benchmarks share: a case, how it is measured, and random inputs.
 
 A file bench_<op>.py defines `cases(dtype, *, sizes...)`, the comparisons of one op on fresh random inputs; its
-keyword arguments are the sizes that `dam bench` can set, with the defaults of the published tables.
+keyword arguments are the sizes that `options` can set, with the defaults of the published tables.
 """
 
 from __future__ import annotations

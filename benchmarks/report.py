@@ -1,93 +1,109 @@
-"""What `dam bench` prints and writes: a table, a JSON file and a PNG per op."""
+"""`python -m benchmarks` and `dam bench`: a table, a JSON file and a PNG per op and dtype."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dam
-from benchmarks import harness, memory
+from benchmarks import harness, memory, options
 from dam import plots
-from dam.backends import cpu
+from dam.backends import choice, cpu
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = ("float32",)  # unless others are asked for
 
 
-@dataclasses.dataclass
-class Options:
-    """How to measure; `sizes` replace the defaults of every op that has them."""
+def main(arguments: Sequence[str], prog: str) -> int:
+    """The command `prog`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Prints median times, ratios within the run and peak memory, and writes them as JSON and PNG.",
+        epilog="On a GPU: python -m benchmarks gpu. Two builds side by side: python -m benchmarks builds.",
+    )
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="op", help="operations to measure (default: all)")
+    options.add(add, DTYPES)
+    add("--threads", metavar="N", type=options.positive, default=torch.get_num_threads())
+    add("--repeats", metavar="N", type=options.positive, default=9, help="calls of each function (default: 9)")
+    add("--no-memory", dest="memory", action="store_false", help="leave out peak memory, a process per function")
+    add("--no-peers", dest="peers", action="store_false", help="measure dam and its floor alone")
+    add("--no-compiled", dest="compiled", action="store_false", help="leave out the peers that torch.compile makes")
+    add("--output", metavar="DIR", type=Path, help="folder of JSON and PNG (default: benchmarks/results/<device>)")
+    given = parser.parse_args(arguments)
+    try:
+        if (reason := choice.why_unavailable("cpu")) is not None:
+            raise ValueError(reason)
+        output = run(given)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    print(f"\nJSON and PNG: {output}")
+    return 0
 
-    sizes: dict[str, int]
-    dtype: str = "float32"
-    threads: int = 1
-    repeats: int = 9
-    memory: bool = True
-    peers: bool = True
-    compiled: bool = True
 
-
-def run(ops: list[str], options: Options, output: Path | None = None) -> Path:
+def run(given: argparse.Namespace) -> Path:
     """Measures the ops (all, if none is named), prints a table of each and writes JSON and PNG.
 
     Returns:
-        The folder of the results: `output`, or one named after this device.
+        The folder of the results: `given.output`, or one named after this device.
 
     Raises:
         ValueError: an op or a size that does not exist; the message lists those that do.
         ImportError: there is no matplotlib.
     """
-    for op in ops:
+    for op in given.ops:
         if op not in harness.ops():
             raise ValueError(f"no op {op!r} to measure; there are {', '.join(harness.ops())}")
-    ops = ops or harness.ops()
-    known = {name for op in ops for name in harness.sizes_of(harness.cases_of(op))}
-    for name in options.sizes:
-        if name not in known:
-            raise ValueError(f"--{name} is no size of {', '.join(ops)}; there are {', '.join(sorted(known))}")
+    ops = given.ops or harness.ops()
+    sizes = options.sizes(given, ops)
     plots.figure_class()  # missing: to be said before the work
-    output = output or RESULTS / device()
+    output = given.output or RESULTS / device()
     output.mkdir(parents=True, exist_ok=True)
     for op in ops:
-        result = measure(op, options)
-        print(table(result), flush=True)
-        write(result, output)
+        for dtype in options.dtypes(given, DTYPES):
+            result = measure(op, sizes, dtype, given)
+            print(table(result), flush=True)
+            write(result, output)
     return output
 
 
-def measure(op: str, options: Options) -> dict[str, Any]:
-    """All that is known of an op's cases, as it is written to JSON."""
+def measure(op: str, sizes: dict[str, int], dtype: str, given: argparse.Namespace) -> dict[str, Any]:
+    """All that is known of an op's cases, as it is written to JSON; `sizes` replace the op's own where it has them."""
     threads, cases = torch.get_num_threads(), harness.cases_of(op)
-    sizes = {name: options.sizes.get(name, size) for name, size in harness.sizes_of(cases).items()}
-    torch.set_num_threads(options.threads)
+    sizes = {name: sizes.get(name, size) for name, size in harness.sizes_of(cases).items()}
+    torch.set_num_threads(given.threads)
     try:
         measured = [
-            harness.measure(case, options.repeats, peers=options.peers, compiled=options.compiled)
-            for case in cases(getattr(torch, options.dtype), **sizes)
+            harness.measure(case, given.repeats, peers=given.peers, compiled=given.compiled)
+            for case in cases(getattr(torch, dtype), **sizes)
         ]
     finally:
         torch.set_num_threads(threads)
-    if options.memory:
-        for n, case in enumerate(harness.tiny_cases(cases, getattr(torch, options.dtype))):
+    if given.memory:
+        for n, case in enumerate(harness.tiny_cases(cases, getattr(torch, dtype))):
             for name in (name for name in case.functions if name not in measured[n].absent):
                 try:
-                    measured[n].peak_bytes[name] = memory.peak_bytes(op, n, name, options.dtype, options.threads, sizes)
+                    measured[n].peak_bytes[name] = memory.peak_bytes(op, n, name, dtype, given.threads, sizes)
                 except RuntimeError as error:
                     print(f"{measured[n].label}: peak memory of {name} is absent: {error}", file=sys.stderr)
     return {
         "op": op,
         "sizes": sizes,
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "peers": options.peers,
+        "dtype": dtype,
+        "threads": given.threads,
+        "repeats": given.repeats,
+        "peers": given.peers,
         **versions(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

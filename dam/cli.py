@@ -23,12 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, and which backends can run here")
     _add_sudoku(commands)
-    _add_bench(commands)
+    # Its options are those of `python -m benchmarks`, which is not there where dam is only installed.
+    bench = "measure the operations against their floors and their peers (in a checkout)"
+    commands.add_parser("bench", help=bench, add_help=False)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["bench"]:
+        return _bench(arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
         return 0
-    return _bench(options) if options.command == "bench" else _sudoku(options)
+    return _sudoku(options)
 
 
 def info() -> str:
@@ -83,69 +88,13 @@ def _sudoku(arguments: argparse.Namespace) -> int:
     return finetune.command(finetune_sudoku.Sudoku, arguments)
 
 
-_SIZES = {
-    "rows": "T",
-    "vocabulary": "V",
-    "hidden": "D",
-    "groups": "G",
-    "trajectories": "K, of a group",
-    "steps": "S, of a trajectory",
-    "sequences": "B, of a rollout",
-    "length": "L, of a sequence",
-}
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="measure the operations against their floors and their peers (in a checkout)",
-        description="Prints median times, ratios within the run and peak memory, and writes them as JSON and PNG.",
-    )
-    add = bench.add_argument
-    add("ops", nargs="*", metavar="op", help="operations to measure (default: all)")
-    for name, meaning in _SIZES.items():
-        add(f"--{name}", metavar="N", type=_positive, help=f"{meaning} (default: the op's own)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--threads", metavar="N", type=_positive, default=torch.get_num_threads())
-    add("--repeats", metavar="N", type=_positive, default=9, help="calls of each function (default: 9)")
-    add("--no-memory", action="store_true", help="leave out peak memory, which takes a process per function")
-    add("--no-peers", action="store_true", help="measure dam and its floor alone")
-    add("--no-compiled", action="store_true", help="leave out the peers that torch.compile makes")
-    add("--output", metavar="DIR", type=Path, help="folder of JSON and PNG (default: benchmarks/results/<device>)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
-    return int(text)
-
-
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench(arguments: Sequence[str]) -> int:
     checkout = Path(dam.__file__).parents[1]
     if not (checkout / "benchmarks" / "report.py").is_file():
         print("dam bench: the benchmarks are in dam's source repository; run this in a checkout", file=sys.stderr)
         return 1
-    if (reason := choice.why_unavailable("cpu")) is not None:
-        print(f"dam bench: {reason}", file=sys.stderr)
-        return 1
     sys.path.insert(0, str(checkout))  # an installed command does not look there
-    report = importlib.import_module("benchmarks.report")
-    options = report.Options(
-        sizes={name: value for name in _SIZES if (value := getattr(arguments, name)) is not None},
-        dtype=arguments.dtype,
-        threads=arguments.threads,
-        repeats=arguments.repeats,
-        memory=not arguments.no_memory,
-        peers=not arguments.no_peers,
-        compiled=not arguments.no_compiled,
-    )
-    try:
-        output = report.run(arguments.ops, options, arguments.output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"dam bench: {error}", file=sys.stderr)
-        return 1
-    print(f"\nJSON and PNG: {output}")
-    return 0
+    return importlib.import_module("benchmarks.report").main(arguments, "dam bench")
 
 
 if __name__ == "__main__":

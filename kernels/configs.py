@@ -2,7 +2,7 @@
 
 A row applies to a launch that fits all it names; where several give the same value, the last one does. So a GPU that
 the table does not know gets what the rows without a GPU say. Nothing is timed on a user's call:
-`python -m benchmarks.gpu --tune` measures candidates and prints rows for this table.
+`python -m benchmarks gpu --tune` measures candidates and prints rows for this table.
 """
 
 from __future__ import annotations

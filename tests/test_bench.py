@@ -1,4 +1,4 @@
-"""`dam bench`: every case runs, its functions compute the same, and what is written says what was measured."""
+"""`python -m benchmarks`: every case runs, its functions compute the same, and records say what was measured."""
 
 import dataclasses
 import json
@@ -16,7 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dam
-from benchmarks import builds, harness, memory, peers, report
+from benchmarks import __main__ as entry
+from benchmarks import builds, harness, memory, options, peers, report
 from dam import cli
 from dam.backends import cpu
 from dam.kernels import configs
@@ -234,6 +235,46 @@ def test_a_wrong_op_or_size_is_an_error_that_lists_what_there_is(tmp_path, capsy
     assert "at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("main", (entry.main, lambda arguments: cli.main(["bench", *arguments])), ids=("module", "dam"))
+def test_both_front_ends_measure_the_sizes_and_dtypes_that_are_asked_for(main, tmp_path, capsys):
+    """Dtypes between commas and one after another, each once; sizes of those ops that have them."""
+    sizes = ("--rows", "2", "--vocabulary", "64", "--groups", "3", "--trajectories", "5")
+    dtypes = ("--dtype", "bfloat16,float32", "--dtype", "bfloat16")
+    fast = ("--repeats", "1", "--no-memory", "--no-peers", "--output", str(tmp_path))
+    assert main(["rate_ratio", "tilt_to_ess", *sizes, *dtypes, *fast]) == 0
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    expected = {"rate_ratio": {"rows": 2, "vocabulary": 64}, "tilt_to_ess": {"groups": 3, "trajectories": 5}}
+    assert all(r["sizes"] == expected[r["op"]] for r in results)
+    measured = sorted((r["op"], r["dtype"]) for r in results)
+    assert measured == [(op, dtype) for op in expected for dtype in ("bfloat16", "float32")]
+    assert capsys.readouterr().out.count("rows 2, vocabulary 64, bfloat16") == 1
+    with pytest.raises(SystemExit):
+        main(["rate_ratio", "--dtype", "float32,float8"])
+    assert "no dtype 'float8' to measure; there are float32, bfloat16, float16" in capsys.readouterr().err
+
+
+def test_one_entry_has_every_command(capsys):
+    own = {(): "--no-peers", ("gpu",): "--sanitize", ("builds",): "BEFORE"}
+    for command, option in own.items():
+        with pytest.raises(SystemExit) as stop:
+            entry.main([*command, "--help"])
+        shown = capsys.readouterr().out
+        usage = " ".join(("usage: python -m benchmarks", *command))
+        assert stop.value.code == 0 and shown.startswith(f"{usage} [-h]") and option in shown
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    there = capsys.readouterr().out
+    assert there.startswith("usage: dam bench [-h]") and all(f"--{size} N" in there for size in options.SIZES)
+    assert entry.main(["jmup"]) == 1
+    assert capsys.readouterr().err.startswith("python -m benchmarks: no op 'jmup' to measure")
+
+
+def test_the_entry_is_started_as_a_module():
+    command = [sys.executable, "-m", "benchmarks", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == 0 and "python -m benchmarks gpu" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_benchmarks_are_in_a_checkout_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dam, "__file__", str(tmp_path / "dam" / "__init__.py"))
     assert cli.main(["bench", "jump"]) == 1
@@ -242,7 +283,7 @@ def test_the_benchmarks_are_in_a_checkout_only(tmp_path, monkeypatch, capsys):
 
 def test_every_size_is_an_option():
     known = {name for op in harness.ops() for name in harness.sizes_of(harness.cases_of(op))}
-    assert known == cli._SIZES.keys()
+    assert known == options.SIZES.keys()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`, tried at tiny sizes on the CPU, where kernels run in Triton's interpreter."""
+"""`python -m benchmarks gpu`, tried at tiny sizes on the CPU, where kernels run in Triton's interpreter."""
 
 import contextlib
 import json
@@ -511,7 +511,7 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
     assert gpu.main([]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "python -m benchmarks.gpu: torch sees no GPU here, so nothing was measured\n"
+    assert captured.err == "python -m benchmarks gpu: torch sees no GPU here, so nothing was measured\n"
 
 
 @pytest.mark.parametrize(("variable", "value"), (("DAM_LINEAR_FORM", "fused"), ("DAM_BACKEND", "triton")))
@@ -590,9 +590,9 @@ def test_what_is_not_installed_is_installed_first(monkeypatch):
     monkeypatch.setenv(checkout._STARTED, "")
     began = time.monotonic()
     with pytest.raises(Replaced):
-        checkout.ensure_installed("benchmarks.gpu", ["--budget", "100"])
+        checkout.ensure_installed("benchmarks", ["gpu", "--budget", "100"])
     installed, arguments = done
-    assert installed == "installed" and arguments[1:] == ["-m", "benchmarks.gpu", "--budget", "100"]
+    assert installed == "installed" and arguments[1:] == ["-m", "benchmarks", "gpu", "--budget", "100"]
     assert began <= checkout.started() <= time.monotonic()  # what it took counts
     time.sleep(0.01)
     assert checkout.started() < time.monotonic() - 0.01
@@ -600,7 +600,7 @@ def test_what_is_not_installed_is_installed_first(monkeypatch):
 
 def test_what_is_installed_stays(monkeypatch):
     monkeypatch.setattr(checkout, "why_not_installed", lambda: None)
-    assert checkout.ensure_installed("benchmarks.gpu", []) is None
+    assert checkout.ensure_installed("benchmarks", ["gpu"]) is None
 
 
 def test_what_cannot_be_installed_is_an_error(monkeypatch):
@@ -609,7 +609,7 @@ def test_what_cannot_be_installed_is_an_error(monkeypatch):
 
     monkeypatch.setattr(checkout, "why_not_installed", lambda: "No module named 'dam.kernels'")
     monkeypatch.setattr(checkout, "install", fails)
-    assert "no compiler" in checkout.ensure_installed("benchmarks.gpu", [])
+    assert "no compiler" in checkout.ensure_installed("benchmarks", ["gpu"])
 
 
 def test_installing_needs_nothing_of_dam():
@@ -617,7 +617,7 @@ def test_installing_needs_nothing_of_dam():
     code = (
         "import sys; sys.modules['dam'] = None; import torch; torch.cuda.is_available = lambda: True\n"
         "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: 'asked'\n"
-        "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+        "import runpy; sys.argv[1:] = ['gpu']; runpy.run_module('benchmarks', run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=checkout.ROOT)
     assert run.returncode == 1 and run.stderr.endswith("nothing was measured: asked\n"), run.stderr

@@ -1,0 +1,40 @@
+"""The one entry of the benchmarks: python -m benchmarks [op ...] | gpu | builds [--help].
+
+With the names of operations, or none for all, it measures them on the CPU against their floors and their peers, as
+`dam bench` does; gpu measures them on a GPU, and builds two builds of the C++ kernels beside each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks import checkout
+
+PROG = "python -m benchmarks"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (arguments[0] if arguments else ""), arguments[1:]
+    # What is asked for is imported where it is: the GPU's part may find that dam has to be installed first.
+    if command == "gpu":
+        if torch.cuda.is_available() and (reason := checkout.ensure_installed("benchmarks", arguments)) is not None:
+            print(f"{PROG} gpu: nothing was measured: {reason}", file=sys.stderr)
+            return 1
+        from benchmarks import gpu
+
+        return gpu.main(rest)
+    if command == "builds":
+        from benchmarks import builds
+
+        return builds.main(rest)
+    from benchmarks import report
+
+    return report.main(arguments, PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
