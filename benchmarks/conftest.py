@@ -1,4 +1,4 @@
-"""pytest benchmarks/bench_<op>.py: each function of each case and dtype as a test of pytest-benchmark."""
+"""pytest benchmarks: each function of each case, op and dtype as a test of pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -7,20 +7,40 @@ import functools
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, options
 
 # The functions of one op and dtype share their inputs; another op's or dtype's replace them.
-_cases = functools.lru_cache(maxsize=1)(lambda cases, dtype: cases(getattr(torch, dtype)))
+_cases = functools.lru_cache(maxsize=1)(lambda op, dtype, **sizes: harness.cases_of(op)(getattr(torch, dtype), **sizes))
+
+
+def pytest_addoption(parser):
+    options.add(parser.getgroup("benchmarks", "sizes and dtypes of the operations").addoption, harness.DTYPES)
+
+
+def op_of(path):
+    return path.stem.removeprefix("bench_")
+
+
+def pytest_collection_modifyitems(config, items):
+    """A size that nothing has which is to be measured is an error."""
+    if ops := {op_of(item.path): None for item in items if "function" in item.fixturenames}:
+        try:
+            options.sizes(config.option, ops)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc):
     if "function" in metafunc.fixturenames:
-        cases = metafunc.module.cases
+        op = op_of(metafunc.definition.path)
+        cases = harness.cases_of(op)
+        sizes = options.sizes(metafunc.config.option, harness.ops())
+        sizes = {name: sizes.get(name, size) for name, size in harness.sizes_of(cases).items()}
         metafunc.parametrize(
             "function",
             [
-                pytest.param((cases, dtype, n, name), id=f"{dtype}-{case.label}-{name}")
-                for dtype in harness.DTYPES
+                pytest.param((op, dtype, sizes, n, name), id=f"{dtype}-{case.label}-{name}")
+                for dtype in options.dtypes(metafunc.config.option, harness.DTYPES)
                 for n, case in enumerate(harness.tiny_cases(cases, getattr(torch, dtype)))
                 for name in (case.floor_name, *case.functions, *case.compiled)
             ],
@@ -30,8 +50,8 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def function(request, benchmark):
-    cases, dtype, n, name = request.param
-    case = _cases(cases, dtype)[n]
+    op, dtype, sizes, n, name = request.param
+    case = _cases(op, dtype, **sizes)[n]
     benchmark.group = f"{case.label}, {dtype}"
     chosen = {case.floor_name: case.floor, **case.functions, **case.compiled}[name]
     try:

@@ -316,6 +316,33 @@ def test_pytest_benchmark_runs_the_same_functions():
     assert "3 passed" in done.stdout
 
 
+def test_pytest_collects_every_op_of_the_folder():
+    """Each function of each case in each dtype; pytest alone leaves them to `pytest benchmarks`."""
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--collect-only")
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = [line for line in done.stdout.splitlines() if line.startswith("benchmarks/bench_")]
+    expected = []
+    for op in harness.ops():
+        for dtype in harness.DTYPES:
+            for case in harness.tiny_cases(harness.cases_of(op), getattr(torch, dtype)):
+                names = (case.floor_name, *case.functions, *case.compiled)
+                expected += [f"benchmarks/bench_{op}.py::test_{op}[{dtype}-{case.label}-{name}]" for name in names]
+    assert sorted(collected) == sorted(expected)
+
+
+def test_pytest_alone_collects_no_benchmark(pytestconfig):
+    assert pytestconfig.getini("testpaths") == ["tests"] and not list((CHECKOUT / "tests").rglob("bench_*.py"))
+
+
+def test_a_size_that_no_op_has_stops_pytest():
+    arguments = ("benchmarks/bench_tilt_to_ess.py", "--rows", "8", "--collect-only")
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--rows is no size of tilt_to_ess; there are groups, trajectories" in done.stderr
+
+
 def test_another_build_runs_beside_this_one(tmp_path, capsys, monkeypatch):
     """Its kernels are called under this checkout's bindings, which have their own again afterwards."""
     kernels = cpu.kernels

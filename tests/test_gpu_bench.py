@@ -616,11 +616,11 @@ def test_installing_needs_nothing_of_dam():
     """In a fresh checkout `import dam` fails, and this is what puts that right."""
     code = (
         "import sys; sys.modules['dam'] = None; import torch; torch.cuda.is_available = lambda: True\n"
-        "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: 'asked'\n"
-        "import runpy; sys.argv[1:] = ['gpu']; runpy.run_module('benchmarks', run_name='__main__')"
+        "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: arguments\n"
+        "import runpy; sys.argv[1:] = ['gpu', '--tune']; runpy.run_module('benchmarks', run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=checkout.ROOT)
-    assert run.returncode == 1 and run.stderr.endswith("nothing was measured: asked\n"), run.stderr
+    assert run.returncode == 1 and run.stderr.endswith("measured: ('benchmarks', ['gpu', '--tune'])\n"), run.stderr
 
 
 def test_tests_run_within_a_limit(tmp_path):
