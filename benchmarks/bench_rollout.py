@@ -62,6 +62,7 @@ def cases(
                 "dam, head at every mask": lambda: rollout("confidence"),
                 "LLaDA's loop": lambda: peers.llada_rollout(states.view(sequences, length, hidden), head, steps),
             },
+            reads=(jumping, head) * steps,
         )
     ]
 

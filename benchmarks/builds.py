@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 import dam
-from benchmarks import harness, report
+from benchmarks import harness, records, report
 from dam.backends import cpu
 from dam.ops import log_prob as log_prob_op
 from dam.ops import matching_loss as matching_loss_op
@@ -100,6 +100,6 @@ def main(arguments: Sequence[str]) -> int:
         cpu.kernels = now
     if options.json:
         setting = {"rows": options.rows, "vocabulary": options.vocabulary, "dtype": options.dtype}
-        setting |= {**report.versions(), "instruction_set": cpu.isa(), "repeats": options.repeats}
+        setting |= {**records.versions(), "instruction_set": cpu.isa(), "repeats": options.repeats}
         report.write_json(options.json, {**setting, "cases": measured})
     return 0

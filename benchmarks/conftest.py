@@ -7,10 +7,9 @@ import functools
 import pytest
 import torch
 
-from benchmarks import harness, options
+from benchmarks import harness, options, records
 
-# The functions of one op and dtype share their inputs; another op's or dtype's replace them.
-_cases = functools.lru_cache(maxsize=1)(lambda op, dtype, **sizes: harness.cases_of(op)(getattr(torch, dtype), **sizes))
+_floor_seconds = {}  # by op, dtype and case, as soon as the floor is measured
 
 
 def pytest_addoption(parser):
@@ -48,11 +47,23 @@ def pytest_generate_tests(metafunc):
         )
 
 
+@functools.lru_cache(maxsize=1)
+def _cases(op, dtype, **sizes):
+    """The functions of one op and dtype share their inputs; another op's or dtype's replace them."""
+    return harness.cases_of(op)(getattr(torch, dtype), **sizes)
+
+
+@functools.lru_cache(maxsize=1)
+def _record(op, dtype, n, **sizes):
+    return records.of_case(op, _cases(op, dtype, **sizes)[n], sizes, dtype)
+
+
 @pytest.fixture
 def function(request, benchmark):
     op, dtype, sizes, n, name = request.param
     case = _cases(op, dtype, **sizes)[n]
     benchmark.group = f"{case.label}, {dtype}"
+    benchmark.extra_info.update(_record(op, dtype, n, **sizes), function=name)
     chosen = {case.floor_name: case.floor, **case.functions, **case.compiled}[name]
     try:
         chosen()  # to warm up
@@ -60,4 +71,8 @@ def function(request, benchmark):
         if name in (case.floor_name, "dam"):
             raise
         pytest.skip(f"absent: {harness.reason(error)}")
-    return chosen
+    yield chosen
+    if name == case.floor_name and benchmark.stats is not None:
+        _floor_seconds[op, dtype, n] = benchmark.stats.stats.median
+    if (op, dtype, n) in _floor_seconds:
+        benchmark.extra_info["floor_seconds"] = _floor_seconds[op, dtype, n]

@@ -27,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dam
-from benchmarks import checkout, goals, harness, report, tune
+from benchmarks import checkout, goals, harness, records, report, tune
 from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
 from dam.backends import choice, triton
@@ -104,7 +104,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        self.facts = {**report.versions(), **self.machine.facts(), "commit": checkout.commit()}
+        self.facts = {**records.versions(), **self.machine.facts()}
 
     def out_of_time(self) -> bool:
         return time.monotonic() - self.started > self.budget
@@ -178,14 +178,14 @@ class Run:
 
     def _record(self, item: Item, case: harness.Case) -> dict[str, Any]:
         """The measurements of a case, as they are written to JSON."""
-        result_bytes = nbytes(harness.tensors(case.functions["dam"]()))
-        moved, flops = nbytes(case.reads) + result_bytes, 0
+        sizes = {**harness.sizes_of(harness.cases_of(item.op)), **item.sizes}
+        record, flops = records.of_case(item.op, case, sizes, str(item.dtype).removeprefix("torch.")), 0
         if item.op in configs.LINEAR_OPS:
             with FlopCounterMode(display=False) as counter:
                 case.floor()
             flops = counter.get_total_flops()
         else:
-            case = dataclasses.replace(case, floor_name=COPY, floor=copying(moved, self.machine.device))
+            case = dataclasses.replace(case, floor_name=COPY, floor=copying(record["moved_bytes"], self.machine.device))
         case = chosen(case, item)
         # What was stopped while it compiled at one size would be stopped at every other.
         known = {name: why for (label, name), why in self.stopped.items() if label == case.label}
@@ -205,14 +205,9 @@ class Run:
             ours = (name for name in functions if name.startswith("dam") or name == case.floor_name)
             parts = {name: self.machine.parts(functions[name]) for name in ours}
         return {
-            "op": item.op,
-            "sizes": {**harness.sizes_of(harness.cases_of(item.op)), **item.sizes},
-            "dtype": str(item.dtype).removeprefix("torch."),
-            "moved_bytes": moved,  # inputs read as often as they must be, results written once
-            "result_bytes": result_bytes,
+            **records.timed(record, measured),
             "flops": flops,  # of the floor
             "table_form": table_form(item, case.label, self.machine.device),
-            **dataclasses.asdict(measured),
             "parts": parts,
         }
 
@@ -265,10 +260,6 @@ class Run:
 
 def described(item: Item) -> str:
     return ", ".join(text for text in (item.op, goals.sizes_text(item.sizes)) if text)
-
-
-def nbytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(x.nbytes for x in tensors)
 
 
 def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[str]:

@@ -28,9 +28,7 @@ class Machine(harness.Timer):
 
     def facts(self) -> dict[str, Any]:
         """What tells this machine and its software from others."""
-        import triton
-
-        return {"gpu": configs.device_name(self.device), "triton": triton.__version__}
+        return {"gpu": configs.device_name(self.device)}
 
     def peak_bytes(self, function: Function) -> int | None:
         """Bytes by which one call raises the most that was allocated at a time, its results included."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -15,8 +14,7 @@ from typing import Any
 
 import torch
 
-import dam
-from benchmarks import harness, memory, options
+from benchmarks import harness, memory, options, records
 from dam import plots
 from dam.backends import choice, cpu
 
@@ -84,19 +82,23 @@ def measure(op: str, sizes: dict[str, int], dtype: str, given: argparse.Namespac
     sizes = {name: sizes.get(name, size) for name, size in harness.sizes_of(cases).items()}
     torch.set_num_threads(given.threads)
     try:
-        measured = [
-            harness.measure(case, given.repeats, peers=given.peers, compiled=given.compiled)
+        found = [
+            (
+                records.of_case(op, case, sizes, dtype),
+                harness.measure(case, given.repeats, peers=given.peers, compiled=given.compiled),
+            )
             for case in cases(getattr(torch, dtype), **sizes)
         ]
     finally:
         torch.set_num_threads(threads)
     if given.memory:
         for n, case in enumerate(harness.tiny_cases(cases, getattr(torch, dtype))):
-            for name in (name for name in case.functions if name not in measured[n].absent):
+            measurement = found[n][1]
+            for name in (name for name in case.functions if name not in measurement.absent):
                 try:
-                    measured[n].peak_bytes[name] = memory.peak_bytes(op, n, name, dtype, given.threads, sizes)
+                    measurement.peak_bytes[name] = memory.peak_bytes(op, n, name, dtype, given.threads, sizes)
                 except RuntimeError as error:
-                    print(f"{measured[n].label}: peak memory of {name} is absent: {error}", file=sys.stderr)
+                    print(f"{measurement.label}: peak memory of {name} is absent: {error}", file=sys.stderr)
     return {
         "op": op,
         "sizes": sizes,
@@ -104,11 +106,11 @@ def measure(op: str, sizes: dict[str, int], dtype: str, given: argparse.Namespac
         "threads": given.threads,
         "repeats": given.repeats,
         "peers": given.peers,
-        **versions(),
+        **records.versions(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "instruction_set": cpu.isa(),
-        "cases": [dataclasses.asdict(measurement) for measurement in measured],
+        "cases": [records.timed(record, measurement) for record, measurement in found],
     }
 
 
@@ -152,10 +154,6 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    return {"dam": dam.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def device() -> str:

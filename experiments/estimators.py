@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import records, report
 from dam import plots
 from dam.adjoint import tilted_weights
 from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
@@ -120,7 +120,7 @@ def run_all(given: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
 def write(path: Path, setting: dict[str, Any], results: list[dict[str, Any]], given: dict[str, Any]) -> None:
     """The results of what is done, put into the order in which they were asked for."""
     results.sort(key=lambda r: (given["learners"].index(r["learner"]), r["seed"]))
-    setting = {**report.versions(), **setting, "processes": given["processes"]}
+    setting = {**records.versions(), **setting, "processes": given["processes"]}
     report.write_json(path, {**setting, "results": results})
 
 

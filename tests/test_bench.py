@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dam
 from benchmarks import __main__ as entry
-from benchmarks import builds, harness, memory, options, peers, report
+from benchmarks import builds, checkout, harness, memory, options, peers, records, report
 from dam import cli
 from dam.backends import cpu
 from dam.kernels import configs
@@ -222,6 +223,52 @@ def test_bench_prints_a_table_and_writes_json_and_png(tmp_path, capsys):
     assert case["absent"]["LLaDA's step"] == "left out: --no-peers"
 
 
+def test_a_record_says_of_what_it_is_in_itself(tmp_path):
+    """Taken out of its file too: op, case, sizes, dtype, bytes, floor and versions."""
+    arguments = ["rate_ratio", "--rows", "3", "--vocabulary", "50", "--dtype", "bfloat16", "--repeats", "1"]
+    assert entry.main([*arguments, "--no-memory", "--no-compiled", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    (record,) = result["cases"]
+    named = {"op": "rate_ratio", "label": "rate_ratio", "sizes": {"rows": 3, "vocabulary": 50}, "dtype": "bfloat16"}
+    results = 2 * 3 * 4  # log_ratio, escape_gap
+    bytes_ = {"result_bytes": results, "moved_bytes": 2 * 3 * 50 * 2 + 3 * 8 + results}  # both logits, target
+    floor = "plain read of both logits"
+    floors = {"floor_name": floor, "floor_seconds": record["median_seconds"][floor]}
+    assert record.items() >= {**named, **bytes_, **floors, "versions": records.versions()}.items()
+    assert record["floor_seconds"] > 0 and result.items() >= records.versions().items()
+
+
+def test_versions(monkeypatch):
+    import triton
+
+    found = records.versions.__wrapped__  # not those that this process knows already
+    monkeypatch.setattr(checkout, "commit", lambda: "of this checkout")
+    expected = {"dam": dam.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    assert found() == {**expected, "triton": triton.__version__, "commit": "of this checkout"}
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkout, "commit", lambda: None)
+    assert found() == {**expected, "commit": None}
+
+
+@pytest.mark.parametrize("op", harness.ops())
+def test_what_must_move_is_known_of_every_case(op):
+    cases = harness.cases_of(op)
+    sizes = {name: min(size, 8) for name, size in harness.sizes_of(cases).items()}
+    for case in harness.tiny_cases(cases, torch.float32):
+        record = records.of_case(op, case, sizes, "float32")
+        assert case.reads and record["moved_bytes"] - record["result_bytes"] == sum(x.nbytes for x in case.reads)
+        assert record["result_bytes"] == sum(x.nbytes for x in harness.tensors(case.functions["dam"]())) > 0
+
+
+def test_a_rollout_reads_the_head_once_a_step():
+    sizes = {"sequences": 3, "length": 8, "steps": 4, "vocabulary": 20, "hidden": 4}
+    (case,) = harness.cases_of("rollout")(torch.float32, **sizes)
+    record = records.of_case("rollout", case, sizes, "float32")
+    assert record["result_bytes"] == 3 * 8 * 8  # tokens
+    assert record["moved_bytes"] == 4 * 20 * 4 * 4 + 3 * 8 * 4 * 4 + 3 * 8 * 8  # heads, states at what jumps, tokens
+
+
 def test_a_wrong_op_or_size_is_an_error_that_lists_what_there_is(tmp_path, capsys):
     assert cli.main(["bench", "jmup", "--output", str(tmp_path / "new")]) == 1
     message = capsys.readouterr().err
@@ -341,6 +388,37 @@ def test_a_size_that_no_op_has_stops_pytest():
     done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--rows is no size of tilt_to_ess; there are groups, trajectories" in done.stderr
+
+
+def test_records_of_pytest_benchmark(tmp_path):
+    """The same fields as those of `python -m benchmarks`, at the sizes and the dtype that were asked for."""
+    sizes = ("--rows", "3", "--vocabulary", "50", "--dtype", "float16")
+    short = ("--benchmark-max-time", "0.001", "--benchmark-min-rounds", "1", "-k", "not compiled")
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_rate_ratio.py", *sizes, *short)
+    output = tmp_path / "records.json"
+    command = (sys.executable, *command, "--benchmark-json", str(output))
+    # Not as a child of xdist's, in which nothing would be timed.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, env=alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = {b["extra_info"].pop("function"): b for b in json.loads(output.read_text())["benchmarks"]}
+    floor = "plain read of both logits"
+    assert measured.keys() == {floor, "dam", "two logsumexp + gathers"}
+    results = 2 * 3 * 4
+    expected = records.versions()
+    for benchmark in measured.values():
+        versions = benchmark["extra_info"].pop("versions")
+        assert versions.keys() == expected.keys() and versions["torch"] == expected["torch"]
+        assert benchmark["extra_info"] == {
+            "op": "rate_ratio",
+            "label": "rate_ratio",
+            "sizes": {"rows": 3, "vocabulary": 50},
+            "dtype": "float16",
+            "moved_bytes": 2 * 3 * 50 * 2 + 3 * 8 + results,
+            "result_bytes": results,
+            "floor_name": floor,
+            "floor_seconds": measured[floor]["stats"]["median"],
+        }
 
 
 def test_another_build_runs_beside_this_one(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dam
-from benchmarks import checkout, goals, gpu, harness, machine, peers, tune
+from benchmarks import checkout, goals, gpu, harness, machine, peers, records, tune
 from dam.backends import triton
 from dam.kernels import configs
 
@@ -64,6 +64,15 @@ def test_every_op_is_measured(whole):
     for record in whole.records:
         assert all(seconds > 0 for seconds in record["median_seconds"].values())
         assert {"dam", record["floor_name"]} <= record["median_seconds"].keys()
+
+
+def test_a_record_says_of_what_it_is_in_itself(whole):
+    for record in whole.records:
+        asked = item(record["op"])
+        assert record["sizes"] == asked.sizes and record["dtype"] == str(asked.dtype).removeprefix("torch.")
+        assert record["floor_name"] == gpu.COPY or record["op"] in configs.LINEAR_OPS
+        assert record["floor_seconds"] == record["median_seconds"][record["floor_name"]]
+        assert record["moved_bytes"] > record["result_bytes"] > 0 and record["versions"] == records.versions()
 
 
 def test_both_forms_of_a_linear_op_are_measured(whole):
