@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 CPU, CUDA, EMULATOR = Path("csrc/cpu"), Path("csrc/cuda"), Path("csrc/emulator")
 KERNELS = sorted(str(path) for path in CPU.glob("*.cpp") if path.name != "bind.cpp")
 CUDA_KERNELS = sorted(str(path) for path in CUDA.glob("*.cu"))
-HEADERS = sorted(str(path) for folder in (CPU, CUDA, EMULATOR, Path("csrc/core")) for path in folder.glob("*.h"))
+HEADERS = sorted(str(path) for kind in ("h", "def") for path in Path("csrc").glob(f"*/*.{kind}"))
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"plain": []}

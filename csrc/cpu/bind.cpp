@@ -12,22 +12,19 @@
 #include <sys/mman.h>
 #endif
 
-#include "../core/dtype.h"
+#include "../python/arguments.h"
 #include "kernels.h"
 
 namespace dam {
 
 #if defined(DAM_HAVE_X86)
-DAM_DECLARE_KERNELS(avx512)
-DAM_DECLARE_KERNELS(avx2)
+#define DAM_SET avx512
+#include "isa.def"
+#define DAM_SET avx2
+#include "isa.def"
 #endif
-DAM_DECLARE_KERNELS(plain)
-
-#define DAM_KERNELS(ISA)                                                                \
-  {ISA::jump,         ISA::log_prob,        ISA::log_prob_backward, ISA::matching_loss, \
-   ISA::rate_ratio,   ISA::adjoint_weights, ISA::tilt_to_ess,       ISA::closed_form,   \
-   ISA::filter_lines, ISA::probe_exp,       ISA::probe_exponential, ISA::probe_philox,  \
-   ISA::probe_read}
+#define DAM_SET plain
+#include "isa.def"
 
 struct Set {
   const char* name;
@@ -42,10 +39,10 @@ static std::vector<Set> sets() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  all.push_back({"avx512", avx512, DAM_KERNELS(avx512)});
-  all.push_back({"avx2", avx2, DAM_KERNELS(avx2)});
+  all.push_back({"avx512", avx512, tables::avx512()});
+  all.push_back({"avx2", avx2, tables::avx2()});
 #endif
-  all.push_back({"plain", true, DAM_KERNELS(plain)});
+  all.push_back({"plain", true, tables::plain()});
   return all;
 }
 
@@ -76,202 +73,65 @@ static const Set& chosen() {
 
 namespace bind {
 
-using Address = uintptr_t;
+namespace py = pybind11;
+using python::integer;
+using python::take;
 
 template <class T>
-static T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+static T* at(uintptr_t x) {
+  return reinterpret_cast<T*>(x);
 }
 
-constexpr int64_t LARGE = int64_t{32} << 20;
+static void take(PyObject* x, Shape& member) {
+  const auto item = [&](int i) { return integer(python::item(x, i, 4)); };
+  member = {item(0), item(1), static_cast<int>(item(2)), static_cast<int>(item(3))};
+}
 
-// The address of an output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every array;
-// in pages of 4 KB the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are
-// asked for. Only where threads fill it one stretch each: those of a matmul would wait for each other's pages.
-static void* output(Address address, int64_t bytes) {
+// An output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every array; in pages of 4 KB
+// the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are asked for. Only where
+// threads fill it one stretch each: those of a matmul would wait for each other's pages.
+static void advise(const void* array, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr Address PAGE = Address{1} << 21;
-  if (address && bytes >= LARGE) {
-    const Address begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
+  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(array);
+  if (array && bytes >= LARGE) {
+    const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
     madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
   }
 #endif
-  (void)bytes;
-  return at<void>(address);
+  (void)array, (void)bytes;
 }
 
-static int64_t matrix_bytes(int64_t rows, int64_t columns, int dtype) {
-  return rows * columns * (dtype == static_cast<int>(Dtype::float32) ? 4 : 2);
-}
-
-class ScratchMemory {
- public:
-  ScratchMemory(int64_t columns, int threads)
-      : length_((columns / 1024 + 1 + 7) / 8 * 8), data_(new double[threads * SCRATCH_ARRAYS * length_]) {}
-  Scratch get() const { return {data_.get(), length_}; }
-
- private:
-  int64_t length_;
-  std::unique_ptr<double[]> data_;
-};
-
-static int64_t jump(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype, Address exclude,
-                    int64_t exclude_stride, Address row_ids, int64_t row_ids_stride, double temperature,
-                    int64_t num_samples, uint64_t seed, Address target, Address log_prob, Address log_escape,
-                    int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const ScratchMemory scratch(columns, threads);
-  return kernels.jump({{rows, columns, dtype, threads},
-                       scratch.get(),
-                       {at<void>(logits), row_stride},
-                       {at<int64_t>(exclude), exclude_stride},
-                       {at<int64_t>(row_ids), row_ids_stride},
-                       temperature,
-                       num_samples,
-                       seed,
-                       at<int64_t>(target),
-                       at<float>(log_prob),
-                       at<float>(log_escape)});
-}
-
-static void log_prob(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype, Address exclude,
-                     int64_t exclude_stride, double temperature, Address target, int64_t targets, Address log_prob,
-                     Address log_escape, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const ScratchMemory scratch(columns, threads);
-  kernels.log_prob({{rows, columns, dtype, threads},
-                    scratch.get(),
-                    {at<void>(logits), row_stride},
-                    {at<int64_t>(exclude), exclude_stride},
-                    temperature,
-                    at<int64_t>(target),
-                    targets,
-                    at<float>(log_prob),
-                    at<double>(log_escape)});
-}
-
-static void log_prob_backward(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype,
-                              Address exclude, int64_t exclude_stride, double temperature, Address target,
-                              int64_t targets, Address upstream, Address log_escape, Address gradient, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  kernels.log_prob_backward({{rows, columns, dtype, threads},
-                             {at<void>(logits), row_stride},
-                             {at<int64_t>(exclude), exclude_stride},
-                             temperature,
-                             at<int64_t>(target),
-                             targets,
-                             at<double>(upstream),
-                             at<double>(log_escape),
-                             output(gradient, matrix_bytes(rows, columns, dtype))});
-}
-
-static double matching_loss(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype, Address base,
-                            int64_t base_row_stride, Address exclude, int64_t exclude_stride, Address target,
-                            int64_t targets, Address weight, Address base_weight, Address row_scale, bool normalized,
-                            Address gradient, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const ScratchMemory scratch(columns, threads);
-  std::vector<double> loss(rows);
-  kernels.matching_loss({{rows, columns, dtype, threads},
-                         scratch.get(),
-                         {at<void>(logits), row_stride},
-                         {at<void>(base), base_row_stride},
-                         {at<int64_t>(exclude), exclude_stride},
-                         at<int64_t>(target),
-                         targets,
-                         at<double>(weight),
-                         at<double>(base_weight),
-                         at<double>(row_scale),
-                         normalized,
-                         loss.data(),
-                         output(gradient, matrix_bytes(rows, columns, dtype))});
-  // In the rows' order, so that the loss does not depend on the number of threads.
-  double total = 0.0;
-  for (const double term : loss) total += term;
-  return total;
-}
-
-static void rate_ratio(Address logits, int64_t rows, int64_t columns, int64_t row_stride, int dtype, Address base,
-                       int64_t base_row_stride, Address exclude, int64_t exclude_stride, Address target,
-                       int64_t targets, Address log_ratio, Address escape_gap, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const ScratchMemory scratch(columns, threads);
-  kernels.rate_ratio({{rows, columns, dtype, threads},
-                      scratch.get(),
-                      {at<void>(logits), row_stride},
-                      {at<void>(base), base_row_stride},
-                      {at<int64_t>(exclude), exclude_stride},
-                      at<int64_t>(target),
-                      targets,
-                      at<float>(log_ratio),
-                      at<float>(escape_gap)});
-}
-
-static int64_t adjoint_weights(Address log_ratio, int64_t groups, int64_t size, int64_t steps, int64_t group_stride,
-                               int64_t row_stride, int dtype, Address escape_gap, int64_t gap_group_stride,
-                               int64_t gap_row_stride, Address terminal_cost, double clip, Address weight,
-                               Address log_path, Address log_normalizer, Address ess, Address clipped, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const std::unique_ptr<double[]> scratch(new double[threads * size]);
-  const int64_t path_bytes = groups * size * (steps + 1) * 4;
-  return kernels.adjoint_weights({groups,
-                                  size,
-                                  steps,
-                                  dtype,
-                                  threads,
-                                  scratch.get(),
-                                  {at<void>(log_ratio), group_stride, row_stride},
-                                  {at<void>(escape_gap), gap_group_stride, gap_row_stride},
-                                  at<double>(terminal_cost),
-                                  clip,
-                                  path_bytes >= LARGE,
-                                  at<float>(weight),
-                                  static_cast<float*>(output(log_path, path_bytes)),
-                                  at<float>(log_normalizer),
-                                  at<float>(ess),
-                                  at<float>(clipped)});
-}
-
-static int64_t tilt_to_ess(Address reward, int64_t groups, int64_t size, double ess, double max_tilt, Address tilt,
-                           int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const int64_t length = (size + 7) / 8 * 8;
-  const std::unique_ptr<double[]> scratch(new double[threads * length]);
-  return kernels.tilt_to_ess(
-      {groups, size, threads, scratch.get(), length, at<double>(reward), ess, max_tilt, at<double>(tilt)});
-}
-
-static void closed_form(Address terminal, int64_t rows, int64_t columns, int64_t row_stride, int dtype,
-                        int64_t mask_token, double stays, double moves, bool transpose, Address result, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const ScratchMemory scratch(columns, threads);
-  kernels.closed_form({{rows, columns, dtype, threads},
-                       scratch.get(),
-                       {at<void>(terminal), row_stride},
-                       mask_token,
-                       stays,
-                       moves,
-                       transpose,
-                       static_cast<float*>(output(result, rows * columns * 4))});
-}
-
-static void filter_lines(Address source, int64_t outer, int64_t length, int64_t inner, bool periodic,
-                         const std::vector<double>& taps, Address result, int threads) {
-  const Kernels& kernels = chosen().kernels;
-  const pybind11::gil_scoped_release release;
-  const int64_t radius = static_cast<int64_t>(taps.size()) - 1;
-  // Zeroed, as the kernel computes on its padding.
-  std::vector<double> scratch(threads * filter_scratch(radius));
-  kernels.filter_lines({outer, length, inner, periodic, taps.data(), radius, at<double>(source), at<double>(result),
-                        threads, scratch.data()});
+// The ops; their keyword arguments are the members of ops.def that Python gives.
+static void add_ops(py::module_& module) {
+#define TAKES(type, name) take(call[DAM_NAME(name)], a.name);
+#define READS(type, name) take(call[DAM_NAME(name)], a.name);
+#define FILLS(type, name) take(call[DAM_NAME(name)], a.name);
+#define FILLS_LARGE(type, name, bytes) \
+  take(call[DAM_NAME(name)], a.name);  \
+  advise(a.name, bytes);
+#define KNOWN(type, name, value) a.name = value;
+#define WORK(type, name, count)                                   \
+  const std::unique_ptr<type[]> name##_memory(new type[count]()); \
+  a.name = name##_memory.get();
+#define SCRATCH(name)                                                                                        \
+  a.name.length = scratch_length(a.shape.columns);                                                           \
+  const std::unique_ptr<double[]> name##_memory(new double[a.shape.threads * SCRATCH_ARRAYS * a.name.length]); \
+  a.name.data = name##_memory.get();
+#define OP(name, Name, result, does, members)          \
+  module.def(                                          \
+      #name,                                           \
+      [](const py::kwargs& arguments) -> result {      \
+        const Kernels& kernels = chosen().kernels;     \
+        python::Call call(#name, arguments);           \
+        Name##Args a{};                                \
+        members                                        \
+        call.finish();                                 \
+        const py::gil_scoped_release release;          \
+        return kernels.name(a);                        \
+      },                                               \
+      does);
+#include "ops.def"
 }
 
 }  // namespace bind
@@ -281,8 +141,9 @@ PYBIND11_MODULE(_cpu, module) {
   namespace py = pybind11;
   using namespace py::literals;
   module.doc() =
-      "C++ kernels on the CPU. Addresses are integers (0: absent), strides count elements, dtype is 0 float32, "
-      "1 bfloat16, 2 float16. Nothing is checked here; dam.ops checks.";
+      "C++ kernels on the CPU. The ops take keyword arguments, the members that csrc/cpu/ops.def lists. Arrays are "
+      "addresses, or tuples of an address (0: absent) and strides in elements; shape is (rows, columns, dtype, threads), "
+      "dtype is 0 float32, 1 bfloat16, 2 float16. Nothing is checked here; dam.ops checks.";
 
   module.def("isa", [] { return dam::chosen().name; }, "Name of the instruction set in use.");
   module.def(
@@ -296,44 +157,7 @@ PYBIND11_MODULE(_cpu, module) {
       },
       "Names of the instruction sets this machine can run, best first; DAM_CPU_ISA picks one.");
 
-  module.def("jump", dam::bind::jump, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a, "exclude"_a,
-             "exclude_stride"_a, "row_ids"_a, "row_ids_stride"_a, "temperature"_a, "num_samples"_a, "seed"_a,
-             "target"_a, "log_prob"_a, "log_escape"_a, "threads"_a,
-             "Fills target int64 and log_prob float32 [T, num_samples], log_escape float32 [T]; returns the first row "
-             "that cannot be sampled, or -1.");
-  module.def("log_prob", dam::bind::log_prob, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a, "exclude"_a,
-             "exclude_stride"_a, "temperature"_a, "target"_a, "targets"_a, "log_prob"_a, "log_escape"_a, "threads"_a,
-             "Fills log_prob float32 [T, J] and log_escape float64 [T].");
-  module.def("log_prob_backward", dam::bind::log_prob_backward, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a,
-             "dtype"_a, "exclude"_a, "exclude_stride"_a, "temperature"_a, "target"_a, "targets"_a, "upstream"_a,
-             "log_escape"_a, "gradient"_a, "threads"_a,
-             "Fills gradient [T, V]; upstream is float64 [T, J], log_escape float64 [T].");
-  module.def(
-      "matching_loss", dam::bind::matching_loss, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a, "base"_a,
-      "base_row_stride"_a, "exclude"_a, "exclude_stride"_a, "target"_a, "targets"_a, "weight"_a, "base_weight"_a,
-      "row_scale"_a, "normalized"_a, "gradient"_a, "threads"_a,
-      "Returns the loss and fills gradient [T, V]; weight is float64 [T, J], base_weight and row_scale float64 [T].");
-
-  module.def("rate_ratio", dam::bind::rate_ratio, "logits"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a,
-             "base"_a, "base_row_stride"_a, "exclude"_a, "exclude_stride"_a, "target"_a, "targets"_a, "log_ratio"_a,
-             "escape_gap"_a, "threads"_a, "Fills log_ratio float32 [T, J] and escape_gap float32 [T].");
-  module.def(
-      "adjoint_weights", dam::bind::adjoint_weights, "log_ratio"_a, "groups"_a, "size"_a, "steps"_a, "group_stride"_a,
-      "row_stride"_a, "dtype"_a, "escape_gap"_a, "gap_group_stride"_a, "gap_row_stride"_a, "terminal_cost"_a, "clip"_a,
-      "weight"_a, "log_path"_a, "log_normalizer"_a, "ess"_a, "clipped"_a, "threads"_a,
-      "Fills float32 weight [G, K], log_path [G, K, S + 1], log_normalizer, ess and clipped [G]; terminal_cost is "
-      "float64 [G, K]. Returns the first trajectory, as g * K + k, that has no weight, or -1.");
-  module.def("tilt_to_ess", dam::bind::tilt_to_ess, "reward"_a, "groups"_a, "size"_a, "ess"_a, "max_tilt"_a, "tilt"_a,
-             "threads"_a,
-             "Fills tilt float64 [G]; reward is float64 [G, K]. Returns the first reward, as g * K + k, that is NaN or "
-             "+inf, or -1.");
-  module.def("closed_form", dam::bind::closed_form, "terminal"_a, "rows"_a, "columns"_a, "row_stride"_a, "dtype"_a,
-             "mask_token"_a, "stays"_a, "moves"_a, "transpose"_a, "result"_a, "threads"_a,
-             "Fills result float32 [B, V] with backward_kolmogorov of Absorbing, or of Uniform for mask_token -1.");
-  module.def("filter_lines", dam::bind::filter_lines, "source"_a, "outer"_a, "length"_a, "inner"_a, "periodic"_a,
-             "taps"_a, "result"_a, "threads"_a,
-             "Fills result with source filtered along its middle dimension, both float64 [outer, length, inner]; taps "
-             "is a list of floats, the middle one first.");
+  dam::bind::add_ops(module);
 
   module.def(
       "philox",
@@ -346,19 +170,19 @@ PYBIND11_MODULE(_cpu, module) {
       "counter"_a, "key"_a, "The four words of Philox 4x32-10.");
   module.def(
       "exp",
-      [](dam::bind::Address x, dam::bind::Address result, int64_t count, double scale) {
+      [](uintptr_t x, uintptr_t result, int64_t count, double scale) {
         dam::chosen().kernels.exp(dam::bind::at<float>(x), dam::bind::at<float>(result), count, scale);
       },
       "x"_a, "result"_a, "count"_a, "scale"_a, "exp(scale * x) of float32 x, as the kernels compute it.");
   module.def(
       "exponential",
-      [](dam::bind::Address words, dam::bind::Address result, int64_t count) {
+      [](uintptr_t words, uintptr_t result, int64_t count) {
         dam::chosen().kernels.exponential(dam::bind::at<uint32_t>(words), dam::bind::at<double>(result), count);
       },
       "words"_a, "result"_a, "count"_a, "Standard exponentials, float64, from uint32 [count, 2] random words.");
   module.def(
       "read",
-      [](dam::bind::Address data, int64_t count, int threads) {
+      [](uintptr_t data, int64_t count, int threads) {
         const py::gil_scoped_release release;
         return dam::chosen().kernels.read(dam::bind::at<uint64_t>(data), count, threads);
       },

@@ -156,11 +156,15 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
   });
 }
 
-void matching_loss(const MatchingLossArgs& a) {
+double matching_loss(const MatchingLossArgs& a) {
   with_element(a.shape.dtype, [&](auto element) {
     for_rows(a.shape,
              [&](int64_t t, int worker, int threads) { matching_row<decltype(element)>(a, t, threads, worker); });
   });
+  // In the rows' order, so that the loss does not depend on the number of threads.
+  double total = 0.0;
+  for (int64_t t = 0; t < a.shape.rows; ++t) total += a.loss[t];
+  return total;
 }
 
 DAM_END

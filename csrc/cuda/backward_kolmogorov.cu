@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
     const int64_t row = line / row_lines, within = line % row_lines;
     const int64_t origin = within / a.inner * (a.inner * a.length) + within % a.inner;
     const bool inside = line < a.rows * row_lines;
-    memory.source[thread] = inside ? row * a.source_stride + origin : -1;
+    memory.source[thread] = inside ? row * a.source.row_stride + origin : -1;
     memory.result[thread] = row * a.columns + origin;
     memory.row[thread] = row;
   }
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
   }
   const auto position = [&](int64_t j) { return !a.periodic ? j : j < 0 ? j + a.length : j % a.length; };
 
-  const Source* const source = static_cast<const Source*>(a.source);
+  const Source* const source = static_cast<const Source*>(a.source.data);
   double sums[WARP_POINTS][LANE_LINES] = {};
   for (int64_t start = begin; start < end; start += DEPTH) {
     sync_block();  // offsets and taps are there; the last step's values have been read
@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
 }
 
 void walk(const WalkArgs& a, Queue queue) {
+  if (!a.taps && a.radius >= FEW_TAPS) throw std::invalid_argument("dam: too many taps to go with a launch");
   const OnDevice guard(queue.device);
   const int64_t lines = a.rows * (a.columns / a.length);
   const Grid grid{divided_up(lines, LINES) * divided_up(a.length, POINTS), THREADS_PER_BLOCK, sizeof(WalkMemory)};

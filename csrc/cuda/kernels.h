@@ -1,4 +1,5 @@
-// Arguments and declarations of the CUDA kernels, shared by the bindings. Plain C++.
+// Arguments and declarations of the CUDA kernels, from ops.def, for the bindings and for C++ programs: an op `jump` has
+// `struct JumpArgs` and `void jump(const JumpArgs&, Queue)`. Plain C++.
 //
 // T rows, V columns, J targets per row. Every array lies on the device, work memory too: nothing is allocated here, and
 // nothing waits for the device, so that every call can be part of a CUDA graph. A call that cannot be launched throws.
@@ -46,175 +47,24 @@ constexpr int BASE_SUMMARIES = 5;  // and of base logits beside them, and a cros
 // the reference as a sum of two; then the same of base logits.
 constexpr int SHARES = 6;
 
-struct JumpArgs {
-  Shape shape;
-  Matrix logits;
-  Indices exclude;
-  Indices row_ids;  // null: 0 .. T-1
-  double scale;     // 1 / temperature
-  bool greedy;      // temperature 0: the largest logit; the scale is 1
-  int samples;
-  const int64_t* seed_address;  // null: `seed`
-  uint64_t seed;
-  float* summaries;    // ROW_SUMMARIES
-  int64_t* target;     // [T, samples]
-  float* log_prob;     // [T, samples]
-  float* log_escape;   // [T]
-  int64_t* first_bad;  // lowered to the first row that cannot be sampled; null: not wanted
-  int64_t first_row;   // of what first_bad counts
-};
+// Weights of a walk that go with the launch itself, whose arguments may take 4 kB.
+constexpr int64_t FEW_TAPS = 448;
+using FewTaps = double[FEW_TAPS];
 
-struct LogProbArgs {
-  Shape shape;
-  Matrix logits;
-  Indices exclude;
-  double scale;  // 1 / temperature
-  Targets target;
-  float* summaries;    // ROW_SUMMARIES
-  float* log_prob;     // [T, J]
-  double* log_escape;  // [T]
-};
+// struct JumpArgs and so on, whose members ops.def lists.
+#define TAKES(type, name) type name;
+#define READS(type, name) const type* name;
+#define FILLS(type, name) type* name;
+#define CHOSEN(type, name) type name;
+#define OP(name, Name, does, members) \
+  struct Name##Args {                 \
+    members                           \
+  };
+#include "ops.def"
 
-struct LogProbBackwardArgs {
-  Shape shape;
-  Matrix logits;
-  Indices exclude;
-  double temperature, scale;  // scale: 1 / temperature
-  Targets target;
-  Values upstream;           // [T, J]
-  const double* log_escape;  // [T]
-  float* target_gradient;    // work memory [T, J]
-  Matrix gradient;           // [T, V]; may be the logits
-  int gradient_dtype;        // the logits', or bfloat16 beside float32
-};
-
-struct RateRatioArgs {
-  Shape shape;
-  Matrix logits;
-  Matrix base;
-  Indices exclude;
-  Targets target;
-  float* summaries;   // 2 ROW_SUMMARIES
-  float* log_ratio;   // [T, J]
-  float* escape_gap;  // [T]
-};
-
-struct MatchingLossArgs {
-  Shape shape;
-  Matrix logits;
-  Matrix base;  // null: none
-  Indices exclude;
-  Targets target;
-  Values weight;       // [T, J]
-  Values base_weight;  // [T], with a base
-  Values row_scale;    // [T]; null: 1 / T
-  bool normalized;
-  float* summaries;     // ROW_SUMMARIES, or BASE_SUMMARIES with a base
-  float* target_logit;  // work memory [T, J]
-  double* loss;         // [T], each times its row_scale
-  Matrix gradient;      // [T, V]; may be the logits; null: not wanted
-  int gradient_dtype;   // the logits', or bfloat16 beside float32
-  float* shares;        // [T, SHARES]; null: not wanted
-  bool keeps = false;   // chosen by the launch: rows wait in shared memory for their gradient
-};
-
-// The gradient of the logits x of some columns, once it is known what it depends on: share of x - share of base logits
-// - sum_j pull_j 1[v = target_j].
-struct GradientArgs {
-  Shape shape;  // of these columns
-  Matrix logits;
-  Matrix base;           // null: none
-  int64_t first_column;  // where they begin in the vocabulary, which exclude and target are columns of
-  Indices exclude;
-  Targets target;
-  Values pull;             // [T, J]
-  const float* shares;     // [T, SHARES]
-  double scale;            // of the logits
-  float* target_gradient;  // work memory [T, J]
-  Matrix gradient;         // may be the logits
-  int gradient_dtype;      // the logits', or bfloat16 beside float32
-};
-
-struct AdjointWeightsArgs {
-  int64_t groups, size, steps;  // G, K, S
-  int dtype;
-  Cube log_ratio;
-  Cube escape_gap;       // null: none
-  Values terminal_cost;  // [G, K]
-  double clip;           // inf: none
-  double* log_weight;    // work memory [G, K]
-  float* weight;         // [G, K]
-  float* log_path;       // [G, K, S + 1]
-  float* log_normalizer;
-  float* ess;
-  float* clipped;      // [G] each
-  int64_t* first_bad;  // lowered to the first trajectory, as g K + k, that no weight can be given to
-};
-
-struct TiltToEssArgs {
-  int64_t groups, size;  // G, K
-  Values reward;         // [G, K]
-  double ess, max_tilt;
-  double* tilt;        // [G]
-  int64_t* first_bad;  // lowered to the first reward, as g K + k, that is NaN or +inf
-};
-
-// backward_kolmogorov where exp(duration Q) has a closed form: uniform or absorbing.
-struct ClosedFormArgs {
-  Shape shape;
-  Matrix terminal;
-  int64_t mask_token;  // -1: uniform
-  double stays;        // exp(-duration)
-  double moves;        // 1 - exp(-duration)
-  bool transpose;
-  double* totals;  // work memory [B, tiles]
-  float* result;   // [B, V], contiguous
-};
-
-// backward_kolmogorov along one dimension of a lattice, for rows of `length` x `inner` x ... states.
-constexpr int64_t FEW_TAPS = 448;  // go with the launch itself, whose arguments may take 4 kB
-struct WalkArgs {
-  int64_t rows, columns;  // B, V
-  int64_t length, inner;  // points of a line, and the distance of neighbours
-  bool periodic;
-  const double* taps;         // [radius + 1], weights of a point and of those at distances 1, 2, ...; null: few_taps
-  double few_taps[FEW_TAPS];  // the same, if there are no more
-  int64_t radius;
-  const void* source;  // [B, V]
-  int source_dtype;    // float64 after the first dimension
-  int64_t source_stride;
-  void* result;           // [B, V], contiguous
-  bool result_is_double;  // before the last dimension; else float32
-  int* not_finite;        // [B], set to 1 for rows that hold something not finite
-};
-
-// Rows of float32 [rows, columns] that are marked become NaN.
-struct FillArgs {
-  int64_t rows, columns;
-  const int* marked;  // [rows]
-  float* result;
-};
-
-// gradient *= factor, of `count` entries.
-struct ScaleArgs {
-  void* gradient;
-  int dtype;
-  int64_t count;
-  Values factor;  // []
-};
-
-void jump(const JumpArgs&, Queue);
-void log_prob(const LogProbArgs&, Queue);
-void log_prob_backward(const LogProbBackwardArgs&, Queue);
-void rate_ratio(const RateRatioArgs&, Queue);
-void matching_loss(const MatchingLossArgs&, Queue);
-void gradient(const GradientArgs&, Queue);
-void adjoint_weights(const AdjointWeightsArgs&, Queue);
-void tilt_to_ess(const TiltToEssArgs&, Queue);
-void closed_form(const ClosedFormArgs&, Queue);
-void walk(const WalkArgs&, Queue);
-void fill_with_nan(const FillArgs&, Queue);
-void scale(const ScaleArgs&, Queue);
+// void jump(const JumpArgs&, Queue) and so on.
+#define OP(name, Name, does, members) void name(const Name##Args&, Queue);
+#include "ops.def"
 
 // The numerics of csrc/core as the device computes them, for the tests; arrays on the device.
 void probe_exp(const float* x, float* result, int64_t count, double scale, Queue);

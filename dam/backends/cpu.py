@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dam.backends import address
@@ -25,10 +26,9 @@ def why_unavailable() -> str | None:
     return None if _IMPORT_ERROR is None else f"the C++ extension dam._cpu does not import: {_IMPORT_ERROR}"
 
 
-def matrix(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, rows, columns, row stride and dtype of [T, V]."""
-    rows, columns = x.shape
-    return x.data_ptr(), rows, columns, x.stride(0), address.DTYPE_CODE[x.dtype]
+def shape(x: Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns and dtype of [T, V], and the number of threads."""
+    return x.shape[0], x.shape[1], address.DTYPE_CODE[x.dtype], torch.get_num_threads()
 
 
 def isa() -> str:

@@ -15,7 +15,13 @@ def _cuda_scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor in place, without waiting for the device to learn the factor."""
     kept = address.readable(factor.reshape(1))
     code = address.DTYPE_CODE[gradient.dtype]
-    cuda.kernels.scale(gradient.data_ptr(), code, gradient.numel(), address.values(kept), cuda.where(gradient))
+    cuda.kernels.scale(
+        gradient=gradient.data_ptr(),
+        dtype=code,
+        count=gradient.numel(),
+        factor=address.values(kept),
+        where=cuda.where(gradient),
+    )
     return gradient
 
 

@@ -30,19 +30,19 @@ def gradients_by_columns(
         logits = _head.logits(head.part(rows, columns), memory[0])
         base_logits = None if base is None else _head.logits(base.part(rows, columns), memory[1])
         cuda.kernels.gradient(
-            cuda.shape(logits),
-            address.matrix(logits),
-            address.matrix(base_logits),
-            columns.start,
-            address.indices(exclude),
-            address.targets(target),
-            address.values(pull),
-            shares.data_ptr(),
-            temperature,
-            target_gradient.data_ptr(),
-            address.matrix(gradient),
-            address.DTYPE_CODE[gradient.dtype],
-            cuda.where(logits),
+            shape=cuda.shape(logits),
+            logits=address.matrix(logits),
+            base=address.matrix(base_logits),
+            first_column=columns.start,
+            exclude=address.indices(exclude),
+            target=address.targets(target),
+            pull=address.values(pull),
+            shares=shares.data_ptr(),
+            scale=1.0 / temperature,
+            target_gradient=target_gradient.data_ptr(),
+            gradient=address.matrix(gradient),
+            gradient_dtype=address.DTYPE_CODE[gradient.dtype],
+            where=cuda.where(logits),
         )
         gradients.add(rows, columns, gradient)
     return gradients.finish()

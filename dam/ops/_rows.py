@@ -45,6 +45,11 @@ def allowed(logits: Tensor, exclude: Tensor | None) -> Tensor:
     return x
 
 
+def unflattened(x: Tensor, lead: torch.Size) -> Tensor:
+    """A result [T, ...] with the leading dimensions of the rows in the place of T."""
+    return x if len(lead) == 1 else x.view(*lead, *x.shape[1:])
+
+
 def unit_inner_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 

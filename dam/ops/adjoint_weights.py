@@ -121,17 +121,23 @@ def _cpu(
     results = outputs(log_ratio)
     log_ratio, cost = _rows.unit_inner_stride(log_ratio), terminal_cost.double().contiguous()
     gap = None if escape_gap is None else _rows.unit_inner_stride(escape_gap)
+    groups, size, steps = log_ratio.shape
+    weight, log_path, log_normalizer, ess, clipped = results
     bad = cpu.kernels.adjoint_weights(
-        log_ratio.data_ptr(),
-        *log_ratio.shape,
-        log_ratio.stride(0),
-        log_ratio.stride(1),
-        address.DTYPE_CODE[log_ratio.dtype],
-        *address.cube(gap),
-        cost.data_ptr(),
-        math.inf if clip is None else clip,
-        *(result.data_ptr() for result in results),
-        torch.get_num_threads(),
+        groups=groups,
+        size=size,
+        steps=steps,
+        dtype=address.DTYPE_CODE[log_ratio.dtype],
+        threads=torch.get_num_threads(),
+        log_ratio=address.cube(log_ratio),
+        escape_gap=address.cube(gap),
+        terminal_cost=cost.data_ptr(),
+        clip=math.inf if clip is None else clip,
+        weight=weight.data_ptr(),
+        log_path=log_path.data_ptr(),
+        log_normalizer=log_normalizer.data_ptr(),
+        ess=ess.data_ptr(),
+        clipped=clipped.data_ptr(),
     )
     return *results, bad
 
@@ -146,19 +152,24 @@ def _cuda(
     log_weight = log_ratio.new_empty((groups, size), dtype=torch.float64)
     cost = address.readable(terminal_cost)
     first_bad = cuda.FirstBad(log_ratio, groups * size)
+    weight, log_path, log_normalizer, ess, clipped = results
     cuda.kernels.adjoint_weights(
-        groups,
-        size,
-        steps,
-        address.DTYPE_CODE[log_ratio.dtype],
-        address.cube(log_ratio),
-        address.cube(gap),
-        address.values(cost),
-        math.inf if clip is None else clip,
-        log_weight.data_ptr(),
-        *(result.data_ptr() for result in results),
-        first_bad.lowest.data_ptr(),
-        cuda.where(log_ratio),
+        groups=groups,
+        size=size,
+        steps=steps,
+        dtype=address.DTYPE_CODE[log_ratio.dtype],
+        log_ratio=address.cube(log_ratio),
+        escape_gap=address.cube(gap),
+        terminal_cost=address.values(cost),
+        clip=math.inf if clip is None else clip,
+        log_weight=log_weight.data_ptr(),
+        weight=weight.data_ptr(),
+        log_path=log_path.data_ptr(),
+        log_normalizer=log_normalizer.data_ptr(),
+        ess=ess.data_ptr(),
+        clipped=clipped.data_ptr(),
+        first_bad=first_bad.lowest.data_ptr(),
+        where=cuda.where(log_ratio),
     )
     return *results, first_bad.read()
 

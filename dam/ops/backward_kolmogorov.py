@@ -73,9 +73,8 @@ def backward_kolmogorov(
     # Products on tensor cores: 8.5 ms where the CUDA kernels take 14.0 (benchmarks/notes.md).
     first = "triton" if kind == "lattice" and triton.why_unavailable() is None else None
     backend = choice.choose(op, _IMPLEMENTATIONS, terminal, first=first)
-    return _backward_kolmogorov(terminal, kind, tensors, sizes, duration, tol, False, backend).view(
-        *lead, generator.size
-    )
+    result = _backward_kolmogorov(terminal, kind, tensors, sizes, duration, tol, False, backend)
+    return _rows.unflattened(result, lead)
 
 
 def _pieces(generator: generators.Generator) -> tuple[str, list[Tensor], list[int]]:
@@ -417,13 +416,13 @@ def _cpu(
         return in_float64(terminal, kind, tensors, sizes, duration, tol, transpose, _cpu_filter)
     result = outputs(terminal)
     cpu.kernels.closed_form(
-        *cpu.matrix(terminal),
-        sizes[0] if kind == "absorbing" else -1,
-        math.exp(-duration),
-        -math.expm1(-duration),
-        transpose,
-        result.data_ptr(),
-        torch.get_num_threads(),
+        shape=cpu.shape(terminal),
+        terminal=address.matrix(terminal),
+        mask_token=sizes[0] if kind == "absorbing" else -1,
+        stays=math.exp(-duration),
+        moves=-math.expm1(-duration),
+        transpose=transpose,
+        result=result.data_ptr(),
     )
     return result
 
@@ -431,7 +430,19 @@ def _cpu(
 def _cpu_filter(lines: Tensor, periodic: bool, taps: list[float]) -> Tensor:
     lines = lines.contiguous()
     result = torch.empty_like(lines)
-    cpu.kernels.filter_lines(lines.data_ptr(), *lines.shape, periodic, taps, result.data_ptr(), torch.get_num_threads())
+    outer, length, inner = lines.shape
+    kept = torch.tensor(taps, dtype=torch.float64, device="cpu")
+    cpu.kernels.filter_lines(
+        outer=outer,
+        length=length,
+        inner=inner,
+        periodic=periodic,
+        taps=kept.data_ptr(),
+        radius=len(taps) - 1,
+        source=lines.data_ptr(),
+        result=result.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
     return result
 
 
@@ -476,15 +487,15 @@ def _cuda(
     result = outputs(terminal)
     totals = terminal.new_empty(cuda.kernels.summary_floats(1, rows, columns), dtype=torch.float64)
     cuda.kernels.closed_form(
-        cuda.shape(terminal),
-        address.matrix(terminal),
-        sizes[0] if kind == "absorbing" else -1,
-        math.exp(-duration),
-        -math.expm1(-duration),
-        transpose,
-        totals.data_ptr(),
-        result.data_ptr(),
-        cuda.where(terminal),
+        shape=cuda.shape(terminal),
+        terminal=address.matrix(terminal),
+        mask_token=sizes[0] if kind == "absorbing" else -1,
+        stays=math.exp(-duration),
+        moves=-math.expm1(-duration),
+        transpose=transpose,
+        totals=totals.data_ptr(),
+        result=result.data_ptr(),
+        where=cuda.where(terminal),
     )
     return result
 
@@ -508,23 +519,29 @@ def _cuda_lattice(terminal: Tensor, walks: list[tuple[int, int, bool, list[float
             last = i == len(walks) - 1
             target = result[part] if last else states[i % 2][: part.stop - start]
             cuda.kernels.walk(
-                part.stop - start,
-                columns,
-                length,
-                inner,
-                periodic,
-                0 if taps is None else taps[i].data_ptr(),
-                weights if taps is None else [],
-                len(weights) - 1,
-                address.matrix(source),
-                address.DTYPE_CODE[source.dtype],
-                target.data_ptr(),
-                not last,
-                not_finite[part].data_ptr(),
-                where,
+                rows=part.stop - start,
+                columns=columns,
+                length=length,
+                inner=inner,
+                periodic=periodic,
+                taps=0 if taps is None else taps[i].data_ptr(),
+                few_taps=weights if taps is None else [],
+                radius=len(weights) - 1,
+                source=address.matrix(source),
+                source_dtype=address.DTYPE_CODE[source.dtype],
+                result=target.data_ptr(),
+                result_is_double=not last,
+                not_finite=not_finite[part].data_ptr(),
+                where=where,
             )
             source = target
-    cuda.kernels.fill_with_nan(rows, columns, not_finite.data_ptr(), result.data_ptr(), where)
+    cuda.kernels.fill_with_nan(
+        rows=rows,
+        columns=columns,
+        marked=not_finite.data_ptr(),
+        result=result.data_ptr(),
+        where=where,
+    )
     return result
 
 

@@ -111,8 +111,9 @@ def sampling_arguments(
 
 def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int, lead: torch.Size) -> Jump:
     target, log_prob, log_escape = drawn
-    shape = lead if num_samples == 1 else (*lead, num_samples)
-    return Jump(target.view(shape), log_prob.view(shape), log_escape.view(lead))
+    if num_samples == 1:
+        target, log_prob = target.squeeze(1), log_prob.squeeze(1)
+    return Jump(*(_rows.unflattened(x, lead) for x in (target, log_prob, log_escape)))
 
 
 def raise_bad_row(op: str, row: int, logits: Tensor, exclude: Tensor | None) -> None:
@@ -202,16 +203,16 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     target, log_prob, log_escape = outputs(logits, logits.shape[0], num_samples)
     bad_row = cpu.kernels.jump(
-        *cpu.matrix(logits),
-        *address.indices(exclude),
-        *address.indices(row_ids),
-        temperature,
-        num_samples,
-        int(seed) % 2**64,
-        target.data_ptr(),
-        log_prob.data_ptr(),
-        log_escape.data_ptr(),
-        torch.get_num_threads(),
+        shape=cpu.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude),
+        row_ids=address.indices(row_ids),
+        temperature=temperature,
+        num_samples=num_samples,
+        seed=int(seed) % 2**64,
+        target=target.data_ptr(),
+        log_prob=log_prob.data_ptr(),
+        log_escape=log_escape.data_ptr(),
     )
     return target, log_prob, log_escape, bad_row if check else -1
 
@@ -228,19 +229,26 @@ def cuda_draw(
     first_row: int = 0,
 ) -> None:
     summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
+    greedy = temperature == 0.0
+    seed_address, seed_value = seed
+    target, log_prob, log_escape = out
     cuda.kernels.jump(
-        cuda.shape(logits),
-        address.matrix(logits),
-        address.indices(exclude),
-        address.indices(row_ids),
-        temperature,
-        num_samples,
-        *seed,
-        summaries.data_ptr(),
-        *(x.data_ptr() for x in out),
-        0 if first_bad is None else first_bad.lowest.data_ptr(),
-        first_row,
-        cuda.where(logits),
+        shape=cuda.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude),
+        row_ids=address.indices(row_ids),
+        scale=1.0 if greedy else 1.0 / temperature,
+        greedy=greedy,
+        samples=num_samples,
+        seed_address=seed_address,
+        seed=seed_value,
+        summaries=summaries.data_ptr(),
+        target=target.data_ptr(),
+        log_prob=log_prob.data_ptr(),
+        log_escape=log_escape.data_ptr(),
+        first_bad=0 if first_bad is None else first_bad.lowest.data_ptr(),
+        first_row=first_row,
+        where=cuda.where(logits),
     )
 
 

@@ -91,14 +91,14 @@ def _cpu(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: fl
     value, log_escape = outputs(logits, target)
     target = target.contiguous()
     cpu.kernels.log_prob(
-        *cpu.matrix(logits),
-        *address.indices(exclude),
-        temperature,
-        target.data_ptr(),
-        target.shape[1],
-        value.data_ptr(),
-        log_escape.data_ptr(),
-        torch.get_num_threads(),
+        shape=cpu.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude),
+        temperature=temperature,
+        target=target.data_ptr(),
+        targets=target.shape[1],
+        log_prob=value.data_ptr(),
+        log_escape=log_escape.data_ptr(),
     )
     return value, log_escape
 
@@ -116,15 +116,15 @@ def _cpu_backward(
     # Held by names: the kernel sees addresses only.
     target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.double().contiguous()
     cpu.kernels.log_prob_backward(
-        *cpu.matrix(logits),
-        *address.indices(exclude),
-        temperature,
-        target.data_ptr(),
-        target.shape[1],
-        upstream.data_ptr(),
-        log_escape.data_ptr(),
-        gradient.data_ptr(),
-        torch.get_num_threads(),
+        shape=cpu.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude),
+        temperature=temperature,
+        target=target.data_ptr(),
+        targets=target.shape[1],
+        upstream=upstream.data_ptr(),
+        log_escape=log_escape.data_ptr(),
+        gradient=gradient.data_ptr(),
     )
     return gradient
 
@@ -133,15 +133,15 @@ def _cuda(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: f
     value, log_escape = outputs(logits, target)
     summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
     cuda.kernels.log_prob(
-        cuda.shape(logits),
-        address.matrix(logits),
-        address.indices(exclude),
-        temperature,
-        address.targets(target),
-        summaries.data_ptr(),
-        value.data_ptr(),
-        log_escape.data_ptr(),
-        cuda.where(logits),
+        shape=cuda.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude),
+        scale=1.0 / temperature,
+        target=address.targets(target),
+        summaries=summaries.data_ptr(),
+        log_prob=value.data_ptr(),
+        log_escape=log_escape.data_ptr(),
+        where=cuda.where(logits),
     )
     return value, log_escape
 
@@ -159,17 +159,18 @@ def _cuda_backward(
     log_escape = log_escape.double().contiguous()
     target_gradient = grad.new_empty(grad.shape, dtype=torch.float32)
     cuda.kernels.log_prob_backward(
-        cuda.shape(logits),
-        address.matrix(logits),
-        address.indices(exclude),
-        temperature,
-        address.targets(target),
-        address.values(grad),
-        log_escape.data_ptr(),
-        target_gradient.data_ptr(),
-        address.matrix(gradient),
-        address.DTYPE_CODE[gradient.dtype],
-        cuda.where(logits),
+        shape=cuda.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude),
+        temperature=temperature,
+        scale=1.0 / temperature,
+        target=address.targets(target),
+        upstream=address.values(grad),
+        log_escape=log_escape.data_ptr(),
+        target_gradient=target_gradient.data_ptr(),
+        gradient=address.matrix(gradient),
+        gradient_dtype=address.DTYPE_CODE[gradient.dtype],
+        where=cuda.where(logits),
     )
     return gradient
 

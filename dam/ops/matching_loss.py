@@ -166,18 +166,20 @@ def _cpu(
         else row_scale.double().contiguous()
     )
     base_weight = None if base_weight is None else base_weight.double().contiguous()
+    row_loss = logits.new_empty((rows,), dtype=torch.float64)
     total = cpu.kernels.matching_loss(
-        *cpu.matrix(logits),
-        *address.matrix(base_logits),
-        *address.indices(exclude),
-        target.data_ptr(),
-        target.shape[1],
-        weight.data_ptr(),
-        address.of(base_weight),
-        scale.data_ptr(),
-        normalized,
-        gradient.data_ptr() if with_grad else 0,
-        torch.get_num_threads(),
+        shape=cpu.shape(logits),
+        logits=address.matrix(logits),
+        base=address.matrix(base_logits),
+        exclude=address.indices(exclude),
+        target=target.data_ptr(),
+        targets=target.shape[1],
+        weight=weight.data_ptr(),
+        base_weight=address.of(base_weight),
+        row_scale=scale.data_ptr(),
+        normalized=normalized,
+        loss=row_loss.data_ptr(),
+        gradient=gradient.data_ptr() if with_grad else 0,
     )
     # Through float64: fill_ refuses a sum beyond float32 where a conversion gives inf.
     return loss.copy_(torch.tensor(total, dtype=torch.float64)), gradient
@@ -204,20 +206,22 @@ def _cuda(
     target_logit = logits.new_empty(target.shape, dtype=torch.float32)
     row_loss = logits.new_empty((rows,), dtype=torch.float64)
     cuda.kernels.matching_loss(
-        cuda.shape(logits),
-        address.matrix(logits),
-        address.matrix(base_logits),
-        address.indices(exclude),
-        address.targets(target),
-        *(address.values(x) for x in numbers),
-        normalized,
-        summaries.data_ptr(),
-        target_logit.data_ptr(),
-        row_loss.data_ptr(),
-        address.matrix(gradient if with_grad else None),
-        address.DTYPE_CODE[gradient.dtype],
-        address.of(shares),
-        cuda.where(logits),
+        shape=cuda.shape(logits),
+        logits=address.matrix(logits),
+        base=address.matrix(base_logits),
+        exclude=address.indices(exclude),
+        target=address.targets(target),
+        weight=address.values(numbers[0]),
+        base_weight=address.values(numbers[1]),
+        row_scale=address.values(numbers[2]),
+        normalized=normalized,
+        summaries=summaries.data_ptr(),
+        target_logit=target_logit.data_ptr(),
+        loss=row_loss.data_ptr(),
+        gradient=address.matrix(gradient if with_grad else None),
+        gradient_dtype=address.DTYPE_CODE[gradient.dtype],
+        shares=address.of(shares),
+        where=cuda.where(logits),
     )
     return row_loss.sum().to(torch.float32), gradient
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
@@ -55,7 +54,7 @@ def rate_ratio(
     excluded = _checks.exclude("rate_ratio", exclude, lead, x.shape[1], x)
     backend = choice.choose("rate_ratio", _IMPLEMENTATIONS, x)
     log_ratio, escape_gap = _rate_ratio(x.detach(), base.detach(), targets, excluded, backend)
-    return RateRatio(log_ratio.view(target.shape), escape_gap.view(lead))
+    return RateRatio(log_ratio.view(target.shape), _rows.unflattened(escape_gap, lead))
 
 
 def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,14 +71,14 @@ def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | 
     log_ratio, escape_gap = outputs(logits, target)
     target = target.contiguous()
     cpu.kernels.rate_ratio(
-        *cpu.matrix(logits),
-        *address.matrix(base_logits),
-        *address.indices(exclude),
-        target.data_ptr(),
-        target.shape[1],
-        log_ratio.data_ptr(),
-        escape_gap.data_ptr(),
-        torch.get_num_threads(),
+        shape=cpu.shape(logits),
+        logits=address.matrix(logits),
+        base=address.matrix(base_logits),
+        exclude=address.indices(exclude),
+        target=target.data_ptr(),
+        targets=target.shape[1],
+        log_ratio=log_ratio.data_ptr(),
+        escape_gap=escape_gap.data_ptr(),
     )
     return log_ratio, escape_gap
 
@@ -88,15 +87,15 @@ def _cuda(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor |
     log_ratio, escape_gap = outputs(logits, target)
     summaries = cuda.summaries(logits, 2 * cuda.kernels.ROW_SUMMARIES, logits.shape[0])
     cuda.kernels.rate_ratio(
-        cuda.shape(logits),
-        address.matrix(logits),
-        address.matrix(base_logits),
-        address.indices(exclude),
-        address.targets(target),
-        summaries.data_ptr(),
-        log_ratio.data_ptr(),
-        escape_gap.data_ptr(),
-        cuda.where(logits),
+        shape=cuda.shape(logits),
+        logits=address.matrix(logits),
+        base=address.matrix(base_logits),
+        exclude=address.indices(exclude),
+        target=address.targets(target),
+        summaries=summaries.data_ptr(),
+        log_ratio=log_ratio.data_ptr(),
+        escape_gap=escape_gap.data_ptr(),
+        where=cuda.where(logits),
     )
     return log_ratio, escape_gap
 

@@ -72,8 +72,15 @@ def _torch(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
 
 def _cpu(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
     tilt, reward = outputs(reward), reward.double().contiguous()
+    groups, size = reward.shape
     bad = cpu.kernels.tilt_to_ess(
-        reward.data_ptr(), *reward.shape, ess, max_tilt, tilt.data_ptr(), torch.get_num_threads()
+        groups=groups,
+        size=size,
+        threads=torch.get_num_threads(),
+        reward=reward.data_ptr(),
+        ess=ess,
+        max_tilt=max_tilt,
+        tilt=tilt.data_ptr(),
     )
     return tilt, bad
 
@@ -81,14 +88,16 @@ def _cpu(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
 def _cuda(reward: Tensor, ess: float, max_tilt: float) -> tuple[Tensor, int]:
     tilt = outputs(reward)
     first_bad = cuda.FirstBad(reward, reward.numel())
+    groups, size = reward.shape
     cuda.kernels.tilt_to_ess(
-        *reward.shape,
-        address.values(reward),
-        ess,
-        max_tilt,
-        tilt.data_ptr(),
-        first_bad.lowest.data_ptr(),
-        cuda.where(reward),
+        groups=groups,
+        size=size,
+        reward=address.values(reward),
+        ess=ess,
+        max_tilt=max_tilt,
+        tilt=tilt.data_ptr(),
+        first_bad=first_bad.lowest.data_ptr(),
+        where=cuda.where(reward),
     )
     return tilt, first_bad.read()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dam
-from dam.backends import choice, cuda
+from dam.backends import address, choice, cuda
 from dam.ops import _formed_gradient, _head
 from dam.ops import jump as jump_op
 from dam.ops import log_prob as log_prob_op
@@ -357,10 +357,18 @@ def test_calls_run_on_the_current_stream():
 def test_a_launch_that_fails_says_so():
     """A device that does not exist, and a stream of none."""
     x, index = torch.zeros(2, 10), torch.zeros(2, 1, dtype=torch.int64)
-    arguments = ((2, 10, 0), (x.data_ptr(), 10), (0, 0), 1.0, (index.data_ptr(), 1, 1, 1))
-    out = [torch.empty(64).data_ptr() for _ in range(3)]
+    names = ("summaries", "log_prob", "log_escape")
+    out = {name: torch.empty(64) for name in names}
     with pytest.raises(RuntimeError, match="dam: choosing the device"):
-        cuda.kernels.log_prob(*arguments, *out, (63, 0))
+        cuda.kernels.log_prob(
+            shape=cuda.shape(x),
+            logits=address.matrix(x),
+            exclude=address.indices(None),
+            scale=1.0,
+            target=address.targets(index),
+            where=(63, 0),
+            **{name: array.data_ptr() for name, array in out.items()},
+        )
     assert_close(dam.log_prob(x, index), torch.full((2, 1), -math.log(10)), rtol=2.0**-20)
 
 

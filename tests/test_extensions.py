@@ -1,0 +1,71 @@
+"""How the extensions are called: an op takes exactly the named arguments that its entry in ops.def lists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dam.backends import address, choice, cpu, cuda
+
+CSRC = Path(__file__).parent.parent / "csrc"
+OPS = {
+    side: re.findall(r"^OP\((\w+),", (CSRC / side / "ops.def").read_text(), re.MULTILINE) for side in ("cpu", "cuda")
+}
+
+
+def rate_ratio(backend):
+    """The arguments of a small call."""
+    x, target = torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64)
+    results = torch.empty(2, 1), torch.empty(2)
+    arguments = {
+        "shape": backend.shape(x),
+        "logits": address.matrix(x),
+        "base": address.matrix(x),
+        "exclude": address.indices(None),
+        "log_ratio": results[0].data_ptr(),
+        "escape_gap": results[1].data_ptr(),
+    }
+    if backend is cpu:
+        arguments |= {"target": target.data_ptr(), "targets": 1}
+    else:
+        summaries = cuda.summaries(x, 2 * cuda.kernels.ROW_SUMMARIES, 2)
+        arguments |= {"target": address.targets(target), "summaries": summaries.data_ptr(), "where": cuda.where(x)}
+        results = (*results, summaries)
+    return arguments, (x, target, *results)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def extension(request):
+    if (reason := choice.why_unavailable(request.param)) is not None:
+        pytest.skip(reason)
+    with torch.device(choice.DEVICE_TYPE[request.param]):
+        yield {"cpu": cpu, "cuda": cuda}[request.param]
+
+
+def test_every_entry_is_a_function(extension):
+    table = CSRC / ("cpu" if extension is cpu else "cuda") / "ops.def"
+    names = re.findall(r"^OP\((\w+),", table.read_text(), re.MULTILINE)
+    assert {"jump", "rate_ratio", "adjoint_weights"} <= set(names)
+    assert all(callable(getattr(extension.kernels, name)) for name in names)
+
+
+def test_a_missing_or_unknown_argument_is_named(extension):
+    arguments, _held = rate_ratio(extension)
+    extension.kernels.rate_ratio(**arguments)
+    for name in arguments:
+        rest = {key: value for key, value in arguments.items() if key != name}
+        with pytest.raises(TypeError, match=rf"^rate_ratio\(\) is missing the argument {name}$"):
+            extension.kernels.rate_ratio(**rest)
+    with pytest.raises(TypeError, match=r"^rate_ratio\(\) has no argument temperature$"):
+        extension.kernels.rate_ratio(**arguments, temperature=1.0)
+    with pytest.raises(TypeError):
+        extension.kernels.rate_ratio(*arguments.values())
+
+
+def test_an_argument_of_another_kind_is_refused(extension):
+    arguments, _held = rate_ratio(extension)
+    with pytest.raises(TypeError, match="must be a tuple of 2 integers"):
+        extension.kernels.rate_ratio(**{**arguments, "logits": arguments["escape_gap"]})
+    with pytest.raises(TypeError):
+        extension.kernels.rate_ratio(**{**arguments, "escape_gap": 0.5})
