@@ -47,7 +47,7 @@ def allowed(logits: Tensor, exclude: Tensor | None) -> Tensor:
 
 def unflattened(x: Tensor, lead: torch.Size) -> Tensor:
     """A result [T, ...] with the leading dimensions of the rows in the place of T."""
-    return x if len(lead) == 1 else x.view(*lead, *x.shape[1:])
+    return x if len(lead) == 1 else x.view((*lead, *x.shape[1:]))
 
 
 def unit_inner_stride(x: Tensor) -> Tensor:
