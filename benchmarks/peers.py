@@ -46,6 +46,11 @@ def log_prob(logits: Tensor, target: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1).gather(1, target)
 
 
+def entropy(logits: Tensor) -> Tensor:
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
 def rate_ratio(logits: Tensor, base_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     x, base = logits.float(), base_logits.float()
     log_ratio = base.gather(1, target) - x.gather(1, target)

@@ -8,11 +8,12 @@ from dam.backends.choice import backend
 from dam.ops._head import LoRA
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.backward_kolmogorov import backward_kolmogorov
+from dam.ops.entropy import entropy
 from dam.ops.jump import Jump, jump
 from dam.ops.linear_jump import linear_jump
 from dam.ops.linear_log_prob import linear_log_prob
 from dam.ops.linear_matching_loss import linear_matching_loss
-from dam.ops.log_prob import log_prob
+from dam.ops.log_prob import LogProb, log_prob
 from dam.ops.matching_loss import matching_loss
 from dam.ops.rate_ratio import RateRatio, rate_ratio
 from dam.ops.tilt_to_ess import tilt_to_ess
@@ -37,10 +38,12 @@ __all__ = [
     "AdjointWeights",
     "Jump",
     "LoRA",
+    "LogProb",
     "RateRatio",
     "adjoint_weights",
     "backend",
     "backward_kolmogorov",
+    "entropy",
     "generators",
     "jump",
     "linear_jump",

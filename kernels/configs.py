@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 # The ops by what they work on: rows of logits, hidden states and a head, or states and trajectories. Whatever else goes
 # through all of one kind takes it from here.
-ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss")
+ROW_OPS = ("jump", "log_prob", "rate_ratio", "matching_loss", "entropy")
 LINEAR_OPS = ("linear_jump", "linear_log_prob", "linear_matching_loss")
 STATE_OPS = ("adjoint_weights", "backward_kolmogorov", "tilt_to_ess")
 OPS = (*ROW_OPS, *LINEAR_OPS, *STATE_OPS)

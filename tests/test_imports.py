@@ -38,6 +38,7 @@ WITHIN = {
         **dict.fromkeys(("_checks", "_op", "_philox", "_rows"), 0),
         **dict.fromkeys(("_formed_gradient", "_head"), 1),
         "_linear": 2,
+        "entropy": 2,
         "linear_*": 4,
         "*": 3,
     },

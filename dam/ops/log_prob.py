@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, overload
+
 import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
 from dam.ops import _checks, _op, _rows
+from dam.ops import entropy as _entropy
 
 
+class LogProb(NamedTuple):
+    """Log-probabilities of targets, and the entropy of the distribution that they are of."""
+
+    log_prob: Tensor  # like target
+    entropy: Tensor  # [...], in nats
+
+
+@overload
+def log_prob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    exclude: int | Tensor = -1,
+    temperature: float = 1.0,
+    entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def log_prob(
+    logits: Tensor, target: Tensor, *, exclude: int | Tensor = -1, temperature: float = 1.0, entropy: Literal[True]
+) -> LogProb: ...
 def log_prob(
     logits: Tensor,  # [..., V]
     target: Tensor,  # [...] or [..., J]
     *,
     exclude: int | Tensor = -1,
     temperature: float = 1.0,
-) -> Tensor:
+    entropy: bool = False,
+) -> Tensor | LogProb:
     """Log-probability of the destinations `target` of the next jump, as `jump` draws them.
 
         log_prob[t, j] = logits[t, target[t, j]] / temperature - logsumexp_v(logits[t, v] / temperature)
@@ -28,9 +52,10 @@ def log_prob(
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out. An excluded
             target has log-probability -inf.
         temperature: divides the logits; > 0.
+        entropy: also give the entropy of each row's distribution, as `dam.entropy`, by the same read of the logits.
 
     Returns:
-        float32 like target (float64 for float64 logits). NaN logits give NaN.
+        float32 like target (float64 for float64 logits), or LogProb(log_prob, entropy). NaN logits give NaN.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -41,6 +66,10 @@ def log_prob(
     targets = _checks.target("log_prob", target, lead, logits)
     excluded = _checks.exclude("log_prob", exclude, lead, logits.shape[1], logits)
     temperature = _checks.temperature("log_prob", temperature, zero=False)
+    _checks.boolean("log_prob", "entropy", entropy)
+    if entropy:
+        value, of_rows = _entropy.with_targets("log_prob", logits, targets, excluded, temperature)
+        return LogProb(value.view(target.shape), _rows.unflattened(of_rows, lead))
     backend = choice.choose("log_prob", _IMPLEMENTATIONS, logits)
     value, _ = _log_prob(logits, targets, excluded, temperature, backend)
     return value.view(target.shape)

@@ -36,6 +36,12 @@ def log_prob(lead, of, logits):
     return one, dam.log_prob(logits, of(integers(-1, V, *lead, J, seed=5)))
 
 
+def entropy(lead, of, logits):
+    target = of(integers(-1, V, *lead, J, seed=5))
+    alone = dam.entropy(logits, exclude=of(integers(-1, V, *lead, seed=2)))
+    return alone, *(dam.log_prob(logits, target, entropy=True)[i] for i in range(2))  # each with a graph of its own
+
+
 def rate_ratio(lead, of, logits):
     base = of(rows_of(lead, 6))
     target = of(integers(-1, V, *lead, J, seed=5))
@@ -73,7 +79,7 @@ def backward_kolmogorov(lead, of, terminal):
     return (dam.backward_kolmogorov(dam.generators.Uniform(V), terminal, 0.3),)
 
 
-ROWS = [jump, one_jump, log_prob, rate_ratio, matching_loss, backward_kolmogorov]
+ROWS = [jump, one_jump, log_prob, entropy, rate_ratio, matching_loss, backward_kolmogorov]
 LINEAR = [linear_jump, linear_log_prob, linear_matching_loss]
 
 
