@@ -14,7 +14,8 @@ from dam.ops import _formed_gradient, _head
 from dam.ops import jump as jump_op
 from dam.ops import log_prob as log_prob_op
 from dam.ops import matching_loss as matching_loss_op
-from tests.ops.helpers import assert_close, far, integers, normal
+from tests import calls
+from tests.ops.helpers import assert_close, far, integers, normal, same
 
 if choice.why_unavailable("cuda") is not None:
     pytest.skip(choice.why_unavailable("cuda"), allow_module_level=True)
@@ -43,79 +44,46 @@ def on_cuda():
         cuda.kernels.pretend()
 
 
-def same(a, b):
-    """Bit for bit, NaN included."""
-    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
-
-
-def everything(logits, base, seed=0):
-    """Results of every op over rows, gradients among them."""
-    rows, columns = logits.shape
-    target, weight = integers(-1, columns, rows, 3, seed=seed), normal(rows, 3, seed=seed + 1)
-    target[:, 1] = target[:, 0]  # repeated
-    exclude = integers(-1, columns, rows, seed=seed + 2)
-    leaf = logits.detach().requires_grad_()
-    with_base = dam.matching_loss(leaf, target, weight, base_logits=base, base_weight=weight[:, 0], exclude=exclude)
-    alone = dam.matching_loss(leaf, target, weight, normalized=False)
-    value = dam.log_prob(leaf, target, exclude=exclude, temperature=0.7)
-    gradients = [torch.autograd.grad(x, leaf)[0] for x in (with_base, alone, value.clamp(min=-99.0).sum())]
-    return (
-        *dam.jump(logits, exclude=exclude, temperature=0.8, num_samples=3, seed=seed),
-        *dam.jump(logits, num_samples=9, seed=seed),
-        *dam.jump(logits, temperature=0, num_samples=2, seed=seed),
-        *dam.rate_ratio(logits, base, target, exclude=exclude),
-        with_base.detach(),
-        alone.detach(),
-        value.detach(),
-        *gradients,
-        dam.backward_kolmogorov(dam.generators.Uniform(columns), logits.clamp(-9, 9), 0.5),
-        dam.backward_kolmogorov(dam.generators.Absorbing(columns, columns // 2), logits.clamp(-9, 9), 0.5),
-    )
-
-
 @emulated
+@calls.each("rows", "states")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_results_do_not_depend_on_the_chip(dtype):
+def test_results_do_not_depend_on_the_chip(dtype, call):
     """Sums over tiles are in the order of threads of a block, which is the same for all of its kinds but not for a warp
     of its own: hence no comparison with those, whose rows are short."""
-    logits, base = normal(6, 40 * 1024 + 77, seed=1, scale=3.0, dtype=dtype), normal(6, 40 * 1024 + 77, seed=2)
-    logits[2, 1024:4096] = -INF
+    x, other = normal(6, 40 * 1024 + 77, seed=1, scale=3.0, dtype=dtype), normal(6, 40 * 1024 + 77, seed=2)
+    if call.family == "rows":
+        x[2, 1024:4096] = -INF
     results = []
     for chip in CHIPS:
         cuda.kernels.pretend(**chip)
-        results.append(everything(logits, base.to(dtype)))
-    assert all(same(result, results[0]) for result in results[1:])
+        results.append(call(x, other.to(dtype)))
+    assert all(calls.same(result, results[0]) for result in results[1:])
 
 
 @emulated
+@calls.each("rows", "states")
 @pytest.mark.parametrize("chip", [CHIPS[1], CHIPS[3], {"multiprocessors": 1}])
-def test_results_do_not_depend_on_the_order_of_threads(chip):
+def test_results_do_not_depend_on_the_order_of_threads(chip, call):
     """What one thread writes and another reads lies on two sides of a barrier."""
-    results = []
-    for order in (0, 1, 2, 3):
-        cuda.kernels.pretend(**chip, order=order)
-        results.append([])
-        for rows, columns in ((40, 700), (3, 20_000), (40, 3000)):
-            results[-1] += everything(normal(rows, columns, seed=3), normal(rows, columns, seed=4))
-        log_ratio, cost = normal(5, 70, 33, seed=5), normal(5, 70, seed=6)
-        results[-1] += dam.adjoint_weights(log_ratio, cost, clip=0.5)
-        results[-1] += [dam.tilt_to_ess(normal(3, 300, seed=7), 30.0, max_tilt=9.0)]
-        lattice = dam.generators.Lattice((20, 35), (True, False))
-        results[-1] += [dam.backward_kolmogorov(lattice, normal(3, 700, seed=8), 2.0)]
-    assert all(same(result, results[0]) for result in results[1:])
+    for rows, columns in ((40, 700), (3, 20_000), (40, 3000)):
+        inputs = call.inputs(rows, columns, seed=3)
+        results = []
+        for order in (0, 1, 2, 3):
+            cuda.kernels.pretend(**chip, order=order)
+            results.append(call(*inputs))
+        assert all(calls.same(result, results[0]) for result in results[1:])
 
 
+@calls.each("rows", "states")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [2048, 5000, 12_289])
-def test_results_do_not_depend_on_alignment(dtype, columns):
+def test_results_do_not_depend_on_alignment(dtype, columns, call):
     """Whole loads of 16 bytes where rows are aligned, single ones elsewhere: the same numbers in the same lanes."""
-    logits, base = normal(4, columns, seed=9, dtype=dtype), normal(4, columns, seed=10, dtype=dtype)
-    expected = everything(logits, base)
+    inputs = call.inputs(2, columns, dtype=dtype, seed=9)
+    expected = call(*inputs)
     for shift in (1, 8):
-        moved, moved_base = (
-            torch.zeros(4, columns + 9, dtype=dtype)[:, shift : shift + columns].copy_(x) for x in (logits, base)
-        )
-        assert same(everything(moved, moved_base), expected)
+        moved = [torch.zeros(2, columns + 9, dtype=dtype)[:, shift : shift + columns].copy_(x) for x in inputs]
+        assert calls.same(call(*moved), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 600])
@@ -276,15 +244,14 @@ def test_numbers_of_a_row_in_eight_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offsets_beyond_2_31_elements(dtype):
+def test_gradients_beyond_2_31_elements(dtype):
+    """tests/ops/test_large.py has such inputs; here what is written lies as far apart."""
     logits, base, out = far(4, 2000, dtype), far(4, 2000, dtype), far(4, 2000, dtype)
     logits.copy_(normal(4, 2000, seed=30))
     base.copy_(normal(4, 2000, seed=31))
     near, near_base = logits.contiguous(), base.contiguous()
     target, grad = integers(-1, 2000, 4, 2, seed=32), normal(4, 2, seed=33)
     _, log_escape = log_prob_op._cuda(near, target, None, 1.0)
-    assert same(dam.jump(logits, seed=1), dam.jump(near, seed=1))
-    assert same(dam.rate_ratio(logits, base, target), dam.rate_ratio(near, near_base, target))
     assert same(log_prob_op._cuda(logits, target, None, 1.0), log_prob_op._cuda(near, target, None, 1.0))
     expected = log_prob_op._cuda_backward(grad, near, target, log_escape, None, 1.0)
     assert torch.equal(log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0, out), expected)

@@ -7,7 +7,8 @@ import torch
 
 import dam
 from dam.backends import choice
-from tests.ops.helpers import assert_close, far, integers, normal
+from tests import calls
+from tests.ops.helpers import assert_close, far, integers, normal, same
 
 if choice.why_unavailable("triton") is not None:
     pytest.skip(choice.why_unavailable("triton"), allow_module_level=True)
@@ -35,36 +36,18 @@ def tiled(values):
     return configs.override("rows", **values)
 
 
-def same(a, b):
-    """Bit for bit, NaN included."""
-    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
-
-
+@calls.each("rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_draws_do_not_depend_on_tiling(dtype):
-    logits = normal(6, 9 * 1024 + 77, seed=1, scale=3.0, dtype=dtype)
-    logits[2, 1024:4096] = -INF
-    exclude = integers(-1, logits.shape[1], 6, seed=2)
+def test_results_do_not_depend_on_tiling(dtype, call):
+    """Sums are of tiles, draws are of tiles and of tokens in one, and gradients are written tile by tile."""
+    logits, base = call.inputs(2, 4 * 1024 + 77, dtype=dtype, seed=1)
+    logits *= 3.0
+    logits[1, 1024:3072] = -INF
     results = []
     for values in TILINGS:
         with tiled(values):
-            results.append(dam.jump(logits, exclude=exclude, temperature=0.8, num_samples=3, seed=4))
-    assert all(same(result, results[0]) for result in results[1:])
-
-
-def test_other_ops_do_not_depend_on_tiling():
-    """Their sums are of tiles too; the gradient is written tile by tile."""
-    logits, base = normal(5, 6000, seed=5, scale=2.0), normal(5, 6000, seed=6)
-    target, weight = integers(-1, 6000, 5, 3, seed=7), normal(5, 3, seed=8)
-    results = []
-    for values in TILINGS:
-        with tiled(values):
-            leaf = logits.clone().requires_grad_()
-            loss = dam.matching_loss(leaf, target, weight, base_logits=base, base_weight=weight[:, 0], exclude=9)
-            value = dam.log_prob(leaf, target, temperature=0.7)
-            (gradient,) = torch.autograd.grad(loss + value.clamp(min=-99).sum(), leaf)
-            results.append((loss.detach(), value.detach(), gradient, *dam.rate_ratio(logits, base, target)))
-    assert all(same(result, results[0]) for result in results[1:])
+            results.append(call(logits, base))
+    assert all(calls.same(result, results[0]) for result in results[1:])
 
 
 def test_a_gradient_may_take_the_place_of_the_logits():
@@ -83,21 +66,21 @@ def test_a_gradient_may_take_the_place_of_the_logits():
             assert same(matching_loss.matching_loss(x, *arguments, x), expected)
 
 
+@calls.each("linear")
 @pytest.mark.parametrize("form", ["fused", "chunked"])
-def test_linear_draws_do_not_depend_on_tiling(form):
+def test_linear_ops_do_not_depend_on_tiling(form, call):
     """Rounding of the matmul may differ; few logits are near enough for it to matter (see test_linear_jump.py)."""
-    hidden, weight, bias = normal(20, 40, seed=10), normal(5000, 40, seed=11), normal(5000, seed=12)
-    exclude = integers(-1, 5000, 20, seed=13)
+    inputs = call.inputs(20, 1100, seed=10)
     with dam.backend("torch"):
-        expected = dam.linear_jump(hidden, weight, bias=bias, exclude=exclude, num_samples=2, seed=14)
+        expected = call(*inputs)
     for values in (
         {"block_rows": 16, "block_columns": 64, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
         {"block_rows": 32, "block_columns": 256, "block_depth": 32, "group": 3, "merge_rows": 4, "chunk_mb": 2},
     ):
-        with configs.override("linear", form=form, **values):
-            out = dam.linear_jump(hidden, weight, bias=bias, exclude=exclude, num_samples=2, seed=14)
-        assert torch.equal(out.target, expected.target)
-        assert_close(out.log_prob, expected.log_prob, rtol=2.0**-18, atol=2.0**-18)
+        with configs.override("linear", form=form, frozen_form=form, trained_form=form, **values):
+            out = call(*inputs)
+        # Sums of 40 float32 products and of 1100 exponentials, in other orders.
+        calls.assert_close(out, expected, call.terms(*inputs), rtol=2.0**-18, atol=2.0**-18)
 
 
 def test_chunks_of_columns_draw_as_one():
@@ -118,50 +101,30 @@ def test_chunks_of_columns_draw_as_one():
     assert_close(value, expected.log_prob[:, :2], rtol=2.0**-18, atol=2.0**-18)
 
 
-def test_blocks_of_trajectories_and_states_change_nothing():
+@calls.each("states")
+def test_blocks_of_trajectories_and_states_change_nothing(call):
     """Sums that are carried from block to block, and rows that programs share."""
-    log_ratio, gap, cost = normal(5, 11, 37, seed=48), normal(5, 11, 37, seed=49), normal(5, 11, seed=50)
-    terminal = normal(3, 700, seed=51).exp()
-    lattice = dam.generators.Lattice((20, 35), (True, False))
-
-    def everything():
-        return (
-            *dam.adjoint_weights(log_ratio, cost, escape_gap=gap, clip=0.5),
-            dam.tilt_to_ess(cost, 4.0, max_tilt=3.0),
-            dam.backward_kolmogorov(dam.generators.Uniform(700), terminal, 0.7),
-            dam.backward_kolmogorov(dam.generators.Absorbing(700, 300), terminal, 0.7),
-            dam.backward_kolmogorov(lattice, terminal, 2.0),
-        )
-
-    whole = everything()
+    inputs = call.inputs(3, 700, seed=48)
+    whole = call(*inputs)
     with (
         configs.override("adjoint_weights", elements=16, steps=8, weights=4),
-        configs.override("tilt_to_ess", elements=4),
+        configs.override("tilt_to_ess", elements=128),
         configs.override("backward_kolmogorov", elements=128, programs=9, cache_mb=0, points=16, lines=16, depth=16),
     ):
-        for a, b in zip(everything(), whole, strict=True):
-            # float64 inside, rounded once; tilts are where the ESS crosses a threshold.
-            assert_close(a, b, rtol=2.0**-23, atol=1e-12)
+        # float64 inside, rounded once; tilts are where the ESS crosses a threshold.
+        calls.assert_close(call(*inputs), whole, call.terms(*inputs), rtol=2.0**-23, atol=1e-12)
 
 
+@calls.each("rows", "linear")
 @pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H100", "AMD Instinct MI300X"])
-def test_the_sizes_shipped_for_gpus_compute_the_same(gpu):
+def test_the_sizes_shipped_for_gpus_compute_the_same(gpu, call):
     """In the interpreter too, where they are slow: on few rows."""
-    logits, target = normal(2, 9000, seed=20, dtype=torch.bfloat16), integers(0, 9000, 2, 1, seed=21)
-    hidden, weight = normal(20, 40, seed=22), normal(2000, 40, seed=23)
-
-    def everything():
-        leaf = hidden.clone().requires_grad_()
-        loss = dam.linear_matching_loss(leaf, weight, torch.full((20, 1), 7), torch.ones(20, 1))
-        loss.backward()
-        drawn = dam.linear_jump(hidden, weight, seed=3)
-        return *dam.jump(logits, seed=2), dam.log_prob(logits, target), loss.detach(), leaf.grad, *drawn
-
-    expected = everything()
+    rows = call.family == "rows"
+    inputs = call.inputs(2, 2500, seed=20, dtype=torch.bfloat16) if rows else call.inputs(20, 700, seed=22)
+    expected = call(*inputs)
     with configs.as_if_on(gpu):
-        for a, b in zip(everything(), expected, strict=True):
-            # Sums of 40 float32 products in other orders, and their exponentials.
-            assert_close(a, b, rtol=2.0**-17, atol=2.0**-17 * float(b.double().abs().max()))
+        # Sums of 40 float32 products in other orders, and their exponentials.
+        calls.assert_close(call(*inputs), expected, call.terms(*inputs), rtol=2.0**-17, of_largest=2.0**-17)
 
 
 # ---- offsets beyond 2^31 without the memory, and tiles of -inf

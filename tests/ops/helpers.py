@@ -56,6 +56,11 @@ def rounding(dtype):
     return torch.finfo(dtype).eps / 2
 
 
+def same(a, b):
+    """Whether tensors are equal bit for bit, NaN included."""
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a, b, strict=True))
+
+
 def assert_close(actual, expected, *, rtol, atol=0.0):
     """Compares in float64; infinities must match, NaN fails."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
