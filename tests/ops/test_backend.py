@@ -1,5 +1,6 @@
 """Which backend runs, and what asking for one that cannot run says."""
 
+import functools
 import importlib
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 
 import dam
 from dam.backends import choice, cpu, cuda, triton
+from tests import calls
 
 UNAVAILABLE = [name for name in choice.BACKENDS if choice.why_unavailable(name) is not None]
 
@@ -147,46 +149,60 @@ def test_unknown_and_unavailable_backends(monkeypatch):
             pass
 
 
-def test_cpu_refuses_what_it_cannot_run():
-    x = torch.zeros(2, 3, dtype=torch.float64)
-    index = torch.zeros(2, dtype=torch.int64)
-    with dam.backend("cpu"):
-        for name, call in {
-            "jump": lambda: dam.jump(x),
-            "log_prob": lambda: dam.log_prob(x, index),
-            "matching_loss": lambda: dam.matching_loss(x, index[:, None], x[:, :1]),
-            "rate_ratio": lambda: dam.rate_ratio(x, x, index),
-            "adjoint_weights": lambda: dam.adjoint_weights(x[:, :, None], x),
-            "backward_kolmogorov": lambda: dam.backward_kolmogorov(dam.generators.Uniform(3), x, 1.0),
-            "linear_jump": lambda: dam.linear_jump(x, x),
-            "linear_log_prob": lambda: dam.linear_log_prob(x, x, index),
-            "linear_matching_loss": lambda: dam.linear_matching_loss(x, x, index[:, None], x[:, :1]),
-        }.items():
-            with pytest.raises(RuntimeError, match=f"^{name}: backend 'cpu' cannot run this call: .*float64"):
-                call()
-        with pytest.raises(RuntimeError, match="it runs on CPU tensors; got a tensor on meta"):
-            dam.jump(torch.zeros(2, 3, device="meta"))
-
-
-def test_ops_without_an_implementation_refuse(monkeypatch):
-    """As every op does on a backend that has some of them only."""
-    module = importlib.import_module("dam.ops.rate_ratio")
-    monkeypatch.delitem(module._IMPLEMENTATIONS, "cpu")
-    x, index = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    dam.rate_ratio(x, x, index)
-    message = r"rate_ratio has no cpu implementation yet \(it has: torch, triton, cuda\)"
-    with dam.backend("cpu"), pytest.raises(RuntimeError, match=message):
-        dam.rate_ratio(x, x, index)
-
-
-def test_every_op_runs_on_what_was_asked_for(monkeypatch):
-    """The implementation that is called is the requested one."""
-    from dam.ops import jump
-
-    monkeypatch.setitem(jump._IMPLEMENTATIONS, "cpu", lambda *args: pytest.fail("the cpu backend ran"))
+@calls.each()
+def test_cpu_refuses_what_it_cannot_run(call):
+    inputs = call.inputs(2, 60, dtype=torch.float64)
     with dam.backend("torch"):
-        dam.jump(torch.zeros(2, 3), seed=1)
-        dam.linear_jump(torch.zeros(2, 3), torch.zeros(4, 3), seed=1)
+        expected = call(*inputs)
+    with dam.backend("cpu"):
+        if call.float64:
+            # Exponentials of float64, and what a bisection leaves of them.
+            calls.assert_close(call(*inputs), expected, call.terms(*inputs), rtol=1e-9)
+            return
+        with pytest.raises(RuntimeError, match=f"^{call.name}: backend 'cpu' cannot run this call: .*float64"):
+            call(*inputs)
+
+
+def test_cpu_refuses_tensors_of_another_device():
+    message = "it runs on CPU tensors; got a tensor on meta"
+    with dam.backend("cpu"), pytest.raises(RuntimeError, match=message):
+        dam.jump(torch.zeros(2, 3, device="meta"))
+
+
+def implementations(call):
+    return importlib.import_module(f"dam.ops.{call.name}")._IMPLEMENTATIONS
+
+
+@calls.each()
+def test_ops_without_an_implementation_refuse(monkeypatch, call):
+    """As every op does on a backend that has some of them only."""
+    monkeypatch.delitem(implementations(call), "cpu")
+    inputs = call.inputs(2, 60)
+    call(*inputs)
+    message = rf"{call.name} has no cpu implementation yet \(it has: torch, triton, cuda\)"
+    with dam.backend("cpu"), pytest.raises(RuntimeError, match=message):
+        call(*inputs)
+
+
+@calls.each()
+def test_every_op_runs_on_what_was_asked_for(backend, monkeypatch, call):
+    """The implementation that is called is the requested one, and so are those it calls of other ops."""
+    ran = []
+
+    def recorded(implementation, *arguments):
+        ran.append(implementation)
+        return implementation(*arguments)
+
+    def refused(name, other, *arguments):
+        pytest.fail(f"{name} ran on {other}")
+
+    for every in calls.CALLS:
+        for name in implementations(every).keys() - {backend}:
+            monkeypatch.setitem(implementations(every), name, functools.partial(refused, every.name, name))
+    own = implementations(call)[backend]
+    monkeypatch.setitem(implementations(call), backend, functools.partial(recorded, own))
+    call(*call.inputs(2, 60))
+    assert own in ran
 
 
 def test_environment_variable():

@@ -9,6 +9,7 @@ from torch.profiler import profile
 
 import dam
 from dam.ops import _op
+from tests import calls as examples
 
 
 @_op.op("test_square")
@@ -95,6 +96,22 @@ def test_modes_see_the_op():
     with profile() as profiled:
         dam.log_prob(x, torch.zeros(4, dtype=torch.int64)).sum().backward()
     assert {"dam::log_prob", "dam::log_prob_backward"} <= {event.key for event in profiled.key_averages()}
+
+
+@examples.each()
+def test_every_op_is_seen_under_its_name(call):
+    with profile() as profiled:
+        call(*call.inputs(3, 60))
+    assert f"dam::{call.name}" in {event.key for event in profiled.key_averages()}
+
+
+@examples.each()
+def test_every_op_without_its_numbers_has_the_same_shapes(call):
+    """What compilers know of its results: dtypes too."""
+    expected = {name: (x.shape, x.stride(), x.dtype) for name, x in call(*call.inputs(3, 60)).items()}
+    with FakeTensorMode():
+        found = {name: (x.shape, x.stride(), x.dtype) for name, x in call(*call.inputs(3, 60)).items()}
+    assert found == expected
 
 
 def test_a_gradient_from_outside_vmap():
