@@ -1,6 +1,7 @@
 """Calls of the kernels' host functions whose launches cover what users need: dtypes, shapes, options.
 
-Made on CPU tensors while launches are recorded, so nothing runs and only what is allocated costs.
+Made on CPU tensors while launches are recorded, so nothing runs and only what is allocated costs. Sizes and strides of
+1, which Triton compiles in as constants, are among them.
 """
 
 import torch
@@ -27,6 +28,7 @@ SEED = torch.tensor(1)
 DTYPES = (torch.bfloat16, torch.float32)
 LLADA, WIDTH = 126_464, 4096
 WORKSPACE = 256 * 2**20
+ONE, INDEX = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
 
 
 def rows_of(count, columns, dtype):
@@ -47,6 +49,7 @@ def jumps():
         jump.jump(x, exclude, 1.0, 16, SEED, ids, True)
     jump.jump(rows_of(1024, LLADA, torch.float16), exclude, 0.0, 1, SEED, None, True)
     jump.jump(rows_of(1024, 20, torch.float32), None, 1.0, 1, SEED, None, True)
+    jump.jump(ONE, INDEX[0], 1.0, 1, SEED, INDEX[0], True)
 
 
 def log_probs():
@@ -56,6 +59,8 @@ def log_probs():
             _, log_escape = log_prob.log_prob(x, target, exclude, temperature)
             log_prob.log_prob_backward(torch.empty(count, 1), x, target, log_escape, exclude, temperature)
     log_prob.log_prob(rows_of(1024, LLADA, torch.bfloat16), indices(1024, 16), None, 1.0)
+    _, log_escape = log_prob.log_prob(ONE, INDEX, INDEX[0], 1.0)
+    log_prob.log_prob_backward(ONE, ONE, INDEX, log_escape, INDEX[0], 2.0)
 
 
 def rate_ratios():
@@ -63,6 +68,7 @@ def rate_ratios():
         for count in (1, 1024):
             x = rows_of(count, LLADA, dtype)
             rate_ratio.rate_ratio(x, x, indices(count, 1), indices(count))
+    rate_ratio.rate_ratio(ONE, ONE, INDEX, None)
 
 
 def matching_losses():
@@ -73,6 +79,7 @@ def matching_losses():
             matching_loss.matching_loss(x, target, weight, None, None, None, None, normalized, True)
             matching_loss.matching_loss(x, target, weight, x, scale, scale, indices(count), normalized, True)
             matching_loss.matching_loss(x, target, weight, x, scale, scale, None, normalized, False)
+    matching_loss.matching_loss(ONE, INDEX, ONE, ONE, ONE[0], None, INDEX[0], True, True)
 
 
 def heads(rows, dtype, low=None):
@@ -80,6 +87,9 @@ def heads(rows, dtype, low=None):
     tensors = (rows_of(rows, WIDTH, dtype), rows_of(LLADA, WIDTH, dtype), torch.empty(LLADA, dtype=dtype))
     low_tensors = () if low is None else (rows_of(rows, low, dtype), rows_of(LLADA, low, dtype))
     return Projection(*tensors, *low_tensors)
+
+
+ONES_OF_A_HEAD = Projection(ONE, ONE, ONE[0], ONE, ONE)
 
 
 def nothing(rows, columns, out):
@@ -96,6 +106,9 @@ def linear_jumps():
                     linear_jump.linear_jump(heads(rows, dtype), *arguments, library=nothing, workspace=WORKSPACE)
             arguments = (indices(64), 0.7, 4, SEED, torch.arange(64), True)
             linear_jump.linear_jump(heads(64, torch.bfloat16, 128), *arguments, library=nothing, workspace=WORKSPACE)
+    with configs.override("linear_jump", form="fused"):
+        arguments = (None, 1.0, 1, SEED, None, True)
+        linear_jump.linear_jump(ONES_OF_A_HEAD, *arguments, library=None, workspace=WORKSPACE)
 
 
 def gradients_of(op, of, base, rows, count):
@@ -124,6 +137,12 @@ def linear_matching_losses():
                 of, target, weight, base, base_weight, torch.zeros(rows), None, True, workspace=WORKSPACE
             )
             gradients_of("linear_matching_loss", of, base, of_rows, rows)
+    of, scale = ONES_OF_A_HEAD, ONE[0]
+    _, of_rows = linear_matching_loss.linear_matching_loss(
+        of, INDEX, ONE, of, scale, scale, None, True, workspace=WORKSPACE
+    )
+    one = slice(0, 1)
+    head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))
 
 
 def formed_gradients():
@@ -137,11 +156,13 @@ def adjoint_weights_of_groups():
             gain, cost = torch.empty(64, 16, steps, dtype=dtype), torch.empty(64, 16)
             adjoint_weights.adjoint_weights(gain, cost, None, None)
             adjoint_weights.adjoint_weights(gain, cost, gain, 2.0)
+    adjoint_weights.adjoint_weights(ONE[None], ONE, None, None)
 
 
 def tilts():
     for dtype, size in ((torch.float32, 16), (torch.float64, 16), (torch.float32, 1024)):
         tilt_to_ess.tilt_to_ess(torch.empty(64, size, dtype=dtype), 4.0, 1.0)
+    tilt_to_ess.tilt_to_ess(ONE, 1.0, 1.0)
 
 
 def backward_kolmogorovs():
@@ -156,40 +177,19 @@ def backward_kolmogorovs():
             walks.append(backward_kolmogorov.Walk(91, 1, periodic, [0.1] * 20))
             taps = torch.zeros(2, 20, dtype=torch.float64)
             backward_kolmogorov.lattice(rows_of(64, 91 * 91, dtype), walks, taps, workspace=WORKSPACE)
+    backward_kolmogorov.closed_form(ONE, None, 0.5, 0.5, False)
 
 
-def ones():
-    """Sizes and strides of 1, which Triton compiles in as constants."""
-    x, index = torch.zeros(1, 1), indices(1, 1)
-    jump.jump(x, index[0], 1.0, 1, SEED, index[0], True)
-    _, log_escape = log_prob.log_prob(x, index, index[0], 1.0)
-    log_prob.log_prob_backward(x, x, index, log_escape, index[0], 2.0)
-    rate_ratio.rate_ratio(x, x, index, None)
-    matching_loss.matching_loss(x, index, x, x, x[0], None, index[0], True, True)
-    of = Projection(x, x, x[0], x, x)
-    with configs.override("linear_jump", form="fused"):
-        linear_jump.linear_jump(of, None, 1.0, 1, SEED, None, True, library=None, workspace=WORKSPACE)
-    _, of_rows = linear_matching_loss.linear_matching_loss(
-        of, index, x, of, x[0], x[0], None, True, workspace=WORKSPACE
-    )
-    one = slice(0, 1)
-    head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))
-    adjoint_weights.adjoint_weights(x[None], x, None, None)
-    tilt_to_ess.tilt_to_ess(x, 1.0, 1.0)
-    backward_kolmogorov.closed_form(x, None, 0.5, 0.5, False)
-
-
-CALLS = [
-    ones,
-    adjoint_weights_of_groups,
-    tilts,
-    backward_kolmogorovs,
-    formed_gradients,
-    jumps,
-    log_probs,
-    rate_ratios,
-    matching_losses,
-    linear_jumps,
-    linear_log_probs,
-    linear_matching_losses,
-]
+OPS = {
+    "adjoint_weights": adjoint_weights_of_groups,
+    "tilt_to_ess": tilts,
+    "backward_kolmogorov": backward_kolmogorovs,
+    "jump": jumps,
+    "log_prob": log_probs,
+    "rate_ratio": rate_ratios,
+    "matching_loss": matching_losses,
+    "linear_jump": linear_jumps,
+    "linear_log_prob": linear_log_probs,
+    "linear_matching_loss": linear_matching_losses,
+}
+CALLS = [formed_gradients, *OPS.values()]

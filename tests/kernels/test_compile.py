@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.calls import public_ops
+
 pytest.importorskip("triton")
 
 CHECKOUT = Path(__file__).parents[2]
@@ -47,6 +49,19 @@ def test_every_kernel_compiles_and_fits(target):
     for report in blocks if target.startswith("sm") else ():  # AMD's warps of 64 own two tiles at once
         # A warp owns whole tiles: sums over tiles that warps share go through shared memory, 40 times slower.
         assert all(pieces == width == 1 for pieces, _, width in report["warps_of_blocks"]), report
+
+
+def test_every_op_has_launches():
+    from dam.kernels import configs, launch
+    from tests.kernels.calls import OPS
+
+    missing = set(public_ops()) - OPS.keys()
+    assert not missing, f"OPS of tests/kernels/calls.py has no launches of {', '.join(sorted(missing))}"
+    for name, calls in OPS.items():
+        found = []
+        with configs.as_if_on("NVIDIA H100"), launch.recording(found.append):
+            calls()
+        assert found, f"the calls of {name} in tests/kernels/calls.py launch nothing"
 
 
 def kernels():
