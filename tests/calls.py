@@ -121,6 +121,13 @@ def log_prob(logits: Tensor, base: Tensor, *, seed: int) -> Results:
     }
 
 
+def entropy(logits: Tensor, base: Tensor, *, seed: int) -> Results:
+    leaf, exclude = leaf_of(logits), some_excluded(some_targets(logits, seed), logits.shape[1], seed + 1)
+    value = dam.entropy(leaf, exclude=exclude, temperature=0.7)
+    colder = with_gradients("colder", value, {"logits": leaf}, normal(len(logits), seed=seed + 2).to(value.dtype))
+    return {"plain": dam.entropy(logits), **colder}
+
+
 def rate_ratio(logits: Tensor, base: Tensor, *, seed: int) -> Results:
     target = some_targets(logits, seed)
     exclude = some_excluded(target, logits.shape[1], seed + 1)
@@ -248,6 +255,7 @@ def backward_kolmogorov(x: Tensor, y: Tensor, *, seed: int) -> Results:
 CALLS = [
     Call("jump", "rows", jump),
     Call("log_prob", "rows", log_prob),
+    Call("entropy", "rows", entropy),
     Call("rate_ratio", "rows", rate_ratio, terms=rates),
     Call("matching_loss", "rows", matching_loss),
     Call("linear_jump", "linear", linear_jump),

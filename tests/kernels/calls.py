@@ -11,6 +11,7 @@ from dam.kernels import (
     backward_kolmogorov,
     configs,
     core,
+    entropy,
     formed_gradient,
     head,
     jump,
@@ -180,7 +181,17 @@ def backward_kolmogorovs():
     backward_kolmogorov.closed_form(ONE, None, 0.5, 0.5, False)
 
 
+def entropies():
+    for dtype in DTYPES:
+        for count, exclude, temperature in ((1, None, 1.0), (1024, indices(1024), 0.7)):
+            x, number = rows_of(count, LLADA, dtype), torch.empty(count, dtype=torch.float64)
+            entropy.entropy(x, exclude, temperature)
+            entropy.entropy_backward(x, number, number, number, number, exclude, temperature)
+    entropy.entropy(ONE, None, 1.0)
+
+
 OPS = {
+    "entropy": entropies,
     "adjoint_weights": adjoint_weights_of_groups,
     "tilt_to_ess": tilts,
     "backward_kolmogorov": backward_kolmogorovs,
