@@ -197,7 +197,7 @@ def sum_of_tile(x):
 
 @triton.jit
 def excess_of(total, rest):
-    """Sum of exp(x - max) less 1, exact also where it is tiny.
+    """Sum of exp(x - max) less 1, exact also where it is tiny: log1p of it is log-sum-exp less the maximum.
 
     total is the float32 sum of all terms and rest that of those below the maximum; their difference is a count. With
     nothing to reach, 0 - 1.

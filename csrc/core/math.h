@@ -50,8 +50,8 @@ DAM_HD float quotient(float a, float b) {
 // 2^-125 keeps a result a normal number; what is smaller is 0.
 constexpr float LEAST_EXPONENT = -125.0f;
 
-// What an argument of exp_scaled is multiplied with: a factor in two floats, so that it costs no accuracy where
-// products are fused with sums, or the number 1, which costs less.
+// The inverse temperature that exp_scaled multiplies its argument with. Factor: any, in two floats, so that it costs no
+// accuracy where products are fused with sums. Unit: temperature 1, known when a kernel is compiled, which costs less.
 struct Factor {
   float high, low;  // scale * log2(e)
   float floor;      // arguments below it give 0

@@ -2,7 +2,8 @@
 //
 // A warp has a tile of 1024 logits in its registers, 32 to a lane, so that sums over a tile need no shared memory. What
 // is kept of a tile, its maximum and `excess`, depends on the tile alone: not on who sums it, or on how a row lies in
-// memory. excess + 1 = sum of exp(scale (x - max)), exact also where it is tiny.
+// memory. excess + 1 = sum of exp(scale (x - max)), exact also where it is tiny: log1p(excess) is what a tile's
+// log-sum-exp lies above its maximum.
 #pragma once
 
 #include <cstdint>
@@ -194,7 +195,7 @@ __device__ __forceinline__ Summaries summaries_of(float* summaries, int first_ar
           plan.tiles};
 }
 
-// The tiles of a row that a team has: those of its split.
+// The tiles of a row that a team reduces: all, or those of its split, where blocks share the row.
 struct Part {
   int64_t row;
   int split;
@@ -264,7 +265,10 @@ __device__ __forceinline__ double escape_rate(const Total& total) {
   return ::exp(static_cast<double>(pivot(total.max))) * total.sum;
 }
 
-// ---- gradients: coefficient * exp(scale (x - reference))
+// ---- gradients
+//
+// A share is the part of a gradient that is proportional to a rate: weight times softmax(x), or times exp(x), written as
+// coefficient * exp(scale (x - reference)).
 
 struct Share {
   float coefficient;
