@@ -155,7 +155,7 @@ def summary_kernel(
     block_excess,
     base_max,
     base_excess,
-    cross,  # [T, blocks]: sum of exp(b - max b) (x - max x) over base logits b
+    cross,  # [T, blocks]: sum of exp(scale (b - max b)) (x - max x) over base logits b
     time,  # [T, samples, blocks]: when the first token of the block arrived, relative to its maximum
     token,  # [T, samples, blocks]
     logit,  # [T, samples, blocks]
@@ -216,7 +216,7 @@ def summary_kernel(
             row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, LOW_BLOCK_DEPTH,
             True, PRECISION,
         )  # fmt: skip
-        b_top, b_excess, b_rate = summary_of_rows(b, 0.0, 0.0, True)
+        b_top, b_excess, b_rate = summary_of_rows(b, c_high, c_low, UNIT)
         # A destination that the base does not reach counts 0 even where x is -inf.
         term = tl.where(b_rate == 0.0, 0.0, b_rate * (x - core.pivot(top)[:, None]))
         tl.store(base_max + at, b_top, mask=valid)
@@ -302,8 +302,8 @@ def gradient_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """coefficient exp(scale (x - reference)) - base_coefficient exp(b - base_reference) - sum_j pull_j 1[v = target_j]
-    for rows and columns of a chunk."""
+    """coefficient exp(scale (x - reference)) - base_coefficient exp(scale (b - base_reference)) - sum_j pull_j
+    1[v = target_j] for rows and columns of a chunk."""
     row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
     row = first_row + row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = row < last_row
@@ -326,7 +326,7 @@ def gradient_kernel(
             True, PRECISION,
         )  # fmt: skip
         base_factor = tl.load(base_coefficient + row)[:, None]
-        result -= core.share(b, base_factor, tl.load(base_reference + row)[:, None], 0.0, 0.0, True)
+        result -= core.share(b, base_factor, tl.load(base_reference + row)[:, None], c_high, c_low, UNIT)
     for slot in range(0, slots):
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, 1)
         begin = first_column + column_block * BLOCK_COLUMNS

@@ -45,6 +45,8 @@ def finish_kernel(
     columns,
     slots,
     blocks,
+    scale_high,
+    scale_low,
     NORMALIZED: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -56,10 +58,11 @@ def finish_kernel(
     excluded = None
     if exclude is not None:
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
-    loss, scale, at, factor, base_at, base_factor = matching_loss.finish_rows(
+    loss, slope, at, factor, base_at, base_factor = matching_loss.finish_rows(
         target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, base_weight,
         base_weight_stride, row_scale, row_scale_stride, block_max, block_excess, base_max, base_excess, cross,
-        target_logit, row, excluded, rows, columns, slots, blocks, NORMALIZED, SLOTS, BLOCK,
+        target_logit, row, excluded, rows, columns, slots, blocks, core.float64_of(scale_high, scale_low), NORMALIZED,
+        SLOTS, BLOCK,
     )  # fmt: skip
     tl.store(row_loss + row, loss, mask=valid)
     tl.store(reference + row, at, mask=valid)
@@ -70,7 +73,7 @@ def finish_kernel(
         w = core.load_per_slot(weight, weight_stride, weight_slot_stride, row, slot, slots, SLOTS)
         index = slot + tl.arange(0, SLOTS)[None, :]
         stored = valid[:, None] & (index < slots)
-        tl.store(pull + row[:, None] * slots + index, scale[:, None] * w, mask=stored)
+        tl.store(pull + row[:, None] * slots + index, slope[:, None] * w, mask=stored)
 
 
 def linear_matching_loss(
@@ -82,11 +85,12 @@ def linear_matching_loss(
     row_scale: Tensor,  # [T]
     exclude: Tensor | None,  # [T]
     normalized: bool,
+    temperature: float,
     *,
     workspace: int,  # bytes
 ) -> tuple[Tensor, head.Rows]:
     """Loss of each row, float64 [T], and what the gradient of its logits depends on, beside them."""
-    op = "linear_matching_loss"
+    op, scale = "linear_matching_loss", core.scale_of(temperature)
     rows, columns = of.hidden.shape[0], of.weight.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -99,7 +103,7 @@ def linear_matching_loss(
         some = None if exclude is None else exclude[part]
         target_logit = empty(*target[part].shape, dtype=torch.float32)
         summary = head.summarise(
-            op, of.part(part), some, core.scale_of(1.0), base=None if base is None else base.part(part),
+            op, of.part(part), some, scale, base=None if base is None else base.part(part),
             target=target[part], target_logit=target_logit,
         )  # fmt: skip
         some_base_weight = None if base_weight is None else base_weight[part]
@@ -114,8 +118,8 @@ def linear_matching_loss(
             row_loss=row_loss[part], pull=pull[part], reference=reference[part], coefficient=coefficient[part],
             base_reference=base_reference[part], base_coefficient=base_coefficient[part],
             rows=part.stop - part.start, columns=columns, slots=target.shape[1], blocks=summary.blocks,
-            NORMALIZED=normalized, ROWS=g.ROWS, SLOTS=core.slots_of(target.shape[1]),
-            BLOCK=core.block_of(summary.blocks), **g.options,
+            scale_high=scale.scale_high, scale_low=scale.scale_low, NORMALIZED=normalized, ROWS=g.ROWS,
+            SLOTS=core.slots_of(target.shape[1]), BLOCK=core.block_of(summary.blocks), **g.options,
         )  # fmt: skip
     of_rows = head.Rows(exclude, target, pull, reference, coefficient)
     if base is not None:

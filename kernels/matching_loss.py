@@ -32,12 +32,15 @@ def cross_tiles(
     tile_cross,
     summary_offset,
     valid,
+    c_high,
+    c_low,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Summaries of tiles of both logits x and base logits b, and sum of exp(b - max b) (x - max x), stored."""
+    """Summaries of tiles of both logits x and base logits b, and sum of exp(scale (b - max b)) (x - max x), stored."""
     lane = tl.arange(0, ROWS * TILES)
     for start in range(first, last, TILES):
         tile = start + lane % TILES
@@ -46,8 +49,8 @@ def cross_tiles(
         if excluded is not None:
             x = core.without_excluded(x, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
             b = core.without_excluded(b, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
-        top, excess, _ = core.summary_of_tile(x, 0.0, 0.0, True)
-        b_top, b_excess, rate = core.summary_of_tile(b, 0.0, 0.0, True)
+        top, excess, _ = core.summary_of_tile(x, c_high, c_low, UNIT)
+        b_top, b_excess, rate = core.summary_of_tile(b, c_high, c_low, UNIT)
         # A destination that the base does not reach counts 0 even where x is -inf.
         term = tl.where(rate == 0.0, 0.0, rate * (x - core.pivot(top)[None, :, None]))
         at = summary_offset + tile
@@ -61,9 +64,9 @@ def cross_tiles(
 
 @triton.jit
 def merge_cross(
-    tile_max, base_max, base_excess, tile_cross, offset, tiles, reference, base_top, BLOCK: tl.constexpr
+    tile_max, base_max, base_excess, tile_cross, offset, tiles, reference, base_top, scale, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Over whole rows: sum of exp(b - base_top) (x - reference), float64 [lanes]."""
+    """Over whole rows: sum of exp(scale (b - base_top)) scale (x - reference), float64 [lanes]."""
     totals = tl.zeros((offset.shape[0], BLOCK), tl.float64)
     index = tl.arange(0, BLOCK)[None, :]
     for first in range(0, tiles, BLOCK):
@@ -73,10 +76,10 @@ def merge_cross(
         b_top = tl.load(base_max + at, mask=inside, other=-INF).to(tl.float64)
         b_sum = 1.0 + tl.load(base_excess + at, mask=inside, other=-1.0).to(tl.float64)
         cross = tl.load(tile_cross + at, mask=inside, other=0.0).to(tl.float64)
-        mass = tl.exp(b_top - base_top[:, None])
+        mass = tl.exp(scale * (b_top - base_top[:, None]))
         # Not 0 * -inf for a tile of which the base reaches nothing.
         totals += tl.where(mass == 0.0, 0.0, mass * (cross + b_sum * (top - reference[:, None])))
-    return tl.sum(totals, axis=1)
+    return scale * tl.sum(totals, axis=1)
 
 
 @triton.jit
@@ -93,10 +96,11 @@ def loss_of_rows(
     slots,
     columns,
     top,  # float64 [lanes]: maximum of the logits, 0 if there is none
-    total,  # sum of exp(x - top)
+    total,  # sum of exp(scale (x - top))
     base_weight,
-    base_rate,  # of the base's largest logit: 1 / sum, or exp(largest) for rates
+    base_rate,  # of the base's largest logit: 1 / sum, or exp(scale largest) for rates
     cross,
+    scale,  # 1 / temperature
     NORMALIZED: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -115,9 +119,9 @@ def loss_of_rows(
             t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots, columns, SLOTS
         )
         if NORMALIZED:
-            cost = log_total[:, None] - (x - top[:, None])
+            cost = log_total[:, None] - scale * (x - top[:, None])
         else:
-            cost = -x
+            cost = -scale * x
         # Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
         counted = counted & (w != 0.0)
         felt = counted & ((x != -INF) | (pulled != 0.0))
@@ -129,16 +133,17 @@ def loss_of_rows(
         log_rate = -log_total
         base_loss = base_weight * (log_total - base_rate * cross)
     else:
-        log_rate = top
-        loss += tl.exp(top) * total
+        log_rate = scale * top
+        loss += tl.exp(log_rate) * total
         outflow = tl.zeros(row.shape, tl.float64) + 1.0
         base_loss = -base_weight * (base_rate * cross)
     return loss + tl.where(base_weight == 0.0, 0.0, base_loss), outflow, log_rate
 
 
 @triton.jit
-def coefficient_of(factor, log_rate, reference):
-    """float32 coefficient and float64 reference of factor * exp(log_rate + x - top) = coefficient * exp(x - reference).
+def coefficient_of(factor, log_rate, reference, scale):
+    """float32 coefficient and float64 reference: coefficient * exp(scale (x - reference)) is to be
+    factor * exp(log_rate + scale (x - top)), of which `reference` is the top.
 
     0 where nothing is asked for, whatever the row holds. What float32 cannot hold goes into the reference: only entries
     that are too large themselves become infinite.
@@ -147,7 +152,7 @@ def coefficient_of(factor, log_rate, reference):
     sign = tl.where(factor < 0.0, -1.0, 1.0)
     held = log_size < 69.0  # 1e30
     coefficient = tl.where(factor == 0.0, 0.0, tl.where(held, sign * tl.exp(log_size), sign))
-    return coefficient.to(tl.float32), tl.where(held | (factor == 0.0), reference, reference - log_size)
+    return coefficient.to(tl.float32), tl.where(held | (factor == 0.0), reference, reference - log_size / scale)
 
 
 @triton.jit
@@ -174,13 +179,14 @@ def finish_rows(
     columns,
     slots,
     tiles,
+    scale,  # 1 / temperature
     NORMALIZED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of whole rows [lanes]: loss, row_scale, and what makes the gradient: reference and coefficient of the model and
-    of the base. All float64 but the coefficients."""
-    top, total = core.merge_tiles(tile_max, tile_excess, row * tiles, tiles, 1.0, BLOCK)
+    """Of whole rows [lanes]: loss, and what makes the gradient: what the weights are multiplied by, reference and
+    coefficient of the model and of the base. All float64 but the coefficients."""
+    top, total = core.merge_tiles(tile_max, tile_excess, row * tiles, tiles, scale, BLOCK)
     reference = core.pivot(top).to(tl.float64)
     base_reference = tl.zeros(row.shape, tl.float64)
     base_log_rate = tl.zeros(row.shape, tl.float64)
@@ -188,30 +194,31 @@ def finish_rows(
     w_base = tl.zeros(row.shape, tl.float64)
     if base_weight is not None:
         w_base = tl.load(base_weight + row * base_weight_stride).to(tl.float64)
-        base_top, base_total = core.merge_tiles(base_max, base_excess, row * tiles, tiles, 1.0, BLOCK)
+        base_top, base_total = core.merge_tiles(base_max, base_excess, row * tiles, tiles, scale, BLOCK)
         base_reference = core.pivot(base_top).to(tl.float64)
         if NORMALIZED:
             base_log_rate = -tl.log(base_total)
             crossed_at = reference
         else:
-            base_log_rate = base_reference
+            base_log_rate = scale * base_reference
             crossed_at = tl.zeros(row.shape, tl.float64)
         cross = merge_cross(
-            tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, crossed_at, base_reference, BLOCK
+            tile_max, base_max, base_excess, tile_cross, row * tiles, tiles, crossed_at, base_reference, scale, BLOCK
         )
     loss, outflow, log_rate = loss_of_rows(
         target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, target_logit, row, excluded,
-        slots, columns, reference, total, w_base, tl.exp(base_log_rate), cross, NORMALIZED, SLOTS,
+        slots, columns, reference, total, w_base, tl.exp(base_log_rate), cross, scale, NORMALIZED, SLOTS,
     )  # fmt: skip
     if row_scale is None:
-        scale = (tl.zeros(row.shape, tl.float64) + 1.0) / rows
+        factor = (tl.zeros(row.shape, tl.float64) + 1.0) / rows
     else:
-        scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
+        factor = tl.load(row_scale + row * row_scale_stride).to(tl.float64)
     # A row that can reach nothing has no distribution to push down.
     outflow = tl.where(total == 0.0, 0.0, outflow)
-    coefficient, reference = coefficient_of(scale * outflow, log_rate, reference)
-    base_coefficient, base_reference = coefficient_of(scale * w_base, base_log_rate, base_reference)
-    return scale * loss, scale, reference, coefficient, base_reference, base_coefficient
+    slope = factor * scale
+    coefficient, reference = coefficient_of(slope * outflow, log_rate, reference, scale)
+    base_coefficient, base_reference = coefficient_of(slope * w_base, base_log_rate, base_reference, scale)
+    return factor * loss, slope, reference, coefficient, base_reference, base_coefficient
 
 
 @triton.jit(do_not_specialize=core.VARYING)
@@ -247,6 +254,11 @@ def matching_loss_kernel(
     slots,
     tiles,
     split_tiles,
+    scale_high,
+    scale_low,
+    c_high,
+    c_low,
+    UNIT: tl.constexpr,
     SUM: tl.constexpr,  # read the logits and keep the summary of each tile
     FINISH: tl.constexpr,  # and then the loss and the gradient
     NORMALIZED: tl.constexpr,
@@ -274,13 +286,13 @@ def matching_loss_kernel(
         if base_logits is None:
             core.sum_tiles(
                 logits, lane_row * logits_stride, lane_excluded, columns, begin, end, tile_max, tile_excess,
-                lane_row * tiles, lane_valid, 0.0, 0.0, True, ROWS, TILES, PIECES, WIDTH,
+                lane_row * tiles, lane_valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
             )  # fmt: skip
         else:
             cross_tiles(
                 logits, lane_row * logits_stride, base_logits, lane_row * base_stride, lane_excluded, columns, begin,
                 end, tile_max, tile_excess, base_max, base_excess, tile_cross, lane_row * tiles, lane_valid,
-                ROWS, TILES, PIECES, WIDTH,
+                c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
             )  # fmt: skip
     row = first_row + tl.arange(0, ROWS)
     valid = row < rows
@@ -299,10 +311,11 @@ def matching_loss_kernel(
         if FINISH:
             tl.debug_barrier()  # other threads of the program read what was kept
     if FINISH:
-        loss, scale, reference, coefficient, base_reference, base_coefficient = finish_rows(
+        loss, slope, reference, coefficient, base_reference, base_coefficient = finish_rows(
             target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, base_weight,
             base_weight_stride, row_scale, row_scale_stride, tile_max, tile_excess, base_max, base_excess, tile_cross,
-            target_logit, row, excluded, rows, columns, slots, tiles, NORMALIZED, SLOTS, BLOCK,
+            target_logit, row, excluded, rows, columns, slots, tiles, core.float64_of(scale_high, scale_low),
+            NORMALIZED, SLOTS, BLOCK,
         )  # fmt: skip
         split = tl.zeros(row.shape, tl.int32) + tl.program_id(1)
         tl.store(row_loss + row, loss, mask=valid & (split == 0))
@@ -314,15 +327,17 @@ def matching_loss_kernel(
                 here = counted & (t >= begin * TILE) & (t < end * TILE)
                 index = slot + tl.arange(0, SLOTS)[None, :]
                 x = tl.load(target_logit + row[:, None] * slots + index, mask=here, other=-INF)
-                result = core.share(x, coefficient[:, None], reference[:, None], 0.0, 0.0, True)
+                result = core.share(x, coefficient[:, None], reference[:, None], c_high, c_low, UNIT)
                 if base_logits is not None:
                     b = tl.load(base_logits + row[:, None] * base_stride + t, mask=here, other=-INF).to(tl.float32)
-                    result -= core.share(b, base_coefficient[:, None], base_reference[:, None], 0.0, 0.0, True)
+                    result -= core.share(
+                        b, base_coefficient[:, None], base_reference[:, None], c_high, c_low, UNIT
+                    )  # fmt: skip
                 pulled = core.weight_at(
                     t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots,
                     columns, SLOTS,
                 )  # fmt: skip
-                result = (result.to(tl.float64) - scale[:, None] * pulled).to(tl.float32)
+                result = (result.to(tl.float64) - slope[:, None] * pulled).to(tl.float32)
                 tl.store(target_gradient + row[:, None] * slots + index, result, mask=valid[:, None] & here)
             tl.debug_barrier()
 
@@ -335,12 +350,12 @@ def matching_loss_kernel(
                 x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
                 if exclude is not None:
                     x = core.without_excluded(x, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
-                result = core.share(x, lane_coefficient, lane_reference, 0.0, 0.0, True)
+                result = core.share(x, lane_coefficient, lane_reference, c_high, c_low, UNIT)
                 if base_logits is not None:
                     b, _ = core.load_tiles(base_logits, lane_row * base_stride, tile, columns, True, PIECES, WIDTH)
                     if exclude is not None:
                         b = core.without_excluded(b, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
-                    result -= core.share(b, lane_base_coefficient, lane_base_reference, 0.0, 0.0, True)
+                    result -= core.share(b, lane_base_coefficient, lane_base_reference, c_high, c_low, UNIT)
                 core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, result)
             tl.debug_barrier()
 
@@ -364,9 +379,11 @@ def matching_loss(
     row_scale: Tensor | None,  # [T]
     exclude: Tensor | None,  # [T]
     normalized: bool,
+    temperature: float,
     with_grad: bool,
     into: Tensor | None = None,  # [T, V]
 ) -> tuple[Tensor, Tensor]:
+    """Loss of each row, float64 [T], and gradient, empty where none is asked for."""
     gradient = logits.new_empty(logits.shape if with_grad else (0,)) if into is None else into
     rows, columns = logits.shape
     tiles = triton.cdiv(columns, TILE.value)
@@ -390,12 +407,12 @@ def matching_loss(
         "target_gradient": logits.new_empty(target.shape, dtype=torch.float32),
         "row_loss": row_loss, "gradient": gradient if with_grad else None, "gradient_stride": core.stride_of(gradient),
         "rows": rows, "columns": columns, "slots": target.shape[1], "tiles": tiles, "split_tiles": g.split_tiles,
-        "NORMALIZED": normalized, **g.constants, "SLOTS": core.slots_of(target.shape[1]),
-        "BLOCK": core.block_of(tiles), **g.options,
+        **core.scale_of(temperature)._asdict(), "NORMALIZED": normalized, **g.constants,
+        "SLOTS": core.slots_of(target.shape[1]), "BLOCK": core.block_of(tiles), **g.options,
     }  # fmt: skip
     if g.splits == 1:
         launch(matching_loss_kernel, (g.blocks, 1), SUM=True, FINISH=True, **arguments)
     else:
         launch(matching_loss_kernel, (g.blocks, g.splits), SUM=True, FINISH=False, **arguments)
         launch(matching_loss_kernel, (g.blocks, g.splits if with_grad else 1), SUM=False, FINISH=True, **arguments)
-    return row_loss.sum().to(torch.float32), gradient
+    return row_loss, gradient

@@ -4,14 +4,20 @@
 
 DAM_BEGIN
 
-// Of one tile of base logits b beside logits x: the summary of exp(b), and
-// cross = sum over the tile of exp(b - max) (x - p), p the pivot of the x.
+// 1 / temperature: known when a kernel is compiled where it is 1, so that nothing is multiplied by it then.
+template <class Scale>
+static double scale_of(const MatchingLossArgs& a, Scale) {
+  return std::is_same_v<Scale, Unit> ? 1.0 : 1.0 / a.temperature;
+}
+
+// Of one tile of base logits b beside logits x: the summary of exp(scale * b), and
+// cross = sum over the tile of exp(scale * (b - max)) (x - p), p the pivot of the x.
 struct Cross {
   double max, sum, cross;
 };
 
-template <class Element>
-static Cross cross_tile(const float* b, const float* x, int width, float p, const Element* next) {
+template <class Element, class Scale>
+static Cross cross_tile(const float* b, const float* x, int width, float p, Scale scale, const Element* next) {
   const float max = max_of_tile(b, width);
   const float q = pivot(max);
   f32 sum[UNROLL] = {}, cross[UNROLL] = {};
@@ -19,7 +25,7 @@ static Cross cross_tile(const float* b, const float* x, int width, float p, cons
     prefetch(next, i);
     f32 e[UNROLL];
     load_differences(e, b + i, q);
-    exp_each<true>(e, Unit{});
+    exp_each<true>(e, scale);
     for (int u = 0; u < UNROLL; ++u) {
       sum[u] += e[u];
       // A destination that the base does not reach counts 0 even where x is -inf.
@@ -50,12 +56,13 @@ static void scale_tile(float* x, float factor) {
 struct MatchingRow {
   Summary total;       // of the logits
   Summary base_total;  // of the base logits
-  double cross;        // sum over v of exp(base(v) - base max) (logit(v) - reference)
+  double cross;        // sum over v of exp(scale * (base(v) - base max)) (logit(v) - reference)
 };
 
-template <class Element>
+template <class Element, class Scale>
 static MatchingRow read_row(const MatchingLossArgs& a, int64_t t, const Row<Element>& row, const Row<Element>& base,
-                            int threads, int worker) {
+                            Scale factor, int threads, int worker) {
+  const double scale = scale_of(a, factor);
   const Tiles tiles = scratch_tiles(a.scratch, worker, row.columns);
   double* const base_max = scratch_array(a.scratch, worker, 2);
   double* const base_sum = scratch_array(a.scratch, worker, 3);
@@ -65,26 +72,26 @@ static MatchingRow read_row(const MatchingLossArgs& a, int64_t t, const Row<Elem
     const float* x = row.load_tile(k, buffer);
     float* const keep = kept_tile(a, row, t, k);
     const int width = row.width(k);
-    const Summary s = keep ? sum_tile<true>(x, width, Unit{}, row.tile_ahead(k), keep)
-                           : sum_tile(x, width, Unit{}, row.tile_ahead(k));
+    const Summary s = keep ? sum_tile<true>(x, width, factor, row.tile_ahead(k), keep)
+                           : sum_tile(x, width, factor, row.tile_ahead(k));
     tiles.max[k] = s.max;
     tiles.sum[k] = s.sum;
     if (base.data) {
       const float p = static_cast<float>(pivot(s.max));
-      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, width, p, base.tile_ahead(k));
+      const Cross c = cross_tile(base.load_tile(k, base_buffer), x, width, p, factor, base.tile_ahead(k));
       base_max[k] = c.max;
       base_sum[k] = c.sum;
       cross[k] = c.cross;
     }
   });
-  MatchingRow result{finish_sum(row, 1.0, tiles), {-HUGE_VAL, 0.0}, 0.0};
+  MatchingRow result{finish_sum(row, scale, tiles), {-HUGE_VAL, 0.0}, 0.0};
   if (base.data) {
     const double reference = a.normalized ? pivot(result.total.max) : 0.0;
     double max = -HUGE_VAL;
     for (int64_t k = 0; k < tiles.count; ++k) max = base_max[k] > max ? base_max[k] : max;
     result.base_total.max = max;
     for (int64_t k = 0; k < tiles.count; ++k) {
-      const double mass = exp(base_max[k] - pivot(max));
+      const double mass = exp(scale * (base_max[k] - pivot(max)));
       result.base_total.sum += mass * base_sum[k];
       // Not 0 * -inf for a tile of which the base reaches nothing.
       if (mass > 0.0) result.cross += mass * (cross[k] + base_sum[k] * (pivot(tiles.max[k]) - reference));
@@ -93,14 +100,15 @@ static MatchingRow read_row(const MatchingLossArgs& a, int64_t t, const Row<Elem
   return result;
 }
 
-// sum over v of w(v) (log normaliser - logit(v)), or the rates' form, before row_scale; and what the gradient needs.
-template <class Element>
-static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int worker) {
+// sum over v of w(v) (log normaliser - scale * logit(v)), or the rates' form, before row_scale; and the gradient.
+template <class Element, class Scale>
+static void matching_row(const MatchingLossArgs& a, int64_t t, Scale factor, int threads, int worker) {
+  const double scale = scale_of(a, factor);
   const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
   const Row<Element> base = a.base.data && a.base_weight[t] != 0.0
                                 ? row_of<Element>(a.base, a.shape.columns, a.exclude, t)
                                 : Row<Element>{nullptr, 0, -1};
-  const MatchingRow r = read_row(a, t, row, base, threads, worker);
+  const MatchingRow r = read_row(a, t, row, base, factor, threads, worker);
   const int64_t* target = a.target + t * a.targets;
   const double* weight = a.weight + t * a.targets;
   const double base_weight = base.data ? a.base_weight[t] : 0.0;
@@ -121,18 +129,19 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
     const double x = row.at(target[j]);
     // Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
     if (x == -HUGE_VAL && weight_of(target[j]) == 0.0) continue;
-    loss += weight[j] * (a.normalized ? log_sum - (x - r.total.max) : -x);
+    loss += weight[j] * (a.normalized ? log_sum - scale * (x - r.total.max) : -scale * x);
   }
-  const double rate_of_max = a.normalized ? 1.0 / r.total.sum : std::exp(pivot(r.total.max));
-  const double base_rate_of_max = a.normalized ? 1.0 / r.base_total.sum : std::exp(pivot(r.base_total.max));
-  if (base_weight != 0.0) loss += base_weight * ((a.normalized ? log_sum : 0.0) - base_rate_of_max * r.cross);
+  const double rate_of_max = a.normalized ? 1.0 / r.total.sum : std::exp(scale * pivot(r.total.max));
+  const double base_rate_of_max = a.normalized ? 1.0 / r.base_total.sum : std::exp(scale * pivot(r.base_total.max));
+  if (base_weight != 0.0) loss += base_weight * ((a.normalized ? log_sum : 0.0) - base_rate_of_max * scale * r.cross);
   if (!a.normalized) loss += rate_of_max * r.total.sum;
   a.loss[t] = row_scale * loss;
   if (!a.gradient) return;
 
   const double outflow = a.normalized ? total_weight : 1.0;
-  const float coefficient = outflow == 0.0 ? 0.0f : to_float(row_scale * outflow * rate_of_max);
-  const float base_coefficient = base_weight == 0.0 ? 0.0f : to_float(row_scale * base_weight * base_rate_of_max);
+  const double slope = row_scale * scale;  // what the chain rule multiplies the gradient by
+  const float coefficient = outflow == 0.0 ? 0.0f : to_float(slope * outflow * rate_of_max);
+  const float base_coefficient = base_weight == 0.0 ? 0.0f : to_float(slope * base_weight * base_rate_of_max);
   const float p = static_cast<float>(pivot(r.total.max)), q = static_cast<float>(pivot(r.base_total.max));
   Element* gradient = static_cast<Element*>(a.gradient) + t * a.shape.columns;
   const double* const tile_max = scratch_tiles(a.scratch, worker, row.columns).max;
@@ -141,30 +150,30 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, int threads, int 
     const int width = row.width(k);
     GradientTile<Element> out(gradient, k, row.count(k));
     if (float* const kept = kept_tile(a, row, t, k)) {
-      scale_tile(kept, coefficient == 0.0f ? 0.0f : to_float(coefficient * exp(tile_max[k] - pivot(r.total.max))));
+      scale_tile(kept,
+                 coefficient == 0.0f ? 0.0f : to_float(coefficient * exp(scale * (tile_max[k] - pivot(r.total.max)))));
     } else {
-      scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), width, p, Unit{}, coefficient, row.tile_ahead(k));
+      scaled_exp_tile<false>(out.values, row.load_tile(k, buffer), width, p, factor, coefficient, row.tile_ahead(k));
     }
     if (base_coefficient != 0.0f) {
-      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), width, q, Unit{}, base_coefficient,
+      scaled_exp_tile<true>(out.values, base.load_tile(k, buffer), width, q, factor, base_coefficient,
                             base.tile_ahead(k));
     }
     for (int64_t j = 0; j < a.targets; ++j) {
-      if (counts(j)) out.add(target[j], -row_scale * weight[j]);
+      if (counts(j)) out.add(target[j], -slope * weight[j]);
     }
     out.finish();
   });
 }
 
-double matching_loss(const MatchingLossArgs& a) {
+void matching_loss(const MatchingLossArgs& a) {
   with_element(a.shape.dtype, [&](auto element) {
-    for_rows(a.shape,
-             [&](int64_t t, int worker, int threads) { matching_row<decltype(element)>(a, t, threads, worker); });
+    with_scale(1.0 / a.temperature, [&](auto factor) {
+      for_rows(a.shape, [&](int64_t t, int worker, int threads) {
+        matching_row<decltype(element)>(a, t, factor, threads, worker);
+      });
+    });
   });
-  // In the rows' order, so that the loss does not depend on the number of threads.
-  double total = 0.0;
-  for (int64_t t = 0; t < a.shape.rows; ++t) total += a.loss[t];
-  return total;
 }
 
 DAM_END

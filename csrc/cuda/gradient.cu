@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
     const int64_t v = target_here(j);
     if (v < 0) continue;
     double value = exact_share_at(share, row.at(v), a.scale);
-    if constexpr (HAS_BASE) value -= exact_share_at(base_share, base.at(v), 1.0);
+    if constexpr (HAS_BASE) value -= exact_share_at(base_share, base.at(v), a.scale);
     value -= weight_at(v + a.first_column, a.target, a.pull, t);
     a.target_gradient[t * a.target.count + j] = static_cast<float>(value);
   }
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
       base.template load_tile<true>(tile, team.lane(), b);
 #pragma unroll
       for (int i = 0; i < PER_LANE; ++i) {
-        const float pulled = share_at(base_share, b[i], Unit{});
+        const float pulled = share_at(base_share, b[i], scale);
         x[i] = x[i] == pulled ? 0.0f : x[i] - pulled;  // not inf - inf
       }
     }

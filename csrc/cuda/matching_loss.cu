@@ -13,10 +13,10 @@ constexpr int64_t SHARED_BYTES = 228 * 1024, RESERVED_BYTES = 1024;
 // Arrays of the work memory.
 constexpr int MODEL = 0, BASE = 2, CROSS = 4;
 
-// Summaries of the tiles of the logits x and of the base logits b, and sum of exp(b - max b) (x - max x).
-template <int WARPS, class Element>
+// Summaries of the tiles of the logits x and of the base logits b, and sum of exp(scale (b - max b)) (x - max x).
+template <int WARPS, class Element, class Scale>
 __device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<Element>& base, const Part& part,
-                                            const Summaries& out, const Summaries& base_out, float* cross,
+                                            const Summaries& out, const Summaries& base_out, float* cross, Scale scale,
                                             const Team<WARPS>& team, Element* keep, Element* keep_base) {
 #pragma unroll 1
   for (int tile = part.begin + team.warp(); tile < part.end; tile += WARPS) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<E
       store_tile<Element>(keep, row.columns, tile, team.lane(), x);
       store_tile<Element>(keep_base, row.columns, tile, team.lane(), b);
     }
-    const TileSummary base_summary = summarize(b, max_of_tile(b), Unit{});
+    const TileSummary base_summary = summarize(b, max_of_tile(b), scale);
     const float max = max_of_tile(x), p = pivot(max);
     float sum = 0.0f;
 #pragma unroll
@@ -36,7 +36,7 @@ __device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<E
       sum += b[i] == 0.0f ? 0.0f : b[i] * (x[i] - p);
     }
     sum = reduce_warp(sum, Sum{});
-    const TileSummary summary = summarize(x, max, Unit{});
+    const TileSummary summary = summarize(x, max, scale);
     if (team.lane() == 0) {
       out.max[tile] = summary.max;
       out.excess[tile] = summary.excess;
@@ -47,15 +47,16 @@ __device__ __forceinline__ void cross_tiles(const Row<Element>& row, const Row<E
   }
 }
 
-// Totals of a whole row and of the base's, and sum over v of exp(b - max b) (x - reference), where the reference is max
-// x if `centred`, else 0. All at once: what a row waits for between its passes takes longer than moving its bytes.
+// Totals of a whole row and of the base's, and sum over v of exp(scale (b - max b)) (x - reference), where the
+// reference is max x if `centred`, else 0. All at once: what a row waits for between its passes takes longer than
+// moving its bytes.
 struct Crossed {
   Total model, base;
   double cross;
 };
 template <int WARPS>
 __device__ __forceinline__ Crossed merge_crossed(const Summaries& tiles, const Summaries& base, const float* cross,
-                                                 bool centred, Team<WARPS>& team) {
+                                                 bool centred, double scale, Team<WARPS>& team) {
   float max[2] = {-HUGE_VALF, -HUGE_VALF};
 #pragma unroll 1
   for (int k = team.thread; k < tiles.count; k += Team<WARPS>::THREADS) {
@@ -67,8 +68,8 @@ __device__ __forceinline__ Crossed merge_crossed(const Summaries& tiles, const S
   double sums[3] = {0.0, 0.0, 0.0};
 #pragma unroll 1
   for (int k = team.thread; k < tiles.count; k += Team<WARPS>::THREADS) {
-    const double mass = exp(base.max[k] - base_p), base_sum = 1.0 + base.excess[k];
-    sums[0] += (1.0 + tiles.excess[k]) * exp(tiles.max[k] - p);
+    const double mass = exp(scale * (base.max[k] - base_p)), base_sum = 1.0 + base.excess[k];
+    sums[0] += (1.0 + tiles.excess[k]) * exp(scale * (tiles.max[k] - p));
     sums[1] += base_sum * mass;
     // Not 0 * -inf for a tile of which the base reaches nothing.
     if (mass != 0.0) sums[2] += mass * (cross[k] + base_sum * (pivot(tiles.max[k]) - reference));
@@ -77,10 +78,12 @@ __device__ __forceinline__ Crossed merge_crossed(const Summaries& tiles, const S
   return {{max[0], sums[0]}, {max[1], sums[1]}, sums[2]};
 }
 
-template <class Element, class Gradient, int WARPS, bool HAS_BASE>
+template <class Element, class Gradient, class Scale, int WARPS, bool HAS_BASE>
 __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR)
-    matching_loss_kernel(const __grid_constant__ MatchingLossArgs a, const __grid_constant__ RowPlan plan, Unit scale,
+    matching_loss_kernel(const __grid_constant__ MatchingLossArgs a, const __grid_constant__ RowPlan plan, Scale factor,
                          bool sums, bool finishes) {
+  // Known when the kernel is compiled where it is 1, so that nothing is multiplied by it then.
+  const double scale = std::is_same_v<Scale, Unit> ? 1.0 : a.scale;
   Team<WARPS> team;
   const Part part = part_of<WARPS>(plan);
   const int64_t t = part.row;
@@ -108,9 +111,9 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   }
   if (sums) {
     if constexpr (HAS_BASE) {
-      cross_tiles(row, base, part, tiles, base_tiles, cross, team, keep, keep_base);
+      cross_tiles(row, base, part, tiles, base_tiles, cross, factor, team, keep, keep_base);
     } else {
-      sum_tiles<WARPS, false>(row, part, tiles, scale, team, keep);
+      sum_tiles<WARPS, false>(row, part, tiles, factor, team, keep);
     }
     // Kept, since the gradient may take the place of the logits, and all that share the row need them.
     for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
@@ -124,9 +127,9 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   // ---- of the whole row
   Crossed of_row;
   if constexpr (HAS_BASE) {
-    of_row = merge_crossed(tiles, base_tiles, cross, a.normalized, team);
+    of_row = merge_crossed(tiles, base_tiles, cross, a.normalized, scale, team);
   } else {
-    of_row.model = merge_tiles(tiles, 1.0, team);
+    of_row.model = merge_tiles(tiles, scale, team);
   }
   const Total total = of_row.model;
   const double reference = pivot(total.max);
@@ -136,9 +139,9 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   double base_reference = 0.0, base_log_rate = 0.0, base_loss = 0.0;
   if constexpr (HAS_BASE) {
     base_reference = pivot(of_row.base.max);
-    base_log_rate = a.normalized ? -log(of_row.base.sum) : base_reference;
+    base_log_rate = a.normalized ? -log(of_row.base.sum) : scale * base_reference;
     if (base_weight != 0.0) {
-      base_loss = base_weight * ((a.normalized ? log_sum : 0.0) - ::exp(base_log_rate) * of_row.cross);
+      base_loss = base_weight * ((a.normalized ? log_sum : 0.0) - ::exp(base_log_rate) * scale * of_row.cross);
     }
   }
   double sums_of_targets[2] = {0.0, 0.0};
@@ -151,19 +154,20 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
     const double x = target_logit[j];
     // Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
     if (x == -HUGE_VAL && weight_at(v, a.target, a.weight, t) == 0.0) continue;
-    loss += w * (a.normalized ? log_sum - (x - reference) : -x);
+    loss += w * (a.normalized ? log_sum - scale * (x - reference) : -scale * x);
   }
   team.reduce_each(sums_of_targets, Sum{});
   loss += base_loss;
   weights += base_weight;
-  if (!a.normalized) loss += ::exp(reference) * total.sum;
+  if (!a.normalized) loss += ::exp(scale * reference) * total.sum;
   if (part.split == 0 && team.thread == 0) a.loss[t] = row_scale * loss;
 
   // ---- the gradient, of this part
   // A row that can reach nothing has no distribution to push down.
   const double outflow = total.sum == 0.0 ? 0.0 : a.normalized ? weights : 1.0;
-  const Share share = share_of(row_scale * outflow, a.normalized ? -log_sum : reference, reference, 1.0);
-  const Share base_share = share_of(row_scale * base_weight, base_log_rate, base_reference, 1.0);
+  const double slope = row_scale * scale;  // what the chain rule multiplies the gradient by
+  const Share share = share_of(slope * outflow, a.normalized ? -log_sum : scale * reference, reference, scale);
+  const Share base_share = share_of(slope * base_weight, base_log_rate, base_reference, scale);
   if (a.shares && part.split == 0 && team.thread == 0) store_shares(a.shares + t * SHARES, share, base_share);
   if (!a.gradient.data) return;
   Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
@@ -172,13 +176,13 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
     float x[PER_LANE];
     again.template load_tile<false>(tile, team.lane(), x);
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) x[i] = share_at(share, x[i], scale);
+    for (int i = 0; i < PER_LANE; ++i) x[i] = share_at(share, x[i], factor);
     if constexpr (HAS_BASE) {
       float b[PER_LANE];
       base_again.template load_tile<false>(tile, team.lane(), b);
 #pragma unroll
       for (int i = 0; i < PER_LANE; ++i) {
-        const float pulled = share_at(base_share, b[i], scale);
+        const float pulled = share_at(base_share, b[i], factor);
         x[i] = x[i] == pulled ? 0.0f : x[i] - pulled;  // not inf - inf
       }
     }
@@ -188,9 +192,9 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
     const int64_t v = load_target(a.target, a.shape, t, j);
     if (!is_here(v)) continue;
-    double value = exact_share_at(share, target_logit[j], 1.0);
-    if constexpr (HAS_BASE) value -= exact_share_at(base_share, base.at(v), 1.0);
-    store_one(gradient + v, static_cast<float>(value - row_scale * weight_at(v, a.target, a.weight, t)));
+    double value = exact_share_at(share, target_logit[j], scale);
+    if constexpr (HAS_BASE) value -= exact_share_at(base_share, base.at(v), scale);
+    store_one(gradient + v, static_cast<float>(value - slope * weight_at(v, a.target, a.weight, t)));
   }
 }
 
@@ -207,15 +211,16 @@ void matching_loss(const MatchingLossArgs& asked, Queue queue) {
   // Clusters are those of sm_90.
   a.keeps = plan.clustered && a.gradient.data && part_bytes <= block_bytes;
   const int64_t kept_bytes = a.keeps ? part_bytes : 0;
-  with_types(a.shape, plan, [&](auto element, auto warps) {
+  with_types(a.shape, plan, a.scale, [&](auto element, auto warps, auto factor) {
     using Element = decltype(element);
+    using Scale = decltype(factor);
     constexpr int WARPS = decltype(warps)::value;
     with_gradient<Element>(a.gradient_dtype, [&](auto gradient) {
       using Gradient = decltype(gradient);
       if (has_base) {
-        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, true>, plan, queue, a, Unit{}, kept_bytes);
+        launch_rows(matching_loss_kernel<Element, Gradient, Scale, WARPS, true>, plan, queue, a, factor, kept_bytes);
       } else {
-        launch_rows(matching_loss_kernel<Element, Gradient, WARPS, false>, plan, queue, a, Unit{}, kept_bytes);
+        launch_rows(matching_loss_kernel<Element, Gradient, Scale, WARPS, false>, plan, queue, a, factor, kept_bytes);
       }
     });
   });

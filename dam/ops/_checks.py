@@ -186,6 +186,12 @@ def temperature(op: str, value: float, *, zero: bool) -> float:
     return number(op, "temperature", value, 1e-30, 1e30, zero=zero)
 
 
+def reduction(op: str, value: str | None) -> None:
+    """How the losses of rows become one, or None for what the op does by itself."""
+    if value not in (None, "none", "sum", "mean"):
+        raise ValueError(f'{op}: reduction must be None, "none", "sum" or "mean"; got {value!r}')
+
+
 def index_range(op: str, name: str, value: Tensor | None, columns: int, backend: str) -> None:
     """Entries of an index tensor lie in [0, V) or are -1.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,43 @@ def register(op: _op.Op, name: str, inputs: int, differentiable: Sequence[int]) 
         for i, gradient in zip(differentiable, gradients, strict=True):
             if gradient is not None and grad_loss is not None:
                 result[i] = _scaled(gradient, grad_loss, ctx.overwrite)
+        return tuple(result)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def register_rows(
+    op: _op.Op,
+    name: str,
+    gradients: Callable[[Sequence[Any], list[bool], str], Sequence[Tensor]],
+    row_scale: int,
+    differentiable: Sequence[int],
+) -> None:
+    """Registers the backward pass of `op`, whose output is the loss of each row, by that of their sum.
+
+    What a row's loss is multiplied by is then known, and goes into row_scale, which is the op's argument of that
+    index: `gradients`, of the op's arguments up to its last, the backend, forms the gradients of the differentiable
+    ones that are needed.
+    """
+
+    def setup_context(ctx, inputs, output):
+        *arguments, ctx.backend = inputs
+        tensors = [isinstance(x, Tensor) for x in arguments]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x if is_one else None for x, is_one in zip(arguments, tensors, strict=True)))
+        ctx.others = [None if is_one else x for x, is_one in zip(arguments, tensors, strict=True)]
+
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name} has no double backward: do not pass create_graph=True")
+        result: list[Tensor | None] = [None] * (len(ctx.others) + 1)
+        if grad is None:
+            return tuple(result)
+        arguments = [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        arguments[row_scale] = grad.double() * arguments[row_scale]
+        needed = [ctx.needs_input_grad[i] for i in differentiable]
+        for i, need, gradient in zip(differentiable, needed, gradients(arguments, needed, ctx.backend), strict=True):
+            result[i] = gradient if need else None
         return tuple(result)
 
     op.register_autograd(backward, setup_context=setup_context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,17 @@ def linear_matching_loss(
     row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
     normalized: bool = True,
+    temperature: float = 1.0,
+    reduction: str | None = None,
 ) -> Tensor:
     """`matching_loss` on logits = hidden @ head_weight^T + bias, without storing them.
 
     hidden, head_weight, bias and lora's factors are differentiated, each only if it requires grad: a frozen head
     costs no gradient matmul. Gradients are formed in the forward pass, so the loss takes one backward pass; a
     second one and a double backward raise. In float16 they are rounded before a loss scaler multiplies
-    them: put the scale into row_scale instead, or use bfloat16.
+    them: put the scale into row_scale instead, or use bfloat16. With reduction "none" what each row's loss is
+    multiplied by is known in the backward pass only: each one forms the gradients, and makes the logits' matmul
+    for it once more, and the base's.
 
     Args:
         hidden: hidden states [..., D]; unit inner stride.
@@ -45,12 +49,13 @@ def linear_matching_loss(
         target, weight: as for `matching_loss`.
         base_hidden, base_head_weight, base_bias: make the base's logits in the same way; base_head_weight
             may be head_weight itself.
-        base_weight, row_scale, exclude, normalized: as for `matching_loss`.
+        base_weight, row_scale, exclude, normalized, temperature, reduction: as for `matching_loss`.
 
     Returns:
-        Scalar, float32 (float64 for float64 hidden). Extra memory beyond the gradients is bounded by the
-        environment variable DAM_WORKSPACE_MB (256 unless set); a 16-bit head that is trained accumulates its
-        gradient in float32, unless a GPU takes it in blocks of the head, which costs a matmul more instead.
+        Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
+        gradients is bounded by the environment variable DAM_WORKSPACE_MB (256 unless set); a 16-bit head that is
+        trained accumulates its gradient in float32, unless a GPU takes it in blocks of the head, which costs a
+        matmul more instead.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -87,8 +92,10 @@ def linear_matching_loss(
         )
         base_bias = None if base_bias is None else base_bias.detach()
     excluded = _checks.exclude(op, exclude, lead, columns, hidden)
+    temperature = _checks.temperature(op, temperature, zero=False)
+    row_scale = _row_op.reduced(op, reduction, row_scale, hidden)
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
-    loss, *_ = _linear_matching_loss(
+    arguments = (
         *head,
         target,
         weight,
@@ -99,10 +106,11 @@ def linear_matching_loss(
         row_scale,
         excluded,
         normalized,
-        list(_head.needed_of(head)),
-        backend,
-        True,
+        temperature,
     )
+    if reduction == "none":
+        return _linear_matching_loss_rows(*arguments, backend).view(lead)
+    loss, *_ = _linear_matching_loss(*arguments, list(_head.needed_of(head)), backend, True)
     return loss
 
 
@@ -116,16 +124,21 @@ def chunked(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     needed: _head.Needed,
+    per_row: bool,
     shares: Tensor | None = None,  # [T, .]; filled by the row op, if it takes them
 ) -> tuple[Tensor, ...]:
-    """Loss and gradients by library matmuls over chunks of rows, with the row op between them."""
+    """Loss and gradients by library matmuls over chunks of rows, with the row op between them.
+
+    The loss is a sum over rows, or with `per_row` that of each, float64 [T].
+    """
     rows = head.hidden.shape[0]
     gradients = _head.Gradients(head, needed)
     columns = slice(0, head.weight.shape[0])
     if row_scale is None:
         row_scale = head.hidden.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64, device=head.hidden.device)
+    losses = head.hidden.new_zeros((rows,) if per_row else (), dtype=torch.float64)
     dtype = _head.gradient_dtype(head, backend) if any(needed) else None
     arrays = 1 if base is None else 2
     for part, memory in _head.chunks(rows, head.weight, arrays=arrays, backend=backend, gradient=dtype):
@@ -138,14 +151,18 @@ def chunked(
             row_scale[part],
             None if exclude is None else exclude[part],
             normalized,
+            temperature,
             any(needed),
             memory[arrays] if len(memory) > arrays else memory[0],
             *(() if shares is None else (shares[part],)),
         )
-        total += loss
+        if per_row:
+            losses[part] = loss
+        else:
+            losses += _row_op.total(loss, backend).to(_rows.accumulator(head.hidden.dtype))
         if any(needed):
             gradients.add(part, columns, grad_logits)
-    return total.to(_rows.accumulator(head.hidden.dtype)), *gradients.finish()
+    return losses, *gradients.finish()
 
 
 def _triton(
@@ -157,19 +174,30 @@ def _triton(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     needed: _head.Needed,
+    per_row: bool,
 ) -> tuple[Tensor, ...]:
-    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized)
+    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature)
     if not _linear.fused("linear_matching_loss", head, _linear.gradient_form(needed) if any(needed) else "form"):
-        return chunked("triton", *arguments, needed)
+        return chunked("triton", *arguments, needed, per_row)
     if row_scale is None:
         count = head.hidden.shape[0]
         row_scale = head.hidden.new_full((count,), 1.0 / max(count, 1), dtype=torch.float64)
-    row_loss, rows = triton.launcher("linear_matching_loss")(
-        head, target, weight, base, base_weight, row_scale, exclude, normalized, workspace=_rows.workspace_bytes()
+    loss, rows = triton.launcher("linear_matching_loss")(
+        head,
+        target,
+        weight,
+        base,
+        base_weight,
+        row_scale,
+        exclude,
+        normalized,
+        temperature,
+        workspace=_rows.workspace_bytes(),
     )
-    gradients = _linear.fused_gradients("linear_matching_loss", head, base, rows, 1.0, needed)
-    return row_loss.sum().to(torch.float32), *gradients
+    gradients = _linear.fused_gradients("linear_matching_loss", head, base, rows, temperature, needed)
+    return loss if per_row else _row_op.total(loss, "triton"), *gradients
 
 
 def _cuda(
@@ -181,18 +209,20 @@ def _cuda(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     needed: _head.Needed,
+    per_row: bool,
 ) -> tuple[Tensor, ...]:
     """By rows; the gradient of a trained head in a second pass by columns, where the rows do not fit one chunk."""
-    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized)
+    arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature)
     if not _head.by_columns(head, needed, 1 if base is None else 2, _head.gradient_dtype(head, "cuda")):
-        return chunked("cuda", *arguments, needed)
+        return chunked("cuda", *arguments, needed, per_row)
     rows = head.hidden.shape[0]
     shares = head.hidden.new_empty((rows, cuda.kernels.SHARES), dtype=torch.float32)
-    loss, *_ = chunked("cuda", *arguments, (False,) * 5, shares)
+    loss, *_ = chunked("cuda", *arguments, (False,) * 5, per_row, shares)
     scale = 1.0 / rows if row_scale is None else row_scale.double()[:, None]
     return loss, *_linear.gradients_by_columns(
-        head, base, target, weight.double() * scale, shares, exclude, 1.0, needed
+        head, base, target, weight.double() * scale / temperature, shares, exclude, temperature, needed
     )
 
 
@@ -220,6 +250,7 @@ def _linear_matching_loss(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     needed: list[bool],
     backend: str,
     overwrite: bool,
@@ -227,11 +258,16 @@ def _linear_matching_loss(
     columns = head_weight.shape[0]
     _checks.index_range("linear_matching_loss", "target", target, columns, backend)
     _checks.index_range("linear_matching_loss", "exclude", exclude, columns, backend)
-    base = None
-    if base_hidden is not None and base_head_weight is not None:
-        base = _head.Projection(base_hidden, base_head_weight, base_bias)
     head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
-    return _IMPLEMENTATIONS[backend](head, target, weight, base, base_weight, row_scale, exclude, normalized, needed)
+    base = _base_of(base_hidden, base_head_weight, base_bias)
+    loss, *gradients = _IMPLEMENTATIONS[backend](
+        head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature, needed, False
+    )
+    return loss.to(_rows.accumulator(hidden.dtype)), *gradients
+
+
+def _base_of(hidden: Tensor | None, head_weight: Tensor | None, bias: Tensor | None) -> _head.Projection | None:
+    return None if hidden is None or head_weight is None else _head.Projection(hidden, head_weight, bias)
 
 
 @_linear_matching_loss.register_fake
@@ -250,6 +286,7 @@ def _(
     row_scale,
     exclude,
     normalized,
+    temperature,
     needed,
     backend,
     overwrite,
@@ -258,4 +295,65 @@ def _(
     return hidden.new_empty((), dtype=_rows.accumulator(hidden.dtype)), *gradients
 
 
-_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=17, differentiable=(0, 1, 2, 3, 4))
+_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=18, differentiable=(0, 1, 2, 3, 4))
+
+
+@_op.op("linear_matching_loss_rows")
+def _linear_matching_loss_rows(
+    hidden: Tensor,
+    head_weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    target: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor | None,
+    base_head_weight: Tensor | None,
+    base_bias: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor,
+    exclude: Tensor | None,
+    normalized: bool,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    columns = head_weight.shape[0]
+    _checks.index_range("linear_matching_loss", "target", target, columns, backend)
+    _checks.index_range("linear_matching_loss", "exclude", exclude, columns, backend)
+    head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
+    base = _base_of(base_hidden, base_head_weight, base_bias)
+    loss, *_ = _IMPLEMENTATIONS[backend](
+        head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature, (False,) * 5, True
+    )
+    return loss.to(_rows.accumulator(hidden.dtype))
+
+
+@_linear_matching_loss_rows.register_fake
+def _(
+    hidden,
+    head_weight,
+    bias,
+    low_hidden,
+    low_weight,
+    target,
+    weight,
+    base_hidden,
+    base_head_weight,
+    base_bias,
+    base_weight,
+    row_scale,
+    exclude,
+    normalized,
+    temperature,
+    backend,
+):
+    return hidden.new_empty(hidden.shape[:1], dtype=_rows.accumulator(hidden.dtype))
+
+
+def _gradients(arguments: Sequence[Any], needed: list[bool], backend: str) -> Sequence[Tensor]:
+    return _linear_matching_loss(*arguments, needed, backend, True)[1:]
+
+
+_formed_gradient.register_rows(
+    _linear_matching_loss_rows, "linear_matching_loss", _gradients, row_scale=11, differentiable=(0, 1, 2, 3, 4)
+)

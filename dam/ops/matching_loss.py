@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,32 +22,41 @@ def matching_loss(
     row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
     normalized: bool = True,
+    temperature: float = 1.0,
+    reduction: str | None = None,
 ) -> Tensor:
     """Generalised KL between the model's rates and w, up to a constant that does not depend on the model.
 
         w_t(v) = sum_j weight[t, j] 1[v = target[t, j]] + base_weight[t] p_base(v)
+        x_t(v) = logits[t, v] / temperature
 
-        normalized:  sum_t row_scale[t] ( - sum_v w_t(v) log_softmax(logits_t)[v] )
-        rates:       sum_t row_scale[t] ( sum_v exp(logits_t[v]) - sum_v w_t(v) logits_t[v] )
+        normalized:  loss_t = - sum_v w_t(v) log_softmax(x_t)[v]
+        rates:       loss_t = sum_v exp(x_t(v)) - sum_v w_t(v) x_t(v)
 
-    over destinations v that are not excluded; p_base is softmax(base_logits), or exp(base_logits) for rates.
-    The minimiser of its expectation is E[w]: normalised, or as rates.
+    over destinations v that are not excluded; p_base is softmax(base_logits / temperature), or
+    exp(base_logits / temperature) for rates. The minimiser of its expectation is E[w]: normalised, or as rates.
 
     Only logits are differentiated. Their gradient is formed in the forward pass, so the loss takes one
     backward pass; a second one and a double backward raise. In float16 it is rounded before a loss scaler
-    multiplies it: put the scale into row_scale instead, or use bfloat16.
+    multiplies it: put the scale into row_scale instead, or use bfloat16. With reduction "none" what each row's
+    loss is multiplied by is known in the backward pass only: each one forms the gradient, and reads the logits
+    for it once more, which are kept.
 
     Args:
         logits: unnormalised log rates [..., V], of T rows in all; any row stride, unit inner stride.
         target: int64 [..., J]; -1 means no target in that slot; targets that repeat add up.
         weight: floating point [..., J]; may be negative, zero or large. Weight on an excluded target is dropped.
         base_logits, base_weight: a second weighted target over the whole vocabulary, given together.
-        row_scale: floating point [...]; 1/T unless given.
+        row_scale: floating point [...], what each row's loss is multiplied by.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
         normalized: which of the two forms.
+        temperature: divides the logits, and the base's; > 0. The loss then fits rollouts drawn at it.
+        reduction: "sum": the sum over rows of row_scale_t loss_t; "mean": that divided by T, or 0 without rows;
+            "none": row_scale_t loss_t of each row. row_scale is 1 unless given. None: "sum" if row_scale is given,
+            else "mean".
 
     Returns:
-        Scalar, float32 (float64 for float64 logits). NaN logits give NaN.
+        Scalar, or [...] with reduction "none"; float32 (float64 for float64 logits). NaN logits give NaN.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -63,11 +75,14 @@ def matching_loss(
         base_weight = _checks.vector(op, "base_weight", base_weight, lead, x).detach()
         base_logits = base.detach()
     excluded = _checks.exclude(op, exclude, lead, x.shape[1], x)
+    temperature = _checks.temperature(op, temperature, zero=False)
+    row_scale = reduced(op, reduction, row_scale, x)
     backend = choice.choose(op, _IMPLEMENTATIONS, x)
+    arguments = (x, target, weight, base_logits, base_weight, row_scale, excluded, normalized, temperature)
+    if reduction == "none":
+        return _matching_loss_rows(*arguments, backend).view(lead)
     with_grad = x.requires_grad and torch.is_grad_enabled()
-    loss, _ = _matching_loss(
-        x, target, weight, base_logits, base_weight, row_scale, excluded, normalized, with_grad, backend, True
-    )
+    loss, _ = _matching_loss(*arguments, with_grad, backend, True)
     return loss
 
 
@@ -83,6 +98,24 @@ def weighted_targets(
     if row_scale is not None:
         row_scale = _checks.vector(op, "row_scale", row_scale, lead, reference).detach()
     return targets, _checks.per_slot(weight.detach(), reference), row_scale
+
+
+def reduced(op: str, reduction: str | None, row_scale: Tensor | None, reference: Tensor) -> Tensor | None:
+    """row_scale with which a sum over rows is the reduction, None for 1/T; that of each row for "none"."""
+    _checks.reduction(op, reduction)
+    if row_scale is None:
+        mean = reduction in (None, "mean")
+        return None if mean else reference.new_ones(reference.shape[:1], dtype=torch.float64)
+    return row_scale.double() / max(reference.shape[0], 1) if reduction == "mean" else row_scale
+
+
+def total(row_loss: Tensor, backend: str) -> Tensor:
+    """Sum of the rows' losses, float64 []."""
+    # torch promises no order of a sum, and divides a long one among its threads. In the rows' order it does not depend
+    # on how many there are; cumsum has no other.
+    if backend == "cpu" and row_loss.shape[0] > 0:
+        return row_loss.cumsum(0)[-1]
+    return row_loss.sum()
 
 
 def reference_rows(
@@ -120,29 +153,29 @@ def _torch(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     with_grad: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient; the gradient is written to `into`, which may be the logits themselves, if that is given."""
+    """Loss of each row, float64 [T], and gradient, which is written to `into`, if given; it may be the logits."""
     rows, columns = logits.shape
-    _, grad = outputs(logits, with_grad, into)
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    losses, grad = outputs(logits, with_grad, into)
     scale = torch.full((rows,), 1.0 / max(rows, 1), device=logits.device) if row_scale is None else row_scale
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
         ex = None if exclude is None else exclude[part]
         loss, row_grad = reference_rows(
-            _rows.allowed(logits[part], ex),
+            _rows.allowed(logits[part], ex).div_(temperature),
             target[part],
             weight[part],
-            None if base_logits is None else _rows.allowed(base_logits[part], ex),
+            None if base_logits is None else _rows.allowed(base_logits[part], ex).div_(temperature),
             None if base_weight is None else base_weight[part],
             normalized,
         )
-        total += (loss * scale[part].double()).sum()
+        losses[part] = loss * scale[part].double()
         if with_grad:
-            grad[part] = row_grad * scale[part].double()[:, None]
-    return total.to(_rows.accumulator(logits.dtype)), grad
+            grad[part] = row_grad * (scale[part].double()[:, None] / temperature)
+    return losses, grad
 
 
 def _cpu(
@@ -154,6 +187,7 @@ def _cpu(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     with_grad: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -166,8 +200,7 @@ def _cpu(
         else row_scale.double().contiguous()
     )
     base_weight = None if base_weight is None else base_weight.double().contiguous()
-    row_loss = logits.new_empty((rows,), dtype=torch.float64)
-    total = cpu.kernels.matching_loss(
+    cpu.kernels.matching_loss(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
         base=address.matrix(base_logits),
@@ -178,11 +211,11 @@ def _cpu(
         base_weight=address.of(base_weight),
         row_scale=scale.data_ptr(),
         normalized=normalized,
-        loss=row_loss.data_ptr(),
+        temperature=temperature,
+        loss=loss.data_ptr(),
         gradient=gradient.data_ptr() if with_grad else 0,
     )
-    # Through float64: fill_ refuses a sum beyond float32 where a conversion gives inf.
-    return loss.copy_(torch.tensor(total, dtype=torch.float64)), gradient
+    return loss, gradient
 
 
 def _cuda(
@@ -194,17 +227,17 @@ def _cuda(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     with_grad: bool,
     into: Tensor | None = None,
     shares: Tensor | None = None,  # [T, SHARES]; filled with what the gradient depends on
 ) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     numbers = tuple(address.readable(x) for x in (weight, base_weight, row_scale))
-    _, gradient = outputs(logits, with_grad, into)
+    loss, gradient = outputs(logits, with_grad, into)
     arrays = cuda.kernels.ROW_SUMMARIES if base_logits is None else cuda.kernels.BASE_SUMMARIES
     summaries = cuda.summaries(logits, arrays, rows)
     target_logit = logits.new_empty(target.shape, dtype=torch.float32)
-    row_loss = logits.new_empty((rows,), dtype=torch.float64)
     cuda.kernels.matching_loss(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
@@ -215,15 +248,16 @@ def _cuda(
         base_weight=address.values(numbers[1]),
         row_scale=address.values(numbers[2]),
         normalized=normalized,
+        scale=1.0 / temperature,
         summaries=summaries.data_ptr(),
         target_logit=target_logit.data_ptr(),
-        loss=row_loss.data_ptr(),
+        loss=loss.data_ptr(),
         gradient=address.matrix(gradient if with_grad else None),
         gradient_dtype=address.DTYPE_CODE[gradient.dtype],
         shares=address.of(shares),
         where=cuda.where(logits),
     )
-    return row_loss.sum().to(torch.float32), gradient
+    return loss, gradient
 
 
 _IMPLEMENTATIONS = {
@@ -235,8 +269,8 @@ _IMPLEMENTATIONS = {
 
 
 def outputs(logits: Tensor, with_grad: bool, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Uninitialised loss and gradient; the gradient is empty where none is asked for."""
-    loss = logits.new_empty((), dtype=_rows.accumulator(logits.dtype))
+    """Uninitialised losses of rows, float64 [T], and gradient, which is empty where none is asked for."""
+    loss = logits.new_empty(logits.shape[:1], dtype=torch.float64)
     if with_grad and into is not None:
         return loss, into
     return loss, logits.new_empty(logits.shape if with_grad else (0,))
@@ -252,20 +286,69 @@ def _matching_loss(
     row_scale: Tensor | None,
     exclude: Tensor | None,
     normalized: bool,
+    temperature: float,
     with_grad: bool,
     backend: str,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
     _checks.index_range("matching_loss", "target", target, logits.shape[1], backend)
     _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1], backend)
-    return _IMPLEMENTATIONS[backend](
-        logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, with_grad
+    loss, gradient = _IMPLEMENTATIONS[backend](
+        logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, temperature, with_grad
     )
+    return total(loss, backend).to(_rows.accumulator(logits.dtype)), gradient
 
 
 @_matching_loss.register_fake
-def _(logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, with_grad, backend, overwrite):
-    return outputs(logits, with_grad)
+def _(
+    logits,
+    target,
+    weight,
+    base_logits,
+    base_weight,
+    row_scale,
+    exclude,
+    normalized,
+    temperature,
+    with_grad,
+    backend,
+    overwrite,
+):
+    _, gradient = outputs(logits, with_grad)
+    return logits.new_empty((), dtype=_rows.accumulator(logits.dtype)), gradient
 
 
-_formed_gradient.register(_matching_loss, "matching_loss", inputs=11, differentiable=(0,))
+_formed_gradient.register(_matching_loss, "matching_loss", inputs=12, differentiable=(0,))
+
+
+@_op.op("matching_loss_rows")
+def _matching_loss_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_logits: Tensor | None,
+    base_weight: Tensor | None,
+    row_scale: Tensor,
+    exclude: Tensor | None,
+    normalized: bool,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    _checks.index_range("matching_loss", "target", target, logits.shape[1], backend)
+    _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1], backend)
+    loss, _ = _IMPLEMENTATIONS[backend](
+        logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, temperature, False
+    )
+    return loss.to(_rows.accumulator(logits.dtype))
+
+
+@_matching_loss_rows.register_fake
+def _(logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, temperature, backend):
+    return logits.new_empty(logits.shape[:1], dtype=_rows.accumulator(logits.dtype))
+
+
+def _gradient(arguments: Sequence[Any], needed: list[bool], backend: str) -> Sequence[Tensor]:
+    return _matching_loss(*arguments, True, backend, True)[1:]
+
+
+_formed_gradient.register_rows(_matching_loss_rows, "matching_loss", _gradient, row_scale=5, differentiable=(0,))

@@ -103,7 +103,7 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     target, grad = integers(-1, 20_000, 3, 40, seed=16), normal(3, 40, seed=17)
     logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
     target[:, 1] = target[:, 0]
-    of_loss = (target, grad, base, grad[:, 0], None, None, True, True)
+    of_loss = (target, grad, base, grad[:, 0], None, None, True, 0.7, True)
     chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if cuda.EMULATED else [None]
     for chip in chips:
         if chip is not None:
@@ -143,7 +143,8 @@ def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, norma
         monkeypatch.setattr(_head, "by_columns", lambda *arguments: by_columns)
         leaves = [x.clone().requires_grad_() for x in (*tensors, *lora)]
         head = {"bias": leaves[2], "lora": dam.LoRA(*leaves[3:], 0.7)}
-        loss = dam.linear_matching_loss(*leaves[:2], target, weight, **head, **options, normalized=normalized)
+        of_loss = {**options, "normalized": normalized, "temperature": 1.0 if normalized else 1.4}
+        loss = dam.linear_matching_loss(*leaves[:2], target, weight, **head, **of_loss)
         value = dam.linear_log_prob(*leaves[:2], target, **head, exclude=exclude, temperature=0.7)
         value = (value.clamp(min=-99.0) * weight).sum()
         return loss.detach(), *(x for y in (loss, value) for x in torch.autograd.grad(y, leaves))
@@ -255,7 +256,7 @@ def test_gradients_beyond_2_31_elements(dtype):
     assert same(log_prob_op._cuda(logits, target, None, 1.0), log_prob_op._cuda(near, target, None, 1.0))
     expected = log_prob_op._cuda_backward(grad, near, target, log_escape, None, 1.0)
     assert torch.equal(log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
-    of_loss = (grad[:, 0], None, None, True, True)
+    of_loss = (grad[:, 0], None, None, True, 1.0, True)
     expected = matching_loss_op._cuda(near, target, grad, near_base, *of_loss)
     assert same(matching_loss_op._cuda(logits, target, grad, base, *of_loss, out), expected)
 
@@ -284,7 +285,7 @@ def test_calls_are_part_of_a_graph():
 
     def results():
         drawn = dam.jump(logits, seed=seed, check=False)
-        loss, gradient = matching_loss_op._cuda(logits, target, weight, base, weight[:, 0], None, None, True, True)
+        loss, gradient = matching_loss_op._cuda(logits, target, weight, base, weight[:, 0], None, None, True, 1.0, True)
         value, log_escape = log_prob_op._cuda(logits, target, None, 1.0)
         slope = log_prob_op._cuda_backward(weight, logits, target, log_escape, None, 1.0)
         weights = dam.adjoint_weights(log_ratio, cost)

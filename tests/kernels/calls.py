@@ -77,10 +77,10 @@ def matching_losses():
         for count, normalized in ((1, True), (1024, True), (1024, False)):
             x, target, weight = rows_of(count, LLADA, dtype), indices(count, 16), torch.empty(count, 16)
             scale = torch.empty(count)
-            matching_loss.matching_loss(x, target, weight, None, None, None, None, normalized, True)
-            matching_loss.matching_loss(x, target, weight, x, scale, scale, indices(count), normalized, True)
-            matching_loss.matching_loss(x, target, weight, x, scale, scale, None, normalized, False)
-    matching_loss.matching_loss(ONE, INDEX, ONE, ONE, ONE[0], None, INDEX[0], True, True)
+            matching_loss.matching_loss(x, target, weight, None, None, None, None, normalized, 1.0, True)
+            matching_loss.matching_loss(x, target, weight, x, scale, scale, indices(count), normalized, 0.5, True)
+            matching_loss.matching_loss(x, target, weight, x, scale, scale, None, normalized, 1.0, False)
+    matching_loss.matching_loss(ONE, INDEX, ONE, ONE, ONE[0], None, INDEX[0], True, 1.0, True)
 
 
 def heads(rows, dtype, low=None):
@@ -135,12 +135,12 @@ def linear_matching_losses():
             of, target, weight = heads(rows, dtype, low), indices(rows, 16), torch.zeros(rows, 16)
             base, base_weight = (heads(rows, dtype), torch.zeros(rows)) if based else (None, None)
             _, of_rows = linear_matching_loss.linear_matching_loss(
-                of, target, weight, base, base_weight, torch.zeros(rows), None, True, workspace=WORKSPACE
+                of, target, weight, base, base_weight, torch.zeros(rows), None, True, 1.0, workspace=WORKSPACE
             )
             gradients_of("linear_matching_loss", of, base, of_rows, rows)
     of, scale = ONES_OF_A_HEAD, ONE[0]
     _, of_rows = linear_matching_loss.linear_matching_loss(
-        of, INDEX, ONE, of, scale, scale, None, True, workspace=WORKSPACE
+        of, INDEX, ONE, of, scale, scale, None, True, 2.0, workspace=WORKSPACE
     )
     one = slice(0, 1)
     head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))

@@ -55,7 +55,7 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     logits, target, grad = normal(3, 8000, seed=15), integers(-1, 8000, 3, 40, seed=16), normal(3, 40, seed=17)
     target[:, 1] = target[:, 0]
     _, log_escape = log_prob.log_prob(logits, target, None, 1.0)
-    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, None, True, True)
+    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, None, True, 0.7, True)
     for values in TILINGS:
         with tiled(values):
             expected = log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
@@ -142,7 +142,7 @@ def test_gradients_beyond_2_31_elements(dtype):
     expected = log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
     out = far(4, 2000, dtype)
     assert torch.equal(log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
-    arguments = (target, grad, logits, grad[:, 0], None, None, True, True)
+    arguments = (target, grad, logits, grad[:, 0], None, None, True, 1.0, True)
     expected = matching_loss.matching_loss(logits, *arguments)
     assert same(matching_loss.matching_loss(logits, *arguments, out), expected)
 

@@ -58,7 +58,8 @@ def per_row(lead, of):
 
 def matching_loss(lead, of, logits):
     loss = dam.matching_loss(logits, *weighted(lead, of), base_logits=of(rows_of(lead, 6)), **per_row(lead, of))
-    return loss, dam.matching_loss(logits, *weighted(lead, of), exclude=of(integers(-1, V, *lead, seed=2)))
+    rows = dam.matching_loss(logits, *weighted(lead, of), reduction="none")
+    return loss, rows, dam.matching_loss(logits, *weighted(lead, of), exclude=of(integers(-1, V, *lead, seed=2)))
 
 
 def linear_jump(lead, of, hidden):
@@ -72,7 +73,8 @@ def linear_log_prob(lead, of, hidden):
 def linear_matching_loss(lead, of, hidden):
     weight, bias = head_of()
     base = {"base_hidden": of(normal(*lead, D, seed=10)), "base_head_weight": weight}
-    return (dam.linear_matching_loss(hidden, weight, *weighted(lead, of), bias, **base, **per_row(lead, of)),)
+    loss = dam.linear_matching_loss(hidden, weight, *weighted(lead, of), bias, **base, **per_row(lead, of))
+    return loss, dam.linear_matching_loss(hidden, weight, *weighted(lead, of), bias, reduction="none")
 
 
 def backward_kolmogorov(lead, of, terminal):

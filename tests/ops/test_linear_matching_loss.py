@@ -47,6 +47,18 @@ def row_op_in_float64(leaves, target, weight, options):
     return (loss.detach(), hidden.grad, head.grad, bias.grad), logits.grad
 
 
+def rows_in_float64(leaves, target, weight, options, upstream):
+    """The same of the loss of each row, by an upstream gradient of each."""
+    row_scale = options.get("row_scale")
+    row_scale = upstream.double() if row_scale is None else upstream.double() * row_scale
+    expected, grad_logits = row_op_in_float64(leaves, target, weight, {**options, "row_scale": row_scale})
+    options = {**options, "reduction": "none"}
+    with dam.backend("torch"):
+        base = {k: v.double() if "base" in k else v for k, v in options.items()}
+        rows = dam.linear_matching_loss(*(x.double() for x in leaves[:2]), target, weight, leaves[2].double(), **base)
+    return (rows, *expected[1:]), grad_logits
+
+
 def linear_op(leaves, target, weight, options, upstream=1.0):
     hidden, head, bias = (x.detach().clone().requires_grad_() for x in leaves)
     loss = dam.linear_matching_loss(hidden, head, target, weight, bias=bias, **options)
@@ -85,6 +97,86 @@ def test_equals_the_row_op(backend, dtype, normalized, base):
     for row_scale in (None, normal(30, seed=9)):
         full = {**options, "row_scale": row_scale, "exclude": integers(-1, 1200, 30, seed=8), "normalized": normalized}
         compare_with_row_op(backend, leaves, target, weight, full)
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+@pytest.mark.parametrize("base", [False, True], ids=["", "base"])
+def test_a_temperature_divides_the_logits(backend, normalized, base):
+    """The base's too. Higher than 1, so that float32 products keep the accuracy in exp that `compare` allows."""
+    leaves, target, weight = inputs(seed=110)
+    options = {**(base_of() if base else {}), "exclude": integers(-1, 1200, 30, seed=118), "normalized": normalized}
+    compare_with_row_op(backend, leaves, target, weight, {**options, "temperature": 1.7})
+
+
+@pytest.mark.parametrize("workspace", [None, "0.1"])
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+@pytest.mark.parametrize("base", [False, True], ids=["", "base"])
+def test_the_loss_of_each_row_and_its_gradients(backend, monkeypatch, normalized, base, workspace):
+    """By another upstream gradient in each row, in one chunk of rows and in several."""
+    if workspace is not None:
+        monkeypatch.setenv("DAM_WORKSPACE_MB", workspace)
+    leaves, target, weight = inputs(seed=120)
+    options = {**(base_of() if base else {}), "exclude": integers(-1, 1200, 30, seed=128), "normalized": normalized}
+    options |= {"row_scale": normal(30, seed=129), "temperature": 1.3}
+    upstream = normal(60, seed=127)[::2]
+    expected, _ = rows_in_float64(leaves, target, weight, options, upstream)
+    xs = [x.clone().requires_grad_() for x in leaves]
+    rows = dam.linear_matching_loss(*xs[:2], target, weight, bias=xs[2], **options, reduction="none")
+    rows.backward(upstream)
+    assert rows.shape == (30,)
+    compare((rows.detach(), *(x.grad for x in xs)), expected, torch.float32)
+
+
+def test_reductions_of_the_same_rows(backend):
+    leaves, target, weight = inputs(seed=130)
+    row_scale = normal(30, seed=139)
+    for options in ({}, {"row_scale": row_scale}):
+        results = {
+            reduction: linear_op(leaves, target, weight, {**options, "reduction": reduction})
+            for reduction in (None, "sum", "mean")
+        }
+        rows = dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2], **options, reduction="none")
+        total, mean, unset = results["sum"], results["mean"], results[None]
+        # The rows are rounded one by one.
+        slack = 2 * rounding(torch.float32) * float(rows.double().abs().sum())
+        assert_close(rows.double().sum(), total[0], rtol=0, atol=slack)
+        for a, b in zip(mean, total, strict=True):
+            # Sums of float32 products with another scale; where they cancel they keep the accuracy of the largest.
+            assert_close(30 * a, b, rtol=2.0**-18, atol=2.0**-18 * float(b.abs().max()))
+        assert all(torch.equal(a, b) for a, b in zip(unset, total if options else mean, strict=True))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (True, True, True)])
+def test_of_each_row_only_what_requires_it_gets_a_gradient(backend, trained, lora):
+    """As of a sum with row_scale for the upstream gradient, bit for bit: the same kernels run."""
+    leaves, target, weight = inputs(seed=140)
+    factors = [normal(5, 20, seed=145, scale=0.3), normal(1200, 5, seed=146, scale=0.3)] if lora else []
+    upstream = normal(30, seed=147)
+
+    def gradients(loss_of):
+        xs = [x.clone().requires_grad_(need) for x, need in zip(leaves, trained, strict=True)]
+        low = [x.clone().requires_grad_() for x in factors]
+        options = {"lora": dam.LoRA(*low, 0.7)} if lora else {}
+        loss_of(lambda **more: dam.linear_matching_loss(*xs[:2], target, weight, xs[2], **options, **more))
+        return [x.grad for x in (*xs, *low)]
+
+    ours = gradients(lambda loss: loss(reduction="none").backward(upstream))
+    expected = gradients(lambda loss: loss(reduction="sum", row_scale=upstream.double()).backward())
+    assert [x is not None for x in ours] == [*trained, *[True] * len(factors)]
+    for a, b in zip(ours, expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_backward_passes_of_the_loss_of_each_row(backend):
+    """As many as are asked for, as each forms the gradients; none through another."""
+    leaves, target, weight = inputs(seed=150)
+    hidden = leaves[0].requires_grad_()
+    rows = dam.linear_matching_loss(hidden, leaves[1], target, weight, reduction="none")
+    with pytest.raises(RuntimeError, match="linear_matching_loss has no double backward"):
+        torch.autograd.grad(rows.sum(), hidden, create_graph=True)
+    once, twice = (torch.autograd.grad(rows.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)
 
 
 def test_base_may_share_the_head(backend):
@@ -219,6 +311,10 @@ def test_strides_and_empty(backend):
         assert_close(a, b, rtol=2.0**-18, atol=2.0**-19)
     empty = linear_op((leaves[0][:0], *leaves[1:]), target[:0], weight[:0], {})
     assert empty[0] == 0 and all(bool((g == 0).all()) for g in empty[1:])
+    x = leaves[0][:0].clone().requires_grad_()
+    rows = dam.linear_matching_loss(x, leaves[1], target[:0], weight[:0], reduction="none")
+    rows.backward(torch.ones(0))
+    assert rows.shape == (0,) and x.grad.shape == (0, 20)
     no_targets = linear_op(leaves, target[:, :0], weight[:, :0], {})
     assert no_targets[0] == 0 and all(bool((g == 0).all()) for g in no_targets[1:])
 
@@ -231,25 +327,40 @@ def test_opcheck(backend):
     # overwrite=False: opcheck calls backward more than once.
     tail = ([True] * 5, backend, False)
     exclude = torch.tensor([0, -1, 3, 29])
-    args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), exclude, False, *tail)
+    args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), exclude, False, 0.7, *tail)
     torch.library.opcheck(module._linear_matching_loss.overload, args)
     tail = ([True, False, False, False, False], backend, False)
-    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 6, True, *tail)
+    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 6, True, 1.0, *tail)
     torch.library.opcheck(module._linear_matching_loss.overload, args)
 
 
-def test_compiled_equals_eager(backend):
+def test_opcheck_of_each_row(backend):
+    leaves, target, weight = inputs(4, 5, 30, seed=60)
+    hidden, head, bias = (x.requires_grad_() for x in leaves)
+    base = base_of(4, 6, 30).values()
+    low = (normal(4, 3, seed=66).requires_grad_(), normal(30, 3, seed=67).requires_grad_())
+    row_scale = normal(4, seed=65)
+    args = (hidden, head, bias, *low, target, weight, *base, row_scale, torch.tensor([0, -1, 3, 29]), False, 0.7)
+    torch.library.opcheck(module._linear_matching_loss_rows.overload, (*args, backend))
+    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 4, row_scale, None, True, 1.0)
+    torch.library.opcheck(module._linear_matching_loss_rows.overload, (*args, backend))
+
+
+@pytest.mark.parametrize("reduction", [None, "none"])
+def test_compiled_equals_eager(backend, reduction):
     leaves, target, weight = inputs(6, 5, 30, seed=70)
-    options = {**base_of(6, 4, 30), "exclude": 3}
+    options = {**base_of(6, 4, 30), "exclude": 3, "reduction": reduction, "temperature": 1.5 if reduction else 1.0}
+    upstream = normal(6, seed=71) if reduction == "none" else torch.tensor(3.0)
 
     def step(hidden, head, bias):
-        return 3 * dam.linear_matching_loss(hidden * 2, head, target, weight, bias=bias, **options)
+        return dam.linear_matching_loss(hidden * 2, head, target, weight, bias=bias, **options)
 
+    torch.compiler.reset()  # it compiles a function for so many cases only
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         xs = [x.clone().requires_grad_() for x in leaves]
         loss = function(*xs)
-        loss.backward()
+        loss.backward(upstream)
         results.append([loss.detach(), *(x.grad for x in xs)])
     for eager, compiled in zip(*results, strict=True):
         assert_close(compiled, eager, rtol=4 * rounding(torch.float32), atol=2.0**-22)
@@ -292,6 +403,8 @@ def test_compiled_equals_eager(backend):
             r"base_head_weight must have shape \[V, 4\].*got \[5, 3\]",
         ),
         ({"exclude": torch.tensor([0, 5, 0])}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
+        ({"temperature": -1.0}, ValueError, r"temperature must be in \[1e-30, 1e\+30\]; got -1.0"),
+        ({"reduction": True}, ValueError, """reduction must be None, "none", "sum" or "mean"; got True"""),
     ],
 )
 def test_wrong_arguments(arguments, error, message):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import allowed, assert_close, integers, normal, rounding
+from helpers import allowed, assert_close, assert_near, integers, normal, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,15 +18,24 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def reference(
-    logits, target, weight, *, base_logits=None, base_weight=None, row_scale=None, exclude=-1, normalized=True
+    logits,
+    target,
+    weight,
+    *,
+    base_logits=None,
+    base_weight=None,
+    row_scale=None,
+    exclude=-1,
+    normalized=True,
+    temperature=1.0,
 ):
     """The docstring's formula in float64, a term per row, differentiable; where w is 0, w log u is dropped."""
-    x = allowed(logits, exclude)
+    x = allowed(logits, exclude) / temperature
     out = torch.as_tensor(exclude).expand(len(x))[:, None]
     kept = (target >= 0) & (target != out)
     w = torch.zeros_like(x).scatter_add(1, target.clamp(min=0), torch.where(kept, weight.double(), 0.0))
     if base_logits is not None:
-        base = allowed(base_logits, exclude)
+        base = allowed(base_logits, exclude) / temperature
         w = w + base_weight.double()[:, None] * (torch.softmax(base, 1) if normalized else base.exp())
     w = w.detach()
     log_rate = torch.log_softmax(x, 1) if normalized else x
@@ -72,7 +81,8 @@ def compare(logits, target, weight, options, upstream=1.0):
     # float32 inside: entries where softmax and targets cancel keep 8 roundings of the row's terms.
     scale = options.get("row_scale", torch.full((len(x),), 1 / max(len(x), 1))).double().abs()
     terms = weight.double().abs().sum(1) + options.get("base_weight", torch.zeros(len(x))).double().abs()
-    terms = abs(upstream) * (scale * terms)[:, None] + y.grad.abs().amax(1, keepdim=True)
+    slope = abs(upstream) / options.get("temperature", 1.0)
+    terms = slope * (scale * terms)[:, None] + y.grad.abs().amax(1, keepdim=True)
     excess = (x.grad - y.grad).abs() - (rounding(dtype) + 2.0**-20) * y.grad.abs() - 2.0**-21 * terms - tiny
     assert bool((excess <= 0).all())
 
@@ -145,6 +155,180 @@ def test_the_minimiser_is_the_target_distribution(backend):
         dam.matching_loss(logits, target, scale * w, normalized=normalized, row_scale=torch.ones(6)).backward()
         # Roundings of numbers below 3.
         assert_close(logits.grad, torch.zeros(6, 20), rtol=0, atol=8 * rounding(torch.float32))
+
+
+# ---- temperature
+
+
+def partly_unreachable(seed, **kinds):
+    """A case in which neither the model nor the base reaches every seventh destination, and no target is one."""
+    logits, target, weight, options = case(seed=seed, **kinds)
+    dead = torch.arange(0, logits.shape[1], 7)
+    for x in (logits, options.get("base_logits", logits)):
+        x[:, dead] = -INF
+    return logits, torch.where(target % 7 == 0, target + 1, target), weight, options
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+@pytest.mark.parametrize("temperature", [0.6, 2.5])
+def test_a_temperature_divides_the_logits(backend, normalized, temperature):
+    """The base's too. 1400 columns are a whole tile and a part of one."""
+    for base, scale, exclude in itertools.product([False, True], repeat=3):
+        logits, target, weight, options = partly_unreachable(200, base=base, scale=scale, exclude=exclude)
+        options |= {"normalized": normalized, "temperature": temperature}
+        compare(logits, target, weight, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_a_temperature_in_every_dtype(backend, dtype, normalized):
+    logits, target, weight, options = partly_unreachable(210, dtype=dtype, base=True, scale=True, exclude=True)
+    compare(logits, target, weight, {**options, "normalized": normalized, "temperature": 1.6})
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_temperatures_far_from_one(backend, temperature):
+    """Nearly all of the probability on the largest logit, or nearly the same on each."""
+    logits, target, weight, options = case(rows=6, seed=220, base=True)
+    compare(logits, target, weight, {**options, "temperature": temperature})
+
+
+def test_the_minimiser_at_a_temperature(backend):
+    """What a rollout at that temperature draws, exp(logits / temperature), is w where the gradient vanishes."""
+    w = torch.softmax(normal(6, 20, seed=221), 1)
+    target = torch.arange(20).expand(6, 20)
+    for scale, normalized in ((1.0, True), (3.0, False)):
+        logits = (2.0 * (scale * w).log()).requires_grad_()
+        options = {"normalized": normalized, "temperature": 2.0, "row_scale": torch.ones(6)}
+        dam.matching_loss(logits, target, scale * w, **options).backward()
+        # Roundings of numbers below 3, as at temperature 1.
+        assert_close(logits.grad, torch.zeros(6, 20), rtol=0, atol=8 * rounding(torch.float32))
+
+
+# ---- reduction
+
+
+def rows_and_gradient(function, logits, upstream):
+    x = logits.detach().clone().requires_grad_()
+    rows = function(x)
+    (gradient,) = torch.autograd.grad(rows, x, upstream)
+    return rows.detach(), gradient
+
+
+def compare_rows(logits, target, weight, options, upstream):
+    """The loss of each row, and its gradient by an upstream gradient per row, against autograd of the formula."""
+    plain = {**options, "row_scale": options.get("row_scale", torch.ones(len(logits)))}
+    rows, gradient = rows_and_gradient(
+        lambda x: dam.matching_loss(x, target, weight, **options, reduction="none"), logits, upstream
+    )
+    expected, slope = rows_and_gradient(
+        lambda x: reference(x, target, weight, **plain), logits.double(), upstream.double()
+    )
+    assert rows.shape == logits.shape[:1] and gradient.dtype == logits.dtype
+    assert rows.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    # Tolerances of `compare`, row by row: of what would be the sum of the terms of w if none cancelled.
+    terms = weight.double().abs().sum(1)
+    if "base_weight" in options:
+        base = allowed(options["base_logits"], options["exclude"]) / options.get("temperature", 1.0)
+        rates = 1.0 if options["normalized"] else base.exp().sum(1)
+        terms = terms + options["base_weight"].double().abs() * rates
+    largest = torch.where(torch.isinf(logits), 0.0, logits.double() / options.get("temperature", 1.0)).abs().amax(1)
+    terms = plain["row_scale"].double().abs() * terms * (largest + math.log(logits.shape[1]))
+    assert_near(rows, expected, rtol=2.0**-19, atol=2.0**-19 * terms)
+    terms = weight.double().abs().sum(1) + options.get("base_weight", torch.zeros(len(logits))).double().abs()
+    terms = (upstream.double() * plain["row_scale"].double()).abs() / options.get("temperature", 1.0) * terms
+    tiny = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
+    atol = 2.0**-21 * (terms[:, None] + slope.abs().amax(1, keepdim=True)) + tiny
+    assert_near(gradient, slope, rtol=rounding(logits.dtype) + 2.0**-20, atol=atol)
+
+
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_the_loss_of_each_row_and_its_gradient(backend, normalized):
+    """By another upstream gradient in each row, which may be strided or expanded."""
+    upstreams = (normal(24, seed=231), normal(48, seed=232)[::2], torch.tensor(1.7).expand(24))
+    for base, scale, upstream in itertools.product([False, True], [False, True], upstreams):
+        logits, target, weight, options = partly_unreachable(230, base=base, scale=scale, exclude=True)
+        compare_rows(logits, target, weight, {**options, "normalized": normalized}, upstream)
+        compare_rows(logits, target, weight, {**options, "normalized": normalized, "temperature": 0.7}, upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loss_of_each_row_in_every_dtype(backend, dtype):
+    logits, target, weight, options = case(seed=240, dtype=dtype, base=True, scale=True, exclude=True)
+    compare_rows(logits, target, weight, {**options, "normalized": True}, normal(24, seed=247))
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["", "row_scale"])
+@pytest.mark.parametrize("normalized", [True, False], ids=["normalized", "rates"])
+def test_reductions_of_the_same_rows(backend, scale, normalized):
+    logits, target, weight, options = case(rows=9, seed=250, base=True, scale=scale)
+    options |= {"normalized": normalized, "temperature": 1.4}
+
+    def by(reduction):
+        x = logits.clone().requires_grad_()
+        loss = dam.matching_loss(x, target, weight, **options, reduction=reduction)
+        return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+    rows, total, mean, unset = (by(reduction) for reduction in ("none", "sum", "mean", None))
+    assert rows[0].shape == (9,)
+    # Each row's loss is rounded once more, and a sum once.
+    slack = 2 * rounding(torch.float32) * float(rows[0].double().abs().sum())
+    assert_close(rows[0].double().sum(), total[0], rtol=0, atol=slack)
+    assert_close(mean[0] * 9, total[0], rtol=4 * rounding(torch.float32))
+    assert torch.equal(rows[1], total[1])  # the upstream gradient is 1
+    # Products of float32 exponentials with another scale, and where they cancel the accuracy of the terms.
+    atol = 2.0**-22 * total[1].abs().amax(1, keepdim=True).double()
+    assert_near(9 * mean[1].double(), total[1], rtol=2.0**-21, atol=atol)
+    today = total if scale else mean
+    assert torch.equal(unset[0], today[0]) and torch.equal(unset[1], today[1])
+
+
+def test_reductions_of_no_rows(backend):
+    """A mean of nothing is 0, as it was; what each row has is nothing."""
+    empty = (torch.zeros(0, 5), torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2))
+    for options in ({}, {"row_scale": torch.ones(0)}):
+        for reduction in (None, "sum", "mean"):
+            assert dam.matching_loss(*empty, **options, reduction=reduction) == 0
+        x = empty[0].clone().requires_grad_()
+        rows = dam.matching_loss(x, *empty[1:], **options, reduction="none")
+        rows.backward(torch.ones(0))
+        assert rows.shape == (0,) and x.grad.shape == (0, 5)
+
+
+def test_a_row_whose_loss_is_not_used_has_no_gradient(backend):
+    """Nor if it is infinite."""
+    logits = normal(2, 1500, seed=260)
+    logits[0, 2] = -INF
+    x, target = logits.requires_grad_(), torch.tensor([[2], [3]])
+    rows = dam.matching_loss(x, target, torch.ones(2, 1), reduction="none")
+    assert rows[0].item() == INF
+    rows.backward(torch.tensor([0.0, 1.0]))
+    assert bool((x.grad[0] == 0).all()) and bool((x.grad[1] != 0).any())
+
+
+def test_backward_passes_of_the_loss_of_each_row(backend):
+    """As many as are asked for, as each forms the gradient; none through another."""
+    logits, target, weight, _ = case(rows=5, columns=40, seed=261)
+    x = logits.requires_grad_()
+    rows = dam.matching_loss(x, target, weight, reduction="none")
+    with pytest.raises(RuntimeError, match="matching_loss has no double backward"):
+        torch.autograd.grad(rows.sum(), x, create_graph=True)
+    once, twice = (torch.autograd.grad(rows.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)
+    with torch.no_grad():
+        x += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rows.sum().backward()
+
+
+def test_of_each_row_too_only_logits_are_differentiated(backend):
+    logits, target, weight, options = case(rows=5, columns=40, seed=262, base=True, scale=True)
+    inputs = [weight, *options.values()]
+    for x in inputs:
+        x.requires_grad_()
+    assert not dam.matching_loss(logits, target, weight, **options, reduction="none").requires_grad
+    dam.matching_loss(logits.requires_grad_(), target, weight, **options, reduction="none").sum().backward()
+    assert logits.grad is not None and all(x.grad is None for x in inputs)
 
 
 # ---- zeros and infinities
@@ -305,7 +489,7 @@ def test_no_gradient_is_formed_without_need(backend):
     with torch.no_grad():
         loss = dam.matching_loss(logits.clone().requires_grad_(), target, weight)
     assert not loss.requires_grad and torch.equal(loss, plain)
-    args = (logits, target, weight, None, None, None, None, True, False, backend, True)
+    args = (logits, target, weight, None, None, None, None, True, 1.0, False, backend, True)
     assert module._matching_loss(*args)[1].numel() == 0
 
 
@@ -346,22 +530,35 @@ def test_opcheck(backend):
     base_logits, base_weight, row_scale, exclude = options.values()
     # overwrite=False: opcheck calls backward more than once.
     tail = (True, backend, False)
-    torch.library.opcheck(module._matching_loss.overload, (logits, target, weight, None, None, None, None, True, *tail))
-    args = (logits, target, weight, base_logits, base_weight, row_scale, exclude, False, *tail)
+    torch.library.opcheck(module._matching_loss.overload, (logits, target, weight, *[None] * 4, True, 1.0, *tail))
+    args = (logits, target, weight, base_logits, base_weight, row_scale, exclude, False, 0.7, *tail)
     torch.library.opcheck(module._matching_loss.overload, args)
 
 
-def test_compiled_equals_eager(backend):
+def test_opcheck_of_each_row(backend):
+    logits, target, weight, options = case(rows=4, columns=30, seed=57, base=True, scale=True, exclude=True)
+    logits.requires_grad_()
+    base_logits, base_weight, row_scale, exclude = options.values()
+    for base, normalized in (((base_logits, base_weight), False), ((None, None), True)):
+        args = (logits, target, weight, *base, row_scale, exclude, normalized, 0.7, backend)
+        torch.library.opcheck(module._matching_loss_rows.overload, args)
+
+
+@pytest.mark.parametrize("reduction", [None, "none", "mean"])
+def test_compiled_equals_eager(backend, reduction):
     logits, target, weight, options = case(rows=6, columns=40, seed=58, base=True, scale=True, exclude=True)
+    options |= {"reduction": reduction, "temperature": 0.8 if reduction else 1.0}
+    upstream = normal(6, seed=59) if reduction == "none" else torch.tensor(3.0)
 
     def step(x):
-        return 3 * dam.matching_loss(x * 1.5, target, weight, **options)
+        return dam.matching_loss(x * 1.5, target, weight, **options)
 
+    torch.compiler.reset()  # it compiles a function for so many cases only
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         x = logits.clone().requires_grad_()
         loss = function(x)
-        loss.backward()
+        loss.backward(upstream)
         results.append((loss.detach(), x.grad))
     for eager, compiled in zip(*results, strict=True):
         assert_close(compiled, eager, rtol=2 * rounding(torch.float32))
@@ -402,6 +599,10 @@ def test_compiled_equals_eager(backend):
         ({"exclude": 7}, ValueError, r"exclude must be -1 or in \[0, 5\); got 7"),
         ({"normalized": "rates"}, TypeError, "normalized must be .*; got str"),
         ({"normalized": None}, TypeError, "normalized must be .*; got NoneType"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be in \[1e-30, 1e\+30\]; got 0.0"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number; got str"),
+        ({"reduction": "average"}, ValueError, """reduction must be None, "none", "sum" or "mean"; got 'average'"""),
+        ({"reduction": 1}, ValueError, """reduction must be None, "none", "sum" or "mean"; got 1"""),
     ],
 )
 def test_wrong_arguments(arguments, error, message):

@@ -82,6 +82,8 @@ def test_forward_derivatives_are_refused():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="jvp"):
             dam.log_prob(dual, target)
+        with pytest.raises(RuntimeError, match="jvp"):
+            dam.matching_loss(dual, target[:, None], torch.ones(2, 1), reduction="none")
         dam.jump(dual)  # has no derivative to get wrong
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.jvp(lambda y: dam.log_prob(y, target), (x,), (x,))
@@ -119,6 +121,18 @@ def test_a_gradient_from_outside_vmap():
     torch.func.vmap(lambda x: dam.log_prob(x, target))(logits).sum().backward()
     expected = torch.stack([torch.autograd.grad(dam.log_prob(x, target).sum(), x)[0] for x in logits])
     assert torch.equal(logits.grad, expected)
+
+
+def test_a_gradient_of_each_row_from_outside_vmap():
+    logits, target, weight = torch.randn(3, 4, 8, requires_grad=True), torch.arange(4)[:, None], torch.ones(4, 1)
+    upstream = torch.randn(3, 4)
+
+    def rows(x):
+        return dam.matching_loss(x, target, weight, reduction="none")
+
+    torch.func.vmap(rows)(logits).backward(upstream)
+    expected = [torch.autograd.grad(rows(x), x, u)[0] for x, u in zip(logits, upstream, strict=True)]
+    assert torch.equal(logits.grad, torch.stack(expected))
 
 
 def test_a_traced_module_holds_the_op():
