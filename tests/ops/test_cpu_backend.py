@@ -429,10 +429,11 @@ def test_threads_change_nothing(shape, dtype):
 
 def test_threads_do_not_change_a_sum_over_many_rows():
     """torch divides a sum of so many numbers among its threads, which rounds it otherwise."""
-    # Terms of either sign that cancel, so that the sum's last digits show.
-    logits, weight = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(1)), torch.ones(200_000, 1)
-    weight[1::2] = -1.0
-    logits[1::2] = logits[::2] + 1e-6 * torch.randn(100_000, 2, generator=torch.Generator().manual_seed(2))
+    # The same terms again with the other sign, in another order: what is left of the sum is its roundings.
+    g = torch.Generator().manual_seed(1)
+    some, weight = torch.randn(100_000, 2, generator=g), torch.ones(200_000, 1)
+    logits = torch.cat((some, some[torch.randperm(100_000, generator=g)]))
+    weight[100_000:] = -1.0
     target = torch.zeros(200_000, 1, dtype=torch.int64)
     results = []
     for count in (1, 2, 5):
