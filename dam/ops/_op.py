@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,50 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+
+def _private(name: str) -> Any:
+    """What torch has under a name below `torch` that it does not promise to keep.
+
+    Raises:
+        ImportError: it is gone. Doing without it would go unnoticed: gradients or tangents taken for 0.
+    """
+    found: Any = torch
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ImportError(
+                f"dam rests on torch.{name}, which torch {torch.__version__} does not have: install a release of torch "
+                "that dam's README says was tried"
+            )
+        found = getattr(found, part)
+    return found
+
+
+# Every name of that kind; `make test-versions` tries them on the oldest and the newest torch.
+_transforms_active = _private("_C._are_functorch_transforms_active")
+_BelowAutograd = _private("_C._AutoDispatchBelowAutograd")
+_destroy = _private("library.Library._destroy")
+_COMPLIANT = _private("Tag.pt2_compliant_tag")
+_private("autograd.forward_ad._current_level")  # changes, so calls read it where it is
+
 _libraries: dict[str, torch.library.Library] = {}
+
+
+def _schema(function: Callable) -> str:
+    """The function's arguments and results in the language of torch's schemas."""
+    hints = typing.get_type_hints(function)
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is list:  # torch 2.6 knows it by its old name only
+            hints[name] = typing.List[typing.get_args(hint)]  # type: ignore[misc]  # noqa: UP006
+    signature = inspect.signature(function)
+    parameters = [parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
+
+    def prototype():
+        raise NotImplementedError  # only its signature is looked at
+
+    prototype.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=hints["return"]
+    )
+    return torch.library.infer_schema(prototype, mutates_args=())
 
 
 class Op:
@@ -23,11 +68,9 @@ class Op:
 
     def __init__(self, name: str, function: Callable):
         if name in _libraries:  # its module is being loaded again
-            _libraries.pop(name)._destroy()
+            _destroy(_libraries.pop(name))
         library = _libraries[name] = torch.library.Library("dam", "FRAGMENT")
-        library.define(
-            name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
-        )
+        library.define(name + _schema(function), tags=(_COMPLIANT,))
         library.impl(name, function, "CompositeExplicitAutograd")
         self.name = f"dam::{name}"
         self.overload = getattr(torch.ops.dam, name).default
@@ -40,13 +83,13 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.overload(*args)
-        if self._setup_context is not None and getattr(forward_ad, "_current_level", -1) >= 0:
+        if self._setup_context is not None and forward_ad._current_level >= 0:
             return self._differentiable.apply(*args)  # which refuses; the dispatcher would call the tangent 0
-        if torch._C._are_functorch_transforms_active():
+        if _transforms_active():
             return self.overload(*args)  # a tensor inside vmap does not say that the one around it requires a gradient
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return self._differentiable.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             return self.overload(*args)
 
     def register_fake(self, fake: Callable) -> Callable:
@@ -69,7 +112,7 @@ class Op:
 
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             output = op.overload(*inputs)
         op._keep(ctx, inputs, output)
         return output

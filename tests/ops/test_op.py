@@ -1,5 +1,8 @@
 """How the ops are registered with torch: what eager calls, modes and compilers get of the same op."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -166,3 +169,20 @@ def lambda_of(factor):
         return factor * x
 
     return scaled
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_C._are_functorch_transforms_active",
+        "_C._AutoDispatchBelowAutograd",
+        "library.Library._destroy",
+        "Tag.pt2_compliant_tag",
+        "autograd.forward_ad._current_level",
+    ],
+)
+def test_a_private_name_of_torch_that_is_gone_is_an_error(name):
+    """At import, by its name: without one, tangents or gradients could be taken for 0, and nothing would say so."""
+    done = subprocess.run([sys.executable, "-c", f"import torch; del torch.{name}; import dam"], capture_output=True)
+    message = f"ImportError: dam rests on torch.{name}, which torch {torch.__version__} does not have"
+    assert done.returncode != 0 and message in done.stderr.decode()
