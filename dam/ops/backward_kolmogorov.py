@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -68,7 +67,7 @@ def backward_kolmogorov(
         raise ValueError(f"{op}: terminal must have shape [..., {generator.size}] to fit the generator; got {got}")
     for tensor in tensors:
         _checks.same_device(op, "generator", tensor, terminal)
-    duration = _checks.number(op, "duration", duration, 0.0, sys.float_info.max)
+    duration = _checks.number(op, "duration", duration, 0.0, _checks.LARGEST)
     tol = _checks.number(op, "tol", tol, 1e-12, 0.1)
     # Products on tensor cores: 8.5 ms where the CUDA kernels take 14.0 (benchmarks/notes.md).
     first = "triton" if kind == "lattice" and triton.why_unavailable() is None else None
@@ -87,7 +86,7 @@ def _pieces(generator: generators.Generator) -> tuple[str, list[Tensor], list[in
     if isinstance(generator, generators.Absorbing):
         return "absorbing", [], [generator.mask_token]
     if isinstance(generator, generators.Lattice):
-        periodic = cast(Sequence[bool], generator.periodic)  # of a Lattice that was made, always
+        periodic = cast("Sequence[bool]", generator.periodic)  # of a Lattice that was made, always
         return "lattice", [], [*generator.shape, *(int(p) for p in periodic)]
     if isinstance(generator, generators.LowRank):
         return "low_rank", [generator.left.detach(), generator.right.detach()], [generator.size]

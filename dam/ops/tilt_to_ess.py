@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,7 @@ def tilt_to_ess(reward: Tensor, ess: float, *, max_tilt: float) -> Tensor:
     if reward.dim() != 2 or reward.shape[1] < 1:
         raise ValueError(f"{op}: reward must have shape [G, K] with K >= 1; got {list(reward.shape)}")
     ess = _checks.number(op, "ess", ess, 1, reward.shape[1])
-    max_tilt = _checks.number(op, "max_tilt", max_tilt, 0, sys.float_info.max)
+    max_tilt = _checks.number(op, "max_tilt", max_tilt, 0, _checks.LARGEST)
     backend = choice.choose(op, _IMPLEMENTATIONS, reward, float64=True)
     return _tilt_to_ess(reward.detach(), ess, max_tilt, backend)
 
