@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test install install-dev lint sanitize clean
+.PHONY: demo test test-versions install install-dev lint sanitize clean
 
 demo: install
 	$(BIN)/dam info
@@ -14,6 +14,10 @@ demo: install
 # A process per core, of one thread each: most tests are Python, and threads of two processes would wait for each other.
 test: install-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
+
+# Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, each in an environment of its own.
+test-versions:
+	$(PYTHON) -m tests.versions
 
 lint: install-dev
 	$(BIN)/ruff check dam kernels tests benchmarks experiments setup.py
