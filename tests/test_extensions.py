@@ -9,9 +9,6 @@ import torch
 from dam.backends import address, choice, cpu, cuda
 
 CSRC = Path(__file__).parent.parent / "csrc"
-OPS = {
-    side: re.findall(r"^OP\((\w+),", (CSRC / side / "ops.def").read_text(), re.MULTILINE) for side in ("cpu", "cuda")
-}
 
 
 def rate_ratio(backend):

@@ -88,8 +88,8 @@ static void take(PyObject* x, Shape& member) {
 }
 
 // An output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every array; in pages of 4 KB
-// the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are asked for. Only where
-// threads fill it one stretch each: those of a matmul would wait for each other's pages.
+// the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are asked for. Only
+// where threads fill it one stretch each: those of a matmul would wait for each other's pages.
 static void advise(const void* array, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = uintptr_t{1} << 21;
@@ -114,22 +114,22 @@ static void add_ops(py::module_& module) {
 #define WORK(type, name, count)                                   \
   const std::unique_ptr<type[]> name##_memory(new type[count]()); \
   a.name = name##_memory.get();
-#define SCRATCH(name)                                                                                        \
-  a.name.length = scratch_length(a.shape.columns);                                                           \
+#define SCRATCH(name)                                                                                          \
+  a.name.length = scratch_length(a.shape.columns);                                                             \
   const std::unique_ptr<double[]> name##_memory(new double[a.shape.threads * SCRATCH_ARRAYS * a.name.length]); \
   a.name.data = name##_memory.get();
-#define OP(name, Name, result, does, members)          \
-  module.def(                                          \
-      #name,                                           \
-      [](const py::kwargs& arguments) -> result {      \
-        const Kernels& kernels = chosen().kernels;     \
-        python::Call call(#name, arguments);           \
-        Name##Args a{};                                \
-        members                                        \
-        call.finish();                                 \
-        const py::gil_scoped_release release;          \
-        return kernels.name(a);                        \
-      },                                               \
+#define OP(name, Name, result, does, members)      \
+  module.def(                                      \
+      #name,                                       \
+      [](const py::kwargs& arguments) -> result {  \
+        const Kernels& kernels = chosen().kernels; \
+        python::Call call(#name, arguments);       \
+        Name##Args a{};                            \
+        members;                                   \
+        call.finish();                             \
+        const py::gil_scoped_release release;      \
+        return kernels.name(a);                    \
+      },                                           \
       does);
 #include "ops.def"
 }
@@ -142,8 +142,8 @@ PYBIND11_MODULE(_cpu, module) {
   using namespace py::literals;
   module.doc() =
       "C++ kernels on the CPU. The ops take keyword arguments, the members that csrc/cpu/ops.def lists. Arrays are "
-      "addresses, or tuples of an address (0: absent) and strides in elements; shape is (rows, columns, dtype, threads), "
-      "dtype is 0 float32, 1 bfloat16, 2 float16. Nothing is checked here; dam.ops checks.";
+      "addresses, or tuples of an address (0: absent) and strides in elements; shape is (rows, columns, dtype, "
+      "threads), dtype is 0 float32, 1 bfloat16, 2 float16. Nothing is checked here; dam.ops checks.";
 
   module.def("isa", [] { return dam::chosen().name; }, "Name of the instruction set in use.");
   module.def(

@@ -66,18 +66,18 @@ static void add_ops(py::module_& module) {
 #define READS(type, name) take(call[DAM_NAME(name)], a.name);
 #define FILLS(type, name) take(call[DAM_NAME(name)], a.name);
 #define CHOSEN(type, name)
-#define OP(name, Name, does, members)            \
-  module.def(                                    \
-      #name,                                     \
-      [](const py::kwargs& arguments) {          \
-        python::Call call(#name, arguments);     \
-        Name##Args a{};                          \
-        Queue where{};                           \
-        members                                  \
-        take(call[DAM_NAME(where)], where);      \
-        call.finish();                           \
-        cuda::name(a, where);                    \
-      },                                         \
+#define OP(name, Name, does, members)        \
+  module.def(                                \
+      #name,                                 \
+      [](const py::kwargs& arguments) {      \
+        python::Call call(#name, arguments); \
+        Name##Args a{};                      \
+        Queue where{};                       \
+        members;                             \
+        take(call[DAM_NAME(where)], where);  \
+        call.finish();                       \
+        cuda::name(a, where);                \
+      },                                     \
       does);
 #include "ops.def"
 }
@@ -100,10 +100,10 @@ PYBIND11_MODULE(DAM_MODULE, module) {
   namespace bind = dam::cuda::bind;
   module.doc() =
       "CUDA kernels. The ops take keyword arguments, the members that csrc/cuda/ops.def lists and where, (device, "
-      "stream). A tensor is an address, or a tuple of its address (0: absent), its dtype where it may have several, and "
-      "strides in elements; shape is (rows, columns, dtype of the logits); dtype is 0 float32, 1 bfloat16, 2 float16, 3 "
-      "float64. Nothing is checked here; dam.ops checks. Nothing is allocated and nothing waits for the device; a kernel "
-      "that cannot be launched raises RuntimeError.";
+      "stream). A tensor is an address, or a tuple of its address (0: absent), its dtype where it may have several, "
+      "and strides in elements; shape is (rows, columns, dtype of the logits); dtype is 0 float32, 1 bfloat16, 2 "
+      "float16, 3 float64. Nothing is checked here; dam.ops checks. Nothing is allocated and nothing waits for the "
+      "device; a kernel that cannot be launched raises RuntimeError.";
 
   module.def("summary_floats", dam::cuda::summary_floats, "arrays"_a, "rows"_a, "columns"_a,
              "Floats of work memory for `arrays` numbers per tile of each row.");

@@ -267,8 +267,8 @@ __device__ __forceinline__ double escape_rate(const Total& total) {
 
 // ---- gradients
 //
-// A share is the part of a gradient that is proportional to a rate: weight times softmax(x), or times exp(x), written as
-// coefficient * exp(scale (x - reference)).
+// A share is the part of a gradient that is proportional to a rate: weight times softmax(x), or times exp(x), written
+// as coefficient * exp(scale (x - reference)).
 
 struct Share {
   float coefficient;

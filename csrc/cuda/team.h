@@ -1,5 +1,5 @@
-// A team, what CUDA calls a cooperative group: the warps that work on one row, or one group of trajectories, together and
-// alone; one warp, or all of a block.
+// A team, what CUDA calls a cooperative group: the warps that work on one row, or one group of trajectories, together
+// and alone; one warp, or all of a block.
 #pragma once
 
 #include <cstdint>

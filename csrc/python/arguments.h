@@ -94,8 +94,8 @@ class Call {
 }  // namespace dam
 
 // The interned name of a member.
-#define DAM_NAME(name)                                                      \
-  ([] {                                                                     \
+#define DAM_NAME(name)                                                   \
+  ([] {                                                                  \
     static PyObject* const interned = PyUnicode_InternFromString(#name); \
-    return interned;                                                        \
+    return interned;                                                     \
   }())
