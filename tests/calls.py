@@ -154,11 +154,14 @@ def matching_loss(logits: Tensor, base: Tensor, *, seed: int) -> Results:
         ("rates", reached, {"normalized": False}),
         ("excluding one", reached, {"exclude": columns // 2, "row_scale": of_base}),
         ("with base", weight, {"base_logits": base, "base_weight": of_base, "exclude": exclude}),
+        ("colder", reached, {"base_logits": logits / 2, "base_weight": of_base, "temperature": 0.7}),
     ):
         leaf = leaf_of(logits)
         loss = dam.matching_loss(leaf, target, weights, **options)
         results |= with_gradients(label, loss, {"logits": leaf})
-    return results
+    leaf = leaf_of(logits)
+    losses = dam.matching_loss(leaf, target, reached, temperature=1.4, reduction="none")
+    return {**results, **with_gradients("of each row", losses, {"logits": leaf}, of_base.to(losses.dtype))}
 
 
 # ---- a head
@@ -204,11 +207,24 @@ def linear_matching_loss(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: in
     base = {"base_hidden": hidden.flip(0), "base_head_weight": head, "base_bias": bias, "base_weight": of_base}
     leaves, options = head_leaves(hidden, head, bias, seed + 4)
     based = dam.linear_matching_loss(
-        leaves["hidden"], leaves["head"], target, weight, **options, **base, exclude=exclude, row_scale=of_base.abs()
+        leaves["hidden"],
+        leaves["head"],
+        target,
+        weight,
+        **options,
+        **base,
+        exclude=exclude,
+        row_scale=of_base.abs(),
+        temperature=0.7,
     )
     leaf = leaf_of(hidden)
     frozen = dam.linear_matching_loss(leaf, head, target, weight, bias=bias, normalized=False)
-    return {**with_gradients("with base", based, leaves), **with_gradients("rates", frozen, {"hidden": leaf})}
+    losses = dam.linear_matching_loss(leaf, head, target, weight, bias=bias, temperature=1.4, reduction="none")
+    return {
+        **with_gradients("with base", based, leaves),
+        **with_gradients("rates", frozen, {"hidden": leaf}),
+        **with_gradients("of each row", losses, {"hidden": leaf}, of_base.to(losses.dtype)),
+    }
 
 
 def pulls(hidden: Tensor, head: Tensor, bias: Tensor) -> Results:

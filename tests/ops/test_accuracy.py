@@ -46,16 +46,18 @@ def test_log_prob(backend, dtype, scale, peaked):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("scale", "peaked"), [(1.0, False), (30.0, False), (1e4, False), (1.0, True)])
-def test_matching_loss(backend, dtype, scale, peaked):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_matching_loss(backend, temperature, dtype, scale, peaked):
     """Weights of one sign: sums that cancel keep the absolute accuracy of their terms only."""
     logits, base = logits_of(dtype, scale, peaked, seed=4), logits_of(dtype, 3.0, False, seed=5)
     target = integers(0, 3001, 40, 3, seed=6)
     weight, base_weight = normal(40, 3, seed=7).abs(), normal(40, seed=8).abs()
-    loss = dam.matching_loss(logits, target, weight, base_logits=base, base_weight=base_weight)
+    options = {"base_logits": base, "base_weight": base_weight, "temperature": temperature}
     w = torch.zeros(40, 3001, dtype=torch.float64).scatter_add_(1, target, weight.double())
-    w += base_weight.double()[:, None] * torch.softmax(allowed(base), 1)
-    exact = -(w * torch.log_softmax(allowed(logits), 1)).sum(1).mean()
-    assert_within_units(loss, exact, dtype)
+    w += base_weight.double()[:, None] * torch.softmax(allowed(base) / temperature, 1)
+    exact = -(w * torch.log_softmax(allowed(logits) / temperature, 1)).sum(1)
+    assert_within_units(dam.matching_loss(logits, target, weight, **options), exact.mean(), dtype)
+    assert_within_units(dam.matching_loss(logits, target, weight, **options, reduction="none"), exact, dtype)
 
 
 def assert_at_most_twice(ours, eager, exact):
@@ -86,18 +88,18 @@ def test_gradient_of_log_prob(backend, dtype, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-def test_gradient_of_matching_loss(backend, dtype, scale):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_of_matching_loss(backend, temperature, dtype, scale):
     logits, base = logits_of(dtype, scale, False, seed=12), logits_of(dtype, 3.0, False, seed=13)
     target, weight, base_weight = integers(0, 3001, 40, 3, seed=14), normal(40, 3, seed=15), normal(40, seed=16).abs()
+    options = {"base_logits": base, "base_weight": base_weight, "temperature": temperature}
 
     def formula(x):
         w = torch.zeros_like(x).scatter_add_(1, target, weight.to(x.dtype))
-        w = w + base_weight[:, None].to(x.dtype) * torch.softmax(base.to(x.dtype), 1)
-        return -(w * torch.log_softmax(x, 1)).sum(1).mean()
+        w = w + base_weight[:, None].to(x.dtype) * torch.softmax(base.to(x.dtype) / temperature, 1)
+        return -(w * torch.log_softmax(x / temperature, 1)).sum(1).mean()
 
-    ours = gradient(
-        lambda x: dam.matching_loss(x, target, weight, base_logits=base, base_weight=base_weight), logits, dtype
-    )
+    ours = gradient(lambda x: dam.matching_loss(x, target, weight, **options), logits, dtype)
     assert_at_most_twice(ours, gradient(formula, logits, dtype), gradient(formula, logits, torch.float64))
 
 

@@ -428,22 +428,23 @@ def test_rates_overflow_to_infinity(backend, size):
     assert logits.grad[0, 0] >= torch.finfo(torch.float32).max and bool(torch.isfinite(logits.grad[1]).all())
 
 
-def test_a_rate_beyond_float32_leaves_the_other_gradients(backend):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_rate_beyond_float32_leaves_the_other_gradients(backend, temperature):
     """exp(100) is infinite in float32; the row's other entries are what they are. The base's rates likewise."""
     if backend == "cpu":
         pytest.skip("C++ multiplies a whole row by its largest rate, or by the largest float if that is less")
-    logits = torch.tensor([[100.0, 2.0, 40.0, -1.0]])
+    x = torch.tensor([[100.0, 2.0, 40.0, -1.0]])  # logits / temperature
     base = torch.tensor([[1.0, 3.0, 120.0, 0.0]])
-    for options in ({}, {"base_logits": base, "base_weight": torch.ones(1)}):
-        leaf = logits.clone().requires_grad_()
-        weight = torch.ones(1, 1)
-        dam.matching_loss(leaf, torch.tensor([[1]]), weight, normalized=False, **options).backward()
-        exact = logits.double().exp() - torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-        if options:
-            exact -= base.double().exp()
+    for base_weight in (0.0, 1.0):
+        logits = (x * temperature).requires_grad_()
+        options = {"base_logits": base * temperature, "base_weight": torch.full((1,), base_weight)}
+        options = {**(options if base_weight else {}), "normalized": False, "temperature": temperature}
+        dam.matching_loss(logits, torch.tensor([[1]]), torch.ones(1, 1), **options).backward()
+        exact = x.double().exp() - torch.tensor([[0.0, 1.0, 0.0, 0.0]]) - base_weight * base.double().exp()
+        gradient = logits.grad[0] * temperature
         # float32 exponentials; entries that cancel keep the accuracy of their terms.
-        assert_close(leaf.grad[0, [1, 3]], exact[0, [1, 3]], rtol=2.0**-18)
-        assert leaf.grad[0, 0] == INF and (leaf.grad[0, 2] == -INF if options else leaf.grad[0, 2] > 2e17)
+        assert_close(gradient[[1, 3]], exact[0, [1, 3]], rtol=2.0**-18)
+        assert gradient[0] == INF and (gradient[2] == -INF if base_weight else gradient[2] > 2e17)
 
 
 def test_huge_weights_overflow_to_infinity(backend):
