@@ -1,7 +1,10 @@
 """How the ops are registered with torch: what eager calls, modes and compilers get of the same op."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +189,20 @@ def test_a_private_name_of_torch_that_is_gone_is_an_error(name):
     done = subprocess.run([sys.executable, "-c", f"import torch; del torch.{name}; import dam"], capture_output=True)
     message = f"ImportError: dam rests on torch.{name}, which torch {torch.__version__} does not have"
     assert done.returncode != 0 and message in done.stderr.decode()
+
+
+def test_private_names_of_torch_are_looked_up_in_one_place():
+    """What the package takes from torch by names with an underscore, past _op's list: one live reading."""
+    package, found = Path(dam.__file__).parent, set()
+    for path in (*package.rglob("*.py"), *(package / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:  # dotted ones; what ends in a call is an attribute of its result
+                if re.fullmatch(r"(torch|forward_ad)(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*", name):
+                    found.add((path.name, name))
+    assert found == {("_op.py", "forward_ad._current_level")}
