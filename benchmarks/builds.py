@@ -110,3 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         report.write_json(options.json, {**setting, "cases": cases})
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m benchmarks builds")

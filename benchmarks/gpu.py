@@ -444,3 +444,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 def _error(sentence: str) -> int:
     print(f"{PROG}: {sentence}", file=sys.stderr)
     return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m benchmarks gpu")
