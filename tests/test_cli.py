@@ -131,6 +131,7 @@ def assert_same_run(output, reference):
 # A whole run
 
 
+@pytest.mark.slow
 def test_a_run_as_a_user_starts_it(tmp_path):
     command = [sys.executable, "-m", "dam.cli", "sudoku", "--reward-calls", "1024", "--seed", "5"]
     done = subprocess.run(
@@ -351,6 +352,7 @@ def test_ctrl_c_before_the_first_step(small, reference, puzzles, tmp_path, monke
     assert_same_run(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("calls", "checkpoints"), [(2, 0), (8, 2)], ids=["before a checkpoint", "after two"])
 def test_a_killed_run_continues_to_the_same_result(small, reference, puzzles, tmp_path, calls, checkpoints):
     output = tmp_path / "run"

@@ -326,6 +326,7 @@ def test_order_on_the_lattice(tmp_path, capsys):
     assert "| posterior | 8,192 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_uniform_base_on_the_lattice(tmp_path):
     """Samples weighed by their paths: ESS of the base is 0.31 there, and of what is trained twice as much."""
     arguments = ["ising", "--base", "uniform", "--side", "2", "--rounds", "16", "--batch", "256", "--samples", "1024"]
@@ -336,6 +337,7 @@ def test_a_uniform_base_on_the_lattice(tmp_path):
     assert found["tv"][0] < float((law - 1 / 16).abs().sum()) / 4
 
 
+@pytest.mark.slow
 def test_the_study_of_sudoku(tmp_path, capsys):
     """One rollout of each: no order to be seen yet, but the table and what it is made of."""
     arguments = ["sudoku", "--seeds", "1", "--calls", "1024", "--output", str(tmp_path)]

@@ -37,6 +37,7 @@ def reports(target):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", list(SHARED))
 def test_every_kernel_compiles_and_fits(target):
     found = reports(target)

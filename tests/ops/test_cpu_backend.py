@@ -626,6 +626,7 @@ def run_python(arguments, isa):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", kernels.isas())
 def test_every_instruction_set(isa):
     if os.environ.get("DAM_CPU_ISA"):

@@ -266,6 +266,7 @@ def test_manual_seed_governs(backend):
     assert torch.equal(draw(), a) and torch.equal(draw(), b) and not torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_backends_agree():
     """At most 1 row in 10^5 may differ, by floating-point ties."""
     logits = normal(100_000, 20, seed=18, scale=3.0)
