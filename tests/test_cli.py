@@ -259,6 +259,7 @@ def test_what_the_parser_refuses(option, capsys):
     assert option[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_an_error(tmp_path):
     file(tmp_path / "file")
     command = [sys.executable, "-m", "dam.cli", "sudoku", "--output", str(tmp_path / "file" / "run")]

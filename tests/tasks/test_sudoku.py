@@ -280,6 +280,7 @@ def test_the_shipped_base_is_small():
     assert sum(file.stat().st_size for file in sudoku.BASE_MODEL.iterdir()) < 2_000_000
 
 
+@pytest.mark.slow
 def test_the_shipped_base_knows_rows_and_nothing_else():
     model = sudoku.base_model().eval()
     blank = torch.zeros(2000, 16, dtype=torch.int64)
