@@ -249,6 +249,7 @@ def test_the_uniform_chain_of_a_joint_law():
 # ---- the studies, small
 
 
+@pytest.mark.slow
 def test_order_on_the_grid(tmp_path, capsys):
     """At equal reward calls: by factors in KL (0.10, 0.23, 0.96, 1.9), where two seeds differed by a fifth at most."""
     chosen = ["path, baseline", "posterior", "first_jump_one, state", "d1", "svdd"]
@@ -284,6 +285,7 @@ def test_processes_change_no_figure(tmp_path):
     assert one[0]["curve"][-1]["kl"] != pytest.approx(one[1]["curve"][-1]["kl"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_uniform_base_on_the_grid(tmp_path):
     """A few thousand simulated trajectories leave two thirds of the base's divergence at most."""
     arguments = ["grid", "--base", "uniform", "--size", "11", "--rounds", "16", "--batch", "256", "--steps", "4"]
