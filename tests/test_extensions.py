@@ -60,6 +60,34 @@ def test_a_missing_or_unknown_argument_is_named(extension):
         extension.kernels.rate_ratio(*arguments.values())
 
 
+def test_taps_that_do_not_fit_their_radius_are_refused():
+    """They go with the launch, and a kernel would read what is not there."""
+    if (reason := choice.why_unavailable("cuda")) is not None:
+        pytest.skip(reason)
+    with torch.device(choice.DEVICE_TYPE["cuda"]):
+        x, result, bad = torch.zeros(2, 12), torch.empty(2, 12), torch.zeros(2, dtype=torch.int32)
+    walk = {
+        "rows": 2,
+        "columns": 12,
+        "length": 4,
+        "inner": 3,
+        "periodic": False,
+        "taps": 0,
+        "source": address.matrix(x),
+        "source_dtype": address.DTYPE_CODE[x.dtype],
+        "result": result.data_ptr(),
+        "result_is_double": False,
+        "not_finite": bad.data_ptr(),
+        "where": cuda.where(x),
+    }
+    cuda.kernels.walk(**walk, few_taps=[0.5, 0.25], radius=1)
+    for taps, radius in (([0.5], 1), ([0.5, 0.25], 0), ([], 0)):
+        with pytest.raises(ValueError, match=r"a walk needs radius \+ 1 taps"):
+            cuda.kernels.walk(**walk, few_taps=taps, radius=radius)
+    with pytest.raises(ValueError, match="too many taps for a launch"):
+        cuda.kernels.walk(**walk, few_taps=[0.0] * (cuda.kernels.FEW_TAPS + 1), radius=cuda.kernels.FEW_TAPS)
+
+
 def test_an_argument_of_another_kind_is_refused(extension):
     arguments, _held = rate_ratio(extension)
     with pytest.raises(TypeError, match="must be a tuple of 2 integers"):

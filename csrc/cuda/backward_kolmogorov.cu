@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
     memory.row[thread] = row;
   }
   if (!a.taps) {
-    for (int k = thread; k <= a.radius; k += THREADS_PER_BLOCK) memory.taps[k] = a.few_taps[k];
+    for (int k = thread; k <= a.radius; k += THREADS_PER_BLOCK) memory.taps[k] = a.few_taps.weights[k];
   }
   const double* const taps = a.taps ? a.taps : memory.taps;
   // Points from which others are reached: positions, before those past an end are taken round the cycle.
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) walk_kernel(const __grid_co
 }
 
 void walk(const WalkArgs& a, Queue queue) {
-  if (!a.taps && a.radius >= FEW_TAPS) throw std::invalid_argument("dam: too many taps to go with a launch");
+  if (!a.taps && a.few_taps.count != a.radius + 1) throw std::invalid_argument("dam: a walk needs radius + 1 taps");
   const OnDevice guard(queue.device);
   const int64_t lines = a.rows * (a.columns / a.length);
   const Grid grid{divided_up(lines, LINES) * divided_up(a.length, POINTS), THREADS_PER_BLOCK, sizeof(WalkMemory)};

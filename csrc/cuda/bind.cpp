@@ -57,7 +57,8 @@ static void take(PyObject* x, Queue& member) {
 static void take(PyObject* x, FewTaps& member) {
   const auto taps = py::cast<std::vector<double>>(py::handle(x));
   if (static_cast<int64_t>(taps.size()) > FEW_TAPS) throw std::invalid_argument("dam: too many taps for a launch");
-  std::copy(taps.begin(), taps.end(), member);
+  std::copy(taps.begin(), taps.end(), member.weights);
+  member.count = static_cast<int64_t>(taps.size());
 }
 
 // The ops; their keyword arguments are the members of ops.def and `where`, device and stream.

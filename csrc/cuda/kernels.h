@@ -49,7 +49,10 @@ constexpr int SHARES = 6;
 
 // Weights of a walk that go with the launch itself, whose arguments may take 4 kB.
 constexpr int64_t FEW_TAPS = 448;
-using FewTaps = double[FEW_TAPS];
+struct FewTaps {
+  double weights[FEW_TAPS];
+  int64_t count;
+};
 
 // struct JumpArgs and so on, whose members ops.def lists.
 #define TAKES(type, name) type name;

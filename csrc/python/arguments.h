@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "../core/arguments.h"
@@ -65,6 +66,7 @@ class Call {
   PyObject* operator[](PyObject* name) {
     PyObject* const value = PyDict_GetItemWithError(arguments_, name);
     if (!value) throw py::type_error(std::string(op_) + "() is missing the argument " + text(name));
+    if (taken_ == MOST) throw std::logic_error("an op with more members than python::Call has room for");
     names_[taken_++] = name;
     return value;
   }
