@@ -15,7 +15,8 @@ demo: install
 test: install-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
 
-# Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, each in an environment of its own.
+# Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, each in an
+# environment of its own.
 test-versions:
 	$(PYTHON) -m tests.versions
 
