@@ -1,19 +1,26 @@
 # make demo   environment, install, and the main job: a better Sudoku model in minutes
 # make test   environment, install, checks and tests
+# make test-full   the same, and tests that repeat what others hold
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-versions install install-dev lint sanitize clean
+.PHONY: demo test test-full test-versions install install-dev lint sanitize clean
 
 demo: install
 	$(BIN)/dam info
 	$(BIN)/dam sudoku
 
 # A process per core, of one thread each: most tests are Python, and threads of two processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
+
 test: install-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
+	$(PYTEST) -m 'not full'
+
+# And what only repeats: kernels compiled for more kinds of GPU.
+test-full: install-dev lint
+	$(PYTEST)
 
 # Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, each in an
 # environment of its own.

@@ -114,7 +114,10 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
     everything = gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b), leaves, torch.ones(target.shape))
     dam.linear_log_prob(*leaves[:2], target, bias=leaves[2]).sum().backward()
     for x, need, gradient in zip(leaves, trained, everything[1:], strict=True):
-        assert (x.grad is not None) == need and (not need or torch.equal(x.grad, gradient))
+        assert (x.grad is not None) == need
+        if need:
+            # The same sums, which a matmul of another shape may add up in another order: a few roundings.
+            assert_close(x.grad, gradient, rtol=0.0, atol=8 * rounding(x.dtype) * float(gradient.abs().max()))
     needs = [True, True, True]
     needs[trained.index(True)] = False
     args = (

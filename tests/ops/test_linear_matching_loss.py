@@ -245,7 +245,10 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
         x.requires_grad_(need)
     dam.linear_matching_loss(*leaves[:2], target, weight, bias=leaves[2]).backward()
     for x, need, gradient in zip(leaves, trained, everything[1:], strict=True):
-        assert (x.grad is not None) == need and (not need or torch.equal(x.grad, gradient))
+        assert (x.grad is not None) == need
+        if need:
+            # The same sums, which a matmul of another shape may add up in another order: a few roundings.
+            assert_close(x.grad, gradient, rtol=0.0, atol=8 * rounding(x.dtype) * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
