@@ -395,11 +395,16 @@ def test_a_model_that_is_a_denoiser_is_taken_as_it_is(tmp_path):
 
 def test_a_denoiser_is_made_by_what_the_user_hands_in(tmp_path):
     """One factory makes those of the model, of its base and of the loss; the step is the same as by default."""
-    made = []
+    made, run = [], []
+
+    class Observed(MaskedLM):
+        def hidden_states(self, tokens, attention_mask=None):
+            run.append((self.model, torch.is_grad_enabled()))
+            return super().hidden_states(tokens, attention_mask)
 
     def factory(model, *, adapter=True):
         made.append((model, adapter))
-        return MaskedLM(model, adapter=adapter)
+        return Observed(model, adapter=adapter)
 
     trained = []
     for options in ({}, {"denoiser": factory}):
@@ -410,6 +415,10 @@ def test_a_denoiser_is_made_by_what_the_user_hands_in(tmp_path):
     models = [model for model, _ in made]
     assert trainer.model in models and len({id(model) for model in models}) == 2  # the model and its frozen base
     assert all(adapter for _, adapter in made)
+    base = trainer.sampler.base(trainer.model).model
+    # Losses, one of each step, and rollouts, whose outcomes the base weighs.
+    assert [model for model, grad in run if grad] == [trainer.model] * 2
+    assert {id(model) for model, grad in run if not grad} == {id(trainer.model), id(base)}
 
 
 def test_the_gradient_of_a_step_is_that_of_the_cross_entropy(tmp_path):
