@@ -4,7 +4,7 @@ from dam.ctmc import enumeration
 from dam.ctmc.masked import MaskedCTMC
 from dam.ctmc.noised import LatticeCTMC, NoisedCTMC, UniformCTMC
 from dam.ctmc.schedules import Cosine, Geometric, Linear, Schedule, UserSchedule
-from dam.ctmc.simulate import Path, simulate, tau_leap
+from dam.ctmc.simulate import Path, Process, simulate, tau_leap
 
 __all__ = [
     "Cosine",
@@ -14,6 +14,7 @@ __all__ = [
     "MaskedCTMC",
     "NoisedCTMC",
     "Path",
+    "Process",
     "Schedule",
     "UniformCTMC",
     "UserSchedule",

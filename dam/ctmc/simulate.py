@@ -19,11 +19,25 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 
 class Process(Protocol):
-    """What the simulators ask of a chain."""
+    """What the simulators ask of a chain: `MaskedCTMC`, `UniformCTMC` and `LatticeCTMC` are such."""
 
-    def log_rates(self, prediction: Tensor, tokens: Tensor, time: Tensor) -> Tensor: ...
+    def log_rates(self, prediction: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
+        """log u_t(y, x) of each jump of a coordinate to a value, [B, L, V], in any floating dtype.
 
-    def escape_bound(self, start: float, end: float, length: int) -> float: ...
+        -inf where there is no such jump, as to the value that the coordinate has.
+
+        Args:
+            prediction: of the model at these states and times, [B, L, V].
+            tokens: int64 [B, L], the states x.
+            time: float64 [B].
+        """
+
+    def escape_bound(self, start: float, end: float, length: int) -> float:
+        """What no state's escape rate exceeds on [start, end]: the sum of its rates over all `length` coordinates.
+
+        A multiple of it, `bound`, is the rate at which `simulate` proposes events. An escape rate above that is an
+        error, so a bound too low is noticed; one too high costs network calls and changes no law.
+        """
 
 
 @dataclasses.dataclass
@@ -190,9 +204,14 @@ def checked_log_rates(process: Process, model: Model, tokens: Tensor, time: Tens
     """log u_t(y, x) of a model, float64 [B, L, V].
 
     Raises:
-        ValueError: a rate is NaN or infinite; the message names the state and the time.
+        ValueError: a rate is NaN or infinite; the message names the state and the time. Or the shape is another.
     """
-    log_rates = process.log_rates(model(tokens, time), tokens, time)
+    # float64 once and for all: sums, thinning and the recorded log ratios are in it, whatever the process gives.
+    log_rates = process.log_rates(model(tokens, time), tokens, time).double()
+    if log_rates.dim() != 3 or log_rates.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"log_rates of {type(process).__name__} must give {[*tokens.shape, 'V']}; got {list(log_rates.shape)}"
+        )
     bad = ~(log_rates < torch.inf)
     if bool(bad.any()):
         row, position, value = (int(i) for i in bad.nonzero()[0])

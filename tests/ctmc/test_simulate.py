@@ -1,5 +1,6 @@
 """Chains that undo noise, and simulation: laws against enumeration and the matrix exponential, and path weights."""
 
+import dataclasses
 import itertools
 import math
 
@@ -363,6 +364,40 @@ def test_bad_rates_are_named_with_state_and_time(bad):
     for run in (simulate, tau_leap):
         with pytest.raises(ValueError, match=message):
             run(process, model, tokens, times=[0.0, 0.001] if run is tau_leap else [0.0, 0.5], seed=1)
+
+
+class OfAUser:
+    """Two states, each left at a rate that the model's logits say, in the dtype that `dtype` names."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def log_rates(self, prediction, tokens, time):
+        rates = prediction.to(torch.float16).to(self.dtype)  # the same numbers in every dtype
+        return rates.masked_fill(torch.nn.functional.one_hot(tokens, 2).bool(), -math.inf)
+
+    def escape_bound(self, start, end, length):
+        return 4.0 * length
+
+
+@pytest.mark.parametrize("run", [simulate, tau_leap])
+def test_a_process_of_ones_own_in_any_dtype(run):
+    """Its rates are taken into float64 before anything is computed of them: the same paths, bit for bit."""
+    tokens = torch.zeros(200, 2, dtype=torch.int64)
+    model = lambda x, t: torch.sin(1.0 + x.flip(1)[..., None] + torch.arange(2.0))  # noqa: E731
+    paths = [
+        run(OfAUser(dtype), model, tokens, times=[0.0, 0.4, 0.8], base=lambda x, t: -model(x, t), seed=2)
+        for dtype in (torch.float64, torch.float32, torch.float16)
+    ]
+    assert paths[0].log_ratio.dtype == torch.float64 and bool((paths[0].log_ratio != 0).any())
+    for path in paths[1:]:
+        for field in dataclasses.fields(path):
+            a, b = getattr(path, field.name), getattr(paths[0], field.name)
+            assert a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b, field.name
+    narrow = OfAUser(torch.float32)
+    narrow.log_rates = lambda prediction, x, t: prediction[:, 0]
+    with pytest.raises(ValueError, match=r"log_rates of OfAUser must give .*2, 'V'\]; got .*, 2\]"):
+        run(narrow, model, tokens, times=[0.0, 0.4], seed=2)
 
 
 def test_rates_above_the_bound_are_an_error():
