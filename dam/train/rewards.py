@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,18 +21,29 @@ class RewardError(RuntimeError):
     """A reward function raised, or returned something that is not one number per completion."""
 
 
-def name_of(function: RewardFunction) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def names_of(functions: Sequence[RewardFunction]) -> list[str]:
+    """A name for each in messages and logs: functions of one name, as partials and instances are, are numbered."""
+    names = []
+    for function in functions:
+        while isinstance(function, functools.partial):
+            function = function.func
+        names.append(getattr(function, "__name__", type(function).__name__))
+    taken = set(names)
+    numbers_of = {name: itertools.count(1) for name in taken if names.count(name) > 1}
+    for i, name in enumerate(names):
+        if name in numbers_of:
+            names[i] = next(n for k in numbers_of[name] if (n := f"{name}_{k}") not in taken)
+    return names
 
 
-def _values(function: RewardFunction, count: int, arguments: Mapping[str, Any]) -> list[float]:
-    name = name_of(function)
+def _values(function: RewardFunction, name: str, count: int, arguments: Mapping[str, Any]) -> list[float]:
     try:
         values = function(**arguments)
     except Exception as error:
         raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
-    if isinstance(values, Tensor):
-        values = values.tolist()
+    if isinstance(values, (Tensor, np.ndarray)):
+        # A column [N, 1] is what models with one output give.
+        values = (values[:, 0] if values.shape == (count, 1) else values).tolist()
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         raise RewardError(
             f"reward function {name!r} must return a list of {count} numbers; got {type(values).__name__}"
@@ -41,7 +55,7 @@ def _values(function: RewardFunction, count: int, arguments: Mapping[str, Any]) 
         if value is None:
             rewards.append(math.nan)  # does not apply here
             continue
-        if isinstance(value, Tensor) and value.numel() == 1:
+        if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
             value = value.item()
         if not isinstance(value, numbers.Real):
             raise RewardError(
@@ -80,21 +94,19 @@ def total_reward(
     total = torch.zeros(count, dtype=torch.float64)
     applies = torch.zeros(count, dtype=torch.bool)
     means = {}
-    for function, weight in zip(functions, weights, strict=True):
-        values = torch.tensor(_values(function, count, arguments), dtype=torch.float64)
+    names = names_of(functions)
+    for function, name, weight in zip(functions, names, weights, strict=True):
+        values = torch.tensor(_values(function, name, count, arguments), dtype=torch.float64)
         known = ~torch.isnan(values)
         applies |= known
         if weight < 0 and bool((values == -torch.inf).any()):
-            raise RewardError(
-                f"reward function {name_of(function)!r} returned -inf (forbidden) and has a negative weight, {weight}"
-            )
+            raise RewardError(f"reward function {name!r} returned -inf (forbidden) and has a negative weight, {weight}")
         if weight != 0:  # not 0 * -inf
             total += torch.where(known, weight * values, 0.0)
-        means[name_of(function)] = float(values[known].mean()) if bool(known.any()) else math.nan
+        means[name] = float(values[known].mean()) if bool(known.any()) else math.nan
     if not bool(applies.all()):
-        names = ", ".join(map(name_of, functions))
         raise RewardError(
-            f"no reward function applies to completion {int((~applies).nonzero()[0])} ({names} gave None)"
+            f"no reward function applies to completion {int((~applies).nonzero()[0])} ({', '.join(names)} gave None)"
         )
     return total, means
 

@@ -1,5 +1,6 @@
 """Reward functions: what they are given, how they combine, and what is said when one misbehaves."""
 
+import functools
 import math
 import re
 
@@ -32,7 +33,8 @@ def raises(**_):
         ([1.0], "one value per completion, 2; got 1"),
         ([], "one value per completion, 2; got 0"),
         ([1.0, 2.0, 3.0], "one value per completion, 2; got 3"),
-        (torch.ones(2, 1), r"returned \[1.0\] \(list\) for completion 0"),
+        (torch.ones(2, 2), r"returned \[1.0, 1.0\] \(list\) for completion 0"),
+        ([np.ones(2), 1.0], r"returned array\(\[1., 1.\]\) \(ndarray\) for completion 0"),
         (torch.ones(()), "must return a list of 2 numbers; got float"),
         (1.0, "must return a list of 2 numbers; got float"),
         (None, "must return a list of 2 numbers; got NoneType"),
@@ -57,13 +59,50 @@ def test_misbehaviour_is_an_error_that_names_the_function(returned, message):
 
 @pytest.mark.parametrize(
     "returned",
-    [[1, 2], (1.0, 2.0), np.array([1.0, 2.0], dtype=np.float32), torch.tensor([1.0, 2.0]), [torch.tensor(1), True + 1]],
-    ids=["list", "tuple", "numpy", "tensor", "mixed"],
+    [
+        [1, 2],
+        (1.0, 2.0),
+        np.array([1.0, 2.0], dtype=np.float32),
+        torch.tensor([1.0, 2.0]),
+        [torch.tensor(1), True + 1],
+        np.array([[1.0], [2.0]]),
+        torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16, requires_grad=True),
+        [np.ones(1), np.full((1, 1), 2.0)],
+        [np.bool_(True), np.int8(2)],
+    ],
+    ids=["list", "tuple", "numpy", "tensor", "mixed", "numpy column", "tensor column", "small arrays", "numpy scalars"],
 )
 def test_whatever_holds_numbers_is_taken(returned):
     total, _ = call([lambda **_: returned])
     assert total.tolist() == [1.0, 2.0]
     assert total.dtype == torch.float64
+
+
+def test_truth_values_count_zero_and_one():
+    for truth in ([True, False], np.array([True, False]), torch.tensor([True, False]), np.array([[True], [False]])):
+        total, _ = call([lambda truth=truth, **_: truth])
+        assert total.tolist() == [1.0, 0.0]
+
+
+def test_functions_of_one_name_are_told_apart():
+    """In logs, whose entries one would otherwise overwrite, and in messages; a name that is taken is left alone."""
+
+    def worth(value, **_):
+        return [value] * 2
+
+    class Judge:
+        def __call__(self, **_):
+            return [4.0] * 2
+
+    def worth_1(**_):
+        return [0.5] * 2
+
+    partials = [functools.partial(functools.partial(worth), value=value) for value in (1.0, 2.0)]
+    _, means = call([*partials, Judge(), Judge(), worth_1])
+    assert means == {"worth_2": 1.0, "worth_3": 2.0, "Judge_1": 4.0, "Judge_2": 4.0, "worth_1": 0.5}
+    with pytest.raises(RewardError, match="'worth_2' returned nan"):
+        call([partials[0], functools.partial(worth, value=math.nan)])
+    assert call([partials[0]])[1] == {"worth": 1.0}
 
 
 def test_functions_are_weighted_and_added():

@@ -1,5 +1,6 @@
 """DAMTrainer: that it learns, what reward functions are given, what is logged, and prompts of different length."""
 
+import io
 import math
 
 import pytest
@@ -448,3 +449,14 @@ def test_a_denoiser_inside_a_wrapper_is_refused():
     with pytest.raises(TypeError, match="Tabular has no adapter to switch off"):
         denoiser_of(table(), adapter=False)
     assert isinstance(denoiser_of(tiny_model()), MaskedLM)
+
+
+@pytest.mark.parametrize(("encoding", "seen"), [("utf-8", "数 é → 1"), ("cp1252", "? é ? 1"), ("ascii", "? ? ? 1")])
+def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, monkeypatch, encoding, seen):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, log_completions=True), ROWS)
+    trainer._example = ("[MASK]", "数 é → 1", 1.0)
+    monkeypatch.setattr("sys.stdout", terminal)
+    trainer.log({"loss": 0.0})
+    terminal.flush()
+    assert f"completion: {seen}\n" in terminal.buffer.getvalue().decode(encoding)
