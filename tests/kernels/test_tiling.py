@@ -50,6 +50,7 @@ def test_results_do_not_depend_on_tiling(dtype, call):
     assert all(calls.same(result, results[0]) for result in results[1:])
 
 
+@pytest.mark.slow
 def test_a_gradient_may_take_the_place_of_the_logits():
     """Of rows that programs share, with targets in every part."""
     logits, target, grad = normal(3, 8000, seed=15), integers(-1, 8000, 3, 40, seed=16), normal(3, 40, seed=17)
@@ -66,6 +67,7 @@ def test_a_gradient_may_take_the_place_of_the_logits():
             assert same(matching_loss.matching_loss(x, *arguments, x), expected)
 
 
+@pytest.mark.slow
 @calls.each("linear")
 @pytest.mark.parametrize("form", ["fused", "chunked"])
 def test_linear_ops_do_not_depend_on_tiling(form, call):

@@ -37,6 +37,7 @@ def z_score(count, trials, probability):
 # ---- the distribution
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_draws_follow_the_softmax(backend, temperature):
     """A million draws (fewer at other temperatures or emulated) from rows that differ in their id only."""
@@ -357,6 +358,7 @@ def test_opcheck(backend):
         torch.library.opcheck(module._jump.overload, (*args, torch.tensor(1), row_ids, True, backend))
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(backend):
     @torch.compile(fullgraph=True)
     def draw(logits, exclude):
