@@ -24,6 +24,7 @@ from dam import plots
 from dam.train import DAMConfig, DAMTrainer, RewardError, last_checkpoint
 from dam.train.callbacks import MetricsFile, OnSave, RolloutProgress, StopOnSignal
 from dam.train.rewards import RewardFunction
+from dam.train.terminal import show
 
 
 class Options(Protocol):
@@ -338,6 +339,5 @@ def command(task: type[Task], arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted. Continue with the same command and --resume", file=sys.stderr)
         return 130
-    print(task.report(result))
-    print(f"\nmodel, metrics and plot: {output}")
+    show(f"{task.report(result)}\n\nmodel, metrics and plot: {output}")
     return 0

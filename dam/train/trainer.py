@@ -6,7 +6,6 @@ import copy
 import enum
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from dam.train.progress import Progress, last_checkpoint
 from dam.train.replay import Group, ReplayBuffer
 from dam.train.rewards import RewardError, RewardFunction, Rewards
 from dam.train.sampling import DenoiserFactory, Sampler
+from dam.train.terminal import show
 
 
 class _Draw(enum.IntEnum):
@@ -283,7 +283,7 @@ class DAMTrainer(Trainer):
             logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
             if self.args.log_completions and self._example is not None and self.is_world_process_zero():
                 prompt, completion, reward = self._example
-                _print(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
+                show(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
         super().log(logs, start_time)
 
     # Evaluation
@@ -333,12 +333,6 @@ class DAMTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _print(text: str) -> None:
-    """Prints text, with a replacement for what the terminal's encoding lacks: no reason to end a run."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding))
 
 
 def _with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, nn.Module | None]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 
 import pytest
@@ -86,7 +87,7 @@ def arguments(output, resume=False, **given):
     return argparse.Namespace(output=output, resume=resume, **given)
 
 
-def test_a_run_from_the_command_line(tmp_path, capsys):
+def test_a_run_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert front.command(Letters, arguments(tmp_path / "run", letter=1)) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-3].startswith("share 0.") and out.splitlines()[-3].endswith("to 1.00")
@@ -99,6 +100,12 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     # A finished run is reported again, and not done again.
     assert front.command(Letters, arguments(tmp_path / "run", resume=True)) == 0
     assert capsys.readouterr().out == out
+    # On a terminal that lacks a character too, where it is the run's last word.
+    monkeypatch.setattr(Letters, "report", staticmethod(lambda result: "数独 é"))
+    monkeypatch.setattr("sys.stdout", terminal := io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert front.command(Letters, arguments(tmp_path / "run", resume=True)) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode("cp1252").startswith("?? é\n")
 
 
 def test_a_run_that_failed_goes_on_to_the_same_result(tmp_path, capsys, monkeypatch):
