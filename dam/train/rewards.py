@@ -29,10 +29,9 @@ def names_of(functions: Sequence[RewardFunction]) -> list[str]:
             function = function.func
         names.append(getattr(function, "__name__", type(function).__name__))
     taken = set(names)
-    numbers_of = {name: itertools.count(1) for name in taken if names.count(name) > 1}
-    for i, name in enumerate(names):
-        if name in numbers_of:
-            names[i] = next(n for k in numbers_of[name] if (n := f"{name}_{k}") not in taken)
+    for shared in [name for name in taken if names.count(name) > 1]:
+        free = (numbered for k in itertools.count(1) if (numbered := f"{shared}_{k}") not in taken)
+        names = [next(free) if name == shared else name for name in names]
     return names
 
 
@@ -83,8 +82,9 @@ def total_reward(
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of all reward functions for each completion, float64 [N], and the mean of each by name.
 
-    A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)` and returns a
-    list of numbers: None where it does not apply (it then counts nothing), -inf where an outcome is forbidden.
+    A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)` and returns N
+    numbers or truth values, as a list, or an array or tensor [N] or [N, 1]: None where it does not apply (it then
+    counts nothing), -inf where an outcome is forbidden.
 
     Raises:
         RewardError: names the function and what it did.
