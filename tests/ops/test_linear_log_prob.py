@@ -116,8 +116,11 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
     for x, need, gradient in zip(leaves, trained, everything[1:], strict=True):
         assert (x.grad is not None) == need
         if need:
-            # The same sums, which a matmul of another shape may add up in another order: a few roundings.
-            assert_close(x.grad, gradient, rtol=0.0, atol=8 * rounding(x.dtype) * float(gradient.abs().max()))
+            # That of hidden states is a sum over parts of the columns, which are others where the head's is wanted
+            # too: in another order V terms lose some sqrt(V) roundings. The others are the same to the bit.
+            terms = leaves[1].shape[0] if x is leaves[0] else 0
+            slack = terms**0.5 * rounding(x.dtype) * float(gradient.abs().max())
+            assert_close(x.grad, gradient, rtol=0.0, atol=slack)
     needs = [True, True, True]
     needs[trained.index(True)] = False
     args = (
