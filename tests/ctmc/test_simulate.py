@@ -394,10 +394,15 @@ def test_a_process_of_ones_own_in_any_dtype(run):
         for field in dataclasses.fields(path):
             a, b = getattr(path, field.name), getattr(paths[0], field.name)
             assert a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b, field.name
-    narrow = OfAUser(torch.float32)
-    narrow.log_rates = lambda prediction, x, t: prediction[:, 0]
-    with pytest.raises(ValueError, match=r"log_rates of OfAUser must give .*2, 'V'\]; got .*, 2\]"):
-        run(narrow, model, tokens, times=[0.0, 0.4], seed=2)
+
+
+@pytest.mark.parametrize("run", [simulate, tau_leap])
+@pytest.mark.parametrize("cut", [(slice(None), 0), (slice(None), slice(1))])
+def test_rates_of_another_shape_are_refused(run, cut):
+    process = OfAUser(torch.float32)
+    process.log_rates = lambda prediction, x, t: prediction[cut]
+    with pytest.raises(ValueError, match=r"log_rates of OfAUser must give \[\d+, 2, 'V'\]; got \[\d+, (1, )?2\]"):
+        run(process, lambda x, t: torch.zeros(*x.shape, 2), torch.zeros(9, 2).long(), times=[0.0, 0.4], seed=2)
 
 
 def test_rates_above_the_bound_are_an_error():
