@@ -42,7 +42,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of every op."""
+    """A run of every op; whichever test asks first waits for it."""
     run = gpu.Run(Machine(), tmp_path_factory.mktemp("results"), repeats=1)
     run.text = run.measure([item(op) for op in configs.OPS], 2**16)
     return run
@@ -53,6 +53,7 @@ def record_of(run, label):
     return record
 
 
+@pytest.mark.slow
 def test_every_op_is_measured(whole):
     assert whole.failures == whole.left_out == []
     missing = set(public_ops()) - set(configs.OPS)
@@ -66,6 +67,7 @@ def test_every_op_is_measured(whole):
         assert {"dam", record["floor_name"]} <= record["median_seconds"].keys()
 
 
+@pytest.mark.slow
 def test_a_record_says_of_what_it_is_in_itself(whole):
     for record in whole.records:
         asked = item(record["op"])
@@ -75,6 +77,7 @@ def test_a_record_says_of_what_it_is_in_itself(whole):
         assert record["moved_bytes"] > record["result_bytes"] > 0 and record["versions"] == records.versions()
 
 
+@pytest.mark.slow
 def test_both_forms_of_a_linear_op_are_measured(whole):
     for record in whole.records:
         forms = {name for name in record["median_seconds"] if name in ("dam, fused", "dam, chunked")}
@@ -82,6 +85,7 @@ def test_both_forms_of_a_linear_op_are_measured(whole):
         assert record["table_form"] in (goals.FORMS if forms else (None,))
 
 
+@pytest.mark.slow
 def test_the_default_backend_is_measured_beside_triton(whole):
     for record in whole.records:
         assert goals.TRITON in record["median_seconds"], record["label"]
@@ -148,6 +152,7 @@ def test_the_form_of_the_table_is_that_of_the_gradient(monkeypatch):
     assert found == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_floors_count_what_must_move_and_the_matmuls(whole):
     t, v, d, g, k, s = (SIZES[name] for name in ("rows", "vocabulary", "hidden", "groups", "trajectories", "steps"))
     logits, target, state, lattice = 2 * t * v, 8 * t, 4 * t * v, 4 * t * math.isqrt(v) ** 2
@@ -195,6 +200,7 @@ def test_the_copy_moves_all_bytes(monkeypatch, limit):
     assert sum(copied) == 8 * 17
 
 
+@pytest.mark.slow
 def test_what_is_written(whole):
     for op in configs.OPS:
         result = json.loads((whole.output / f"{op}.json").read_text())
@@ -219,6 +225,7 @@ def test_what_is_planned():
     assert rows == {1, 16, 64, 128, 256, 512, 1024, 4096, 8192}
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_installed_is_absent_with_its_reason(whole, monkeypatch, tmp_path):
     def missing(logits):
         raise ModuleNotFoundError("No module named 'sampler'")
