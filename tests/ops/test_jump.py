@@ -37,8 +37,7 @@ def z_score(count, trials, probability):
 # ---- the distribution
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.5, 3.0])
 def test_draws_follow_the_softmax(backend, temperature):
     """A million draws (fewer at other temperatures or emulated) from rows that differ in their id only."""
     logits = normal(1, 9, seed=1, scale=2.0)
