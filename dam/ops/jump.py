@@ -84,8 +84,8 @@ def sampling_arguments(
     temperature = _checks.temperature(op, temperature, zero=True)
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"{op}: num_samples must be an int; got {type(num_samples).__name__}")
-    if not 1 <= num_samples < 2**30:
-        raise ValueError(f"{op}: num_samples must be in [1, 2^30); got {num_samples}")
+    if not 1 <= num_samples < _philox.MAX_SAMPLES:
+        raise ValueError(f"{op}: num_samples must be in [1, 2^24); got {num_samples}")
     if row_ids is not None:
         if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64:
             raise TypeError(

@@ -414,7 +414,7 @@ def test_is_not_differentiable(backend):
         ({"temperature": 1e-31}, ValueError, "temperature must be .*; got 1e-31"),
         ({"temperature": INF}, ValueError, "temperature must be .*; got inf"),
         ({"temperature": "1"}, TypeError, "temperature must be a number; got str"),
-        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\^30\); got 0"),
+        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\^24\); got 0"),
         ({"num_samples": 1.0}, TypeError, "num_samples must be an int; got float"),
         ({"seed": 2**64}, ValueError, f"seed must fit in 64 bits; got {2**64}"),
         ({"seed": 1.0}, TypeError, "seed must be an int, an int64 tensor or None; got float"),
