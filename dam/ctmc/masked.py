@@ -79,7 +79,7 @@ class MaskedCTMC:
             seed: instead of a generator: a row's times then depend on (seed, row id, position from the end) only.
             row_ids: int64 [...], names each row's stream; counted from 0 unless given.
         """
-        uniform = _uniform(Use.ORDER, tokens.shape[:-1], tokens.shape[-1], tokens.device, generator, seed, row_ids)
+        uniform = _philox.drawn(Use.ORDER, tokens.shape, tokens.device, generator, seed, row_ids)
         return torch.where(self.masked(tokens), self.schedule.inverse(uniform), torch.inf)
 
     def remask(
@@ -100,33 +100,12 @@ class MaskedCTMC:
             initial, final: int64 [..., L].
             generator, seed, row_ids: as for `jump_times`.
         """
-        rows, length = initial.shape[:-1], initial.shape[-1]
         maskable = self.masked(initial)
         count = maskable.sum(dim=-1, keepdim=True)
-        uniform = _uniform(Use.REMASK_COUNT, rows, 1, initial.device, generator, seed, row_ids)
+        uniform = _philox.drawn(Use.REMASK_COUNT, count.shape, initial.device, generator, seed, row_ids)
         left = 1 + (uniform * count).long().clamp(max=count - 1)
-        priority = _uniform(Use.REMASK_ORDER, rows, length, initial.device, generator, seed, row_ids)
+        priority = _philox.drawn(Use.REMASK_ORDER, initial.shape, initial.device, generator, seed, row_ids)
         order = torch.where(maskable, priority, torch.inf).argsort(dim=-1).argsort(dim=-1)
         # The last `left` positions to unmask still wait; unmaskable ones sort behind them and are kept out.
         waiting = maskable & (order >= count - left)
         return torch.where(waiting, self.mask_token, final)
-
-
-def _uniform(
-    use: Use,
-    rows: torch.Size,
-    count: int,
-    device: torch.device,
-    generator: torch.Generator | None,
-    seed: int | None,
-    row_ids: Tensor | None,
-) -> Tensor:
-    """`count` uniforms of each row [..., count], in float32 by a generator and float64 by a seed."""
-    if seed is None:
-        if row_ids is not None:
-            raise ValueError("row_ids name streams of a seed: give one too")
-        return torch.rand((*rows, count), generator=generator, device=device)
-    if generator is not None:
-        raise ValueError("a generator and a seed exclude each other: give one of them")
-    # From the end, so that padding in front changes nothing.
-    return _philox.uniform(seed, use, _philox.row_ids_of(rows, device, row_ids), count).flip(-1)

@@ -148,3 +148,27 @@ def row_ids_of(rows: torch.Size, device: torch.device, row_ids: Tensor | None) -
     if row_ids.shape != rows:
         raise ValueError(f"row_ids must have shape {list(rows)}; got {list(row_ids.shape)}")
     return row_ids.to(device)
+
+
+def drawn(
+    use: Use,
+    shape: torch.Size,
+    device: torch.device,
+    generator: torch.Generator | None,
+    seed: int | None,
+    row_ids: Tensor | None,
+) -> Tensor:
+    """Uniforms [..., L] by torch's generator, in float32, or by a seed and ids of rows [...], in float64.
+
+    By a seed a number depends on (seed, row id, position from the end), so that padding in front changes nothing.
+
+    Raises:
+        TypeError, ValueError: a generator and a seed, row_ids without a seed, or of another dtype or shape.
+    """
+    if seed is None:
+        if row_ids is not None:
+            raise ValueError("row_ids name streams of a seed: give one too")
+        return torch.rand(shape, generator=generator, device=device)
+    if generator is not None:
+        raise ValueError("a generator and a seed exclude each other: give one of them")
+    return uniform(seed, use, row_ids_of(shape[:-1], device, row_ids), shape[-1]).flip(-1)

@@ -79,7 +79,8 @@ def test_a_mended_reward_function_loses_nothing(tmp_path, changes, broken):
     with pytest.raises(RewardError, match=r"'BreaksAt' raised ConnectionError: the judge is away.*failed_rollouts\.pt"):
         failing.train()
     kept = torch.load(output / "failed_rollouts.pt")
-    assert len(kept["completion_ids"]) == len(kept["prompts"]) == 2 * 8  # prompts of a rollout, trajectories of each
+    prompts = 2 * config.get("gradient_accumulation_steps", 1)  # of a step, and trajectories of each
+    assert len(kept["completion_ids"]) == len(kept["prompts"]) == prompts * 8
     assert kept["step"] == failing.state.global_step
 
     resumed = tiny_model(dropout=dropout)
