@@ -266,7 +266,7 @@ def path_targets(
         share = len(path) / (len(count) * count[path])  # the mean over states is to be one over trajectories
     else:
         path = torch.arange(len(count), device=count.device)
-        uniform = torch.rand(count.shape, generator=generator, device=count.device)
+        uniform = torch.rand(count.shape, generator=generator, dtype=torch.float32, device=count.device)
         jump = (uniform * count).long().clamp(max=count - 1)
         share = torch.ones_like(uniform)
     states = trajectories.initial[path].clone()

@@ -140,7 +140,7 @@ def rollout(
         position=torch.where(call >= 0, position, -1),
         token=torch.full_like(position, -1),
         call=call,
-        log_prob=torch.zeros(position.shape, device=tokens.device),
+        log_prob=torch.zeros(position.shape, dtype=torch.float32, device=tokens.device),
     )
     for n in range(trajectories.network_calls):
         # By confidence, everything still masked is drawn, and the likeliest of it kept.

@@ -33,7 +33,7 @@ class MaskedCTMC:
     schedule: Schedule = dataclasses.field(default_factory=Linear)
 
     def __post_init__(self) -> None:
-        start = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64)))
+        start = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64, device="cpu")))
         if abs(start) > 1e-9:
             raise ValueError(f"MaskedCTMC: a schedule must start with nothing unmasked; alpha(0) is {start:g}")
 

@@ -178,7 +178,7 @@ def tau_leap(
         u = _philox.uniform(seed, Use.THINNING, row_ids, length, sample=interval)
         jumps = u < -torch.expm1(-duration * log_escape.exp())
         jumping = jumps.flatten().nonzero()[:, 0]
-        drawn = torch.full((count * length,), -1, device=tokens.device)
+        drawn = torch.full((count * length,), -1, dtype=torch.int64, device=tokens.device)
         jump_ids = _philox.ids(seed, Use.JUMP, row_ids, length, sample=interval).flatten()
         drawn[jumping] = _destination(log_rates.flatten(0, 1)[jumping], seed, jump_ids[jumping])
         drawn = drawn.view(count, length)

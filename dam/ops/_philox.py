@@ -168,7 +168,7 @@ def drawn(
     if seed is None:
         if row_ids is not None:
             raise ValueError("row_ids name streams of a seed: give one too")
-        return torch.rand(shape, generator=generator, device=device)
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
     if generator is not None:
         raise ValueError("a generator and a seed exclude each other: give one of them")
     return uniform(seed, use, row_ids_of(shape[:-1], device, row_ids), shape[-1]).flip(-1)

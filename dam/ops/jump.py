@@ -100,13 +100,18 @@ def sampling_arguments(
             raise TypeError(f"{op}: a seed tensor must hold one int64; got {seed.dtype} {list(seed.shape)}")
         return temperature, num_samples, seed.reshape(()), row_ids
     if seed is None:
-        return temperature, num_samples, torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64), row_ids
+        return (
+            temperature,
+            num_samples,
+            torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"),
+            row_ids,
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must fit in 64 bits; got {seed}")
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return temperature, num_samples, torch.tensor(signed, dtype=torch.int64), row_ids
+    return temperature, num_samples, torch.tensor(signed, dtype=torch.int64, device="cpu"), row_ids
 
 
 def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int, lead: torch.Size) -> Jump:

@@ -113,11 +113,12 @@ class Collator:
         prepared = [self._prepared(row) for _, row in numbered]
         length = max(len(row["input_ids"]) for row in prepared)
         fill = {"input_ids": self._tokens.pad, "attention_mask": 0, "labels": -100}
-        batch: dict[str, Any] = {"index": torch.tensor([index for index, _ in numbered])}
+        batch: dict[str, Any] = {"index": torch.tensor([index for index, _ in numbered], device="cpu")}
         for name in _SEQUENCES:
             if all(name in row for row in prepared):
                 batch[name] = torch.tensor(
-                    [[fill[name]] * (length - len(row[name])) + list(map(int, row[name])) for row in prepared]
+                    [[fill[name]] * (length - len(row[name])) + list(map(int, row[name])) for row in prepared],
+                    device="cpu",
                 )
         names = set().union(*(row.keys() for row in prepared)) - {"input_ids", "attention_mask"}
         batch["columns"] = {name: [row.get(name) for row in prepared] for name in sorted(names)}

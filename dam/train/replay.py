@@ -66,7 +66,7 @@ class ReplayBuffer:
 
         Of all groups, if it holds fewer; some are then in two parts, where the parts would not be equal.
         """
-        chosen = torch.randperm(len(self._groups), generator=generator)[: size * parts]
+        chosen = torch.randperm(len(self._groups), generator=generator, device="cpu")[: size * parts]
         share = -(-len(chosen) // parts)
         return chosen.repeat(-(-share * parts // len(chosen)))[: share * parts].view(parts, share)
 

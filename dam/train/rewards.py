@@ -91,12 +91,12 @@ def total_reward(
     """
     count = len(completions)
     arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-    total = torch.zeros(count, dtype=torch.float64)
-    applies = torch.zeros(count, dtype=torch.bool)
+    total = torch.zeros(count, dtype=torch.float64, device="cpu")
+    applies = torch.zeros(count, dtype=torch.bool, device="cpu")
     parts = {}
     names = names_of(functions)
     for function, name, weight in zip(functions, names, weights, strict=True):
-        values = torch.tensor(_values(function, name, count, arguments), dtype=torch.float64)
+        values = torch.tensor(_values(function, name, count, arguments), dtype=torch.float64, device="cpu")
         known = ~torch.isnan(values)
         applies |= known
         if weight < 0 and bool((values == -torch.inf).any()):

@@ -189,7 +189,7 @@ class DAMTrainer(Trainer):
 
     def _generator(self, purpose: _Draw) -> torch.Generator:
         """For what is drawn on all processes alike."""
-        return torch.Generator().manual_seed(self._seed(purpose) % 2**63)
+        return torch.Generator("cpu").manual_seed(self._seed(purpose) % 2**63)
 
     # Training
 
@@ -269,10 +269,10 @@ class DAMTrainer(Trainer):
         generator = self._generator(_Draw.REPLAY)
         places = replay.choose(args.replay_batch_size, parts, generator)
         if args.draw_outcomes is None:
-            return replay.batch(places[part]), torch.arange(places.numel()).view(parts, -1)[part]
+            return replay.batch(places[part]), torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
         weight = replay.batch(places.flatten())["weight"]
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
-        names = torch.arange(len(drawn)).view(parts, -1)[part]
+        names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
         chosen = drawn[names]
         groups = replay.batch(places.flatten()[chosen // weight.shape[1]])
         member = (chosen % weight.shape[1])[:, None]
@@ -289,7 +289,7 @@ class DAMTrainer(Trainer):
                 args.estimator, states, final, groups["first"], weight, self.process, seed=seed, row_ids=names
             )
         size = weight.shape[1]
-        row_ids = names[:, None] * size + torch.arange(size)
+        row_ids = names[:, None] * size + torch.arange(size, device="cpu")
         remasked = self.process.remask(states[:, None].expand_as(final), final, seed=seed, row_ids=row_ids)
         return group_targets(args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
 
