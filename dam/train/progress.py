@@ -84,15 +84,23 @@ class Progress:
             os.remove(os.path.join(folder, TRAINER_STATE_NAME))
         torch.save(self.state_dict(), os.path.join(folder, _STATE))
 
-    def load(self, checkpoint: str) -> None:
-        """From a checkpoint.
+    def load(self, checkpoint: str, num_generations: int) -> None:
+        """From a checkpoint, to go on with groups of that many trajectories.
 
         Raises:
-            ValueError: it is not whole.
+            ValueError: it is not whole, or its groups have another number of trajectories.
         """
         if not _is_whole(checkpoint):
             raise ValueError(f"{checkpoint!r} is no whole DAMTrainer checkpoint")
-        self.load_state_dict(torch.load(os.path.join(checkpoint, _STATE), weights_only=True))
+        state = torch.load(os.path.join(checkpoint, _STATE), weights_only=True)
+        sizes = {len(group["weight"]) for group in state["replay"]["groups"]}
+        if not sizes <= {num_generations}:
+            raise ValueError(
+                f"the groups of {checkpoint!r} have {' and '.join(map(str, sorted(sizes)))} trajectories and cannot be "
+                f"trained on beside groups of {num_generations}: resume with the num_generations it was saved with, "
+                "or begin a new run from its weights"
+            )
+        self.load_state_dict(state)
 
 
 def last_checkpoint(output_dir: str) -> str | None:

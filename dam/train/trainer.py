@@ -325,7 +325,7 @@ class DAMTrainer(Trainer):
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
         self.progress.clear()
         if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint))
+            self.progress.load(str(resume_from_checkpoint), self.args.num_generations)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except RewardError:

@@ -7,16 +7,7 @@ import torch
 
 import dam
 from tests import calls
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+from tests.ops.helpers import default_dtype
 
 
 @contextlib.contextmanager

@@ -114,6 +114,16 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
         DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS).train(f"{tmp_path}/checkpoint-6")
 
 
+def test_another_number_of_trajectories_is_refused_before_any_work(tmp_path):
+    uninterrupted(tmp_path, save_strategy="steps", save_steps=2)
+    worked = []
+    config = tiny_config(tmp_path, num_generations=4, num_iterations=6)
+    again = DAMTrainer(tiny_model(), lambda **_: worked.append(1), config, ROWS)
+    with pytest.raises(ValueError, match=r"groups of .*checkpoint-2' have 8 trajectories .* resume with the num_gen"):
+        again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    assert not worked
+
+
 def test_without_a_checkpoint_resuming_is_an_error(tmp_path):
     assert last_checkpoint(str(tmp_path / "nothing")) is None
     with pytest.raises(ValueError, match="no whole checkpoint to resume from"):

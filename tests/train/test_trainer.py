@@ -1,5 +1,6 @@
 """DAMTrainer: that it learns, what reward functions are given, what is logged, and prompts of different length."""
 
+import contextlib
 import io
 import math
 
@@ -19,6 +20,7 @@ from dam import diagnostics
 from dam.models import MaskedLM, Tabular, denoiser_of
 from dam.train import DAMTrainer
 from tests.architectures import small_sizes
+from tests.ops.helpers import default_dtype
 
 WORDS = ["[MASK]", "[PAD]", "a", "b", "c", "d"]
 
@@ -463,3 +465,16 @@ def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, monkeypatch, en
     trainer.log({"loss": 0.0})
     terminal.flush()
     assert f"completion: {seen}\n" in terminal.buffer.getvalue().decode(encoding)
+
+
+def test_a_default_device_or_dtype_changes_nothing(tmp_path):
+    """Of a step, from rows to gradient. (The loaders of torch do heed a default device.)"""
+    losses = []
+    for surroundings in (contextlib.nullcontext(), torch.device("meta"), default_dtype(torch.float64)):
+        trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS)
+        with surroundings:
+            loss = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS[:2]))
+            loss.backward()
+        losses.append((loss.detach(), trainer.model.bert.embeddings.word_embeddings.weight.grad))
+    for loss, gradient in losses[1:]:
+        assert torch.equal(loss, losses[0][0]) and torch.equal(gradient, losses[0][1])
