@@ -149,7 +149,10 @@ def reference_rows(
         x = x.div_(temperature)
         log_escape = torch.logsumexp(x, dim=1)
         width = min(columns, _philox.TILE)
-        tiles = F.pad(x, (0, -columns % width), value=-torch.inf).view(rows, -1, width)
+        # Less the largest, beside which the noise would be lost to rounding where logits are large.
+        top = x.amax(dim=1, keepdim=True)
+        below = x - torch.where(top.abs() < torch.inf, top, 0.0)
+        tiles = F.pad(below, (0, -columns % width), value=-torch.inf).view(rows, -1, width)
         # Exponential race among tiles: the first arrival, at rate exp(log_mass), is argmax(log_mass - log E).
         log_mass = torch.logsumexp(tiles, dim=2)
         noise = _philox.tile_exponentials(seed, row_ids, num_samples, tiles.shape[1])
@@ -158,9 +161,9 @@ def reference_rows(
         token = (tokens - _philox.token_exponentials(seed, row_ids, tile, width).log()).argmax(dim=2)
         target = tile * _philox.TILE + token
     target = torch.where((log_escape == -torch.inf)[:, None], -1, target)
-    log_prob = _rows.gather_or(x, target.clamp(max=columns - 1), -torch.inf)
     # Nothing to reach: -inf, not the NaN of -inf - -inf.
-    log_prob = torch.where(target >= 0, log_prob - log_escape[:, None], -torch.inf)
+    log_prob = _rows.gather_or(_rows.log_softmax(x), target.clamp(max=columns - 1), -torch.inf)
+    log_prob = torch.where(target >= 0, log_prob, -torch.inf)
     return target, log_prob, log_escape
 
 
