@@ -46,3 +46,13 @@ def test_remask_visits_every_number_of_masks_and_every_subset_alike():
     # Number uniform on 1 .. 3, then the subset uniform: 3 singletons, 3 pairs, 1 triple.
     probability = torch.tensor([0, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 3], dtype=torch.float64)
     assert chi_square_z(counts, probability) < Z
+
+
+def test_a_mask_without_a_destination_leaves_nothing_out():
+    """A head may have no row for the mask: then the rates of all its tokens are those of one with a row."""
+    process, tokens, time = MaskedCTMC(MASK), torch.tensor([[1, MASK]]), torch.tensor([0.5])
+    assert (process.excluded(MASK), process.excluded(MASK + 1)) == (-1, MASK)
+    logits = torch.randn(1, 2, MASK + 1, generator=torch.Generator().manual_seed(0))
+    with_row, without = (process.log_rates(part, tokens, time) for part in (logits, logits[..., :MASK]))
+    assert torch.equal(with_row[..., :MASK], without)
+    assert bool((with_row[..., MASK] == -torch.inf).all())
