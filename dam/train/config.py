@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -75,6 +76,16 @@ class DAMConfig(TrainingArguments):
     max_completion_length: int = field(
         default=256, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
     )
+    stop_token_ids: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that end a completion: what follows the first of them is neither decoded nor rewarded, nor "
+            "trained on where it is seen to follow. None takes the tokenizer's end-of-text token; an empty list none."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Passed to the tokenizer's apply_chat_template for conversational prompts."}
+    )
     mask_token_id: int | None = field(
         default=None, metadata={"help": "Mask token; taken from processing_class or the model's config unless given."}
     )
@@ -121,5 +132,9 @@ class DAMConfig(TrainingArguments):
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
+        if self.stop_token_ids is not None and not all(
+            isinstance(token, int) and token >= 0 for token in self.stop_token_ids
+        ):
+            raise ValueError(f"stop_token_ids must be token ids; got {self.stop_token_ids}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")

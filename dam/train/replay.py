@@ -51,7 +51,7 @@ class ReplayBuffer:
             return group[name]
         if name in _SEQUENCES:
             return F.pad(group[name], (missing, 0), value=0 if name == "attention_mask" else self._pad_token)
-        return group[name] + missing if name == "first" else group[name]
+        return group[name] + missing if name in ("first", "start") else group[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to continue exactly."""

@@ -7,6 +7,7 @@ import enum
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,19 +15,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
 
 from dam import diagnostics
-from dam.adjoint import MatchingTargets, estimator_loss, group_targets, state_targets, tilted_weights
+from dam.adjoint import (
+    MatchingTargets,
+    estimator_loss,
+    group_targets,
+    state_targets,
+    tilted_weights,
+    without_ended,
+)
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
+from dam.train.callbacks import UpdateBegun
 from dam.train.config import DAMConfig
-from dam.train.data import Collator, PromptSampler, outcomes, special_tokens, stacked
+from dam.train.data import (
+    Collator,
+    NumberedRows,
+    PromptSampler,
+    Stream,
+    check_rows,
+    decoded,
+    is_stream,
+    label_ids,
+    outcomes,
+    stacked,
+)
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.replay import Group, ReplayBuffer
-from dam.train.rewards import RewardError, RewardFunction, Rewards
+from dam.train.rewards import Outcomes, RewardFunction, Rewards
+from dam.train.rows import RowReader
 from dam.train.sampling import DenoiserFactory, Sampler
 from dam.train.terminal import show
+from dam.train.tokens import limits_of, special_tokens
 
 
 class _Draw(enum.IntEnum):
@@ -54,8 +76,17 @@ class DAMTrainer(Trainer):
     too (BERT's) then sees other positions: give it sequences of one length. Rotary and RoBERTa's positions are fine.
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
-    `prompt`, a string or token ids to which `max_completion_length` masks are appended. All other columns go to
-    the reward functions. `labels`, if present, also goes to `compute_metrics`.
+    `prompt`, to which `max_completion_length` masks are appended: a string, token ids, or a conversation, messages
+    {"role": ..., "content": ...} that go through the tokenizer's chat template. An `attention_mask` of token ids is
+    kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
+    `labels` may be anything; integers, one for each token (behind a prompt, for the completion's first ones), also go
+    to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of `datasets` on disk, are looked
+    through before the first step (`dam.train.data.check_rows` says what that costs); rows of others when they come. An
+    iterable dataset is read by one process and no workers, pass after pass, each row once a pass; set max_steps.
+
+    A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
+    is neither decoded nor rewarded, and trained on only in states that do not show the end yet
+    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
 
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
     reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl (an estimate of
@@ -68,13 +99,16 @@ class DAMTrainer(Trainer):
             `dam.models.Denoiser`.
         reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
             return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
-            what follows the prompt; with `input_ids`, the whole sequence filled in. Decoded with
-            processing_class if there is one, else lists of token ids.
+            what follows the prompt; with `input_ids`, the whole sequence filled in, less what attention_mask hides.
+            Decoded with processing_class if there is one, else lists of token ids; behind a conversation a message,
+            [{"role": "assistant", "content": text}], which a last message of the assistant begins, as in TRL.
         args: a `DAMConfig`.
         train_dataset, eval_dataset: rows as above.
-        processing_class: tokenizer, for string prompts and decoded completions.
+        processing_class: tokenizer, for string prompts, conversations and decoded completions. What it puts behind a
+            text, [SEP] for one, is not put between prompt and completion.
         callbacks, optimizers, compute_metrics: as for `transformers.Trainer`; `compute_metrics` receives
-            EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids).
+            EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids). label_ids is None
+            where there are no labels, or others than of tokens among them.
         peft_config: trains an adapter (extra `peft`); the base is then the model with its adapter switched off.
         ref_model: the base model; a frozen copy of `model` unless given.
         denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base; called with
@@ -82,9 +116,12 @@ class DAMTrainer(Trainer):
             hidden_states() and head() needs none.
 
     Raises:
-        ValueError, TypeError: bad arguments, before any work.
-        RewardError: a reward function misbehaves in training. Its rollouts are written to
-            output_dir/failed_rollouts.pt and a checkpoint is saved, so the run can be resumed.
+        ValueError, TypeError: bad arguments, or a bad row, which is named with its column, before any work.
+        RewardError: a reward function misbehaves in training, or a completion cannot be decoded. The rollouts are
+            written to output_dir/failed_rollouts.pt.
+
+    Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
+    can be resumed, to the same result; but not in the middle of an update of the weights.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Alg. 1; estimators in `dam.adjoint`.
     """
@@ -116,18 +153,30 @@ class DAMTrainer(Trainer):
         network: Any = AutoModelForMaskedLM.from_pretrained(model) if isinstance(model, str) else model
         self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
-        tokens = special_tokens(args.mask_token_id, processing_class, getattr(network, "config", None))
+        limits = limits_of(network)
+        tokens = special_tokens(
+            args.mask_token_id,
+            processing_class,
+            getattr(network, "config", None),
+            stop=args.stop_token_ids,
+            ids=limits.ids,
+        )
         self.process = MaskedCTMC(tokens.mask)
+        self._stop = tokens.stop
+        self._reader = RowReader(
+            tokens.mask, args.max_completion_length, processing_class, limits, args.chat_template_kwargs
+        )
         self._denoiser = denoiser
         denoiser(network)  # raises where the model does not fit
         network, ref_model = _with_base(network, ref_model, peft_config)
         self.sampler = Sampler(denoiser, self.process, args, ref_model, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
+        _keep_batches_whole(args.accelerator_config)
         super().__init__(
             model=network,
             args=args,
-            data_collator=Collator(tokens, args.max_completion_length, processing_class),
+            data_collator=Collator(self._reader, tokens.pad),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -137,6 +186,8 @@ class DAMTrainer(Trainer):
         )
         # The loss is a mean over states: the Trainer divides it by gradient_accumulation_steps.
         self.model_accepts_loss_kwargs = False
+        self._update = UpdateBegun()
+        self.add_callback(self._update)
         if ref_model is not None:
             ref_model.to(self.args.device)
 
@@ -149,6 +200,22 @@ class DAMTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.args.train_batch_size * self.args.world_size
         return PromptSampler(len(dataset), batch_size, self.args.num_iterations, self.args.seed)
+
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *rest: Any, **options: Any
+    ) -> Any:
+        """As `Trainer._get_dataloader`, of rows that know which they are; an iterable dataset's are repeated here."""
+        name = description.lower()
+        if is_stream(dataset):
+            _check_stream(self.args, name)
+            repeated = name == "training"
+            rows: Any = (
+                Stream(dataset, name, batch_size, self.args.num_iterations) if repeated else Stream(dataset, name)
+            )
+        else:
+            rows = NumberedRows(dataset, name)
+        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        return super()._get_dataloader(rows, description, batch_size, sampler, *rest, **options)
 
     def _seed(self, purpose: _Draw) -> int:
         """64 bits from the run's seed, the step, the process and a purpose: nothing to save, nothing shared."""
@@ -178,8 +245,7 @@ class DAMTrainer(Trainer):
                 temperature=args.temperature,
             )
         groups = len(tokens)
-        seen = outcomes(batch, trajectories.final, size, self.processing_class)
-        flat, means = self._rewards(seen, self.state.global_step)
+        seen, flat, means = self._rewarded(batch, trajectories.final, size)
         reward = flat.view(groups, size)
         log_ratio = trajectories.log_ratio.view(groups, size, -1)
         weights, step = tilted_weights(
@@ -203,6 +269,7 @@ class DAMTrainer(Trainer):
                 "first": trajectories.position[:, 0].view(groups, size),
                 "weight": weight,
                 "attention_mask": attention_mask,
+                "start": batch["start"],
             }
         )
         self.progress.reward_calls += reward.numel() * args.world_size
@@ -218,8 +285,22 @@ class DAMTrainer(Trainer):
         best = int(flat.argmax())
         self._example = (seen["prompts"][best], seen["completions"][best], float(flat[best]))
 
+    def _rewarded(
+        self, batch: dict[str, Any], final: Tensor, repeats: int
+    ) -> tuple[Outcomes, Tensor, dict[str, float]]:
+        """What reward functions see of a batch that was filled in, its rewards [B * repeats], and means by function."""
+        seen = outcomes(batch, final, repeats, self._stop)
+        reward, means = self._rewards(
+            seen, self.state.global_step, lambda ids: decoded(batch, ids, self.processing_class)
+        )
+        return seen, reward, means
+
     def _targets(self, groups: Group) -> MatchingTargets:
         """What the loss of groups from the replay buffer matches."""
+        targets = self._estimated(groups)
+        return without_ended(targets, self._stop, groups["start"]) if self._stop else targets
+
+    def _estimated(self, groups: Group) -> MatchingTargets:
         generator, args = self._generator(_Draw.REMASK), self.args
         states, final, weight = groups["states"], groups["final"], groups["weight"]
         if args.normalizer == "state":
@@ -238,9 +319,7 @@ class DAMTrainer(Trainer):
         if return_outputs:
             raise ValueError("DAMTrainer.compute_loss has no outputs to return")
         progress = self.progress
-        if progress.evaluation_failed:  # before this step: do over what a reward function cut short
-            progress.evaluation_failed = False
-            self.evaluate()
+        self._evaluate_if_due()
         progress.begin(self.state.global_step)
         if progress.micro_step % self.args.num_iterations == 0 or len(progress.replay) == 0:
             self._refill(model, inputs)
@@ -254,21 +333,59 @@ class DAMTrainer(Trainer):
             torch.manual_seed(dropout_seed)
             return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask)
 
+    def _evaluate_if_due(self) -> None:
+        """Before the next step: what an error cut short."""
+        if self.progress.evaluation_due:
+            self.evaluate()
+            self.progress.evaluation_due = False
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer._run_epoch`, which asks only after a step whether it was the last: a resumed run may have it."""
+        if self.state.global_step >= self.state.max_steps:
+            self._evaluate_if_due()
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
+        self._check_datasets()
         self.progress.clear()
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
-        except RewardError:
-            self.progress.go_back(self.state.global_step)
-            self._save_checkpoint(self.model, trial=None)
+        except Exception:
+            self._save_before_error()
             raise
+
+    def _check_datasets(self) -> None:
+        """Before any work: a row that would end the run later."""
+        check_rows(self._reader, self.train_dataset, "training")
+        if self.args.eval_strategy != "no" or self.args.eval_on_start:
+            given: Any = self.eval_dataset
+            for dataset in given.values() if isinstance(given, dict) else [given]:
+                check_rows(self._reader, dataset, "evaluation")
+
+    def _save_before_error(self) -> None:
+        """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""
+        step = self.state.global_step
+        # Nothing is done yet, or weights may be half-way through an update.
+        if not self.progress.has_begun or self._update.step == step:
+            return
+        self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except Exception as error:  # the error that ends the run is the one to raise
+            warnings.warn(f"no checkpoint of step {step} could be saved: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _load_best_model(self) -> None:
+        self._update.step = self.state.global_step  # from here on the weights are those of another step
+        super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
@@ -279,12 +396,13 @@ class DAMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the rollouts since the last log."""
-        if "loss" in logs:
+        of_training = "loss" in logs
+        if of_training:
             logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
-            if self.args.log_completions and self._example is not None and self.is_world_process_zero():
-                prompt, completion, reward = self._example
-                show(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
         super().log(logs, start_time)
+        if of_training and self.args.log_completions and self._example is not None and self.is_world_process_zero():
+            prompt, completion, reward = self._example
+            show(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
 
     # Evaluation
 
@@ -301,13 +419,33 @@ class DAMTrainer(Trainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
+        metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
+        metrics["reward_calls"] = self.reward_calls
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Fills in prompts once each, as `evaluate` does, and returns the token ids; logs nothing.
+
+        Returns:
+            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, with
+            -100 on the left of shorter ones. Labels are None where there are none, or others than of tokens.
+        """
+        metrics, predictions, labels = self._filled_in(self.get_test_dataloader(test_dataset), metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(predictions=predictions, label_ids=labels, metrics=metrics)
+
+    def _filled_in(self, loader: Any, prefix: str) -> tuple[dict[str, float], np.ndarray, Any]:
+        """Prompts filled in: metrics (mean reward, `compute_metrics`, time), and tokens and labels [N, L]."""
         start = time.time()
         rewards: list[Tensor] = []
-        finals: list[np.ndarray] = []
-        initials: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
+        kept: dict[str, list[np.ndarray]] = {"final": [], "input_ids": [], "labels": []}
+        label_kinds: list[np.ndarray] = []
         with self.sampler.evaluating(self.model):
-            for batch in self.get_eval_dataloader(dataset):
+            for batch in loader:
                 final = self.sampler.rollout(
                     self.model,
                     batch["input_ids"],
@@ -316,23 +454,52 @@ class DAMTrainer(Trainer):
                     temperature=self.args.eval_temperature,
                     order=self.args.eval_remasking,
                 ).final
-                reward, _ = self._rewards(outcomes(batch, final, 1, self.processing_class), self.state.global_step)
+                _, reward, _ = self._rewarded(batch, final, 1)
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
-                for kept, value in ((finals, final), (initials, batch["input_ids"]), (labels, batch.get("labels"))):
-                    if value is not None:
-                        value = self.accelerator.pad_across_processes(value, dim=1, pad_index=-100, pad_first=True)
-                        kept.append(self.accelerator.gather_for_metrics(value).cpu().numpy())
-        metrics = {f"{metric_key_prefix}_reward": float(torch.cat(rewards).mean())}
+                label_kinds.append(self.accelerator.gather_for_metrics(batch["label_kind"]).cpu().numpy())
+                for name, parts in kept.items():
+                    value = {**batch, "final": final}[name]
+                    value = self.accelerator.pad_across_processes(value, dim=1, pad_index=-100, pad_first=True)
+                    parts.append(self.accelerator.gather_for_metrics(value).cpu().numpy())
+        if not rewards:
+            raise ValueError("there are no rows to fill in: the dataset is empty")
+        predictions, inputs = stacked(kept["final"]), stacked(kept["input_ids"])
+        labels: Any = label_ids(kept["labels"], label_kinds)
+        metrics = {f"{prefix}_reward": float(torch.cat(rewards).mean())}
         if self.compute_metrics is not None:
-            known: Any = stacked(labels) if labels else None
-            prediction = EvalPrediction(predictions=stacked(finals), label_ids=known, inputs=stacked(initials))
-            metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
-        count = sum(map(len, rewards))
-        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=count))
-        metrics["reward_calls"] = self.reward_calls
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            prediction = EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs)
+            metrics.update({f"{prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
+        metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
+        return metrics, predictions, labels
+
+
+def _keep_batches_whole(accelerator_config: Any) -> None:
+    """A batch comes from the process that uses it: accelerate cannot cut lists of columns as it cuts tensors.
+
+    Raises:
+        ValueError: asked to.
+    """
+    if accelerator_config.dispatch_batches:
+        raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
+    accelerator_config.dispatch_batches = False  # None would be True for an iterable dataset
+
+
+def _check_stream(args: DAMConfig, name: str) -> None:
+    """An iterable dataset is read in one place, once.
+
+    Raises:
+        ValueError: several processes or workers would read it.
+    """
+    cure = "make it a list or a map-style dataset"
+    if args.world_size > 1:
+        raise ValueError(
+            f"the {name} dataset is iterable: {args.world_size} processes would share its rows by luck; {cure}"
+        )
+    if args.dataloader_num_workers > 0:
+        raise ValueError(
+            f"the {name} dataset is iterable: each of {args.dataloader_num_workers} workers would read all of it; set "
+            f"dataloader_num_workers=0, or {cure}"
+        )
 
 
 def _with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, nn.Module | None]:

@@ -30,6 +30,7 @@ from tiny import tiny_config
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"eval_temperature": -1.0}, "eval_temperature must be >= 0"),
         ({"clip": math.inf}, "clip must be"),
+        ({"stop_token_ids": [3, -1]}, r"stop_token_ids must be token ids; got \[3, -1\]"),
         ({"draw_outcomes": 0}, "draw_outcomes must be at least 1"),
         ({"draw_outcomes": 8, "normalizer": "state"}, 'draw_outcomes .* goes with normalizer "group"'),
     ],
