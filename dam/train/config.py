@@ -20,6 +20,9 @@ class DAMConfig(TrainingArguments):
     of prompts feeds `num_iterations` training steps, each on `replay_batch_size` groups from the replay buffer.
     """
 
+    # Fields that a command line gives as JSON.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
+
     beta: float = field(
         default=0.04, metadata={"help": "Temperature: the objective is E[-reward] + beta KL(model || base)."}
     )
@@ -83,8 +86,9 @@ class DAMConfig(TrainingArguments):
             "trained on where it is seen to follow. None takes the tokenizer's end-of-text token; an empty list none."
         },
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Passed to the tokenizer's apply_chat_template for conversational prompts."}
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Passed to the tokenizer's apply_chat_template for conversational prompts; a dict, or JSON."},
     )
     mask_token_id: int | None = field(
         default=None, metadata={"help": "Mask token; taken from processing_class or the model's config unless given."}
@@ -132,6 +136,8 @@ class DAMConfig(TrainingArguments):
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
+        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
+            raise ValueError(f"chat_template_kwargs must be a dict; got {self.chat_template_kwargs!r}")
         if self.stop_token_ids is not None and not all(
             isinstance(token, int) and token >= 0 for token in self.stop_token_ids
         ):

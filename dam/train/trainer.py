@@ -150,6 +150,10 @@ class DAMTrainer(Trainer):
             raise TypeError(f"args must be a DAMConfig; got {type(args).__name__}")
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: other columns go to the reward functions")
+        if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # made one by TrainingArguments
+            raise ValueError(
+                "dispatch_batches must be False: accelerate cannot cut lists of columns as it cuts tensors"
+            )
         network: Any = AutoModelForMaskedLM.from_pretrained(model) if isinstance(model, str) else model
         self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
@@ -163,16 +167,14 @@ class DAMTrainer(Trainer):
         )
         self.process = MaskedCTMC(tokens.mask)
         self._stop = tokens.stop
-        self._reader = RowReader(
-            tokens.mask, args.max_completion_length, processing_class, limits, args.chat_template_kwargs
-        )
+        template: Any = args.chat_template_kwargs
+        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
         denoiser(network)  # raises where the model does not fit
         network, ref_model = _with_base(network, ref_model, peft_config)
         self.sampler = Sampler(denoiser, self.process, args, ref_model, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
-        _keep_batches_whole(args.accelerator_config)
         super().__init__(
             model=network,
             args=args,
@@ -202,7 +204,7 @@ class DAMTrainer(Trainer):
         return PromptSampler(len(dataset), batch_size, self.args.num_iterations, self.args.seed)
 
     def _get_dataloader(  # type: ignore[override]
-        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *rest: Any, **options: Any
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **options: Any
     ) -> Any:
         """As `Trainer._get_dataloader`, of rows that know which they are; an iterable dataset's are repeated here."""
         name = description.lower()
@@ -215,7 +217,8 @@ class DAMTrainer(Trainer):
         else:
             rows = NumberedRows(dataset, name)
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        return super()._get_dataloader(rows, description, batch_size, sampler, *rest, **options)
+        options.pop("dataloader_key", None)  # by which persistent workers would evaluate an earlier dataset again
+        return super()._get_dataloader(rows, description, batch_size, sampler, **options)
 
     def _seed(self, purpose: _Draw) -> int:
         """64 bits from the run's seed, the step, the process and a purpose: nothing to save, nothing shared."""
@@ -471,17 +474,6 @@ class DAMTrainer(Trainer):
             metrics.update({f"{prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
-
-
-def _keep_batches_whole(accelerator_config: Any) -> None:
-    """A batch comes from the process that uses it: accelerate cannot cut lists of columns as it cuts tensors.
-
-    Raises:
-        ValueError: asked to.
-    """
-    if accelerator_config.dispatch_batches:
-        raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
-    accelerator_config.dispatch_batches = False  # None would be True for an iterable dataset
 
 
 def _check_stream(args: DAMConfig, name: str) -> None:

@@ -108,7 +108,7 @@ class Numbers(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for n in range(self.count):
-            yield {"input_ids": [1, MASK, MASK, MASK], "n": (n + self.epoch) % self.count}
+            yield {"input_ids": [1, MASK, MASK, MASK], "n": (n + self.epoch) % self.count, "text": "words"}
 
 
 def numbers(stream, count):
@@ -251,6 +251,13 @@ def test_predict_gives_the_tokens_that_evaluate_fills_in(tmp_path):
     assert not any("test_reward" in entry for entry in trainer.state.log_history)
     with pytest.raises(ValueError, match="there are no rows to fill in"):
         trainer.predict([])
+
+
+def test_persistent_workers_evaluate_the_dataset_that_is_given(tmp_path):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **workers), ROWS)
+    for row in ROWS[:2]:  # no worker is started before a row is asked for
+        assert trainer.get_eval_dataloader([row]).dataset[0] == ("row 0 of the evaluation dataset", row)
 
 
 def test_a_row_that_cannot_be_filled_in_is_named_in_evaluation(tmp_path):

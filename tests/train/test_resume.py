@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
-from transformers import TrainerCallback
+from transformers import BertForMaskedLM, TrainerCallback
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
 from dam.train import DAMTrainer, RewardError, last_checkpoint
@@ -224,6 +224,28 @@ def test_an_update_that_failed_half_way_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="gone"):
         trainer.train()
     assert last_checkpoint(str(tmp_path)) is None
+
+
+def test_the_best_weights_are_not_saved_as_the_last(tmp_path):
+    """An error that comes after they are loaded leaves the checkpoint of the last step as it is."""
+
+    class FailsAtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            raise OSError("gone")
+
+    scores = iter([3.0, 2.0, 1.0])
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    config = tiny_config(tmp_path, **steps, load_best_model_at_end=True, metric_for_best_model="score")
+    trainer = DAMTrainer(
+        tiny_model(), sum_reward, config, ROWS, ROWS[:2],
+        callbacks=[FailsAtTheEnd()], compute_metrics=lambda _: {"score": next(scores)},
+    )  # fmt: skip
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    last, best = (BertForMaskedLM.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (6, 2))
+    assert_same_weights(trainer.model, best)
+    with pytest.raises(AssertionError):
+        assert_same_weights(last, best)
 
 
 def test_what_failed_is_raised_where_no_checkpoint_can_be_saved(tmp_path, monkeypatch):
