@@ -150,10 +150,6 @@ class DAMTrainer(Trainer):
             raise TypeError(f"args must be a DAMConfig; got {type(args).__name__}")
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: other columns go to the reward functions")
-        if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # made one by TrainingArguments
-            raise ValueError(
-                "dispatch_batches must be False: accelerate cannot cut lists of columns as it cuts tensors"
-            )
         network: Any = AutoModelForMaskedLM.from_pretrained(model) if isinstance(model, str) else model
         self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
@@ -175,6 +171,7 @@ class DAMTrainer(Trainer):
         self.sampler = Sampler(denoiser, self.process, args, ref_model, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
+        _keep_batches_whole(args.accelerator_config)
         super().__init__(
             model=network,
             args=args,
@@ -474,6 +471,17 @@ class DAMTrainer(Trainer):
             metrics.update({f"{prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _keep_batches_whole(accelerator_config: Any) -> None:
+    """A batch is read by the process that uses it: accelerate can send and cut tensors, and not lists of columns.
+
+    Raises:
+        ValueError: told otherwise.
+    """
+    if accelerator_config.dispatch_batches:
+        raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
+    accelerator_config.dispatch_batches = False  # None sends those of an iterable dataset, if only to this process
 
 
 def _check_stream(args: DAMConfig, name: str) -> None:

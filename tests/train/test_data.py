@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from test_rows import BOT, EOS, A, B, C, reader, tokenizer
 from tiny import MASK, ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
 
@@ -187,7 +188,11 @@ def test_an_iterable_dataset_that_several_would_read_is_refused(tmp_path, monkey
         train_on(Numbers(6), tmp_path, **changes)
 
 
-def test_batches_are_not_sent_from_one_process_to_the_others(tmp_path):
+def test_batches_are_not_sent_between_processes(tmp_path):
+    """Nor from one to itself, as `torchrun --nproc_per_node 1` would: lists cannot be sent."""
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), Numbers(6))
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(Numbers(6))]
+    assert not any(isinstance(loader, DataLoaderDispatcher) for loader in loaders)
     with pytest.raises(ValueError, match="dispatch_batches must be False"):
         DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, accelerator_config={"dispatch_batches": True}), ROWS)
 
