@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dam.train.rewards import Outcomes, RewardError, refuse_reserved
-from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, Sequence
+from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, TokenRow, is_conversation
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
@@ -138,9 +138,10 @@ def check_rows(reader: RowReader, dataset: Any, name: str) -> None:
         rows = _rows_of_table(dataset, name)
     else:
         return
-    kinds: set[type] = set()
+    kinds: set[type | bool] = set()
     for n, row in enumerate(rows):
-        kind = type(row.get("prompt")) if isinstance(row, Mapping) else type(row)
+        prompt = row.get("prompt") if isinstance(row, Mapping) else None
+        kind = is_conversation(prompt) or type(prompt)
         reader.read(row, row_name(n, name), tokenize=kind not in kinds)
         kinds.add(kind)
 
@@ -200,7 +201,7 @@ class LabelKind(enum.IntEnum):
     OTHER = 2  # for reward functions only
 
 
-def _label_kind(sequence: Sequence) -> LabelKind:
+def _label_kind(sequence: TokenRow) -> LabelKind:
     if sequence.labels is not None:
         return LabelKind.TOKENS
     return LabelKind.MISSING if sequence.columns.get("labels") is None else LabelKind.OTHER
@@ -223,9 +224,9 @@ def outcomes(batch: dict[str, Any], final: Tensor, repeats: int, stop: Collectio
     def repeated(values: Iterable[Any]) -> list[Any]:
         return [value for value in values for _ in range(repeats)]
 
-    length = final.shape[1]
-    seen = batch["attention_mask"].bool()
-    given = zip(batch["prompts"], batch["input_ids"], seen, strict=True)
+    final, length = final.cpu(), final.shape[1]  # at once, not row by row
+    seen = batch["attention_mask"].bool().cpu()
+    given = zip(batch["prompts"], batch["input_ids"].cpu(), seen, strict=True)
     prompts = [ids[kept].tolist() if prompt is None else prompt for prompt, ids, kept in given]
     completion_ids = []
     for filled, kept, start in zip(final, repeated(seen), repeated(batch["start"].tolist()), strict=True):

@@ -16,7 +16,7 @@ SEQUENCE_COLUMNS = ("input_ids", "attention_mask", "prompt", "labels")  # what a
 IGNORED = -100  # a label that is none, as in transformers
 
 
-class Sequence(NamedTuple):
+class TokenRow(NamedTuple):
     """A row as a model and reward functions take it, L positions."""
 
     input_ids: list[int]  # [L]
@@ -51,7 +51,7 @@ class RowReader:
         self._limits = limits or Limits()
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def read(self, row: Any, where: str, *, tokenize: bool = True) -> Sequence:
+    def read(self, row: Any, where: str, *, tokenize: bool = True) -> TokenRow:
         """The sequence of a row.
 
         Args:
@@ -98,7 +98,7 @@ class RowReader:
         labels = None
         if tokenize or "input_ids" in row:
             labels = self._labels(columns.get("labels"), len(ids), start, where)
-        return Sequence(ids, mask, start, labels, prompt, opening, columns)
+        return TokenRow(ids, mask, start, labels, prompt, opening, columns)
 
     def _token_ids(self, value: Any, where: str, column: str) -> list[int]:
         ids = _integers(value)

@@ -368,8 +368,8 @@ class DAMTrainer(Trainer):
         check_rows(self._reader, self.train_dataset, "training")
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             given: Any = self.eval_dataset
-            for dataset in given.values() if isinstance(given, dict) else [given]:
-                check_rows(self._reader, dataset, "evaluation")
+            for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
+                check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
 
     def _save_before_error(self) -> None:
         """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""

@@ -281,7 +281,7 @@ def test_a_bad_row_is_named_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="row 6 of the training dataset, column 'input_ids'"):
         DAMTrainer(tiny_model(), never, tiny_config(tmp_path), bad).train()
     config = {"eval_strategy": "steps", "eval_steps": 2}
-    for given in (bad, {"one": ROWS, "two": bad}):
-        with pytest.raises(ValueError, match="row 6 of the evaluation dataset, column 'input_ids'"):
+    for given, name in ((bad, "evaluation"), ({"one": ROWS, "two": bad}, "evaluation 'two'")):
+        with pytest.raises(ValueError, match=f"row 6 of the {name} dataset, column 'input_ids'"):
             DAMTrainer(tiny_model(), never, tiny_config(tmp_path, **config), ROWS, given).train()
     assert list(tmp_path.iterdir()) == []

@@ -229,6 +229,7 @@ def test_a_dataset_is_looked_through_without_tokenising_it():
     rows[30] = {"prompt": "a [MASK] b"}
     with pytest.raises(ValueError, match="row 30 of the training dataset, column 'prompt': holds the mask token"):
         check_rows(reader(Counted()), rows, "training")
+    rows[10] = {"prompt": [A, B]}
     rows[20] = {"prompt": [{"role": "user", "content": "a"}]}  # the first of its kind
     with pytest.raises(ValueError, match="row 20 of the training dataset, column 'prompt': could not be put into"):
         check_rows(reader(Counted()), rows, "training")
