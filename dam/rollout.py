@@ -155,7 +155,7 @@ def rollout(
             head.weight,
             bias=head.bias,
             lora=head.lora,
-            exclude=process.mask_token,
+            exclude=process.excluded(head.weight.shape[0]),
             temperature=temperature,
             seed=seed,
             row_ids=stream[rows, trajectories.position[rows, at]],
@@ -194,7 +194,7 @@ def jump_log_prob(
             trajectories.token[rows, at],
             bias=head.bias,
             lora=head.lora,
-            exclude=process.mask_token,
+            exclude=process.excluded(head.weight.shape[0]),
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,
         )
