@@ -330,4 +330,5 @@ def estimator_loss(
         lora=head.lora,
         row_scale=scale,
         exclude=process.excluded(head.weight.shape[0]),
+        suppress=process.suppressed(head.weight.shape[0]),
     )

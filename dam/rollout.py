@@ -156,6 +156,7 @@ def rollout(
             bias=head.bias,
             lora=head.lora,
             exclude=process.excluded(head.weight.shape[0]),
+            suppress=process.suppressed(head.weight.shape[0]),
             temperature=temperature,
             seed=seed,
             row_ids=stream[rows, trajectories.position[rows, at]],
@@ -195,6 +196,7 @@ def jump_log_prob(
             bias=head.bias,
             lora=head.lora,
             exclude=process.excluded(head.weight.shape[0]),
+            suppress=process.suppressed(head.weight.shape[0]),
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,
         )
