@@ -253,15 +253,12 @@ def estimator_loss(
     Source: So et al., arXiv 2602.07132, Eq. 14.
     """
     hidden = denoiser.hidden_states(targets.states, attention_mask)
-    head = denoiser.head().to(hidden.dtype)
     scale = targets.weight.new_full(targets.row.shape, 1.0 / max(1, targets.states.shape[0]))
     return linear_matching_loss(
         hidden[targets.row, targets.position],
-        head.weight,
-        targets.target,
-        targets.weight,
-        bias=head.bias,
-        lora=head.lora,
+        target=targets.target,
+        weight=targets.weight,
+        **denoiser.head().arguments(hidden.dtype),
         row_scale=scale,
         exclude=process.mask_token,
     )

@@ -141,12 +141,9 @@ def rollout(
         # By confidence, everything still masked is drawn, and the likeliest of it kept.
         drawn_now = trajectories.call >= n if order == "confidence" else trajectories.call == n
         rows, at, hidden = _hidden_at(denoiser, trajectories, drawn_now, trajectories.final, attention_mask)
-        head = denoiser.head().to(hidden.dtype)
         drawn = linear_jump(
             hidden,
-            head.weight,
-            bias=head.bias,
-            lora=head.lora,
+            **denoiser.head().arguments(hidden.dtype),
             exclude=process.mask_token,
             temperature=temperature,
             seed=seed,
@@ -179,13 +176,10 @@ def jump_log_prob(
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
         rows, at, hidden = _hidden_at(denoiser, trajectories, trajectories.call == n, states, attention_mask)
-        head = denoiser.head().to(hidden.dtype)
         value = linear_log_prob(
             hidden,
-            head.weight,
-            trajectories.token[rows, at],
-            bias=head.bias,
-            lora=head.lora,
+            target=trajectories.token[rows, at],
+            **denoiser.head().arguments(hidden.dtype),
             exclude=process.mask_token,
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,
