@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Denoiser
 from dam.rollout import Trajectories, rollout
+from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
-
-DenoiserFactory = Callable[..., Denoiser]  # of a module, and of one with its adapter off by adapter=False
 
 
 class Sampler:
@@ -25,7 +24,7 @@ class Sampler:
         denoiser: makes a `Denoiser` of a module.
         process: names the mask token.
         args: steps, blocks and trajectories per network call of a rollout.
-        ref_model: the base model; None: the model with its adapter off.
+        base: the base model.
         precision: makes the context in which networks run, such as autocast.
     """
 
@@ -34,11 +33,11 @@ class Sampler:
         denoiser: DenoiserFactory,
         process: MaskedCTMC,
         args: DAMConfig,
-        ref_model: nn.Module | None,
+        base: Base,
         precision: Callable[[], AbstractContextManager[Any]],
     ):
         self._denoiser, self._process, self._args = denoiser, process, args
-        self._ref_model, self._precision = ref_model, precision
+        self._base, self._precision = base, precision
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -52,7 +51,7 @@ class Sampler:
             model.train(was_training)
 
     def base(self, model: nn.Module) -> Denoiser:
-        return self._denoiser(model, adapter=False) if self._ref_model is None else self._denoiser(self._ref_model)
+        return self._base.denoiser(model, self._denoiser)
 
     def rollout(
         self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, seed: int, *, base: bool = False, **options: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 import math
 import os
@@ -20,12 +19,13 @@ from dam import diagnostics
 from dam.adjoint import MatchingTargets, estimator_loss, group_targets, state_targets, tilted_weights
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
+from dam.train.base import DenoiserFactory, with_base
 from dam.train.config import DAMConfig
 from dam.train.data import Collator, PromptSampler, outcomes, special_tokens, stacked
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.replay import Group, ReplayBuffer
 from dam.train.rewards import RewardError, RewardFunction, Rewards
-from dam.train.sampling import DenoiserFactory, Sampler
+from dam.train.sampling import Sampler
 from dam.train.terminal import show
 
 
@@ -65,7 +65,8 @@ class DAMTrainer(Trainer):
 
     Args:
         model: a masked language model with `get_output_embeddings()`, or a name for `from_pretrained`, or a
-            `dam.models.Denoiser`.
+            `dam.models.Denoiser`. Before the first rollout a language model's own logits are compared with those that
+            the fused operations would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
             return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
             what follows the prompt; with `input_ids`, the whole sequence filled in. Decoded with
@@ -75,11 +76,12 @@ class DAMTrainer(Trainer):
         processing_class: tokenizer, for string prompts and decoded completions.
         callbacks, optimizers, compute_metrics: as for `transformers.Trainer`; `compute_metrics` receives
             EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids).
-        peft_config: trains an adapter (extra `peft`); the base is then the model with its adapter switched off.
-        ref_model: the base model; a frozen copy of `model` unless given.
-        denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base; called with
-            adapter=False where the base is the model without its adapter. A model of your own that has
-            hidden_states() and head() needs none.
+        peft_config: trains an adapter (extra `peft`).
+        ref_model: the base model. Unless given it is the model as it is now: a frozen copy, or of a PEFT model, whether
+            by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
+            trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens.
+        denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base. A model of
+            your own that has hidden_states() and head() needs none.
 
     Raises:
         ValueError, TypeError: bad arguments, before any work.
@@ -120,8 +122,8 @@ class DAMTrainer(Trainer):
         self.process = MaskedCTMC(tokens.mask)
         self._denoiser = denoiser
         denoiser(network)  # raises where the model does not fit
-        network, ref_model = _with_base(network, ref_model, peft_config)
-        self.sampler = Sampler(denoiser, self.process, args, ref_model, self.compute_loss_context_manager)
+        network, base = with_base(network, ref_model, peft_config)
+        self.sampler = Sampler(denoiser, self.process, args, base, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
         super().__init__(
@@ -137,8 +139,7 @@ class DAMTrainer(Trainer):
         )
         # The loss is a mean over states: the Trainer divides it by gradient_accumulation_steps.
         self.model_accepts_loss_kwargs = False
-        if ref_model is not None:
-            ref_model.to(self.args.device)
+        base.to(self.args.device)
 
     @property
     def reward_calls(self) -> int:
@@ -333,18 +334,3 @@ class DAMTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, nn.Module | None]:
-    """The model, with an adapter if one is configured, and a frozen base; None: the model with its adapter off."""
-    if peft_config is not None:
-        if ref_model is not None:
-            raise ValueError("with peft_config the base is the model without its adapter: leave ref_model out")
-        try:
-            from peft import get_peft_model
-        except ImportError as error:
-            raise ImportError("peft_config needs peft: pip install 'discrete-adjoint-matching[peft]'") from error
-        network = get_peft_model(network, peft_config)
-    if ref_model is None and not hasattr(network, "disable_adapter"):
-        ref_model = copy.deepcopy(network)
-    return network, None if ref_model is None else ref_model.eval().requires_grad_(False)
