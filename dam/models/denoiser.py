@@ -89,6 +89,20 @@ class MaskedLM:
             known[self._adapter] = found_tail(model, layer, head, tokens, attention_mask)
         return known[self._adapter]
 
+    def compare(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Compares with the model's own logits anew, as at the start of a run: a setting may have changed since.
+
+        Args:
+            tokens: int64 [B, L], of which the first row is used.
+            attention_mask: [B, L].
+
+        Raises:
+            ValueError, TypeError: hidden states and head would give other logits.
+        """
+        _TAILS.pop(self._inner, None)
+        with self._as_asked():
+            self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
+
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         given: list[Tensor] = []
 

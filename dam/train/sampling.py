@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser
+from dam.models.denoiser import Denoiser, MaskedLM
 from dam.rollout import Trajectories, rollout
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
@@ -52,6 +52,16 @@ class Sampler:
 
     def base(self, model: nn.Module) -> Denoiser:
         return self._base.denoiser(model, self._denoiser)
+
+    def compare(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> None:
+        """That log-probabilities of the model and of its base are those of their own logits, where they return some.
+
+        Raises:
+            ValueError, TypeError: they are not; as `dam.models.MaskedLM`.
+        """
+        for denoiser in (self._denoiser(model), self.base(model)):
+            if isinstance(denoiser, MaskedLM):
+                denoiser.compare(tokens, attention_mask)
 
     def rollout(
         self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, seed: int, *, base: bool = False, **options: Any

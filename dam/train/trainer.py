@@ -126,6 +126,7 @@ class DAMTrainer(Trainer):
         self.sampler = Sampler(denoiser, self.process, args, base, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
+        self._compared = False
         super().__init__(
             model=network,
             args=args,
@@ -159,6 +160,12 @@ class DAMTrainer(Trainer):
     def _generator(self, purpose: _Draw) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(purpose) % 2**63)
 
+    def _compare(self, batch: dict[str, Any]) -> None:
+        """What the model and its base say with what is trained and sampled: once, when a run starts."""
+        if not self._compared:
+            self.sampler.compare(self.model, batch["input_ids"], batch["attention_mask"])
+            self._compared = True
+
     # Training
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
@@ -166,6 +173,7 @@ class DAMTrainer(Trainer):
         args, size = self.args, self.args.num_generations
         tokens, attention_mask = batch["input_ids"], batch["attention_mask"]
         with self.sampler.evaluating(model):
+            self._compare(batch)
             states = tokens
             if args.normalizer == "state":
                 way, generator = self._seed(_Draw.WAY), self._generator(_Draw.STATE)
@@ -262,6 +270,7 @@ class DAMTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
         self.progress.clear()
+        self._compared = False
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint))
         try:
@@ -309,6 +318,7 @@ class DAMTrainer(Trainer):
         labels: list[np.ndarray] = []
         with self.sampler.evaluating(self.model):
             for batch in self.get_eval_dataloader(dataset):
+                self._compare(batch)
                 final = self.sampler.rollout(
                     self.model,
                     batch["input_ids"],

@@ -192,3 +192,46 @@ def test_arguments_that_do_not_go_together():
         with_base(trained("LoRA"), None, lora("LoRA"))
     with pytest.raises(ValueError, match=r"no parameter of the model is trainable: .*is_trainable=True"):
         with_base(trained("LoRA").requires_grad_(False), None, None)
+
+
+# Compared with the model's own logits
+
+
+def capped(model):
+    """The same model, whose logits are soft-capped after its output layer."""
+    forward = model.forward
+
+    def wrapped(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits)
+        return output
+
+    model.forward = wrapped
+    return model
+
+
+def no_reward(completion_ids, **_):
+    raise AssertionError("a reward function was called")
+
+
+@pytest.mark.parametrize("of_base", [False, True], ids=["model", "ref_model"])
+def test_a_run_whose_log_probabilities_are_not_the_model_s_does_not_start(tmp_path, of_base):
+    model, base = (tiny_model(), capped(tiny_model())) if of_base else (capped(tiny_model()), tiny_model())
+    trainer = DAMTrainer(model, no_reward, tiny_config(tmp_path), ROWS, ROWS, ref_model=base)
+    for run in (trainer.evaluate, trainer.train):
+        with pytest.raises(ValueError, match="BertForMaskedLM changes its logits after the output layer"):
+            run()
+
+
+def test_every_run_compares_anew_and_once(tmp_path):
+    rows, model = [], tiny_model()
+    trainer = DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ROWS)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[:2].numel()))
+    trainer.evaluate()
+    assert [n for n in rows if n] == [8]
+    trainer.train()
+    trainer.evaluate()
+    assert [n for n in rows if n] == [8, 8]
+    capped(model)
+    with pytest.raises(ValueError, match="changes its logits"):
+        trainer.train()
