@@ -21,6 +21,8 @@ from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Denoiser
+from dam.ops import _philox
+from dam.ops._philox import Use
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.linear_matching_loss import linear_matching_loss
 from dam.ops.tilt_to_ess import tilt_to_ess
@@ -107,6 +109,8 @@ def state_targets(
     process: MaskedCTMC,
     *,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
+    row_ids: Tensor | None = None,  # int64 [G]
 ) -> MatchingTargets:
     """Targets at the G states from which K trajectories each were drawn (normaliser "state").
 
@@ -117,7 +121,7 @@ def state_targets(
         first: the position of each trajectory's first jump.
         weight: the trajectories' weights with mean 1 over each group, from `adjoint_weights`.
         process: names the mask token.
-        generator: draws the trajectory that first_jump_one uses.
+        generator, seed, row_ids: as for `MaskedCTMC.remask`; draw the trajectory that first_jump_one uses.
 
     Source: So et al., arXiv 2602.07132, Alg. 1 and Prop. 2.5.
     """
@@ -125,7 +129,7 @@ def state_targets(
     groups, size = weight.shape
     group = torch.arange(groups, device=weight.device)
     if estimator == "first_jump_one":
-        chosen = torch.randint(size, (groups,), generator=generator, device=weight.device)
+        chosen = _members(weight, generator, seed, row_ids)
         position = first[group, chosen]
         target = final[group, chosen, position][:, None]
         return MatchingTargets(states, group, group, position, target, weight[group, chosen][:, None])
@@ -149,6 +153,8 @@ def group_targets(
     *,
     draw: int | None = None,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
+    row_ids: Tensor | None = None,  # int64 [G, K]
 ) -> MatchingTargets:
     """Targets at states made by re-masking the outcomes of K trajectories of each of G prompts (normaliser "group").
 
@@ -163,29 +169,63 @@ def group_targets(
         process: names the mask token.
         draw: use that many outcomes, drawn in proportion to their weights, instead of all G K weighted ones: the
             same expectation, at a fraction of the network's cost where most weights are small. Weights must not be
-            negative. Not for first_jump_one.
-        generator: draws first jumps, outcomes, and the trajectory that first_jump_one uses.
+            negative, and first_jump_one has a draw of its own.
+        generator, seed, row_ids: as for `MaskedCTMC.remask`; draw first jumps and the trajectory that first_jump_one
+            uses. Outcomes are drawn by a generator only, see `drawn_outcomes`.
     """
     _check(estimator, weight)
+    if draw is not None and estimator == "first_jump_one":
+        raise ValueError("first_jump_one draws a trajectory of each group: draw= does not go with it")
     groups, size = weight.shape
     flat, outcome, w = states.flatten(0, 1), final.flatten(0, 1), weight.flatten()
+    ids = None if row_ids is None else row_ids.flatten()
     group = torch.arange(groups, device=weight.device).repeat_interleave(size)
     if estimator == "first_jump_one":
-        chosen = torch.randint(size, (groups,), generator=generator, device=weight.device)
+        chosen = _members(weight, generator, seed, None if row_ids is None else row_ids[:, 0])
         chosen = chosen + size * torch.arange(groups, device=weight.device)
         flat, outcome, w, group = flat[chosen], outcome[chosen], w[chosen], group[chosen]
-    elif draw is not None and bool((w > 0).any()):
-        chosen = torch.multinomial(w, draw, replacement=True, generator=generator)
-        # Equal weights whose mean is that of the weights drawn from.
-        flat, outcome, w, group = flat[chosen], outcome[chosen], w.mean().expand(draw), group[chosen]
+        ids = None if ids is None else ids[chosen]
+    elif draw is not None:
+        chosen, w = drawn_outcomes(weight, draw, generator=generator)
+        flat, outcome, group = flat[chosen], outcome[chosen], group[chosen]
+        ids = None if ids is None else ids[chosen]
     masked = process.masked(flat)
     if estimator == "posterior":
         row, position = torch.nonzero(masked, as_tuple=True)
         w = w / masked.sum(dim=1)
     else:
         row = torch.arange(flat.shape[0], device=weight.device)
-        position = process.jump_times(flat, generator).argmin(dim=1)
+        time = _philox.drawn(Use.NEXT_POSITION, flat.shape, flat.device, generator, seed, ids)
+        position = torch.where(masked, time, torch.inf).argmin(dim=1)
     return MatchingTargets(flat, group, row, position, outcome[row, position][:, None], w[row][:, None])
+
+
+def drawn_outcomes(
+    weight: Tensor,  # [G, K]
+    draw: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`draw` of the G K outcomes, in proportion to their weights, int64 [draw], and the weight that each has [draw].
+
+    That weight is the mean of those drawn from, so that sums over the drawn and over all have one expectation.
+
+    Raises:
+        ValueError: a weight is negative.
+    """
+    if bool((weight < 0).any()):
+        raise ValueError("outcomes are drawn in proportion to their weights, which must not be negative")
+    w = weight.flatten()
+    # Where nothing has a weight, what is drawn has none either.
+    chosen = torch.multinomial(w if bool((w > 0).any()) else torch.ones_like(w), draw, True, generator=generator)
+    return chosen, w.mean().expand(draw)
+
+
+def _members(weight: Tensor, generator: torch.Generator | None, seed: int | None, row_ids: Tensor | None) -> Tensor:
+    """One of the K trajectories of each group, int64 [G]."""
+    groups, size = weight.shape
+    uniform = _philox.drawn(Use.MEMBER, torch.Size((groups, 1)), weight.device, generator, seed, row_ids)[:, 0]
+    return (uniform * size).long().clamp(max=size - 1)
 
 
 def path_targets(
@@ -226,7 +266,7 @@ def path_targets(
         share = len(path) / (len(count) * count[path])  # the mean over states is to be one over trajectories
     else:
         path = torch.arange(len(count), device=count.device)
-        uniform = torch.rand(count.shape, generator=generator, device=count.device)
+        uniform = torch.rand(count.shape, generator=generator, dtype=torch.float32, device=count.device)
         jump = (uniform * count).long().clamp(max=count - 1)
         share = torch.ones_like(uniform)
     states = trajectories.initial[path].clone()

@@ -74,7 +74,7 @@ def kl_to_base(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tensor
 
 def permuted(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The null arm: weights [G, K] permuted within each group. What still improves is not the reward's doing."""
-    order = torch.rand(weight.shape, generator=generator, device=weight.device).argsort(dim=1)
+    order = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=weight.device).argsort(dim=1)
     return weight.gather(1, order)
 
 
@@ -99,7 +99,7 @@ def split_half_reliability(
     half = size // 2
     if half < 2:
         return float("nan")
-    order = torch.rand(weight.shape, generator=generator, device=weight.device).argsort(dim=1)
+    order = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=weight.device).argsort(dim=1)
     keys, index = torch.unique(_cells(final, maskable), return_inverse=True)
     index = index.view(groups, size, -1)
     asked = []

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Denoiser
+from dam.ops import _philox
+from dam.ops._philox import Use
 from dam.ops.linear_jump import linear_jump
 from dam.ops.linear_log_prob import linear_log_prob
 
@@ -79,6 +81,7 @@ def rollout(
     order: str = "random",
     temperature: float = 1.0,
     seed: int,
+    row_ids: Tensor | None = None,  # [B]
 ) -> Trajectories:
     """Fills in every masked position of `tokens`.
 
@@ -99,13 +102,15 @@ def rollout(
             where the drawn token is likeliest; this order depends on the model, does not cancel in path
             weights, and needs the head at every masked position: use it to decode, not to train.
         temperature: of the tokens; 0 takes the likeliest.
-        seed: of the order and the tokens; a trajectory's tokens depend on it, its row and its states only.
+        seed: of the order and the tokens: what is drawn at a position depends on (seed, row id, position, states) only,
+            not on the batch. Positions count from the end, so padding in front changes no draw.
+        row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
 
     Returns:
         Trajectories, log-probabilities being those of the tempered distribution that was sampled.
 
     Raises:
-        ValueError: an argument is out of range, or a trajectory has nothing to fill in.
+        ValueError, TypeError: an argument is out of range, or a trajectory has nothing to fill in.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"rollout: tokens must be int64 [B, L]; got {tokens.dtype} {list(tokens.shape)}")
@@ -119,8 +124,8 @@ def rollout(
         raise ValueError(f"rollout: row {int((count == 0).nonzero()[0])} of tokens has no mask token to fill in")
 
     length = tokens.shape[1]
-    generator = torch.Generator(device=tokens.device).manual_seed(seed % 2**63)
-    priority = process.jump_times(tokens, generator)
+    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
+    priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
     if block_length is not None:
         priority = priority + (torch.arange(length, device=tokens.device) - length) // block_length
     jumps = int(count.max())
@@ -135,11 +140,14 @@ def rollout(
         position=torch.where(call >= 0, position, -1),
         token=torch.full_like(position, -1),
         call=call,
-        log_prob=torch.zeros(position.shape, device=tokens.device),
+        log_prob=torch.zeros(position.shape, dtype=torch.float32, device=tokens.device),
     )
     for n in range(trajectories.network_calls):
         # By confidence, everything still masked is drawn, and the likeliest of it kept.
         drawn_now = trajectories.call >= n if order == "confidence" else trajectories.call == n
+        # A position by confidence is drawn in call after call, in each anew.
+        if n == 0 or order == "confidence":
+            stream = _philox.ids(seed, Use.JUMP, row_ids, length, sample=n).flip(1)
         rows, at, hidden = _hidden_at(denoiser, trajectories, drawn_now, trajectories.final, attention_mask)
         drawn = linear_jump(
             hidden,
@@ -147,7 +155,7 @@ def rollout(
             exclude=process.mask_token,
             temperature=temperature,
             seed=seed,
-            row_ids=rows * length + trajectories.position[rows, at],
+            row_ids=stream[rows, trajectories.position[rows, at]],
         )
         trajectories.token[rows, at] = drawn.target
         trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)

@@ -20,8 +20,10 @@ from dam.kernels import configs, launch
 TILE = tl.constexpr(1024)  # tokens raced together; part of the random stream's contract
 HALF = tl.constexpr(TILE.value // 2)
 NOWHERE = tl.constexpr(2**31 - 1)  # above every tile and column
-TILE_STREAM = tl.constexpr(0)
-TOKEN_STREAM = tl.constexpr(1)
+# Philox' key: (seed low, seed high). Its counter: (index, 1 << 31 | use << 24 | sample, row id low, row id high), whose
+# second word is one of these plus the sample. dam/ops/_philox.py says why.
+TILE_STREAM = tl.constexpr(0x80000000)
+TOKEN_STREAM = tl.constexpr(0x81000000)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 WORD = tl.constexpr(2.0**-32)

@@ -235,7 +235,7 @@ def summary_kernel(
             if GREEDY:
                 arrival = -x
             else:
-                stream = (tl.zeros((1, 1), tl.int32) + 4 * sample).to(tl.uint32) + core.TOKEN_STREAM
+                stream = (tl.zeros((1, 1), tl.int32) + sample).to(tl.uint32) + core.TOKEN_STREAM
                 low_first, low_second, up_first, up_second = tl.philox_impl(
                     counter[None, :], stream, row_low[:, None], row_high[:, None], key_low, key_high
                 )

@@ -23,7 +23,7 @@ def race_tiles(
     first,  # tiles [first, last)
     last,
     scale,
-    stream,  # uint32 [lanes], 4 * sample + TILE_STREAM
+    stream,  # uint32 [lanes], sample + TILE_STREAM
     row_low,
     row_high,
     seed_low,
@@ -66,7 +66,7 @@ def race_tokens(
     tile,  # int32 [lanes]
     c_high,
     c_low,
-    stream,  # uint32 [lanes], 4 * sample + TOKEN_STREAM
+    stream,  # uint32 [lanes], sample + TOKEN_STREAM
     row_low,
     row_high,
     seed_low,
@@ -229,7 +229,7 @@ def jump_kernel(
         excluded = None
         if exclude is not None:
             excluded = core.load_excluded(exclude, exclude_stride, row, columns)
-        stream = (sample * 4).to(tl.uint32)
+        stream = sample.to(tl.uint32)
         tile, arrived = race_tiles(
             tile_max, tile_excess, row * tiles, first, last, scale, stream + core.TILE_STREAM, row_low, row_high,
             key_low, key_high, GREEDY, BLOCK,

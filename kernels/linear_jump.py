@@ -95,7 +95,7 @@ def race_kernel(
     key_low, key_high = core.seed_words(seed, seed_low, seed_high)
     for s in range(0, samples):
         sample = tl.zeros(row.shape, tl.int32) + s
-        stream = (sample * 4).to(tl.uint32) + core.TILE_STREAM
+        stream = sample.to(tl.uint32) + core.TILE_STREAM
         tile, _ = jump.race_tiles(
             tile_max, tile_excess, row * tiles, 0, tiles, scale, stream, row_low, row_high, key_low, key_high, GREEDY,
             BLOCK,

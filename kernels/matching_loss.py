@@ -122,11 +122,11 @@ def loss_of_rows(
             cost = log_total[:, None] - scale * (x - top[:, None])
         else:
             cost = -scale * x
-        # Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
         counted = counted & (w != 0.0)
-        felt = counted & ((x != -INF) | (pulled != 0.0))
-        losses += tl.where(felt, w * cost, 0.0)
         weights += tl.where(counted, w, 0.0)
+        # Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign; not to inf - inf.
+        w = tl.where(x == -INF, pulled, w)
+        losses += tl.where(counted & (w != 0.0), w * cost, 0.0)
     loss = tl.sum(losses, axis=1)
     outflow = base_weight + tl.sum(weights, axis=1)
     if NORMALIZED:

@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from dam import rollout as rollout_module
-from dam.rollout import Trajectories, jump_log_prob, rollout
+from dam.ctmc import MaskedCTMC
+from dam.models.denoiser import Head
+from dam.ops.jump import jump
+from dam.rollout import ORDERS, Trajectories, jump_log_prob, rollout
 from tests import oracle
 
 N, V = 3, 3
@@ -10,6 +13,16 @@ JOINT = oracle.random_joint(N, V, seed=0)
 PROCESS = oracle.process(JOINT)
 MODEL, BASE = oracle.table(JOINT), oracle.table(oracle.random_joint(N, V, seed=1))
 Z = 6.5  # of a chi-square statistic with 26 degrees of freedom: false alarm below 1e-6
+
+
+class Equal:
+    """4,096 equally likely tokens, whatever the others are."""
+
+    def hidden_states(self, tokens, attention_mask=None):
+        return torch.zeros(*tokens.shape, 1)
+
+    def head(self):
+        return Head(torch.zeros(4097, 1), None)
 
 
 def blank(rows, length=N):
@@ -77,6 +90,49 @@ def test_a_seed_fixes_the_trajectories():
     first, second = (rollout(MODEL, blank(64), PROCESS, seed=8) for _ in range(2))
     assert torch.equal(first.final, second.final) and torch.equal(first.position, second.position)
     assert not torch.equal(first.final, rollout(MODEL, blank(64), PROCESS, seed=9).final)
+
+
+def test_what_a_trajectory_draws_depends_on_its_row_id_only():
+    """Not on the batch, nor on padding in front; and ids 0, 1, ... are what is meant where none are given."""
+    whole = rollout(MODEL, blank(64), PROCESS, base=BASE, seed=8)
+    ids = torch.tensor([40, 3, 63])
+    part = rollout(MODEL, blank(3), PROCESS, base=BASE, seed=8, row_ids=ids)
+    for name in ("final", "position", "token", "log_prob", "base_log_prob"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[ids]), name
+    assert len(rollout(MODEL, blank(64), PROCESS, seed=8, row_ids=torch.full((64,), 5)).final.unique(dim=0)) == 1
+    short = torch.tensor([[7, 4096, 4096, 4096]])
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.int64), short), dim=1)
+    for order in ORDERS:
+        finals = [
+            rollout(Equal(), tokens, MaskedCTMC(4096), order=order, seed=9, row_ids=torch.tensor([7])).final[:, -4:]
+            for tokens in (short, padded)
+        ]
+        assert torch.equal(*finals)
+
+
+def test_order_and_tokens_are_independent():
+    """4,096 equal tokens: at every jump a quarter of them is drawn a quarter of the time, wherever the jump goes."""
+    trajectories = rollout(Equal(), torch.full((4096, 8), 4096), MaskedCTMC(4096), seed=12345)
+    quarter = (trajectories.token // 1024).flatten()
+    cells = trajectories.position.flatten() * 4 + quarter
+    for chosen in (slice(None), *(slice(s, None, 8) for s in range(8))):
+        counts = torch.bincount(cells[chosen], minlength=32).double()
+        assert oracle.chi_square_z(counts, torch.full((32,), 1 / 32, dtype=torch.float64)) < Z
+    # Nor are they a user's draws under the same seed.
+    own = jump(torch.zeros(4096 * 8, 4096), seed=12345).target
+    assert float((own == trajectories.token.flatten()).double().mean()) < 2e-3  # 1 / 4096 by chance
+
+
+def test_a_position_by_confidence_is_drawn_anew_in_each_call(monkeypatch):
+    """Else what is drawn last would be what was not likely enough before, and not of the law that log_prob states."""
+    drawn = []
+    real = rollout_module.linear_jump
+    monkeypatch.setattr(rollout_module, "linear_jump", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    trajectories = rollout(Equal(), torch.full((2000, 2), 4096), MaskedCTMC(4096), order="confidence", seed=13)
+    first, last = drawn[0].target.view(2000, 2), drawn[1].target
+    assert torch.equal(trajectories.token, torch.stack((first[:, 0], last), dim=1))
+    # Equal by chance with probability 1 / 4096 a row.
+    assert int((first[:, 1] == last).sum()) < 10
 
 
 def test_blocks_are_filled_from_left_to_right():

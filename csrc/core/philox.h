@@ -1,4 +1,9 @@
 // Philox 4x32-10 (Salmon et al., SC 2011). The random stream of every backend; dam/ops/_philox.py states its contract.
+//
+//   key      (seed low, seed high)
+//   counter  (index, 1 << 31 | use << 24 | sample, row id low, row id high)
+//
+// The domain bit keeps every counter apart from those of torch's generators, whose second words stay below 2^31.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +16,10 @@
 DAM_BEGIN
 
 constexpr int TILE = 1024;  // tokens raced together; part of the random stream's contract
-constexpr uint32_t TILE_STREAM = 0;
-constexpr uint32_t TOKEN_STREAM = 1;
+constexpr uint32_t DOMAIN_BIT = 1u << 31;
+constexpr int SAMPLE_BITS = 24;
+constexpr uint32_t TILE_STREAM = DOMAIN_BIT | 0u << SAMPLE_BITS;
+constexpr uint32_t TOKEN_STREAM = DOMAIN_BIT | 1u << SAMPLE_BITS;
 
 DAM_HD uint64_t multiply_low(uint64_t a, uint32_t m) { return (a & 0xFFFFFFFFu) * m; }
 
@@ -22,11 +29,11 @@ struct Words {
   U x, y, z, w;
 };
 
-// What is fixed while an index runs: counter = (index, 4 * sample + stream, row low, row high), key = seed.
+// What is fixed while an index runs.
 struct Stream {
   uint64_t seed;
   uint64_t row_id;
-  uint32_t sample_stream;
+  uint32_t sample_stream;  // TILE_STREAM + sample, or TOKEN_STREAM + sample
 };
 
 // The block of a counter and key, words with upper halves that are not zero. U is uint64_t or a vector of them.

@@ -86,8 +86,8 @@ static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
       target = tile * TILE + argmax(row.template load_tile<true>(tile, buffer), static_cast<float>(total.max));
     } else if (reachable) {
       const int64_t id = a.row_ids.data ? a.row_ids.data[t * a.row_ids.stride] : t;
-      const uint32_t sample = static_cast<uint32_t>(4 * s);
-      Stream stream{a.seed, static_cast<uint64_t>(id), sample + TILE_STREAM};
+      const uint32_t sample = static_cast<uint32_t>(s);
+      Stream stream{a.seed, static_cast<uint64_t>(id), TILE_STREAM + sample};
       const int64_t tile = race_tiles(tiles.sum, tiles.count, stream);
       if (tile != raced) {
         const float* x = row.template load_tile<true>(tile, buffer);
@@ -95,7 +95,7 @@ static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
         with_scale(scale, [&](auto factor) { scaled_exp_tile<false>(rate, x, row.width(tile), p, factor, 1.0f, x); });
         raced = tile;
       }
-      stream.sample_stream = sample + TOKEN_STREAM;
+      stream.sample_stream = TOKEN_STREAM + sample;
       target = tile * TILE + race_tokens(rate, row.count(tile), tile, stream);
     }
     a.target[t * a.num_samples + s] = target;

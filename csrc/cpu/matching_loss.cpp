@@ -127,9 +127,10 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, Scale factor, int
     if (!counts(j) || weight[j] == 0.0) continue;
     total_weight += weight[j];
     const double x = row.at(target[j]);
-    // Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
-    if (x == -HUGE_VAL && weight_of(target[j]) == 0.0) continue;
-    loss += weight[j] * (a.normalized ? log_sum - scale * (x - r.total.max) : -scale * x);
+    // Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign; not to inf - inf.
+    const double w = x == -HUGE_VAL ? weight_of(target[j]) : weight[j];
+    if (w == 0.0) continue;
+    loss += w * (a.normalized ? log_sum - scale * (x - r.total.max) : -scale * x);
   }
   const double rate_of_max = a.normalized ? 1.0 / r.total.sum : std::exp(scale * pivot(r.total.max));
   const double base_rate_of_max = a.normalized ? 1.0 / r.base_total.sum : std::exp(scale * pivot(r.base_total.max));

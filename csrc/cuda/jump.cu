@@ -87,10 +87,10 @@ __device__ __forceinline__ void draw(const JumpArgs& a, const Row<Element>& row,
   const int64_t t = static_cast<int64_t>(opaque(static_cast<uint64_t>(of_row)));  // addresses made of it are not kept
   const uint64_t seed = a.seed_address ? static_cast<uint64_t>(*a.seed_address) : a.seed;
   const uint64_t id = static_cast<uint64_t>(load_index(a.row_ids, t, t));
-  const uint32_t stream = static_cast<uint32_t>(4 * sample);
-  const int tile = race_tiles(tiles, total.max, scale, a.greedy, {seed, id, stream + TILE_STREAM}, team);
+  const uint32_t s = static_cast<uint32_t>(sample);
+  const int tile = race_tiles(tiles, total.max, scale, a.greedy, {seed, id, TILE_STREAM + s}, team);
   const int64_t token =
-      race_tokens(row, tile, tiles.max[tile], scale, a.greedy, {seed, id, stream + TOKEN_STREAM}, team);
+      race_tokens(row, tile, tiles.max[tile], scale, a.greedy, {seed, id, TOKEN_STREAM + s}, team);
   if (team.thread == 0) {
     const bool reachable = total.sum > 0.0;  // false for NaN
     const double log_sum = log(total.sum);

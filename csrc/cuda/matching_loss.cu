@@ -148,12 +148,13 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   double &loss = sums_of_targets[0], &weights = sums_of_targets[1];
   for (int64_t j = team.thread; j < a.target.count; j += Team<WARPS>::THREADS) {
     const int64_t v = load_target(a.target, a.shape, t, j);
-    const double w = load_value(a.weight, t, j);
+    double w = load_value(a.weight, t, j);
     if (!counts(v) || w == 0.0) continue;
     weights += w;
     const double x = target_logit[j];
-    // Weights on an unreachable destination that add up to 0 count 0, not inf - inf.
-    if (x == -HUGE_VAL && weight_at(v, a.target, a.weight, t) == 0.0) continue;
+    // Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign; not to inf - inf.
+    if (x == -HUGE_VAL) w = weight_at(v, a.target, a.weight, t);
+    if (w == 0.0) continue;
     loss += w * (a.normalized ? log_sum - scale * (x - reference) : -scale * x);
   }
   team.reduce_each(sums_of_targets, Sum{});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +28,11 @@ class Rates:
 
     def __init__(self, process: Process, model: Model, size: int, length: int, time: float):
         every = states(size, length)
-        at = torch.full((len(every),), time, dtype=torch.float64)
+        at = every.new_full((len(every),), time, dtype=torch.float64)
         self.rates = checked_log_rates(process, model, every, at).exp()  # [V^L, L, V]
         moved = every[:, None, None, :].expand(-1, length, size, -1).clone()
         for i in range(length):
-            moved[:, i, :, i] = torch.arange(size)
+            moved[:, i, :, i] = torch.arange(size, device=every.device)
         self._to = index_of(moved, size)
         self.escape = self.rates.sum(dim=(1, 2))
 
@@ -47,8 +48,8 @@ class Rates:
     def matrix(self) -> Tensor:
         """Q[x, y], float64 [V^L, V^L]."""
         count = len(self.escape)
-        matrix = torch.zeros(count, count, dtype=torch.float64)
-        rows = torch.arange(count)[:, None, None].expand_as(self._to)
+        matrix = self.escape.new_zeros(count, count)
+        rows = torch.arange(count, device=matrix.device)[:, None, None].expand_as(self._to)
         matrix.index_put_((rows.flatten(), self._to.flatten()), self.rates.flatten(), accumulate=True)
         return matrix - torch.diag(self.escape)
 
@@ -94,14 +95,14 @@ def _uniformised(derivative, start: Tensor, rate: float, duration: float, tolera
     mean = rate * duration / parts
     current = start
     for _ in range(parts):
-        term = current * torch.exp(torch.tensor(-mean, dtype=torch.float64))
-        total, mass, k = term.clone(), float(torch.exp(torch.tensor(-mean, dtype=torch.float64))), 0
-        weight = mass
+        weight = mass = math.exp(-mean)
+        total = term = current * weight
+        k = 0
         while 1 - mass > tolerance and k < 200:
             k += 1
             term = (term + derivative(term) / rate) * (mean / k)
             weight *= mean / k
             mass += weight
-            total += term
+            total = total + term
         current = total
     return current

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dam.ctmc.schedules import Linear, Schedule, sampled
+from dam.ops import _philox
+from dam.ops._philox import Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class MaskedCTMC:
     schedule: Schedule = dataclasses.field(default_factory=Linear)
 
     def __post_init__(self) -> None:
-        start = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64)))
+        start = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64, device="cpu")))
         if abs(start) > 1e-9:
             raise ValueError(f"MaskedCTMC: a schedule must start with nothing unmasked; alpha(0) is {start:g}")
 
@@ -59,25 +61,51 @@ class MaskedCTMC:
         """lambda_t(x) for tokens [..., L] at time [...]."""
         return self.masked(tokens).sum(dim=-1) * self.schedule.unmasking_rate(time)
 
-    def jump_times(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Times at which positions unmask, like tokens [..., L] in float32; +inf where nothing is masked.
+    def jump_times(
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | None = None,
+        row_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Times at which positions unmask, like tokens [..., L] in float32 (float64 by seed); +inf where nothing is.
 
         Exact simulation: given nothing else, they are independent with distribution function alpha.
+
+        Args:
+            tokens: int64 [..., L].
+            generator: torch's, which draws for all rows together; its default one unless given.
+            seed: instead of a generator: a row's times then depend on (seed, row id, position from the end) only.
+            row_ids: int64 [...], names each row's stream; counted from 0 unless given.
         """
-        uniform = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+        uniform = _philox.drawn(Use.ORDER, tokens.shape, tokens.device, generator, seed, row_ids)
         return torch.where(self.masked(tokens), self.schedule.inverse(uniform), torch.inf)
 
-    def remask(self, initial: Tensor, final: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def remask(
+        self,
+        initial: Tensor,
+        final: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | None = None,
+        row_ids: Tensor | None = None,
+    ) -> Tensor:
         """A state on the way from `initial` to `final` [..., L], drawn from the jumps of the trajectory.
 
         A trajectory visits one state with each number 1 .. m of masks, and every subset of positions of a
         given number is equally likely; so the number is uniform and the subset too.
+
+        Args:
+            initial, final: int64 [..., L].
+            generator, seed, row_ids: as for `jump_times`.
         """
         maskable = self.masked(initial)
         count = maskable.sum(dim=-1, keepdim=True)
-        shape = count.shape
-        left = 1 + (torch.rand(shape, generator=generator, device=initial.device) * count).long().clamp(max=count - 1)
-        order = self.jump_times(initial, generator).argsort(dim=-1).argsort(dim=-1)
+        uniform = _philox.drawn(Use.REMASK_COUNT, count.shape, initial.device, generator, seed, row_ids)
+        left = 1 + (uniform * count).long().clamp(max=count - 1)
+        priority = _philox.drawn(Use.REMASK_ORDER, initial.shape, initial.device, generator, seed, row_ids)
+        order = torch.where(maskable, priority, torch.inf).argsort(dim=-1).argsort(dim=-1)
         # The last `left` positions to unmask still wait; unmaskable ones sort behind them and are kept out.
         waiting = maskable & (order >= count - left)
         return torch.where(waiting, self.mask_token, final)

@@ -56,7 +56,7 @@ class NoisedCTMC(abc.ABC):
             raise ValueError(f"{name}: size must be an int, at least 2; got {self.size!r}")
         if self.predicts not in PREDICTS:
             raise ValueError(f"{name}: predicts must be one of {', '.join(PREDICTS)}; got {self.predicts!r}")
-        left = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64)))
+        left = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64, device="cpu")))
         if not 0 < left < 1:
             raise ValueError(
                 f"{name}: alpha(0) must be in (0, 1), as the noise is infinite where nothing is left of the data; "
@@ -95,7 +95,7 @@ class NoisedCTMC(abc.ABC):
 
     def dependence(self) -> float:
         """Largest total variation between a coordinate of X_0 given X_1 and its stationary law."""
-        kernel = self.kernel(torch.zeros((), dtype=torch.float64))
+        kernel = self.kernel(torch.zeros((), dtype=torch.float64, device="cpu"))
         return float((kernel - 1.0 / self.size).abs().sum(dim=1).max() / 2)
 
     def initial(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
@@ -138,7 +138,7 @@ class NoisedCTMC(abc.ABC):
         that is largest for one w: d/d sigma log K[w, x], which falls with the noise. Bounds at both ends serve for
         what lies between.
         """
-        times = torch.tensor([start, end], dtype=torch.float64)
+        times = torch.tensor([start, end], dtype=torch.float64, device="cpu")
         if float(self.noise_left(times).min()) <= 0:
             return math.inf
         speed = float(self.noise_speed(sampled(start, end)).max())
@@ -173,11 +173,11 @@ class UniformCTMC(NoisedCTMC):
     # Of a language model's vocabulary too, so without an array [V, V].
 
     def dependence(self) -> float:
-        return float(self.schedule.alpha(torch.zeros((), dtype=torch.float64))) * (1 - 1 / self.size)
+        return float(self.schedule.alpha(torch.zeros((), dtype=torch.float64, device="cpu"))) * (1 - 1 / self.size)
 
     def noise(self, final: Tensor, time: Tensor, generator: torch.Generator | None = None) -> Tensor:
         left = self.schedule.alpha(time.to(final.device))[:, None]
-        kept = torch.rand(final.shape, generator=generator, device=final.device) < left
+        kept = torch.rand(final.shape, generator=generator, dtype=torch.float32, device=final.device) < left
         drawn = torch.randint(self.size, final.shape, generator=generator, device=final.device)
         return torch.where(kept, final, drawn)
 
@@ -213,8 +213,8 @@ _SERIES = 128.0
 @functools.lru_cache(maxsize=8)
 def _walk(size: int, periodic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of a walk's generator Q: powers of I + Q / 2, float64 [K, V, V], eigenvalues [V] and eigenvectors [V, V]."""
-    eye = torch.eye(size, dtype=torch.float64)
-    rates = LatticeCTMC.neighbours(torch.arange(size), size, periodic)
+    eye = torch.eye(size, dtype=torch.float64, device="cpu")
+    rates = LatticeCTMC.neighbours(torch.arange(size, device="cpu"), size, periodic)
     q = rates - torch.diag(rates.sum(dim=1))
     step = eye + q / 2
     powers = [eye]

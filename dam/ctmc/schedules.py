@@ -33,7 +33,7 @@ class Schedule(abc.ABC):
 
 def sampled(start: float, end: float) -> Tensor:
     """Times at which bounds on an interval look at a schedule, float64 [257]."""
-    return torch.linspace(start, end, 257, dtype=torch.float64)
+    return torch.linspace(start, end, 257, dtype=torch.float64, device="cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class UserSchedule(Schedule):
     function: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
-        values = self.alpha(torch.linspace(0, 1, 129, dtype=torch.float64))
+        values = self.alpha(torch.linspace(0, 1, 129, dtype=torch.float64, device="cpu"))
         if not bool((values.diff() > 0).all()) or abs(float(values[-1]) - 1) > 1e-6 or float(values[0]) < 0:
             raise ValueError(
                 "UserSchedule: alpha must increase on [0, 1], from at least 0 at time 0 to 1 at time 1; got "

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dam.ops import _philox
+from dam.ops._philox import Use
 from dam.ops.jump import jump
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -68,6 +71,7 @@ def simulate(
     base: Model | None = None,
     bound: float = 1.0,
     seed: int,
+    row_ids: Tensor | None = None,  # [B]
 ) -> Path:
     """Exact trajectories: events at a rate that the escape rate never exceeds, each a jump or a thinned one.
 
@@ -88,43 +92,40 @@ def simulate(
         times: increasing, at least two.
         base: the model that paths are weighed against; None leaves log_ratio and escape_gap 0.
         bound: multiplies the process's bound, for models whose rates may pass it (those that predict ratios).
-        seed: of times, thinning and jumps.
+        seed: of times, thinning and jumps: a trajectory depends on (seed, row id) and its rates only, not on the batch.
+        row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
 
     Raises:
-        ValueError: times do not increase; or rates are NaN, infinite, or pass the bound: the message names the state
-            and the time.
+        ValueError, TypeError: times do not increase; row_ids have another shape or dtype; or rates are NaN, infinite,
+            or pass the bound: the message names the state and the time.
 
     Source: Lewis and Shedler, Simulation of nonhomogeneous Poisson processes by thinning, 1979; uniformisation:
     Jensen, 1953; weights: So et al., arXiv 2602.07132, Eq. 12.
     """
-    grid, seed = increasing("simulate", times), int(seed) % 2**63
+    grid = increasing("simulate", times)
     count, length = _checked("simulate", tokens)
-    generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     path = _Recorder(tokens)
-    for start, end in itertools.pairwise(grid):
+    for interval, (start, end) in enumerate(itertools.pairwise(grid)):
         rate = bound * process.escape_bound(start, end, length)
         if not 0 <= rate < float("inf"):
             raise ValueError(
                 f"simulate: the bound of escape rates on [{start:g}, {end:g}] is {rate}; end before rates are infinite"
             )
-        mean = torch.full((count,), rate * (end - start), dtype=torch.float64, device=tokens.device)
-        events = torch.poisson(mean, generator=generator).long()
-        uniform = torch.rand(
-            (count, int(events.max()) if count else 0), dtype=torch.float64, generator=generator, device=tokens.device
-        )
-        # Uniform times of which a trajectory has its own number, in order: the others sort behind them.
-        index = torch.arange(uniform.shape[1], device=tokens.device)
-        arrival = torch.where(index < events[:, None], start + (end - start) * uniform, torch.inf).sort(dim=1).values
-        for n in range(uniform.shape[1]):
+        arrival = _arrivals(rate, start, end, seed, row_ids, interval)
+        events = (arrival < end).sum(dim=1)
+        most = int(events.max()) if count else 0
+        thinned = _philox.uniform(seed, Use.THINNING, row_ids, most, sample=interval)
+        jump_ids = _philox.ids(seed, Use.JUMP, row_ids, most, sample=interval)
+        for n in range(most):
             rows = (events > n).nonzero()[:, 0]
             state, time = path.final[rows], arrival[rows, n]
             log_rates = checked_log_rates(process, model, state, time).flatten(1)
             log_escape = torch.logsumexp(log_rates, dim=1)
             _below("model", log_escape, rate, state, time)
-            thinned = torch.rand(len(rows), dtype=torch.float64, generator=generator, device=rows.device)
-            jumps = thinned * rate < log_escape.exp()
+            jumps = thinned[rows, n] * rate < log_escape.exp()
             drawn = torch.full_like(rows, -1)
-            drawn[jumps] = _destination(log_rates[jumps], path.calls, rows[jumps], seed)
+            drawn[jumps] = _destination(log_rates[jumps], seed, jump_ids[rows[jumps], n])
             log_ratio, escape_gap = torch.zeros_like(time), torch.zeros_like(time)
             if base is not None:
                 base_rates = checked_log_rates(process, base, state, time).flatten(1)
@@ -149,6 +150,7 @@ def tau_leap(
     times: Sequence[float] | Tensor,
     base: Model | None = None,
     seed: int,
+    row_ids: Tensor | None = None,  # [B]
 ) -> Path:
     """Trajectories whose rates stay what they are at the start of each interval, every coordinate by itself.
 
@@ -162,22 +164,23 @@ def tau_leap(
 
     Source: Gillespie, Approximate accelerated stochastic simulation of chemically reacting systems, 2001.
     """
-    grid, seed = increasing("tau_leap", times), int(seed) % 2**63
+    grid = increasing("tau_leap", times)
     count, length = _checked("tau_leap", tokens)
-    generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     path = _Recorder(tokens)
     rows = torch.arange(count, device=tokens.device)
-    for start, end in itertools.pairwise(grid):
+    for interval, (start, end) in enumerate(itertools.pairwise(grid)):
         duration = end - start
         time = torch.full((count,), start, dtype=torch.float64, device=tokens.device)
         state = path.final.clone()
         log_rates = checked_log_rates(process, model, state, time)
         log_escape = torch.logsumexp(log_rates, dim=2)  # [B, L]
-        u = torch.rand((count, length), dtype=torch.float64, generator=generator, device=tokens.device)
+        u = _philox.uniform(seed, Use.THINNING, row_ids, length, sample=interval)
         jumps = u < -torch.expm1(-duration * log_escape.exp())
         jumping = jumps.flatten().nonzero()[:, 0]
-        drawn = torch.full((count * length,), -1, device=tokens.device)
-        drawn[jumping] = _destination(log_rates.flatten(0, 1)[jumping], path.calls, jumping, seed)
+        drawn = torch.full((count * length,), -1, dtype=torch.int64, device=tokens.device)
+        jump_ids = _philox.ids(seed, Use.JUMP, row_ids, length, sample=interval).flatten()
+        drawn[jumping] = _destination(log_rates.flatten(0, 1)[jumping], seed, jump_ids[jumping])
         drawn = drawn.view(count, length)
         log_ratio, escape_gap = (torch.zeros((count, length), dtype=torch.float64, device=u.device) for _ in range(2))
         if base is not None:
@@ -195,7 +198,7 @@ def tau_leap(
         for i in range(length):
             coordinate = torch.full_like(rows, i)
             path.record(
-                rows, time, jumps[:, i], coordinate, drawn[:, i], log_ratio[:, i], escape_gap[:, i], calls=i == 0
+                rows, time, jumps[:, i], coordinate, drawn[:, i], log_ratio[:, i], escape_gap[:, i], evaluated=i == 0
             )
     return path.finish()
 
@@ -232,10 +235,22 @@ def _below(whose: str, log_escape: Tensor, rate: float, state: Tensor, time: Ten
         )
 
 
-def _destination(log_rates: Tensor, call: int, rows: Tensor, seed: int) -> Tensor:
+def _arrivals(rate: float, start: float, end: float, seed: int, row_ids: Tensor, interval: int) -> Tensor:
+    """Times of events of a Poisson process on [start, end) for each row, in order, float64 [B, S]; S is enough."""
+    mean = rate * (end - start)
+    count = int(mean + 6 * math.sqrt(mean)) + 8  # rarely too few
+    while True:
+        gaps = _philox.exponentials(seed, Use.ARRIVAL, row_ids, count, sample=interval)
+        # A chain that does not move has no events.
+        times = start + gaps.cumsum(dim=1) / rate if rate > 0 else torch.full_like(gaps, torch.inf)
+        if not len(times) or bool((times[:, -1] >= end).all()):
+            return times
+        count *= 2
+
+
+def _destination(log_rates: Tensor, seed: int, row_ids: Tensor) -> Tensor:
     """A column of each row, in proportion to the rates; -1 for a row without any."""
-    # A stream for each call, so that events of one trajectory are independent.
-    return jump(log_rates.float(), seed=seed, row_ids=rows + (call << 32), check=False).target
+    return jump(log_rates.float(), seed=seed, row_ids=row_ids, check=False).target
 
 
 def _checked(op: str, tokens: Tensor) -> tuple[int, int]:
@@ -257,7 +272,6 @@ class _Recorder:
 
     def __init__(self, tokens: Tensor):
         self.initial, self.final = tokens.clone(), tokens.clone()
-        self.calls = 0  # batched evaluations of the model
         self._evaluated = 0
         self._events: list[tuple[Tensor, ...]] = []
 
@@ -270,16 +284,15 @@ class _Recorder:
         token: Tensor,
         log_ratio: Tensor,
         escape_gap: Tensor,
-        calls: bool = True,
+        evaluated: bool = True,
     ) -> None:
-        """An event of each of the rows; with `calls`, the model was evaluated for it."""
+        """An event of each of the rows; with `evaluated`, the model was evaluated for it."""
         self.final[rows[jumps], position[jumps]] = token[jumps]
         none = torch.full_like(position, -1)
         self._events.append(
             (rows, time, torch.where(jumps, position, none), torch.where(jumps, token, none), log_ratio, escape_gap)
         )
-        if calls:
-            self.calls += 1
+        if evaluated:
             self._evaluated += len(rows)
 
     def finish(self) -> Path:

@@ -85,7 +85,10 @@ def like(op: str, name: str, value: Tensor, other_name: str, other: Tensor, *, s
             f"{op}: {name} must have the shape of {other_name}, {list(other.shape)}; got {list(value.shape)}"
         )
     if value.dtype != other.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of {other_name}, {other.dtype}; got {value.dtype}")
+        kind = value.device.type
+        casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        cure = "; autocast casts no argument of this op" if casting else ""
+        raise TypeError(f"{op}: {name} must have the dtype of {other_name}, {other.dtype}; got {value.dtype}{cure}")
     same_device(op, name, value, other)
 
 

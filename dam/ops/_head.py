@@ -7,6 +7,7 @@ vocabulary at a time, so that logits are not rounded to 16 bits and no float32 c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -92,7 +93,10 @@ def checked(
     for name, factor, shape in zip(("a", "b"), (lora.a, lora.b), wanted, strict=True):
         if factor.shape != shape:
             raise ValueError(f"{op}: lora.{name} must have shape {list(shape)}; got {list(factor.shape)}")
-    return Projection(hidden, weight, bias, (hidden @ lora.a.t()) * scale, lora.b)
+    # In the dtype of the operands, as inside the ops. A tensor without data has no autocast to switch off.
+    with contextlib.nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
+        low_hidden = (hidden @ lora.a.t()) * scale
+    return Projection(hidden, weight, bias, low_hidden, lora.b)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

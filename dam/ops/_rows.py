@@ -73,6 +73,14 @@ def gather_or(values: Tensor, index: Tensor, missing: float) -> Tensor:
     return torch.where(index >= 0, values.gather(1, index.clamp(min=0)), missing)
 
 
+def log_softmax(x: Tensor) -> Tensor:
+    """Of float64 rows [T, V]: NaN for rows that hold +inf, or nothing but -inf."""
+    # Less the largest first: beside large logits the logarithm of the sum is lost. Not torch's own, whose sums in order
+    # lose what is small beside one large term.
+    below = x - x.amax(dim=1, keepdim=True)
+    return below - below.exp().sum(dim=1, keepdim=True).log()
+
+
 def drop_excluded(target: Tensor, exclude: Tensor | None) -> Tensor:
     """Targets with the excluded destination of their row replaced by -1."""
     return target if exclude is None else torch.where(target == exclude[:, None], -1, target)

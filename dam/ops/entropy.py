@@ -58,8 +58,9 @@ def _torch(logits: Tensor, exclude: Tensor | None, temperature: float) -> tuple[
     value, log_escape = outputs(logits)
     for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
         x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
-        log_escape[part] = torch.logsumexp(x, dim=1)
-        log_p = x - log_escape[part, None]
+        log_p = _rows.log_softmax(x)
+        rate = torch.logsumexp(x, dim=1)
+        log_escape[part] = torch.where(rate == torch.inf, torch.nan, rate)
         value[part] = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(dim=1)
     return value, log_escape
 

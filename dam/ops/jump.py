@@ -84,8 +84,8 @@ def sampling_arguments(
     temperature = _checks.temperature(op, temperature, zero=True)
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"{op}: num_samples must be an int; got {type(num_samples).__name__}")
-    if not 1 <= num_samples < 2**30:
-        raise ValueError(f"{op}: num_samples must be in [1, 2^30); got {num_samples}")
+    if not 1 <= num_samples < _philox.MAX_SAMPLES:
+        raise ValueError(f"{op}: num_samples must be in [1, 2^24); got {num_samples}")
     if row_ids is not None:
         if not isinstance(row_ids, Tensor) or row_ids.dtype != torch.int64:
             raise TypeError(
@@ -100,13 +100,18 @@ def sampling_arguments(
             raise TypeError(f"{op}: a seed tensor must hold one int64; got {seed.dtype} {list(seed.shape)}")
         return temperature, num_samples, seed.reshape(()), row_ids
     if seed is None:
-        return temperature, num_samples, torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64), row_ids
+        return (
+            temperature,
+            num_samples,
+            torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"),
+            row_ids,
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must fit in 64 bits; got {seed}")
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return temperature, num_samples, torch.tensor(signed, dtype=torch.int64), row_ids
+    return temperature, num_samples, torch.tensor(signed, dtype=torch.int64, device="cpu"), row_ids
 
 
 def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int, lead: torch.Size) -> Jump:
@@ -144,7 +149,10 @@ def reference_rows(
         x = x.div_(temperature)
         log_escape = torch.logsumexp(x, dim=1)
         width = min(columns, _philox.TILE)
-        tiles = F.pad(x, (0, -columns % width), value=-torch.inf).view(rows, -1, width)
+        # Less the largest, beside which the noise would be lost to rounding where logits are large.
+        top = x.amax(dim=1, keepdim=True)
+        below = x - torch.where(top.abs() < torch.inf, top, 0.0)
+        tiles = F.pad(below, (0, -columns % width), value=-torch.inf).view(rows, -1, width)
         # Exponential race among tiles: the first arrival, at rate exp(log_mass), is argmax(log_mass - log E).
         log_mass = torch.logsumexp(tiles, dim=2)
         noise = _philox.tile_exponentials(seed, row_ids, num_samples, tiles.shape[1])
@@ -153,9 +161,9 @@ def reference_rows(
         token = (tokens - _philox.token_exponentials(seed, row_ids, tile, width).log()).argmax(dim=2)
         target = tile * _philox.TILE + token
     target = torch.where((log_escape == -torch.inf)[:, None], -1, target)
-    log_prob = _rows.gather_or(x, target.clamp(max=columns - 1), -torch.inf)
     # Nothing to reach: -inf, not the NaN of -inf - -inf.
-    log_prob = torch.where(target >= 0, log_prob - log_escape[:, None], -torch.inf)
+    log_prob = _rows.gather_or(_rows.log_softmax(x), target.clamp(max=columns - 1), -torch.inf)
+    log_prob = torch.where(target >= 0, log_prob, -torch.inf)
     return target, log_prob, log_escape
 
 

@@ -55,7 +55,9 @@ def log_prob(
         entropy: also give the entropy of each row's distribution, as `dam.entropy`, by the same read of the logits.
 
     Returns:
-        float32 like target (float64 for float64 logits), or LogProb(log_prob, entropy). NaN logits give NaN.
+        float32 like target (float64 for float64 logits), or LogProb(log_prob, entropy). Rows with NaN or +inf give NaN.
+        Gradients, and log_prob beside an entropy, are made of the log escape rate, one float64: of logits / temperature
+        beyond 2^40 in size they keep no digit of what tells near ties apart.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -85,8 +87,7 @@ def _torch(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: 
 
 def reference_rows(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """log_prob [T, J] and log escape rate [T] of float64 rows; 0 where target is -1."""
-    log_escape = torch.logsumexp(x, dim=1)
-    return _rows.gather_or(x - log_escape[:, None], target, 0.0), log_escape
+    return _rows.gather_or(_rows.log_softmax(x), target, 0.0), torch.logsumexp(x, dim=1)
 
 
 def _torch_backward(

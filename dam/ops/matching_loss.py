@@ -160,7 +160,7 @@ def _torch(
     """Loss of each row, float64 [T], and gradient, which is written to `into`, if given; it may be the logits."""
     rows, columns = logits.shape
     losses, grad = outputs(logits, with_grad, into)
-    scale = torch.full((rows,), 1.0 / max(rows, 1), device=logits.device) if row_scale is None else row_scale
+    scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float32) if row_scale is None else row_scale
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
         ex = None if exclude is None else exclude[part]
@@ -195,7 +195,7 @@ def _cpu(
     loss, gradient = outputs(logits, with_grad, into)
     target, weight = target.contiguous(), weight.double().contiguous()
     scale = (
-        torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+        torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64, device="cpu")
         if row_scale is None
         else row_scale.double().contiguous()
     )

@@ -16,7 +16,8 @@ class DAMConfig(TrainingArguments):
     """Arguments of `DAMTrainer`, on top of those of `transformers.TrainingArguments`.
 
     `per_device_train_batch_size` counts prompts per rollout; each gets `num_generations` trajectories. A batch
-    of prompts feeds `num_iterations` training steps, each on `replay_batch_size` groups from the replay buffer.
+    of prompts feeds `num_iterations` training steps, each on `replay_batch_size` groups from the replay buffer. With
+    gradient accumulation or several processes a step has as many times the prompts, rolled out at once, and groups.
     """
 
     beta: float = field(
@@ -69,6 +70,9 @@ class DAMConfig(TrainingArguments):
     block_length: int | None = field(
         default=None, metadata={"help": "Fill blocks of this many positions from left to right; None is one block."}
     )
+    eval_redraw: bool = field(
+        default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
+    )
     eval_remasking: str = field(
         default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
     )
@@ -119,6 +123,8 @@ class DAMConfig(TrainingArguments):
             raise ValueError(
                 f'draw_outcomes must be at least 1 and goes with normalizer "group"; got {self.draw_outcomes}'
             )
+        if self.draw_outcomes is not None and self.estimator == "first_jump_one":
+            raise ValueError("first_jump_one draws a trajectory of each group: draw_outcomes does not go with it")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:

@@ -62,11 +62,42 @@ class PromptSampler(torch.utils.data.Sampler[int]):
                 yield from order[start : start + self._batch_size].tolist()
 
 
+class NumberedRow(NamedTuple):
+    """A row of a dataset, and which it is: what is drawn for a prompt is keyed by that."""
+
+    number: int
+    row: Any
+
+
+class NumberedRows(torch.utils.data.Dataset[NumberedRow]):
+    """A dataset whose rows know which they are.
+
+    Args:
+        rows: has len() and a row for each index.
+    """
+
+    def __init__(self, rows: Any):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> NumberedRow:
+        return NumberedRow(index, self._rows[index])
+
+    def __getitems__(self, indices: list[int]) -> list[NumberedRow]:
+        """A batch at once, where the dataset has a way of its own to read one, as those of `datasets` have."""
+        several = getattr(self._rows, "__getitems__", None)
+        rows = several(indices) if several else [self._rows[index] for index in indices]
+        return [NumberedRow(index, row) for index, row in zip(indices, rows, strict=True)]
+
+
 class Collator:
     """Rows with `input_ids` or a `prompt` to a batch of sequences, padded on the left.
 
-    A batch has tensors int64 [B, L] `input_ids`, `attention_mask` and (where every row has them) `labels`, and under
-    `columns` a list of each other column, as reward functions see them.
+    A batch has tensors int64 [B, L] `input_ids`, `attention_mask` and (where every row has them) `labels`, int64 [B]
+    `index`, which row of the dataset each is (of the batch, for rows that are not numbered), and under `columns` a list
+    of each other column, as reward functions see them.
 
     Args:
         tokens: mask and padding.
@@ -77,15 +108,17 @@ class Collator:
     def __init__(self, tokens: SpecialTokens, max_completion_length: int, tokenizer: Any = None):
         self._tokens, self._max_completion_length, self._tokenizer = tokens, max_completion_length, tokenizer
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        prepared = [self._prepared(row) for row in rows]
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        numbered = [row if isinstance(row, NumberedRow) else NumberedRow(n, row) for n, row in enumerate(rows)]
+        prepared = [self._prepared(row) for _, row in numbered]
         length = max(len(row["input_ids"]) for row in prepared)
         fill = {"input_ids": self._tokens.pad, "attention_mask": 0, "labels": -100}
-        batch: dict[str, Any] = {}
+        batch: dict[str, Any] = {"index": torch.tensor([index for index, _ in numbered], device="cpu")}
         for name in _SEQUENCES:
             if all(name in row for row in prepared):
                 batch[name] = torch.tensor(
-                    [[fill[name]] * (length - len(row[name])) + list(map(int, row[name])) for row in prepared]
+                    [[fill[name]] * (length - len(row[name])) + list(map(int, row[name])) for row in prepared],
+                    device="cpu",
                 )
         names = set().union(*(row.keys() for row in prepared)) - {"input_ids", "attention_mask"}
         batch["columns"] = {name: [row.get(name) for row in prepared] for name in sorted(names)}

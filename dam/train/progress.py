@@ -26,7 +26,8 @@ class Progress:
 
     def __init__(self, replay: ReplayBuffer):
         self.replay = replay
-        self.micro_step, self.reward_calls = 0, 0
+        self.micro_step = 0  # of the step, with gradient accumulation
+        self.reward_calls = 0
         self.evaluation_failed = False  # to be done over before the next step
         self._metrics: dict[str, list[float]] = collections.defaultdict(list)
         self._began: tuple[int, dict[str, Any]] | None = None  # the last step that began, and all this at its start
@@ -45,6 +46,7 @@ class Progress:
     def begin(self, step: int) -> None:
         """Remembers the start of a step, once: `go_back` returns there."""
         if self._began is None or self._began[0] != step:
+            self.micro_step = 0
             self._began = (step, self.state_dict())
 
     def go_back(self, step: int) -> None:
@@ -62,7 +64,6 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "micro_step": self.micro_step,
             "reward_calls": self.reward_calls,
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "replay": self.replay.state_dict(),
@@ -70,7 +71,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.micro_step, self.reward_calls = state["micro_step"], state["reward_calls"]
+        self.micro_step, self.reward_calls = 0, state["reward_calls"]
         self._metrics.clear()
         self._metrics.update(state["metrics"])
         self.replay.load_state_dict(state["replay"])
@@ -83,15 +84,23 @@ class Progress:
             os.remove(os.path.join(folder, TRAINER_STATE_NAME))
         torch.save(self.state_dict(), os.path.join(folder, _STATE))
 
-    def load(self, checkpoint: str) -> None:
-        """From a checkpoint.
+    def load(self, checkpoint: str, num_generations: int) -> None:
+        """From a checkpoint, to go on with groups of that many trajectories.
 
         Raises:
-            ValueError: it is not whole.
+            ValueError: it is not whole, or its groups have another number of trajectories.
         """
         if not _is_whole(checkpoint):
             raise ValueError(f"{checkpoint!r} is no whole DAMTrainer checkpoint")
-        self.load_state_dict(torch.load(os.path.join(checkpoint, _STATE), weights_only=True))
+        state = torch.load(os.path.join(checkpoint, _STATE), weights_only=True)
+        sizes = {len(group["weight"]) for group in state["replay"]["groups"]}
+        if not sizes <= {num_generations}:
+            raise ValueError(
+                f"the groups of {checkpoint!r} have {' and '.join(map(str, sorted(sizes)))} trajectories and cannot be "
+                f"trained on beside groups of {num_generations}: resume with the num_generations it was saved with, "
+                "or begin a new run from its weights"
+            )
+        self.load_state_dict(state)
 
 
 def last_checkpoint(output_dir: str) -> str | None:

@@ -11,8 +11,33 @@ from torch import Tensor
 
 Group = dict[str, Tensor]
 
-# How each sequence-valued entry is filled up when groups of different length meet in a batch, on the left.
+# Entries that are filled up on the left when groups of different length meet in a batch, and on the right.
 _SEQUENCES = ("states", "final", "attention_mask")
+_JUMPS = ("log_ratio",)
+
+
+def stacked_groups(groups: list[Group], pad_token: int) -> Group:
+    """Groups as tensors with a leading group dimension; shorter sequences are filled up, with attention_mask 0."""
+    length = max(group["final"].shape[-1] for group in groups)
+    jumps = {name: max(group[name].shape[-1] for group in groups) for name in _JUMPS if name in groups[0]}
+
+    def padded(name: str, group: Group) -> Tensor:
+        value = group[name]
+        missing = length - group["final"].shape[-1]
+        if name in _SEQUENCES:
+            return F.pad(value, (missing, 0), value=0 if name == "attention_mask" else pad_token)
+        if name in jumps:
+            return F.pad(value, (0, jumps[name] - value.shape[-1]))
+        return value + missing if name == "first" else value
+
+    return {name: torch.stack([padded(name, group) for group in groups]) for name in groups[0]}
+
+
+def unstacked(batch: Group) -> list[Group]:
+    """The groups of tensors with a leading group dimension, in memory of their own on the CPU."""
+    return [
+        {name: value[g].cpu().clone() for name, value in batch.items()} for g in range(len(next(iter(batch.values()))))
+    ]
 
 
 class ReplayBuffer:
@@ -27,31 +52,27 @@ class ReplayBuffer:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 group; got {capacity}")
         self._groups: collections.deque[Group] = collections.deque(maxlen=capacity)
-        self._pad_token = pad_token
+        self.pad_token = pad_token
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def extend(self, batch: Group) -> None:
         """Adds groups given as tensors with a leading group dimension."""
-        size = len(next(iter(batch.values())))
-        for g in range(size):
-            self._groups.append({name: value[g].cpu().clone() for name, value in batch.items()})
+        self._groups.extend(unstacked(batch))
 
-    def sample(self, size: int, generator: torch.Generator) -> Group:
-        """`size` groups (all, if it holds fewer), drawn without replacement, stacked."""
-        chosen = torch.randperm(len(self._groups), generator=generator)[:size].tolist()
-        groups = [self._groups[g] for g in chosen]
-        length = max(group["final"].shape[-1] for group in groups)
-        return {name: torch.stack([self._padded(name, group, length) for group in groups]) for name in groups[0]}
+    def choose(self, size: int, parts: int, generator: torch.Generator) -> Tensor:
+        """Places of `size` groups for each of `parts` equal parts, int64 [parts, share], drawn without replacement.
 
-    def _padded(self, name: str, group: Group, length: int) -> Tensor:
-        missing = length - group["final"].shape[-1]
-        if missing == 0:
-            return group[name]
-        if name in _SEQUENCES:
-            return F.pad(group[name], (missing, 0), value=0 if name == "attention_mask" else self._pad_token)
-        return group[name] + missing if name == "first" else group[name]
+        Of all groups, if it holds fewer; some are then in two parts, where the parts would not be equal.
+        """
+        chosen = torch.randperm(len(self._groups), generator=generator, device="cpu")[: size * parts]
+        share = -(-len(chosen) // parts)
+        return chosen.repeat(-(-share * parts // len(chosen)))[: share * parts].view(parts, share)
+
+    def batch(self, places: Tensor) -> Group:
+        """The groups at these places [G], stacked."""
+        return stacked_groups([self._groups[place] for place in places.tolist()], self.pad_token)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to continue exactly."""

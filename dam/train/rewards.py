@@ -79,36 +79,36 @@ def total_reward(
     completions: list[Any],
     completion_ids: list[list[int]],
     columns: Mapping[str, list[Any]],
-) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum of all reward functions for each completion, float64 [N], and the mean of each by name.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all reward functions for each completion, float64 [N], and the values of each by name.
 
     A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)` and returns N
     numbers or truth values, as a list, or an array or tensor [N] or [N, 1]: None where it does not apply (it then
-    counts nothing), -inf where an outcome is forbidden.
+    counts nothing, and its value is NaN), -inf where an outcome is forbidden.
 
     Raises:
         RewardError: names the function and what it did.
     """
     count = len(completions)
     arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-    total = torch.zeros(count, dtype=torch.float64)
-    applies = torch.zeros(count, dtype=torch.bool)
-    means = {}
+    total = torch.zeros(count, dtype=torch.float64, device="cpu")
+    applies = torch.zeros(count, dtype=torch.bool, device="cpu")
+    parts = {}
     names = names_of(functions)
     for function, name, weight in zip(functions, names, weights, strict=True):
-        values = torch.tensor(_values(function, name, count, arguments), dtype=torch.float64)
+        values = torch.tensor(_values(function, name, count, arguments), dtype=torch.float64, device="cpu")
         known = ~torch.isnan(values)
         applies |= known
         if weight < 0 and bool((values == -torch.inf).any()):
             raise RewardError(f"reward function {name!r} returned -inf (forbidden) and has a negative weight, {weight}")
         if weight != 0:  # not 0 * -inf
             total += torch.where(known, weight * values, 0.0)
-        means[name] = float(values[known].mean()) if bool(known.any()) else math.nan
+        parts[name] = values
     if not bool(applies.all()):
         raise RewardError(
             f"no reward function applies to completion {int((~applies).nonzero()[0])} ({', '.join(names)} gave None)"
         )
-    return total, means
+    return total, parts
 
 
 class Rewards:
@@ -140,7 +140,7 @@ class Rewards:
             )
         self._output_dir = output_dir
 
-    def __call__(self, outcomes: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, outcomes: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`total_reward` of the outcomes of a step; they are kept in a file if a function misbehaves."""
         try:
             return total_reward(self.functions, self._weights, **outcomes)

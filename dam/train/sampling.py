@@ -64,12 +64,20 @@ class Sampler:
                 denoiser.compare(tokens, attention_mask)
 
     def rollout(
-        self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, seed: int, *, base: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        *,
+        seed: int,
+        row_ids: Tensor,
+        base: bool = False,
+        **options: Any,
     ) -> Trajectories:
-        """`dam.rollout.rollout` in pieces of rollout_batch_size."""
+        """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole."""
         size = self._args.rollout_batch_size
         pieces = []
-        for n, start in enumerate(range(0, len(tokens), size)):
+        for start in range(0, len(tokens), size):
             part = slice(start, start + size)
             pieces.append(
                 rollout(
@@ -80,15 +88,16 @@ class Sampler:
                     attention_mask=attention_mask[part],
                     steps=self._args.diffusion_steps,
                     block_length=self._args.block_length,
-                    seed=seed + n,
+                    seed=seed,
+                    row_ids=row_ids[part],
                     **options,
                 )
             )
         return Trajectories.concatenate(pieces)
 
-    def states(
-        self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, seed: int, generator: torch.Generator
-    ) -> Tensor:
+    def states(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, *, seed: int, row_ids: Tensor) -> Tensor:
         """A partly filled-in state of each prompt: an outcome of the model, re-masked."""
-        way = self.rollout(model, tokens, attention_mask, seed, temperature=self._args.temperature)
-        return self._process.remask(tokens.cpu(), way.final.cpu(), generator).to(tokens.device)
+        way = self.rollout(
+            model, tokens, attention_mask, seed=seed, row_ids=row_ids, temperature=self._args.temperature
+        )
+        return self._process.remask(tokens, way.final, seed=seed, row_ids=row_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import os
 import time
@@ -16,14 +17,22 @@ from transformers import AutoModelForMaskedLM, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
 
 from dam import diagnostics
-from dam.adjoint import MatchingTargets, estimator_loss, group_targets, state_targets, tilted_weights
+from dam.adjoint import (
+    MatchingTargets,
+    drawn_outcomes,
+    estimator_loss,
+    group_targets,
+    state_targets,
+    tilted_weights,
+)
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.config import DAMConfig
-from dam.train.data import Collator, PromptSampler, outcomes, special_tokens, stacked
+from dam.train.data import Collator, NumberedRows, PromptSampler, outcomes, special_tokens, stacked
+from dam.train.processes import together
 from dam.train.progress import Progress, last_checkpoint
-from dam.train.replay import Group, ReplayBuffer
+from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
 from dam.train.rewards import RewardError, RewardFunction, Rewards
 from dam.train.sampling import Sampler
 from dam.train.terminal import show
@@ -32,14 +41,14 @@ from dam.train.terminal import show
 class _Draw(enum.IntEnum):
     """What a step draws at random; each has a stream of its own."""
 
-    WAY = 0  # how to a partly filled-in state
-    STATE = 1
-    ROLLOUT = 2
-    NULL_ARM = 3
-    REPLAY = 4
-    REMASK = 5
-    DROPOUT = 6
-    DIAGNOSTICS = 7
+    STATE = 0  # the partly filled-in one that the trajectories of a group start from
+    ROLLOUT = 1
+    NULL_ARM = 2
+    REPLAY = 3
+    TARGETS = 4
+    DROPOUT = 5
+    DIAGNOSTICS = 6
+    EVALUATION = 7
 
 
 class DAMTrainer(Trainer):
@@ -61,7 +70,10 @@ class DAMTrainer(Trainer):
     reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl (an estimate of
     KL(p_model || p_base) per prompt) and split_half.
 
-    Every random choice depends on (args.seed, step) only, so a resumed run continues to the same result.
+    What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
+    group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
+    prompts and groups of a step are as many. Dropout alone is drawn for each forward pass in training. So a resumed run
+    continues to the same result.
 
     Args:
         model: a masked language model with `get_output_embeddings()`, or a name for `from_pretrained`, or a
@@ -149,16 +161,37 @@ class DAMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.world_size
-        return PromptSampler(len(dataset), batch_size, self.args.num_iterations, self.args.seed)
+        args = self.args
+        accumulated = args.gradient_accumulation_steps
+        batch_size = self._train_batch_size * accumulated * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return PromptSampler(len(dataset), batch_size, accumulated * args.num_iterations, seed)
 
-    def _seed(self, purpose: _Draw) -> int:
-        """64 bits from the run's seed, the step, the process and a purpose: nothing to save, nothing shared."""
-        entropy = [self.args.seed, self.progress.micro_step, self.args.process_index, purpose]
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """As `Trainer._get_dataloader`, of numbered rows; a batch in training has the prompts of a whole step."""
+        if is_training:
+            batch_size *= self.args.gradient_accumulation_steps
+        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        return super()._get_dataloader(
+            NumberedRows(dataset), description, batch_size, sampler, is_training, dataloader_key
+        )
+
+    def _seed(self, purpose: _Draw, *more: int, step: int | None = None) -> int:
+        """64 bits from the run's seed, the step (this one unless given) and a purpose: nothing to save or share."""
+        entropy = [self.args.seed, self.state.global_step if step is None else step, purpose, *more]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
     def _generator(self, purpose: _Draw) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed(purpose) % 2**63)
+        """For what is drawn on all processes alike."""
+        return torch.Generator("cpu").manual_seed(self._seed(purpose) % 2**63)
 
     def _compare(self, batch: dict[str, Any]) -> None:
         """What the model and its base say with what is trained and sampled: once, when a run starts."""
@@ -169,76 +202,105 @@ class DAMTrainer(Trainer):
     # Training
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """One batch of rollouts, rewarded, weighted and put into the replay buffer."""
-        args, size = self.args, self.args.num_generations
-        tokens, attention_mask = batch["input_ids"], batch["attention_mask"]
-        with self.sampler.evaluating(model):
-            self._compare(batch)
-            states = tokens
-            if args.normalizer == "state":
-                way, generator = self._seed(_Draw.WAY), self._generator(_Draw.STATE)
-                states = self.sampler.states(self.model, tokens, attention_mask, way, generator)
-            trajectories = self.sampler.rollout(
-                self.model,
-                states.repeat_interleave(size, dim=0),
-                attention_mask.repeat_interleave(size, dim=0),
-                self._seed(_Draw.ROLLOUT),
-                base=True,
-                temperature=args.temperature,
-            )
-        groups = len(tokens)
-        seen = outcomes(batch, trajectories.final, size, self.processing_class)
-        flat, means = self._rewards(seen, self.state.global_step)
-        reward = flat.view(groups, size)
-        log_ratio = trajectories.log_ratio.view(groups, size, -1)
+        """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
+        args = self.args
+        given = together(lambda: self._rolled_out(model, batch))
+        rolled_out = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
+        log_ratio, reward = rolled_out["log_ratio"], rolled_out["reward"]
         weights, step = tilted_weights(
-            log_ratio.cpu(), reward, beta=args.beta, ess=args.target_ess, max_tilt=args.max_tilt, clip=args.clip
+            log_ratio, reward, beta=args.beta, ess=args.target_ess, max_tilt=args.max_tilt, clip=args.clip
         )
-        final = trajectories.final.view(groups, size, -1)
         told = diagnostics.diagnose(
             weights,
-            log_ratio.cpu(),
-            final.cpu(),
-            self.process.masked(states).cpu(),
+            log_ratio,
+            rolled_out["final"],
+            self.process.masked(rolled_out["states"]),
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
-        self.progress.replay.extend(
-            {
-                "states": states,
-                "final": final,
-                "first": trajectories.position[:, 0].view(groups, size),
-                "weight": weight,
-                "attention_mask": attention_mask,
-            }
-        )
-        self.progress.reward_calls += reward.numel() * args.world_size
+        kept = ("states", "final", "first", "attention_mask")
+        self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
+        self.progress.reward_calls += reward.numel()
         finite = reward[reward > -torch.inf]
+        parts = {name: value for name, value in rolled_out.items() if name.startswith("rewards/")}
         self.progress.record(
             reward=float(finite.mean()) if finite.numel() else -math.inf,
             reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
             tilt=float(step.mean()),
             # Nothing to correlate is no figure.
             **{name: value for name, value in told._asdict().items() if not math.isnan(value)},
-            **{f"rewards/{name}": value for name, value in means.items()},
+            **{name: float(value.nanmean()) for name, value in parts.items()},
         )
-        best = int(flat.argmax())
-        self._example = (seen["prompts"][best], seen["completions"][best], float(flat[best]))
 
-    def _targets(self, groups: Group) -> MatchingTargets:
-        """What the loss of groups from the replay buffer matches."""
-        generator, args = self._generator(_Draw.REMASK), self.args
+    def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
+        """A group of rewarded trajectories for each prompt of this process."""
+        size = self.args.num_generations
+        tokens, attention_mask, index = batch["input_ids"], batch["attention_mask"], batch["index"]
+        with self.sampler.evaluating(model):
+            self._compare(batch)
+            states = tokens
+            if self.args.normalizer == "state":
+                seed = self._seed(_Draw.STATE)
+                states = self.sampler.states(self.model, tokens, attention_mask, seed=seed, row_ids=index)
+            trajectories = self.sampler.rollout(
+                self.model,
+                states.repeat_interleave(size, dim=0),
+                attention_mask.repeat_interleave(size, dim=0),
+                seed=self._seed(_Draw.ROLLOUT),
+                row_ids=(index[:, None] * size + torch.arange(size, device=index.device)).flatten(),
+                base=True,
+                temperature=self.args.temperature,
+            )
+        seen = outcomes(batch, trajectories.final, size, self.processing_class)
+        reward, parts = self._rewards(seen, self.state.global_step)
+        best = int(reward.argmax())
+        self._example = (seen["prompts"][best], seen["completions"][best], float(reward[best]))
+        of_each = {
+            "final": trajectories.final,
+            "first": trajectories.position[:, 0],
+            "log_ratio": trajectories.log_ratio,
+            "reward": reward,
+            **{f"rewards/{name}": values for name, values in parts.items()},
+        }
+        groups = {name: value.unflatten(0, (len(tokens), size)) for name, value in of_each.items()}
+        return unstacked({"states": states, "attention_mask": attention_mask, **groups})
+
+    def _replayed(self) -> tuple[Group, Tensor]:
+        """This micro-step's and process's share of the groups of a step, and what names the draws of each, int64 [G].
+
+        With draw_outcomes a group is one outcome, drawn from all of the step.
+        """
+        args, replay = self.args, self.progress.replay
+        parts = args.gradient_accumulation_steps * args.world_size
+        part = self.progress.micro_step % args.gradient_accumulation_steps * args.world_size + args.process_index
+        generator = self._generator(_Draw.REPLAY)
+        places = replay.choose(args.replay_batch_size, parts, generator)
+        if args.draw_outcomes is None:
+            return replay.batch(places[part]), torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
+        weight = replay.batch(places.flatten())["weight"]
+        drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
+        names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
+        chosen = drawn[names]
+        groups = replay.batch(places.flatten()[chosen // weight.shape[1]])
+        member = (chosen % weight.shape[1])[:, None]
+        groups["final"] = groups["final"].take_along_dim(member[..., None], dim=1)
+        groups["first"], groups["weight"] = groups["first"].gather(1, member), each[names][:, None]
+        return groups, names
+
+    def _targets(self, groups: Group, names: Tensor) -> MatchingTargets:
+        """What the loss of groups from the replay buffer matches; their draws are those of `names` [G]."""
+        seed, args = self._seed(_Draw.TARGETS), self.args
         states, final, weight = groups["states"], groups["final"], groups["weight"]
         if args.normalizer == "state":
             return state_targets(
-                args.estimator, states, final, groups["first"], weight, self.process, generator=generator
+                args.estimator, states, final, groups["first"], weight, self.process, seed=seed, row_ids=names
             )
-        remasked = self.process.remask(states[:, None].expand_as(final), final, generator)
-        return group_targets(
-            args.estimator, remasked, final, weight, self.process, draw=args.draw_outcomes, generator=generator
-        )
+        size = weight.shape[1]
+        row_ids = names[:, None] * size + torch.arange(size, device="cpu")
+        remasked = self.process.remask(states[:, None].expand_as(final), final, seed=seed, row_ids=row_ids)
+        return group_targets(args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -251,11 +313,12 @@ class DAMTrainer(Trainer):
             progress.evaluation_failed = False
             self.evaluate()
         progress.begin(self.state.global_step)
-        if progress.micro_step % self.args.num_iterations == 0 or len(progress.replay) == 0:
+        due = self.state.global_step % self.args.num_iterations == 0 or len(progress.replay) == 0
+        if progress.micro_step == 0 and due:
             self._refill(model, inputs)
-        groups = progress.replay.sample(self.args.replay_batch_size, self._generator(_Draw.REPLAY))
-        targets = self._targets(groups)
-        dropout_seed = self._seed(_Draw.DROPOUT)
+        groups, names = self._replayed()
+        targets = self._targets(groups, names)
+        dropout_seed = self._seed(_Draw.DROPOUT, progress.micro_step, self.args.process_index)
         progress.micro_step += 1
         device = self.args.device
         mask = groups["attention_mask"][targets.group].to(device)
@@ -272,7 +335,7 @@ class DAMTrainer(Trainer):
         self.progress.clear()
         self._compared = False
         if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint))
+            self.progress.load(str(resume_from_checkpoint), self.args.num_generations)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except RewardError:
@@ -303,7 +366,9 @@ class DAMTrainer(Trainer):
     ) -> dict[str, float]:
         """Fills in the evaluation prompts once each; logs and returns their mean reward and `compute_metrics`.
 
-        Decoding is set by eval_temperature and eval_remasking. These reward calls are not counted in reward_calls.
+        Decoding is set by eval_temperature and eval_remasking. What is drawn for a prompt depends on its place in the
+        dataset, not on the batch; each evaluation draws the same, unless eval_redraw is set. These reward calls are not
+        counted in reward_calls.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -312,6 +377,7 @@ class DAMTrainer(Trainer):
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
         start = time.time()
+        seed = self._seed(_Draw.EVALUATION, step=None if self.args.eval_redraw else 0)
         rewards: list[Tensor] = []
         finals: list[np.ndarray] = []
         initials: list[np.ndarray] = []
@@ -323,11 +389,14 @@ class DAMTrainer(Trainer):
                     self.model,
                     batch["input_ids"],
                     batch["attention_mask"],
-                    self.args.seed,
+                    seed=seed,
+                    row_ids=batch["index"],
                     temperature=self.args.eval_temperature,
                     order=self.args.eval_remasking,
                 ).final
-                reward, _ = self._rewards(outcomes(batch, final, 1, self.processing_class), self.state.global_step)
+                seen = outcomes(batch, final, 1, self.processing_class)
+                rewarded = together(functools.partial(self._rewards, seen, self.state.global_step))
+                reward, _ = rewarded[self.args.process_index]
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
                 for kept, value in ((finals, final), (initials, batch["input_ids"]), (labels, batch.get("labels"))):
                     if value is not None:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from dam.ctmc import Cosine, Linear, MaskedCTMC
@@ -46,3 +47,45 @@ def test_remask_visits_every_number_of_masks_and_every_subset_alike():
     # Number uniform on 1 .. 3, then the subset uniform: 3 singletons, 3 pairs, 1 triple.
     probability = torch.tensor([0, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 3], dtype=torch.float64)
     assert chi_square_z(counts, probability) < Z
+
+
+def test_remask_by_seed_depends_on_the_row_id_only():
+    """The law is that by a generator, and padding in front or other rows change nothing."""
+    process = MaskedCTMC(MASK)
+    initial = torch.tensor([MASK, 5, MASK, MASK]).expand(60_000, 4)
+    final = torch.tensor([1, 5, 2, 3]).expand(60_000, 4)
+    states = process.remask(initial, final, seed=1)
+    masked = states == MASK
+    code = (masked[:, [0, 2, 3]] * torch.tensor([4, 2, 1])).sum(1)
+    probability = torch.tensor([0, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 9, 1 / 3], dtype=torch.float64)
+    assert not bool(masked[:, 1].any()) and chi_square_z(torch.bincount(code, minlength=8).double(), probability) < Z
+    ids = torch.tensor([[7, 40_000]])
+    padded = (torch.nn.functional.pad(x[:2], (3, 0), value=0)[None] for x in (initial, final))
+    assert torch.equal(process.remask(*padded, seed=1, row_ids=ids)[..., 3:], states[ids])
+    # Not by the order of a rollout under the same seed: the position that unmasks last would be masked for certain.
+    last = process.jump_times(initial, seed=1).masked_fill(initial != MASK, -1).argmax(dim=1)
+    share = float(masked.gather(1, last[:, None]).double().mean())
+    assert abs(share - 2 / 3) < 5.5 * (2 / 9 / len(states)) ** 0.5
+
+
+def test_jump_times_by_seed_follow_the_schedule():
+    tokens = torch.full((1000, 100), MASK)
+    times = MaskedCTMC(MASK, Cosine()).jump_times(tokens, seed=0)
+    share, expected = (
+        float((times < 0.3).double().mean()),
+        float(Cosine().alpha(torch.tensor(0.3, dtype=torch.float64))),
+    )
+    assert abs(share - expected) < 5.5 * (expected * (1 - expected) / times.numel()) ** 0.5
+    assert torch.equal(MaskedCTMC(MASK, Cosine()).jump_times(tokens[5], seed=0, row_ids=torch.tensor(5)), times[5])
+
+
+def test_a_generator_or_a_seed_with_row_ids():
+    tokens, process = torch.full((2, 3), MASK), MaskedCTMC(MASK)
+    with pytest.raises(ValueError, match="give one of them"):
+        process.jump_times(tokens, torch.Generator(), seed=0)
+    with pytest.raises(ValueError, match="row_ids name streams of a seed"):
+        process.remask(tokens, tokens, row_ids=torch.arange(2))
+    with pytest.raises(ValueError, match=r"row_ids must have shape \[2\]"):
+        process.remask(tokens, tokens, seed=0, row_ids=torch.arange(3))
+    with pytest.raises(TypeError, match="row_ids must be int64"):
+        process.remask(tokens, tokens, seed=0, row_ids=torch.arange(2.0))

@@ -20,6 +20,7 @@ from dam.ctmc import (
     simulate,
     tau_leap,
 )
+from dam.ctmc.simulate import _arrivals
 from tests.oracle import random_joint
 
 # A false alarm of one test: |z| above it has probability 6e-7.
@@ -449,7 +450,7 @@ def test_a_seed_fixes_a_run_and_nothing_else_is_touched():
         return scale * torch.sin(tokens[..., None] + torch.arange(SIZE))
 
     tokens = torch.tensor([[0, 1], [2, 2]])
-    options = {"times": [0.0, 0.5, 0.9], "base": model, "seed": 2**64 + 5}
+    options = {"times": [0.0, 0.5, 0.9], "base": model, "seed": 2**64 - 5}
     for run in (simulate, tau_leap):
         with torch.inference_mode():
             first = run(process, model, tokens, **options)
@@ -458,6 +459,52 @@ def test_a_seed_fixes_a_run_and_nothing_else_is_touched():
         assert not second.log_ratio.requires_grad and tokens.tolist() == [[0, 1], [2, 2]]
         other = run(process, model, tokens.repeat(40, 1), **(options | {"seed": 6}))
         assert not torch.equal(other.final[:2], other.final[2:4])
+        with pytest.raises(ValueError, match="seed must fit in 64 bits"):
+            run(process, model, tokens, **(options | {"seed": 2**64}))
+
+
+@pytest.mark.parametrize("run", [simulate, tau_leap])
+def test_a_trajectory_depends_on_its_row_id_only(run):
+    """Not on the others of its batch, which may have more events."""
+    process = UniformCTMC(SIZE, Geometric(1e-3))
+    model = Exact(process, random_joint(LENGTH, SIZE, seed=0))
+    base = Exact(process, random_joint(LENGTH, SIZE, seed=1))
+    tokens = process.initial((50, LENGTH), torch.Generator().manual_seed(0))
+    options = {"times": [0.0, 0.5, 0.8, END], "base": base, "seed": 3}
+    whole = run(process, model, tokens, **options)
+    ids = torch.tensor([31, 4])
+    part = run(process, model, tokens[ids], row_ids=ids, **options)
+    events = part.time.shape[1]
+    for name in ("final", "time", "position", "token", "log_ratio", "escape_gap"):
+        kept = getattr(whole, name)[ids]
+        # Sums over the states of a batch of another size may round otherwise.
+        torch.testing.assert_close(
+            getattr(part, name), kept if name == "final" else kept[:, :events], rtol=1e-9, atol=1e-12
+        )
+    assert (
+        len(run(process, model, tokens[:1].expand(9, -1), row_ids=torch.full((9,), 5), **options).final.unique(dim=0))
+        == 1
+    )
+    with pytest.raises(ValueError, match="row_ids must have shape"):
+        run(process, model, tokens, row_ids=ids, **options)
+
+
+def test_arrivals_are_those_of_a_poisson_process():
+    """Numbers by Poisson's law, times uniform; and as many as it takes, also where the first guess is too few."""
+    rows = torch.arange(20_000)
+    times = _arrivals(3.0, 0.5, 1.5, 4, rows, 0)
+    counts = torch.bincount((times < 1.5).sum(dim=1), minlength=20).double()
+    probability = torch.tensor(scipy.stats.poisson(3.0).pmf(range(20)))
+    assert (
+        chi_square_p(
+            torch.cat((counts[:10], counts[10:].sum()[None])),
+            torch.cat((probability[:10], 1 - probability[:10].sum()[None])),
+        )
+        > P_VALUE
+    )
+    assert scipy.stats.kstest(times[times < 1.5].numpy() - 0.5, "uniform").pvalue > P_VALUE
+    assert bool((times[:, -1] >= 1.5).all())
+    assert bool((_arrivals(0.0, 0.5, 1.5, 4, rows[:2], 0) == torch.inf).all())
 
 
 def test_schedules_of_users():

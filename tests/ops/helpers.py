@@ -18,6 +18,16 @@ def slow(backend):
     return backend == "torch" or simulated.get(backend, False)
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def normal(*shape, seed=0, dtype=torch.float32, scale=1.0):
     """Standard normal numbers times scale, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -176,3 +176,8 @@ def test_wrong_arguments_of_log_prob():
         dam.log_prob(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), entropy=1)
     with pytest.raises(ValueError, match=r"log_prob: target must be -1 or in \[0, 5\); got 5"):
         dam.log_prob(torch.zeros(3, 5), torch.full((3,), 5), entropy=True)
+
+
+def test_ties_at_a_tiny_temperature_have_the_entropy_of_a_coin(backend):
+    found = dam.entropy(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), temperature=1e-30)
+    torch.testing.assert_close(found, torch.tensor([math.log(2)]), rtol=2.0**-22, atol=0.0)

@@ -199,7 +199,7 @@ def test_wrong_workspace(monkeypatch, workspace):
         ({"exclude": 5}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
         ({"exclude": torch.tensor([0, 5, 0])}, ValueError, r"exclude must be -1 or in \[0, 5\); got 5"),
         ({"temperature": -1}, ValueError, "temperature must be .*; got -1"),
-        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\^30\); got 0"),
+        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\^24\); got 0"),
         ({"seed": "1"}, TypeError, "seed must be an int, an int64 tensor or None; got str"),
         ({"row_ids": torch.arange(4)}, ValueError, r"row_ids must have shape \[3\]; got \[4\]"),
     ],

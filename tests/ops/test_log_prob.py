@@ -258,3 +258,14 @@ def test_compiled_equals_eager(backend):
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=f"^log_prob: .*{message}"):
         dam.log_prob(**{"logits": torch.zeros(3, 5), "target": torch.arange(3), **arguments})
+
+
+def test_ties_at_a_tiny_temperature_and_infinite_rows(backend):
+    """Of two largest logits each has half; a row with +inf, as one with NaN, has no log-probabilities."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0]])
+    target, half = torch.tensor([1]), torch.tensor([-math.log(2)])
+    for scale in (1.0, 1e20):
+        found = dam.log_prob(logits * scale, target, temperature=1e-30)
+        torch.testing.assert_close(found, half, rtol=2.0**-22, atol=0.0)
+    for bad in (INF, math.nan):
+        assert bool(dam.log_prob(torch.tensor([[0.0, bad]]), torch.tensor([[0, 1]])).isnan().all())

@@ -370,6 +370,10 @@ def test_weight_on_the_unreachable_is_infinite(backend):
     logits = torch.tensor([[-INF, 0.5, 0.0]])
     for sign in (1.0, -1.0):
         assert dam.matching_loss(logits, torch.tensor([[0]]), torch.tensor([[sign]])) == sign * INF
+        # What repeats adds up first: not inf - inf.
+        assert (
+            dam.matching_loss(logits, torch.tensor([[0, 1, 0]]), torch.tensor([[sign, 1.0, -sign / 2]])) == sign * INF
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

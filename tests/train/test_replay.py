@@ -20,8 +20,13 @@ def batch(values, length):
     }
 
 
+def drawn(buffer, size, seed=0):
+    (places,) = buffer.choose(size, 1, torch.Generator().manual_seed(seed))
+    return buffer.batch(places)
+
+
 def held(buffer):
-    return sorted(buffer.sample(len(buffer), torch.Generator())["states"][:, -1].tolist())
+    return sorted(drawn(buffer, len(buffer))["states"][:, -1].tolist())
 
 
 def test_it_keeps_the_last_groups():
@@ -35,17 +40,28 @@ def test_it_keeps_the_last_groups():
 def test_a_sample_is_without_replacement_and_depends_on_the_generator_only():
     buffer = ReplayBuffer(100, PAD)
     buffer.extend(batch(list(range(50)), 2))
-    drawn = [buffer.sample(20, torch.Generator().manual_seed(seed))["states"][:, 0].tolist() for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(set(drawn[0])) == 20
-    assert len(buffer.sample(1000, torch.Generator())["states"]) == 50
+    seen = [drawn(buffer, 20, seed)["states"][:, 0].tolist() for seed in (1, 1, 2)]
+    assert seen[0] == seen[1] != seen[2]
+    assert len(set(seen[0])) == 20
+    assert len(drawn(buffer, 1000)["states"]) == 50
+
+
+@pytest.mark.parametrize(("groups", "size", "parts"), [(50, 5, 4), (12, 5, 4), (10, 5, 4), (3, 5, 4), (1, 1, 3)])
+def test_parts_are_equal_shares_of_what_one_process_draws(groups, size, parts):
+    buffer = ReplayBuffer(100, PAD)
+    buffer.extend(batch(list(range(groups)), 2))
+    whole = buffer.choose(size * parts, 1, torch.Generator().manual_seed(3))[0]
+    shares = buffer.choose(size, parts, torch.Generator().manual_seed(3))
+    assert torch.equal(shares.flatten()[: len(whole)], whole) and shares.shape[0] == parts
+    # Groups are in two parts only where they do not come out even.
+    assert shares.numel() - len(whole) < parts and len(whole) == min(groups, size * parts)
 
 
 def test_shorter_groups_are_padded_on_the_left():
     buffer = ReplayBuffer(4, PAD)
     buffer.extend(batch([1], 5))
     buffer.extend(batch([2], 3))
-    sample = buffer.sample(2, torch.Generator())
+    sample = drawn(buffer, 2)
     short = sample["states"][:, -1].tolist().index(2)
     assert sample["states"][short].tolist() == [PAD, PAD, 2, 2, 2]
     assert sample["final"][short].tolist() == [[PAD, PAD, 2, 2, 2]] * 2
@@ -68,7 +84,7 @@ def test_its_state_survives_a_file(tmp_path):
     buffer.extend(batch([1, 2, 3], 4))
     torch.save(buffer.state_dict(), tmp_path / "state.pt")
     copy.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    ours, theirs = (b.sample(2, torch.Generator().manual_seed(5)) for b in (buffer, copy))
+    ours, theirs = (drawn(b, 2, seed=5) for b in (buffer, copy))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     copy.extend(batch([4, 5], 4))
     assert held(copy) == [2, 3, 4, 5]

@@ -79,7 +79,8 @@ def test_a_mended_reward_function_loses_nothing(tmp_path, changes, broken):
     with pytest.raises(RewardError, match=r"'BreaksAt' raised ConnectionError: the judge is away.*failed_rollouts\.pt"):
         failing.train()
     kept = torch.load(output / "failed_rollouts.pt")
-    assert len(kept["completion_ids"]) == len(kept["prompts"]) == 2 * 8  # prompts of a rollout, trajectories of each
+    prompts = 2 * config.get("gradient_accumulation_steps", 1)  # of a step, and trajectories of each
+    assert len(kept["completion_ids"]) == len(kept["prompts"]) == prompts * 8
     assert kept["step"] == failing.state.global_step
 
     resumed = tiny_model(dropout=dropout)
@@ -111,6 +112,16 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert last_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-4"
     with pytest.raises(ValueError, match=r"checkpoint-6' is no whole DAMTrainer checkpoint"):
         DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS).train(f"{tmp_path}/checkpoint-6")
+
+
+def test_another_number_of_trajectories_is_refused_before_any_work(tmp_path):
+    uninterrupted(tmp_path, save_strategy="steps", save_steps=2)
+    worked = []
+    config = tiny_config(tmp_path, num_generations=4, num_iterations=6)
+    again = DAMTrainer(tiny_model(), lambda **_: worked.append(1), config, ROWS)
+    with pytest.raises(ValueError, match=r"groups of .*checkpoint-2' have 8 trajectories .* resume with the num_gen"):
+        again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    assert not worked
 
 
 def test_without_a_checkpoint_resuming_is_an_error(tmp_path):

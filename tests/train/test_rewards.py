@@ -11,6 +11,10 @@ import torch
 from dam.train.rewards import RewardError, total_reward
 
 
+def means(parts):
+    return {name: float(values.nanmean()) for name, values in parts.items()}
+
+
 def call(functions, weights=None, count=2, **columns):
     return total_reward(
         functions,
@@ -98,11 +102,11 @@ def test_functions_of_one_name_are_told_apart():
         return [0.5] * 2
 
     partials = [functools.partial(functools.partial(worth), value=value) for value in (1.0, 2.0)]
-    _, means = call([*partials, Judge(), Judge(), worth_1])
-    assert means == {"worth_2": 1.0, "worth_3": 2.0, "Judge_1": 4.0, "Judge_2": 4.0, "worth_1": 0.5}
+    _, parts = call([*partials, Judge(), Judge(), worth_1])
+    assert means(parts) == {"worth_2": 1.0, "worth_3": 2.0, "Judge_1": 4.0, "Judge_2": 4.0, "worth_1": 0.5}
     with pytest.raises(RewardError, match="'worth_2' returned nan"):
         call([partials[0], functools.partial(worth, value=math.nan)])
-    assert call([partials[0]])[1] == {"worth": 1.0}
+    assert means(call([partials[0]])[1]) == {"worth": 1.0}
 
 
 def test_functions_are_weighted_and_added():
@@ -112,9 +116,9 @@ def test_functions_are_weighted_and_added():
     def second(**_):
         return [10.0, 20.0]
 
-    total, means = call([first, second], weights=[2.0, 0.5])
+    total, parts = call([first, second], weights=[2.0, 0.5])
     assert total.tolist() == [7.0, 14.0]
-    assert means == {"first": 1.5, "second": 15.0}
+    assert means(parts) == {"first": 1.5, "second": 15.0}
 
 
 def test_none_counts_nothing_and_stays_out_of_the_mean():
@@ -124,7 +128,7 @@ def test_none_counts_nothing_and_stays_out_of_the_mean():
     def sometimes(**_):
         return [None, 2.0]
 
-    assert call([sometimes, lambda **_: [1.0, 1.0]])[1]["sometimes"] == 2.0
+    assert means(call([sometimes, lambda **_: [1.0, 1.0]])[1])["sometimes"] == 2.0
 
 
 def test_a_completion_that_no_function_applies_to_is_an_error():

@@ -1,5 +1,6 @@
 """DAMTrainer: that it learns, what reward functions are given, what is logged, and prompts of different length."""
 
+import contextlib
 import io
 import math
 
@@ -18,8 +19,8 @@ from transformers import (
 from dam import diagnostics
 from dam.models import MaskedLM, Tabular, denoiser_of
 from dam.train import DAMTrainer
-from dam.train.trainer import _Draw
 from tests.architectures import small_sizes
+from tests.ops.helpers import default_dtype
 
 WORDS = ["[MASK]", "[PAD]", "a", "b", "c", "d"]
 
@@ -88,7 +89,9 @@ def test_no_weight_falls_on_what_is_forbidden(tmp_path):
     assert all(map(math.isfinite, losses))
     # A third of all positions would be at stake; the base draws a five in one of five.
     tokens = torch.tensor([row["input_ids"] for row in ROWS * 16])
-    final = trainer.sampler.rollout(trainer.model, tokens, torch.ones(128, 4), 1, temperature=1.0).final
+    final = trainer.sampler.rollout(
+        trainer.model, tokens, torch.ones(128, 4), seed=1, row_ids=torch.arange(128), temperature=1.0
+    ).final
     assert float((final[:, 1:] == 5).double().mean()) < 0.05
 
 
@@ -210,7 +213,9 @@ def test_padding_does_not_move_blocks(tmp_path, tokenizer):
 
     def filled_last(longest):
         batch = trainer.data_collator([{"prompt": [5]}] * 40 + [{"prompt": [2] * longest}])
-        way = trainer.sampler.rollout(trainer.model, batch["input_ids"], batch["attention_mask"], 0, temperature=1.0)
+        way = trainer.sampler.rollout(
+            trainer.model, batch["input_ids"], batch["attention_mask"], seed=0, row_ids=batch["index"]
+        )
         return set((way.position[:40, -1] - batch["input_ids"].shape[1]).tolist())
 
     # 40 orders: a place that is last in half of them is missed once in 2^40.
@@ -224,7 +229,7 @@ def test_padding_is_never_filled_in(tmp_path, tokenizer, with_tokenizer, normali
     rows = [{"prompt": [2, 3, 4]}, {"prompt": [5]}] * 2
     trainer = DAMTrainer(tiny_model(), sum_reward, config, rows, processing_class=tokenizer if with_tokenizer else None)
     trainer.train()
-    groups = trainer.progress.replay.sample(6, torch.Generator())
+    groups = trainer.progress.replay.batch(torch.arange(6))
     padding = groups["attention_mask"] == 0
     assert padding.any()
     assert not (trainer.process.masked(groups["states"]) & padding).any()
@@ -414,8 +419,8 @@ def test_the_gradient_of_a_step_is_that_of_the_cross_entropy(tmp_path):
     trainer = DAMTrainer(table(), twos, table_config(tmp_path), TABLE_ROWS)
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(TABLE_ROWS[:2]))
     (gradient,) = torch.autograd.grad(loss, [trainer.model.logits])
-    trainer.progress.micro_step = 0  # the same draws again
-    targets = trainer._targets(trainer.progress.replay.sample(4, trainer._generator(_Draw.REPLAY)))
+    groups, names = trainer._replayed()  # the same draws again
+    targets = trainer._targets(groups, names)
     logits = trainer.model.logits.detach().double().requires_grad_()
     rows = logits[trainer.model.index(targets.states)[targets.row], targets.position]
     log_prob = torch.log_softmax(rows[:, :-1], dim=1).gather(1, targets.target.clamp(min=0))
@@ -447,3 +452,16 @@ def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, monkeypatch, en
     trainer.log({"loss": 0.0})
     terminal.flush()
     assert f"completion: {seen}\n" in terminal.buffer.getvalue().decode(encoding)
+
+
+def test_a_default_device_or_dtype_changes_nothing(tmp_path):
+    """Of a step, from rows to gradient. (The loaders of torch do heed a default device.)"""
+    losses = []
+    for surroundings in (contextlib.nullcontext(), torch.device("meta"), default_dtype(torch.float64)):
+        trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS)
+        with surroundings:
+            loss = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS[:2]))
+            loss.backward()
+        losses.append((loss.detach(), trainer.model.bert.embeddings.word_embeddings.weight.grad))
+    for loss, gradient in losses[1:]:
+        assert torch.equal(loss, losses[0][0]) and torch.equal(gradient, losses[0][1])

@@ -1,0 +1,88 @@
+"""One process of a run on several, by `python -m torch.distributed.run -m tests.train.process_run OUTPUT CASE ...`.
+
+Writes what it ends with to OUTPUT/CASE-RANK.pt. CASE names what the process does; see `main`.
+"""
+
+import sys
+
+import torch
+from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+from dam.train import DAMTrainer
+from tests.architectures import small_sizes
+from tests.train.tiny import ROWS, VOCABULARY, sum_reward, tiny_config
+
+PROMPTS = [{**row, "input_ids": [1, *row["input_ids"]] if n % 2 else row["input_ids"]} for n, row in enumerate(ROWS)]
+HELD_OUT = [{"input_ids": [2, 0, 0, 0]}] * 5  # not as many for each process
+
+
+def model():
+    """Of rotary positions, to which padding is nothing: how much a prompt gets depends on the others of its process."""
+    torch.manual_seed(0)
+    config = ModernBertConfig(**small_sizes(VOCABULARY), cls_token_id=None, sep_token_id=None)
+    return ModernBertForMaskedLM(config)
+
+
+class Judge:
+    """Fails in one process, at a call."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.calls = fails_at, 0
+
+    def __call__(self, **arguments):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ConnectionError("the judge is away")
+        return sum_reward(**arguments)
+
+
+def trained(output, *, judge=None, processes=1, resume=None, **changes):
+    """A trainer after its run: 8 steps into the second epoch, of 4 prompts and 4 groups each."""
+    per_process = {"per_device_train_batch_size": 4 // processes, "replay_batch_size": 4 // processes}
+    config = tiny_config(
+        output, max_steps=6, save_strategy="steps", save_steps=2, num_iterations=1, optim="sgd", learning_rate=0.1,
+        eval_temperature=1.0, logging_steps=1, ddp_backend="gloo" if processes > 1 else None, replay_size=6,
+        **per_process, **changes,
+    )  # fmt: skip
+    trainer = DAMTrainer(model(), judge or Judge(), config, PROMPTS, HELD_OUT)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def told(trainer):
+    """What a run ends with: weights, the replay buffer and the figures it logged."""
+    logged = [
+        {
+            name: value
+            for name, value in entry.items()
+            if name not in ("train_runtime", "epoch") and "per_second" not in name
+        }
+        for entry in trainer.state.log_history
+    ]
+    return {
+        "weights": torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]),
+        "groups": trainer.progress.replay.state_dict()["groups"],
+        "reward_calls": trainer.reward_calls,
+        "logged": [entry for entry in logged if "loss" in entry],
+        "eval_reward": trainer.evaluate()["eval_reward"],
+    }
+
+
+def main(output, *cases):
+    import os
+
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for case in cases:
+        if case == "whole":
+            trainer = trained(f"{output}/whole", processes=processes)
+        elif case == "resumed":
+            trainer = trained(f"{output}/resumed", processes=processes, resume=f"{output}/whole/checkpoint-2")
+        elif case == "broken":
+            trainer = trained(f"{output}/broken", processes=processes, judge=Judge(3 if rank == 1 else None))
+        else:
+            raise ValueError(case)
+        torch.save(told(trainer), f"{output}/{case}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
