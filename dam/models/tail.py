@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ POSITIONS = _REAL + len(_PROBES)
 
 
 class Tail(NamedTuple):
-    """logits at position i = scale * (what the output layer gives at position i - shift) + bias."""
+    """logits at position i = scale * (what the output layer gives at position i - shift) + bias + any number."""
 
     scale: float = 1.0
     shift: int = 0  # 0 or 1; the first position is its own
@@ -141,8 +142,11 @@ def _candidates(model: nn.Module, columns: int) -> dict[str, Tensor]:
 
 def _logits(output: Any) -> Tensor | None:
     """The logits [POSITIONS, V] in what a model returned, if it returned any."""
-    values = [getattr(output, "logits", None)]
-    values += [output] if isinstance(output, Tensor) else list(output.values() if hasattr(output, "values") else output)
+    values: list[Any] = [getattr(output, "logits", None), output]
+    if isinstance(output, (tuple, list)):
+        values += output
+    elif isinstance(output, Mapping):
+        values += output.values()
     for value in values:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, POSITIONS):
             return value[0]
@@ -157,31 +161,36 @@ def _fitted(model: str, logits: Tensor, outputs: Tensor, biases: dict[str, Tenso
             f"{outputs.shape[1]} numbers: it is not applied last. Hand in a dam.models.Denoiser of your own, whose "
             "head() is the last product"
         )
+    given = logits.detach()
+    seen, put = _centred(given), _centred(outputs)
+    # Roundings of the numbers themselves and of their mean.
+    size = 8.0 * torch.finfo(logits.dtype).eps * given.abs().amax(dim=1, keepdim=True)
     for shift in (0, 1):
         row = _REAL + _PROBES.index(0.0) + shift
-        of = torch.arange(POSITIONS, device=logits.device) - shift
-        offset, scale = logits[row].detach(), _scale(logits.detach(), outputs[of.clamp(min=0)], row)
-        expected = scale * outputs[of.clamp(min=0)] + offset
-        # Two roundings of what is computed, one of the scale.
-        size = 4.0 * torch.finfo(logits.dtype).eps * (expected.abs() + offset.abs())
-        if bool(((logits - expected).abs() <= size).all()) and scale != 0.0:
+        of = put[(torch.arange(POSITIONS, device=logits.device) - shift).clamp(min=0)]
+        scale = _scale(seen, of, row)
+        if scale != 0.0 and bool(((seen - scale * of - seen[row]).abs() <= size + size[row]).all()):
             return Tail(scale, shift, _bias(model, logits, row, biases))
-    never = torch.isneginf(logits).all(dim=0).nonzero()[:, 0].tolist()
+    never = torch.isneginf(given).all(dim=0).nonzero()[:, 0].tolist()
     if never:
         raise ValueError(
             f"{model} gives {len(never)} tokens ({never[0]}, ...) logits of -inf, but the fused operations would draw "
             "them: hand in a dam.models.Denoiser of your own, whose head() has a bias of -inf there"
         )
-    same = logits.detach().log_softmax(dim=1) - outputs.log_softmax(dim=1)
-    difference = float(same[:_REAL].abs().nan_to_num(nan=math.inf).max())
-    top = float(logits[_REAL + _PROBES.index(64.0)].max())
+    difference = (given.log_softmax(dim=1) - outputs.log_softmax(dim=1))[:_REAL].abs().nan_to_num(nan=math.inf).max()
+    top = float(given[_REAL + _PROBES.index(64.0)].max())
     raise ValueError(
         f"{model} changes its logits after the output layer, by more than a scale, a bias and a shift by one position: "
         f"where the layer gives 64 the model gives {top:.4g}, and its log-probabilities differ by up to "
-        f"{difference:.3g} from those of the layer. The fused operations would train other log-probabilities than "
-        "the model's. Soft-capped logits (final_logit_softcapping in the config): set that to None, for training and "
+        f"{float(difference):.3g} from those of the layer. The fused operations would train other log-probabilities "
+        "than the model's. Soft-capped logits (final_logit_softcapping in the config): set that to None, for training and "
         "for whatever uses the model afterwards"
     )
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Less the mean of each row, a number that log-probabilities do not depend on: a model may return these."""
+    return logits - logits.mean(dim=1, keepdim=True)
 
 
 def _scale(logits: Tensor, outputs: Tensor, zero: int) -> float:
@@ -194,14 +203,16 @@ def _scale(logits: Tensor, outputs: Tensor, zero: int) -> float:
 
 def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> str | None:
     """Name of the parameter or buffer that a row of the logits is, of zeros put in: it has a gradient of them."""
-    offset, used = logits[row].detach(), []
+    offset, used = _centred(logits.detach()[row : row + 1])[0], []
     if logits.requires_grad and biases:
         with torch.enable_grad():
             gradients = torch.autograd.grad(logits[row].sum(), list(biases.values()), allow_unused=True)
         used = [name for name, gradient in zip(biases, gradients, strict=True) if gradient is not None]
-    if len(used) == 1 and torch.equal(biases[used[0]].detach().reshape(-1).to(offset.dtype), offset):
+    rounding = 8.0 * torch.finfo(logits.dtype).eps * float(logits.detach()[row].abs().max())
+    known = [_centred(biases[name].detach().reshape(1, -1).to(offset.dtype))[0] for name in used]
+    if len(used) == 1 and bool(((known[0] - offset).abs() <= rounding).all()):
         return used[0]
-    if used or bool((offset != 0).any()):
+    if used or bool((offset.abs() > rounding).any()):
         raise ValueError(
             f"{model} adds up to {float(offset.abs().max()):.4g} to the logits of its output layer, which is no "
             f"parameter or buffer as it stands{' (but made of ' + ', '.join(used) + ')' if used else ''}. Hand in a "

@@ -46,6 +46,7 @@ FOLLOWED = {
     "buffer added": lambda model, logits: logits + model.fixed,
     "position before": lambda model, logits: position_before(logits),
     "all of it": lambda model, logits: position_before(logits * -0.7) + model.outside,
+    "log-probabilities": lambda model, logits: (logits * 0.3 + model.outside).log_softmax(dim=-1),
     "in float32": lambda model, logits: logits.float() * 0.3,
 }
 
@@ -64,10 +65,10 @@ def through_the_head(denoiser, tokens):
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_it_becomes_part_of_hidden_states_and_head(name, bias, tokens):
     model, gradients = Toy(FOLLOWED[name], bias), []
-    logits = [model(tokens), through_the_head(MaskedLM(model), tokens)]
+    logits = [value.log_softmax(dim=-1) for value in (model(tokens), through_the_head(MaskedLM(model), tokens))]
     for value in logits:
         model.zero_grad()
-        value.log_softmax(dim=-1)[..., 2].sum().backward()
+        value[..., 2].sum().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
     # Numbers near 1 in float32, rounded in another order.
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
@@ -145,11 +146,11 @@ def never(logits):
             r"where the layer gives 64 the model gives 2, .* differ by",
         ),
         (lambda m, z: 1e4 * torch.tanh(z / 1e4), ValueError, "set that to None"),
-        (lambda m, z: z.log_softmax(dim=-1) * 2.0, ValueError, "changes its logits after the output layer"),
+        (lambda m, z: z.softmax(dim=-1), ValueError, "changes its logits after the output layer"),
         (lambda m, z: z * 0.0, ValueError, "changes its logits after the output layer"),
         (lambda m, z: z + 2.0 * m.outside, ValueError, r"no parameter or buffer as it stands \(but made of outside\)"),
         (lambda m, z: z + m.outside + m.fixed, ValueError, r"made of outside, fixed\)"),
-        (lambda m, z: z + torch.arange(VOCABULARY), ValueError, "adds up to 10 to the logits of its output layer"),
+        (lambda m, z: z + torch.arange(VOCABULARY), ValueError, "adds up to 5 to the logits of its output layer"),
         (lambda m, z: z[..., :-1], TypeError, "returns logits of 10 tokens, but .* gives 11 numbers"),
         (lambda m, z: never(z), ValueError, r"gives 1 tokens \(4, ...\) logits of -inf"),
         (lambda m, z: torch.cat((z[:, 1:], z[:, :1]), dim=1), ValueError, "changes its logits after"),
@@ -175,9 +176,16 @@ def test_a_layer_that_is_no_product_of_its_weight_is_refused(tokens):
         MaskedLM(model).hidden_states(tokens)
 
 
-def test_a_model_without_logits_is_taken_as_it_is(tokens):
-    model = Toy(lambda model, logits: {"loss": logits.sum()})
+@pytest.mark.parametrize("returned", [lambda z: {"loss": z.sum()}, lambda z: (z.sum(),), lambda z: None])
+def test_a_model_without_logits_is_taken_as_it_is(returned, tokens):
+    model = Toy(lambda model, logits: returned(logits))
     assert MaskedLM(model).head().bias is model.output.bias
+
+
+@pytest.mark.parametrize("returned", [lambda z: {"logits": z}, lambda z: {"loss": None, "scores": z}, lambda z: [z]])
+def test_logits_are_found_in_what_a_model_returns(returned, tokens):
+    model, plain = (Toy(tail) for tail in (lambda model, logits: returned(logits * 0.3), FOLLOWED["scaled"]))
+    torch.testing.assert_close(through_the_head(MaskedLM(model), tokens), plain(tokens))
 
 
 SIZES = {**small_sizes(VOCABULARY), "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 8}
