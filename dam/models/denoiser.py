@@ -61,7 +61,7 @@ class MaskedLM:
 
     def _output_layer(self) -> Any:
         layer = self._inner.get_output_embeddings()
-        if layer is None or getattr(layer, "weight", None) is None:
+        if layer is None:
             raise TypeError(f"get_output_embeddings() of {type(self._inner).__name__} gives no linear layer")
         return layer
 

@@ -183,8 +183,8 @@ def _fitted(model: str, logits: Tensor, outputs: Tensor, biases: dict[str, Tenso
         f"{model} changes its logits after the output layer, by more than a scale, a bias and a shift by one position: "
         f"where the layer gives 64 the model gives {top:.4g}, and its log-probabilities differ by up to "
         f"{float(difference):.3g} from those of the layer. The fused operations would train other log-probabilities "
-        "than the model's. Soft-capped logits (final_logit_softcapping in the config): set that to None, for training and "
-        "for whatever uses the model afterwards"
+        "than the model's. Soft-capped logits (final_logit_softcapping in the config): set that to None, for training "
+        "and for whatever uses the model afterwards"
     )
 
 

@@ -91,9 +91,11 @@ class DAMTrainer(Trainer):
         peft_config: trains an adapter (extra `peft`).
         ref_model: the base model. Unless given it is the model as it is now: a frozen copy, or of a PEFT model, whether
             by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
-            trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens.
+            trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens. So a run that is
+            resumed must be given the model that it began with.
         denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base. A model of
-            your own that has hidden_states() and head() needs none.
+            your own that has hidden_states() and head() needs none, and is taken at its word: it has no other logits
+            to be compared with.
 
     Raises:
         ValueError, TypeError: bad arguments, before any work.
