@@ -14,6 +14,7 @@ went through themselves, where the weights' mean can be subtracted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -285,6 +286,31 @@ def path_targets(
     )
 
 
+def without_ended(targets: MatchingTargets, stop: Sequence[int], start: Tensor) -> MatchingTargets:
+    """Targets without the rows whose state shows an end of the text in front of their position.
+
+    What a model writes there counts for nothing: it is neither decoded nor rewarded. A row is judged by its state
+    alone, as a model that writes from left to right sees the end before what follows it. Where the end itself is still
+    masked, the row stays, although the outcome has the position behind an end: to leave out rows by their outcomes
+    would teach p(v | i, x, no end in front of i), which is not p(v | i, x): texts then grow longer and longer even
+    with a constant reward, for which nothing is to be learned. Here p* stays the fixed point at all rows that are left.
+    Path weights are those of the whole sequence, what follows the end included: the objective is still that of the
+    whole sequence, whose reward does not look behind the end.
+
+    Args:
+        targets: of G groups.
+        stop: tokens that end a text.
+        start: int64 [G], the position from which on they do, in the states of each group.
+    """
+    states = targets.states
+    end = torch.isin(states, torch.tensor(stop, dtype=states.dtype, device=states.device))
+    end &= torch.arange(states.shape[1], device=states.device) >= start.to(states.device)[targets.group, None]
+    ended = end.cumsum(dim=1) > end.long()
+    kept = ~ended[targets.row, targets.position]
+    row, position, target, weight = (part[kept] for part in targets[2:])
+    return MatchingTargets(states, targets.group, row, position, target, weight)
+
+
 def estimator_loss(
     denoiser: Denoiser, targets: MatchingTargets, process: MaskedCTMC, attention_mask: Tensor | None = None
 ) -> Tensor:
@@ -292,13 +318,13 @@ def estimator_loss(
 
     Source: So et al., arXiv 2602.07132, Eq. 14.
     """
-    hidden = denoiser.hidden_states(targets.states, attention_mask)
+    hidden, head = denoiser.hidden_states(targets.states, attention_mask), denoiser.head()
     scale = targets.weight.new_full(targets.row.shape, 1.0 / max(1, targets.states.shape[0]))
     return linear_matching_loss(
         hidden[targets.row, targets.position],
         target=targets.target,
         weight=targets.weight,
-        **denoiser.head().arguments(hidden.dtype),
+        **head.arguments(hidden.dtype),
         row_scale=scale,
-        exclude=process.mask_token,
+        exclude=process.excluded(head.weight.shape[0]),
     )

@@ -149,10 +149,11 @@ def rollout(
         if n == 0 or order == "confidence":
             stream = _philox.ids(seed, Use.JUMP, row_ids, length, sample=n).flip(1)
         rows, at, hidden = _hidden_at(denoiser, trajectories, drawn_now, trajectories.final, attention_mask)
+        head = denoiser.head()
         drawn = linear_jump(
             hidden,
-            **denoiser.head().arguments(hidden.dtype),
-            exclude=process.mask_token,
+            **head.arguments(hidden.dtype),
+            exclude=process.excluded(head.weight.shape[0]),
             temperature=temperature,
             seed=seed,
             row_ids=stream[rows, trajectories.position[rows, at]],
@@ -184,11 +185,12 @@ def jump_log_prob(
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
         rows, at, hidden = _hidden_at(denoiser, trajectories, trajectories.call == n, states, attention_mask)
+        head = denoiser.head()
         value = linear_log_prob(
             hidden,
             target=trajectories.token[rows, at],
-            **denoiser.head().arguments(hidden.dtype),
-            exclude=process.mask_token,
+            **head.arguments(hidden.dtype),
+            exclude=process.excluded(head.weight.shape[0]),
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,
         )

@@ -15,6 +15,7 @@ from dam.adjoint import (
     path_targets,
     state_targets,
     tilted_weights,
+    without_ended,
 )
 from dam.rollout import rollout
 from tests import oracle
@@ -386,6 +387,51 @@ def test_a_forbidden_outcome_has_weight_zero_at_any_tilt():
     assert weights.weight[1].tolist() == [0.0] * 4
     assert not bool(torch.isnan(weights.weight).any())
     assert float(tilt[1]) == 0
+
+
+def test_no_row_lies_behind_an_end_that_its_state_shows():
+    """From the start of the text on; a row whose own position is the last before the end stays, as does all else."""
+    mask, end = 9, 8
+    states = torch.tensor([[1, mask, end, mask, mask], [end, mask, end, 2, mask], [end, mask, mask, 1, mask]])
+    row, position = torch.nonzero(states == mask, as_tuple=True)
+    targets = MatchingTargets(
+        states, torch.tensor([0, 1, 0]), row, position, torch.arange(len(row))[:, None], torch.rand(len(row), 1)
+    )
+    kept = without_ended(targets, [7, end], torch.tensor([0, 1]))
+    assert list(zip(kept.row.tolist(), kept.position.tolist(), strict=True)) == [(0, 1), (1, 1)]
+    assert torch.equal(kept.target, targets.target[[0, 3]]) and torch.equal(kept.weight, targets.weight[[0, 3]])
+    assert torch.equal(kept.states, states)  # the mean is over all states
+    later = without_ended(targets, [end], torch.tensor([5, 1]))  # nothing ends before the start
+    assert later.row.tolist() == [0, 0, 0, 1, 2, 2, 2]
+
+
+def test_without_rows_behind_an_end_the_law_is_still_a_fixed_point():
+    """A row that is left has the conditional of its state as target: judged by outcomes it would have another."""
+    joint = oracle.random_joint(3, 3, seed=5)
+    process, end = oracle.process(joint), 1
+    finals = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    share = joint[tuple(finals.T)].double()
+    states = torch.tensor([[3, end, 3], [3, 3, 3], [2, 3, 3]])
+    for state, expected in zip(states, ([0], [0, 1, 2], [1, 2]), strict=True):
+        fits = ((finals == state) | (state == 3)).all(dim=1)
+        weight = (share[fits] / share[fits].mean())[None]
+        remasked = state.expand(1, int(fits.sum()), 3)
+        targets = group_targets("posterior", remasked, finals[fits][None], weight, process)
+        kept = without_ended(targets, [end], torch.tensor([0]))
+        mass = target_mass(kept, int(fits.sum()), 3, 3).mean(dim=0)
+        exact = exact_target(joint, state)
+        exact[[place for place in range(3) if place not in expected]] = 0
+        torch.testing.assert_close(mass, exact)
+
+
+def test_a_loss_without_rows_is_zero():
+    process, model = oracle.process(oracle.random_joint(3, 3, seed=0)), oracle.table(oracle.random_joint(3, 3, seed=0))
+    states = torch.tensor([[1, 3, 3]])
+    nothing = torch.empty(0, dtype=torch.int64)
+    targets = MatchingTargets(states, torch.tensor([0]), nothing, nothing, nothing[:, None], torch.empty(0, 1))
+    loss = estimator_loss(model, targets, process)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and not bool(model.logits.grad.any())
 
 
 def test_bad_arguments_are_named():

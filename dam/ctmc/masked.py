@@ -42,7 +42,9 @@ class MaskedCTMC:
 
         -inf at positions that are filled in, and for the mask token.
         """
-        logits = prediction.double().index_fill(2, torch.tensor(self.mask_token, device=tokens.device), -torch.inf)
+        logits = prediction.double()
+        if (excluded := self.excluded(logits.shape[2])) >= 0:
+            logits = logits.index_fill(2, torch.tensor(excluded, device=tokens.device), -torch.inf)
         rate = self.schedule.unmasking_rate(time.double()).log()[:, None, None]
         return torch.where(self.masked(tokens)[..., None], rate + logits.log_softmax(dim=2), -torch.inf)
 
@@ -52,6 +54,10 @@ class MaskedCTMC:
         For schedules whose rate changes by less than 5% within 1/256 of the interval.
         """
         return 1.05 * length * float(self.schedule.unmasking_rate(sampled(start, end)).max())
+
+    def excluded(self, destinations: int) -> int:
+        """What a draw among so many tokens leaves out: the mask, or -1, nothing, where a head has no row for it."""
+        return self.mask_token if self.mask_token < destinations else -1
 
     def masked(self, tokens: Tensor) -> Tensor:
         """Boolean, like tokens: where something is left to fill in."""

@@ -79,6 +79,23 @@ class OnSave(TrainerCallback):
         self._function()
 
 
+class UpdateBegun(TrainerCallback):
+    """Knows which step last began to update weights: they are of no step until it ends."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step
+
+
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -19,6 +20,9 @@ class DAMConfig(TrainingArguments):
     of prompts feeds `num_iterations` training steps, each on `replay_batch_size` groups from the replay buffer. With
     gradient accumulation or several processes a step has as many times the prompts, rolled out at once, and groups.
     """
+
+    # Fields that a command line gives as JSON.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
 
     beta: float = field(
         default=0.04, metadata={"help": "Temperature: the objective is E[-reward] + beta KL(model || base)."}
@@ -79,6 +83,17 @@ class DAMConfig(TrainingArguments):
     max_completion_length: int = field(
         default=256, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
     )
+    stop_token_ids: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that end a completion: what follows the first of them is neither decoded nor rewarded, nor "
+            "trained on where it is seen to follow. None takes the tokenizer's end-of-text token; an empty list none."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Passed to the tokenizer's apply_chat_template for conversational prompts; a dict, or JSON."},
+    )
     mask_token_id: int | None = field(
         default=None, metadata={"help": "Mask token; taken from processing_class or the model's config unless given."}
     )
@@ -127,5 +142,11 @@ class DAMConfig(TrainingArguments):
             raise ValueError("first_jump_one draws a trajectory of each group: draw_outcomes does not go with it")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
+        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
+            raise ValueError(f"chat_template_kwargs must be a dict; got {self.chat_template_kwargs!r}")
+        if self.stop_token_ids is not None and not all(
+            isinstance(token, int) and token >= 0 for token in self.stop_token_ids
+        ):
+            raise ValueError(f"stop_token_ids must be token ids; got {self.stop_token_ids}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import enum
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_SEQUENCES = ("input_ids", "attention_mask", "labels")
-
-
-class SpecialTokens(NamedTuple):
-    """Of a run's sequences."""
-
-    mask: int  # stands wherever something is to be filled in
-    pad: int  # fills up shorter sequences, with attention_mask 0
-
-
-def special_tokens(mask_token: int | None, tokenizer: Any, config: Any) -> SpecialTokens:
-    """The mask token given, or that of the tokenizer or of the model's config, and a token to pad with.
-
-    Raises:
-        ValueError: nobody knows the mask token.
-    """
-    sources = (tokenizer, config)
-    for source in sources:
-        if mask_token is None:
-            mask_token = getattr(source, "mask_token_id", None)
-    if mask_token is None:
-        raise ValueError("the mask token is not known: set mask_token_id in DAMConfig")
-    # Padding must not look like something to fill in; any other token does, attention_mask being 0 there.
-    pad_token = int(mask_token == 0)
-    for source in reversed(sources):
-        known = getattr(source, "pad_token_id", None)
-        if known is not None and known != mask_token:
-            pad_token = known
-    return SpecialTokens(mask_token, pad_token)
+from dam.train.rewards import Outcomes, RewardError, refuse_reserved
+from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, TokenRow, is_conversation
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
@@ -63,9 +38,10 @@ class PromptSampler(torch.utils.data.Sampler[int]):
 
 
 class NumberedRow(NamedTuple):
-    """A row of a dataset, and which it is: what is drawn for a prompt is keyed by that."""
+    """A row of a dataset: its number, by which what is drawn for it is keyed, and its name in messages."""
 
     number: int
+    where: str
     row: Any
 
 
@@ -74,96 +50,251 @@ class NumberedRows(torch.utils.data.Dataset[NumberedRow]):
 
     Args:
         rows: has len() and a row for each index.
+        name: of the dataset in messages.
     """
 
-    def __init__(self, rows: Any):
-        self._rows = rows
+    def __init__(self, rows: Any, name: str):
+        self._rows, self._name = rows, name
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> NumberedRow:
-        return NumberedRow(index, self._rows[index])
+        return NumberedRow(index, row_name(index, self._name), self._rows[index])
 
     def __getitems__(self, indices: list[int]) -> list[NumberedRow]:
         """A batch at once, where the dataset has a way of its own to read one, as those of `datasets` have."""
         several = getattr(self._rows, "__getitems__", None)
         rows = several(indices) if several else [self._rows[index] for index in indices]
-        return [NumberedRow(index, row) for index, row in zip(indices, rows, strict=True)]
+        numbered = zip(indices, rows, strict=True)
+        return [NumberedRow(index, row_name(index, self._name), row) for index, row in numbered]
+
+
+class Stream(torch.utils.data.IterableDataset[NumberedRow]):
+    """An iterable dataset, pass after pass, each batch of it `repeats` times in a row: once per step that it feeds.
+
+    Every row is used once per pass: where the last batch of a pass is not full, the next pass fills it. There is no
+    end, so that a resumed run finds its place by counting batches.
+
+    Args:
+        rows: may have set_epoch, which is called with the number of each pass.
+        name: of the dataset in messages.
+        batch_size: None reads the rows once, one after another.
+        repeats: of each batch.
+
+    Raises:
+        ValueError: a pass has no rows.
+    """
+
+    def __init__(self, rows: Any, name: str, batch_size: int | None = None, repeats: int = 1):
+        self._rows, self._name, self._batch_size, self._repeats = rows, name, batch_size, repeats
+
+    def __iter__(self) -> Iterator[NumberedRow]:
+        if self._batch_size is None:
+            yield from self._one_pass()
+            return
+        # Numbered through all passes: two rows of a batch have two numbers.
+        rows = (row._replace(number=n) for n, row in enumerate(self._passes()))
+        while True:
+            batch = list(itertools.islice(rows, self._batch_size))
+            for _ in range(self._repeats):
+                yield from batch
+
+    def _passes(self) -> Iterator[NumberedRow]:
+        for epoch in itertools.count():
+            if callable(getattr(self._rows, "set_epoch", None)):
+                self._rows.set_epoch(epoch)
+            empty = True
+            for row in self._one_pass():
+                empty = False
+                yield row
+            if empty:
+                again = " any more: an iterable dataset must give its rows in every pass, not be used up by one"
+                raise ValueError(f"the {self._name} dataset gives no rows{again if epoch else ''}")
+
+    def _one_pass(self) -> Iterator[NumberedRow]:
+        return (NumberedRow(n, row_name(n, self._name), row) for n, row in enumerate(self._rows))
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset can only be iterated over."""
+    return isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
+def row_name(index: int, dataset: str) -> str:
+    return f"row {index} of the {dataset} dataset"
+
+
+def check_rows(reader: RowReader, dataset: Any, name: str) -> None:
+    """Looks through a dataset in memory, or one of `datasets` on disk, for rows that would end the run later.
+
+    Texts are tokenised for the first row of each kind only. A million rows take 3 seconds where they are texts, 20 to
+    50 with 256 token ids each. A dataset of another kind may take long to give a row, or give others each time: its
+    rows are looked at when they come.
+
+    Raises:
+        ValueError: names row and column.
+    """
+    if isinstance(dataset, (list, tuple)):
+        rows: Iterable[Any] = dataset
+    elif hasattr(dataset, "iter") and hasattr(dataset, "column_names") and not is_stream(dataset):
+        rows = _rows_of_table(dataset, name)
+    else:
+        return
+    kinds: set[type | bool] = set()
+    for n, row in enumerate(rows):
+        prompt = row.get("prompt") if isinstance(row, Mapping) else None
+        kind = is_conversation(prompt) or type(prompt)
+        reader.read(row, row_name(n, name), tokenize=kind not in kinds)
+        kinds.add(kind)
+
+
+def _rows_of_table(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Of a `datasets.Dataset`: the columns that sequences are made of, in batches. Not what a transform would make."""
+    if dataset.format["type"] == "custom":
+        return
+    refuse_reserved(dataset.column_names, f"the {name} dataset")
+    kept = [column for column in dataset.column_names if column in SEQUENCE_COLUMNS]
+    for batch in dataset.select_columns(kept).iter(1000) if kept else ():
+        yield from (dict(zip(kept, values, strict=True)) for values in zip(*(batch[c] for c in kept), strict=True))
 
 
 class Collator:
     """Rows with `input_ids` or a `prompt` to a batch of sequences, padded on the left.
 
-    A batch has tensors int64 [B, L] `input_ids`, `attention_mask` and (where every row has them) `labels`, int64 [B]
-    `index`, which row of the dataset each is (of the batch, for rows that are not numbered), and under `columns` a list
-    of each other column, as reward functions see them.
+    A batch has tensors int64 [B, L] `input_ids`, `attention_mask` and `labels` (-100 where there are none), int64 [B]
+    `number` (of the row in its dataset, or else in the batch), `start` (where the completion begins; L where the whole
+    sequence is filled in) and `label_kind` (see `LabelKind`), and lists: `prompts` and `openings` of a
+    `RowReader`'s sequences, and under `columns` one of each other column, as reward functions see them.
 
     Args:
-        tokens: mask and padding.
-        max_completion_length: masks appended to a prompt.
-        tokenizer: of string prompts; None where there are none.
+        reader: of rows.
+        pad: token that fills up shorter sequences, with attention_mask 0.
     """
 
-    def __init__(self, tokens: SpecialTokens, max_completion_length: int, tokenizer: Any = None):
-        self._tokens, self._max_completion_length, self._tokenizer = tokens, max_completion_length, tokenizer
+    def __init__(self, reader: RowReader, pad: int):
+        self._reader, self._pad = reader, pad
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        numbered = [row if isinstance(row, NumberedRow) else NumberedRow(n, row) for n, row in enumerate(rows)]
-        prepared = [self._prepared(row) for _, row in numbered]
-        length = max(len(row["input_ids"]) for row in prepared)
-        fill = {"input_ids": self._tokens.pad, "attention_mask": 0, "labels": -100}
-        batch: dict[str, Any] = {"index": torch.tensor([index for index, _ in numbered], device="cpu")}
-        for name in _SEQUENCES:
-            if all(name in row for row in prepared):
-                batch[name] = torch.tensor(
-                    [[fill[name]] * (length - len(row[name])) + list(map(int, row[name])) for row in prepared],
-                    device="cpu",
-                )
-        names = set().union(*(row.keys() for row in prepared)) - {"input_ids", "attention_mask"}
-        batch["columns"] = {name: [row.get(name) for row in prepared] for name in sorted(names)}
-        return batch
+        named = [row if isinstance(row, NumberedRow) else NumberedRow(n, f"row {n}", row) for n, row in enumerate(rows)]
+        read = [self._reader.read(row, where) for _, where, row in named]
+        length = max(len(sequence.input_ids) for sequence in read)
 
-    def _prepared(self, row: dict[str, Any]) -> dict[str, Any]:
-        row = dict(row)
-        if "input_ids" not in row:
-            if "prompt" not in row:
-                raise ValueError(f"a dataset row needs input_ids or prompt; this one has {sorted(row)}")
-            prompt = row["prompt"]
-            if isinstance(prompt, str):
-                if self._tokenizer is None:
-                    raise ValueError("string prompts need a tokenizer: pass processing_class")
-                prompt = self._tokenizer(prompt)["input_ids"]
-            row["input_ids"] = [*prompt, *[self._tokens.mask] * self._max_completion_length]
-            row["prompt_length"] = len(prompt)
-        row["attention_mask"] = [1] * len(row["input_ids"])
-        return row
+        def tensor(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+        def padded(lists: Iterable[list[int]], fill: int) -> Tensor:
+            return tensor([[fill] * (length - len(values)) + values for values in lists])
+
+        names = sorted(set().union(*(sequence.columns for sequence in read)))
+        return {
+            "input_ids": padded((sequence.input_ids for sequence in read), self._pad),
+            "attention_mask": padded((sequence.attention_mask for sequence in read), 0),
+            "labels": padded((sequence.labels or [] for sequence in read), IGNORED),
+            "number": tensor([number for number, _, _ in named]),
+            "label_kind": tensor([_label_kind(sequence) for sequence in read]),
+            "start": tensor([length - len(sequence.input_ids) + sequence.start for sequence in read]),
+            "prompts": [sequence.prompt for sequence in read],
+            "openings": [sequence.opening for sequence in read],
+            "columns": {name: [sequence.columns.get(name) for sequence in read] for name in names},
+        }
 
 
-def outcomes(batch: dict[str, Any], final: Tensor, repeats: int, tokenizer: Any = None) -> dict[str, Any]:
+class LabelKind(enum.IntEnum):
+    """What the `labels` of a row are."""
+
+    MISSING = 0
+    TOKENS = 1  # integers, one for each token
+    OTHER = 2  # for reward functions only
+
+
+def _label_kind(sequence: TokenRow) -> LabelKind:
+    if sequence.labels is not None:
+        return LabelKind.TOKENS
+    return LabelKind.MISSING if sequence.columns.get("labels") is None else LabelKind.OTHER
+
+
+def outcomes(batch: dict[str, Any], final: Tensor, repeats: int, stop: Collection[int] = ()) -> Outcomes:
     """Prompts, completions and columns as reward functions take them, each prompt `repeats` times.
 
     Args:
         batch: of a `Collator`, B prompts.
         final: int64 [B * repeats, L], the sequences filled in.
         repeats: trajectories of each prompt, one after another.
-        tokenizer: decodes completions; without one they are lists of token ids.
+        stop: tokens that end a completion, which holds the first of them and nothing behind it. A sequence that was
+            given as `input_ids` has no end.
+
+    Returns:
+        Completions are lists of token ids: see `decoded`.
     """
-    columns = {name: [v for v in values for _ in range(repeats)] for name, values in batch["columns"].items()}
-    mask = batch["attention_mask"].repeat_interleave(repeats, dim=0)
-    initial = batch["input_ids"].repeat_interleave(repeats, dim=0)
-    lengths = columns.pop("prompt_length", [None] * len(final))
-    given = columns.pop("prompt", [None] * len(final))
-    prompts, completion_ids = [], []
-    for row, (length, prompt) in enumerate(zip(lengths, given, strict=True)):
-        start = int((mask[row] == 0).sum())
-        kept = final[row, start:].tolist()
-        completion_ids.append(kept if length is None else kept[length:])
-        prompts.append(initial[row, start:].tolist() if prompt is None else prompt)
-    completions: list[Any] = completion_ids
-    if tokenizer is not None:
-        completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    return {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "columns": columns}
+
+    def repeated(values: Iterable[Any]) -> list[Any]:
+        return [value for value in values for _ in range(repeats)]
+
+    final, length = final.cpu(), final.shape[1]  # at once, not row by row
+    seen = batch["attention_mask"].bool().cpu()
+    given = zip(batch["prompts"], batch["input_ids"].cpu(), seen, strict=True)
+    prompts = [ids[kept].tolist() if prompt is None else prompt for prompt, ids, kept in given]
+    completion_ids = []
+    for filled, kept, start in zip(final, repeated(seen), repeated(batch["start"].tolist()), strict=True):
+        completion_ids.append(filled[kept].tolist() if start == length else _ended(filled[start:].tolist(), stop))
+    columns = {name: repeated(values) for name, values in batch["columns"].items()}
+    return {
+        "prompts": repeated(prompts),
+        "completions": completion_ids,
+        "completion_ids": completion_ids,
+        "columns": columns,
+    }
+
+
+def _ended(ids: list[int], stop: Collection[int]) -> list[int]:
+    end = next((n for n, token in enumerate(ids, 1) if token in stop), len(ids))
+    return ids[:end]
+
+
+def decoded(batch: dict[str, Any], completion_ids: list[list[int]], tokenizer: Any) -> list[Any]:
+    """Completions as text; behind a conversation as in TRL, a message [{"role": "assistant", "content": text}].
+
+    Args:
+        batch: of a `Collator`, each prompt of which has as many completions.
+        completion_ids: of `outcomes`.
+        tokenizer: None: they stay token ids.
+
+    Raises:
+        RewardError: the tokenizer failed; names the first completion that it fails on.
+    """
+    if tokenizer is None:
+        return completion_ids
+    try:
+        texts = _texts(tokenizer, completion_ids)
+    except Exception as failed:
+        for n, ids in enumerate(completion_ids):
+            try:
+                _texts(tokenizer, [ids])
+            except Exception as error:
+                raise RewardError(
+                    f"completion {n} could not be decoded, {type(error).__name__}: {error}; its token ids are {ids}"
+                ) from error
+        raise RewardError(f"completions could not be decoded, {type(failed).__name__}: {failed}") from failed
+    repeats = len(texts) // len(batch["openings"])
+    openings = [opening for opening in batch["openings"] for _ in range(repeats)]
+    return [
+        text if opening is None else [{"role": "assistant", "content": opening + text}]
+        for text, opening in zip(texts, openings, strict=True)
+    ]
+
+
+def _texts(tokenizer: Any, completion_ids: list[list[int]]) -> list[str]:
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    if len(texts) != len(completion_ids) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"batch_decode must give a text for each completion, {len(completion_ids)}")
+    return texts
+
+
+def label_ids(labels: list[np.ndarray], kinds: list[np.ndarray]) -> np.ndarray | None:
+    """Labels for compute_metrics, a row of -100 where a row has none; None unless all that are there are of tokens."""
+    found = set(np.concatenate(kinds).tolist())
+    return stacked(labels) if LabelKind.TOKENS in found and LabelKind.OTHER not in found else None
 
 
 def stacked(batches: list[np.ndarray]) -> np.ndarray:

@@ -28,7 +28,7 @@ class Progress:
         self.replay = replay
         self.micro_step = 0  # of the step, with gradient accumulation
         self.reward_calls = 0
-        self.evaluation_failed = False  # to be done over before the next step
+        self.evaluation_due = False  # to be done over before the next step
         self._metrics: dict[str, list[float]] = collections.defaultdict(list)
         self._began: tuple[int, dict[str, Any]] | None = None  # the last step that began, and all this at its start
 
@@ -49,16 +49,26 @@ class Progress:
             self.micro_step = 0
             self._began = (step, self.state_dict())
 
-    def go_back(self, step: int) -> None:
-        """To where the step that failed began, to go on from there. An evaluation fails between steps."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step of this run, or of what continues it, has begun."""
+        return self._began is not None
+
+    def go_back(self, step: int, *, evaluation_due: bool) -> None:
+        """To where the step that failed began, to go on from there; what fails between steps leaves all as it is.
+
+        Args:
+            step: that the run has come to.
+            evaluation_due: whether an evaluation was to come before the next step.
+        """
         if self._began is not None and self._began[0] == step:
             self.load_state_dict(self._began[1])
         else:
-            self.evaluation_failed = True
+            self.evaluation_due |= evaluation_due
 
     def clear(self) -> None:
         """As at the start of a run."""
-        self.micro_step, self.reward_calls, self.evaluation_failed, self._began = 0, 0, False, None
+        self.micro_step, self.reward_calls, self.evaluation_due, self._began = 0, 0, False, None
         self._metrics.clear()
         self.replay.load_state_dict({"groups": []})
 
@@ -67,7 +77,7 @@ class Progress:
             "reward_calls": self.reward_calls,
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "replay": self.replay.state_dict(),
-            "evaluation_failed": self.evaluation_failed,
+            "evaluation_due": self.evaluation_due,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,7 +85,7 @@ class Progress:
         self._metrics.clear()
         self._metrics.update(state["metrics"])
         self.replay.load_state_dict(state["replay"])
-        self.evaluation_failed = state["evaluation_failed"]
+        self.evaluation_due = state["evaluation_due"]
 
     def save(self, folder: str) -> None:
         """Into a checkpoint, which is not whole until the trainer's state is written too."""

@@ -28,7 +28,7 @@ def stacked_groups(groups: list[Group], pad_token: int) -> Group:
             return F.pad(value, (missing, 0), value=0 if name == "attention_mask" else pad_token)
         if name in jumps:
             return F.pad(value, (0, jumps[name] - value.shape[-1]))
-        return value + missing if name == "first" else value
+        return value + missing if name in ("first", "start") else value
 
     return {name: torch.stack([padded(name, group) for group in groups]) for name in groups[0]}
 

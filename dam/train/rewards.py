@@ -7,18 +7,36 @@ import itertools
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Outcomes = dict[str, Any]  # of a rollout, as the arguments of `total_reward`
 RewardFunction = Callable[..., Sequence[float | None]]
+
+# What a reward function is given by name besides the columns of the dataset.
+ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
 class RewardError(RuntimeError):
-    """A reward function raised, or returned something that is not one number per completion."""
+    """No reward: a function raised, or returned something that is not one number per completion; or decoding failed."""
+
+
+def refuse_reserved(columns: Collection[str], where: str) -> None:
+    """Columns must not have the name of what a reward function is given besides: one would stand for the other.
+
+    Raises:
+        ValueError: one has; `where` it was found.
+    """
+    for name in ARGUMENTS:
+        if name in columns:
+            raise ValueError(
+                f"{where}, column {name!r}: reward functions are given the model's own under this name. Rename the "
+                f"column, dataset.rename_column({name!r}, ...), and take it under the new name"
+            )
 
 
 def names_of(functions: Sequence[RewardFunction]) -> list[str]:
@@ -88,8 +106,10 @@ def total_reward(
 
     Raises:
         RewardError: names the function and what it did.
+        ValueError: a column has the name of another argument.
     """
     count = len(completions)
+    refuse_reserved(columns, "the dataset")
     arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
     total = torch.zeros(count, dtype=torch.float64, device="cpu")
     applies = torch.zeros(count, dtype=torch.bool, device="cpu")
@@ -140,12 +160,29 @@ class Rewards:
             )
         self._output_dir = output_dir
 
-    def __call__(self, outcomes: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """`total_reward` of the outcomes of a step; they are kept in a file if a function misbehaves."""
+    def __call__(
+        self, outcomes: Outcomes, step: int, decode: Callable[[list[list[int]]], list[Any]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`total_reward` of the outcomes of a step.
+
+        Args:
+            outcomes: prompts, completions, completion_ids and columns.
+            step: of the run, for messages.
+            decode: makes of completion_ids the completions that functions see; put into `outcomes`.
+
+        Raises:
+            RewardError: decoding failed, or a function misbehaves; the outcomes are kept in a file.
+        """
         try:
+            outcomes["completions"] = decode(outcomes["completion_ids"])
             return total_reward(self.functions, self._weights, **outcomes)
         except RewardError as error:
             path = os.path.join(self._output_dir, "failed_rollouts.pt")
-            os.makedirs(self._output_dir, exist_ok=True)
-            torch.save({"step": step, **outcomes}, path)
-            raise RewardError(f"{error}. The rollouts of step {step} are kept in {path}") from error
+            try:
+                os.makedirs(self._output_dir, exist_ok=True)
+                torch.save({"step": step, **outcomes}, path)
+            except Exception as unsaved:  # a full disk, or a column that cannot be pickled; the cause is what matters
+                kept = f"could not be kept in {path} ({type(unsaved).__name__}: {unsaved})"
+            else:
+                kept = f"are kept in {path}"
+            raise RewardError(f"{error}. The rollouts of step {step} {kept}") from error

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
 
 from dam import diagnostics
 from dam.adjoint import (
@@ -24,18 +25,33 @@ from dam.adjoint import (
     group_targets,
     state_targets,
     tilted_weights,
+    without_ended,
 )
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
 from dam.train.base import DenoiserFactory, with_base
+from dam.train.callbacks import UpdateBegun
 from dam.train.config import DAMConfig
-from dam.train.data import Collator, NumberedRows, PromptSampler, outcomes, special_tokens, stacked
-from dam.train.processes import together
+from dam.train.data import (
+    Collator,
+    NumberedRows,
+    PromptSampler,
+    Stream,
+    check_rows,
+    decoded,
+    is_stream,
+    label_ids,
+    outcomes,
+    stacked,
+)
+from dam.train.processes import each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
-from dam.train.rewards import RewardError, RewardFunction, Rewards
+from dam.train.rewards import Outcomes, RewardFunction, Rewards
+from dam.train.rows import RowReader
 from dam.train.sampling import Sampler
 from dam.train.terminal import show
+from dam.train.tokens import limits_of, special_tokens
 
 
 class _Draw(enum.IntEnum):
@@ -63,8 +79,17 @@ class DAMTrainer(Trainer):
     too (BERT's) then sees other positions: give it sequences of one length. Rotary and RoBERTa's positions are fine.
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
-    `prompt`, a string or token ids to which `max_completion_length` masks are appended. All other columns go to
-    the reward functions. `labels`, if present, also goes to `compute_metrics`.
+    `prompt`, to which `max_completion_length` masks are appended: a string, token ids, or a conversation, messages
+    {"role": ..., "content": ...} that go through the tokenizer's chat template. An `attention_mask` of token ids is
+    kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
+    `labels` may be anything; integers, one for each token (behind a prompt, for the completion's first ones), also go
+    to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of `datasets` on disk, are looked
+    through before the first step (`dam.train.data.check_rows` says what that costs); rows of others when they come. An
+    iterable dataset is read by one process and no workers, pass after pass, each row once a pass; set max_steps.
+
+    A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
+    is neither decoded nor rewarded, and trained on only in states that do not show the end yet
+    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
 
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
     reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl (an estimate of
@@ -81,13 +106,16 @@ class DAMTrainer(Trainer):
             the fused operations would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
             return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
-            what follows the prompt; with `input_ids`, the whole sequence filled in. Decoded with
-            processing_class if there is one, else lists of token ids.
+            what follows the prompt; with `input_ids`, the whole sequence filled in, less what attention_mask hides.
+            Decoded with processing_class if there is one, else lists of token ids; behind a conversation a message,
+            [{"role": "assistant", "content": text}], which a last message of the assistant begins, as in TRL.
         args: a `DAMConfig`.
         train_dataset, eval_dataset: rows as above.
-        processing_class: tokenizer, for string prompts and decoded completions.
+        processing_class: tokenizer, for string prompts, conversations and decoded completions. What it puts behind a
+            text, [SEP] for one, is not put between prompt and completion.
         callbacks, optimizers, compute_metrics: as for `transformers.Trainer`; `compute_metrics` receives
-            EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids).
+            EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids). label_ids is None
+            where there are no labels, or others than of tokens among them.
         peft_config: trains an adapter (extra `peft`).
         ref_model: the base model. Unless given it is the model as it is now: a frozen copy, or of a PEFT model, whether
             by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
@@ -98,9 +126,12 @@ class DAMTrainer(Trainer):
             to be compared with.
 
     Raises:
-        ValueError, TypeError: bad arguments, before any work.
-        RewardError: a reward function misbehaves in training. Its rollouts are written to
-            output_dir/failed_rollouts.pt and a checkpoint is saved, so the run can be resumed.
+        ValueError, TypeError: bad arguments, or a bad row, which is named with its column, before any work.
+        RewardError: a reward function misbehaves in training, or a completion cannot be decoded. The rollouts are
+            written to output_dir/failed_rollouts.pt.
+
+    Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
+    can be resumed, to the same result; but not in the middle of an update of the weights.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Alg. 1; estimators in `dam.adjoint`.
     """
@@ -132,8 +163,18 @@ class DAMTrainer(Trainer):
         network: Any = AutoModelForMaskedLM.from_pretrained(model) if isinstance(model, str) else model
         self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
-        tokens = special_tokens(args.mask_token_id, processing_class, getattr(network, "config", None))
+        limits = limits_of(network)
+        tokens = special_tokens(
+            args.mask_token_id,
+            processing_class,
+            getattr(network, "config", None),
+            stop=args.stop_token_ids,
+            ids=limits.ids,
+        )
         self.process = MaskedCTMC(tokens.mask)
+        self._stop = tokens.stop
+        template: Any = args.chat_template_kwargs
+        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
         denoiser(network)  # raises where the model does not fit
         network, base = with_base(network, ref_model, peft_config)
@@ -141,10 +182,11 @@ class DAMTrainer(Trainer):
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
         self._compared = False
+        _keep_batches_whole(args.accelerator_config)
         super().__init__(
             model=network,
             args=args,
-            data_collator=Collator(tokens, args.max_completion_length, processing_class),
+            data_collator=Collator(self._reader, tokens.pad),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -154,6 +196,8 @@ class DAMTrainer(Trainer):
         )
         # The loss is a mean over states: the Trainer divides it by gradient_accumulation_steps.
         self.model_accepts_loss_kwargs = False
+        self._update = UpdateBegun()
+        self.add_callback(self._update)
         base.to(self.args.device)
 
     @property
@@ -169,22 +213,27 @@ class DAMTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         return PromptSampler(len(dataset), batch_size, accumulated * args.num_iterations, seed)
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **options: Any
     ) -> Any:
         """As `Trainer._get_dataloader`, of numbered rows; a batch in training has the prompts of a whole step."""
-        if is_training:
-            batch_size *= self.args.gradient_accumulation_steps
+        name, args = description.lower(), self.args
+        training = name == "training"
+        if training:
+            batch_size *= args.gradient_accumulation_steps
+        if is_stream(dataset):
+            _check_stream(args, name)
+            repeats = args.gradient_accumulation_steps * args.num_iterations
+            rows: Any = Stream(dataset, name, batch_size, repeats) if training else Stream(dataset, name)
+        else:
+            rows = NumberedRows(dataset, name)
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        return super()._get_dataloader(
-            NumberedRows(dataset), description, batch_size, sampler, is_training, dataloader_key
-        )
+        options.pop("dataloader_key", None)  # by which persistent workers would evaluate an earlier dataset again
+        return super()._get_dataloader(rows, description, batch_size, sampler, **options)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.get_batch_samples`; a row that cannot be read in one process ends all."""
+        return in_step(functools.partial(super().get_batch_samples, *args, **kwargs))
 
     def _seed(self, purpose: _Draw, *more: int, step: int | None = None) -> int:
         """64 bits from the run's seed, the step (this one unless given) and a purpose: nothing to save or share."""
@@ -222,7 +271,7 @@ class DAMTrainer(Trainer):
         weight = weights.weight.float()
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
-        kept = ("states", "final", "first", "attention_mask")
+        kept = ("states", "final", "first", "attention_mask", "start")
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
         finite = reward[reward > -torch.inf]
@@ -239,24 +288,23 @@ class DAMTrainer(Trainer):
     def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
         """A group of rewarded trajectories for each prompt of this process."""
         size = self.args.num_generations
-        tokens, attention_mask, index = batch["input_ids"], batch["attention_mask"], batch["index"]
+        tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
         with self.sampler.evaluating(model):
             self._compare(batch)
             states = tokens
             if self.args.normalizer == "state":
                 seed = self._seed(_Draw.STATE)
-                states = self.sampler.states(self.model, tokens, attention_mask, seed=seed, row_ids=index)
+                states = self.sampler.states(self.model, tokens, attention_mask, seed=seed, row_ids=number)
             trajectories = self.sampler.rollout(
                 self.model,
                 states.repeat_interleave(size, dim=0),
                 attention_mask.repeat_interleave(size, dim=0),
                 seed=self._seed(_Draw.ROLLOUT),
-                row_ids=(index[:, None] * size + torch.arange(size, device=index.device)).flatten(),
+                row_ids=(number[:, None] * size + torch.arange(size, device=number.device)).flatten(),
                 base=True,
                 temperature=self.args.temperature,
             )
-        seen = outcomes(batch, trajectories.final, size, self.processing_class)
-        reward, parts = self._rewards(seen, self.state.global_step)
+        seen, reward, parts = self._rewarded(batch, trajectories.final, size)
         best = int(reward.argmax())
         self._example = (seen["prompts"][best], seen["completions"][best], float(reward[best]))
         of_each = {
@@ -267,7 +315,17 @@ class DAMTrainer(Trainer):
             **{f"rewards/{name}": values for name, values in parts.items()},
         }
         groups = {name: value.unflatten(0, (len(tokens), size)) for name, value in of_each.items()}
-        return unstacked({"states": states, "attention_mask": attention_mask, **groups})
+        return unstacked({"states": states, "attention_mask": attention_mask, "start": batch["start"], **groups})
+
+    def _rewarded(
+        self, batch: dict[str, Any], final: Tensor, repeats: int
+    ) -> tuple[Outcomes, Tensor, dict[str, Tensor]]:
+        """What reward functions see of a batch that was filled in, its rewards [B * repeats], and each function's."""
+        seen = outcomes(batch, final, repeats, self._stop)
+        reward, parts = self._rewards(
+            seen, self.state.global_step, lambda ids: decoded(batch, ids, self.processing_class)
+        )
+        return seen, reward, parts
 
     def _replayed(self) -> tuple[Group, Tensor]:
         """This micro-step's and process's share of the groups of a step, and what names the draws of each, int64 [G].
@@ -293,6 +351,10 @@ class DAMTrainer(Trainer):
 
     def _targets(self, groups: Group, names: Tensor) -> MatchingTargets:
         """What the loss of groups from the replay buffer matches; their draws are those of `names` [G]."""
+        targets = self._estimated(groups, names)
+        return without_ended(targets, self._stop, groups["start"]) if self._stop else targets
+
+    def _estimated(self, groups: Group, names: Tensor) -> MatchingTargets:
         seed, args = self._seed(_Draw.TARGETS), self.args
         states, final, weight = groups["states"], groups["final"], groups["weight"]
         if args.normalizer == "state":
@@ -311,9 +373,7 @@ class DAMTrainer(Trainer):
         if return_outputs:
             raise ValueError("DAMTrainer.compute_loss has no outputs to return")
         progress = self.progress
-        if progress.evaluation_failed:  # before this step: do over what a reward function cut short
-            progress.evaluation_failed = False
-            self.evaluate()
+        self._evaluate_if_due()
         progress.begin(self.state.global_step)
         due = self.state.global_step % self.args.num_iterations == 0 or len(progress.replay) == 0
         if progress.micro_step == 0 and due:
@@ -328,22 +388,63 @@ class DAMTrainer(Trainer):
             torch.manual_seed(dropout_seed)
             return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask)
 
+    def _evaluate_if_due(self) -> None:
+        """Before the next step: what an error cut short."""
+        if self.progress.evaluation_due:
+            self.evaluate()
+            self.progress.evaluation_due = False
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer._run_epoch`, which asks only after a step whether it was the last: a resumed run may have it."""
+        if self.state.global_step >= self.state.max_steps:
+            self._evaluate_if_due()
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
+        self._check_datasets()
         self.progress.clear()
         self._compared = False
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint), self.args.num_generations)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
-        except RewardError:
-            self.progress.go_back(self.state.global_step)
-            self._save_checkpoint(self.model, trial=None)
+        except Exception as error:
+            self._save_before(error)
             raise
+
+    def _check_datasets(self) -> None:
+        """Before any work: a row that would end the run later."""
+        check_rows(self._reader, self.train_dataset, "training")
+        if self.args.eval_strategy != "no" or self.args.eval_on_start:
+            given: Any = self.eval_dataset
+            for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
+                check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
+
+    def _save_before(self, ending: Exception) -> None:
+        """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""
+        step = self.state.global_step
+        # Nothing is done yet, or weights may be half-way through an update.
+        if not self.progress.has_begun or self._update.step == step:
+            return
+        if not is_shared(ending):  # the other processes are elsewhere, and saving may need them
+            warnings.warn(f"no checkpoint of step {step} was saved: one process only failed", stacklevel=2)
+            return
+        self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except Exception as error:  # the error that ends the run is the one to raise
+            warnings.warn(f"no checkpoint of step {step} could be saved: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _load_best_model(self) -> None:
+        self._update.step = self.state.global_step  # from here on the weights are those of another step
+        super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
@@ -354,12 +455,13 @@ class DAMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the rollouts since the last log."""
-        if "loss" in logs:
+        of_training = "loss" in logs
+        if of_training:
             logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
-            if self.args.log_completions and self._example is not None and self.is_world_process_zero():
-                prompt, completion, reward = self._example
-                show(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
         super().log(logs, start_time)
+        if of_training and self.args.log_completions and self._example is not None and self.is_world_process_zero():
+            prompt, completion, reward = self._example
+            show(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
 
     # Evaluation
 
@@ -378,40 +480,87 @@ class DAMTrainer(Trainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
+        metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
+        metrics["reward_calls"] = self.reward_calls
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Fills in prompts once each, as `evaluate` does, and returns the token ids; logs nothing.
+
+        Returns:
+            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, with
+            -100 on the left of shorter ones. Labels are None where there are none, or others than of tokens.
+        """
+        metrics, predictions, labels = self._filled_in(self.get_test_dataloader(test_dataset), metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(predictions=predictions, label_ids=labels, metrics=metrics)
+
+    def _filled_in(self, loader: Any, prefix: str) -> tuple[dict[str, float], np.ndarray, Any]:
+        """Prompts filled in: metrics (mean reward, `compute_metrics`, time), and tokens and labels [N, L]."""
         start = time.time()
         seed = self._seed(_Draw.EVALUATION, step=None if self.args.eval_redraw else 0)
         rewards: list[Tensor] = []
-        finals: list[np.ndarray] = []
-        initials: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
+        kept: dict[str, list[np.ndarray]] = {"final": [], "input_ids": [], "labels": []}
+        label_kinds: list[np.ndarray] = []
         with self.sampler.evaluating(self.model):
-            for batch in self.get_eval_dataloader(dataset):
+            for batch in each_in_step(loader):
                 self._compare(batch)
                 final = self.sampler.rollout(
                     self.model,
                     batch["input_ids"],
                     batch["attention_mask"],
                     seed=seed,
-                    row_ids=batch["index"],
+                    row_ids=batch["number"],
                     temperature=self.args.eval_temperature,
                     order=self.args.eval_remasking,
                 ).final
-                seen = outcomes(batch, final, 1, self.processing_class)
-                rewarded = together(functools.partial(self._rewards, seen, self.state.global_step))
-                reward, _ = rewarded[self.args.process_index]
+                _, reward, _ = in_step(functools.partial(self._rewarded, batch, final, 1))
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
-                for kept, value in ((finals, final), (initials, batch["input_ids"]), (labels, batch.get("labels"))):
-                    if value is not None:
-                        value = self.accelerator.pad_across_processes(value, dim=1, pad_index=-100, pad_first=True)
-                        kept.append(self.accelerator.gather_for_metrics(value).cpu().numpy())
-        metrics = {f"{metric_key_prefix}_reward": float(torch.cat(rewards).mean())}
+                label_kinds.append(self.accelerator.gather_for_metrics(batch["label_kind"]).cpu().numpy())
+                for name, parts in kept.items():
+                    value = {**batch, "final": final}[name]
+                    value = self.accelerator.pad_across_processes(value, dim=1, pad_index=-100, pad_first=True)
+                    parts.append(self.accelerator.gather_for_metrics(value).cpu().numpy())
+        if not rewards:
+            raise ValueError("there are no rows to fill in: the dataset is empty")
+        predictions, inputs = stacked(kept["final"]), stacked(kept["input_ids"])
+        labels: Any = label_ids(kept["labels"], label_kinds)
+        metrics = {f"{prefix}_reward": float(torch.cat(rewards).mean())}
         if self.compute_metrics is not None:
-            known: Any = stacked(labels) if labels else None
-            prediction = EvalPrediction(predictions=stacked(finals), label_ids=known, inputs=stacked(initials))
-            metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
-        count = sum(map(len, rewards))
-        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=count))
-        metrics["reward_calls"] = self.reward_calls
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            prediction = EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs)
+            metrics.update({f"{prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
+        metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
+        return metrics, predictions, labels
+
+
+def _keep_batches_whole(accelerator_config: Any) -> None:
+    """A batch is read by the process that uses it: accelerate can send and cut tensors, and not lists of columns.
+
+    Raises:
+        ValueError: told otherwise.
+    """
+    if accelerator_config.dispatch_batches:
+        raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
+    accelerator_config.dispatch_batches = False  # None sends those of an iterable dataset, if only to this process
+
+
+def _check_stream(args: DAMConfig, name: str) -> None:
+    """An iterable dataset is read in one place, once.
+
+    Raises:
+        ValueError: several processes or workers would read it.
+    """
+    cure = "make it a list or a map-style dataset"
+    if args.world_size > 1:
+        raise ValueError(
+            f"the {name} dataset is iterable: {args.world_size} processes would share its rows by luck; {cure}"
+        )
+    if args.dataloader_num_workers > 0:
+        raise ValueError(
+            f"the {name} dataset is iterable: each of {args.dataloader_num_workers} workers would read all of it; set "
+            f"dataloader_num_workers=0, or {cure}"
+        )

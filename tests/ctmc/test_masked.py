@@ -89,3 +89,13 @@ def test_a_generator_or_a_seed_with_row_ids():
         process.remask(tokens, tokens, seed=0, row_ids=torch.arange(3))
     with pytest.raises(TypeError, match="row_ids must be int64"):
         process.remask(tokens, tokens, seed=0, row_ids=torch.arange(2.0))
+
+
+def test_a_mask_without_a_destination_leaves_nothing_out():
+    """A head may have no row for the mask: then the rates of all its tokens are those of one with a row."""
+    process, tokens, time = MaskedCTMC(MASK), torch.tensor([[1, MASK]]), torch.tensor([0.5])
+    assert (process.excluded(MASK), process.excluded(MASK + 1)) == (-1, MASK)
+    logits = torch.randn(1, 2, MASK + 1, generator=torch.Generator().manual_seed(0))
+    with_row, without = (process.log_rates(part, tokens, time) for part in (logits, logits[..., :MASK]))
+    assert torch.equal(with_row[..., :MASK], without)
+    assert bool((with_row[..., MASK] == -torch.inf).all())

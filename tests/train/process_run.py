@@ -36,7 +36,23 @@ class Judge:
         return sum_reward(**arguments)
 
 
-def trained(output, *, judge=None, processes=1, resume=None, **changes):
+class FailsToRead:
+    """Rows of which one cannot be read in one process, in the second epoch."""
+
+    def __init__(self, fails):
+        self.fails, self.left = fails, 2 * len(PROMPTS) // 2
+
+    def __len__(self):
+        return len(PROMPTS)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.fails and self.left < 0:
+            raise OSError("the disk is gone")
+        return PROMPTS[index]
+
+
+def trained(output, *, judge=None, processes=1, resume=None, rows=PROMPTS, **changes):
     """A trainer after its run: 8 steps into the second epoch, of 4 prompts and 4 groups each."""
     per_process = {"per_device_train_batch_size": 4 // processes, "replay_batch_size": 4 // processes}
     config = tiny_config(
@@ -44,7 +60,7 @@ def trained(output, *, judge=None, processes=1, resume=None, **changes):
         eval_temperature=1.0, logging_steps=1, ddp_backend="gloo" if processes > 1 else None, replay_size=6,
         **per_process, **changes,
     )  # fmt: skip
-    trainer = DAMTrainer(model(), judge or Judge(), config, PROMPTS, HELD_OUT)
+    trainer = DAMTrainer(model(), judge or Judge(), config, rows, HELD_OUT)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -79,6 +95,8 @@ def main(output, *cases):
             trainer = trained(f"{output}/resumed", processes=processes, resume=f"{output}/whole/checkpoint-2")
         elif case == "broken":
             trainer = trained(f"{output}/broken", processes=processes, judge=Judge(3 if rank == 1 else None))
+        elif case == "unread":
+            trainer = trained(f"{output}/unread", processes=processes, rows=FailsToRead(rank == 1))
         else:
             raise ValueError(case)
         torch.save(told(trainer), f"{output}/{case}-{rank}.pt")

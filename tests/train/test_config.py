@@ -30,6 +30,8 @@ from tiny import tiny_config
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"eval_temperature": -1.0}, "eval_temperature must be >= 0"),
         ({"clip": math.inf}, "clip must be"),
+        ({"chat_template_kwargs": "loud"}, "chat_template_kwargs must be a dict; got 'loud'"),
+        ({"stop_token_ids": [3, -1]}, r"stop_token_ids must be token ids; got \[3, -1\]"),
         ({"draw_outcomes": 0}, "draw_outcomes must be at least 1"),
         ({"draw_outcomes": 8, "normalizer": "state"}, 'draw_outcomes .* goes with normalizer "group"'),
     ],
@@ -38,6 +40,10 @@ from tiny import tiny_config
 def test_a_bad_argument_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **changes)
+
+
+def test_a_dict_comes_from_a_command_line_as_json(tmp_path):
+    assert tiny_config(tmp_path, chat_template_kwargs='{"loud": true}').chat_template_kwargs == {"loud": True}
 
 
 def test_the_defaults_are_valid(tmp_path):

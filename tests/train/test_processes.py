@@ -66,15 +66,21 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
     assert one["reward_calls"] == ran["whole"][0]["reward_calls"]
 
 
-def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ("broken", "RewardError: process 1 failed: RewardError: reward function 'Judge' raised ConnectionError"),
+        ("unread", "RuntimeError: process 1 failed: OSError: the disk is gone"),
+    ],
+)
+def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path, case, error):
     start = time.monotonic()
-    done = launched(tmp_path, "broken")
-    assert done.returncode != 0
-    assert "RewardError: process 1 failed: RewardError: reward function 'Judge' raised ConnectionError" in done.stderr
-    assert not list(tmp_path.glob("broken-*.pt"))
+    done = launched(tmp_path, case)
+    assert done.returncode != 0 and error in done.stderr
+    assert not list(tmp_path.glob("*.pt"))
     # Far below the half hour that a process waits for one that has stopped.
     assert time.monotonic() - start < 120
-    last = last_checkpoint(str(tmp_path / "broken"))
-    assert last is not None and last.endswith("checkpoint-2")
+    last = last_checkpoint(str(tmp_path / case))
+    assert last is not None
     one = told(trained(tmp_path / "again", resume=last))
     torch.testing.assert_close(one["weights"], runs[1]["whole"][0]["weights"], rtol=0.0, atol=1e-6)

@@ -15,6 +15,7 @@ def batch(values, length):
         "states": states,
         "final": states[:, None].expand(-1, 2, -1),
         "first": torch.zeros(len(values), 2, dtype=torch.int64),
+        "start": torch.ones(len(values), dtype=torch.int64),
         "weight": torch.ones(len(values), 2),
         "attention_mask": torch.ones_like(states),
     }
@@ -69,6 +70,8 @@ def test_shorter_groups_are_padded_on_the_left():
     # The position of a first jump moves along with its sequence.
     assert sample["first"][short].tolist() == [2, 2]
     assert sample["first"][1 - short].tolist() == [0, 0]
+    # And so does the place where a completion starts.
+    assert (int(sample["start"][short]), int(sample["start"][1 - short])) == (3, 1)
 
 
 def test_changing_what_was_put_in_changes_nothing_inside():

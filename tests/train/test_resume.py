@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
+from transformers import BertForMaskedLM, TrainerCallback
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
 from dam.train import DAMTrainer, RewardError, last_checkpoint
@@ -103,6 +104,164 @@ def test_an_error_in_evaluation_also_leaves_a_checkpoint(tmp_path):
     again = DAMTrainer(resumed, sum_reward, tiny_config(tmp_path / "broken", **config), ROWS, ROWS[:1])
     again.train(resume_from_checkpoint=True)
     assert_same_weights(model, resumed)
+
+
+class Fails:
+    """A function whose n-th call raises."""
+
+    def __init__(self, function, n, error=OSError):
+        self.function, self.left, self.error = function, n, error
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("gone")
+        return self.function(*args, **kwargs)
+
+
+class Words:
+    """A tokenizer as far as a run of token ids needs one."""
+
+    pad_token_id, eos_token_id = 1, None
+
+    def batch_decode(self, ids, skip_special_tokens):
+        return [" ".join(map(str, one)) for one in ids]
+
+    def save_pretrained(self, folder):
+        pass
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows that are not looked at before they are used."""
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, n):
+        return self.row(n)
+
+    def row(self, n):
+        return ROWS[n]
+
+
+class Watcher(TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        self.look()
+
+    def look(self):
+        pass
+
+
+def watched(output, monkeypatch, fails=None, n=0, error=OSError):
+    """A trainer all of whose helpers work, but one of them fails at its n-th call."""
+    words, rows, watcher = Words(), Rows(), Watcher()
+    helpers = {
+        "decoding": (words, "batch_decode"),
+        "a row": (rows, "row"),
+        "a callback": (watcher, "look"),
+        "printing": ("dam.train.trainer.show", None),
+    }
+    compute_metrics = lambda prediction: {"mean": float(prediction.predictions.mean())}  # noqa: E731
+    if fails == "metrics":
+        compute_metrics = Fails(compute_metrics, n, error)
+    elif fails == "printing":
+        monkeypatch.setattr("dam.train.trainer.show", Fails(print, n, error))
+    elif fails is not None:
+        where, name = helpers[fails]
+        setattr(where, name, Fails(getattr(where, name), n, error))
+    config = tiny_config(
+        output, log_completions=True, logging_steps=1, eval_strategy="steps", eval_steps=2, lr_scheduler_type="constant"
+    )
+    return DAMTrainer(
+        tiny_model(), sum_reward, config, rows, ROWS[:2], words, [watcher], compute_metrics=compute_metrics
+    )
+
+
+def evaluations(trainer):
+    return [(entry["step"], entry["eval_mean"]) for entry in trainer.state.log_history if "eval_mean" in entry]
+
+
+@pytest.mark.parametrize(
+    ("fails", "n", "step"),
+    [
+        ("decoding", 2, 2),  # in the evaluation after step 2
+        ("decoding", 3, 2),  # in the rollout that follows
+        ("printing", 2, 2),  # before that evaluation
+        ("printing", 3, 3),
+        ("a row", 7, 2),  # of the fourth batch, which is read while the third is used
+        ("a callback", 4, 4),
+        ("metrics", 3, 6),  # after the last step
+    ],
+)
+def test_no_failure_loses_the_run(tmp_path, monkeypatch, fails, n, step):
+    """Nor an evaluation that was due; a resumed run ends like one in which nothing failed."""
+    with monkeypatch.context() as patch:
+        whole = watched(tmp_path / "whole", patch)
+        whole.train()
+        failing = watched(tmp_path / "broken", patch, fails, n)
+        with pytest.raises(RewardError if fails == "decoding" else OSError, match="gone"):
+            failing.train()
+    assert last_checkpoint(str(tmp_path / "broken")) == f"{tmp_path}/broken/checkpoint-{step}"
+    assert (tmp_path / "broken" / "failed_rollouts.pt").exists() == (fails == "decoding")
+    again = watched(tmp_path / "broken", monkeypatch)
+    again.train(resume_from_checkpoint=True)
+    assert_same_weights(whole.model, again.model)
+    assert evaluations(again) == evaluations(whole) and len(evaluations(whole)) == 3
+    assert again.reward_calls == whole.reward_calls
+
+
+def test_an_interrupt_saves_nothing_by_itself(tmp_path, monkeypatch):
+    trainer = watched(tmp_path, monkeypatch, "a callback", 4, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert last_checkpoint(str(tmp_path)) is None
+
+
+def test_an_update_that_failed_half_way_is_not_saved(tmp_path, monkeypatch):
+    """Its weights are those of no step."""
+    trainer = watched(tmp_path, monkeypatch)
+    trainer.create_optimizer()
+    trainer.optimizer.step = Fails(trainer.optimizer.step, 3)
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    assert last_checkpoint(str(tmp_path)) is None
+
+
+def test_the_best_weights_are_not_saved_as_the_last(tmp_path):
+    """An error that comes after they are loaded leaves the checkpoint of the last step as it is."""
+
+    class FailsAtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            raise OSError("gone")
+
+    scores = iter([3.0, 2.0, 1.0])
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    config = tiny_config(tmp_path, **steps, load_best_model_at_end=True, metric_for_best_model="score")
+    trainer = DAMTrainer(
+        tiny_model(), sum_reward, config, ROWS, ROWS[:2],
+        callbacks=[FailsAtTheEnd()], compute_metrics=lambda _: {"score": next(scores)},
+    )  # fmt: skip
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    last, best = (BertForMaskedLM.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (6, 2))
+    assert_same_weights(trainer.model, best)
+    with pytest.raises(AssertionError):
+        assert_same_weights(last, best)
+
+
+def test_what_failed_is_raised_where_no_checkpoint_can_be_saved(tmp_path, monkeypatch):
+    trainer = watched(tmp_path, monkeypatch, "decoding", 3)
+    monkeypatch.setattr(trainer.progress, "save", Fails(None, 1))
+    with pytest.warns(UserWarning, match="no checkpoint of step 2 could be saved: OSError: gone"):
+        with pytest.raises(RewardError, match="could not be decoded"):
+            trainer.train()
+
+
+def test_a_run_that_has_not_begun_leaves_no_checkpoint(tmp_path, monkeypatch):
+    trainer = watched(tmp_path, monkeypatch, "a row", 1)
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    assert last_checkpoint(str(tmp_path)) is None
 
 
 def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):

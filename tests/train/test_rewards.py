@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dam.train.rewards import RewardError, total_reward
+from dam.train.rewards import RewardError, Rewards, total_reward
 
 
 def means(parts):
@@ -167,3 +167,21 @@ def test_arguments_are_as_documented():
         "completion_ids": [[0], [1]],
         "answer": ["a", "b"],
     }
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_does_not_stand_for_what_the_model_wrote(name):
+    with pytest.raises(ValueError, match=rf"column '{name}': .*rename_column\('{name}', ...\)"):
+        call([lambda **_: [0.0, 0.0]], **{name: ["mine", "mine"]})
+
+
+def test_a_failure_is_told_where_its_rollouts_cannot_be_kept(tmp_path):
+    (tmp_path / "file").touch()
+    for output, columns, kept in (
+        (tmp_path, {}, rf"step 7 are kept in {tmp_path}/failed_rollouts\.pt"),
+        (tmp_path, {"pickled": [lambda: None] * 2}, r"step 7 could not be kept in .*failed_rollouts\.pt \("),
+        (tmp_path / "file", {}, r"step 7 could not be kept in .*failed_rollouts\.pt \("),
+    ):
+        outcomes = {"prompts": ["p", "q"], "completions": [], "completion_ids": [[1], [2]], "columns": columns}
+        with pytest.raises(RewardError, match=rf"raised KeyError: 'answer'\. The rollouts of {kept}"):
+            Rewards(raises, None, str(output))(outcomes, 7, lambda ids: ids)

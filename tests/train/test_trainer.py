@@ -162,6 +162,56 @@ def test_with_text_prompts_completions_are_text(tmp_path, tokenizer):
         assert text == " ".join(WORDS[token] for token in ids if token != tokenizer.pad_token_id)
 
 
+def test_behind_a_conversation_completions_are_messages(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}d{% endif %}"
+    )
+    rows = [{"prompt": [{"role": "user", "content": words}]} for words in ("a b a", "b")]
+    seen = seen_by_reward(tmp_path, rows, processing_class=tokenizer)
+    assert all(prompt in [row["prompt"] for row in rows] for prompt in seen["prompts"])
+    for (message,), ids in zip(seen["completions"], seen["completion_ids"], strict=True):
+        assert message == {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+
+
+@pytest.mark.parametrize("normalizer", ["group", "state"])
+def test_what_follows_an_end_is_neither_rewarded_nor_trained_on(tmp_path, normalizer):
+    """Not what a prompt holds; and of what the states show, since an end that is still masked tells nothing."""
+    seen = []
+
+    def look(completion_ids, **_):
+        seen.extend(completion_ids)
+        return sum_reward(completion_ids)
+
+    config = tiny_config(
+        tmp_path, normalizer=normalizer, stop_token_ids=[5, 4], max_completion_length=5, num_generations=16
+    )
+    rows = [{"prompt": [5, 2]}, {"prompt": [4]}] * 2
+    trainer = DAMTrainer(tiny_model(), look, config, rows)
+    trainer.train()
+    assert {len(ids) for ids in seen} == {1, 2, 3, 4, 5}
+    assert not any({4, 5} & set(ids[:-1]) for ids in seen)
+    assert all(len(ids) == 5 or ids[-1] in (4, 5) for ids in seen)
+    groups, names = trainer.progress.replay.batch(torch.arange(6)), torch.arange(6)
+    every, targets = trainer._estimated(groups, names), trainer._targets(groups, names)
+    start = targets.states.shape[1] - 5
+
+    def behind(row, position):
+        return bool({4, 5} & set(targets.states[row, start:position].tolist()))
+
+    pairs = [list(zip(t.row.tolist(), t.position.tolist(), strict=True)) for t in (every, targets)]
+    assert pairs[1] == [pair for pair in pairs[0] if not behind(*pair)] and len(pairs[1]) < len(pairs[0])
+
+
+def test_a_sequence_that_is_filled_in_has_no_end(tmp_path, tokenizer):
+    tokenizer.eos_token = "d"
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, processing_class=tokenizer)
+    trainer.train()
+    groups, names = trainer.progress.replay.batch(torch.arange(6)), torch.arange(6)
+    assert bool((groups["states"][:, 0] == 5).any() or (groups["final"] == 5).any())
+    every, targets = trainer._estimated(groups, names), trainer._targets(groups, names)
+    assert all(torch.equal(a, b) for a, b in zip(every, targets, strict=True))
+
+
 def test_text_prompts_need_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="string prompts need a tokenizer"):
         seen_by_reward(tmp_path, [{"prompt": "a"}] * 2)
@@ -214,7 +264,7 @@ def test_padding_does_not_move_blocks(tmp_path, tokenizer):
     def filled_last(longest):
         batch = trainer.data_collator([{"prompt": [5]}] * 40 + [{"prompt": [2] * longest}])
         way = trainer.sampler.rollout(
-            trainer.model, batch["input_ids"], batch["attention_mask"], seed=0, row_ids=batch["index"]
+            trainer.model, batch["input_ids"], batch["attention_mask"], seed=0, row_ids=batch["number"]
         )
         return set((way.position[:40, -1] - batch["input_ids"].shape[1]).tolist())
 
@@ -430,6 +480,42 @@ def test_the_gradient_of_a_step_is_that_of_the_cross_entropy(tmp_path):
     torch.testing.assert_close(loss.double(), expected, rtol=2.0**-20, atol=0.0)
     (exact,) = torch.autograd.grad(expected, [logits])
     torch.testing.assert_close(gradient.double(), exact, rtol=2.0**-18, atol=2.0**-22)
+
+
+@pytest.mark.parametrize("normalizer", ["group", "state"])
+def test_the_head_needs_no_row_for_the_mask(tmp_path, normalizer):
+    """As in SEDD's layout: with the row left out, a run is that of the model that has it."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.layer, self.lm_head = (
+                torch.nn.Embedding(7, 8),
+                torch.nn.Linear(8, 8),
+                torch.nn.Linear(8, 7),
+            )
+            self.lm_head.weight = torch.nn.Parameter(self.lm_head.weight[:rows].detach())
+            self.lm_head.bias = torch.nn.Parameter(self.lm_head.bias[:rows].detach())
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.lm_head(self.layer(self.embed(input_ids)).tanh())
+
+    config = tiny_config(tmp_path, mask_token_id=6, normalizer=normalizer, weight_decay=0.0)
+    with_row, without = Net(7), Net(6)
+    for net in (with_row, without):
+        DAMTrainer(net, sum_reward, config, [{"input_ids": [1, 6, 6, 6]}] * 8).train()
+    for ours, theirs in zip(without.parameters(), with_row.parameters(), strict=True):
+        # The same draws; matmuls of 6 and 7 columns may round otherwise.
+        torch.testing.assert_close(ours, theirs[: len(ours)], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"the mask token must be an id that the model takes, in \[0, 7\); got 7"):
+        DAMTrainer(Net(6), sum_reward, tiny_config(tmp_path, mask_token_id=7), ROWS)
 
 
 def test_a_denoiser_inside_a_wrapper_is_refused():
