@@ -312,15 +312,29 @@ def without_ended(targets: MatchingTargets, stop: Sequence[int], start: Tensor) 
 
 
 def estimator_loss(
-    denoiser: Denoiser, targets: MatchingTargets, process: MaskedCTMC, attention_mask: Tensor | None = None
+    denoiser: Denoiser,
+    targets: MatchingTargets,
+    process: MaskedCTMC,
+    attention_mask: Tensor | None = None,
+    *,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """The matching loss of `targets` under the model: the mean over states of their weighted cross-entropies.
+
+    Args:
+        denoiser: the model.
+        targets: of an estimator.
+        process: names the mask token.
+        attention_mask: [N, L], passed on to the model.
+        gradient_scale: of a loss scaler, `torch.amp.GradScaler.get_scale()`. Gradients are formed in the forward pass,
+            in the dtype of the hidden states, where float16 would lose what the scaler is there to keep: they are
+            formed that many times as large. The loss and its gradient stay what they are.
 
     Source: So et al., arXiv 2602.07132, Eq. 14.
     """
     hidden, head = denoiser.hidden_states(targets.states, attention_mask), denoiser.head()
-    scale = targets.weight.new_full(targets.row.shape, 1.0 / max(1, targets.states.shape[0]))
-    return linear_matching_loss(
+    scale = targets.weight.new_full(targets.row.shape, gradient_scale / max(1, targets.states.shape[0]))
+    scaled = linear_matching_loss(
         hidden[targets.row, targets.position],
         target=targets.target,
         weight=targets.weight,
@@ -328,3 +342,4 @@ def estimator_loss(
         row_scale=scale,
         exclude=process.excluded(head.weight.shape[0]),
     )
+    return scaled / gradient_scale

@@ -178,6 +178,7 @@ class DAMTrainer(Trainer):
         self._denoiser = denoiser
         denoiser(network)  # raises where the model does not fit
         network, base = with_base(network, ref_model, peft_config)
+        _check_dtype(network)
         self.sampler = Sampler(denoiser, self.process, args, base, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
@@ -386,7 +387,9 @@ class DAMTrainer(Trainer):
         mask = groups["attention_mask"][targets.group].to(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_seed)
-            return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask)
+            scaler = getattr(self.accelerator, "scaler", None)  # of fp16=True
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask, gradient_scale=scale)
 
     def _evaluate_if_due(self) -> None:
         """Before the next step: what an error cut short."""
@@ -564,3 +567,17 @@ def _check_stream(args: DAMConfig, name: str) -> None:
             f"the {name} dataset is iterable: each of {args.dataloader_num_workers} workers would read all of it; set "
             f"dataloader_num_workers=0, or {cure}"
         )
+
+
+def _check_dtype(network: nn.Module) -> None:
+    """That what is trained can be: an update of Adam's in float16 divides by an epsilon that is 0 there.
+
+    Raises:
+        ValueError: names the first parameter in float16.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} is to be trained in float16, whose range gradients and Adam's epsilon leave: load the model "
+                "in float32 and set fp16=True, or load it in bfloat16"
+            )

@@ -551,3 +551,13 @@ def test_a_default_device_or_dtype_changes_nothing(tmp_path):
         losses.append((loss.detach(), trainer.model.bert.embeddings.word_embeddings.weight.grad))
     for loss, gradient in losses[1:]:
         assert torch.equal(loss, losses[0][0]) and torch.equal(gradient, losses[0][1])
+
+
+def test_parameters_in_float16_are_not_trained(tmp_path):
+    """Frozen they are no harm; trained they became NaN after a few steps of Adam."""
+    with pytest.raises(ValueError, match=r"is to be trained in float16, .* set fp16=True, or load it in bfloat16"):
+        DAMTrainer(tiny_model().half(), sum_reward, tiny_config(tmp_path), ROWS)
+    DAMTrainer(tiny_model().half().requires_grad_(False), sum_reward, tiny_config(tmp_path), ROWS)
+    trainer = DAMTrainer(tiny_model().bfloat16(), sum_reward, tiny_config(tmp_path), ROWS)
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
