@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.output_layer import head_of
+from dam.models.sharding import check_sharding, tied_to
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
 
@@ -41,6 +42,8 @@ class MaskedLM:
     followed are a bias outside the layer (ESM), a scale (Cohere, Granite) and logits of the position before. Anything
     else, soft-capped logits among it, is an error. Where the model returns no logits there is nothing to compare.
 
+    A head that FSDP2 has divided is gathered each time it is asked for.
+
     Args:
         model: takes `input_ids` and `attention_mask`.
         adapter: False evaluates a PEFT model with its adapters switched off.
@@ -63,6 +66,7 @@ class MaskedLM:
         layer = self._inner.get_output_embeddings()
         if layer is None:
             raise TypeError(f"get_output_embeddings() of {type(self._inner).__name__} gives no linear layer")
+        check_sharding(layer, self._inner)
         return layer
 
     @contextlib.contextmanager
@@ -115,11 +119,11 @@ class MaskedLM:
             tail = self._tail(layer, tokens[:1], None if attention_mask is None else attention_mask[:1])
             handle = layer.register_forward_pre_hook(keep)
             try:
-                self.model(input_ids=tokens, attention_mask=attention_mask)
+                output = self.model(input_ids=tokens, attention_mask=attention_mask)
             finally:
                 handle.remove()
         check_calls(self._inner, given, tokens)
-        return tail.hidden_states(given[0])
+        return tail.hidden_states(tied_to(given[0], output, self._inner))
 
     def head(self) -> Head:
         with self._as_asked():

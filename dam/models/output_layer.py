@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dam.models.sharding import whole
 from dam.ops._head import Head, LoRA
 
 # Rows of a head whose sum with an adapter's product is formed at a time, for its norms.
@@ -29,7 +30,8 @@ def head_of(layer: Any) -> Head:
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise TypeError(f"the output layer, {type(layer).__name__}, is no linear layer: it has no matrix `weight`")
-        return Head(weight, getattr(layer, "bias", None))
+        bias = getattr(layer, "bias", None)
+        return Head(whole(weight), None if bias is None else whole(bias))
     if adapted.merged and adapted.disable_adapters:
         raise ValueError("the adapter on the output layer is switched off but merged: call unmerge_adapter() first")
     head, names = head_of(adapted.base_layer), _active(adapted)
@@ -78,15 +80,16 @@ def _with_lora(head: Head, layer: Any, name: str) -> Head:
     dropout = layer.lora_dropout[name]
     if layer.training and getattr(dropout, "p", 0.0) > 0.0:
         raise ValueError(f"a LoRA adapter on the output layer must have lora_dropout=0 in training; got {dropout.p}")
-    weight, bias, low = head.weight, head.bias, b.weight
+    weight, bias, high, low = head.weight, head.bias, whole(a.weight), whole(b.weight)
     if b.bias is not None:
-        bias = scale * b.bias if bias is None else bias + scale * b.bias
+        added = scale * whole(b.bias)
+        bias = added if bias is None else bias + added
     magnitudes = getattr(layer, "lora_magnitude_vector", {})
     if name in magnitudes:
-        factor = magnitudes[name].weight / _row_norms(weight, a.weight, low, scale)
+        factor = whole(magnitudes[name].weight) / _row_norms(weight, high, low, scale)
         # In float32 until a linear op takes it: in bfloat16 a factor near 1 would be 1.
         weight, low = weight * factor.float()[:, None], low * factor[:, None]
-    return Head(weight, bias, LoRA(a.weight, low, scale))
+    return Head(weight, bias, LoRA(high, low, scale))
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def _with_tokens(head: Head, layer: Any, name: str) -> Head:
     """Rows of the weight replaced by trained ones: a product of as many ranks, that adds their differences."""
     index = torch.tensor(layer.token_indices[name], device=head.weight.device)
-    trained = layer.trainable_tokens_delta[name].to(head.weight.dtype)
+    trained = whole(layer.trainable_tokens_delta[name]).to(head.weight.dtype)
     chosen = head.weight.new_zeros(head.weight.shape[0], len(index))
     chosen[index, torch.arange(len(index), device=index.device)] = 1.0
     # PEFT's layer, on in place of a linear one, leaves out its bias.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dam.models.sharding import whole
 from dam.ops._head import Head
 
 _REAL = 4  # positions at which the output layer's own numbers are compared
@@ -45,7 +46,7 @@ class Tail(NamedTuple):
             bias = bias * self.scale
         if self.bias is not None:
             module, _, name = self.bias.rpartition(".")
-            outside = getattr(model.get_submodule(module), name).reshape(-1)
+            outside = whole(getattr(model.get_submodule(module), name)).reshape(-1)
             bias = outside if bias is None else bias + outside
         return head._replace(bias=bias)
 
@@ -125,12 +126,23 @@ def check_calls(model: nn.Module, given: list[Tensor], tokens: Tensor) -> None:
     Raises:
         RuntimeError: it did not.
     """
+    if not given and _is_compiled(model):
+        raise RuntimeError(
+            f"{type(model).__name__} was compiled by torch.compile and called before: what is compiled runs no hooks "
+            "added later, by which hidden states are had. Hand it in before its first call (DAMConfig(torch_compile="
+            "True) compiles it), or call torch._dynamo.reset() first"
+        )
     if len(given) != 1 or given[0].shape[:2] != tokens.shape:
         raise RuntimeError(
             f"the output layer of {type(model).__name__} ran {len(given)} times in one forward pass, "
             f"on shapes {[list(hidden.shape) for hidden in given]}; it must run once, on {[*tokens.shape, 'D']}. "
             "Hand in a dam.models.Denoiser of your own"
         )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By torch.compile(model), or in place by model.compile()."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def _candidates(model: nn.Module, columns: int) -> dict[str, Tensor]:
