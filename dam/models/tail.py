@@ -108,6 +108,8 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
             with torch.no_grad():  # ends what the probe began
                 logits = _logits(model(input_ids=tokens, attention_mask=attention_mask))
             check_calls(model, probe.given, tokens)
+            others = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in biases}
+            _check_constants(type(model).__name__, logits, others)
             # A model that returns no logits has none to differ from.
             tail = Tail() if logits is None else _fitted(type(model).__name__, logits, probe.outputs, biases)
             rounding = max(_rounding(probe.hidden(), head.weight), torch.finfo(probe.dtype).eps)
@@ -211,6 +213,24 @@ def _scale(logits: Tensor, outputs: Tensor, zero: int) -> float:
     slope = (logits[row] - logits[zero]).double() @ outputs[row].double() / outputs[row].double().square().sum()
     scale = float(slope) if bool(torch.isfinite(slope)) else 0.0
     return 1.0 if abs(scale - 1.0) <= 8.0 * torch.finfo(logits.dtype).eps else scale
+
+
+def _check_constants(model: str, logits: Tensor | None, parameters: Mapping[str, Tensor]) -> None:
+    """That nothing that is trained, but a bias, comes after the output layer: its gradient would be lost.
+
+    Raises:
+        ValueError: it does; names it.
+    """
+    if logits is None or not logits.requires_grad or not parameters:
+        return
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
+    used = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    if used:
+        raise ValueError(
+            f"{model} applies {', '.join(used)} after its output layer: what the fused operations train gives it no "
+            "gradient. Freeze it (requires_grad_(False)), or hand in a dam.models.Denoiser of your own"
+        )
 
 
 def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> str | None:

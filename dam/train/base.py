@@ -27,9 +27,24 @@ class Base(Protocol):
 
 
 class ReferenceModel:
-    """A base that is a module of its own, frozen."""
+    """A base that is a module of its own, frozen.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: the base.
+        trained: the model to train.
+
+    Raises:
+        ValueError: they share parameters.
+    """
+
+    def __init__(self, model: nn.Module, trained: nn.Module):
+        trainable = {parameter: name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+        shared = [trainable[parameter] for parameter in model.parameters() if parameter in trainable]
+        if shared:
+            raise ValueError(
+                f"ref_model shares {len(shared)} parameters with the model ({shared[0]}, ...), which would be frozen "
+                "with it: give it a copy (copy.deepcopy), or leave ref_model out"
+            )
         self._model = model.eval().requires_grad_(False)
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
@@ -150,4 +165,4 @@ def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tu
         if hasattr(network, "disable_adapter"):
             return network, InitialParameters(network)
         ref_model = copy.deepcopy(network)
-    return network, ReferenceModel(ref_model)
+    return network, ReferenceModel(ref_model, network)

@@ -275,15 +275,15 @@ class DAMTrainer(Trainer):
         kept = ("states", "final", "first", "attention_mask", "start")
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
-        finite = reward[reward > -torch.inf]
+        finite = reward[reward > -torch.inf]  # what is not forbidden
         parts = {name: value for name, value in rolled_out.items() if name.startswith("rewards/")}
         self.progress.record(
-            reward=float(finite.mean()) if finite.numel() else -math.inf,
+            reward=_mean(reward),
             reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
             tilt=float(step.mean()),
             # Nothing to correlate is no figure.
             **{name: value for name, value in told._asdict().items() if not math.isnan(value)},
-            **{name: float(value.nanmean()) for name, value in parts.items()},
+            **{name: _mean(value) for name, value in parts.items()},
         )
 
     def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
@@ -411,6 +411,8 @@ class DAMTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("no parameter of the model is trainable")
         self._check_datasets()
         self.progress.clear()
         self._compared = False
@@ -436,8 +438,8 @@ class DAMTrainer(Trainer):
         # Nothing is done yet, or weights may be half-way through an update.
         if not self.progress.has_begun or self._update.step == step:
             return
-        if not is_shared(ending):  # the other processes are elsewhere, and saving may need them
-            warnings.warn(f"no checkpoint of step {step} was saved: one process only failed", stacklevel=2)
+        if not is_shared(ending):  # as of no memory: the other processes may be elsewhere, and saving needs them
+            warnings.warn(f"no checkpoint of step {step} was saved: other processes may not have failed", stacklevel=2)
             return
         self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
         try:
@@ -458,6 +460,9 @@ class DAMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the rollouts since the last log."""
+        in_step(functools.partial(self._log, logs, start_time))
+
+    def _log(self, logs: dict[str, float], start_time: float | None) -> None:
         of_training = "loss" in logs
         if of_training:
             logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
@@ -532,12 +537,21 @@ class DAMTrainer(Trainer):
             raise ValueError("there are no rows to fill in: the dataset is empty")
         predictions, inputs = stacked(kept["final"]), stacked(kept["input_ids"])
         labels: Any = label_ids(kept["labels"], label_kinds)
-        metrics = {f"{prefix}_reward": float(torch.cat(rewards).mean())}
+        metrics = {f"{prefix}_reward": _mean(torch.cat(rewards))}
         if self.compute_metrics is not None:
             prediction = EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs)
-            metrics.update({f"{prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
+            found = in_step(functools.partial(self.compute_metrics, prediction))
+            metrics.update({f"{prefix}_{k}": v for k, v in found.items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _mean(rewards: Tensor) -> float:
+    """Over outcomes that are not forbidden (-inf) and that a function applies to (not NaN); -inf if there are none."""
+    counted = rewards[rewards > -torch.inf]
+    if counted.numel() > 0:
+        return float(counted.mean())
+    return math.nan if bool(rewards.isnan().all()) else -math.inf
 
 
 def _keep_batches_whole(accelerator_config: Any) -> None:
@@ -548,6 +562,10 @@ def _keep_batches_whole(accelerator_config: Any) -> None:
     """
     if accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
+    if accelerator_config.split_batches:
+        raise ValueError(
+            "accelerator_config: split_batches must be False: per_device_train_batch_size is of each process"
+        )
     accelerator_config.dispatch_batches = False  # None sends those of an iterable dataset, if only to this process
 
 

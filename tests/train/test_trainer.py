@@ -557,7 +557,10 @@ def test_parameters_in_float16_are_not_trained(tmp_path):
     """Frozen they are no harm; trained they became NaN after a few steps of Adam."""
     with pytest.raises(ValueError, match=r"is to be trained in float16, .* set fp16=True, or load it in bfloat16"):
         DAMTrainer(tiny_model().half(), sum_reward, tiny_config(tmp_path), ROWS)
-    DAMTrainer(tiny_model().half().requires_grad_(False), sum_reward, tiny_config(tmp_path), ROWS)
+    frozen = tiny_model().half().requires_grad_(False)
+    DAMTrainer(frozen, sum_reward, tiny_config(tmp_path), ROWS)
+    with pytest.raises(ValueError, match="no parameter of the model is trainable"):
+        DAMTrainer(frozen, sum_reward, tiny_config(tmp_path), ROWS).train()
     trainer = DAMTrainer(tiny_model().bfloat16(), sum_reward, tiny_config(tmp_path), ROWS)
     trainer.train()
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
