@@ -1,7 +1,9 @@
 """From trajectories and costs to weighted targets of the matching loss: the estimators.
 
-At the model whose p(v | i, x) is that of p* no estimator asks for a change. They differ in how
-much of what K trajectories tell they use, from the paper's (noisiest) to the terminal posterior (quietest):
+At the model whose p(v | i, x) is that of p* no estimator asks for a change, if the base's p(v | i, x) are those of one
+joint law. No network's are: `tilted_weights` says where `posterior` then ends; the first jumps also ask for another
+order of unmasking, which no p(v | i, x) can follow. They differ in how much of what K trajectories tell they use, from
+the paper's (noisiest) to the terminal posterior (quietest):
 
     first_jump_one   the first jump of one of the K trajectories, drawn uniformly
     first_jump       the first jumps of all K

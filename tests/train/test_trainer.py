@@ -20,6 +20,7 @@ from dam import diagnostics
 from dam.models import MaskedLM, Tabular, denoiser_of
 from dam.rollout import PathLogProbs
 from dam.train import DAMTrainer
+from tests import oracle
 from tests.architectures import small_sizes
 from tests.ops.helpers import default_dtype
 
@@ -360,6 +361,26 @@ def test_orders_are_averaged_in_the_weights(tmp_path):
     torch.testing.assert_close(last["weight"], expected.float())
     one = 8 * (group["log_ratio"].sum(dim=1) + group["reward"] / 50.0).softmax(dim=0)
     assert float((one - expected).abs().max()) > 1e-4
+
+
+@pytest.mark.slow
+def test_without_a_reward_the_base_is_kept_unless_steps_are_capped(tmp_path):
+    """A table of conditionals of no one law: to the noise of 300 steps; or, capped, to 0.07 away, a power mean."""
+    base = oracle.inconsistent(3, 4, seed=1).float()
+    law = oracle.generated(base, 3, 4)
+    found = {}
+    for full_tilt_from in (0.5, None):
+        model = oracle.inconsistent(3, 4, seed=1).float()
+        changes = {"max_tilt": 0.2, "target_ess": None, "full_tilt_from": full_tilt_from, "learning_rate": 0.05}
+        sizes = {"num_generations": 16, "per_device_train_batch_size": 8, "replay_size": 64, "replay_batch_size": 32}
+        config = tiny_config(tmp_path, mask_token_id=4, max_steps=300, logging_steps=100, **changes, **sizes)
+        DAMTrainer(
+            model, lambda completion_ids, **_: [0.0] * len(completion_ids), config, [{"input_ids": [4] * 3}] * 8
+        ).train()
+        found[full_tilt_from] = oracle.kl(law, oracle.generated(model, 3, 4))
+    mean = (oracle.path_log_prob(base, 3, 4) * 0.2).exp().mean(dim=0) ** 5
+    capped = oracle.kl(law.flatten(), mean / mean.sum())
+    assert found[0.5] < found[None] / 2 and found[None] > capped * 2 / 3, (found, capped)
 
 
 def test_evaluate_returns_and_logs_metrics(tmp_path):
