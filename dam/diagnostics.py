@@ -24,7 +24,7 @@ class Diagnostics(NamedTuple):
         float  # mean weight: 1 but for clipping, groups in which nothing is feasible, and leave_one_out (above)
     )
     kl_path: float  # KL(p_u || p_base) of trajectories, the order of unmasking included
-    kl_outcome: float  # that of outcomes, from above (see `kl_outcome`); NaN without other orders
+    kl_outcome: float  # that of outcomes; NaN without other orders
     order_variance: float  # of the log ratio between orders at one outcome; NaN without other orders
     split_half: float  # reliability of the targets, NaN where there is nothing to correlate
 
@@ -83,18 +83,25 @@ def kl_path(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tensor:
 
 
 def kl_outcome(log_ratio: Tensor, orders: PathLogProbs) -> float:
-    """KL(p_u || p_base) of outcomes, estimated from above: that of all paths, less what M orders take off in a sample.
+    """KL(p_u || p_base) of outcomes, estimated; NaN for one order.
 
-    The mean of the estimate is the KL between mixtures over the same M orders, averaged over their draw: that of paths
-    at M = 1, never less than that of outcomes, to which it falls as M grows. Two orders, of which the log ratio has a
-    variance of 2, take off half of what there is to take off, roughly.
+        mean of -log W over all paths  -  M / (M - 1) mean over the sample of (log ratio over M orders - of its own)
+
+    Without the factor this has as its mean the KL between mixtures over the same M orders, averaged over their draw:
+    that of paths at M = 1, never less than that of outcomes, to which it falls about as 1 / M. The factor extrapolates
+    to infinitely many orders, not to the last: on eight tables of 3 positions and 4 tokens, of which the KL of paths
+    is 0.5 to 1.7 above that of outcomes, the mean of the estimate is 0.02 to 0.18 above it with two orders, and within
+    0.06 with four.
 
     Args:
         log_ratio: of trajectories of a masked chain in the order in which they were drawn, [G, K, S].
         orders: these outcomes, or some of them, by M orders, the first that in which they were drawn.
     """
+    count = orders.log_prob.shape[-1]
+    if count < 2:
+        return float("nan")
     own = (orders.base_log_prob - orders.log_prob)[..., 0]
-    return float(kl_path(log_ratio).mean() - (orders.log_ratio - own).mean())
+    return float(kl_path(log_ratio).mean() - count / (count - 1) * (orders.log_ratio - own).mean())
 
 
 def order_variance(orders: PathLogProbs) -> float:

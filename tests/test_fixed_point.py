@@ -1,6 +1,7 @@
 """Where weights lead whose base is a network: its conditionals are not those of one joint law. By enumeration."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -106,24 +107,34 @@ def test_averaged_over_orders_weights_keep_their_mean_and_lose_variance(count):
         assert moments[0] < 0.9 * moments[1]
 
 
-def test_kl_of_outcomes_is_estimated_from_above():
-    """By M orders: that of paths at M = 1, falling to that of outcomes. The variance is the one between two orders."""
-    model, base = paths(1), paths(0)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kl_of_outcomes_by_a_few_orders(seed):
+    """In expectation. Mixtures over M orders fall to the law's KL about as 1 / M: extrapolated, two tell most of it."""
+    model, base = paths(seed + 1), paths(seed)
     outcomes = oracle.kl(model.exp().mean(dim=0), base.exp().mean(dim=0))
     path = float((model.exp() * (model - base)).sum() / len(model))
-    found = []
-    for count in (1, 2, 3, 4):
+    mixtures, estimates = [path], []
+    for count in (2, 3, 4):
         probability, every = drawn_over_orders(model, base, count)
+        mixtures.append(-float((probability * every.log_ratio).sum()))
+        # What `kl_outcome` computes, of paths and orders as often as they are drawn.
         own = every.base_log_prob[..., 0] - every.log_prob[..., 0]
-        found.append(path - float((probability * (every.log_ratio - own)).sum()))
-    assert found[0] == pytest.approx(path, rel=1e-12)
-    assert found[0] > found[1] > found[2] > found[3] > outcomes > 0
-    # The estimator is this sum over what was drawn; and what orders differ by is their unbiased variance.
-    three = PathLogProbs(torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[-1.5, -4.0]]).double())
-    log_ratio = torch.tensor([[[-0.5]]]).double()
-    mean = (torch.tensor([-1.5, -4.0]).double().logsumexp(0) - torch.tensor([-1.0, -2.0]).double().logsumexp(0)).item()
-    assert diagnostics.kl_outcome(log_ratio, three) == pytest.approx(-mean, rel=1e-12)
-    assert diagnostics.order_variance(three) == pytest.approx((-0.5 - -2.0) ** 2 / 2, rel=1e-12)
+        estimates.append(path - count / (count - 1) * float((probability * (every.log_ratio - own)).sum()))
+    assert mixtures == sorted(mixtures, reverse=True) and mixtures[-1] > outcomes > 0
+    errors = [abs(estimate - outcomes) for estimate in estimates]
+    assert errors == sorted(errors, reverse=True) and errors[0] < 0.2 * (path - outcomes)
+    assert errors[2] < 0.1 * (path - outcomes)
+
+
+def test_figures_of_orders_are_those_of_what_was_drawn():
+    """By hand: of one outcome in two orders, and of one order nothing."""
+    two = PathLogProbs(torch.tensor([[-1.0, -2.0]]).double(), torch.tensor([[-1.5, -4.0]]).double())
+    log_ratio = torch.tensor([[[-0.5]], [[0.7]]], dtype=torch.float64)
+    over_both = float(two.base_log_prob.exp().sum().log() - two.log_prob.exp().sum().log())
+    assert diagnostics.kl_outcome(log_ratio, two) == pytest.approx(-0.1 - 2 * (over_both - -0.5), rel=1e-12)
+    assert diagnostics.order_variance(two) == pytest.approx((-0.5 - -2.0) ** 2 / 2, rel=1e-12)
+    one = PathLogProbs(two.log_prob[:, :1], two.base_log_prob[:, :1])
+    assert math.isnan(diagnostics.kl_outcome(log_ratio, one)) and math.isnan(diagnostics.order_variance(one))
 
 
 def test_left_out_weights_have_the_law_of_infinitely_many_trajectories():
