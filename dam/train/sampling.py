@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Denoiser, MaskedLM
-from dam.rollout import Trajectories, rollout
+from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
 
@@ -94,6 +94,39 @@ class Sampler:
                 )
             )
         return Trajectories.concatenate(pieces)
+
+    def over_orders(
+        self,
+        model: nn.Module,
+        trajectories: Trajectories,
+        attention_mask: Tensor,
+        *,
+        orders: int,
+        seed: int,
+        row_ids: Tensor,
+        temperature: float,
+    ) -> PathLogProbs:
+        """`dam.rollout.log_prob_over_orders` in pieces of rollout_batch_size, whose draws are those of the whole."""
+        size = self._args.rollout_batch_size
+        pieces = []
+        for start in range(0, len(row_ids), size):
+            part = slice(start, start + size)
+            pieces.append(
+                log_prob_over_orders(
+                    self._denoiser(model),
+                    self.base(model),
+                    trajectories[part],
+                    self._process,
+                    orders=orders,
+                    attention_mask=attention_mask[part],
+                    steps=self._args.diffusion_steps,
+                    block_length=self._args.block_length,
+                    temperature=temperature,
+                    seed=seed,
+                    row_ids=row_ids[part],
+                )
+            )
+        return PathLogProbs(*(torch.cat(each) for each in zip(*pieces, strict=True)))
 
     def states(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, *, seed: int, row_ids: Tensor) -> Tensor:
         """A partly filled-in state of each prompt: an outcome of the model, re-masked."""

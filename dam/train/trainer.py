@@ -29,6 +29,7 @@ from dam.adjoint import (
 )
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
+from dam.rollout import PathLogProbs
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import UpdateBegun
 from dam.train.config import DAMConfig
@@ -92,8 +93,11 @@ class DAMTrainer(Trainer):
     (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
 
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
-    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl (an estimate of
-    KL(p_model || p_base) per prompt) and split_half.
+    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
+    p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
+    with a bias: `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and
+    split_half. kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or
+    from all by num_orders.
 
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
@@ -259,14 +263,25 @@ class DAMTrainer(Trainer):
         given = together(lambda: self._rolled_out(model, batch))
         rolled_out = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
         log_ratio, reward = rolled_out["log_ratio"], rolled_out["reward"]
+        orders = None
+        if "order_log_prob" in rolled_out:
+            orders = PathLogProbs(rolled_out["order_log_prob"], rolled_out["order_base_log_prob"])
+        ess, max_tilt = args.step_limits(self.state.global_step / max(1, self.state.max_steps))
         weights, step = tilted_weights(
-            log_ratio, reward, beta=args.beta, ess=args.target_ess, max_tilt=args.max_tilt, clip=args.clip
+            orders.log_ratio[..., None] if orders is not None and args.num_orders > 1 else log_ratio,
+            reward,
+            beta=args.beta,
+            ess=ess,
+            max_tilt=max_tilt,
+            clip=args.clip,
+            leave_one_out=args.leave_one_out,
         )
         told = diagnostics.diagnose(
             weights,
             log_ratio,
             rolled_out["final"],
             self.process.masked(rolled_out["states"]),
+            orders=orders,
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
@@ -288,23 +303,41 @@ class DAMTrainer(Trainer):
 
     def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
         """A group of rewarded trajectories for each prompt of this process."""
-        size = self.args.num_generations
+        args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
+        seed = self._seed(_Draw.ROLLOUT)
+        row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
+        masks = attention_mask.repeat_interleave(size, dim=0)
+        # All of a group by num_orders, or a few of it by two.
+        orders, taken = (args.num_orders, size) if args.num_orders > 1 else (2, args.order_samples)
+        chosen = torch.arange(len(row_ids), device=number.device).view(-1, size)[:, :taken].flatten()
         with self.sampler.evaluating(model):
             self._compare(batch)
             states = tokens
-            if self.args.normalizer == "state":
-                seed = self._seed(_Draw.STATE)
-                states = self.sampler.states(self.model, tokens, attention_mask, seed=seed, row_ids=number)
+            if args.normalizer == "state":
+                states = self.sampler.states(
+                    self.model, tokens, attention_mask, seed=self._seed(_Draw.STATE), row_ids=number
+                )
             trajectories = self.sampler.rollout(
                 self.model,
                 states.repeat_interleave(size, dim=0),
-                attention_mask.repeat_interleave(size, dim=0),
-                seed=self._seed(_Draw.ROLLOUT),
-                row_ids=(number[:, None] * size + torch.arange(size, device=number.device)).flatten(),
+                masks,
+                seed=seed,
+                row_ids=row_ids,
                 base=True,
-                temperature=self.args.temperature,
+                temperature=args.temperature,
             )
+            paths = None
+            if taken > 0:
+                paths = self.sampler.over_orders(
+                    self.model,
+                    trajectories[chosen],
+                    masks[chosen],
+                    orders=orders,
+                    seed=seed,
+                    row_ids=row_ids[chosen],
+                    temperature=args.temperature,
+                )
         seen, reward, parts = self._rewarded(batch, trajectories.final, size)
         best = int(reward.argmax())
         self._example = (seen["prompts"][best], seen["completions"][best], float(reward[best]))
@@ -315,7 +348,9 @@ class DAMTrainer(Trainer):
             "reward": reward,
             **{f"rewards/{name}": values for name, values in parts.items()},
         }
-        groups = {name: value.unflatten(0, (len(tokens), size)) for name, value in of_each.items()}
+        if paths is not None:
+            of_each |= {"order_log_prob": paths.log_prob, "order_base_log_prob": paths.base_log_prob}
+        groups = {name: value.unflatten(0, (len(tokens), -1)) for name, value in of_each.items()}
         return unstacked({"states": states, "attention_mask": attention_mask, "start": batch["start"], **groups})
 
     def _rewarded(
