@@ -1,7 +1,9 @@
 """From trajectories and costs to weighted targets of the matching loss: the estimators.
 
-At the model whose p(v | i, x) is that of p* no estimator asks for a change. They differ in how
-much of what K trajectories tell they use, from the paper's (noisiest) to the terminal posterior (quietest):
+At the model whose p(v | i, x) is that of p* no estimator asks for a change, if the base's p(v | i, x) are those of one
+joint law. No network's are: `tilted_weights` says where `posterior` then ends; the first jumps also ask for another
+order of unmasking, which no p(v | i, x) can follow. They differ in how much of what K trajectories tell they use, from
+the paper's (noisiest) to the terminal posterior (quietest):
 
     first_jump_one   the first jump of one of the K trajectories, drawn uniformly
     first_jump       the first jumps of all K
@@ -14,6 +16,7 @@ went through themselves, where the weights' mean can be subtracted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,22 +44,41 @@ def tilted_weights(
     ess: float | None = None,
     max_tilt: float = 1.0,
     clip: float | None = None,
+    leave_one_out: bool = False,
 ) -> tuple[AdjointWeights, Tensor]:
     """Weights of K trajectories of each of G groups toward p*, no further than their effective sample size allows.
 
         l_k = sum_s log_ratio[k, s] + reward_k / beta,      weight = K softmax_k(h l),      0 <= h <= max_tilt
 
-    h = 1 is p* itself. With `ess`, h is the largest that keeps ESS(softmax(h l)) >= ess in its group. The weighted
-    trajectories then follow p_u^(1-h) p*^h, a step from the model toward p*, whose fixed point is p* at every
-    h > 0: l is constant there. A max_tilt below 1 damps the noise of log_ratio at a model that is still learning.
+    h = 1 is p* itself. With `ess`, h is the largest that keeps ESS(softmax(h l)) >= ess in its group: a step from the
+    model toward p*. Such steps have p* as their fixed point only where the base's conditionals p(v | i, x) are those
+    of one joint law, so that l is constant at p*. No network's are: how likely an outcome is depends on the order in
+    which it was unmasked. With the posterior estimator steps h then end at
+
+        p_u(x) ~ exp(r(x) / beta) M_h(x),      M_h(x) = (mean over orders of p_base(x | order)^h)^(1/h)
+
+    the power mean over orders, with a reward of zero too: M_1 is the law that the base's sampler has, and gives p*;
+    M_h for h -> 0 is the geometric mean. So let h end at 1, or average over orders
+    (`dam.rollout.log_prob_over_orders`), which shrinks the variance of l between orders and with it the bias. That
+    variance also keeps h below 1 where `ess` asks for more than it leaves at p* itself, about K exp(-var(l)).
+
+    A second bias is of finite K: a trajectory that weighs much raises its own normaliser, so that the weights pull back
+    toward the model, by a share of order 1 / K. `leave_one_out` takes it away.
 
     Args:
         log_ratio: log u_base - log u at each jump; zero for steps a trajectory did not take.
         reward: r(X_1) = -beta g(X_1); -inf forbids an outcome.
         beta: temperature, the weight of the KL to the base relative to the reward; > 0.
         ess: effective sample size to keep, in [1, K]; None takes h = max_tilt.
-        max_tilt: largest h, in (0, 1].
+        max_tilt: largest h, in (0, 1]. Below 1 it damps the noise of log_ratio at a model that is still learning.
         clip: as for `adjoint_weights`.
+        leave_one_out: normalise each trajectory by the mean over the other K - 1, on which it does not depend:
+
+                weight_k = min(K, (K - 1) s_k / (1 - s_k)),      s = softmax(h l)
+
+            At an h that does not depend on the trajectories the weighted outcomes then have the law of infinite K, but
+            for the bound K, which binds where one outweighs all the others together and counts as clipped. The mean is
+            above 1.
 
     Returns:
         The weights, and h [G] in float64.
@@ -70,7 +92,17 @@ def tilted_weights(
     step = torch.full_like(score[:, 0], max_tilt) if ess is None else tilt_to_ess(score, ess, max_tilt=max_tilt)
     # A step of 0 still keeps what is forbidden out: cost +inf, not 0 * inf.
     cost = torch.where(reward == -torch.inf, torch.inf, -step[:, None] * reward / beta)
-    return adjoint_weights(step[:, None, None] * log_ratio, cost, clip=clip), step
+    weights = adjoint_weights(step[:, None, None] * log_ratio, cost, clip=None if leave_one_out else clip)
+    return (_left_out(weights, clip) if leave_one_out else weights), step
+
+
+def _left_out(weights: AdjointWeights, clip: float | None) -> AdjointWeights:
+    """Each weight over the mean of the others in its group, bounded; `ess` stays that of the shares."""
+    size = weights.weight.shape[1]
+    share = weights.weight / size
+    weight = (size - 1) * share / (1 - share).clamp(min=1e-12)
+    bound = float(size) if clip is None else min(float(size), math.exp(clip))
+    return weights._replace(weight=weight.clamp(max=bound), clipped=(weight > bound).to(weight.dtype).mean(dim=1))
 
 
 class MatchingTargets(NamedTuple):
@@ -312,23 +344,35 @@ def without_ended(targets: MatchingTargets, stop: Sequence[int], start: Tensor) 
 
 
 def estimator_loss(
-    denoiser: Denoiser, targets: MatchingTargets, process: MaskedCTMC, attention_mask: Tensor | None = None
+    denoiser: Denoiser,
+    targets: MatchingTargets,
+    process: MaskedCTMC,
+    attention_mask: Tensor | None = None,
+    *,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """The matching loss of `targets` under the model: the mean over states of their weighted cross-entropies.
 
+    Args:
+        denoiser: the model.
+        targets: of an estimator.
+        process: names the mask token.
+        attention_mask: [N, L], passed on to the model.
+        gradient_scale: of a loss scaler, `torch.amp.GradScaler.get_scale()`. Gradients are formed in the forward pass,
+            in the dtype of the hidden states, where float16 would lose what the scaler is there to keep: they are
+            formed that many times as large. The loss and its gradient stay what they are.
+
     Source: So et al., arXiv 2602.07132, Eq. 14.
     """
-    hidden = denoiser.hidden_states(targets.states, attention_mask)
-    head = denoiser.head().to(hidden.dtype)
-    scale = targets.weight.new_full(targets.row.shape, 1.0 / max(1, targets.states.shape[0]))
-    return linear_matching_loss(
+    hidden, head = denoiser.hidden_states(targets.states, attention_mask), denoiser.head()
+    scale = targets.weight.new_full(targets.row.shape, gradient_scale / max(1, targets.states.shape[0]))
+    scaled = linear_matching_loss(
         hidden[targets.row, targets.position],
-        head.weight,
-        targets.target,
-        targets.weight,
-        bias=head.bias,
-        lora=head.lora,
+        target=targets.target,
+        weight=targets.weight,
+        **head.arguments(hidden.dtype),
         row_scale=scale,
         exclude=process.excluded(head.weight.shape[0]),
         suppress=process.suppressed(head.weight.shape[0]),
     )
+    return scaled / gradient_scale

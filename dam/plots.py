@@ -76,7 +76,18 @@ def training(path: str | Path, history: Sequence[Mapping[str, Any]], *, title: s
     Raises:
         ValueError: it holds no figure.
     """
-    panels = ("reward", "kl", "ess", "ess_path", "tilt", "clip_fraction", "split_half", "loss")
+    panels = (
+        "reward",
+        "kl_path",
+        "kl_outcome",
+        "order_variance",
+        "ess",
+        "ess_path",
+        "tilt",
+        "clip_fraction",
+        "split_half",
+        "loss",
+    )
     found = {
         name: [(e["reward_calls"], e[name]) for e in history if name in e and "reward_calls" in e] for name in panels
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,12 @@ class Trajectories:
         if self.base_log_prob is None:
             raise ValueError("these trajectories carry no log-probabilities of the base: pass base= to rollout")
         return self.base_log_prob - self.log_prob
+
+    def __getitem__(self, rows: slice | Tensor) -> Trajectories:
+        """Some of the trajectories."""
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: None if value is None else value[rows] for name, value in given.items()}
+        return Trajectories(**chosen)
 
     @property
     def network_calls(self) -> int:
@@ -126,22 +132,7 @@ def rollout(
     length = tokens.shape[1]
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
-    if block_length is not None:
-        priority = priority + (torch.arange(length, device=tokens.device) - length) // block_length
-    jumps = int(count.max())
-    # Unmasked positions have priority +inf, so a trajectory's own jumps come first.
-    position = priority.argsort(dim=1)[:, :jumps]
-    index = torch.arange(jumps, device=tokens.device).expand_as(position)
-    calls = count if steps is None else count.clamp(max=steps)
-    call = torch.where(index < count[:, None], index * calls[:, None] // count[:, None], -1)
-    trajectories = Trajectories(
-        initial=tokens,
-        final=tokens.clone(),
-        position=torch.where(call >= 0, position, -1),
-        token=torch.full_like(position, -1),
-        call=call,
-        log_prob=torch.zeros(position.shape, dtype=torch.float32, device=tokens.device),
-    )
+    trajectories = _planned(tokens, priority, count, steps, block_length)
     for n in range(trajectories.network_calls):
         # By confidence, everything still masked is drawn, and the likeliest of it kept.
         drawn_now = trajectories.call >= n if order == "confidence" else trajectories.call == n
@@ -149,12 +140,10 @@ def rollout(
         if n == 0 or order == "confidence":
             stream = _philox.ids(seed, Use.JUMP, row_ids, length, sample=n).flip(1)
         rows, at, hidden = _hidden_at(denoiser, trajectories, drawn_now, trajectories.final, attention_mask)
-        head = denoiser.head().to(hidden.dtype)
+        head = denoiser.head()
         drawn = linear_jump(
             hidden,
-            head.weight,
-            bias=head.bias,
-            lora=head.lora,
+            **head.arguments(hidden.dtype),
             exclude=process.excluded(head.weight.shape[0]),
             suppress=process.suppressed(head.weight.shape[0]),
             temperature=temperature,
@@ -188,13 +177,11 @@ def jump_log_prob(
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
         rows, at, hidden = _hidden_at(denoiser, trajectories, trajectories.call == n, states, attention_mask)
-        head = denoiser.head().to(hidden.dtype)
+        head = denoiser.head()
         value = linear_log_prob(
             hidden,
-            head.weight,
-            trajectories.token[rows, at],
-            bias=head.bias,
-            lora=head.lora,
+            target=trajectories.token[rows, at],
+            **head.arguments(hidden.dtype),
             exclude=process.excluded(head.weight.shape[0]),
             suppress=process.suppressed(head.weight.shape[0]),
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
@@ -202,6 +189,113 @@ def jump_log_prob(
         )
         out[rows, at] = value.to(out.dtype)
     return out
+
+
+class PathLogProbs(NamedTuple):
+    """Log-probabilities of outcomes as paths in M orders of unmasking, under the model and under its base."""
+
+    log_prob: Tensor  # float64 [..., M], the first in the order in which the outcome was drawn
+    base_log_prob: Tensor  # float64 [..., M], in the same orders
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log of the mean of p_base(x | order) over the M orders, less that of p_model(x | order): float64 [...].
+
+        With outcomes x of the model, its exponential times any f(x) has the mean sum_x p_base(x) f(x), p_base the law
+        that the base's sampler has, at every M; M orders make it quieter.
+        """
+        return self.base_log_prob.logsumexp(dim=-1) - self.log_prob.logsumexp(dim=-1)
+
+
+@torch.no_grad()
+def log_prob_over_orders(
+    denoiser: Denoiser,
+    base: Denoiser,
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    *,
+    orders: int,
+    attention_mask: Tensor | None = None,
+    steps: int | None = None,
+    block_length: int | None = None,
+    temperature: float = 1.0,
+    seed: int,
+    row_ids: Tensor | None = None,  # [B]
+) -> PathLogProbs:
+    """How likely outcomes are by other orders of unmasking too, under the model and its base: [B, orders].
+
+    Each order beyond a trajectory's own costs as many network calls of both as the rollout made.
+
+    Args:
+        denoiser: the model that drew.
+        base: its base.
+        trajectories: of `rollout` in random order, with `base=`.
+        orders: M, the trajectory's own among them.
+        attention_mask, steps, block_length, temperature, row_ids: as given to `rollout`.
+        seed: of the other orders; they depend on (seed, row id, number of the order, position from the end) only, and
+            share no draw with `rollout` under the same seed.
+
+    Raises:
+        ValueError: orders is below 1, or the trajectories carry no log-probabilities of the base.
+    """
+    if orders < 1:
+        raise ValueError(f"log_prob_over_orders: orders must be at least 1; got {orders}")
+    if trajectories.base_log_prob is None:
+        raise ValueError("log_prob_over_orders: pass base= to rollout; these trajectories lack the base's")
+    paths = [(trajectories.log_prob, trajectories.base_log_prob)]
+    for n in range(1, orders):
+        other = _reordered(trajectories, process, n, steps, block_length, seed, row_ids)
+        paths.append(
+            tuple(  # type: ignore[arg-type]
+                jump_log_prob(one, other, process, attention_mask=attention_mask, temperature=temperature)
+                for one in (denoiser, base)
+            )
+        )
+    return PathLogProbs(
+        *(torch.stack([p.double().sum(dim=1) for p in each], dim=1) for each in zip(*paths, strict=True))
+    )
+
+
+def _reordered(
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    number: int,
+    steps: int | None,
+    block_length: int | None,
+    seed: int,
+    row_ids: Tensor | None,
+) -> Trajectories:
+    """The same outcomes by another order, drawn uniformly; its log-probabilities are left 0."""
+    tokens = trajectories.initial
+    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
+    uniform = _philox.uniform(seed, Use.OTHER_ORDER, row_ids, tokens.shape[1], sample=number).flip(1)
+    masked = process.masked(tokens)
+    other = _planned(tokens, torch.where(masked, uniform, torch.inf), masked.sum(dim=1), steps, block_length)
+    there = trajectories.final.gather(1, other.position.clamp(min=0))
+    return dataclasses.replace(other, final=trajectories.final, token=torch.where(other.call >= 0, there, -1))
+
+
+def _planned(
+    tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None, block_length: int | None
+) -> Trajectories:
+    """Trajectories that fill the `count` [B] masks of tokens by rising priority in [0, 1); +inf where nothing is."""
+    length = tokens.shape[1]
+    if block_length is not None:
+        priority = priority + (torch.arange(length, device=tokens.device) - length) // block_length
+    jumps = int(count.max())
+    # Unmasked positions have priority +inf, so a trajectory's own jumps come first.
+    position = priority.argsort(dim=1)[:, :jumps]
+    index = torch.arange(jumps, device=tokens.device).expand_as(position)
+    calls = count if steps is None else count.clamp(max=steps)
+    call = torch.where(index < count[:, None], index * calls[:, None] // count[:, None], -1)
+    return Trajectories(
+        initial=tokens,
+        final=tokens.clone(),
+        position=torch.where(call >= 0, position, -1),
+        token=torch.full_like(position, -1),
+        call=call,
+        log_prob=torch.zeros(position.shape, dtype=torch.float32, device=tokens.device),
+    )
 
 
 def _hidden_at(

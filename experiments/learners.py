@@ -117,8 +117,7 @@ class DenoiserModel(Model):
 
     @torch.no_grad()
     def log_prob(self, states: Tensor) -> Tensor:
-        head = self.network.head()
-        logits = nn.functional.linear(self.network.hidden_states(states), head.weight, head.bias)
+        logits = self.network.head().logits(self.network.hidden_states(states))
         return logits[..., : self.tokens].log_softmax(dim=2)
 
     def loss(self, targets: MatchingTargets) -> Tensor:

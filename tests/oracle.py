@@ -74,21 +74,32 @@ def log_conditional(model: Tabular, state: Tensor) -> Tensor:
     return model.logits[model.index(state)][:, :-1].log_softmax(dim=1)
 
 
-def generated(model: Tabular, positions: int, tokens: int) -> Tensor:
-    """Distribution of X_1 when positions are filled in one at a time in uniform order, float64 like a joint."""
-    total = torch.zeros((tokens,) * positions, dtype=torch.float64).flatten()
+def inconsistent(positions: int, tokens: int, seed: int, spread: float = 1.0) -> Tabular:
+    """A table of random conditionals, which are not those of one joint law, as a network's are not."""
+    generator = torch.Generator().manual_seed(seed)
+    size = ((tokens + 1) ** positions, positions, tokens + 1)
+    return Tabular(spread * torch.randn(size, generator=generator, dtype=torch.float64), tokens + 1)
+
+
+def path_log_prob(model: Tabular, positions: int, tokens: int) -> Tensor:
+    """log p(x | order) of every order of unmasking and outcome, float64 [N!, V^N]."""
     finals = sequences(positions, tokens)
-    orders = list(itertools.permutations(range(positions)))
+    found = []
     with torch.no_grad():
-        for order in orders:
+        for order in itertools.permutations(range(positions)):
             log_prob = torch.zeros(len(finals), dtype=torch.float64)
             states = torch.full_like(finals, tokens)
             for i in order:
                 logits = model.logits[model.index(states)][:, i, :-1].double().log_softmax(dim=1)
                 log_prob += logits.gather(1, finals[:, i : i + 1])[:, 0]
                 states[:, i] = finals[:, i]
-            total += log_prob.exp() / len(orders)
-    return total.view((tokens,) * positions)
+            found.append(log_prob)
+    return torch.stack(found)
+
+
+def generated(model: Tabular, positions: int, tokens: int) -> Tensor:
+    """Distribution of X_1 when positions are filled in one at a time in uniform order, float64 like a joint."""
+    return path_log_prob(model, positions, tokens).exp().mean(dim=0).view((tokens,) * positions)
 
 
 def kl(p: Tensor, q: Tensor) -> float:

@@ -18,6 +18,8 @@ from dam.adjoint import (
     tilted_weights,
     without_ended,
 )
+from dam.ctmc import MaskedCTMC
+from dam.models.denoiser import Head
 from dam.rollout import rollout
 from tests import oracle
 
@@ -464,3 +466,38 @@ def test_bad_arguments_are_named():
         tilted_weights(torch.zeros(1, 2, 1), torch.zeros(1, 2), beta=0.0)
     with pytest.raises(ValueError, match="max_tilt must be in"):
         tilted_weights(torch.zeros(1, 2, 1), torch.zeros(1, 2), beta=1.0, max_tilt=1.5)
+
+
+def test_gradients_in_float16_survive_with_a_scaler_s_scale():
+    """Of 2,048 states each gradient is below what float16 holds; formed 65,536 times as large they keep its 11 bits."""
+
+    class Narrow(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.states = torch.nn.Parameter(torch.randn(2048, 1, 16, generator=generator).to(dtype))
+            self.weight = torch.randn(300, 16, generator=generator).half().to(dtype)
+
+        def hidden_states(self, tokens, attention_mask=None):
+            return self.states
+
+        def head(self):
+            return Head(self.weight, None)
+
+    states, each = torch.full((2048, 1), 299), torch.arange(2048)
+    targets = MatchingTargets(states, each, each, each * 0, (each % 299)[:, None], torch.full((2048, 1), 1e-2))
+    gradients = {}
+    exact = Narrow(torch.float16)
+    model = Narrow(torch.float32)
+    model.states.data = exact.states.detach().float()
+    loss = estimator_loss(model, targets, MaskedCTMC(299))
+    loss.backward()
+    for scale in (1.0, 65536.0):
+        narrow = Narrow(torch.float16)
+        scaled = estimator_loss(narrow, targets, MaskedCTMC(299), gradient_scale=scale)
+        # Sums over tokens of products in float32; hidden states and head are equal.
+        torch.testing.assert_close(scaled.detach(), loss.detach(), rtol=2.0**-18, atol=0.0)
+        (scaled * 65536.0).backward()
+        gradients[scale] = narrow.states.grad.float() / 65536.0
+    error = {s: float((g - model.states.grad).norm() / model.states.grad.norm()) for s, g in gradients.items()}
+    assert error[65536.0] < 2.0**-11 and error[1.0] > 4 * error[65536.0]

@@ -70,8 +70,8 @@ def test_ess_by_step_and_kl():
     one = (5 + 3) ** 2 / (25 + 3)
     # float32 sums of a path, whose exponentials are taken.
     torch.testing.assert_close(ess, torch.tensor([one, one, 4.0, 4.0]).double(), rtol=1e-6, atol=0)
-    assert torch.allclose(diagnostics.kl_to_base(log_ratio), torch.full((2,), -math.log(5.0) / 4).double())
-    with_gap = diagnostics.kl_to_base(log_ratio, escape_gap=torch.ones(2, 4, 3))
+    assert torch.allclose(diagnostics.kl_path(log_ratio), torch.full((2,), -math.log(5.0) / 4).double())
+    with_gap = diagnostics.kl_path(log_ratio, escape_gap=torch.ones(2, 4, 3))
     assert torch.allclose(with_gap, torch.full((2,), -math.log(5.0) / 4 - 3).double())
 
 
@@ -82,12 +82,12 @@ def test_diagnose_is_all_of_them():
     told = diagnostics.diagnose(weights, log_ratio, final, maskable, generator=torch.Generator().manual_seed(1))
     assert told.ess == float(weights.ess.mean()) and told.clip_fraction == float(weights.clipped.mean()) > 0
     assert told.adjoint_mean < 1 and told.ess_path == float(diagnostics.ess_by_step(log_ratio)[0])
-    assert told.kl == float(-log_ratio.double().sum(2).mean(1).mean()) and told.split_half > 0.5
+    assert told.kl_path == float(-log_ratio.double().sum(2).mean(1).mean()) and told.split_half > 0.5
 
 
 def test_the_plot_of_a_training_run(tmp_path):
-    history = [{"reward": 0.1 * n, "kl": 0.2 * n, "ess": 4.0, "reward_calls": 16 * n, "step": n} for n in range(5)]
+    history = [{"reward": 0.1 * n, "kl_path": 0.2 * n, "ess": 4.0, "reward_calls": 16 * n, "step": n} for n in range(5)]
     plots.training(tmp_path / "plot.png", [*history, {"eval_loss": 1.0}])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="history must hold some of reward, kl"):
+    with pytest.raises(ValueError, match="history must hold some of reward, kl_path, kl_outcome"):
         plots.training(tmp_path / "none.png", [{"eval_loss": 1.0}])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from dam.ops._head import Head, LoRA
+from dam.models.output_layer import head_of
+from dam.models.sharding import check_sharding, tied_to
+from dam.models.tail import Tail, check_calls, found_tail
+from dam.ops._head import Head
 
 
 class Denoiser(Protocol):
@@ -22,16 +26,32 @@ class Denoiser(Protocol):
         """The head that maps hidden states to logits."""
 
 
+# Of models, by their output layer and whether their adapter is on: what they do to logits after that layer.
+_TAILS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
 class MaskedLM:
     """A Hugging Face masked language model (or any module like it) as a `Denoiser`.
 
-    The model must have `get_output_embeddings()`, a linear layer that is applied last. A hook hands
+    The model must have `get_output_embeddings()`, a linear layer over the vocabulary. A hook hands
     that layer no positions at all and keeps what it would have been given, so a forward pass costs no
     logits; this works where a model returns logits only.
 
+    Before a model's first call one forward pass of one row compares hidden states and head with the model's own
+    logits: with what the output layer gives, and with what becomes of numbers put in its place. Found that way and
+    followed are a bias outside the layer (ESM), a scale (Cohere, Granite) and logits of the position before. Anything
+    else, soft-capped logits among it, is an error. Where the model returns no logits there is nothing to compare.
+
+    A head that FSDP2 has divided is gathered each time it is asked for.
+
     Args:
         model: takes `input_ids` and `attention_mask`.
-        adapter: False evaluates a PEFT model with its adapters switched off (the base model).
+        adapter: False evaluates a PEFT model with its adapters switched off.
+
+    Raises:
+        TypeError: the model has no such layer.
+        ValueError, TypeError: at the first call: hidden states and head would give other logits than the model's. The
+            message says by how much, and what to do.
     """
 
     def __init__(self, model: nn.Module, *, adapter: bool = True):
@@ -44,54 +64,74 @@ class MaskedLM:
 
     def _output_layer(self) -> Any:
         layer = self._inner.get_output_embeddings()
-        if layer is None or getattr(layer, "weight", None) is None:
+        if layer is None:
             raise TypeError(f"get_output_embeddings() of {type(self._inner).__name__} gives no linear layer")
+        check_sharding(layer, self._inner)
         return layer
 
     @contextlib.contextmanager
     def _as_asked(self) -> Iterator[None]:
-        with contextlib.nullcontext() if self._adapter else self._inner.disable_adapter():
+        if self._adapter:
             yield
+            return
+        # PEFT makes an adapter trainable when it switches it on again, one that was frozen too.
+        trainable = [(parameter, parameter.requires_grad) for parameter in self._inner.parameters()]
+        try:
+            with self._inner.disable_adapter():
+                yield
+        finally:
+            for parameter, before in trainable:
+                parameter.requires_grad_(before)
+
+    def _tail(self, layer: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tail:
+        known = _TAILS.setdefault(self._inner, weakref.WeakKeyDictionary()).setdefault(layer, {})
+        if self._adapter not in known:
+            # As it is without torch.compile, which would trace hooks that run once.
+            model = getattr(self._inner, "_orig_mod", self._inner)
+            with torch.no_grad():
+                head = head_of(layer)
+            known[self._adapter] = found_tail(model, layer, head, tokens, attention_mask)
+        return known[self._adapter]
+
+    def compare(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Compares with the model's own logits anew, as at the start of a run: a setting may have changed since.
+
+        Args:
+            tokens: int64 [B, L], of which the first row is used.
+            attention_mask: [B, L].
+
+        Raises:
+            ValueError, TypeError: hidden states and head would give other logits.
+        """
+        _TAILS.pop(self._inner, None)
+        with self._as_asked():
+            self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        kept: list[Tensor] = []
+        given: list[Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept.append(args[0])
+            given.append(args[0])
             return (args[0][:, :0], *args[1:])
 
-        handle = self._output_layer().register_forward_pre_hook(keep)
-        try:
-            with self._as_asked():
-                self.model(input_ids=tokens, attention_mask=attention_mask)
-        finally:
-            handle.remove()
-        if len(kept) != 1 or kept[0].shape[:2] != tokens.shape:
-            raise RuntimeError(
-                f"the output layer of {type(self._inner).__name__} ran {len(kept)} times in one forward pass, "
-                f"on shapes {[list(h.shape) for h in kept]}; it must run once, on {[*tokens.shape, 'D']}"
-            )
-        return kept[0]
+        with self._as_asked():
+            layer = self._output_layer()
+            tail = self._tail(layer, tokens[:1], None if attention_mask is None else attention_mask[:1])
+            handle = layer.register_forward_pre_hook(keep)
+            try:
+                output = self.model(input_ids=tokens, attention_mask=attention_mask)
+            finally:
+                handle.remove()
+        check_calls(self._inner, given, tokens)
+        return tail.hidden_states(tied_to(given[0], output, self._inner))
 
     def head(self) -> Head:
-        layer = self._output_layer()
-        return Head(layer.weight, getattr(layer, "bias", None), self._lora(layer))
-
-    def _lora(self, layer: Any) -> LoRA | None:
-        """A PEFT adapter on the output layer itself, whose `weight` is that of the layer below it."""
-        if not self._adapter or not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
-            return None
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
-        if not names:
-            return None
-        if len(names) > 1:
-            raise ValueError(f"the output layer may have one active LoRA adapter; got {', '.join(names)}")
-        dropout = layer.lora_dropout[names[0]]
-        if layer.training and getattr(dropout, "p", 0.0) > 0.0:
-            raise ValueError(
-                f"a LoRA adapter on the output layer must have lora_dropout=0 in training; got {dropout.p}"
-            )
-        return LoRA(layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, float(layer.scaling[names[0]]))
+        with self._as_asked():
+            layer = self._output_layer()
+            head = head_of(layer)
+            # Any tokens do, where no others were seen yet.
+            tail = self._tail(layer, torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0])
+            return tail.head(head, self._inner)
 
 
 def denoiser_of(model: nn.Module, *, adapter: bool = True) -> Denoiser:

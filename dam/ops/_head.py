@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,22 @@ class Head(NamedTuple):
         """The head in the dtype of the hidden states, which autocast may have changed."""
         lora = None if self.lora is None else LoRA(self.lora.a.to(dtype), self.lora.b.to(dtype), self.lora.scale)
         return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), lora)
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a linear op takes of the head besides hidden states of that dtype: the one place that says how."""
+        head = self.to(dtype)
+        return {"head_weight": head.weight, "bias": head.bias, "lora": head.lora}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits [..., V] of hidden states [..., D], as the linear ops make them; not differentiable.
+
+        For comparisons: this is the array that the ops never make. float32, float64 for float64 hidden states.
+        """
+        with torch.no_grad():
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            out = rows.new_empty((rows.shape[0], self.weight.shape[0]), dtype=_rows.accumulator(rows.dtype))
+            logits(checked("Head.logits", rows, *self.to(rows.dtype)), out)
+        return out.view(*hidden.shape[:-1], -1)
 
 
 def checked(

@@ -39,6 +39,7 @@ class Use(enum.IntEnum):
     ARRIVAL = 7  # of events
     THINNING = 8  # whether an event, or a coordinate in an interval, jumps
     JUMP = 9  # the row ids under which `jump` draws the tokens of trajectories
+    OTHER_ORDER = 10  # in which the positions of an outcome might have unmasked too
 
 
 def stream_of(use: Use) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from dam.train.processes import together
+
 SHOWN = ("reward", "ess", "tilt")
 
 
@@ -97,7 +99,10 @@ class UpdateBegun(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Of several processes all stop at the step at whose end one has had the signal.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
@@ -120,6 +125,7 @@ class StopOnSignal(TrainerCallback):
                 self._previous[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.stopped = any(together(lambda: self.stopped))
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

@@ -43,12 +43,44 @@ class DAMConfig(TrainingArguments):
         default=4.0,
         metadata={
             "help": "Effective sample size to keep in each group: a step goes only as far toward the optimum as that "
-            "allows. None goes all the way at once."
+            "allows. None goes all the way at once. Steps that are kept short end elsewhere than at the optimum "
+            "(dam.adjoint.tilted_weights says where): full_tilt_from lets go."
         },
     )
     max_tilt: float = field(
         default=1.0,
-        metadata={"help": "Largest step toward the optimum, in (0, 1]; below 1 damps the path weights' noise."},
+        metadata={
+            "help": "Largest step toward the optimum, in (0, 1]; below 1 damps the path weights' noise. Steps below 1 "
+            "end elsewhere than at the optimum, as for target_ess."
+        },
+    )
+    full_tilt_from: float | None = field(
+        default=0.5,
+        metadata={
+            "help": "Fraction of the run from which on steps go all the way: until then max_tilt rises to 1 and "
+            "target_ess falls to 1 linearly, so that the run ends at the optimum. None keeps both as they are."
+        },
+    )
+    leave_one_out: bool = field(
+        default=True,
+        metadata={
+            "help": "Normalise each trajectory's weight by the others of its group, which takes away the pull back to "
+            "the model that K trajectories have; weights are at most K."
+        },
+    )
+    num_orders: int = field(
+        default=1,
+        metadata={
+            "help": "M, orders of unmasking over which the log-probability of an outcome is averaged, under model and "
+            "base. Each beyond the first costs as many network calls as a rollout."
+        },
+    )
+    order_samples: int = field(
+        default=1,
+        metadata={
+            "help": "With num_orders=1: trajectories of each group that are looked at by a second order too, for the "
+            "logged order_variance and kl_outcome. Costs order_samples / num_generations of a rollout's network calls."
+        },
     )
     clip: float | None = field(default=None, metadata={"help": "Upper bound on log weights; None bounds nothing."})
     null_arm: bool = field(
@@ -125,7 +157,14 @@ class DAMConfig(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("num_generations", "num_iterations", "replay_size", "replay_batch_size", "rollout_batch_size"):
+        for name in (
+            "num_generations",
+            "num_iterations",
+            "num_orders",
+            "replay_size",
+            "replay_batch_size",
+            "rollout_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("max_completion_length", "diffusion_steps", "block_length"):
@@ -141,6 +180,10 @@ class DAMConfig(TrainingArguments):
             raise ValueError(f"beta must be > 0; got {self.beta}")
         if not 0 < self.max_tilt <= 1:
             raise ValueError(f"max_tilt must be in (0, 1]; got {self.max_tilt}")
+        if self.full_tilt_from is not None and not 0 <= self.full_tilt_from <= 1:
+            raise ValueError(f"full_tilt_from must be in [0, 1] or None; got {self.full_tilt_from}")
+        if not 0 <= self.order_samples <= self.num_generations:
+            raise ValueError(f"order_samples must be in [0, num_generations]; got {self.order_samples}")
         if self.draw_outcomes is not None and (self.draw_outcomes < 1 or self.normalizer == "state"):
             raise ValueError(
                 f'draw_outcomes must be at least 1 and goes with normalizer "group"; got {self.draw_outcomes}'
@@ -157,3 +200,16 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
+
+    def step_limits(self, done: float) -> tuple[float | None, float]:
+        """The effective sample size to keep (None: no limit) and the largest step, once a fraction of the run is done.
+
+        As full_tilt_from says.
+        """
+        if self.full_tilt_from is None:
+            return self.target_ess, self.max_tilt
+        if done >= self.full_tilt_from:
+            return None, 1.0
+        share = done / self.full_tilt_from
+        ess = None if self.target_ess is None else self.target_ess + share * (1.0 - self.target_ess)
+        return ess, self.max_tilt + share * (1.0 - self.max_tilt)

@@ -241,7 +241,7 @@ def outcomes(batch: dict[str, Any], final: Tensor, repeats: int, stop: Collectio
     columns = {name: repeated(values) for name, values in batch["columns"].items()}
     return {
         "prompts": repeated(prompts),
-        "completions": completion_ids,
+        "completions": [list(ids) for ids in completion_ids],
         "completion_ids": completion_ids,
         "columns": columns,
     }

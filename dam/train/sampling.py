@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser
-from dam.rollout import Trajectories, rollout
+from dam.models.denoiser import Denoiser, MaskedLM
+from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
+from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
-
-DenoiserFactory = Callable[..., Denoiser]  # of a module, and of one with its adapter off by adapter=False
 
 
 class Sampler:
@@ -25,7 +24,7 @@ class Sampler:
         denoiser: makes a `Denoiser` of a module.
         process: names the mask token.
         args: steps, blocks and trajectories per network call of a rollout.
-        ref_model: the base model; None: the model with its adapter off.
+        base: the base model.
         precision: makes the context in which networks run, such as autocast.
     """
 
@@ -34,11 +33,11 @@ class Sampler:
         denoiser: DenoiserFactory,
         process: MaskedCTMC,
         args: DAMConfig,
-        ref_model: nn.Module | None,
+        base: Base,
         precision: Callable[[], AbstractContextManager[Any]],
     ):
         self._denoiser, self._process, self._args = denoiser, process, args
-        self._ref_model, self._precision = ref_model, precision
+        self._base, self._precision = base, precision
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -52,7 +51,17 @@ class Sampler:
             model.train(was_training)
 
     def base(self, model: nn.Module) -> Denoiser:
-        return self._denoiser(model, adapter=False) if self._ref_model is None else self._denoiser(self._ref_model)
+        return self._base.denoiser(model, self._denoiser)
+
+    def compare(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> None:
+        """That log-probabilities of the model and of its base are those of their own logits, where they return some.
+
+        Raises:
+            ValueError, TypeError: they are not; as `dam.models.MaskedLM`.
+        """
+        for denoiser in (self._denoiser(model), self.base(model)):
+            if isinstance(denoiser, MaskedLM):
+                denoiser.compare(tokens, attention_mask)
 
     def rollout(
         self,
@@ -85,6 +94,39 @@ class Sampler:
                 )
             )
         return Trajectories.concatenate(pieces)
+
+    def over_orders(
+        self,
+        model: nn.Module,
+        trajectories: Trajectories,
+        attention_mask: Tensor,
+        *,
+        orders: int,
+        seed: int,
+        row_ids: Tensor,
+        temperature: float,
+    ) -> PathLogProbs:
+        """`dam.rollout.log_prob_over_orders` in pieces of rollout_batch_size, whose draws are those of the whole."""
+        size = self._args.rollout_batch_size
+        pieces = []
+        for start in range(0, len(row_ids), size):
+            part = slice(start, start + size)
+            pieces.append(
+                log_prob_over_orders(
+                    self._denoiser(model),
+                    self.base(model),
+                    trajectories[part],
+                    self._process,
+                    orders=orders,
+                    attention_mask=attention_mask[part],
+                    steps=self._args.diffusion_steps,
+                    block_length=self._args.block_length,
+                    temperature=temperature,
+                    seed=seed,
+                    row_ids=row_ids[part],
+                )
+            )
+        return PathLogProbs(*(torch.cat(each) for each in zip(*pieces, strict=True)))
 
     def states(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, *, seed: int, row_ids: Tensor) -> Tensor:
         """A partly filled-in state of each prompt: an outcome of the model, re-masked."""

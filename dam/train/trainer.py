@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 import functools
 import math
@@ -30,6 +29,8 @@ from dam.adjoint import (
 )
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
+from dam.rollout import PathLogProbs
+from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import UpdateBegun
 from dam.train.config import DAMConfig
 from dam.train.data import (
@@ -49,7 +50,7 @@ from dam.train.progress import Progress, last_checkpoint
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
 from dam.train.rewards import Outcomes, RewardFunction, Rewards
 from dam.train.rows import RowReader
-from dam.train.sampling import DenoiserFactory, Sampler
+from dam.train.sampling import Sampler
 from dam.train.terminal import show
 from dam.train.tokens import limits_of, special_tokens
 
@@ -95,8 +96,11 @@ class DAMTrainer(Trainer):
     have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
 
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
-    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl (an estimate of
-    KL(p_model || p_base) per prompt) and split_half.
+    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
+    p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
+    with a bias: `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and
+    split_half. kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or
+    from all by num_orders.
 
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
@@ -105,7 +109,8 @@ class DAMTrainer(Trainer):
 
     Args:
         model: a masked language model with `get_output_embeddings()`, or a name for `from_pretrained`, or a
-            `dam.models.Denoiser`.
+            `dam.models.Denoiser`. Before the first rollout a language model's own logits are compared with those that
+            the fused operations would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
             return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
             what follows the prompt; with `input_ids`, the whole sequence filled in, less what attention_mask hides.
@@ -118,11 +123,14 @@ class DAMTrainer(Trainer):
         callbacks, optimizers, compute_metrics: as for `transformers.Trainer`; `compute_metrics` receives
             EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids). label_ids is None
             where there are no labels, or others than of tokens among them.
-        peft_config: trains an adapter (extra `peft`); the base is then the model with its adapter switched off.
-        ref_model: the base model; a frozen copy of `model` unless given.
-        denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base; called with
-            adapter=False where the base is the model without its adapter. A model of your own that has
-            hidden_states() and head() needs none.
+        peft_config: trains an adapter (extra `peft`).
+        ref_model: the base model. Unless given it is the model as it is now: a frozen copy, or of a PEFT model, whether
+            by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
+            trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens. So a run that is
+            resumed must be given the model that it began with.
+        denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base. A model of
+            your own that has hidden_states() and head() needs none, and is taken at its word: it has no other logits
+            to be compared with.
 
     Raises:
         ValueError, TypeError: bad arguments, or a bad row, which is named with its column, before any work.
@@ -177,10 +185,12 @@ class DAMTrainer(Trainer):
         self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
         denoiser(network)  # raises where the model does not fit
-        network, ref_model = _with_base(network, ref_model, peft_config)
-        self.sampler = Sampler(denoiser, self.process, args, ref_model, self.compute_loss_context_manager)
+        network, base = with_base(network, ref_model, peft_config)
+        _check_dtype(network)
+        self.sampler = Sampler(denoiser, self.process, args, base, self.compute_loss_context_manager)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
+        self._compared = False
         _keep_batches_whole(args.accelerator_config)
         super().__init__(
             model=network,
@@ -197,8 +207,7 @@ class DAMTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._update = UpdateBegun()
         self.add_callback(self._update)
-        if ref_model is not None:
-            ref_model.to(self.args.device)
+        base.to(self.args.device)
 
     @property
     def reward_calls(self) -> int:
@@ -244,6 +253,12 @@ class DAMTrainer(Trainer):
         """For what is drawn on all processes alike."""
         return torch.Generator("cpu").manual_seed(self._seed(purpose) % 2**63)
 
+    def _compare(self, batch: dict[str, Any]) -> None:
+        """What the model and its base say with what is trained and sampled: once, when a run starts."""
+        if not self._compared:
+            self.sampler.compare(self.model, batch["input_ids"], batch["attention_mask"])
+            self._compared = True
+
     # Training
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
@@ -252,14 +267,25 @@ class DAMTrainer(Trainer):
         given = together(lambda: self._rolled_out(model, batch))
         rolled_out = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
         log_ratio, reward = rolled_out["log_ratio"], rolled_out["reward"]
+        orders = None
+        if "order_log_prob" in rolled_out:
+            orders = PathLogProbs(rolled_out["order_log_prob"], rolled_out["order_base_log_prob"])
+        ess, max_tilt = args.step_limits(self.state.global_step / max(1, self.state.max_steps))
         weights, step = tilted_weights(
-            log_ratio, reward, beta=args.beta, ess=args.target_ess, max_tilt=args.max_tilt, clip=args.clip
+            orders.log_ratio[..., None] if orders is not None and args.num_orders > 1 else log_ratio,
+            reward,
+            beta=args.beta,
+            ess=ess,
+            max_tilt=max_tilt,
+            clip=args.clip,
+            leave_one_out=args.leave_one_out,
         )
         told = diagnostics.diagnose(
             weights,
             log_ratio,
             rolled_out["final"],
             self.process.masked(rolled_out["states"]),
+            orders=orders,
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
@@ -268,35 +294,54 @@ class DAMTrainer(Trainer):
         kept = ("states", "final", "first", "attention_mask", "start")
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
-        finite = reward[reward > -torch.inf]
+        finite = reward[reward > -torch.inf]  # what is not forbidden
         parts = {name: value for name, value in rolled_out.items() if name.startswith("rewards/")}
         self.progress.record(
-            reward=float(finite.mean()) if finite.numel() else -math.inf,
+            reward=_mean(reward),
             reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
             tilt=float(step.mean()),
             # Nothing to correlate is no figure.
             **{name: value for name, value in told._asdict().items() if not math.isnan(value)},
-            **{name: float(value.nanmean()) for name, value in parts.items()},
+            **{name: _mean(value) for name, value in parts.items()},
         )
 
     def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
         """A group of rewarded trajectories for each prompt of this process."""
-        size = self.args.num_generations
+        args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
+        seed = self._seed(_Draw.ROLLOUT)
+        row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
+        masks = attention_mask.repeat_interleave(size, dim=0)
+        # All of a group by num_orders, or a few of it by two.
+        orders, taken = (args.num_orders, size) if args.num_orders > 1 else (2, args.order_samples)
+        chosen = torch.arange(len(row_ids), device=number.device).view(-1, size)[:, :taken].flatten()
         with self.sampler.evaluating(model):
+            self._compare(batch)
             states = tokens
-            if self.args.normalizer == "state":
-                seed = self._seed(_Draw.STATE)
-                states = self.sampler.states(self.model, tokens, attention_mask, seed=seed, row_ids=number)
+            if args.normalizer == "state":
+                states = self.sampler.states(
+                    self.model, tokens, attention_mask, seed=self._seed(_Draw.STATE), row_ids=number
+                )
             trajectories = self.sampler.rollout(
                 self.model,
                 states.repeat_interleave(size, dim=0),
-                attention_mask.repeat_interleave(size, dim=0),
-                seed=self._seed(_Draw.ROLLOUT),
-                row_ids=(number[:, None] * size + torch.arange(size, device=number.device)).flatten(),
+                masks,
+                seed=seed,
+                row_ids=row_ids,
                 base=True,
-                temperature=self.args.temperature,
+                temperature=args.temperature,
             )
+            paths = None
+            if taken > 0:
+                paths = self.sampler.over_orders(
+                    self.model,
+                    trajectories[chosen],
+                    masks[chosen],
+                    orders=orders,
+                    seed=seed,
+                    row_ids=row_ids[chosen],
+                    temperature=args.temperature,
+                )
         seen, reward, parts = self._rewarded(batch, trajectories.final, size)
         best = int(reward.argmax())
         self._example = (seen["prompts"][best], seen["completions"][best], float(reward[best]))
@@ -307,7 +352,9 @@ class DAMTrainer(Trainer):
             "reward": reward,
             **{f"rewards/{name}": values for name, values in parts.items()},
         }
-        groups = {name: value.unflatten(0, (len(tokens), size)) for name, value in of_each.items()}
+        if paths is not None:
+            of_each |= {"order_log_prob": paths.log_prob, "order_base_log_prob": paths.base_log_prob}
+        groups = {name: value.unflatten(0, (len(tokens), -1)) for name, value in of_each.items()}
         return unstacked({"states": states, "attention_mask": attention_mask, "start": batch["start"], **groups})
 
     def _rewarded(
@@ -379,7 +426,9 @@ class DAMTrainer(Trainer):
         mask = groups["attention_mask"][targets.group].to(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_seed)
-            return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask)
+            scaler = getattr(self.accelerator, "scaler", None)  # of fp16=True
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask, gradient_scale=scale)
 
     def _evaluate_if_due(self) -> None:
         """Before the next step: what an error cut short."""
@@ -401,8 +450,11 @@ class DAMTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("no parameter of the model is trainable")
         self._check_datasets()
         self.progress.clear()
+        self._compared = False
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint), self.args.num_generations)
         try:
@@ -425,8 +477,8 @@ class DAMTrainer(Trainer):
         # Nothing is done yet, or weights may be half-way through an update.
         if not self.progress.has_begun or self._update.step == step:
             return
-        if not is_shared(ending):  # the other processes are elsewhere, and saving may need them
-            warnings.warn(f"no checkpoint of step {step} was saved: one process only failed", stacklevel=2)
+        if not is_shared(ending):  # as of no memory: the other processes may be elsewhere, and saving needs them
+            warnings.warn(f"no checkpoint of step {step} was saved: other processes may not have failed", stacklevel=2)
             return
         self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
         try:
@@ -447,6 +499,9 @@ class DAMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the rollouts since the last log."""
+        in_step(functools.partial(self._log, logs, start_time))
+
+    def _log(self, logs: dict[str, float], start_time: float | None) -> None:
         of_training = "loss" in logs
         if of_training:
             logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
@@ -500,6 +555,7 @@ class DAMTrainer(Trainer):
         label_kinds: list[np.ndarray] = []
         with self.sampler.evaluating(self.model):
             for batch in each_in_step(loader):
+                self._compare(batch)
                 final = self.sampler.rollout(
                     self.model,
                     batch["input_ids"],
@@ -520,12 +576,21 @@ class DAMTrainer(Trainer):
             raise ValueError("there are no rows to fill in: the dataset is empty")
         predictions, inputs = stacked(kept["final"]), stacked(kept["input_ids"])
         labels: Any = label_ids(kept["labels"], label_kinds)
-        metrics = {f"{prefix}_reward": float(torch.cat(rewards).mean())}
+        metrics = {f"{prefix}_reward": _mean(torch.cat(rewards))}
         if self.compute_metrics is not None:
             prediction = EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs)
-            metrics.update({f"{prefix}_{k}": v for k, v in self.compute_metrics(prediction).items()})
+            found = in_step(functools.partial(self.compute_metrics, prediction))
+            metrics.update({f"{prefix}_{k}": v for k, v in found.items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _mean(rewards: Tensor) -> float:
+    """Over outcomes that are not forbidden (-inf) and that a function applies to (not NaN); -inf if there are none."""
+    counted = rewards[rewards > -torch.inf]
+    if counted.numel() > 0:
+        return float(counted.mean())
+    return math.nan if bool(rewards.isnan().all()) else -math.inf
 
 
 def _keep_batches_whole(accelerator_config: Any) -> None:
@@ -536,6 +601,10 @@ def _keep_batches_whole(accelerator_config: Any) -> None:
     """
     if accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
+    if accelerator_config.split_batches:
+        raise ValueError(
+            "accelerator_config: split_batches must be False: per_device_train_batch_size is of each process"
+        )
     accelerator_config.dispatch_batches = False  # None sends those of an iterable dataset, if only to this process
 
 
@@ -557,16 +626,15 @@ def _check_stream(args: DAMConfig, name: str) -> None:
         )
 
 
-def _with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, nn.Module | None]:
-    """The model, with an adapter if one is configured, and a frozen base; None: the model with its adapter off."""
-    if peft_config is not None:
-        if ref_model is not None:
-            raise ValueError("with peft_config the base is the model without its adapter: leave ref_model out")
-        try:
-            from peft import get_peft_model
-        except ImportError as error:
-            raise ImportError("peft_config needs peft: pip install 'discrete-adjoint-matching[peft]'") from error
-        network = get_peft_model(network, peft_config)
-    if ref_model is None and not hasattr(network, "disable_adapter"):
-        ref_model = copy.deepcopy(network)
-    return network, None if ref_model is None else ref_model.eval().requires_grad_(False)
+def _check_dtype(network: nn.Module) -> None:
+    """That what is trained can be: an update of Adam's in float16 divides by an epsilon that is 0 there.
+
+    Raises:
+        ValueError: names the first parameter in float16.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} is to be trained in float16, whose range gradients and Adam's epsilon leave: load the model "
+                "in float32 and set fp16=True, or load it in bfloat16"
+            )

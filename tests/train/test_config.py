@@ -25,6 +25,11 @@ from tiny import tiny_config
         ({"beta": math.nan}, "beta must be > 0"),
         ({"max_tilt": 0.0}, "max_tilt must be in"),
         ({"max_tilt": 1.5}, "max_tilt must be in"),
+        ({"full_tilt_from": 1.5}, r"full_tilt_from must be in \[0, 1\] or None; got 1.5"),
+        ({"full_tilt_from": math.nan}, "full_tilt_from must be in"),
+        ({"num_orders": 0}, "num_orders must be at least 1; got 0"),
+        ({"order_samples": 9}, r"order_samples must be in \[0, num_generations\]; got 9"),
+        ({"order_samples": -1}, "order_samples must be in"),
         ({"target_ess": 9.0}, r"target_ess must be in \[1, num_generations\]; got 9"),
         ({"target_ess": 0.5}, "target_ess must be in"),
         ({"temperature": 0.0}, "temperature must be > 0"),
@@ -53,3 +58,26 @@ def test_the_defaults_are_valid(tmp_path):
     config = DAMConfig(output_dir=str(tmp_path))
     assert config.num_generations >= 16  # below, the normaliser is unreliable
     assert config.remove_unused_columns is False
+
+
+def test_limits_of_a_step_let_go(tmp_path):
+    """Linear until full_tilt_from of the run is done, then none; as given with None."""
+    config = tiny_config(tmp_path, max_tilt=0.2, target_ess=5.0, full_tilt_from=0.5)
+    assert [config.step_limits(done) for done in (0.0, 0.25, 0.5, 1.0)] == [
+        (5.0, 0.2),
+        (3.0, pytest.approx(0.6)),
+        (None, 1),
+        (None, 1),
+    ]
+    config = tiny_config(tmp_path, max_tilt=0.2, target_ess=None, full_tilt_from=1.0)
+    assert config.step_limits(0.5) == (None, pytest.approx(0.6))
+    config = tiny_config(tmp_path, max_tilt=0.2, target_ess=5.0, full_tilt_from=None)
+    assert config.step_limits(0.9) == (5.0, 0.2)
+    assert tiny_config(tmp_path, full_tilt_from=0.0).step_limits(0.0) == (None, 1.0)
+
+
+def test_the_defaults_end_at_the_optimum(tmp_path):
+    from dam.train import DAMConfig
+
+    config = DAMConfig(output_dir=str(tmp_path))
+    assert config.step_limits(1.0) == (None, 1.0) and config.leave_one_out and config.num_orders == 1

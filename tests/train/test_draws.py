@@ -37,7 +37,11 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize(
     "changes",
-    [*({"estimator": e, "normalizer": n} for e, n in itertools.product(ESTIMATORS, NORMALIZERS)), {"null_arm": True}],
+    [
+        *({"estimator": e, "normalizer": n} for e, n in itertools.product(ESTIMATORS, NORMALIZERS)),
+        {"null_arm": True},
+        {"num_orders": 3},
+    ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
 def test_how_the_work_is_divided_changes_no_draw(tmp_path, changes):

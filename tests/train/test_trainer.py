@@ -18,7 +18,9 @@ from transformers import (
 
 from dam import diagnostics
 from dam.models import MaskedLM, Tabular, denoiser_of
+from dam.rollout import PathLogProbs
 from dam.train import DAMTrainer
+from tests import oracle
 from tests.architectures import small_sizes
 from tests.ops.helpers import default_dtype
 
@@ -322,15 +324,94 @@ def test_padding_is_never_filled_in(tmp_path, tokenizer, with_tokenizer, normali
 
 
 def test_what_is_logged(tmp_path):
-    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS)
+    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, full_tilt_from=None), ROWS)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = {"reward", "reward_std", "tilt", "rewards/sum_reward", "reward_calls", *diagnostics.Diagnostics._fields}
     assert all(names <= set(entry) for entry in entries)
     assert [entry["reward_calls"] for entry in entries] == [16, 32, 48]
-    assert entries[0]["kl"] == 0  # the first rollout is the base's
+    # The first rollout is the base's.
+    assert entries[0]["kl_path"] == entries[0]["kl_outcome"] == entries[0]["order_variance"] == 0
     # Bisection ends where the effective sample size is the one asked for (float32 in what is logged).
     assert all(entry["ess"] >= 4.0 * (1 - 1e-6) for entry in entries)
+
+
+class Counted(MaskedLM):
+    """Counts the states that networks see outside training."""
+
+    seen = 0
+
+    def hidden_states(self, tokens, attention_mask=None):
+        Counted.seen += 0 if torch.is_grad_enabled() else len(tokens)
+        return super().hidden_states(tokens, attention_mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({"order_samples": 0}, 0), ({}, 1 / 8), ({"order_samples": 3}, 3 / 8), ({"num_orders": 3, "order_samples": 0}, 2)],
+    ids=str,
+)
+def test_what_other_orders_cost_and_tell(tmp_path, changes, share):
+    """2 prompts of 8 trajectories of 3 jumps in 3 rollouts, under model and base; a share of it for other orders."""
+    Counted.seen = 0
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(15)  # conditionals far from those of one law
+    trainer = DAMTrainer(model, sum_reward, tiny_config(tmp_path, **changes), ROWS, denoiser=Counted)
+    trainer.train()
+    assert Counted.seen == round(3 * 2 * 16 * 3 * (1 + share))
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if share == 0:
+        assert all("order_variance" not in entry and "kl_outcome" not in entry for entry in entries)
+    else:
+        assert entries[0]["order_variance"] == 0 < entries[-1]["order_variance"]
+        assert entries[0]["kl_outcome"] == 0 != entries[-1]["kl_outcome"] != entries[-1]["kl_path"]
+
+
+def test_orders_are_averaged_in_the_weights(tmp_path):
+    """Weights of the last rollout follow from reward and log ratio over 3 orders of what it drew, not of one."""
+    model = tiny_model()
+    seen = {}
+
+    class Told(DAMTrainer):
+        def _rolled_out(self, model, batch):
+            groups = super()._rolled_out(model, batch)
+            seen["groups"] = groups
+            return groups
+
+    config = tiny_config(
+        tmp_path, num_orders=3, beta=50.0, target_ess=None, full_tilt_from=0.0, leave_one_out=False, max_steps=4
+    )
+    trainer = Told(model, sum_reward, config, ROWS)
+    trainer.train()
+    group, last = seen["groups"][-1], trainer.progress.replay.state_dict()["groups"][-1]
+    orders = PathLogProbs(group["order_log_prob"], group["order_base_log_prob"])
+    assert orders.log_prob.shape == (8, 3)
+    expected = 8 * (orders.log_ratio + group["reward"] / 50.0).softmax(dim=0)
+    torch.testing.assert_close(last["weight"], expected.float())
+    one = 8 * (group["log_ratio"].sum(dim=1) + group["reward"] / 50.0).softmax(dim=0)
+    assert float((one - expected).abs().max()) > 1e-4
+
+
+@pytest.mark.slow
+def test_without_a_reward_the_base_is_kept_unless_steps_are_capped(tmp_path):
+    """A table of conditionals of no one law: to the noise of 300 steps; or, capped, to 0.07 away, a power mean."""
+    base = oracle.inconsistent(3, 4, seed=1).float()
+    law = oracle.generated(base, 3, 4)
+    found = {}
+    for full_tilt_from in (0.5, None):
+        model = oracle.inconsistent(3, 4, seed=1).float()
+        changes = {"max_tilt": 0.2, "target_ess": None, "full_tilt_from": full_tilt_from, "learning_rate": 0.05}
+        sizes = {"num_generations": 16, "per_device_train_batch_size": 8, "replay_size": 64, "replay_batch_size": 32}
+        config = tiny_config(tmp_path, mask_token_id=4, max_steps=300, logging_steps=100, **changes, **sizes)
+        DAMTrainer(
+            model, lambda completion_ids, **_: [0.0] * len(completion_ids), config, [{"input_ids": [4] * 3}] * 8
+        ).train()
+        found[full_tilt_from] = oracle.kl(law, oracle.generated(model, 3, 4))
+    mean = (oracle.path_log_prob(base, 3, 4) * 0.2).exp().mean(dim=0) ** 5
+    capped = oracle.kl(law.flatten(), mean / mean.sum())
+    assert found[0.5] < found[None] / 2 and found[None] > capped * 2 / 3, (found, capped)
 
 
 def test_evaluate_returns_and_logs_metrics(tmp_path):
@@ -379,8 +460,9 @@ def test_rollouts_come_in_pieces_of_rollout_batch_size(tmp_path):
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
-    # 16 trajectories of three jumps: pieces of 5, 5, 5 and 1, a network call for each jump.
-    assert sizes == [5] * 9 + [1] * 3
+    # One row first, to compare with the model's own logits. 16 trajectories of three jumps: pieces of 5, 5, 5 and 1, a
+    # network call for each jump. Of each group one trajectory by a second order.
+    assert sizes == [1] + [5] * 9 + [1] * 3 + [2] * 3
 
 
 # Arguments
@@ -434,20 +516,6 @@ def test_too_few_prompts_for_one_rollout(tmp_path):
     trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS[:1])
     with pytest.raises(ValueError, match="1 prompts, fewer than the 2 of one rollout"):
         trainer.train()
-
-
-def test_an_adapter_s_base_is_the_model_without_it(tmp_path):
-    peft = pytest.importorskip("peft", reason="needs the package peft")
-    adapter = peft.LoraConfig(r=2, target_modules=["query", "value"])
-    with pytest.raises(ValueError, match="leave ref_model out"):
-        DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, peft_config=adapter, ref_model=tiny_model())
-    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS, peft_config=adapter)
-    trainer.train()
-    tokens = torch.tensor([row["input_ids"] for row in ROWS])
-    trainer.model.eval()
-    expected = MaskedLM(tiny_model().eval()).hidden_states(tokens)
-    torch.testing.assert_close(trainer.sampler.base(trainer.model).hidden_states(tokens), expected)
-    assert not torch.allclose(MaskedLM(trainer.model).hidden_states(tokens), expected)
 
 
 # A denoiser of one's own
@@ -595,3 +663,16 @@ def test_a_default_device_or_dtype_changes_nothing(tmp_path):
         losses.append((loss.detach(), trainer.model.bert.embeddings.word_embeddings.weight.grad))
     for loss, gradient in losses[1:]:
         assert torch.equal(loss, losses[0][0]) and torch.equal(gradient, losses[0][1])
+
+
+def test_parameters_in_float16_are_not_trained(tmp_path):
+    """Frozen they are no harm; trained they became NaN after a few steps of Adam."""
+    with pytest.raises(ValueError, match=r"is to be trained in float16, .* set fp16=True, or load it in bfloat16"):
+        DAMTrainer(tiny_model().half(), sum_reward, tiny_config(tmp_path), ROWS)
+    frozen = tiny_model().half().requires_grad_(False)
+    DAMTrainer(frozen, sum_reward, tiny_config(tmp_path), ROWS)
+    with pytest.raises(ValueError, match="no parameter of the model is trainable"):
+        DAMTrainer(frozen, sum_reward, tiny_config(tmp_path), ROWS).train()
+    trainer = DAMTrainer(tiny_model().bfloat16(), sum_reward, tiny_config(tmp_path), ROWS)
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)

@@ -1,0 +1,168 @@
+"""The base model of a run: a model of its own, or what the trained one was when the run began."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dam.models.denoiser import Denoiser
+from dam.ops._head import Head
+
+DenoiserFactory = Callable[[nn.Module], Denoiser]
+
+
+class Base(Protocol):
+    """The fixed model that a run stays close to."""
+
+    def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
+        """The base as a `Denoiser`; `model` is the trained one, `factory` makes a denoiser of a module."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves what the base keeps."""
+
+
+class ReferenceModel:
+    """A base that is a module of its own, frozen.
+
+    Args:
+        model: the base.
+        trained: the model to train.
+
+    Raises:
+        ValueError: they share parameters.
+    """
+
+    def __init__(self, model: nn.Module, trained: nn.Module):
+        trainable = {parameter: name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+        shared = [trainable[parameter] for parameter in model.parameters() if parameter in trainable]
+        if shared:
+            raise ValueError(
+                f"ref_model shares {len(shared)} parameters with the model ({shared[0]}, ...), which would be frozen "
+                "with it: give it a copy (copy.deepcopy), or leave ref_model out"
+            )
+        self._model = model.eval().requires_grad_(False)
+
+    def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
+        return factory(self._model)
+
+    def to(self, device: torch.device) -> None:
+        self._model.to(device)
+
+
+class InitialParameters:
+    """A base that is the trained model itself with the trainable parameters that it had at first: a copy of these only.
+
+    Of a model with an adapter that is the adapter, and whatever else is trained beside it: biases, modules_to_save,
+    tokens. What stays frozen is the base's too. Nothing is switched off or on, and nothing of it is in a checkpoint.
+
+    Args:
+        model: as it is now.
+
+    Raises:
+        ValueError: nothing of the model is trainable.
+    """
+
+    def __init__(self, model: nn.Module):
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    copies.setdefault(parameter, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+                    self._places.append((module, name, parameter))
+        if not copies:
+            raise ValueError(
+                "no parameter of the model is trainable: load a trained adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
+        self._copies = copies
+
+    def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
+        new = [name for name, p in model.named_parameters() if p.requires_grad and p not in self._copies]
+        if new:
+            raise ValueError(
+                f"{len(new)} parameters are trainable now that were not, or were others, when the trainer was made "
+                f"({new[0]}, ...), so the base is not what the model was: make them trainable before, or pass ref_model"
+            )
+        return _AtFirst(factory(model), self)
+
+    def to(self, device: torch.device) -> None:
+        """They follow the model's."""
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Context manager: the model has its first parameters.
+
+        Raises:
+            ValueError: the model's parameters are others now.
+        """
+        for module, name, parameter in self._places:
+            kept = self._copies[parameter]
+            if getattr(module, name, None) is not parameter or kept.shape != parameter.shape:
+                raise ValueError(
+                    f"a trainable parameter, {name} of {type(module).__name__}, was replaced or divided after the "
+                    "trainer was made, as FSDP and DeepSpeed's stage 3 do: the base cannot be put in its place; pass "
+                    "ref_model"
+                )
+            kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
+        try:
+            for module, name, parameter in self._places:
+                setattr(module, name, self._copies[parameter])
+            yield
+        finally:
+            for module, name, parameter in self._places:
+                setattr(module, name, parameter)
+
+
+class _AtFirst:
+    """A denoiser whose model has its first parameters during each call."""
+
+    def __init__(self, denoiser: Denoiser, base: InitialParameters):
+        self._denoiser, self._base = denoiser, base
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        with self._base.in_place():
+            return self._denoiser.hidden_states(tokens, attention_mask)
+
+    @torch.no_grad()
+    def head(self) -> Head:
+        with self._base.in_place():
+            return self._denoiser.head()
+
+
+def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, Base]:
+    """The model to train, with an adapter if one is configured, and its base.
+
+    Args:
+        network: the model.
+        ref_model: the base, if it is another model.
+        peft_config: of the adapter.
+
+    Raises:
+        ValueError: arguments that do not go together.
+        ImportError: PEFT is missing.
+    """
+    if peft_config is not None:
+        if ref_model is not None:
+            raise ValueError("with peft_config the base is the model without its adapter: leave ref_model out")
+        if hasattr(network, "disable_adapter"):
+            raise ValueError(
+                "the model has an adapter already: leave peft_config out to go on training it, or merge it first "
+                "(merge_and_unload)"
+            )
+        try:
+            from peft import get_peft_model
+        except ImportError as error:
+            raise ImportError("peft_config needs peft: pip install 'discrete-adjoint-matching[peft]'") from error
+        network = get_peft_model(network, peft_config)
+    if ref_model is None:
+        if hasattr(network, "disable_adapter"):
+            return network, InitialParameters(network)
+        ref_model = copy.deepcopy(network)
+    return network, ReferenceModel(ref_model, network)
