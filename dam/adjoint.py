@@ -392,5 +392,6 @@ def estimator_loss(
         row_scale=scale,
         exclude=process.excluded(head.weight.shape[0]),
         temperature=temperature,
+        suppress=process.suppressed(head.weight.shape[0]),
     )
     return scaled / gradient_scale

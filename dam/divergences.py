@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dam.ops import _checks
+from dam.ops import _checks, _excluded, _rows
 from dam.ops.matching_loss import matching_loss, weighted_targets
 
 Convex = Callable[[Tensor], Tensor]
@@ -21,6 +22,7 @@ def rate_matching_loss(
     divergence: str | Convex = "kl",
     row_scale: Tensor | None = None,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Bregman divergence of a model's rates u = exp(log_rates) to weighted targets w, up to a constant.
 
@@ -42,7 +44,7 @@ def rate_matching_loss(
         divergence: "kl", "l2" or phi, a convex function of positive numbers, elementwise, that autograd can follow
             twice.
         row_scale: [...]; 1 / T unless given.
-        exclude: destination left out, as for `dam.jump`.
+        exclude, suppress: destinations left out, as for `dam.matching_loss`.
 
     Returns:
         A scalar, differentiable in log_rates.
@@ -55,18 +57,21 @@ def rate_matching_loss(
     """
     op = "rate_matching_loss"
     if divergence == "kl":
-        return matching_loss(log_rates, target, weight, row_scale=row_scale, exclude=exclude, normalized=False)
+        excluding: Any = {"exclude": exclude, "suppress": suppress}
+        return matching_loss(log_rates, target, weight, row_scale=row_scale, normalized=False, **excluding)
     if divergence != "l2" and (isinstance(divergence, str) or not callable(divergence)):
         raise ValueError(f"{op}: divergence must be 'kl', 'l2' or a convex function; got {divergence!r}")
     x, lead = _checks.rows(op, "log_rates", log_rates, "V")
     rows, columns = x.shape
     target, weight, row_scale = weighted_targets(op, x, lead, target, weight, row_scale)
     _checks.index_range(op, "target", target, columns, "torch")
-    excluded = _checks.exclude(op, exclude, lead, columns, x)
-    if excluded is not None:
-        _checks.index_range(op, "exclude", excluded, columns, "torch")
-        x = x.masked_fill(torch.arange(columns, device=x.device) == excluded[:, None], -torch.inf)
-        target = torch.where(target == excluded[:, None], -1, target)
+    excluded = _excluded.checked(op, exclude, suppress, lead, columns, x)
+    if excluded.row is not None:
+        _checks.index_range(op, "exclude", excluded.row, columns, "torch")
+        x = x.masked_fill(torch.arange(columns, device=x.device) == excluded.row[:, None], -torch.inf)
+    if excluded.suppressed is not None:
+        x = x.masked_fill(excluded.suppressed, -torch.inf)
+    target, _ = _excluded.split(_rows.drop_excluded(target, excluded), excluded)
     rates = x.double().exp()
     if isinstance(divergence, str):
         slope, pull = rates, rates.square() / 2  # phi'(u), and phi'(u) u - phi(u)

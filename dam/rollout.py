@@ -164,6 +164,7 @@ def rollout(
             hidden,
             **head.arguments(hidden.dtype),
             exclude=process.excluded(head.weight.shape[0]),
+            suppress=process.suppressed(head.weight.shape[0]),
             temperature=temperature,
             seed=seed,
             row_ids=stream[rows, trajectories.position[rows, at]],
@@ -201,6 +202,7 @@ def jump_log_prob(
             target=trajectories.token[rows, at],
             **head.arguments(hidden.dtype),
             exclude=process.excluded(head.weight.shape[0]),
+            suppress=process.suppressed(head.weight.shape[0]),
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,
         )

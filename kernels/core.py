@@ -160,15 +160,32 @@ def load_tiles(logits, offset, tile, columns, MASKED: tl.constexpr, PIECES: tl.c
 
 
 @triton.jit
-def without_excluded(x, column, excluded, first, last, ROWS: tl.constexpr):
-    """x with -inf at the excluded column of each lane; looked for only where [first, last) may hold one."""
-    if ROWS == 1:
-        # One row: one excluded column, so whole steps without it are known.
-        one = tl.max(excluded, axis=0)
-        if (one >= first) & (one < last):
+def without_excluded(
+    x,
+    column,
+    excluded,  # [lanes], or None
+    suppressed,  # uint8 [V], or None
+    columns,
+    first,  # columns [first, last)
+    last,
+    ROWS: tl.constexpr,
+):
+    """x with -inf at the excluded column of each lane, if [first, last) may hold one, and at those of all lanes."""
+    if excluded is not None:
+        if ROWS == 1:
+            # One row: one excluded column, so whole steps without it are known.
+            one = tl.max(excluded, axis=0)
+            if (one >= first) & (one < last):
+                x = tl.where(column == excluded[None, :, None], -INF, x)
+        else:
             x = tl.where(column == excluded[None, :, None], -INF, x)
-    else:
-        x = tl.where(column == excluded[None, :, None], -INF, x)
+    if suppressed is not None:
+        pointer = suppressed + column
+        # As much to a thread as of the logits, not 16 bytes: or they would meet through shared memory. See `addresses`.
+        PER_THREAD: tl.constexpr = column.shape[2] // 32
+        if PER_THREAD > 2:
+            pointer = tl.max_contiguous(pointer, (1, 2, PER_THREAD))
+        x = tl.where(tl.load(pointer, mask=column < columns, other=0) != 0, -INF, x)
     return x
 
 
@@ -221,6 +238,7 @@ def sum_tiles(
     logits,
     offset,  # int64 [lanes], of each lane's row
     excluded,  # [lanes], or None
+    suppressed,  # uint8 [V], or None
     columns,
     first,  # tiles [first, last)
     last,
@@ -240,26 +258,25 @@ def sum_tiles(
     whole = first + (tl.minimum(last, columns // TILE) - first) // TILES * TILES
     for start in range(first, whole, TILES):
         _sum_step(
-            logits, offset, excluded, columns, start, last, tile_max, tile_excess, summary_offset, valid, c_high, c_low,
-            False, UNIT, ROWS, TILES, PIECES, WIDTH,
+            logits, offset, excluded, suppressed, columns, start, last, tile_max, tile_excess, summary_offset, valid,
+            c_high, c_low, False, UNIT, ROWS, TILES, PIECES, WIDTH,
         )  # fmt: skip
     for start in range(whole, last, TILES):
         _sum_step(
-            logits, offset, excluded, columns, start, last, tile_max, tile_excess, summary_offset, valid, c_high, c_low,
-            True, UNIT, ROWS, TILES, PIECES, WIDTH,
+            logits, offset, excluded, suppressed, columns, start, last, tile_max, tile_excess, summary_offset, valid,
+            c_high, c_low, True, UNIT, ROWS, TILES, PIECES, WIDTH,
         )  # fmt: skip
 
 
 @triton.jit
 def _sum_step(
-    logits, offset, excluded, columns, start, last, tile_max, tile_excess, summary_offset, valid, c_high, c_low,
-    MASKED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PIECES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    logits, offset, excluded, suppressed, columns, start, last, tile_max, tile_excess, summary_offset, valid,
+    c_high, c_low, MASKED: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile = start + tl.arange(0, ROWS * TILES) % TILES
     x, column = load_tiles(logits, offset, tile, columns, MASKED, PIECES, WIDTH)
-    if excluded is not None:
-        x = without_excluded(x, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
+    x = without_excluded(x, column, excluded, suppressed, columns, start * TILE, (start + TILES) * TILE, ROWS)
     top, excess, _ = summary_of_tile(x, c_high, c_low, UNIT)
     stored = valid & (tile < last)
     tl.store(tile_max + summary_offset + tile, top, mask=stored)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dam.kernels import core
 from dam.kernels.core import INF, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
 
@@ -38,6 +39,7 @@ def entropy_kernel(
     logits_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     tile_max,  # [T, tiles]
     tile_excess,
     tile_moment,  # sum of exp(scale (x - max)) (x - max)
@@ -77,8 +79,9 @@ def entropy_kernel(
         for start in range(begin, end, TILES):
             tile = start + lane % TILES
             x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
-            if excluded is not None:
-                x = core.without_excluded(x, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
+            x = core.without_excluded(
+                x, column, excluded, suppressed, columns, start * TILE, (start + TILES) * TILE, ROWS
+            )
             top, excess, rate = core.summary_of_tile(x, c_high, c_low, UNIT)
             term = tl.where(rate == 0.0, 0.0, rate * (x - core.pivot(top)[None, :, None]))  # not 0 * -inf
             at = lane_row * tiles + tile
@@ -108,6 +111,7 @@ def entropy_backward_kernel(
     logits_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     entropy,  # float64 [T], as are the next three
     log_escape,
     total,
@@ -147,8 +151,7 @@ def entropy_backward_kernel(
     for start in range(begin, end, TILES):
         tile = start + lane % TILES
         x, column = core.load_tiles(logits, row * logits_stride, tile, columns, True, PIECES, WIDTH)
-        if exclude is not None:
-            x = core.without_excluded(x, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
+        x = core.without_excluded(x, column, excluded, suppressed, columns, start * TILE, (start + TILES) * TILE, ROWS)
         relative = (x - high[None, :, None]) - low[None, :, None]  # log p(v) / scale
         probability = core.exp_scaled(relative, c_high, c_low, UNIT)
         result = tl.where(probability == 0.0, 0.0, probability * (constant + linear * relative))
@@ -157,7 +160,7 @@ def entropy_backward_kernel(
 
 def entropy(
     logits: Tensor,  # [T, V]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     value = logits.new_empty(logits.shape[:1], dtype=torch.float32)
@@ -167,7 +170,7 @@ def entropy(
     g = core.geometry("entropy", logits)
     arguments = {
         "logits": logits, "logits_stride": logits.stride(0),
-        "exclude": exclude, "exclude_stride": core.stride_of(exclude),
+        **exclude.arguments,
         "tile_max": tile_max, "tile_excess": tile_excess, "tile_moment": torch.empty_like(tile_max),
         "entropy": value, "log_escape": log_escape, "rows": logits.shape[0], "columns": logits.shape[1],
         "tiles": tiles, "split_tiles": g.split_tiles, **core.scale_of(temperature)._asdict(), **g.constants,
@@ -187,7 +190,7 @@ def entropy_backward(
     log_escape: Tensor,
     total: Tensor,
     slope: Tensor,
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -195,7 +198,7 @@ def entropy_backward(
     launch(
         entropy_backward_kernel, (g.blocks, g.splits),
         logits=logits, logits_stride=logits.stride(0),
-        exclude=exclude, exclude_stride=core.stride_of(exclude), entropy=value, log_escape=log_escape, total=total,
+        **exclude.arguments, entropy=value, log_escape=log_escape, total=total,
         slope=slope, gradient=gradient, gradient_stride=gradient.stride(0), rows=logits.shape[0],
         columns=logits.shape[1], split_tiles=g.split_tiles, **core.scale_of(temperature)._asdict(), **g.constants,
         **g.options,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dam.kernels import configs, core
 from dam.kernels.core import HALF, INF, NOWHERE, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 from dam.kernels.projection import Projection
 
@@ -72,6 +73,7 @@ def logits_of(
     low_weight_stride,
     bias,  # [V], or None
     excluded,  # [BLOCK_ROWS], or None
+    suppressed,  # uint8 [V], or None
     row,
     column,
     columns,
@@ -98,7 +100,10 @@ def logits_of(
         )  # fmt: skip
     if bias is not None:
         logits += tl.load(bias + inside).to(tl.float32)[None, :]
-    reachable = (column < columns)[None, :]
+    kept = column < columns
+    if suppressed is not None:
+        kept = tl.load(suppressed + column, mask=kept, other=1) == 0
+    reachable = kept[None, :]
     if excluded is not None:
         reachable = reachable & (column[None, :] != excluded[:, None])
     return tl.where(reachable, logits, -INF)
@@ -142,6 +147,7 @@ def summary_kernel(
     base_bias,  # [V], or None
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     target,  # [T, J], or None
     target_stride,
     slot_stride,
@@ -193,8 +199,8 @@ def summary_kernel(
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
     x = logits_of(
         hidden, hidden_stride, weight, weight_stride, low_hidden, low_hidden_stride, low_weight, low_weight_stride,
-        bias, excluded, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, WHOLE,
-        LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
+        bias, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        WHOLE, LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
     )  # fmt: skip
     top, excess, rate = summary_of_rows(x, c_high, c_low, UNIT)
     at = row * column_blocks + column_block
@@ -213,8 +219,8 @@ def summary_kernel(
     if base_hidden is not None:
         b = logits_of(
             base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, excluded,
-            row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, LOW_BLOCK_DEPTH,
-            True, PRECISION,
+            suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE,
+            LOW_BLOCK_DEPTH, True, PRECISION,
         )  # fmt: skip
         b_top, b_excess, b_rate = summary_of_rows(b, c_high, c_low, UNIT)
         # A destination that the base does not reach counts 0 even where x is -inf.
@@ -268,6 +274,7 @@ def gradient_kernel(
     base_bias,  # [V], or None
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     target,  # [T, J]
     target_stride,
     slot_stride,
@@ -314,16 +321,16 @@ def gradient_kernel(
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
     x = logits_of(
         hidden, hidden_stride, weight, weight_stride, low_hidden, low_hidden_stride, low_weight, low_weight_stride,
-        bias, excluded, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, WHOLE,
-        LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
+        bias, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        WHOLE, LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
     )  # fmt: skip
     factor = tl.load(coefficient + row)[:, None]
     result = core.share(x, factor, tl.load(reference + row)[:, None], c_high, c_low, UNIT)
     if base_hidden is not None:
         b = logits_of(
             base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, excluded,
-            row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, LOW_BLOCK_DEPTH,
-            True, PRECISION,
+            suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE,
+            LOW_BLOCK_DEPTH, True, PRECISION,
         )  # fmt: skip
         base_factor = tl.load(base_coefficient + row)[:, None]
         result -= core.share(b, base_factor, tl.load(base_reference + row)[:, None], c_high, c_low, UNIT)
@@ -415,7 +422,7 @@ class Summary(NamedTuple):
 def summarise(
     op: str,
     head: Projection,
-    exclude: Tensor | None,
+    exclude: Excluded,
     scale: core.Scale,
     *,
     base: Projection | None = None,
@@ -436,7 +443,7 @@ def summarise(
     nothing |= {"RACE": False, "GREEDY": False}
     launch(
         summary_kernel, (blocks.row_blocks * blocks.column_blocks,), **arguments_of(head, base, blocks),
-        exclude=exclude, exclude_stride=core.stride_of(exclude), target=target, target_stride=core.stride_of(target),
+        **exclude.arguments, target=target, target_stride=core.stride_of(target),
         slot_stride=0 if target is None else target.stride(1), target_logit=target_logit, block_max=block_max,
         block_excess=block_excess, base_max=base_max, base_excess=base_excess, cross=cross, rows=rows,
         columns=columns, slots=0 if target is None else target.shape[1], c_high=scale.c_high, c_low=scale.c_low,
@@ -448,7 +455,7 @@ def summarise(
 class Rows(NamedTuple):
     """What gradient_kernel must know of each row: see its formula."""
 
-    exclude: Tensor | None  # [T]
+    exclude: Excluded
     target: Tensor  # [T, J]
     pull: Tensor  # float64 [T, J]
     reference: Tensor  # float64 [T]
@@ -472,8 +479,8 @@ def gradient(
     target = of_rows.target
     launch(
         gradient_kernel, (blocks.row_blocks * blocks.column_blocks,), **arguments_of(of, base, blocks),
-        exclude=of_rows.exclude, exclude_stride=core.stride_of(of_rows.exclude), target=target,
-        target_stride=target.stride(0), slot_stride=target.stride(1), pull=of_rows.pull, reference=of_rows.reference,
+        **of_rows.exclude.arguments, target=target, target_stride=target.stride(0), slot_stride=target.stride(1),
+        pull=of_rows.pull, reference=of_rows.reference,
         coefficient=of_rows.coefficient, base_reference=of_rows.base_reference,
         base_coefficient=of_rows.base_coefficient, gradient=out, gradient_stride=out.stride(0),
         first_row=rows.start, last_row=rows.stop, first_column=columns.start, last_column=columns.stop,

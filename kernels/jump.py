@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dam.kernels import core
 from dam.kernels.core import HALF, INF, NOWHERE, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
 
@@ -62,6 +63,7 @@ def race_tokens(
     logits,
     offset,  # int64 [lanes], of each lane's row
     excluded,  # [lanes], or None
+    suppressed,  # uint8 [V], or None
     columns,
     tile,  # int32 [lanes]
     c_high,
@@ -78,7 +80,7 @@ def race_tokens(
     """The first token of a tile to arrive, its column, int32 [lanes]."""
     place = tl.arange(0, min(NARROW, HALF))[None, :]
     column = tile[:, None] * TILE + place
-    x = _load_tokens(logits, offset, excluded, columns, column)
+    x = _load_tokens(logits, offset, excluded, suppressed, columns, column)
     top = tl.max(x, axis=1)
     # One counter serves two tokens half a tile apart.
     high, low, upper_high, upper_low = tl.philox_impl(
@@ -86,7 +88,7 @@ def race_tokens(
         seed_low, seed_high,
     )  # fmt: skip
     if NARROW > HALF:
-        upper = _load_tokens(logits, offset, excluded, columns, column + HALF)
+        upper = _load_tokens(logits, offset, excluded, suppressed, columns, column + HALF)
         top = tl.maximum(top, tl.max(upper, axis=1))
     reference = core.pivot(top)[:, None]
     if GREEDY:
@@ -110,10 +112,12 @@ def race_tokens(
 
 
 @triton.jit
-def _load_tokens(logits, offset, excluded, columns, column):
+def _load_tokens(logits, offset, excluded, suppressed, columns, column):
     x = tl.load(logits + offset[:, None] + column, mask=column < columns, other=-INF).to(tl.float32)
     if excluded is not None:
         x = tl.where(column == excluded[:, None], -INF, x)
+    if suppressed is not None:
+        x = tl.where(tl.load(suppressed + column, mask=column < columns, other=0) != 0, -INF, x)
     return x
 
 
@@ -156,6 +160,7 @@ def jump_kernel(
     logits_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     row_ids,  # [T], or None
     row_ids_stride,
     seed,
@@ -208,8 +213,8 @@ def jump_kernel(
         if exclude is not None:
             excluded = core.load_excluded(exclude, exclude_stride, lane_row, columns)
         core.sum_tiles(
-            logits, lane_row * logits_stride - first.to(tl.int64) * TILE, excluded, columns, begin, end, tile_max,
-            tile_excess, lane_row * tiles, valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
+            logits, lane_row * logits_stride - first.to(tl.int64) * TILE, excluded, suppressed, columns, begin, end,
+            tile_max, tile_excess, lane_row * tiles, valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
         )  # fmt: skip
         if RACE:
             tl.debug_barrier()  # other threads of the program read the summaries
@@ -246,8 +251,8 @@ def jump_kernel(
         earlier = arrived < before
         if tl.max(earlier.to(tl.int32), axis=0) > 0:
             drawn = race_tokens(
-                logits, offset, excluded, columns, tile, c_high, c_low, stream + core.TOKEN_STREAM, row_low, row_high,
-                key_low, key_high, GREEDY, UNIT, PIECES * WIDTH,
+                logits, offset, excluded, suppressed, columns, tile, c_high, c_low, stream + core.TOKEN_STREAM,
+                row_low, row_high, key_low, key_high, GREEDY, UNIT, PIECES * WIDTH,
             )  # fmt: skip
             token = tl.where(earlier, drawn.to(tl.int64), token)
             new = tl.load(logits + offset + drawn, mask=earlier, other=-INF).to(tl.float32)
@@ -273,7 +278,7 @@ class Draw:
         self,
         like: Tensor,  # [T, .], gives T and the device
         columns: int,
-        exclude: Tensor | None,
+        exclude: Excluded,
         temperature: float,
         num_samples: int,
         seed: Tensor,
@@ -307,7 +312,7 @@ class Draw:
         together = g.splits == 1 and self.samples <= SAMPLES
         arguments = {
             "logits": logits, "logits_stride": core.stride_of(logits),
-            "exclude": self.exclude, "exclude_stride": core.stride_of(self.exclude),
+            **self.exclude.arguments,
             "row_ids": self.row_ids, "row_ids_stride": core.stride_of(self.row_ids), **self.seed,
             "tile_max": self.tile_max, "tile_excess": self.tile_excess, "time": self.time, "target": self.target,
             "log_prob": self.log_prob, "log_escape": self.log_escape, "first_bad": self.first_bad,
@@ -349,7 +354,7 @@ def signed_words(seed: int) -> tuple[int, int]:
 
 def jump(
     logits: Tensor,  # [T, V]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dam.kernels import configs, core, head, jump
 from dam.kernels.core import INF, NOWHERE, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 from dam.kernels.projection import Projection
 
@@ -121,7 +122,7 @@ def race_kernel(
 
 def linear_jump(
     of: Projection,
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -149,7 +150,7 @@ def linear_jump(
     draws = []
     for part in parts:
         draw = jump.Draw(
-            hidden[part], columns, None if exclude is None else exclude[part], temperature, num_samples, seed,
+            hidden[part], columns, exclude.part(part), temperature, num_samples, seed,
             None if ids is None else ids[part], check, tuple(x[part] for x in out),
         )  # fmt: skip
         if fused:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dam.kernels import configs, core, head, log_prob
+from dam.kernels.excluded import Excluded
 from dam.kernels.projection import Projection
 
 
 def linear_log_prob(
     of: Projection,
     target: Tensor,  # [T, J]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
     *,
     library: head.Library,
@@ -34,7 +35,7 @@ def linear_log_prob(
     log_escape = hidden.new_empty((rows,), dtype=torch.float64)
     for part in parts:
         lookup = log_prob.Lookup(
-            hidden[part], columns, target[part], None if exclude is None else exclude[part], temperature,
+            hidden[part], columns, target[part], exclude.part(part), temperature,
             (value[part], log_escape[part]),
         )  # fmt: skip
         if memory is None:
@@ -52,12 +53,12 @@ def rows_of(
     grad: Tensor,  # [T, J]
     target: Tensor,  # [T, J]
     log_escape: Tensor,  # float64 [T]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
 ) -> head.Rows:
     """What the gradient of the logits depends on, beside them."""
     scale = 1.0 / temperature
     pull = (-scale * grad.double()).contiguous()
-    counted = target >= 0 if exclude is None else (target >= 0) & (target != exclude[:, None])
+    counted = target >= 0 if exclude.row is None else (target >= 0) & (target != exclude.row[:, None])
     coefficient = torch.where(counted, pull, 0.0).sum(dim=1).clamp(-core.LARGEST.value, core.LARGEST.value)
     return head.Rows(exclude, target, pull, log_escape.double() / scale, coefficient.float())

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dam.kernels import core, head, matching_loss
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 from dam.kernels.projection import Projection
 
@@ -83,7 +84,7 @@ def linear_matching_loss(
     base: Projection | None,
     base_weight: Tensor | None,  # [T]
     row_scale: Tensor,  # [T]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     *,
@@ -100,7 +101,7 @@ def linear_matching_loss(
     reference, base_reference = empty(rows), empty(rows)
     coefficient, base_coefficient = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.float32)
     for part in head.summary_chunks(op, of, 8 if base is None else 20, workspace):
-        some = None if exclude is None else exclude[part]
+        some = exclude.part(part)
         target_logit = empty(*target[part].shape, dtype=torch.float32)
         summary = head.summarise(
             op, of.part(part), some, scale, base=None if base is None else base.part(part),
@@ -109,7 +110,7 @@ def linear_matching_loss(
         some_base_weight = None if base_weight is None else base_weight[part]
         g = core.geometry("matching_loss", of.hidden[part], columns)
         launch(
-            finish_kernel, (g.blocks,), exclude=some, exclude_stride=core.stride_of(some), target=target[part],
+            finish_kernel, (g.blocks,), exclude=some.row, exclude_stride=core.stride_of(some.row), target=target[part],
             target_stride=target.stride(0), slot_stride=target.stride(1), weight=weight[part],
             weight_stride=weight.stride(0), weight_slot_stride=weight.stride(1), base_weight=some_base_weight,
             base_weight_stride=core.stride_of(some_base_weight), row_scale=row_scale[part],

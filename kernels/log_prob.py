@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dam.kernels import core
 from dam.kernels.core import INF, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
 
@@ -23,6 +24,7 @@ def log_prob_kernel(
     logits_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     target,  # [T, J]
     target_stride,
     slot_stride,
@@ -68,8 +70,8 @@ def log_prob_kernel(
         if exclude is not None:
             excluded = core.load_excluded(exclude, exclude_stride, lane_row, columns)
         core.sum_tiles(
-            logits, lane_row * logits_stride - shift, excluded, columns, begin, end, tile_max, tile_excess,
-            lane_row * tiles, valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
+            logits, lane_row * logits_stride - shift, excluded, suppressed, columns, begin, end, tile_max,
+            tile_excess, lane_row * tiles, valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
         )  # fmt: skip
         if FINISH:
             tl.debug_barrier()  # other threads of the program read the summaries
@@ -118,6 +120,7 @@ def log_prob_backward_kernel(
     logits_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     target,  # [T, J]
     target_stride,
     slot_stride,
@@ -185,8 +188,9 @@ def log_prob_backward_kernel(
     for start in range(begin, end, TILES):
         tile = start + lane % TILES
         x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
-        if exclude is not None:
-            x = core.without_excluded(x, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
+        x = core.without_excluded(
+            x, column, lane_excluded, suppressed, columns, start * TILE, (start + TILES) * TILE, ROWS
+        )
         result = -core.share(x, lane_coefficient, lane_reference, c_high, c_low, UNIT)
         core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, result)
     tl.debug_barrier()
@@ -209,7 +213,7 @@ class Lookup:
         like: Tensor,  # [T, .], gives T and the device
         columns: int,
         target: Tensor,  # [T, J]
-        exclude: Tensor | None,  # [T]
+        exclude: Excluded,
         temperature: float,
         out: tuple[Tensor, Tensor] | None = None,  # [T, J] and float64 [T]
     ):
@@ -251,7 +255,7 @@ class Lookup:
     def _arguments(self, g: core.Geometry, summary_max: Tensor, summary_excess: Tensor) -> dict[str, Any]:
         summaries = summary_max.shape[1]
         return {
-            "exclude": self.exclude, "exclude_stride": core.stride_of(self.exclude),
+            **self.exclude.arguments,
             "target": self.target, "target_stride": self.target.stride(0), "slot_stride": self.target.stride(1),
             "tile_max": summary_max, "tile_excess": summary_excess, "value": self.value,
             "log_escape": self.log_escape, "rows": self.rows, "columns": self.columns,
@@ -264,7 +268,7 @@ class Lookup:
 def log_prob(
     logits: Tensor,  # [T, V]
     target: Tensor,  # [T, J]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     lookup = Lookup(logits, logits.shape[1], target, exclude, temperature)
@@ -277,7 +281,7 @@ def log_prob_backward(
     logits: Tensor,  # [T, V]
     target: Tensor,  # [T, J]
     log_escape: Tensor,  # [T]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     temperature: float,
     into: Tensor | None = None,  # [T, V]
 ) -> Tensor:
@@ -287,7 +291,7 @@ def log_prob_backward(
         log_prob_backward_kernel, (g.blocks, g.splits),
         grad=grad, grad_stride=grad.stride(0), grad_slot_stride=grad.stride(1),
         logits=logits, logits_stride=logits.stride(0),
-        exclude=exclude, exclude_stride=core.stride_of(exclude),
+        **exclude.arguments,
         target=target, target_stride=target.stride(0), slot_stride=target.stride(1),
         log_escape=log_escape.contiguous(), target_gradient=grad.new_empty(grad.shape, dtype=torch.float32),
         gradient=gradient, gradient_stride=gradient.stride(0), rows=logits.shape[0], columns=logits.shape[1],

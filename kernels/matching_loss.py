@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dam.kernels import core
 from dam.kernels.core import INF, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
 
@@ -22,6 +23,7 @@ def cross_tiles(
     base_logits,
     base_offset,
     excluded,  # [lanes], or None
+    suppressed,  # uint8 [V], or None
     columns,
     first,  # tiles [first, last)
     last,
@@ -46,9 +48,8 @@ def cross_tiles(
         tile = start + lane % TILES
         x, column = core.load_tiles(logits, logits_offset, tile, columns, True, PIECES, WIDTH)
         b, _ = core.load_tiles(base_logits, base_offset, tile, columns, True, PIECES, WIDTH)
-        if excluded is not None:
-            x = core.without_excluded(x, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
-            b = core.without_excluded(b, column, excluded, start * TILE, (start + TILES) * TILE, ROWS)
+        x = core.without_excluded(x, column, excluded, suppressed, columns, start * TILE, (start + TILES) * TILE, ROWS)
+        b = core.without_excluded(b, column, excluded, suppressed, columns, start * TILE, (start + TILES) * TILE, ROWS)
         top, excess, _ = core.summary_of_tile(x, c_high, c_low, UNIT)
         b_top, b_excess, rate = core.summary_of_tile(b, c_high, c_low, UNIT)
         # A destination that the base does not reach counts 0 even where x is -inf.
@@ -124,7 +125,7 @@ def loss_of_rows(
             cost = -scale * x
         counted = counted & (w != 0.0)
         weights += tl.where(counted, w, 0.0)
-        # Weights on an unreachable destination add up first: to 0, or to what has a sign; not to inf - inf.
+        # Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign, not inf - inf.
         w = tl.where(x == -INF, pulled, w)
         losses += tl.where(counted & (w != 0.0), w * cost, 0.0)
     loss = tl.sum(losses, axis=1)
@@ -229,6 +230,7 @@ def matching_loss_kernel(
     base_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     target,  # [T, J]
     target_stride,
     slot_stride,
@@ -285,14 +287,14 @@ def matching_loss_kernel(
     if SUM:
         if base_logits is None:
             core.sum_tiles(
-                logits, lane_row * logits_stride, lane_excluded, columns, begin, end, tile_max, tile_excess,
-                lane_row * tiles, lane_valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
+                logits, lane_row * logits_stride, lane_excluded, suppressed, columns, begin, end, tile_max,
+                tile_excess, lane_row * tiles, lane_valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
             )  # fmt: skip
         else:
             cross_tiles(
-                logits, lane_row * logits_stride, base_logits, lane_row * base_stride, lane_excluded, columns, begin,
-                end, tile_max, tile_excess, base_max, base_excess, tile_cross, lane_row * tiles, lane_valid,
-                c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
+                logits, lane_row * logits_stride, base_logits, lane_row * base_stride, lane_excluded, suppressed,
+                columns, begin, end, tile_max, tile_excess, base_max, base_excess, tile_cross, lane_row * tiles,
+                lane_valid, c_high, c_low, UNIT, ROWS, TILES, PIECES, WIDTH,
             )  # fmt: skip
     row = first_row + tl.arange(0, ROWS)
     valid = row < rows
@@ -348,13 +350,12 @@ def matching_loss_kernel(
             for start in range(begin, end, TILES):
                 tile = start + lane % TILES
                 x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
-                if exclude is not None:
-                    x = core.without_excluded(x, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
+                left, right = start * TILE, (start + TILES) * TILE
+                x = core.without_excluded(x, column, lane_excluded, suppressed, columns, left, right, ROWS)
                 result = core.share(x, lane_coefficient, lane_reference, c_high, c_low, UNIT)
                 if base_logits is not None:
                     b, _ = core.load_tiles(base_logits, lane_row * base_stride, tile, columns, True, PIECES, WIDTH)
-                    if exclude is not None:
-                        b = core.without_excluded(b, column, lane_excluded, start * TILE, (start + TILES) * TILE, ROWS)
+                    b = core.without_excluded(b, column, lane_excluded, suppressed, columns, left, right, ROWS)
                     result -= core.share(b, lane_base_coefficient, lane_base_reference, c_high, c_low, UNIT)
                 core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, result)
             tl.debug_barrier()
@@ -377,7 +378,7 @@ def matching_loss(
     base_logits: Tensor | None,  # [T, V]
     base_weight: Tensor | None,  # [T]
     row_scale: Tensor | None,  # [T]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     with_grad: bool,
@@ -397,7 +398,7 @@ def matching_loss(
     arguments = {
         "logits": logits, "logits_stride": logits.stride(0),
         "base_logits": base_logits, "base_stride": core.stride_of(base_logits),
-        "exclude": exclude, "exclude_stride": core.stride_of(exclude),
+        **exclude.arguments,
         "target": target, "target_stride": target.stride(0), "slot_stride": target.stride(1),
         "weight": weight, "weight_stride": weight.stride(0), "weight_slot_stride": weight.stride(1),
         "base_weight": base_weight, "base_weight_stride": core.stride_of(base_weight),

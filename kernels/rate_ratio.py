@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dam.kernels import core
 from dam.kernels.core import INF, TILE
+from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
 
@@ -23,6 +24,7 @@ def rate_ratio_kernel(
     base_stride,
     exclude,  # [T], or None
     exclude_stride,
+    suppressed,  # uint8 [V], or None
     target,  # [T, J]
     target_stride,
     slot_stride,
@@ -60,11 +62,11 @@ def rate_ratio_kernel(
         if exclude is not None:
             excluded = core.load_excluded(exclude, exclude_stride, lane_row, columns)
         core.sum_tiles(
-            logits, lane_row * logits_stride, excluded, columns, begin, end, tile_max, tile_excess, lane_row * tiles,
-            valid, 0.0, 0.0, True, ROWS, TILES, PIECES, WIDTH,
+            logits, lane_row * logits_stride, excluded, suppressed, columns, begin, end, tile_max, tile_excess,
+            lane_row * tiles, valid, 0.0, 0.0, True, ROWS, TILES, PIECES, WIDTH,
         )  # fmt: skip
         core.sum_tiles(
-            base_logits, lane_row * base_stride, excluded, columns, begin, end, base_max, base_excess,
+            base_logits, lane_row * base_stride, excluded, suppressed, columns, begin, end, base_max, base_excess,
             lane_row * tiles, valid, 0.0, 0.0, True, ROWS, TILES, PIECES, WIDTH,
         )  # fmt: skip
         if FINISH:
@@ -92,7 +94,7 @@ def rate_ratio(
     logits: Tensor,  # [T, V]
     base_logits: Tensor,  # [T, V]
     target: Tensor,  # [T, J]
-    exclude: Tensor | None,  # [T]
+    exclude: Excluded,
 ) -> tuple[Tensor, Tensor]:
     log_ratio = logits.new_empty(target.shape, dtype=torch.float32)
     escape_gap = logits.new_empty(logits.shape[:1], dtype=torch.float32)
@@ -103,7 +105,7 @@ def rate_ratio(
     arguments = {
         "logits": logits, "logits_stride": logits.stride(0),
         "base_logits": base_logits, "base_stride": base_logits.stride(0),
-        "exclude": exclude, "exclude_stride": core.stride_of(exclude),
+        **exclude.arguments,
         "target": target, "target_stride": target.stride(0), "slot_stride": target.stride(1),
         "tile_max": tile_max, "tile_excess": tile_excess, "base_max": base_max, "base_excess": base_excess,
         "log_ratio": log_ratio, "escape_gap": escape_gap, "rows": logits.shape[0], "columns": logits.shape[1],

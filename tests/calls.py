@@ -72,6 +72,14 @@ def some_excluded(target: Tensor, columns: int, seed: int) -> Tensor:
     return exclude
 
 
+def some_suppressed(target: Tensor, columns: int, seed: int) -> Tensor:
+    """bool [V]: one in eight, the targets of the first row, and the second tile."""
+    suppressed = integers(0, 8, columns, seed=seed) == 0
+    suppressed[target[0, :3]] = True
+    suppressed[1024:2048] = True
+    return suppressed
+
+
 def some_adapter(head: Tensor, seed: int) -> dam.LoRA:
     a = normal(RANK, head.shape[1], seed=seed, dtype=head.dtype)
     return dam.LoRA(a, normal(head.shape[0], RANK, seed=seed + 1, dtype=head.dtype, scale=0.1), 0.7)
@@ -98,20 +106,23 @@ def leaf_of(x: Tensor) -> Tensor:
 
 def jump(logits: Tensor, base: Tensor, *, seed: int) -> Results:
     rows, columns = logits.shape
-    exclude = some_excluded(some_targets(logits, seed), columns, seed + 1)
+    target = some_targets(logits, seed)
+    exclude, suppress = some_excluded(target, columns, seed + 1), some_suppressed(target, columns, seed + 3)
     ids = {"row_ids": integers(-(2**62), 2**62, rows, seed=seed + 2)}
     return {
         **named("one", dam.jump(logits, exclude=exclude, seed=seed)),
         **named("colder", dam.jump(logits, exclude=exclude, temperature=0.8, num_samples=3, seed=seed, **ids)),
+        **named("suppressing", dam.jump(logits, exclude=exclude, suppress=suppress, num_samples=2, seed=seed)),
         **named("many", dam.jump(logits, num_samples=9, seed=seed)),
-        **named("greedy", dam.jump(logits, temperature=0, num_samples=2, seed=seed)),
+        **named("greedy", dam.jump(logits, suppress=suppress, temperature=0, num_samples=2, seed=seed)),
     }
 
 
 def log_prob(logits: Tensor, base: Tensor, *, seed: int) -> Results:
     target, leaf = some_targets(logits, seed), leaf_of(logits)
     exclude = some_excluded(target, logits.shape[1], seed + 1)
-    value = dam.log_prob(leaf, target, exclude=exclude, temperature=0.7)
+    options = {"exclude": exclude, "suppress": some_suppressed(target, logits.shape[1], seed + 3)}
+    value = dam.log_prob(leaf, target, **options, temperature=0.7)
     # Of destinations out of reach: an upstream gradient of zero.
     upstream = normal(*target.shape, seed=seed + 2).where(value > -torch.inf, 0.0).to(value.dtype)
     return {
@@ -122,8 +133,10 @@ def log_prob(logits: Tensor, base: Tensor, *, seed: int) -> Results:
 
 
 def entropy(logits: Tensor, base: Tensor, *, seed: int) -> Results:
-    leaf, exclude = leaf_of(logits), some_excluded(some_targets(logits, seed), logits.shape[1], seed + 1)
-    value = dam.entropy(leaf, exclude=exclude, temperature=0.7)
+    leaf, target = leaf_of(logits), some_targets(logits, seed)
+    exclude = some_excluded(target, logits.shape[1], seed + 1)
+    suppress = some_suppressed(target, logits.shape[1], seed + 3)
+    value = dam.entropy(leaf, exclude=exclude, suppress=suppress, temperature=0.7)
     colder = with_gradients("colder", value, {"logits": leaf}, normal(len(logits), seed=seed + 2).to(value.dtype))
     return {"plain": dam.entropy(logits), **colder}
 
@@ -131,9 +144,10 @@ def entropy(logits: Tensor, base: Tensor, *, seed: int) -> Results:
 def rate_ratio(logits: Tensor, base: Tensor, *, seed: int) -> Results:
     target = some_targets(logits, seed)
     exclude = some_excluded(target, logits.shape[1], seed + 1)
+    suppress = some_suppressed(target, logits.shape[1], seed + 3)
     return {
         **named("plain", dam.rate_ratio(logits, base, target)),
-        **named("excluding", dam.rate_ratio(logits, base, target, exclude=exclude)),
+        **named("excluding", dam.rate_ratio(logits, base, target, exclude=exclude, suppress=suppress)),
     }
 
 
@@ -147,13 +161,14 @@ def matching_loss(logits: Tensor, base: Tensor, *, seed: int) -> Results:
     rows, columns = logits.shape
     target, weight = some_targets(logits, seed), normal(rows, 4, seed=seed + 1)
     exclude, of_base = some_excluded(target, columns, seed + 2), normal(rows, seed=seed + 3)
+    suppress = some_suppressed(target, columns, seed + 4)
     # Of a target out of reach the loss is infinite, and so may the gradient of its row be, but not those of others.
     reached = weight.where(logits.gather(1, target.clamp(min=0)) > -torch.inf, 0.0)
     results = {}
     for label, weights, options in (
-        ("rates", reached, {"normalized": False}),
+        ("rates", reached, {"suppress": suppress, "normalized": False}),
         ("excluding one", reached, {"exclude": columns // 2, "row_scale": of_base}),
-        ("with base", weight, {"base_logits": base, "base_weight": of_base, "exclude": exclude}),
+        ("with base", weight, {"base_logits": base, "base_weight": of_base, "exclude": exclude, "suppress": suppress}),
         ("colder", reached, {"base_logits": logits / 2, "base_weight": of_base, "temperature": 0.7}),
     ):
         leaf = leaf_of(logits)
@@ -169,8 +184,8 @@ def matching_loss(logits: Tensor, base: Tensor, *, seed: int) -> Results:
 
 def linear_jump(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: int) -> Results:
     target = some_targets(bias.expand(len(hidden), -1), seed)
-    exclude = some_excluded(target, len(head), seed + 1)
-    options = {"bias": bias, "exclude": exclude, "num_samples": 2}
+    exclude, suppress = some_excluded(target, len(head), seed + 1), some_suppressed(target, len(head), seed + 3)
+    options = {"bias": bias, "exclude": exclude, "suppress": suppress, "num_samples": 2}
     adapted = {"bias": bias, "lora": some_adapter(head, seed + 2), "temperature": 0}
     return {
         **named("two", dam.linear_jump(hidden, head, **options, seed=seed)),
@@ -190,7 +205,8 @@ def linear_log_prob(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: int) ->
     target = some_targets(bias.expand(len(hidden), -1), seed)
     exclude = some_excluded(target, len(head), seed + 1)
     leaves, options = head_leaves(hidden, head, bias, seed + 2)
-    value = dam.linear_log_prob(leaves["hidden"], leaves["head"], target, **options, exclude=exclude, temperature=0.7)
+    options |= {"exclude": exclude, "suppress": some_suppressed(target, len(head), seed + 6), "temperature": 0.7}
+    value = dam.linear_log_prob(leaves["hidden"], leaves["head"], target, **options)
     upstream = normal(*target.shape, seed=seed + 4).where(value > -torch.inf, 0.0).to(value.dtype)
     return {
         "one each": dam.linear_log_prob(hidden, head, target[:, 2], bias=bias),
@@ -204,6 +220,7 @@ def linear_matching_loss(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: in
     target = some_targets(scores, seed)
     weight = normal(rows, 4, seed=seed + 1).where(scores.gather(1, target.clamp(min=0)) > -torch.inf, 0.0)
     exclude, of_base = some_excluded(target, len(head), seed + 2), normal(rows, seed=seed + 3)
+    suppress = some_suppressed(target, len(head), seed + 6)
     base = {"base_hidden": hidden.flip(0), "base_head_weight": head, "base_bias": bias, "base_weight": of_base}
     leaves, options = head_leaves(hidden, head, bias, seed + 4)
     based = dam.linear_matching_loss(
@@ -214,11 +231,12 @@ def linear_matching_loss(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: in
         **options,
         **base,
         exclude=exclude,
+        suppress=suppress,
         row_scale=of_base.abs(),
         temperature=0.7,
     )
-    leaf = leaf_of(hidden)
-    frozen = dam.linear_matching_loss(leaf, head, target, weight, bias=bias, normalized=False)
+    leaf, options = leaf_of(hidden), {"bias": bias, "suppress": suppress, "normalized": False}
+    frozen = dam.linear_matching_loss(leaf, head, target, weight, **options)
     losses = dam.linear_matching_loss(leaf, head, target, weight, bias=bias, temperature=1.4, reduction="none")
     return {
         **with_gradients("with base", based, leaves),

@@ -1,5 +1,6 @@
 """Tabular truth: on tables small enough to enumerate, every estimator matches Q* and nothing else."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -424,6 +425,24 @@ def test_without_rows_behind_an_end_the_law_is_still_a_fixed_point():
         exact = exact_target(joint, state)
         exact[[place for place in range(3) if place not in expected]] = 0
         torch.testing.assert_close(mass, exact)
+
+
+def test_the_loss_is_that_of_the_law_without_suppressed_tokens():
+    """As of a model that gives them no probability."""
+    joint, generator = oracle.random_joint(3, 3, seed=0), torch.Generator().manual_seed(26)
+    process = dataclasses.replace(oracle.process(joint), suppress=(1,))
+    states = torch.tensor([[3, 3, 3], [1, 3, 3]])
+    final = torch.tensor([[[0, 2, 2], [2, 0, 2]], [[1, 0, 0], [1, 2, 0]]])
+    remasked = states[:, None].expand_as(final)
+    weight = torch.tensor([[0.5, 1.5], [1.2, 0.8]])
+    targets = group_targets("posterior", remasked, final, weight, process, generator=generator)
+    model, without = oracle.table(joint), oracle.table(joint)
+    without.logits.data[..., 1] = -1e6  # an infinite one would be NaN in a product with the head's zeros
+    losses = [estimator_loss(model, targets, process), estimator_loss(without, targets, oracle.process(joint))]
+    gradients = [torch.autograd.grad(loss, m.logits)[0] for loss, m in zip(losses, (model, without), strict=True)]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(*gradients)
+    assert bool((gradients[0][..., 1] == 0).all()) and bool((gradients[0] != 0).any())
 
 
 def test_a_loss_without_rows_is_zero():

@@ -84,6 +84,17 @@ def test_an_excluded_target_is_none():
         assert torch.equal(*losses)
 
 
+def test_suppressed_destinations_are_none():
+    """As logits of -inf there and no targets."""
+    logits, weight, target = normal(2, 5, seed=11), normal(2, 2, seed=12), torch.tensor([[3, 1], [0, 4]])
+    without = logits.clone()
+    without[:, [0, 3]] = -INF
+    for divergence in ("kl", "l2", lambda u: -u.log()):
+        options = {"divergence": divergence, "exclude": 2}
+        expected = rate_matching_loss(without, torch.tensor([[-1, 1], [-1, 4]]), weight, **options)
+        assert torch.equal(rate_matching_loss(logits, target, weight, suppress=[3, 0], **options), expected)
+
+
 def test_a_target_of_no_rate_costs_what_phi_says_of_almost_none():
     """l2's own cost, whichever way it is asked for; without end where phi's slope is; NaN stays NaN."""
     logits, target, weight = torch.tensor([[0.0, -INF, 1.0]]), torch.tensor([[1]]), torch.ones(1, 1)

@@ -20,6 +20,7 @@ def rate_ratio(backend):
         "logits": address.matrix(x),
         "base": address.matrix(x),
         "exclude": address.indices(None),
+        "suppressed": address.of(None),
         "log_ratio": results[0].data_ptr(),
         "escape_gap": results[1].data_ptr(),
     }

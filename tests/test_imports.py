@@ -36,13 +36,13 @@ WITHIN = {
     "backends": {"address": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
     "ops": {
         **dict.fromkeys(("_checks", "_op", "_philox", "_rows"), 0),
-        **dict.fromkeys(("_formed_gradient", "_head"), 1),
+        **dict.fromkeys(("_formed_gradient", "_head", "_excluded"), 1),
         "_linear": 2,
         "entropy": 2,
         "linear_*": 4,
         "*": 3,
     },
-    "kernels": {"configs": 0, "launch": 0, "projection": 0, "core": 1, "head": 2, "linear_*": 4, "*": 3},
+    "kernels": {"configs": 0, "excluded": 0, "launch": 0, "projection": 0, "core": 1, "head": 2, "linear_*": 4, "*": 3},
 }
 OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
 

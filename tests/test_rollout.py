@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -58,6 +60,27 @@ def test_log_probs_are_those_of_the_sampler_and_of_the_base_under_the_same_steps
                 # float32 results of float64 tables: a rounding unit of a number below 16
                 assert abs(float(log_prob[b, s] - expected)) < 1e-6
     torch.testing.assert_close(trajectories.log_ratio, trajectories.base_log_prob - trajectories.log_prob)
+
+
+@pytest.mark.parametrize("given", [{"suppress": (1,)}, {"suppress": (1,), "vocabulary": 3}, {"vocabulary": 2}], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_suppressed_tokens_are_drawn_by_nobody_and_the_laws_are_those_without_them(given, order):
+    """Of the sampler and of the base; a suppressed token that stands in a prompt stays."""
+    process = dataclasses.replace(PROCESS, **given)
+    tokens = blank(60)
+    tokens[:, 0] = 1
+    trajectories = rollout(MODEL, tokens, process, base=BASE, order=order, seed=5)
+    kept = torch.tensor([v for v in range(V) if v not in process.suppressed(V)])
+    assert bool((trajectories.final[:, 0] == 1).all()) and len(kept) == 2
+    assert torch.equal(trajectories.final[:, 1:].unique(), kept)
+    for model, log_prob in ((MODEL, trajectories.log_prob), (BASE, trajectories.base_log_prob)):
+        for b in range(60):
+            for s in range(N - 1):
+                state = trajectories.states_before(s)[b]
+                logits = model.logits[model.index(state)].detach()[trajectories.position[b, s]]
+                index = int((kept == trajectories.token[b, s]).nonzero())
+                expected = logits[kept].log_softmax(dim=0)[index]
+                assert abs(float(log_prob[b, s] - expected)) < 1e-6
 
 
 def test_what_is_given_stays_and_shorter_trajectories_have_empty_jumps():

@@ -29,7 +29,8 @@ static void scale_and_add(float* out, const float* x, int64_t count, double fact
 
 template <class Element>
 static void closed_form_row(const ClosedFormArgs& a, int64_t t, int threads, Tiles tiles) {
-  const Row<Element> row = row_of<Element>(a.terminal, a.shape.columns, {nullptr, 0}, t);
+  const Row<Element> row{static_cast<const Element*>(a.terminal.data) + t * a.terminal.row_stride, a.shape.columns, -1,
+                         nullptr};
   const bool absorbing = a.mask_token >= 0;
   for_tiles(row.columns, threads, [&](int64_t k) {
     alignas(64) float buffer[TILE];

@@ -30,7 +30,7 @@ static Moment moment_tile(const float* x, int width, Scale scale, const Element*
 
 template <class Element>
 static void entropy_row(const EntropyArgs& a, int64_t t, int threads, int worker) {
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
   const double scale = 1.0 / a.temperature;
   const Tiles tiles = scratch_tiles(a.scratch, worker, a.shape.columns);
   double* const moments = scratch_array(a.scratch, worker, 2);
@@ -64,7 +64,7 @@ void entropy(const EntropyArgs& a) {
 // gradient[v] = -p(v) (total + slope (entropy + log p(v))) / temperature
 template <class Element>
 static void entropy_backward_row(const EntropyBackwardArgs& a, int64_t t, int threads) {
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
   const double scale = 1.0 / a.temperature;
   // log p(v) = scale (x - p) + (scale p - log_escape) with p a float, so that x - p loses nothing.
   const float p = pivot(static_cast<float>(a.log_escape[t] * a.temperature));

@@ -67,7 +67,7 @@ static int64_t argmax(const float* x, float max) {
 // Draws the row's destinations; false if it cannot be sampled.
 template <class Element>
 static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
   const bool greedy = a.temperature == 0.0;
   const double scale = greedy ? 1.0 : 1.0 / a.temperature;
   const Summary total = sum_row(row, scale, threads, tiles);

@@ -5,7 +5,7 @@ DAM_BEGIN
 
 template <class Element>
 static void log_prob_row(const LogProbArgs& a, int64_t t, int threads, Tiles tiles) {
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
   const double scale = 1.0 / a.temperature;
   const Summary total = sum_row(row, scale, threads, tiles);
   const double log_sum = std::log(total.sum);
@@ -28,7 +28,7 @@ void log_prob(const LogProbArgs& a) {
 // gradient[v] = sum_j upstream_j (1[v = target_j] - p(v)) / temperature
 template <class Element>
 static void log_prob_backward_row(const LogProbBackwardArgs& a, int64_t t, int threads) {
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
   const double scale = 1.0 / a.temperature;
   const int64_t* target = a.target + t * a.targets;
   const double* upstream = a.upstream + t * a.targets;

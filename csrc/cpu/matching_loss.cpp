@@ -104,10 +104,10 @@ static MatchingRow read_row(const MatchingLossArgs& a, int64_t t, const Row<Elem
 template <class Element, class Scale>
 static void matching_row(const MatchingLossArgs& a, int64_t t, Scale factor, int threads, int worker) {
   const double scale = scale_of(a, factor);
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
   const Row<Element> base = a.base.data && a.base_weight[t] != 0.0
-                                ? row_of<Element>(a.base, a.shape.columns, a.exclude, t)
-                                : Row<Element>{nullptr, 0, -1};
+                                ? row_of<Element>(a, a.base, t)
+                                : Row<Element>{nullptr, 0, -1, nullptr};
   const MatchingRow r = read_row(a, t, row, base, factor, threads, worker);
   const int64_t* target = a.target + t * a.targets;
   const double* weight = a.weight + t * a.targets;

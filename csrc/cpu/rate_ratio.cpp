@@ -5,8 +5,8 @@ DAM_BEGIN
 
 template <class Element>
 static void rate_ratio_row(const RateRatioArgs& a, int64_t t, int threads, int worker) {
-  const Row<Element> row = row_of<Element>(a.logits, a.shape.columns, a.exclude, t);
-  const Row<Element> base = row_of<Element>(a.base, a.shape.columns, a.exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
+  const Row<Element> base = row_of<Element>(a, a.base, t);
   const Summary total = sum_row(row, 1.0, threads, scratch_tiles(a.scratch, worker, row.columns));
   const Summary base_total = sum_row(base, 1.0, threads, scratch_tiles(a.scratch, worker, row.columns));
   for (int64_t j = t * a.targets; j < (t + 1) * a.targets; ++j) {

@@ -148,7 +148,8 @@ template <class Element>
 struct Row {
   const Element* data;
   int64_t columns;
-  int64_t exclude;  // -1: none
+  int64_t exclude;            // -1: none
+  const uint8_t* suppressed;  // null: none
 
   int count(int64_t tile) const {
     const int64_t left = columns - tile * TILE;
@@ -158,18 +159,49 @@ struct Row {
   // The numbers of a tile that loops go through: all of it, or what the row has of it, up to a whole step.
   int width(int64_t tile) const { return (count(tile) + STEP - 1) / STEP * STEP; }
 
-  double at(int64_t v) const { return v == exclude ? -HUGE_VAL : double{load_one(data + v)}; }
+  double at(int64_t v) const {
+    const bool is_suppressed = suppressed && (suppressed[v / 8] >> v % 8 & 1);
+    return v == exclude || is_suppressed ? -HUGE_VAL : double{load_one(data + v)};
+  }
 
-  // A tile's width of logits as floats, in place where they can be read there, else in `buffer`, with the excluded one
-  // and those past the row's end at -inf. In the slots' order unless IN_ORDER.
+  // The suppressed columns of a tile, a bit each; null for none, which is all that most tiles have.
+  const uint8_t* suppressed_in(int64_t tile) const {
+    if (!suppressed) return nullptr;
+    const uint8_t* const bits = suppressed + tile * (TILE / 8);
+    u32 some{};
+    for (int i = 0; i < TILE / 8; i += sizeof(u32)) some |= load<u32>(bits + i);
+    return fold(some, [](auto a, auto b) { return a | b; }) ? bits : nullptr;
+  }
+
+  // Puts -inf at those columns of a tile in the buffer.
+  template <bool IN_ORDER>
+  static void suppress(const uint8_t* bits, int width, float* buffer) {
+    // Of 2 * LANES elements, how far apart those of one vector lie, and those of two vectors.
+    constexpr bool PAIRS = !IN_ORDER && std::is_same_v<Element, bfloat16>;
+    constexpr uint32_t APART = PAIRS ? 2 : 1, NEXT = PAIRS ? 1 : LANES;
+    for (int i = 0; i < width; i += 2 * LANES) {
+      uint32_t some = 0;
+      std::memcpy(&some, bits + i / 8, 2 * LANES / 8);
+      if (some == 0) continue;
+      for (uint32_t half = 0; half < 2; ++half) {
+        float* const x = buffer + i + half * LANES;
+        const u32 mine = (u32{} + some) >> (iota<u32>() * APART + half * NEXT) & 1u;
+        store(x, mine != 0u ? f32{} - HUGE_VALF : load<f32>(x));
+      }
+    }
+  }
+
+  // A tile's width of logits as floats, in place where they can be read there, else in `buffer`, with the excluded and
+  // suppressed ones and those past the row's end at -inf. In the slots' order unless IN_ORDER.
   template <bool IN_ORDER = false>
   const float* load_tile(int64_t tile, float* buffer) const {
     const auto place = [](int i) { return IN_ORDER ? i : slot<Element>(i); };
     const Element* x = data + tile * TILE;
     const int n = count(tile);
     const bool excludes = exclude >= tile * TILE && exclude < (tile + 1) * TILE;
+    const uint8_t* const bits = suppressed_in(tile);
     if constexpr (std::is_same_v<Element, float>) {
-      if (n == TILE && !excludes) return x;
+      if (n == TILE && !excludes && !bits) return x;
     }
     if (n < width(tile)) {
       for (int i = width(tile) - STEP; i < width(tile); i += LANES) store(buffer + i, f32{} - HUGE_VALF);
@@ -182,6 +214,7 @@ struct Row {
     }
     for (; i < n; ++i) buffer[place(i)] = load_one(x + i);
     if (excludes) buffer[place(static_cast<int>(exclude - tile * TILE))] = -HUGE_VALF;
+    if (bits) suppress<IN_ORDER>(bits, width(tile), buffer);
     return buffer;
   }
 
@@ -192,10 +225,11 @@ struct Row {
   }
 };
 
-template <class Element>
-inline Row<Element> row_of(const Matrix& matrix, int64_t columns, const Indices& exclude, int64_t t) {
-  return {static_cast<const Element*>(matrix.data) + t * matrix.row_stride, columns,
-          exclude.data ? exclude.data[t * exclude.stride] : -1};
+// Row t of one of an op's matrices, without what the op leaves out.
+template <class Element, class Args>
+inline Row<Element> row_of(const Args& a, const Matrix& matrix, int64_t t) {
+  return {static_cast<const Element*>(matrix.data) + t * matrix.row_stride, a.shape.columns,
+          a.exclude.data ? a.exclude.data[t * a.exclude.stride] : -1, a.suppressed};
 }
 
 // Largest of a tile's numbers, NaN left out.

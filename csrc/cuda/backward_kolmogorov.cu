@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
   const int64_t t = part.row;
   if (t >= plan.rows) return;
   // Summed around the mask token, as subtracting it again would cancel.
-  const Row<Element> row = row_of<Element>(a.terminal, a.shape, a.mask_token, t);
+  const Row<Element> row{static_cast<const Element*>(a.terminal.data) + t * a.terminal.row_stride, a.shape.columns,
+                         a.mask_token, nullptr};
   double* const totals = a.totals + t * plan.tiles;
   if (sums) {
 #pragma unroll 1

@@ -53,6 +53,9 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
+// Whether it holds for any lane of the warp.
+__device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(0xFFFFFFFFu, holds); }
+
 // 16 aligned bytes. ONCE: they are not read again, and may leave the caches first.
 template <bool ONCE>
 __device__ __forceinline__ Packed<16> load_packed(const void* address) {

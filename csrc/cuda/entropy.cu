@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
   Team<WARPS> team;
   const Part part = part_of<WARPS>(plan);
   if (part.row >= plan.rows) return;
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, load_exclude(a.exclude, a.shape, part.row), part.row);
+  const Row<Element> row = row_of<Element>(a, a.logits, load_exclude(a.exclude, a.shape, part.row), part.row);
   const Summaries tiles = summaries_of(a.summaries, 0, plan, part.row);
   float* const moments = summary_array(a.summaries, MOMENT, plan, part.row);
   if (sums) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
   const Part part = part_of<WARPS>(plan);
   const int64_t t = part.row;
   if (t >= plan.rows) return;
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, load_exclude(a.exclude, a.shape, t), t);
+  const Row<Element> row = row_of<Element>(a, a.logits, load_exclude(a.exclude, a.shape, t), t);
   Element* const gradient = static_cast<Element*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
   const Share share = share_of(1.0, 0.0, a.log_escape[t] / a.scale, a.scale);  // p(v)
   const float constant = static_cast<float>(-a.scale * (a.total[t] + a.slope[t] * a.entropy[t]));

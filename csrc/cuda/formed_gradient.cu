@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) scale_kernel(const __grid_c
   Element* const gradient = static_cast<Element*>(a.gradient);
   const Team<WARPS_PER_BLOCK> team;
   // In tiles, as rows of logits are.
-  const Row<Element> whole{gradient, a.count, -1};
+  const Row<Element> whole{gradient, a.count, -1, nullptr};
   const int64_t begin = block_of_grid() * (PER_BLOCK / TILE), tiles = divided_up(a.count, TILE);
   const int64_t end = begin + PER_BLOCK / TILE < tiles ? begin + PER_BLOCK / TILE : tiles;
   for (int64_t tile = begin + team.warp(); tile < end; tile += WARPS_PER_BLOCK) {

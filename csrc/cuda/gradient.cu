@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   // The excluded column as one of these, which it need not be.
   int64_t exclude = load_index(a.exclude, t, -1);
   exclude = exclude < a.first_column ? -1 : exclude - a.first_column;
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, exclude, t);
-  const Row<Element> base = row_of<Element>(HAS_BASE ? a.base : a.logits, a.shape, exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, exclude, t);
+  const Row<Element> base = row_of<Element>(a, HAS_BASE ? a.base : a.logits, exclude, t);
   const float* const shares = a.shares + t * SHARES;
   const Share share{shares[0], shares[1], shares[2]}, base_share{shares[3], shares[4], shares[5]};
   Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;

@@ -68,7 +68,8 @@ __device__ __forceinline__ int64_t race_tokens(const Row<Element>& row, int tile
     // One counter serves two tokens half a tile apart.
     const Words<uint64_t> words = words_of(static_cast<uint64_t>(int64_t{tile} * HALF + i), stream);
     const auto enter = [&](int at, uint64_t high, uint64_t low) {
-      const float x = row.at(int64_t{tile} * TILE + at);
+      const int64_t v = int64_t{tile} * TILE + at;
+      const float x = row.suppresses(v) ? -HUGE_VALF : row.at(v);
       const float arrival =
           quotient(exponential32(static_cast<uint32_t>(high), static_cast<uint32_t>(low)), exp_scaled(x - p, scale));
       const uint64_t key = greedy ? greedy_key_of(x, at) : key_of(arrival, at);
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, WARPS == 1 ? BLOCKS_OF_SHOR
   Team<WARPS> team;
   const Part part = part_of<WARPS>(plan);
   if (part.row >= plan.rows) return;
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, load_exclude(a.exclude, a.shape, part.row), part.row);
+  const Row<Element> row = row_of<Element>(a, a.logits, load_exclude(a.exclude, a.shape, part.row), part.row);
   const Summaries tiles = summaries_of(a.summaries, 0, plan, part.row);
   if (sums) {
     sum_tiles<WARPS, true>(row, part, tiles, scale, team);

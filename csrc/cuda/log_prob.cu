@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
   Team<WARPS> team;
   const Part part = part_of<WARPS>(plan);
   if (part.row >= plan.rows) return;
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, load_exclude(a.exclude, a.shape, part.row), part.row);
+  const Row<Element> row = row_of<Element>(a, a.logits, load_exclude(a.exclude, a.shape, part.row), part.row);
   const Summaries tiles = summaries_of(a.summaries, 0, plan, part.row);
   if (sums) {
     sum_tiles<WARPS, true>(row, part, tiles, scale, team);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BACKWARD_BLOCKS_PER_MULTIPR
   const int64_t t = part.row;
   if (t >= plan.rows) return;
   const int64_t exclude = load_exclude(a.exclude, a.shape, t);
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, exclude, t);
   Gradient* const gradient = static_cast<Gradient*>(const_cast<void*>(a.gradient.data)) + t * a.gradient.row_stride;
 
   double asked = 0.0;

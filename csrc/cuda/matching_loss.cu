@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   const int64_t t = part.row;
   if (t >= plan.rows) return;
   const int64_t exclude = load_exclude(a.exclude, a.shape, t);
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, exclude, t);
-  const Row<Element> base = row_of<Element>(HAS_BASE ? a.base : a.logits, a.shape, exclude, t);
+  const Row<Element> row = row_of<Element>(a, a.logits, exclude, t);
+  const Row<Element> base = row_of<Element>(a, HAS_BASE ? a.base : a.logits, exclude, t);
   const Summaries tiles = summaries_of(a.summaries, MODEL, plan, t);
   const Summaries base_tiles = summaries_of(a.summaries, HAS_BASE ? BASE : MODEL, plan, t);
   float* const cross = summary_array(a.summaries, HAS_BASE ? CROSS : MODEL, plan, t);

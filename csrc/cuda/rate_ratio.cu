@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BLOCKS_PER_MULTIPROCESSOR)
   const Part part = part_of<WARPS>(plan);
   if (part.row >= plan.rows) return;
   const int64_t exclude = load_exclude(a.exclude, a.shape, part.row);
-  const Row<Element> row = row_of<Element>(a.logits, a.shape, exclude, part.row);
-  const Row<Element> base = row_of<Element>(a.base, a.shape, exclude, part.row);
+  const Row<Element> row = row_of<Element>(a, a.logits, exclude, part.row);
+  const Row<Element> base = row_of<Element>(a, a.base, exclude, part.row);
   const Summaries tiles = summaries_of(a.summaries, 0, plan, part.row);
   const Summaries base_tiles = summaries_of(a.summaries, ROW_SUMMARIES, plan, part.row);
   if (sums) {

@@ -39,9 +39,13 @@ template <class Element>
 struct Row {
   const Element* data;
   int64_t columns;
-  int64_t exclude;  // -1: none
+  int64_t exclude;            // -1: none
+  const uint8_t* suppressed;  // null: none
 
+  // Of a column that is not suppressed, as no target is.
   __device__ float at(int64_t v) const { return v == exclude ? -HUGE_VALF : load_one(data + v); }
+
+  __device__ bool suppresses(int64_t v) const { return suppressed && (suppressed[v / 8] >> v % 8 & 1); }
 
   // Columns of a tile, less than TILE in the last one.
   __device__ int count(int tile) const {
@@ -49,7 +53,8 @@ struct Row {
     return left < TILE ? static_cast<int>(left) : TILE;
   }
 
-  // A lane's logits of a tile, `absent` for the excluded one and past the row's end. ONCE: the row is not read again.
+  // A lane's logits of a tile, `absent` for excluded and suppressed ones and past the row's end. ONCE: the row is not
+  // read again.
   template <bool ONCE>
   __device__ __forceinline__ void load_tile(int tile, int lane, float (&x)[PER_LANE], float absent = -HUGE_VALF) const {
     const Element* const from = data + int64_t{tile} * TILE + lane * PER_LOAD<Element>;
@@ -86,12 +91,31 @@ struct Row {
         if (column_step<Element>(i) == step) x[i] = absent;
       }
     }
+    if (suppressed) suppress(tile, lane, x, absent);
+  }
+
+  // `absent` at the suppressed columns of a tile; by all lanes of a warp.
+  __device__ __forceinline__ void suppress(int tile, int of_lane, float (&x)[PER_LANE], float absent) const {
+    const int lane = static_cast<int>(opaque(of_lane));  // what is made of it would take registers from tile to tile
+    // The bits of a tile are a word for each lane. Most tiles have none.
+    const uint32_t word = reinterpret_cast<const uint32_t*>(suppressed)[tile * WARP + lane];
+    if (!any_of_warp(word != 0)) return;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += PER_LOAD<Element>) {
+      const int column = column_step<Element>(i) + lane * PER_LOAD<Element>;
+      const uint32_t mine = shuffle(word, column / 32) >> column % 32;
+#pragma unroll
+      for (int j = 0; j < PER_LOAD<Element>; ++j) {
+        if (mine >> j & 1) x[i + j] = absent;
+      }
+    }
   }
 };
 
-template <class Element>
-__device__ __forceinline__ Row<Element> row_of(const Matrix& matrix, const Shape& shape, int64_t exclude, int64_t t) {
-  return {static_cast<const Element*>(matrix.data) + t * matrix.row_stride, shape.columns, exclude};
+// Row t of one of an op's matrices, without `exclude` and what the op suppresses.
+template <class Element, class Args>
+__device__ __forceinline__ Row<Element> row_of(const Args& a, const Matrix& matrix, int64_t exclude, int64_t t) {
+  return {static_cast<const Element*>(matrix.data) + t * matrix.row_stride, a.shape.columns, exclude, a.suppressed};
 }
 
 __device__ __forceinline__ int64_t load_exclude(const Indices& exclude, const Shape& shape, int64_t t) {

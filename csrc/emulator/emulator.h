@@ -83,6 +83,11 @@ T shuffle_down(T value, int lanes) {
   return shuffle(value, lane + lanes < WARP ? lane + lanes : lane);
 }
 
+inline bool any_of_warp(bool holds) {
+  for (int mask = WARP / 2; mask > 0; mask /= 2) holds |= shuffle_xor(holds, mask);
+  return holds;
+}
+
 // As a chip does, which has no unaligned access.
 void check(bool condition, const char* message);
 

@@ -25,6 +25,16 @@ def indices(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
+def bits(x: Tensor | None) -> Tensor | None:
+    """bool [V] as uint8, a bit each, the lowest first, and zeros up to whole tiles of 1024."""
+    if x is None:
+        return None
+    padded = x.new_zeros(x.shape[0] + -x.shape[0] % 1024)
+    padded[: x.shape[0]] = x
+    # Eight bytes of 0 or 1 in a word: the product has byte k's in bit 56 + k, and nothing is carried into these.
+    return (padded.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
 def cube(x: Tensor | None) -> tuple[int, int, int]:
     """Address and the first two strides of [G, K, S] with unit inner stride."""
     return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))

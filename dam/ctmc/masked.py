@@ -25,12 +25,17 @@ class MaskedCTMC:
     Args:
         mask_token: token that stands for "not known yet"; it is never drawn.
         schedule: unmasked fraction alpha(t).
+        suppress: more tokens that are never drawn.
+        vocabulary: tokens from this one on are never drawn either, as those of rows that a head has beyond its
+            tokenizer; None where all are tokens.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
     """
 
     mask_token: int
     schedule: Schedule = dataclasses.field(default_factory=Linear)
+    suppress: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         start = float(self.schedule.alpha(torch.zeros((), dtype=torch.float64, device="cpu")))
@@ -40,11 +45,12 @@ class MaskedCTMC:
     def log_rates(self, prediction: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
         """log u_t(y, x) of logits of p(v | i, x) [B, L, V] at tokens [B, L] and times [B], float64 [B, L, V].
 
-        -inf at positions that are filled in, and for the mask token.
+        -inf at positions that are filled in, and for the mask token and suppressed ones.
         """
-        logits = prediction.double()
-        if (excluded := self.excluded(logits.shape[2])) >= 0:
-            logits = logits.index_fill(2, torch.tensor(excluded, device=tokens.device), -torch.inf)
+        logits, destinations = prediction.double(), prediction.shape[2]
+        never = [token for token in (self.excluded(destinations), *self.suppressed(destinations)) if token >= 0]
+        if never:
+            logits = logits.index_fill(2, torch.tensor(never, device=tokens.device), -torch.inf)
         rate = self.schedule.unmasking_rate(time.double()).log()[:, None, None]
         return torch.where(self.masked(tokens)[..., None], rate + logits.log_softmax(dim=2), -torch.inf)
 
@@ -58,6 +64,11 @@ class MaskedCTMC:
     def excluded(self, destinations: int) -> int:
         """What a draw among so many tokens leaves out: the mask, or -1, nothing, where a head has no row for it."""
         return self.mask_token if self.mask_token < destinations else -1
+
+    def suppressed(self, destinations: int) -> list[int]:
+        """What else a draw among so many tokens leaves out; the mask may be among it."""
+        known = destinations if self.vocabulary is None else self.vocabulary
+        return [*(token for token in self.suppress if token < destinations), *range(known, destinations)]
 
     def masked(self, tokens: Tensor) -> Tensor:
         """Boolean, like tokens: where something is left to fill in."""

@@ -157,7 +157,8 @@ def exclude(op: str, value: int | Tensor, lead: torch.Size, columns: int, refere
     if isinstance(value, Tensor):
         if value.shape != lead:
             raise ValueError(
-                f"{op}: exclude must be an int or a tensor of shape {list(lead)}; got shape {list(value.shape)}"
+                f"{op}: exclude must be an int or a tensor of shape {list(lead)}; got shape {list(value.shape)}. What "
+                "no row may have, however much it is, goes into suppress"
             )
         if value.dtype != torch.int64:
             raise TypeError(f"{op}: exclude must be int64; got {value.dtype}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dam.backends import address, cuda, triton
+from dam.kernels.excluded import Excluded
 from dam.ops import _head, _rows
 
 
@@ -18,7 +19,7 @@ def gradients_by_columns(
     target: Tensor,  # [T, J]
     pull: Tensor,  # float64 [T, J]
     shares: Tensor,  # [T, SHARES]
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
@@ -29,12 +30,14 @@ def gradients_by_columns(
     for columns, memory, gradient in _head.column_chunks(head, arrays=arrays, gradient=dtype):
         logits = _head.logits(head.part(rows, columns), memory[0])
         base_logits = None if base is None else _head.logits(base.part(rows, columns), memory[1])
+        suppressed = address.bits(None if exclude.suppressed is None else exclude.suppressed[columns])
         cuda.kernels.gradient(
             shape=cuda.shape(logits),
             logits=address.matrix(logits),
             base=address.matrix(base_logits),
             first_column=columns.start,
-            exclude=address.indices(exclude),
+            exclude=address.indices(exclude.row),
+            suppressed=address.of(suppressed),
             target=address.targets(target),
             pull=address.values(pull),
             shares=shares.data_ptr(),

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dam.kernels.excluded import Excluded
+
 
 def workspace_bytes() -> int:
     """Bound on an op's extra memory: the environment variable DAM_WORKSPACE_MB, 256 MB unless set."""
@@ -36,13 +38,13 @@ def chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
 REFERENCE_BYTES = 8 * 8
 
 
-def allowed(logits: Tensor, exclude: Tensor | None) -> Tensor:
-    """A float64 copy of logits [T, V] with the excluded destination of each row at -inf."""
+def allowed(logits: Tensor, exclude: Excluded) -> Tensor:
+    """A float64 copy of logits [T, V] with excluded destinations at -inf."""
     x = logits.to(torch.float64, copy=True)
-    if exclude is not None:
-        rows = torch.nonzero(exclude >= 0)[:, 0]
-        x[rows, exclude[rows]] = -torch.inf
-    return x
+    if exclude.row is not None:
+        rows = torch.nonzero(exclude.row >= 0)[:, 0]
+        x[rows, exclude.row[rows]] = -torch.inf
+    return x if exclude.suppressed is None else x.masked_fill_(exclude.suppressed, -torch.inf)
 
 
 def unflattened(x: Tensor, lead: torch.Size) -> Tensor:
@@ -81,6 +83,6 @@ def log_softmax(x: Tensor) -> Tensor:
     return below - below.exp().sum(dim=1, keepdim=True).log()
 
 
-def drop_excluded(target: Tensor, exclude: Tensor | None) -> Tensor:
+def drop_excluded(target: Tensor, exclude: Excluded) -> Tensor:
     """Targets with the excluded destination of their row replaced by -1."""
-    return target if exclude is None else torch.where(target == exclude[:, None], -1, target)
+    return target if exclude.row is None else torch.where(target == exclude.row[:, None], -1, target)

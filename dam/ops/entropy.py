@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
-from dam.ops import _checks, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _op, _rows
 
 _SUMMARIES = 3  # numbers that the CUDA kernel keeps of each tile
 
@@ -15,6 +18,7 @@ def entropy(
     logits: Tensor,  # [..., V]
     *,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """Entropy of the destination of the next jump, as `dam.jump` draws it, in nats.
@@ -26,6 +30,7 @@ def entropy(
     Args:
         logits: unnormalised log rates [..., V]; any row stride, unit inner stride. -inf cannot be reached.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
+        suppress: destinations that no row has: a bool mask [V], or ids (a sequence, or int64 [S]).
         temperature: divides the logits; > 0.
 
     Returns:
@@ -38,7 +43,7 @@ def entropy(
     Source: Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
     x, lead = _checks.rows("entropy", "logits", logits, "V")
-    excluded = _checks.exclude("entropy", exclude, lead, x.shape[1], x)
+    excluded = _excluded.checked("entropy", exclude, suppress, lead, x.shape[1], x)
     temperature = _checks.temperature("entropy", temperature, zero=False)
     nothing = torch.empty((x.shape[0], 0), dtype=torch.int64, device=x.device)
     _, value = with_targets("entropy", x, nothing, excluded, temperature)
@@ -46,18 +51,19 @@ def entropy(
 
 
 def with_targets(
-    op: str, logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float
+    op: str, logits: Tensor, target: Tensor, exclude: Excluded, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets [T, J], as those of `dam.log_prob`, and entropies [T], by one read of the logits."""
     backend = choice.choose(op, _IMPLEMENTATIONS, logits)
-    log_prob, value, _ = _entropy(logits, target, exclude, temperature, backend)
-    return log_prob, value
+    target, never = _excluded.split(target, exclude)
+    log_prob, value, log_escape = _entropy(logits, target, *exclude, temperature, backend)
+    return _excluded.with_never(log_prob, never, log_escape), value
 
 
-def _torch(logits: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _torch(logits: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
     value, log_escape = outputs(logits)
     for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
-        x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
+        x = _rows.allowed(logits[part], exclude.part(part)).div_(temperature)
         log_p = _rows.log_softmax(x)
         rate = torch.logsumexp(x, dim=1)
         log_escape[part] = torch.where(rate == torch.inf, torch.nan, rate)
@@ -71,25 +77,27 @@ def _torch_backward(
     log_escape: Tensor,
     total: Tensor,
     slope: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
 ) -> Tensor:
     """-p (total + slope (entropy + log p)) / temperature, of float64 numbers [T]."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
-        x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
+        x = _rows.allowed(logits[part], exclude.part(part)).div_(temperature)
         log_p = x - log_escape[part, None]
         pull = total[part, None] + slope[part, None] * (value[part, None] + log_p)
         out[part] = torch.where(log_p == -torch.inf, 0.0, -log_p.exp() * pull).div_(temperature)
     return out
 
 
-def _cpu(logits: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _cpu(logits: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
     value, log_escape = outputs(logits)
+    suppressed = address.bits(exclude.suppressed)
     cpu.kernels.entropy(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         temperature=temperature,
         entropy=value.data_ptr(),
         log_escape=log_escape.data_ptr(),
@@ -103,14 +111,16 @@ def _cpu_backward(
     log_escape: Tensor,
     total: Tensor,
     slope: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    suppressed = address.bits(exclude.suppressed)
     cpu.kernels.entropy_backward(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         temperature=temperature,
         entropy=value.data_ptr(),
         log_escape=log_escape.data_ptr(),
@@ -121,13 +131,15 @@ def _cpu_backward(
     return gradient
 
 
-def _cuda(logits: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _cuda(logits: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
     value, log_escape = outputs(logits)
     summaries = cuda.summaries(logits, _SUMMARIES, logits.shape[0])
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.entropy(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         scale=1.0 / temperature,
         summaries=summaries.data_ptr(),
         entropy=value.data_ptr(),
@@ -143,14 +155,16 @@ def _cuda_backward(
     log_escape: Tensor,
     total: Tensor,
     slope: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.entropy_backward(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         scale=1.0 / temperature,
         entropy=value.data_ptr(),
         log_escape=log_escape.data_ptr(),
@@ -182,28 +196,29 @@ def outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @_op.op("entropy")
 def _entropy(
-    logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float, backend: str
+    logits: Tensor, target: Tensor, exclude: Tensor | None, suppressed: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.index_range("log_prob", "target", target, logits.shape[1], backend)
     _checks.index_range("entropy", "exclude", exclude, logits.shape[1], backend)
-    value, log_escape = _IMPLEMENTATIONS[backend](logits, exclude, temperature)
-    log_prob = _log_probs(logits, target, log_escape, exclude, temperature)
+    excluded = Excluded(exclude, suppressed)
+    value, log_escape = _IMPLEMENTATIONS[backend](logits, excluded, temperature)
+    log_prob = _log_probs(logits, target, log_escape, excluded, temperature)
     return log_prob.to(value.dtype), value, log_escape
 
 
-def _log_probs(
-    logits: Tensor, target: Tensor, log_escape: Tensor, exclude: Tensor | None, temperature: float
-) -> Tensor:
+def _log_probs(logits: Tensor, target: Tensor, log_escape: Tensor, exclude: Excluded, temperature: float) -> Tensor:
     """float64 [T, J], out of the log escape rate, which is float64 so that nothing cancels."""
     x = logits.gather(1, target.clamp(min=0)).double() / temperature
     log_prob = x - log_escape[:, None]
-    if exclude is not None:
-        log_prob = torch.where(target == exclude[:, None], -torch.inf, log_prob)
+    if exclude.row is not None:
+        log_prob = torch.where(target == exclude.row[:, None], -torch.inf, log_prob)
+    if exclude.suppressed is not None:
+        log_prob = torch.where(exclude.suppressed[target.clamp(min=0)], -torch.inf, log_prob)
     return torch.where(target >= 0, log_prob, 0.0)
 
 
 @_entropy.register_fake
-def _(logits, target, exclude, temperature, backend):
+def _(logits, target, exclude, suppressed, temperature, backend):
     value, log_escape = outputs(logits)
     return logits.new_empty(target.shape, dtype=value.dtype), value, log_escape
 
@@ -217,17 +232,19 @@ def _entropy_backward(
     value: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     temperature: float,
     backend: str,
 ) -> Tensor:
-    counted = _rows.drop_excluded(target, exclude)
+    excluded = Excluded(exclude, suppressed)
+    counted = _rows.drop_excluded(target, excluded)
     upstream = torch.where(counted >= 0, grad_log_prob.double(), 0.0)
     total, slope, value = upstream.sum(dim=1), grad.double().contiguous(), value.double()
-    gradient = _BACKWARD[backend](logits, value, log_escape, total, slope, exclude, temperature)
+    gradient = _BACKWARD[backend](logits, value, log_escape, total, slope, excluded, temperature)
     # What the targets get is made whole, not added: a likely one's share nearly cancels it. An empty slot makes what
     # column 0 gets in any case.
     at = counted.clamp(min=0)
-    log_p = _log_probs(logits, at, log_escape, exclude, temperature)
+    log_p = _log_probs(logits, at, log_escape, excluded, temperature)
     pull = torch.where(log_p == -torch.inf, 0.0, total[:, None] + slope[:, None] * (value[:, None] + log_p))
     pulled = torch.where(at[:, :, None] == counted[:, None, :], upstream[:, None, :], 0.0).sum(dim=2)
     entry = (pulled - log_p.exp() * pull) / temperature
@@ -235,23 +252,23 @@ def _entropy_backward(
 
 
 @_entropy_backward.register_fake
-def _(grad, grad_log_prob, logits, target, value, log_escape, exclude, temperature, backend):
+def _(grad, grad_log_prob, logits, target, value, log_escape, exclude, suppressed, temperature, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, target, exclude, ctx.temperature, ctx.backend = inputs
+    logits, target, exclude, suppressed, ctx.temperature, ctx.backend = inputs
     _, value, log_escape = output
     ctx.mark_non_differentiable(log_escape)
-    ctx.save_for_backward(logits, target, value, log_escape, exclude)
+    ctx.save_for_backward(logits, target, value, log_escape, exclude, suppressed)
 
 
 def _backward(ctx, grad_log_prob, grad, _grad_log_escape):
-    logits, target, value, log_escape, exclude = ctx.saved_tensors
+    logits, target, value, log_escape, exclude, suppressed = ctx.saved_tensors
     gradient = _entropy_backward(
-        grad, grad_log_prob, logits, target, value, log_escape, exclude, ctx.temperature, ctx.backend
+        grad, grad_log_prob, logits, target, value, log_escape, exclude, suppressed, ctx.temperature, ctx.backend
     )
-    return gradient, None, None, None, None
+    return gradient, None, None, None, None, None
 
 
 _entropy.register_autograd(_backward, setup_context=_setup_context)

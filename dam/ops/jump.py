@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
-from dam.ops import _checks, _op, _philox, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _op, _philox, _rows
 
 
 class Jump(NamedTuple):
@@ -24,6 +26,7 @@ def jump(
     logits: Tensor,  # [..., V]
     *,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     num_samples: int = 1,
     seed: int | Tensor | None = None,
@@ -42,6 +45,7 @@ def jump(
         logits: unnormalised log rates [..., V], of T rows in all; any row stride, unit inner stride. -inf cannot be
             reached.
         exclude: destination to leave out: an int for all rows or int64 [...]; -1 leaves none out.
+        suppress: destinations that no row has: a bool mask [V], or ids (a sequence, or int64 [S]).
         temperature: divides the logits. 0 takes the largest logit (the lowest index on ties), with
             log_prob and log_escape at temperature 1.
         num_samples: independent draws per row.
@@ -61,13 +65,13 @@ def jump(
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 1; random stream: `dam.ops._philox`.
     """
     logits, lead = _checks.rows("jump", "logits", logits, "V")
-    excluded = _checks.exclude("jump", exclude, lead, logits.shape[1], logits)
+    excluded = _excluded.checked("jump", exclude, suppress, lead, logits.shape[1], logits)
     _checks.boolean("jump", "check", check)
     temperature, num_samples, seed, row_ids = sampling_arguments(
         "jump", logits, lead, temperature, num_samples, seed, row_ids
     )
     backend = choice.choose("jump", _IMPLEMENTATIONS, logits)
-    drawn = _jump(logits.detach(), excluded, temperature, num_samples, seed, row_ids, check, backend)
+    drawn = _jump(logits.detach(), *excluded, temperature, num_samples, seed, row_ids, check, backend)
     return as_jump(drawn, num_samples, lead)
 
 
@@ -121,8 +125,8 @@ def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int, lead: torch.
     return Jump(*(_rows.unflattened(x, lead) for x in (target, log_prob, log_escape)))
 
 
-def raise_bad_row(op: str, row: int, logits: Tensor, exclude: Tensor | None) -> None:
-    """Raises for a row that cannot be sampled, saying what is wrong with it; logits [1, V], exclude [1]."""
+def raise_bad_row(op: str, row: int, logits: Tensor, exclude: Excluded) -> None:
+    """Raises for a row that cannot be sampled, saying what is wrong with it; logits [1, V]."""
     values = _rows.allowed(logits, exclude)
     if bool(torch.isnan(values).any()):
         problem = "holds a NaN"
@@ -169,7 +173,7 @@ def reference_rows(
 
 def _torch(
     logits: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -181,7 +185,7 @@ def _torch(
     ids = torch.arange(rows, device=logits.device) if row_ids is None else row_ids
     target, log_prob, log_escape = outputs(logits, rows, num_samples)
     for part in _rows.chunks(rows, (columns + num_samples * min(columns, _philox.TILE)) * _rows.REFERENCE_BYTES):
-        x = _rows.allowed(logits[part], None if exclude is None else exclude[part])
+        x = _rows.allowed(logits[part], exclude.part(part))
         if check:
             bad = ~(x.amax(dim=1).abs() < torch.inf)
             if bool(bad.any()):
@@ -202,7 +206,7 @@ def outputs(logits: Tensor, rows: int, num_samples: int) -> tuple[Tensor, Tensor
 
 def _cpu(
     logits: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -210,10 +214,12 @@ def _cpu(
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     target, log_prob, log_escape = outputs(logits, logits.shape[0], num_samples)
+    suppressed = address.bits(exclude.suppressed)
     bad_row = cpu.kernels.jump(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         row_ids=address.indices(row_ids),
         temperature=temperature,
         num_samples=num_samples,
@@ -227,7 +233,7 @@ def _cpu(
 
 def cuda_draw(
     logits: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: tuple[int, int],
@@ -240,10 +246,12 @@ def cuda_draw(
     greedy = temperature == 0.0
     seed_address, seed_value = seed
     target, log_prob, log_escape = out
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.jump(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         row_ids=address.indices(row_ids),
         scale=1.0 if greedy else 1.0 / temperature,
         greedy=greedy,
@@ -262,7 +270,7 @@ def cuda_draw(
 
 def _cuda(
     logits: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -287,6 +295,7 @@ _IMPLEMENTATIONS = {
 def _jump(
     logits: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -295,15 +304,16 @@ def _jump(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.index_range("jump", "exclude", exclude, logits.shape[1], backend)
+    excluded = Excluded(exclude, suppressed)
     target, log_prob, log_escape, bad = _IMPLEMENTATIONS[backend](
-        logits, exclude, temperature, num_samples, seed, row_ids, check
+        logits, excluded, temperature, num_samples, seed, row_ids, check
     )
     if bad >= 0:
         one = slice(bad, bad + 1)
-        raise_bad_row("jump", bad, logits[one], None if exclude is None else exclude[one])
+        raise_bad_row("jump", bad, logits[one], excluded.part(one))
     return target, log_prob, log_escape
 
 
 @_jump.register_fake
-def _(logits, exclude, temperature, num_samples, seed, row_ids, check, backend):
+def _(logits, exclude, suppressed, temperature, num_samples, seed, row_ids, check, backend):
     return outputs(logits, logits.shape[0], num_samples)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dam.backends import choice, cuda, triton
-from dam.ops import _checks, _head, _linear, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _head, _linear, _op, _rows
 from dam.ops import jump as _row_op
 
 
@@ -22,6 +23,7 @@ def linear_jump(
     *,
     lora: _head.LoRA | None = None,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     num_samples: int = 1,
     seed: int | Tensor | None = None,
@@ -35,7 +37,7 @@ def linear_jump(
         head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
             head_weight + scale * b @ a, which is never formed.
-        exclude, temperature, num_samples, seed, row_ids, check: as for `jump`.
+        exclude, suppress, temperature, num_samples, seed, row_ids, check: as for `jump`.
 
     Returns:
         Jump(target, log_prob, log_escape) as `jump` does. Not differentiable: see `linear_log_prob`.
@@ -48,21 +50,21 @@ def linear_jump(
     op = "linear_jump"
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
     head = _head.checked(op, hidden, head_weight, bias, lora)
-    excluded = _checks.exclude(op, exclude, lead, head_weight.shape[0], hidden)
+    excluded = _excluded.checked(op, exclude, suppress, lead, head_weight.shape[0], hidden)
     _checks.boolean(op, "check", check)
     temperature, num_samples, seed, row_ids = _row_op.sampling_arguments(
         op, hidden, lead, temperature, num_samples, seed, row_ids
     )
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     tensors = (None if x is None else x.detach() for x in head)
-    drawn = _linear_jump(*tensors, excluded, temperature, num_samples, seed, row_ids, check, backend)
+    drawn = _linear_jump(*tensors, *excluded, temperature, num_samples, seed, row_ids, check, backend)
     return _row_op.as_jump(drawn, num_samples, lead)
 
 
 def _chunked(
     backend: str,
     head: _head.Projection,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -75,7 +77,7 @@ def _chunked(
     for part, (memory,) in _head.chunks(rows, head.weight, arrays=1, backend=backend):
         *drawn, bad = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
-            None if exclude is None else exclude[part],
+            exclude.part(part),
             temperature,
             num_samples,
             seed,
@@ -97,7 +99,7 @@ def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Te
 
 def _cuda(
     head: _head.Projection,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -115,7 +117,7 @@ def _cuda(
         target, log_prob, log_escape = (x[part] for x in out)
         _row_op.cuda_draw(
             logits,
-            None if exclude is None else exclude[part],
+            exclude.part(part),
             temperature,
             num_samples,
             key,
@@ -143,6 +145,7 @@ def _linear_jump(
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     temperature: float,
     num_samples: int,
     seed: Tensor,
@@ -152,12 +155,13 @@ def _linear_jump(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.index_range("linear_jump", "exclude", exclude, weight.shape[0], backend)
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
-    *drawn, bad = _IMPLEMENTATIONS[backend](head, exclude, temperature, num_samples, seed, row_ids, check)
+    excluded = Excluded(exclude, suppressed)
+    *drawn, bad = _IMPLEMENTATIONS[backend](head, excluded, temperature, num_samples, seed, row_ids, check)
     if bad >= 0:
         one = slice(bad, bad + 1)
         memory = hidden.new_empty((1, weight.shape[0]), dtype=_rows.accumulator(hidden.dtype))
         logits = _head.logits(head.part(one), memory)
-        _row_op.raise_bad_row("linear_jump", bad, logits, None if exclude is None else exclude[one])
+        _row_op.raise_bad_row("linear_jump", bad, logits, excluded.part(one))
     target, log_prob, log_escape = drawn
     return target, log_prob, log_escape
 
@@ -170,6 +174,7 @@ def _(
     low_hidden,
     low_weight,
     exclude,
+    suppressed,
     temperature,
     num_samples,
     seed,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dam.backends import choice, triton
-from dam.ops import _checks, _head, _linear, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _head, _linear, _op, _rows
 from dam.ops import log_prob as _row_op
 
 
@@ -23,6 +24,7 @@ def linear_log_prob(
     *,
     lora: _head.LoRA | None = None,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """`log_prob` on logits = hidden @ head_weight^T + bias, without storing them.
@@ -33,7 +35,7 @@ def linear_log_prob(
         target: int64 [...] or [..., J]. -1 stands for no jump: log-probability 0, no gradient.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`, differentiated too: the head's weight is
             then head_weight + scale * b @ a, which is never formed.
-        exclude, temperature: as for `log_prob`.
+        exclude, suppress, temperature: as for `log_prob`.
 
     Returns:
         float32 like target (float64 for float64 hidden). The backward pass recomputes the logits. Extra memory
@@ -47,15 +49,16 @@ def linear_log_prob(
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
     head = _head.checked(op, hidden, head_weight, bias, lora)
     targets = _checks.target(op, target, lead, hidden)
-    excluded = _checks.exclude(op, exclude, lead, head_weight.shape[0], hidden)
+    excluded = _excluded.checked(op, exclude, suppress, lead, head_weight.shape[0], hidden)
+    targets, never = _excluded.split(targets, excluded)
     temperature = _checks.temperature(op, temperature, zero=False)
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
-    value, _ = _linear_log_prob(*head, targets, excluded, temperature, backend)
-    return value.view(target.shape)
+    value, log_escape = _linear_log_prob(*head, targets, *excluded, temperature, backend)
+    return _excluded.with_never(value, never, log_escape).view(target.shape)
 
 
 def chunked(
-    backend: str, head: _head.Projection, target: Tensor, exclude: Tensor | None, temperature: float
+    backend: str, head: _head.Projection, target: Tensor, exclude: Excluded, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Values and log escape rates by library matmuls over chunks of rows, with the row op after each."""
     value, log_escape = _row_op.outputs(head.hidden, target)
@@ -63,7 +66,7 @@ def chunked(
         value[part], log_escape[part] = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
             target[part],
-            None if exclude is None else exclude[part],
+            exclude.part(part),
             temperature,
         )
     return value, log_escape
@@ -75,7 +78,7 @@ def chunked_backward(
     head: _head.Projection,
     target: Tensor,
     log_escape: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
@@ -89,7 +92,7 @@ def chunked_backward(
             _head.logits(head.part(part), memory[0]),
             target[part],
             log_escape[part],
-            None if exclude is None else exclude[part],
+            exclude.part(part),
             temperature,
             memory[-1],
         )
@@ -108,7 +111,7 @@ def _triton_backward(
     head: _head.Projection,
     target: Tensor,
     log_escape: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
@@ -123,7 +126,7 @@ def _cuda_backward(
     head: _head.Projection,
     target: Tensor,
     log_escape: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
@@ -131,7 +134,7 @@ def _cuda_backward(
     if not _head.by_columns(head, needed, 1, _head.gradient_dtype(head, "cuda")):
         return chunked_backward("cuda", grad, head, target, log_escape, exclude, temperature, needed)
     pull = -grad.double() / temperature
-    counted = target >= 0 if exclude is None else (target >= 0) & (target != exclude[:, None])
+    counted = _rows.drop_excluded(target, exclude) >= 0
     largest = torch.finfo(torch.float32).max
     coefficient = torch.where(counted, pull, 0.0).sum(dim=1).clamp(-largest, largest).float()
     reference = log_escape.double() * temperature
@@ -164,17 +167,18 @@ def _linear_log_prob(
     low_weight: Tensor | None,
     target: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _checks.index_range("linear_log_prob", "target", target, weight.shape[0], backend)
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
-    return _IMPLEMENTATIONS[backend](head, target, exclude, temperature)
+    return _IMPLEMENTATIONS[backend](head, target, Excluded(exclude, suppressed), temperature)
 
 
 @_linear_log_prob.register_fake
-def _(hidden, weight, bias, low_hidden, low_weight, target, exclude, temperature, backend):
+def _(hidden, weight, bias, low_hidden, low_weight, target, exclude, suppressed, temperature, backend):
     return _row_op.outputs(hidden, target)
 
 
@@ -189,12 +193,13 @@ def _linear_log_prob_backward(
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     temperature: float,
     needed: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
-    return _BACKWARD[backend](grad, head, target, log_escape, exclude, temperature, needed)
+    return _BACKWARD[backend](grad, head, target, log_escape, Excluded(exclude, suppressed), temperature, needed)
 
 
 @_linear_log_prob_backward.register_fake
@@ -208,6 +213,7 @@ def _(
     target,
     log_escape,
     exclude,
+    suppressed,
     temperature,
     needed,
     backend,
@@ -216,22 +222,22 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    *head, target, exclude, ctx.temperature, ctx.backend = inputs
+    *head, target, exclude, suppressed, ctx.temperature, ctx.backend = inputs
     _, log_escape = output
     ctx.mark_non_differentiable(log_escape)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*head, target, log_escape, exclude)
+    ctx.save_for_backward(*head, target, log_escape, exclude, suppressed)
 
 
 def _backward(ctx, grad, _grad_log_escape):
     if grad is None:
-        return (None,) * 9
-    *head, target, log_escape, exclude = ctx.saved_tensors
+        return (None,) * 10
+    *head, target, log_escape, exclude, suppressed = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:5])
     gradients = _linear_log_prob_backward(
-        grad, *head, target, log_escape, exclude, ctx.temperature, needed, ctx.backend
+        grad, *head, target, log_escape, exclude, suppressed, ctx.temperature, needed, ctx.backend
     )
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None)
 
 
 _linear_log_prob.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dam.backends import choice, cuda, triton
-from dam.ops import _checks, _formed_gradient, _head, _linear, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _formed_gradient, _head, _linear, _op, _rows
 from dam.ops import matching_loss as _row_op
 
 
@@ -28,6 +29,7 @@ def linear_matching_loss(
     base_weight: Tensor | None = None,  # [...]
     row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     normalized: bool = True,
     temperature: float = 1.0,
     reduction: str | None = None,
@@ -49,7 +51,7 @@ def linear_matching_loss(
         target, weight: as for `matching_loss`.
         base_hidden, base_head_weight, base_bias: make the base's logits in the same way; base_head_weight
             may be head_weight itself.
-        base_weight, row_scale, exclude, normalized, temperature, reduction: as for `matching_loss`.
+        base_weight, row_scale, exclude, suppress, normalized, temperature, reduction: as for `matching_loss`.
 
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
@@ -91,7 +93,8 @@ def linear_matching_loss(
             base_weight.detach(),
         )
         base_bias = None if base_bias is None else base_bias.detach()
-    excluded = _checks.exclude(op, exclude, lead, columns, hidden)
+    excluded = _excluded.checked(op, exclude, suppress, lead, columns, hidden)
+    target, _ = _excluded.split(target, excluded)
     temperature = _checks.temperature(op, temperature, zero=False)
     row_scale = _row_op.reduced(op, reduction, row_scale, hidden)
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
@@ -104,7 +107,7 @@ def linear_matching_loss(
         base_bias,
         base_weight,
         row_scale,
-        excluded,
+        *excluded,
         normalized,
         temperature,
     )
@@ -122,7 +125,7 @@ def chunked(
     base: _head.Projection | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
-    exclude: Tensor | None,
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     needed: _head.Needed,
@@ -149,7 +152,7 @@ def chunked(
             None if base is None else _head.logits(base.part(part), memory[1]),
             None if base_weight is None else base_weight[part],
             row_scale[part],
-            None if exclude is None else exclude[part],
+            exclude.part(part),
             normalized,
             temperature,
             any(needed),
@@ -172,7 +175,7 @@ def _triton(
     base: _head.Projection | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
-    exclude: Tensor | None,
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     needed: _head.Needed,
@@ -207,7 +210,7 @@ def _cuda(
     base: _head.Projection | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
-    exclude: Tensor | None,
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     needed: _head.Needed,
@@ -249,6 +252,7 @@ def _linear_matching_loss(
     base_weight: Tensor | None,
     row_scale: Tensor | None,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     normalized: bool,
     temperature: float,
     needed: list[bool],
@@ -261,7 +265,17 @@ def _linear_matching_loss(
     head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
     base = _base_of(base_hidden, base_head_weight, base_bias)
     loss, *gradients = _IMPLEMENTATIONS[backend](
-        head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature, needed, False
+        head,
+        target,
+        weight,
+        base,
+        base_weight,
+        row_scale,
+        Excluded(exclude, suppressed),
+        normalized,
+        temperature,
+        needed,
+        False,
     )
     return loss.to(_rows.accumulator(hidden.dtype)), *gradients
 
@@ -285,6 +299,7 @@ def _(
     base_weight,
     row_scale,
     exclude,
+    suppressed,
     normalized,
     temperature,
     needed,
@@ -295,7 +310,7 @@ def _(
     return hidden.new_empty((), dtype=_rows.accumulator(hidden.dtype)), *gradients
 
 
-_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=18, differentiable=(0, 1, 2, 3, 4))
+_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=19, differentiable=(0, 1, 2, 3, 4))
 
 
 @_op.op("linear_matching_loss_rows")
@@ -313,6 +328,7 @@ def _linear_matching_loss_rows(
     base_weight: Tensor | None,
     row_scale: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     normalized: bool,
     temperature: float,
     backend: str,
@@ -323,7 +339,17 @@ def _linear_matching_loss_rows(
     head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
     base = _base_of(base_hidden, base_head_weight, base_bias)
     loss, *_ = _IMPLEMENTATIONS[backend](
-        head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature, (False,) * 5, True
+        head,
+        target,
+        weight,
+        base,
+        base_weight,
+        row_scale,
+        Excluded(exclude, suppressed),
+        normalized,
+        temperature,
+        (False,) * 5,
+        True,
     )
     return loss.to(_rows.accumulator(hidden.dtype))
 
@@ -343,6 +369,7 @@ def _(
     base_weight,
     row_scale,
     exclude,
+    suppressed,
     normalized,
     temperature,
     backend,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
-from dam.ops import _checks, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _op, _rows
 from dam.ops import entropy as _entropy
 
 
@@ -25,18 +27,26 @@ def log_prob(
     target: Tensor,
     *,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     entropy: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def log_prob(
-    logits: Tensor, target: Tensor, *, exclude: int | Tensor = -1, temperature: float = 1.0, entropy: Literal[True]
+    logits: Tensor,
+    target: Tensor,
+    *,
+    exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    entropy: Literal[True],
 ) -> LogProb: ...
 def log_prob(
     logits: Tensor,  # [..., V]
     target: Tensor,  # [...] or [..., J]
     *,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> Tensor | LogProb:
@@ -51,6 +61,7 @@ def log_prob(
         target: int64 [...] or [..., J]. -1 stands for no jump: log-probability 0, no gradient.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out. An excluded
             target has log-probability -inf.
+        suppress: destinations that no row has, likewise: a bool mask [V], or ids (a sequence, or int64 [S]).
         temperature: divides the logits; > 0.
         entropy: also give the entropy of each row's distribution, as `dam.entropy`, by the same read of the logits.
 
@@ -66,21 +77,22 @@ def log_prob(
     """
     logits, lead = _checks.rows("log_prob", "logits", logits, "V")
     targets = _checks.target("log_prob", target, lead, logits)
-    excluded = _checks.exclude("log_prob", exclude, lead, logits.shape[1], logits)
+    excluded = _excluded.checked("log_prob", exclude, suppress, lead, logits.shape[1], logits)
     temperature = _checks.temperature("log_prob", temperature, zero=False)
     _checks.boolean("log_prob", "entropy", entropy)
     if entropy:
         value, of_rows = _entropy.with_targets("log_prob", logits, targets, excluded, temperature)
         return LogProb(value.view(target.shape), _rows.unflattened(of_rows, lead))
     backend = choice.choose("log_prob", _IMPLEMENTATIONS, logits)
-    value, _ = _log_prob(logits, targets, excluded, temperature, backend)
-    return value.view(target.shape)
+    targets, never = _excluded.split(targets, excluded)
+    value, log_escape = _log_prob(logits, targets, *excluded, temperature, backend)
+    return _excluded.with_never(value, never, log_escape).view(target.shape)
 
 
-def _torch(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _torch(logits: Tensor, target: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
     value, log_escape = outputs(logits, target)
     for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
-        x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
+        x = _rows.allowed(logits[part], exclude.part(part)).div_(temperature)
         value[part], log_escape[part] = reference_rows(x, target[part])
     return value, log_escape
 
@@ -95,7 +107,7 @@ def _torch_backward(
     logits: Tensor,
     target: Tensor,
     log_escape: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     into: Tensor | None = None,
 ) -> Tensor:
@@ -103,7 +115,7 @@ def _torch_backward(
     out = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(logits.shape[0], logits.shape[1] * _rows.REFERENCE_BYTES):
-        x = _rows.allowed(logits[part], None if exclude is None else exclude[part]).div_(temperature)
+        x = _rows.allowed(logits[part], exclude.part(part)).div_(temperature)
         out[part] = reference_rows_backward(grad[part], x, target[part], log_escape[part]).div_(temperature)
     return out
 
@@ -117,13 +129,15 @@ def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape:
     return gradient.scatter_add_(1, target.clamp(min=0), upstream)
 
 
-def _cpu(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _cpu(logits: Tensor, target: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
     value, log_escape = outputs(logits, target)
     target = target.contiguous()
+    suppressed = address.bits(exclude.suppressed)
     cpu.kernels.log_prob(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         temperature=temperature,
         target=target.data_ptr(),
         targets=target.shape[1],
@@ -138,17 +152,19 @@ def _cpu_backward(
     logits: Tensor,
     target: Tensor,
     log_escape: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     into: Tensor | None = None,
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
     # Held by names: the kernel sees addresses only.
     target, upstream, log_escape = target.contiguous(), grad.double().contiguous(), log_escape.double().contiguous()
+    suppressed = address.bits(exclude.suppressed)
     cpu.kernels.log_prob_backward(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         temperature=temperature,
         target=target.data_ptr(),
         targets=target.shape[1],
@@ -159,13 +175,15 @@ def _cpu_backward(
     return gradient
 
 
-def _cuda(logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _cuda(logits: Tensor, target: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
     value, log_escape = outputs(logits, target)
     summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.log_prob(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         scale=1.0 / temperature,
         target=address.targets(target),
         summaries=summaries.data_ptr(),
@@ -181,17 +199,19 @@ def _cuda_backward(
     logits: Tensor,
     target: Tensor,
     log_escape: Tensor,
-    exclude: Tensor | None,
+    exclude: Excluded,
     temperature: float,
     into: Tensor | None = None,
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
     log_escape = log_escape.double().contiguous()
     target_gradient = grad.new_empty(grad.shape, dtype=torch.float32)
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.log_prob_backward(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         temperature=temperature,
         scale=1.0 / temperature,
         target=address.targets(target),
@@ -232,15 +252,15 @@ def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @_op.op("log_prob")
 def _log_prob(
-    logits: Tensor, target: Tensor, exclude: Tensor | None, temperature: float, backend: str
+    logits: Tensor, target: Tensor, exclude: Tensor | None, suppressed: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     _checks.index_range("log_prob", "target", target, logits.shape[1], backend)
     _checks.index_range("log_prob", "exclude", exclude, logits.shape[1], backend)
-    return _IMPLEMENTATIONS[backend](logits, target, exclude, temperature)
+    return _IMPLEMENTATIONS[backend](logits, target, Excluded(exclude, suppressed), temperature)
 
 
 @_log_prob.register_fake
-def _(logits, target, exclude, temperature, backend):
+def _(logits, target, exclude, suppressed, temperature, backend):
     return outputs(logits, target)
 
 
@@ -251,36 +271,32 @@ def _log_prob_backward(
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     temperature: float,
     backend: str,
 ) -> Tensor:
-    return _BACKWARD[backend](grad, logits, target, log_escape, exclude, temperature)
+    return _BACKWARD[backend](grad, logits, target, log_escape, Excluded(exclude, suppressed), temperature)
 
 
 @_log_prob_backward.register_fake
-def _(grad, logits, target, log_escape, exclude, temperature, backend):
+def _(grad, logits, target, log_escape, exclude, suppressed, temperature, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, target, exclude, ctx.temperature, ctx.backend = inputs
+    logits, target, exclude, suppressed, ctx.temperature, ctx.backend = inputs
     _, log_escape = output
     ctx.mark_non_differentiable(log_escape)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, log_escape, exclude)
+    ctx.save_for_backward(logits, target, log_escape, exclude, suppressed)
 
 
 def _backward(ctx, grad, _grad_log_escape):
     if grad is None:
-        return None, None, None, None, None
-    logits, target, log_escape, exclude = ctx.saved_tensors
-    return (
-        _log_prob_backward(grad, logits, target, log_escape, exclude, ctx.temperature, ctx.backend),
-        None,
-        None,
-        None,
-        None,
-    )
+        return (None,) * 6
+    logits, target, log_escape, exclude, suppressed = ctx.saved_tensors
+    gradient = _log_prob_backward(grad, logits, target, log_escape, exclude, suppressed, ctx.temperature, ctx.backend)
+    return gradient, None, None, None, None, None
 
 
 _log_prob.register_autograd(_backward, setup_context=_setup_context)

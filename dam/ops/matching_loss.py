@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
-from dam.ops import _checks, _formed_gradient, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _formed_gradient, _op, _rows
 
 
 def matching_loss(
@@ -21,6 +22,7 @@ def matching_loss(
     base_weight: Tensor | None = None,  # [...]
     row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
     normalized: bool = True,
     temperature: float = 1.0,
     reduction: str | None = None,
@@ -45,10 +47,12 @@ def matching_loss(
     Args:
         logits: unnormalised log rates [..., V], of T rows in all; any row stride, unit inner stride.
         target: int64 [..., J]; -1 means no target in that slot; targets that repeat add up.
-        weight: floating point [..., J]; may be negative, zero or large. Weight on an excluded target is dropped.
+        weight: floating point [..., J]; may be negative, zero or large. Weight on an excluded or suppressed
+            target is dropped.
         base_logits, base_weight: a second weighted target over the whole vocabulary, given together.
         row_scale: floating point [...], what each row's loss is multiplied by.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
+        suppress: destinations that no row has: a bool mask [V], or ids (a sequence, or int64 [S]).
         normalized: which of the two forms.
         temperature: divides the logits, and the base's; > 0. The loss then fits rollouts drawn at it.
         reduction: "sum": the sum over rows of row_scale_t loss_t; "mean": that divided by T, or 0 without rows;
@@ -74,11 +78,12 @@ def matching_loss(
         _checks.like(op, "base_logits", base_logits, "logits", logits)
         base_weight = _checks.vector(op, "base_weight", base_weight, lead, x).detach()
         base_logits = base.detach()
-    excluded = _checks.exclude(op, exclude, lead, x.shape[1], x)
+    excluded = _excluded.checked(op, exclude, suppress, lead, x.shape[1], x)
+    target, _ = _excluded.split(target, excluded)
     temperature = _checks.temperature(op, temperature, zero=False)
     row_scale = reduced(op, reduction, row_scale, x)
     backend = choice.choose(op, _IMPLEMENTATIONS, x)
-    arguments = (x, target, weight, base_logits, base_weight, row_scale, excluded, normalized, temperature)
+    arguments = (x, target, weight, base_logits, base_weight, row_scale, *excluded, normalized, temperature)
     if reduction == "none":
         return _matching_loss_rows(*arguments, backend).view(lead)
     with_grad = x.requires_grad and torch.is_grad_enabled()
@@ -151,7 +156,7 @@ def _torch(
     base_logits: Tensor | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
-    exclude: Tensor | None,
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     with_grad: bool,
@@ -163,7 +168,7 @@ def _torch(
     scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float32) if row_scale is None else row_scale
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
-        ex = None if exclude is None else exclude[part]
+        ex = exclude.part(part)
         loss, row_grad = reference_rows(
             _rows.allowed(logits[part], ex).div_(temperature),
             target[part],
@@ -185,7 +190,7 @@ def _cpu(
     base_logits: Tensor | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
-    exclude: Tensor | None,
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     with_grad: bool,
@@ -200,11 +205,13 @@ def _cpu(
         else row_scale.double().contiguous()
     )
     base_weight = None if base_weight is None else base_weight.double().contiguous()
+    suppressed = address.bits(exclude.suppressed)
     cpu.kernels.matching_loss(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
         base=address.matrix(base_logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         target=target.data_ptr(),
         targets=target.shape[1],
         weight=weight.data_ptr(),
@@ -225,7 +232,7 @@ def _cuda(
     base_logits: Tensor | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
-    exclude: Tensor | None,
+    exclude: Excluded,
     normalized: bool,
     temperature: float,
     with_grad: bool,
@@ -238,11 +245,13 @@ def _cuda(
     arrays = cuda.kernels.ROW_SUMMARIES if base_logits is None else cuda.kernels.BASE_SUMMARIES
     summaries = cuda.summaries(logits, arrays, rows)
     target_logit = logits.new_empty(target.shape, dtype=torch.float32)
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.matching_loss(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
         base=address.matrix(base_logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         target=address.targets(target),
         weight=address.values(numbers[0]),
         base_weight=address.values(numbers[1]),
@@ -285,6 +294,7 @@ def _matching_loss(
     base_weight: Tensor | None,
     row_scale: Tensor | None,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     normalized: bool,
     temperature: float,
     with_grad: bool,
@@ -294,7 +304,16 @@ def _matching_loss(
     _checks.index_range("matching_loss", "target", target, logits.shape[1], backend)
     _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1], backend)
     loss, gradient = _IMPLEMENTATIONS[backend](
-        logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, temperature, with_grad
+        logits,
+        target,
+        weight,
+        base_logits,
+        base_weight,
+        row_scale,
+        Excluded(exclude, suppressed),
+        normalized,
+        temperature,
+        with_grad,
     )
     return total(loss, backend).to(_rows.accumulator(logits.dtype)), gradient
 
@@ -308,6 +327,7 @@ def _(
     base_weight,
     row_scale,
     exclude,
+    suppressed,
     normalized,
     temperature,
     with_grad,
@@ -318,7 +338,7 @@ def _(
     return logits.new_empty((), dtype=_rows.accumulator(logits.dtype)), gradient
 
 
-_formed_gradient.register(_matching_loss, "matching_loss", inputs=12, differentiable=(0,))
+_formed_gradient.register(_matching_loss, "matching_loss", inputs=13, differentiable=(0,))
 
 
 @_op.op("matching_loss_rows")
@@ -330,6 +350,7 @@ def _matching_loss_rows(
     base_weight: Tensor | None,
     row_scale: Tensor,
     exclude: Tensor | None,
+    suppressed: Tensor | None,
     normalized: bool,
     temperature: float,
     backend: str,
@@ -337,13 +358,24 @@ def _matching_loss_rows(
     _checks.index_range("matching_loss", "target", target, logits.shape[1], backend)
     _checks.index_range("matching_loss", "exclude", exclude, logits.shape[1], backend)
     loss, _ = _IMPLEMENTATIONS[backend](
-        logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, temperature, False
+        logits,
+        target,
+        weight,
+        base_logits,
+        base_weight,
+        row_scale,
+        Excluded(exclude, suppressed),
+        normalized,
+        temperature,
+        False,
     )
     return loss.to(_rows.accumulator(logits.dtype))
 
 
 @_matching_loss_rows.register_fake
-def _(logits, target, weight, base_logits, base_weight, row_scale, exclude, normalized, temperature, backend):
+def _(
+    logits, target, weight, base_logits, base_weight, row_scale, exclude, suppressed, normalized, temperature, backend
+):
     return logits.new_empty(logits.shape[:1], dtype=_rows.accumulator(logits.dtype))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
-from dam.ops import _checks, _op, _rows
+from dam.kernels.excluded import Excluded
+from dam.ops import _checks, _excluded, _op, _rows
 
 
 class RateRatio(NamedTuple):
@@ -23,6 +26,7 @@ def rate_ratio(
     target: Tensor,  # [...] or [..., J]
     *,
     exclude: int | Tensor = -1,
+    suppress: Tensor | Sequence[int] | None = None,
 ) -> RateRatio:
     """What a path's log weight gains at the jumps `target` and, per unit of time, between jumps.
 
@@ -36,8 +40,9 @@ def rate_ratio(
     Args:
         logits, base_logits: log rates [..., V] of model and base; any row stride, unit inner stride.
         target: int64 [...] or [..., J]. -1 stands for no jump: log_ratio 0. A target that only one of the chains
-            can reach gives +inf or -inf; one that neither can (an excluded one among them) gives NaN.
+            can reach gives +inf or -inf; one that neither can (an excluded or suppressed one among them) gives NaN.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
+        suppress: destinations that no row has: a bool mask [V], or ids (a sequence, or int64 [S]).
 
     Returns:
         RateRatio(log_ratio, escape_gap), float32 (float64 for float64 logits). Not differentiable.
@@ -51,30 +56,35 @@ def rate_ratio(
     base, _ = _checks.rows("rate_ratio", "base_logits", base_logits, "V")
     _checks.like("rate_ratio", "base_logits", base_logits, "logits", logits)
     targets = _checks.target("rate_ratio", target, lead, x)
-    excluded = _checks.exclude("rate_ratio", exclude, lead, x.shape[1], x)
+    excluded = _excluded.checked("rate_ratio", exclude, suppress, lead, x.shape[1], x)
+    targets, never = _excluded.split(targets, excluded)
     backend = choice.choose("rate_ratio", _IMPLEMENTATIONS, x)
-    log_ratio, escape_gap = _rate_ratio(x.detach(), base.detach(), targets, excluded, backend)
+    log_ratio, escape_gap = _rate_ratio(x.detach(), base.detach(), targets, *excluded, backend)
+    if never is not None:
+        log_ratio = torch.where(never, torch.nan, log_ratio)
     return RateRatio(log_ratio.view(target.shape), _rows.unflattened(escape_gap, lead))
 
 
-def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:
     log_ratio, escape_gap = outputs(logits, target)
     for part in _rows.chunks(logits.shape[0], 2 * logits.shape[1] * _rows.REFERENCE_BYTES):
-        ex = None if exclude is None else exclude[part]
+        ex = exclude.part(part)
         x, base = _rows.allowed(logits[part], ex), _rows.allowed(base_logits[part], ex)
         log_ratio[part] = _rows.gather_or(base - x, target[part], 0.0)
         escape_gap[part] = x.exp().sum(dim=1) - base.exp().sum(dim=1)
     return log_ratio, escape_gap
 
 
-def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:
     log_ratio, escape_gap = outputs(logits, target)
     target = target.contiguous()
+    suppressed = address.bits(exclude.suppressed)
     cpu.kernels.rate_ratio(
         shape=cpu.shape(logits),
         logits=address.matrix(logits),
         base=address.matrix(base_logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         target=target.data_ptr(),
         targets=target.shape[1],
         log_ratio=log_ratio.data_ptr(),
@@ -83,14 +93,16 @@ def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | 
     return log_ratio, escape_gap
 
 
-def _cuda(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cuda(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:
     log_ratio, escape_gap = outputs(logits, target)
     summaries = cuda.summaries(logits, 2 * cuda.kernels.ROW_SUMMARIES, logits.shape[0])
+    suppressed = address.bits(exclude.suppressed)
     cuda.kernels.rate_ratio(
         shape=cuda.shape(logits),
         logits=address.matrix(logits),
         base=address.matrix(base_logits),
-        exclude=address.indices(exclude),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
         target=address.targets(target),
         summaries=summaries.data_ptr(),
         log_ratio=log_ratio.data_ptr(),
@@ -116,13 +128,13 @@ def outputs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @_op.op("rate_ratio")
 def _rate_ratio(
-    logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None, backend: str
+    logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Tensor | None, suppressed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     _checks.index_range("rate_ratio", "target", target, logits.shape[1], backend)
     _checks.index_range("rate_ratio", "exclude", exclude, logits.shape[1], backend)
-    return _IMPLEMENTATIONS[backend](logits, base_logits, target, exclude)
+    return _IMPLEMENTATIONS[backend](logits, base_logits, target, Excluded(exclude, suppressed))
 
 
 @_rate_ratio.register_fake
-def _(logits, base_logits, target, exclude, backend):
+def _(logits, base_logits, target, exclude, suppressed, backend):
     return outputs(logits, target)

@@ -134,6 +134,13 @@ class DAMConfig(TrainingArguments):
             "trained on where it is seen to follow. None takes the tokenizer's end-of-text token; an empty list none."
         },
     )
+    suppress_tokens: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that are never drawn, in training and evaluation, by the model and the base alike; besides "
+            "the mask token and ids beyond the tokenizer (len(processing_class) and more), which never are."
+        },
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Passed to the tokenizer's apply_chat_template for conversational prompts; a dict, or JSON."},
@@ -204,10 +211,10 @@ class DAMConfig(TrainingArguments):
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
         if not isinstance(self.chat_template_kwargs, (dict, type(None))):
             raise ValueError(f"chat_template_kwargs must be a dict; got {self.chat_template_kwargs!r}")
-        if self.stop_token_ids is not None and not all(
-            isinstance(token, int) and token >= 0 for token in self.stop_token_ids
-        ):
-            raise ValueError(f"stop_token_ids must be token ids; got {self.stop_token_ids}")
+        for name in ("stop_token_ids", "suppress_tokens"):
+            tokens = getattr(self, name)
+            if tokens is not None and not all(isinstance(token, int) and token >= 0 for token in tokens):
+                raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
 

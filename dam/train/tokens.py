@@ -14,21 +14,32 @@ class SpecialTokens(NamedTuple):
     mask: int  # stands wherever something is to be filled in
     pad: int  # fills up shorter sequences, with attention_mask 0
     stop: tuple[int, ...] = ()  # what follows the first of these is no part of a completion
+    suppress: tuple[int, ...] = ()  # are never drawn
+    vocabulary: int | None = None  # ids from this one on are no tokens, so never drawn either; None: not known
 
 
 def special_tokens(
-    mask_token: int | None, tokenizer: Any, config: Any, *, stop: Sequence[int] | None = None, ids: int | None = None
+    mask_token: int | None,
+    tokenizer: Any,
+    config: Any,
+    *,
+    stop: Sequence[int] | None = None,
+    suppress: Sequence[int] | None = None,
+    ids: int | None = None,
 ) -> SpecialTokens:
-    """The mask token given, or that of the tokenizer or of the model's config, a token to pad with, and those that end.
+    """The mask token given, or that of the tokenizer or of the model's config, a token to pad with, and those that end
+    a text or are never drawn.
 
     Args:
         mask_token: None looks for it.
         tokenizer, config: either may be None.
         stop: tokens that end a completion; None takes the tokenizer's end-of-text token, if it has one.
+        suppress: tokens that are never drawn, besides ids that the tokenizer does not have.
         ids: the model takes ids below this; None where that is not known.
 
     Raises:
-        ValueError: nobody knows the mask token, or the model does not take it.
+        ValueError: nobody knows the mask token, the model does not take it or one to suppress, or a token that ends a
+            completion is never drawn.
     """
     sources = (tokenizer, config)
     for source in sources:
@@ -51,7 +62,29 @@ def special_tokens(
     if stop is None:
         end = getattr(tokenizer, "eos_token_id", None)
         stop = () if end is None else (end,)
-    return SpecialTokens(mask_token, pad_token, tuple(stop))
+    vocabulary = _vocabulary(tokenizer)
+    for token in suppress or ():
+        if ids is not None and token >= ids:
+            raise ValueError(f"suppress_tokens must be ids that the model takes, {_range(ids)}; got {token}")
+    for token in stop:
+        if token in (suppress or ()):
+            raise ValueError(
+                f"token {token} ends completions but is in suppress_tokens, so it would never be drawn: take it out, "
+                "or set stop_token_ids without it"
+            )
+        if vocabulary is not None and token >= vocabulary:
+            raise ValueError(
+                f"stop_token_ids has {token}, which is never drawn: the tokenizer's ids are below {vocabulary}"
+            )
+    return SpecialTokens(mask_token, pad_token, tuple(stop), tuple(suppress or ()), vocabulary)
+
+
+def _vocabulary(tokenizer: Any) -> int | None:
+    """A tokenizer's ids are below this, which is its length unless some are missing; None where it has no length."""
+    if not hasattr(tokenizer, "__len__"):
+        return None
+    known = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(len(tokenizer), 1 + max(known.values(), default=-1))
 
 
 def _range(ids: int | None) -> str:

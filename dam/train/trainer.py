@@ -94,6 +94,9 @@ class DAMTrainer(Trainer):
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
     (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
 
+    Never drawn are the mask token, `suppress_tokens`, and ids that processing_class does not have, for which many heads
+    have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
+
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
     reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
     p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
@@ -175,9 +178,10 @@ class DAMTrainer(Trainer):
             processing_class,
             getattr(network, "config", None),
             stop=args.stop_token_ids,
+            suppress=args.suppress_tokens,
             ids=limits.ids,
         )
-        self.process = MaskedCTMC(tokens.mask)
+        self.process = MaskedCTMC(tokens.mask, suppress=tokens.suppress, vocabulary=tokens.vocabulary)
         self._stop = tokens.stop
         template: Any = args.chat_template_kwargs
         self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)

@@ -91,6 +91,19 @@ def test_a_generator_or_a_seed_with_row_ids():
         process.remask(tokens, tokens, seed=0, row_ids=torch.arange(2.0))
 
 
+def test_suppressed_tokens_have_no_rate_and_the_others_share_theirs():
+    process, tokens, time = (
+        MaskedCTMC(MASK, suppress=(1,), vocabulary=11),
+        torch.tensor([[0, MASK]]),
+        torch.tensor([0.5]),
+    )
+    logits = torch.randn(1, 2, 13, generator=torch.Generator().manual_seed(0))
+    rates = process.log_rates(logits, tokens, time)
+    assert torch.isneginf(rates[0, 1]).nonzero()[:, 0].tolist() == [1, MASK, 11, 12]
+    torch.testing.assert_close(rates[0, 1].exp().sum(), process.escape_rate(tokens, time)[0].double())
+    assert [process.suppressed(n) for n in (1, 4, 13)] == [[], [1], [1, 11, 12]]
+
+
 def test_a_mask_without_a_destination_leaves_nothing_out():
     """A head may have no row for the mask: then the rates of all its tokens are those of one with a row."""
     process, tokens, time = MaskedCTMC(MASK), torch.tensor([[1, MASK]]), torch.tensor([0.5])

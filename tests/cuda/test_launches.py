@@ -10,6 +10,7 @@ import torch
 
 import dam
 from dam.backends import address, choice, cuda
+from dam.kernels.excluded import Excluded
 from dam.ops import _formed_gradient, _head
 from dam.ops import jump as jump_op
 from dam.ops import log_prob as log_prob_op
@@ -103,17 +104,17 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     target, grad = integers(-1, 20_000, 3, 40, seed=16), normal(3, 40, seed=17)
     logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
     target[:, 1] = target[:, 0]
-    of_loss = (target, grad, base, grad[:, 0], None, None, True, 0.7, True)
+    of_loss = (target, grad, base, grad[:, 0], None, Excluded(), True, 0.7, True)
     chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if cuda.EMULATED else [None]
     for chip in chips:
         if chip is not None:
             cuda.kernels.pretend(**chip)
-        _, log_escape = log_prob_op._cuda(logits, target, None, 1.0)
-        expected = log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0)
+        _, log_escape = log_prob_op._cuda(logits, target, Excluded(), 1.0)
+        expected = log_prob_op._cuda_backward(grad, logits, target, log_escape, Excluded(), 1.0)
         x = logits.clone()
-        assert torch.equal(log_prob_op._cuda_backward(grad, x, target, log_escape, None, 1.0, x), expected)
+        assert torch.equal(log_prob_op._cuda_backward(grad, x, target, log_escape, Excluded(), 1.0, x), expected)
         half = torch.empty_like(logits, dtype=torch.bfloat16)
-        log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0, half)
+        log_prob_op._cuda_backward(grad, logits, target, log_escape, Excluded(), 1.0, half)
         assert torch.equal(half, expected.to(torch.bfloat16))
         expected = matching_loss_op._cuda(logits, *of_loss)
         x = logits.clone()
@@ -133,7 +134,9 @@ def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, norma
     target, weight = integers(-1, columns, rows, 5, seed=6), normal(rows, 5, seed=7)
     target[:, 1], exclude = target[:, 0], integers(-1, columns, rows, seed=8)
     exclude[::2] = target[::2, 2]
-    options = {"exclude": exclude, "row_scale": normal(rows, seed=9)}
+    suppress = integers(0, 8, columns, seed=13) == 0
+    suppress[1024:2000] = True
+    options = {"exclude": exclude, "suppress": suppress, "row_scale": normal(rows, seed=9)}
     if based:
         base = [normal(rows, 16, seed=10, dtype=dtype), normal(columns, 16, seed=11, scale=0.2, dtype=dtype)]
         options |= {"base_hidden": base[0], "base_head_weight": base[1], "base_weight": normal(rows, seed=12)}
@@ -145,7 +148,7 @@ def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, norma
         head = {"bias": leaves[2], "lora": dam.LoRA(*leaves[3:], 0.7)}
         of_loss = {**options, "normalized": normalized, "temperature": 1.0 if normalized else 1.4}
         loss = dam.linear_matching_loss(*leaves[:2], target, weight, **head, **of_loss)
-        value = dam.linear_log_prob(*leaves[:2], target, **head, exclude=exclude, temperature=0.7)
+        value = dam.linear_log_prob(*leaves[:2], target, **head, exclude=exclude, suppress=suppress, temperature=0.7)
         value = (value.clamp(min=-99.0) * weight).sum()
         return loss.detach(), *(x for y in (loss, value) for x in torch.autograd.grad(y, leaves))
 
@@ -252,11 +255,11 @@ def test_gradients_beyond_2_31_elements(dtype):
     base.copy_(normal(4, 2000, seed=31))
     near, near_base = logits.contiguous(), base.contiguous()
     target, grad = integers(-1, 2000, 4, 2, seed=32), normal(4, 2, seed=33)
-    _, log_escape = log_prob_op._cuda(near, target, None, 1.0)
-    assert same(log_prob_op._cuda(logits, target, None, 1.0), log_prob_op._cuda(near, target, None, 1.0))
-    expected = log_prob_op._cuda_backward(grad, near, target, log_escape, None, 1.0)
-    assert torch.equal(log_prob_op._cuda_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
-    of_loss = (grad[:, 0], None, None, True, 1.0, True)
+    _, log_escape = log_prob_op._cuda(near, target, Excluded(), 1.0)
+    assert same(log_prob_op._cuda(logits, target, Excluded(), 1.0), log_prob_op._cuda(near, target, Excluded(), 1.0))
+    expected = log_prob_op._cuda_backward(grad, near, target, log_escape, Excluded(), 1.0)
+    assert torch.equal(log_prob_op._cuda_backward(grad, logits, target, log_escape, Excluded(), 1.0, out), expected)
+    of_loss = (grad[:, 0], None, Excluded(), True, 1.0, True)
     expected = matching_loss_op._cuda(near, target, grad, near_base, *of_loss)
     assert same(matching_loss_op._cuda(logits, target, grad, base, *of_loss, out), expected)
 
@@ -267,9 +270,9 @@ def test_an_index_out_of_range_is_not_read():
     logits = normal(2, 50, seed=50)
     for bad in (50, -2):
         with pytest.raises(IndexError, match="target must be -1 or in"):
-            log_prob_op._cuda(logits, torch.tensor([[1], [bad]]), None, 1.0)
+            log_prob_op._cuda(logits, torch.tensor([[1], [bad]]), Excluded(), 1.0)
         with pytest.raises(IndexError, match="exclude must be -1 or in"):
-            jump_op._cuda(logits, torch.tensor([3, bad]), 1.0, 1, torch.tensor(1), None, False)
+            jump_op._cuda(logits, Excluded(torch.tensor([3, bad])), 1.0, 1, torch.tensor(1), None, False)
 
 
 # ---- on a GPU
@@ -285,9 +288,11 @@ def test_calls_are_part_of_a_graph():
 
     def results():
         drawn = dam.jump(logits, seed=seed, check=False)
-        loss, gradient = matching_loss_op._cuda(logits, target, weight, base, weight[:, 0], None, None, True, 1.0, True)
-        value, log_escape = log_prob_op._cuda(logits, target, None, 1.0)
-        slope = log_prob_op._cuda_backward(weight, logits, target, log_escape, None, 1.0)
+        loss, gradient = matching_loss_op._cuda(
+            logits, target, weight, base, weight[:, 0], None, Excluded(), True, 1.0, True
+        )
+        value, log_escape = log_prob_op._cuda(logits, target, Excluded(), 1.0)
+        slope = log_prob_op._cuda_backward(weight, logits, target, log_escape, Excluded(), 1.0)
         weights = dam.adjoint_weights(log_ratio, cost)
         expected = dam.backward_kolmogorov(dam.generators.Uniform(40_000), logits, 0.5)
         walked = dam.backward_kolmogorov(lattice, logits.float(), 0.5)
@@ -332,6 +337,7 @@ def test_a_launch_that_fails_says_so():
             shape=cuda.shape(x),
             logits=address.matrix(x),
             exclude=address.indices(None),
+            suppressed=address.of(None),
             scale=1.0,
             target=address.targets(index),
             where=(63, 0),

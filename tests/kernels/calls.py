@@ -23,6 +23,7 @@ from dam.kernels import (
     rate_ratio,
     tilt_to_ess,
 )
+from dam.kernels.excluded import Excluded
 from dam.kernels.projection import Projection
 
 SEED = torch.tensor(1)
@@ -30,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 LLADA, WIDTH = 126_464, 4096
 WORKSPACE = 256 * 2**20
 ONE, INDEX = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+NOTHING, SUPPRESSED = Excluded(), torch.zeros(LLADA, dtype=torch.bool)
 
 
 def rows_of(count, columns, dtype):
@@ -41,35 +43,35 @@ def indices(*shape):
 
 
 def jumps():
-    exclude, ids = indices(1024), torch.arange(1024)
+    exclude, ids = Excluded(indices(1024), SUPPRESSED), torch.arange(1024)
     for dtype in DTYPES:
         for count in (1, 1024):
-            jump.jump(rows_of(count, LLADA, dtype), None, 1.0, 1, SEED, None, False)
+            jump.jump(rows_of(count, LLADA, dtype), NOTHING, 1.0, 1, SEED, None, False)
         x = rows_of(1024, LLADA, dtype)
         jump.jump(x, exclude, 0.7, 1, SEED, ids, True)
         jump.jump(x, exclude, 1.0, 16, SEED, ids, True)
     jump.jump(rows_of(1024, LLADA, torch.float16), exclude, 0.0, 1, SEED, None, True)
-    jump.jump(rows_of(1024, 20, torch.float32), None, 1.0, 1, SEED, None, True)
-    jump.jump(ONE, INDEX[0], 1.0, 1, SEED, INDEX[0], True)
+    jump.jump(rows_of(1024, 20, torch.float32), NOTHING, 1.0, 1, SEED, None, True)
+    jump.jump(ONE, Excluded(INDEX[0]), 1.0, 1, SEED, INDEX[0], True)
 
 
 def log_probs():
     for dtype in DTYPES:
-        for count, exclude, temperature in ((1, None, 1.0), (1024, indices(1024), 0.7)):
+        for count, exclude, temperature in ((1, NOTHING, 1.0), (1024, Excluded(indices(1024), SUPPRESSED), 0.7)):
             x, target = rows_of(count, LLADA, dtype), indices(count, 1)
             _, log_escape = log_prob.log_prob(x, target, exclude, temperature)
             log_prob.log_prob_backward(torch.empty(count, 1), x, target, log_escape, exclude, temperature)
-    log_prob.log_prob(rows_of(1024, LLADA, torch.bfloat16), indices(1024, 16), None, 1.0)
-    _, log_escape = log_prob.log_prob(ONE, INDEX, INDEX[0], 1.0)
-    log_prob.log_prob_backward(ONE, ONE, INDEX, log_escape, INDEX[0], 2.0)
+    log_prob.log_prob(rows_of(1024, LLADA, torch.bfloat16), indices(1024, 16), NOTHING, 1.0)
+    _, log_escape = log_prob.log_prob(ONE, INDEX, Excluded(INDEX[0]), 1.0)
+    log_prob.log_prob_backward(ONE, ONE, INDEX, log_escape, Excluded(INDEX[0]), 2.0)
 
 
 def rate_ratios():
     for dtype in DTYPES:
         for count in (1, 1024):
             x = rows_of(count, LLADA, dtype)
-            rate_ratio.rate_ratio(x, x, indices(count, 1), indices(count))
-    rate_ratio.rate_ratio(ONE, ONE, INDEX, None)
+            rate_ratio.rate_ratio(x, x, indices(count, 1), Excluded(indices(count), SUPPRESSED))
+    rate_ratio.rate_ratio(ONE, ONE, INDEX, NOTHING)
 
 
 def matching_losses():
@@ -77,10 +79,11 @@ def matching_losses():
         for count, normalized in ((1, True), (1024, True), (1024, False)):
             x, target, weight = rows_of(count, LLADA, dtype), indices(count, 16), torch.empty(count, 16)
             scale = torch.empty(count)
-            matching_loss.matching_loss(x, target, weight, None, None, None, None, normalized, 1.0, True)
-            matching_loss.matching_loss(x, target, weight, x, scale, scale, indices(count), normalized, 0.5, True)
-            matching_loss.matching_loss(x, target, weight, x, scale, scale, None, normalized, 1.0, False)
-    matching_loss.matching_loss(ONE, INDEX, ONE, ONE, ONE[0], None, INDEX[0], True, 1.0, True)
+            matching_loss.matching_loss(x, target, weight, None, None, None, NOTHING, normalized, 1.0, True)
+            exclude = Excluded(indices(count), SUPPRESSED)
+            matching_loss.matching_loss(x, target, weight, x, scale, scale, exclude, normalized, 0.5, True)
+            matching_loss.matching_loss(x, target, weight, x, scale, scale, NOTHING, normalized, 1.0, False)
+    matching_loss.matching_loss(ONE, INDEX, ONE, ONE, ONE[0], None, Excluded(INDEX[0]), True, 1.0, True)
 
 
 def heads(rows, dtype, low=None):
@@ -103,12 +106,12 @@ def linear_jumps():
             for dtype in DTYPES:
                 # Of the buckets of rows: 16, 64, and more.
                 for rows in (1, 64, 1024):
-                    arguments = (None, 1.0, 1, SEED, None, False)
+                    arguments = (NOTHING, 1.0, 1, SEED, None, False)
                     linear_jump.linear_jump(heads(rows, dtype), *arguments, library=nothing, workspace=WORKSPACE)
-            arguments = (indices(64), 0.7, 4, SEED, torch.arange(64), True)
+            arguments = (Excluded(indices(64), SUPPRESSED), 0.7, 4, SEED, torch.arange(64), True)
             linear_jump.linear_jump(heads(64, torch.bfloat16, 128), *arguments, library=nothing, workspace=WORKSPACE)
     with configs.override("linear_jump", form="fused"):
-        arguments = (None, 1.0, 1, SEED, None, True)
+        arguments = (NOTHING, 1.0, 1, SEED, None, True)
         linear_jump.linear_jump(ONES_OF_A_HEAD, *arguments, library=None, workspace=WORKSPACE)
 
 
@@ -121,11 +124,12 @@ def linear_log_probs():
     for dtype in DTYPES:
         for rows, low, form in ((64, None, "fused"), (512, 128, "fused"), (512, None, "chunked")):
             of, target = heads(rows, dtype, low), indices(rows, 1)
+            exclude = NOTHING if low is None else Excluded(None, SUPPRESSED)
             with configs.override("linear_log_prob", form=form):
                 _, log_escape = linear_log_prob.linear_log_prob(
-                    of, target, None, 1.0, library=nothing, workspace=WORKSPACE
+                    of, target, exclude, 1.0, library=nothing, workspace=WORKSPACE
                 )
-            of_rows = linear_log_prob.rows_of(torch.zeros(rows, 1), target, log_escape, None, 1.0)
+            of_rows = linear_log_prob.rows_of(torch.zeros(rows, 1), target, log_escape, exclude, 1.0)
             gradients_of("linear_log_prob", of, None, of_rows, rows)
 
 
@@ -133,14 +137,15 @@ def linear_matching_losses():
     for dtype in DTYPES:
         for rows, low, based in ((512, None, False), (512, None, True), (512, 128, True)):
             of, target, weight = heads(rows, dtype, low), indices(rows, 16), torch.zeros(rows, 16)
+            exclude = NOTHING if low is None else Excluded(None, SUPPRESSED)
             base, base_weight = (heads(rows, dtype), torch.zeros(rows)) if based else (None, None)
             _, of_rows = linear_matching_loss.linear_matching_loss(
-                of, target, weight, base, base_weight, torch.zeros(rows), None, True, 1.0, workspace=WORKSPACE
+                of, target, weight, base, base_weight, torch.zeros(rows), exclude, True, 1.0, workspace=WORKSPACE
             )
             gradients_of("linear_matching_loss", of, base, of_rows, rows)
     of, scale = ONES_OF_A_HEAD, ONE[0]
     _, of_rows = linear_matching_loss.linear_matching_loss(
-        of, INDEX, ONE, of, scale, scale, None, True, 2.0, workspace=WORKSPACE
+        of, INDEX, ONE, of, scale, scale, NOTHING, True, 2.0, workspace=WORKSPACE
     )
     one = slice(0, 1)
     head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))
@@ -183,11 +188,11 @@ def backward_kolmogorovs():
 
 def entropies():
     for dtype in DTYPES:
-        for count, exclude, temperature in ((1, None, 1.0), (1024, indices(1024), 0.7)):
+        for count, exclude, temperature in ((1, NOTHING, 1.0), (1024, Excluded(indices(1024), SUPPRESSED), 0.7)):
             x, number = rows_of(count, LLADA, dtype), torch.empty(count, dtype=torch.float64)
             entropy.entropy(x, exclude, temperature)
             entropy.entropy_backward(x, number, number, number, number, exclude, temperature)
-    entropy.entropy(ONE, None, 1.0)
+    entropy.entropy(ONE, NOTHING, 1.0)
 
 
 OPS = {

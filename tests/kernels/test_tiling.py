@@ -7,6 +7,7 @@ import torch
 
 import dam
 from dam.backends import choice
+from dam.kernels.excluded import Excluded
 from tests import calls
 from tests.ops.helpers import assert_close, far, integers, normal, same
 
@@ -55,13 +56,13 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     """Of rows that programs share, with targets in every part."""
     logits, target, grad = normal(3, 8000, seed=15), integers(-1, 8000, 3, 40, seed=16), normal(3, 40, seed=17)
     target[:, 1] = target[:, 0]
-    _, log_escape = log_prob.log_prob(logits, target, None, 1.0)
-    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, None, True, 0.7, True)
+    _, log_escape = log_prob.log_prob(logits, target, Excluded(), 1.0)
+    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
     for values in TILINGS:
         with tiled(values):
-            expected = log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
+            expected = log_prob.log_prob_backward(grad, logits, target, log_escape, Excluded(), 1.0)
             x = logits.clone()
-            assert torch.equal(log_prob.log_prob_backward(grad, x, target, log_escape, None, 1.0, x), expected)
+            assert torch.equal(log_prob.log_prob_backward(grad, x, target, log_escape, Excluded(), 1.0, x), expected)
             expected = matching_loss.matching_loss(logits, *arguments)
             x = logits.clone()
             assert same(matching_loss.matching_loss(x, *arguments, x), expected)
@@ -88,7 +89,9 @@ def test_linear_ops_do_not_depend_on_tiling(form, call):
 def test_chunks_of_columns_draw_as_one():
     """Chunked, a race that a later chunk of columns loses stays decided by an earlier one."""
     hidden, weight, exclude = normal(12, 16, seed=45), normal(21_000, 16, seed=46), integers(-1, 21_000, 12, seed=47)
-    options = {"exclude": exclude, "num_samples": 3, "seed": 15}
+    suppress = integers(0, 8, 21_000, seed=49) == 0
+    suppress[3000:9000] = True
+    options = {"exclude": exclude, "suppress": suppress, "num_samples": 3, "seed": 15}
     with dam.backend("torch"):
         expected = dam.linear_jump(hidden, weight, **options)
         greedy = dam.linear_jump(hidden, weight, temperature=0, seed=15)
@@ -96,7 +99,7 @@ def test_chunks_of_columns_draw_as_one():
         out = dam.linear_jump(hidden, weight, **options)
         assert torch.equal(dam.linear_jump(hidden, weight, temperature=0, seed=15).target, greedy.target)
         target = expected.target[:, :2].contiguous()
-        value = dam.linear_log_prob(hidden, weight, target, exclude=exclude)
+        value = dam.linear_log_prob(hidden, weight, target, exclude=exclude, suppress=suppress)
     assert torch.equal(out.target, expected.target)
     assert_close(out.log_prob, expected.log_prob, rtol=2.0**-18, atol=2.0**-18)
     assert_close(out.log_escape, expected.log_escape, rtol=2.0**-20)
@@ -140,11 +143,11 @@ def test_gradients_beyond_2_31_elements(dtype):
         integers(-1, 2000, 4, 2, seed=31),
         normal(4, 2, seed=32),
     )
-    _, log_escape = log_prob.log_prob(logits, target, None, 1.0)
-    expected = log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0)
+    _, log_escape = log_prob.log_prob(logits, target, Excluded(), 1.0)
+    expected = log_prob.log_prob_backward(grad, logits, target, log_escape, Excluded(), 1.0)
     out = far(4, 2000, dtype)
-    assert torch.equal(log_prob.log_prob_backward(grad, logits, target, log_escape, None, 1.0, out), expected)
-    arguments = (target, grad, logits, grad[:, 0], None, None, True, 1.0, True)
+    assert torch.equal(log_prob.log_prob_backward(grad, logits, target, log_escape, Excluded(), 1.0, out), expected)
+    arguments = (target, grad, logits, grad[:, 0], None, Excluded(), True, 1.0, True)
     expected = matching_loss.matching_loss(logits, *arguments)
     assert same(matching_loss.matching_loss(logits, *arguments, out), expected)
 
@@ -158,11 +161,13 @@ def test_heads_beyond_2_31_elements():
 
     def everything(hidden, weight, out):
         of = Projection(hidden, weight)
-        arguments = (None, 1.0, 1, torch.tensor(1), None, True)
+        arguments = (Excluded(), 1.0, 1, torch.tensor(1), None, True)
         with configs.override("linear", form="fused"):
             drawn = linear_jump.linear_jump(of, *arguments, library=None, workspace=2**20)
-            value, log_escape = linear_log_prob.linear_log_prob(of, target, None, 1.0, library=None, workspace=2**20)
-        rows = linear_log_prob.rows_of(torch.ones(4, 1), target, log_escape, None, 1.0)
+            value, log_escape = linear_log_prob.linear_log_prob(
+                of, target, Excluded(), 1.0, library=None, workspace=2**20
+            )
+        rows = linear_log_prob.rows_of(torch.ones(4, 1), target, log_escape, Excluded(), 1.0)
         whole = (slice(0, 4), slice(0, 3))
         gradient = head.gradient("linear_log_prob", of, None, rows, core.scale_of(1.0), *whole, out)
         return *drawn[:3], value, gradient

@@ -221,7 +221,7 @@ def test_a_scale_that_is_trained_is_refused(tokens):
     """It would get no gradient; frozen it is a number like others."""
     model = Toy(lambda model, logits: logits * model.scale)
     model.scale = nn.Parameter(torch.tensor(0.3))
-    with pytest.raises(ValueError, match="Toy applies scale after its output layer: .* gives it no gradient"):
+    with pytest.raises(ValueError, match=r"Toy applies scale after its output layer: .* gives it no gradient"):
         MaskedLM(model).hidden_states(tokens)
     model.scale.requires_grad_(False)
     with torch.no_grad():

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dam
-from dam.ops import _philox
+from dam.kernels.excluded import Excluded
+from dam.ops import _philox, _rows
+from dam.ops._excluded import split
 
 kernels = importlib.import_module("dam._cpu")  # setup.py always builds it: without it these tests fail
 jump_op, log_prob_op, matching_op, ratio_op, adjoint_op, tilt_op, kolmogorov_op = (
@@ -43,7 +45,7 @@ ERROR_PER_NAT = 2.0**-24 if FUSED else 2.0**-22
 class Case:
     """Random inputs: logits in a wider or narrower buffer, some -inf, whole -inf tiles, exclusions, targets."""
 
-    def __init__(self, rows, columns, targets, dtype, stride, scale, seed, exclude, infinite):
+    def __init__(self, rows, columns, targets, dtype, stride, scale, seed, exclude, suppress, infinite):
         g = torch.Generator().manual_seed(seed)
         self.g, self.rows, self.columns, self.dtype = g, rows, columns, dtype
         # One column in each row is always reachable, neither excluded nor -inf.
@@ -66,15 +68,21 @@ class Case:
         else:
             dead[torch.arange(rows), kept] = False
         self.logits, self.base = matrix(dead), matrix(dead)
-        self.exclude = None
+        one = None
         if exclude != "none" and columns > 1:
             draw = torch.randint(-1, columns, (rows,), generator=g)
-            self.exclude = torch.where(draw == kept, -1, draw)
+            one = torch.where(draw == kept, -1, draw)
             if exclude == "one for all" and rows:
                 # An expanded scalar, as the ops pass an int.
                 allowed = next((v for v in range(columns) if v not in set(kept.tolist())), -1)
-                self.exclude = torch.tensor([allowed]).expand(rows)
-        self.target = torch.randint(-1, columns, (rows, targets), generator=g)
+                one = torch.tensor([allowed]).expand(rows)
+        suppressed = None
+        if suppress:
+            suppressed = torch.rand(columns, generator=g) < 0.1
+            suppressed[1024:2048] |= suppress == "a tile"
+            suppressed[kept] = False
+        self.exclude = Excluded(one, suppressed)
+        self.target, _ = split(torch.randint(-1, columns, (rows, targets), generator=g), self.exclude)
         self.seed = torch.randint(-(2**63), 2**63 - 1, (), generator=g)
         self.row_ids = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=g)
 
@@ -93,6 +101,7 @@ def cases(draw, scales=(0.1, 3.0, 40.0)):
         scale=draw(st.sampled_from(scales)),
         seed=draw(st.integers(0, 2**31)),
         exclude=draw(st.sampled_from(["none", "per row", "one for all"])),
+        suppress=draw(st.sampled_from(["", "some", "a tile"])),
         infinite=draw(st.booleans()),
     )
 
@@ -140,7 +149,7 @@ def test_log_prob_and_backward_match_reference(case, temperature):
     exact = log_prob_op._torch_backward(grad, case.logits.double(), case.target, log_escape, case.exclude, temperature)
     magnitude = (
         log_prob_op._torch_backward(
-            -grad.abs(), case.logits.double(), torch.full_like(case.target, 0), log_escape, None, temperature
+            -grad.abs(), case.logits.double(), torch.full_like(case.target, 0), log_escape, Excluded(), temperature
         ).abs()
         + grad.abs().sum(dim=1, keepdim=True) / temperature
     )
@@ -206,9 +215,7 @@ def test_rate_ratio_matches_reference(case):
     exact, gap = ratio_op._torch(case.logits.double(), case.base.double(), case.target, case.exclude)
     log_ratio, escape_gap = ratio_op._cpu(case.logits, case.base, case.target, case.exclude)
     torch.testing.assert_close(log_ratio, exact.float(), rtol=0, atol=0, equal_nan=True)  # a difference, rounded once
-    excluded = (torch.full((case.rows,), -1) if case.exclude is None else case.exclude)[:, None]
-    kept = torch.arange(case.columns) != excluded
-    rates = [(x.double().exp() * kept).sum(1) for x in (case.logits, case.base)]
+    rates = [_rows.allowed(x, case.exclude).exp().sum(1) for x in (case.logits, case.base)]
     assert_within(escape_gap, gap, (rates[0] + rates[1]) * (EXP_ERROR + 20 * ERROR_PER_NAT) + gap.abs() * 2.0**-24)
 
 
@@ -249,7 +256,7 @@ def test_adjoint_weights_match_reference(group, clip):
 
 def test_a_large_log_path_is_that_of_its_groups():
     """Above 32 MB it is written past the caches; one group alone is not."""
-    case = Case(1, 1, 0, torch.float32, "dense", 1.0, 5, "none", False)
+    case = Case(1, 1, 0, torch.float32, "dense", 1.0, 5, "none", "", False)
     log_ratio, gap, cost = case.normal(2, 4099, 1100), case.normal(2, 4099, 1100), case.normal(2, 4099)
     both = adjoint_op._cpu(log_ratio, cost, gap, None)
     assert both[1].nbytes > 2**25 and both[1][:1].nbytes < 2**25
@@ -303,11 +310,11 @@ def test_tilt_to_ess_at_the_ends_of_float64(reward, ess, max_tilt):
 
 
 def test_coldest_temperatures_and_steepest_gradients():
-    value, _ = log_prob_op._cpu(torch.tensor([[0.0, -1e-30]]), torch.tensor([[0]]), None, 1e-30)
+    value, _ = log_prob_op._cpu(torch.tensor([[0.0, -1e-30]]), torch.tensor([[0]]), Excluded(), 1e-30)
     assert float(value) == pytest.approx(-math.log1p(math.exp(-1)), rel=1e-6)
     x, target = torch.tensor([[0.0, -math.inf, -1e30]]), torch.tensor([[0]])
-    _, log_escape = log_prob_op._cpu(x, target, None, 1e-3)
-    gradient = log_prob_op._cpu_backward(torch.tensor([[1e38]]), x, target, log_escape, None, 1e-3)
+    _, log_escape = log_prob_op._cpu(x, target, Excluded(), 1e-3)
+    gradient = log_prob_op._cpu_backward(torch.tensor([[1e38]]), x, target, log_escape, Excluded(), 1e-3)
     assert not bool(torch.isnan(gradient[0, 1:]).any()) and bool((gradient[0, 1:] == 0).all())
 
 
@@ -325,7 +332,7 @@ def test_small_log_probabilities_keep_their_digits():
         x = torch.full((1, 5000), -nats)
         x[0, 3] = 0.0
         exact = -math.log1p(4999 * math.exp(-nats))
-        value, _ = log_prob_op._cpu(x, torch.tensor([[3]]), None, 1.0)
+        value, _ = log_prob_op._cpu(x, torch.tensor([[3]]), Excluded(), 1.0)
         assert float(value) == pytest.approx(exact, rel=EXP_ERROR + 2.0**-24 + nats * ERROR_PER_NAT)
 
 
@@ -348,7 +355,7 @@ def test_draws_agree_with_reference_over_many_rows():
     for columns, scale, dtype in ((700, 1.0, torch.float32), (4099, 5.0, torch.bfloat16), (2500, 0.0, torch.float16)):
         x = (torch.randn(500, columns, generator=g) * scale).to(dtype)
         for temperature in (1.0, 0.6):
-            arguments = (None, temperature, 2, torch.tensor(9), None, False)
+            arguments = (Excluded(), temperature, 2, torch.tensor(9), None, False)
             differ += int((jump_op._torch(x, *arguments)[0] != jump_op._cpu(x, *arguments)[0]).sum())
     # 6,000 draws of which fewer than 1 in 10^5 may differ.
     assert differ <= 1
@@ -406,7 +413,7 @@ def test_threads_change_nothing_in_backward_kolmogorov(kind, sizes, shape):
 @pytest.mark.parametrize("shape", [(1, 200_003), (3, 131_072), (37, 3_001)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_nothing(shape, dtype):
-    case = Case(*shape, 3, dtype, "dense", 2.0, 3, "per row", True)
+    case = Case(*shape, 3, dtype, "dense", 2.0, 3, "per row", "a tile", True)
     weight, base_weight = case.normal(shape[0], 3), case.normal(shape[0])
 
     def run():
@@ -443,10 +450,18 @@ def test_threads_do_not_change_a_sum_over_many_rows():
 
 
 def test_order_and_company_of_rows_change_nothing():
-    case = Case(50, 2_345, 0, torch.float32, "padded", 2.0, 4, "per row", True)
+    case = Case(50, 2_345, 0, torch.float32, "padded", 2.0, 4, "per row", "a tile", True)
     whole = jump_op._cpu(case.logits, case.exclude, 1.0, 3, case.seed, case.row_ids, True)
     order = torch.randperm(50, generator=case.g)[:20]
-    some = jump_op._cpu(case.logits[order], case.exclude[order], 1.0, 3, case.seed, case.row_ids[order], True)
+    some = jump_op._cpu(
+        case.logits[order],
+        Excluded(case.exclude.row[order], case.exclude.suppressed),
+        1.0,
+        3,
+        case.seed,
+        case.row_ids[order],
+        True,
+    )
     for a, b in zip(whole[:3], some[:3], strict=True):
         assert torch.equal(a[order], b)
 
@@ -461,7 +476,7 @@ def test_first_bad_row_is_named(value, columns, dtype):
         with threads(count), dam.backend("cpu"), pytest.raises(ValueError, match="row 17 "):
             dam.jump(x, seed=1)
     for temperature in (1.0, 0.0):
-        target, log_prob, log_escape, bad = jump_op._cpu(x, None, temperature, 3, torch.tensor(1), None, False)
+        target, log_prob, log_escape, bad = jump_op._cpu(x, Excluded(), temperature, 3, torch.tensor(1), None, False)
         assert bad == -1
         assert bool((target >= -1).all()) and bool((target < columns).all())
         good = torch.arange(40) % 13 != 4
@@ -479,14 +494,14 @@ def test_nothing_past_a_rows_end_is_seen(dtype):
 
     def everything(x, base):
         grad = torch.ones(2, 1, dtype=torch.float64)
-        log_prob, log_escape = log_prob_op._cpu(x, target, None, 1.0)
+        log_prob, log_escape = log_prob_op._cpu(x, target, Excluded(), 1.0)
         return [
-            *jump_op._cpu(x, None, 1.0, 4, seed, None, True)[:3],
+            *jump_op._cpu(x, Excluded(), 1.0, 4, seed, None, True)[:3],
             log_prob,
             log_escape,
-            log_prob_op._cpu_backward(grad, x, target, log_escape, None, 1.0),
-            *ratio_op._cpu(x, base, target, None),
-            *matching_op._cpu(x, target, weight, base, torch.ones(2), None, None, True, 1.0, True),
+            log_prob_op._cpu_backward(grad, x, target, log_escape, Excluded(), 1.0),
+            *ratio_op._cpu(x, base, target, Excluded()),
+            *matching_op._cpu(x, target, weight, base, torch.ones(2), None, Excluded(), True, 1.0, True),
         ]
 
     for columns in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1023, 1025, 1087, 1089):
@@ -505,7 +520,7 @@ def test_nothing_past_a_rows_end_is_seen(dtype):
 def test_excluded_nan_is_not_seen():
     x = torch.randn(2, 1100)
     x[:, 1050] = math.nan
-    exclude = torch.tensor([1050, 1050])
+    exclude = Excluded(torch.tensor([1050, 1050]))
     assert jump_op._cpu(x, exclude, 1.0, 1, torch.tensor(1), None, True)[3] == -1
     target, weight = torch.tensor([[1050], [3]]), torch.ones(2, 1)
     loss, grad = matching_op._cpu(x, target, weight, None, None, None, exclude, True, 1.0, True)
@@ -521,12 +536,14 @@ def test_zero_weight_on_unreachable_target_counts_nothing(normalized):
     target = torch.tensor([[5, 1500, 7]])
     for base_logits, base_weight in ((None, None), (base, torch.ones(1)), (torch.randn(1, 2100), torch.zeros(1))):
         weights = torch.tensor([[0.0, 0.0, 1.0]])
-        loss, grad = matching_op._cpu(x, target, weights, base_logits, base_weight, None, None, normalized, 1.0, True)
+        loss, grad = matching_op._cpu(
+            x, target, weights, base_logits, base_weight, None, Excluded(), normalized, 1.0, True
+        )
         assert bool(torch.isfinite(loss)) and bool(torch.isfinite(grad).all())
-    loss, _ = matching_op._cpu(x, target, torch.ones(1, 3), None, None, None, None, normalized, 1.0, True)
+    loss, _ = matching_op._cpu(x, target, torch.ones(1, 3), None, None, None, Excluded(), normalized, 1.0, True)
     assert float(loss) == math.inf
     loss, _ = matching_op._cpu(
-        x, target, torch.zeros(1, 3), torch.randn(1, 2100), torch.ones(1), None, None, normalized, 1.0, True
+        x, target, torch.zeros(1, 3), torch.randn(1, 2100), torch.ones(1), None, Excluded(), normalized, 1.0, True
     )
     assert float(loss) == math.inf  # the base wants what the model cannot reach
 
@@ -540,7 +557,7 @@ def test_every_16_bit_logit_is_read(dtype, columns):
     value = value[torch.isfinite(value)]
     x = torch.full((value.numel(), columns), -math.inf, dtype=dtype)
     x[:, -1] = value
-    assert torch.equal(jump_op._cpu(x, None, 1.0, 1, torch.tensor(0), None, True)[2], value.float())
+    assert torch.equal(jump_op._cpu(x, Excluded(), 1.0, 1, torch.tensor(0), None, True)[2], value.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -556,7 +573,7 @@ def test_gradients_round_to_nearest_even(dtype):
     value = torch.where(torch.isfinite(value), value, 1.0)
     x = torch.full(value.shape, -math.inf, dtype=dtype)
     target = torch.arange(columns).expand(value.shape)
-    _, grad = matching_op._cpu(x, target, -value, None, None, torch.ones(len(value)), None, False, 1.0, True)
+    _, grad = matching_op._cpu(x, target, -value, None, None, torch.ones(len(value)), Excluded(), False, 1.0, True)
     assert torch.equal(grad, value.to(dtype))
 
 

@@ -153,7 +153,8 @@ def test_compiled(backend):
 
 def test_opcheck(backend):
     logits = normal(3, 40, seed=15).requires_grad_()
-    arguments = (logits, integers(-1, 40, 3, 2, seed=16), integers(-1, 40, 3, seed=17), 0.9, backend)
+    excluding = (integers(-1, 40, 3, seed=17), torch.arange(40) % 5 == 2)
+    arguments = (logits, integers(-1, 40, 3, 2, seed=16), *excluding, 0.9, backend)
     torch.library.opcheck(torch.ops.dam.entropy.default, arguments)
 
 

@@ -361,7 +361,8 @@ def test_an_excluded_nan_is_not_blamed(backend):
 
 def test_opcheck(backend):
     logits, exclude, ids = normal(4, 30, seed=22), torch.tensor([0, -1, 3, 29]), torch.arange(4)
-    for args in ((logits, None, 1.0, 1), (logits[:, :20], exclude.clamp(max=19), 0.0, 3), (logits[:0], None, 1.0, 2)):
+    some = (logits[:, :20], exclude.clamp(max=19), torch.arange(20) % 5 == 2, 0.0, 3)
+    for args in ((logits, None, None, 1.0, 1), some, (logits[:0], None, None, 1.0, 2)):
         row_ids = ids[: len(args[0])]
         torch.library.opcheck(module._jump.overload, (*args, torch.tensor(1), row_ids, True, backend))
 

@@ -332,11 +332,11 @@ def test_opcheck(backend):
     low = (normal(4, 3, seed=66).requires_grad_(), normal(30, 3, seed=67).requires_grad_())
     # overwrite=False: opcheck calls backward more than once.
     tail = ([True] * 5, backend, False)
-    exclude = torch.tensor([0, -1, 3, 29])
-    args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), exclude, False, 0.7, *tail)
+    excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
+    args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), *excluding, False, 0.7, *tail)
     torch.library.opcheck(module._linear_matching_loss.overload, args)
     tail = ([True, False, False, False, False], backend, False)
-    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 6, True, 1.0, *tail)
+    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 7, True, 1.0, *tail)
     torch.library.opcheck(module._linear_matching_loss.overload, args)
 
 
@@ -346,9 +346,10 @@ def test_opcheck_of_each_row(backend):
     base = base_of(4, 6, 30).values()
     low = (normal(4, 3, seed=66).requires_grad_(), normal(30, 3, seed=67).requires_grad_())
     row_scale = normal(4, seed=65)
-    args = (hidden, head, bias, *low, target, weight, *base, row_scale, torch.tensor([0, -1, 3, 29]), False, 0.7)
+    excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
+    args = (hidden, head, bias, *low, target, weight, *base, row_scale, *excluding, False, 0.7)
     torch.library.opcheck(module._linear_matching_loss_rows.overload, (*args, backend))
-    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 4, row_scale, None, True, 1.0)
+    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 4, row_scale, None, None, True, 1.0)
     torch.library.opcheck(module._linear_matching_loss_rows.overload, (*args, backend))
 
 

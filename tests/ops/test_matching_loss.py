@@ -494,7 +494,7 @@ def test_no_gradient_is_formed_without_need(backend):
     with torch.no_grad():
         loss = dam.matching_loss(logits.clone().requires_grad_(), target, weight)
     assert not loss.requires_grad and torch.equal(loss, plain)
-    args = (logits, target, weight, None, None, None, None, True, 1.0, False, backend, True)
+    args = (logits, target, weight, *[None] * 5, True, 1.0, False, backend, True)
     assert module._matching_loss(*args)[1].numel() == 0
 
 
@@ -535,8 +535,9 @@ def test_opcheck(backend):
     base_logits, base_weight, row_scale, exclude = options.values()
     # overwrite=False: opcheck calls backward more than once.
     tail = (True, backend, False)
-    torch.library.opcheck(module._matching_loss.overload, (logits, target, weight, *[None] * 4, True, 1.0, *tail))
-    args = (logits, target, weight, base_logits, base_weight, row_scale, exclude, False, 0.7, *tail)
+    torch.library.opcheck(module._matching_loss.overload, (logits, target, weight, *[None] * 5, True, 1.0, *tail))
+    excluding = (exclude, torch.arange(30) % 5 == 2)
+    args = (logits, target, weight, base_logits, base_weight, row_scale, *excluding, False, 0.7, *tail)
     torch.library.opcheck(module._matching_loss.overload, args)
 
 
@@ -545,7 +546,8 @@ def test_opcheck_of_each_row(backend):
     logits.requires_grad_()
     base_logits, base_weight, row_scale, exclude = options.values()
     for base, normalized in (((base_logits, base_weight), False), ((None, None), True)):
-        args = (logits, target, weight, *base, row_scale, exclude, normalized, 0.7, backend)
+        excluding = (exclude, torch.arange(30) % 5 == 2)
+        args = (logits, target, weight, *base, row_scale, *excluding, normalized, 0.7, backend)
         torch.library.opcheck(module._matching_loss_rows.overload, args)
 
 

@@ -37,6 +37,7 @@ from tiny import tiny_config
         ({"clip": math.inf}, "clip must be"),
         ({"chat_template_kwargs": "loud"}, "chat_template_kwargs must be a dict; got 'loud'"),
         ({"stop_token_ids": [3, -1]}, r"stop_token_ids must be token ids; got \[3, -1\]"),
+        ({"suppress_tokens": [3, -1]}, r"suppress_tokens must be token ids; got \[3, -1\]"),
         ({"draw_outcomes": 0}, "draw_outcomes must be at least 1"),
         ({"draw_outcomes": 8, "normalizer": "state"}, 'draw_outcomes .* goes with normalizer "group"'),
     ],

@@ -294,6 +294,40 @@ def test_a_text_ends_at_the_tokenizer_s_end_or_at_the_given_tokens():
     assert special_tokens(MASK, None, None).stop == ()
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn_and_given_ones_besides():
+    found = special_tokens(MASK, tokenizer(), None, suppress=[USER, MASK])
+    assert (found.suppress, found.vocabulary) == ((USER, MASK), len(WORDS))
+    assert special_tokens(MASK, tokenizer(), None).suppress == ()
+    for unknown in (None, len):  # a decoder of the caller's own
+        assert special_tokens(MASK, unknown, None).vocabulary is None
+
+    class Gap:
+        """A tokenizer with an id beyond its length: others are missing."""
+
+        def __len__(self):
+            return 3
+
+        def get_vocab(self):
+            return {"a": 0, "b": 1, "c": 9}
+
+    assert special_tokens(MASK, Gap(), None).vocabulary == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suppress": [3, 70], "ids": 64}, r"suppress_tokens must be ids that the model takes, in \[0, 64\); got 70"),
+        ({"stop": [B, USER], "suppress": [USER]}, f"token {USER} ends completions but is in suppress_tokens"),
+        ({"suppress": [EOS]}, f"token {EOS} ends completions but is in suppress_tokens.*set stop_token_ids without it"),
+        ({"stop": [60], "ids": 64}, "stop_token_ids has 60, which is never drawn: the tokenizer's ids are below 8"),
+    ],
+    ids=str,
+)
+def test_tokens_that_are_never_drawn_and_should_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        special_tokens(MASK, tokenizer(), None, **options)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "rotary"])
 def test_a_model_s_limits_are_those_of_its_tables(kind):
     """The longest sequence runs, and one more is too long; a rotary model has no longest."""

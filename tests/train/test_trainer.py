@@ -176,6 +176,37 @@ def test_behind_a_conversation_completions_are_messages(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("normalizer", ["group", "state"])
+def test_only_tokens_of_the_tokenizer_are_drawn_and_none_that_is_suppressed(tmp_path, tokenizer, normalizer):
+    """A head of 70 rows beside a tokenizer of 6 ids: in training and in evaluation, by model and base."""
+    model = tiny_model()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    seen = []
+
+    def look(completion_ids, **_):
+        seen.extend(token for ids in completion_ids for token in ids)
+        return sum_reward(completion_ids)
+
+    config = tiny_config(
+        tmp_path,
+        normalizer=normalizer,
+        suppress_tokens=[1, 4],
+        stop_token_ids=[],
+        eval_temperature=1.0,
+        learning_rate=0.0,
+        logging_steps=1,
+    )
+    rows = [{"prompt": [4, 69]}, {"prompt": "a"}] * 2
+    trainer = DAMTrainer(model, look, config, rows, processing_class=tokenizer)
+    trainer.train()
+    assert set(seen) == {2, 3, 5}
+    seen.clear()
+    trainer.evaluate(rows * 4)
+    assert set(seen) == {2, 3, 5}
+    # Nothing was learned: model and base give what was drawn the same probability.
+    assert [entry["kl"] for entry in trainer.state.log_history if "kl" in entry] == [0.0] * 3
+
+
+@pytest.mark.parametrize("normalizer", ["group", "state"])
 def test_what_follows_an_end_is_neither_rewarded_nor_trained_on(tmp_path, normalizer):
     """Not what a prompt holds; and of what the states show, since an end that is still masked tells nothing."""
     seen = []
