@@ -266,9 +266,16 @@ def path_targets(
     weight: Tensor,  # [G, K]
     *,
     every: bool = False,
+    whole_calls: bool = False,
     generator: torch.Generator | None = None,
+    seed: int | None = None,
+    row_ids: Tensor | None = None,  # int64 [B]
 ) -> MatchingTargets:
     """Targets at states that the trajectories went through: of each one a jump, drawn uniformly, where it was made.
+
+    Trajectories of fewer network calls than jumps, or filled block by block, have no other states to be trained at:
+    what follows a state that no call saw is not of the law p(v | i, x) that the calls draw from, and at re-masked
+    outcomes a model drifts away without any reward.
 
     The token of a jump is drawn from p_theta(v | i, x), so that E[grad log p_theta(v | i, x)] = 0 at each state: any
     baseline may be subtracted from the weights. With `weight - 1` the noise of the gradient vanishes as the model
@@ -285,7 +292,9 @@ def path_targets(
         trajectories: of `dam.rollout` in random order, at temperature 1.
         weight: any number for each.
         every: all jumps instead of a drawn one; the loss is then the expectation over the drawn one.
-        generator: draws the jumps.
+        whole_calls: with the drawn jump those of the same network call, drawn at the same state; each has its
+            share of the weight.
+        generator, seed, row_ids: as for `MaskedCTMC.remask`; draw the jumps.
 
     Source: So et al., arXiv 2602.07132, Eq. 14 at the states of Alg. 1; defensive mixtures: Hesterberg, Weighted
     average importance sampling and defensive mixture distributions, 1995.
@@ -297,11 +306,18 @@ def path_targets(
     if every:
         path, jump = torch.nonzero(trajectories.call >= 0, as_tuple=True)
         share = len(path) / (len(count) * count[path])  # the mean over states is to be one over trajectories
+        rows, at = torch.arange(len(path), device=path.device), jump
     else:
         path = torch.arange(len(count), device=count.device)
-        uniform = torch.rand(count.shape, generator=generator, dtype=torch.float32, device=count.device)
+        shape = torch.Size((len(count), 1))
+        uniform = _philox.drawn(Use.NEXT_POSITION, shape, count.device, generator, seed, row_ids)[:, 0]
         jump = (uniform * count).long().clamp(max=count - 1)
-        share = torch.ones_like(uniform)
+        chosen = torch.zeros_like(trajectories.call, dtype=torch.bool)
+        chosen[path, jump] = True
+        if whole_calls:
+            chosen = trajectories.call == trajectories.call[path, jump][:, None]
+        rows, at = torch.nonzero(chosen, as_tuple=True)
+        share = 1.0 / chosen.sum(dim=1)[rows]
     states = trajectories.initial[path].clone()
     # A network call sees what the calls before it filled in.
     call = trajectories.call[path]
@@ -311,10 +327,10 @@ def path_targets(
     return MatchingTargets(
         states,
         group=path // weight.shape[1],
-        row=torch.arange(len(path), device=path.device),
-        position=trajectories.position[path, jump],
-        target=trajectories.token[path, jump][:, None],
-        weight=(weight.flatten()[path] * share.to(weight.dtype))[:, None],
+        row=rows,
+        position=trajectories.position[path[rows], at],
+        target=trajectories.token[path[rows], at][:, None],
+        weight=(weight.flatten()[path[rows]] * share.to(weight.dtype))[:, None],
     )
 
 
@@ -349,6 +365,7 @@ def estimator_loss(
     process: MaskedCTMC,
     attention_mask: Tensor | None = None,
     *,
+    temperature: float = 1.0,
     gradient_scale: float = 1.0,
 ) -> Tensor:
     """The matching loss of `targets` under the model: the mean over states of their weighted cross-entropies.
@@ -358,6 +375,7 @@ def estimator_loss(
         targets: of an estimator.
         process: names the mask token.
         attention_mask: [N, L], passed on to the model.
+        temperature: that the trajectories were drawn at: what is trained is the model at it.
         gradient_scale: of a loss scaler, `torch.amp.GradScaler.get_scale()`. Gradients are formed in the forward pass,
             in the dtype of the hidden states, where float16 would lose what the scaler is there to keep: they are
             formed that many times as large. The loss and its gradient stay what they are.
@@ -373,6 +391,7 @@ def estimator_loss(
         **head.arguments(hidden.dtype),
         row_scale=scale,
         exclude=process.excluded(head.weight.shape[0]),
+        temperature=temperature,
         suppress=process.suppressed(head.weight.shape[0]),
     )
     return scaled / gradient_scale

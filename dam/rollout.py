@@ -74,6 +74,25 @@ class Trajectories:
         return tokens
 
 
+def path_of(states: Tensor, final: Tensor, position: Tensor, call: Tensor) -> Trajectories:
+    """Trajectories of groups, without their log-probabilities.
+
+    Args:
+        states: int64 [G, L], X_0 of each group.
+        final: int64 [G, K, L], the outcomes X_1.
+        position, call: int64 [G, K, S], as `Trajectories` has them.
+    """
+    outcome, position, call = final.flatten(0, 1), position.flatten(0, 1), call.flatten(0, 1)
+    return Trajectories(
+        initial=states[:, None].expand_as(final).flatten(0, 1),
+        final=outcome,
+        position=position,
+        token=torch.where(call >= 0, outcome.gather(1, position.clamp(min=0)), -1),
+        call=call,
+        log_prob=torch.zeros(position.shape, dtype=torch.float32, device=position.device),
+    )
+
+
 @torch.no_grad()
 def rollout(
     denoiser: Denoiser,

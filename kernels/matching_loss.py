@@ -125,7 +125,7 @@ def loss_of_rows(
             cost = -scale * x
         counted = counted & (w != 0.0)
         weights += tl.where(counted, w, 0.0)
-        # Weights on an unreachable destination add up first: to 0, or to what has a sign; not to inf - inf.
+        # Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign, not inf - inf.
         w = tl.where(x == -INF, pulled, w)
         losses += tl.where(counted & (w != 0.0), w * cost, 0.0)
     loss = tl.sum(losses, axis=1)

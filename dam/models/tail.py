@@ -108,10 +108,10 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
             with torch.no_grad():  # ends what the probe began
                 logits = _logits(model(input_ids=tokens, attention_mask=attention_mask))
             check_calls(model, probe.given, tokens)
-            others = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in biases}
-            _check_constants(type(model).__name__, logits, others)
             # A model that returns no logits has none to differ from.
             tail = Tail() if logits is None else _fitted(type(model).__name__, logits, probe.outputs, biases)
+            others = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in biases}
+            _check_constants(type(model).__name__, logits, others)
             rounding = max(_rounding(probe.hidden(), head.weight), torch.finfo(probe.dtype).eps)
             _check_product(layer, head, probe.hidden()[:_REAL], probe.outputs[:_REAL], rounding)
     finally:
@@ -238,7 +238,9 @@ def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> st
     offset, used = _centred(logits.detach()[row : row + 1])[0], []
     if logits.requires_grad and biases:
         with torch.enable_grad():
-            gradients = torch.autograd.grad(logits[row].sum(), list(biases.values()), allow_unused=True)
+            gradients = torch.autograd.grad(
+                logits[row].sum(), list(biases.values()), allow_unused=True, retain_graph=True
+            )
         used = [name for name, gradient in zip(biases, gradients, strict=True) if gradient is not None]
     rounding = 8.0 * torch.finfo(logits.dtype).eps * float(logits.detach()[row].abs().max())
     known = [_centred(biases[name].detach().reshape(1, -1).to(offset.dtype))[0] for name in used]

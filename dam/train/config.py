@@ -96,15 +96,27 @@ class DAMConfig(TrainingArguments):
             'weighted ones (normalizer "group").'
         },
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of rollouts in training."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Of rollouts in training, and of the model and the base that the objective speaks of."},
+    )
     eval_temperature: float = field(
         default=0.0, metadata={"help": "Of rollouts in evaluation; 0 is the likeliest token."}
     )
     diffusion_steps: int | None = field(
-        default=None, metadata={"help": "Network calls per trajectory; None fills one position per call (exact)."}
+        default=None,
+        metadata={
+            "help": "Network calls per trajectory; None fills one position per call (exact). With fewer, what is "
+            "trained is what each call drew at the state that it saw, as outcomes re-masked at random are states of "
+            'the exact chain only: estimator "posterior" and normalizer "group".'
+        },
     )
     block_length: int | None = field(
-        default=None, metadata={"help": "Fill blocks of this many positions from left to right; None is one block."}
+        default=None,
+        metadata={
+            "help": "Fill blocks of this many positions from left to right; None is one block. Trains, as "
+            "diffusion_steps does, at the states that the network was called at."
+        },
     )
     eval_redraw: bool = field(
         default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
@@ -170,6 +182,11 @@ class DAMConfig(TrainingArguments):
         for name in ("max_completion_length", "diffusion_steps", "block_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.on_paths and (self.estimator != "posterior" or self.normalizer != "group"):
+            raise ValueError(
+                'diffusion_steps and block_length go with estimator "posterior" and normalizer "group": the others '
+                "train at states of the exact chain, which their trajectories do not go through"
+            )
         if not self.eval_temperature >= 0:
             raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
         if self.clip is not None and not math.isfinite(self.clip):
@@ -200,6 +217,11 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
+
+    @property
+    def on_paths(self) -> bool:
+        """Whether training is at the states that trajectories went through, not at re-masked outcomes."""
+        return self.diffusion_steps is not None or self.block_length is not None
 
     def step_limits(self, done: float) -> tuple[float | None, float]:
         """The effective sample size to keep (None: no limit) and the largest step, once a fraction of the run is done.

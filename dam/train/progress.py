@@ -94,11 +94,11 @@ class Progress:
             os.remove(os.path.join(folder, TRAINER_STATE_NAME))
         torch.save(self.state_dict(), os.path.join(folder, _STATE))
 
-    def load(self, checkpoint: str, num_generations: int) -> None:
-        """From a checkpoint, to go on with groups of that many trajectories.
+    def load(self, checkpoint: str, num_generations: int, on_paths: bool) -> None:
+        """From a checkpoint, to go on with groups of that many trajectories, with their paths or without.
 
         Raises:
-            ValueError: it is not whole, or its groups have another number of trajectories.
+            ValueError: it is not whole, its groups have another number of trajectories, or they lack what is needed.
         """
         if not _is_whole(checkpoint):
             raise ValueError(f"{checkpoint!r} is no whole DAMTrainer checkpoint")
@@ -109,6 +109,12 @@ class Progress:
                 f"the groups of {checkpoint!r} have {' and '.join(map(str, sorted(sizes)))} trajectories and cannot be "
                 f"trained on beside groups of {num_generations}: resume with the num_generations it was saved with, "
                 "or begin a new run from its weights"
+            )
+        if any(("position" in group) != on_paths for group in state["replay"]["groups"]):
+            raise ValueError(
+                f"the groups of {checkpoint!r} were drawn {'without' if on_paths else 'with'} diffusion_steps or "
+                "block_length and cannot be trained on beside others: resume with the settings it was saved with, or "
+                "begin a new run from its weights"
             )
         self.load_state_dict(state)
 

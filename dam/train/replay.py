@@ -11,9 +11,9 @@ from torch import Tensor
 
 Group = dict[str, Tensor]
 
-# Entries that are filled up on the left when groups of different length meet in a batch, and on the right.
+# Entries that are filled up on the left when groups of different length meet in a batch, and on the right, with what.
 _SEQUENCES = ("states", "final", "attention_mask")
-_JUMPS = ("log_ratio",)
+_JUMPS = {"log_ratio": 0.0, "position": -1, "call": -1}
 
 
 def stacked_groups(groups: list[Group], pad_token: int) -> Group:
@@ -27,7 +27,8 @@ def stacked_groups(groups: list[Group], pad_token: int) -> Group:
         if name in _SEQUENCES:
             return F.pad(value, (missing, 0), value=0 if name == "attention_mask" else pad_token)
         if name in jumps:
-            return F.pad(value, (0, jumps[name] - value.shape[-1]))
+            value = torch.where(value >= 0, value + missing, value) if name == "position" else value
+            return F.pad(value, (0, jumps[name] - value.shape[-1]), value=_JUMPS[name])
         return value + missing if name in ("first", "start") else value
 
     return {name: torch.stack([padded(name, group) for group in groups]) for name in groups[0]}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
@@ -23,13 +24,14 @@ from dam.adjoint import (
     drawn_outcomes,
     estimator_loss,
     group_targets,
+    path_targets,
     state_targets,
     tilted_weights,
     without_ended,
 )
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import denoiser_of
-from dam.rollout import PathLogProbs
+from dam.rollout import PathLogProbs, path_of
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import UpdateBegun
 from dam.train.config import DAMConfig
@@ -187,7 +189,7 @@ class DAMTrainer(Trainer):
         denoiser(network)  # raises where the model does not fit
         network, base = with_base(network, ref_model, peft_config)
         _check_dtype(network)
-        self.sampler = Sampler(denoiser, self.process, args, base, self.compute_loss_context_manager)
+        self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
         self._compared = False
@@ -208,6 +210,13 @@ class DAMTrainer(Trainer):
         self._update = UpdateBegun()
         self.add_callback(self._update)
         base.to(self.args.device)
+
+    def _precision(self) -> Any:
+        """Context manager: the precision that accelerate has put around the trained model's forward pass.
+
+        No casts of weights are kept in it: one made without a gradient would serve a training step in the same context.
+        """
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     @property
     def reward_calls(self) -> int:
@@ -263,9 +272,13 @@ class DAMTrainer(Trainer):
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
-        args = self.args
         given = together(lambda: self._rolled_out(model, batch))
-        rolled_out = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
+        groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
+        in_step(functools.partial(self._weigh, groups))
+
+    def _weigh(self, rolled_out: Group) -> None:
+        """Puts groups with their weights into the replay buffer, and figures of them into the log."""
+        args = self.args
         log_ratio, reward = rolled_out["log_ratio"], rolled_out["reward"]
         orders = None
         if "order_log_prob" in rolled_out:
@@ -291,7 +304,7 @@ class DAMTrainer(Trainer):
         weight = weights.weight.float()
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
-        kept = ("states", "final", "first", "attention_mask", "start")
+        kept = ["states", "final", "first", "attention_mask", "start", *(["position", "call"] if args.on_paths else [])]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
         finite = reward[reward > -torch.inf]  # what is not forbidden
@@ -348,6 +361,8 @@ class DAMTrainer(Trainer):
         of_each = {
             "final": trajectories.final,
             "first": trajectories.position[:, 0],
+            "position": trajectories.position,
+            "call": trajectories.call,
             "log_ratio": trajectories.log_ratio,
             "reward": reward,
             **{f"rewards/{name}": values for name, values in parts.items()},
@@ -385,7 +400,9 @@ class DAMTrainer(Trainer):
         chosen = drawn[names]
         groups = replay.batch(places.flatten()[chosen // weight.shape[1]])
         member = (chosen % weight.shape[1])[:, None]
-        groups["final"] = groups["final"].take_along_dim(member[..., None], dim=1)
+        for name in ("final", "position", "call"):
+            if name in groups:
+                groups[name] = groups[name].take_along_dim(member[..., None], dim=1)
         groups["first"], groups["weight"] = groups["first"].gather(1, member), each[names][:, None]
         return groups, names
 
@@ -403,6 +420,9 @@ class DAMTrainer(Trainer):
             )
         size = weight.shape[1]
         row_ids = names[:, None] * size + torch.arange(size, device="cpu")
+        if args.on_paths:
+            paths = path_of(states, final, groups["position"], groups["call"])
+            return path_targets(paths, weight, whole_calls=True, seed=seed, row_ids=row_ids.flatten())
         remasked = self.process.remask(states[:, None].expand_as(final), final, seed=seed, row_ids=row_ids)
         return group_targets(args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
 
@@ -428,7 +448,14 @@ class DAMTrainer(Trainer):
             torch.manual_seed(dropout_seed)
             scaler = getattr(self.accelerator, "scaler", None)  # of fp16=True
             scale = 1.0 if scaler is None else scaler.get_scale()
-            return estimator_loss(self._denoiser(model), targets.to(device), self.process, mask, gradient_scale=scale)
+            return estimator_loss(
+                self._denoiser(model),
+                targets.to(device),
+                self.process,
+                mask,
+                temperature=self.args.temperature,
+                gradient_scale=scale,
+            )
 
     def _evaluate_if_due(self) -> None:
         """Before the next step: what an error cut short."""
@@ -456,7 +483,7 @@ class DAMTrainer(Trainer):
         self.progress.clear()
         self._compared = False
         if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint), self.args.num_generations)
+            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self.args.on_paths)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except Exception as error:

@@ -215,3 +215,15 @@ def test_soft_capped_logits_of_transformers_are_refused(tokens):
         MaskedLM(model).hidden_states(tokens)
     model.config.final_logit_softcapping = None
     torch.testing.assert_close(through_the_head(MaskedLM(model), tokens), model(tokens).logits)
+
+
+def test_a_scale_that_is_trained_is_refused(tokens):
+    """It would get no gradient; frozen it is a number like others."""
+    model = Toy(lambda model, logits: logits * model.scale)
+    model.scale = nn.Parameter(torch.tensor(0.3))
+    with pytest.raises(ValueError, match=r"Toy applies scale after its output layer: .* gives it no gradient"):
+        MaskedLM(model).hidden_states(tokens)
+    model.scale.requires_grad_(False)
+    with torch.no_grad():
+        expected = model(tokens).log_softmax(dim=2)
+    torch.testing.assert_close(through_the_head(MaskedLM(model), tokens).log_softmax(dim=2), expected)

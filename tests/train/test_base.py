@@ -75,8 +75,8 @@ def test_the_base_is_the_model_as_it_was(tmp_path, kind, given):
             # Up to rounding of what PiSSA splits, the model that was handed in.
             torch.testing.assert_close(expected, start().eval()(tokens()).logits, rtol=1e-4, atol=1e-5)
     trainer.train()
-    assert entries(trainer, "kl")[0] == 0.0
-    assert entries(trainer, "kl")[-1] != 0.0
+    assert entries(trainer, "kl_path")[0] == 0.0
+    assert entries(trainer, "kl_path")[-1] != 0.0
     trainer.model.eval()
     torch.testing.assert_close(logits_of(trainer.sampler.base(trainer.model)), expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits_of(MaskedLM(trainer.model)), expected, atol=1e-3)
@@ -95,7 +95,7 @@ def test_a_run_is_that_against_an_explicit_copy(tmp_path, kind):
         trainer.model.eval()
         runs.append((trainer, logits_of(trainer.sampler.base(trainer.model)).log_softmax(dim=-1)))
     (ours, log_prob), (theirs, expected) = runs
-    for name in ("kl", "ess", "reward", "loss"):
+    for name in ("kl_path", "ess", "reward", "loss"):
         assert entries(ours, name) == entries(theirs, name)
     assert torch.equal(log_prob, expected)
     assert_same_weights(ours.model, theirs.model)
@@ -235,3 +235,12 @@ def test_every_run_compares_anew_and_once(tmp_path):
     capped(model)
     with pytest.raises(ValueError, match="changes its logits"):
         trainer.train()
+
+
+def test_a_reference_that_shares_parameters_is_refused(tmp_path):
+    model, reference = start(), start()
+    reference.bert.embeddings = model.bert.embeddings
+    for shared in (reference, model):
+        with pytest.raises(ValueError, match=r"ref_model shares \d+ parameters with the model .*copy.deepcopy"):
+            DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ref_model=shared)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -203,7 +203,9 @@ def test_only_tokens_of_the_tokenizer_are_drawn_and_none_that_is_suppressed(tmp_
     trainer.evaluate(rows * 4)
     assert set(seen) == {2, 3, 5}
     # Nothing was learned: model and base give what was drawn the same probability.
-    assert [entry["kl"] for entry in trainer.state.log_history if "kl" in entry] == [0.0] * 3
+    for name in ("kl_path", "kl_outcome"):
+        logged = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert logged and not any(logged), name
 
 
 @pytest.mark.parametrize("normalizer", ["group", "state"])
@@ -576,16 +578,17 @@ def test_a_denoiser_is_made_by_what_the_user_hands_in(tmp_path):
     assert {id(model) for model, grad in run if not grad} == {id(trainer.model), id(base)}
 
 
-def test_the_gradient_of_a_step_is_that_of_the_cross_entropy(tmp_path):
-    """Weighted, of the replayed groups, and of the table itself: no copy, no other model."""
-    trainer = DAMTrainer(table(), twos, table_config(tmp_path), TABLE_ROWS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_gradient_of_a_step_is_that_of_the_cross_entropy(tmp_path, temperature):
+    """Weighted, of the replayed groups, and of the table itself, at the rollouts' temperature: no other model."""
+    trainer = DAMTrainer(table(), twos, table_config(tmp_path, temperature=temperature), TABLE_ROWS)
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(TABLE_ROWS[:2]))
     (gradient,) = torch.autograd.grad(loss, [trainer.model.logits])
     groups, names = trainer._replayed()  # the same draws again
     targets = trainer._targets(groups, names)
     logits = trainer.model.logits.detach().double().requires_grad_()
     rows = logits[trainer.model.index(targets.states)[targets.row], targets.position]
-    log_prob = torch.log_softmax(rows[:, :-1], dim=1).gather(1, targets.target.clamp(min=0))
+    log_prob = torch.log_softmax(rows[:, :-1] / temperature, dim=1).gather(1, targets.target.clamp(min=0))
     terms = torch.where(targets.target >= 0, targets.weight * log_prob, 0.0)
     expected = -terms.sum() / len(targets.states)
     # Float32 rounding of sums of a few dozen terms of order 1.
@@ -676,3 +679,59 @@ def test_parameters_in_float16_are_not_trained(tmp_path):
     trainer = DAMTrainer(tiny_model().bfloat16(), sum_reward, tiny_config(tmp_path), ROWS)
     trainer.train()
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_the_base_has_the_model_s_precision(tmp_path, precision):
+    """So that an untouched model has weights of 1 in bfloat16 too, and predicts before training as after."""
+    config = tiny_config(tmp_path, learning_rate=0.0, eval_temperature=1.0, **precision)
+    trainer = DAMTrainer(tiny_model(), sum_reward, config, ROWS)
+    before = trainer.predict(ROWS * 30).predictions
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "kl_path" in entry]
+    assert all(entry["kl_path"] == 0.0 and entry["ess_path"] == 8.0 for entry in logged) and logged
+    assert (trainer.predict(ROWS * 30).predictions == before).all()
+
+
+@pytest.mark.parametrize("changes", [{"diffusion_steps": 1}, {"diffusion_steps": 2}, {"block_length": 1}])
+def test_rollouts_of_few_calls_are_trained_at_the_states_that_the_calls_saw(tmp_path, changes):
+    """And for what each drew there. Two of three tables are equal often enough to tell a re-masked state."""
+    config = table_config(tmp_path, **changes)
+    trainer = DAMTrainer(table(), twos, config, TABLE_ROWS)
+    trainer.train()
+    groups, names = trainer._replayed()
+    targets = trainer._targets(groups, names)
+    size = config.num_generations
+    for n, (state, group) in enumerate(zip(targets.states, targets.group.tolist(), strict=True)):
+        k = n % size
+        call, position = groups["call"][group, k], groups["position"][group, k]
+        rows = targets.row == n
+        (seen,) = set(call[(position[:, None] == targets.position[rows]).any(dim=1)].tolist())
+        expected = torch.full((3,), 3)
+        earlier = position[call < seen]
+        expected[earlier] = groups["final"][group, k][earlier]
+        assert torch.equal(state, expected)
+        assert sorted(targets.position[rows].tolist()) == sorted(position[call == seen].tolist())
+        assert torch.equal(targets.target[rows, 0], groups["final"][group, k][targets.position[rows]])
+        torch.testing.assert_close(targets.weight[rows].sum(), groups["weight"][group, k])
+    for other in ({"estimator": "first_jump"}, {"normalizer": "state"}):
+        with pytest.raises(ValueError, match="go with estimator"):
+            table_config(tmp_path, **changes, **other)
+
+
+def test_forbidden_outcomes_are_left_out_of_every_mean(tmp_path):
+    def no_fives(completion_ids, **_):
+        return [-math.inf if 5 in ids else 1.0 for ids in completion_ids]
+
+    config = tiny_config(tmp_path, eval_temperature=1.0)
+    trainer = DAMTrainer(tiny_model(), [no_fives, sum_reward], config, ROWS)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "rewards/no_fives" in entry]
+    assert logged and all(entry["rewards/no_fives"] == 1.0 for entry in logged)
+    assert math.isfinite(trainer.evaluate(ROWS * 8)["eval_reward"])
+
+
+def test_batches_that_accelerate_would_split_are_refused(tmp_path):
+    config = tiny_config(tmp_path, accelerator_config={"split_batches": True})
+    with pytest.raises(ValueError, match="split_batches must be False: per_device_train_batch_size is of each process"):
+        DAMTrainer(tiny_model(), sum_reward, config, ROWS)
