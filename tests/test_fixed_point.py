@@ -189,17 +189,19 @@ def looked_at(tokens, seed=3, orders=3, **changes):
     return way, log_prob_over_orders(MODEL, BASE, way, PROCESS, orders=orders, seed=seed, row_ids=row_ids, **changes)
 
 
-def test_other_orders_are_uniform_and_log_probs_those_of_the_tables():
-    way, found = looked_at(torch.full((4000, N), V), orders=2)
+def test_orders_are_uniform_and_apart_and_log_probs_those_of_the_tables():
+    """The path's own and two others: all 6^3 triples are equally likely."""
+    way, found = looked_at(torch.full((4000, N), V))
     assert found.log_prob.dtype == torch.float64
     torch.testing.assert_close(found.log_prob[:, 0], way.log_prob.double().sum(dim=1), rtol=0, atol=0)
     torch.testing.assert_close(found.base_log_prob[:, 0], way.base_log_prob.double().sum(dim=1), rtol=0, atol=0)
     outcome = (way.final * torch.tensor([V * V, V, 1])).sum(dim=1)
-    every = [oracle.path_log_prob(table, N, V)[:, outcome] for table in (MODEL, BASE)]  # [N!, B]
-    away = sum((e - f[:, 1]).abs() for e, f in zip(every, found, strict=True))
+    every = [oracle.path_log_prob(table, N, V)[:, outcome, None] for table in (MODEL, BASE)]  # [N!, B, 1]
+    away = sum((e - f).abs() for e, f in zip(every, found, strict=True))  # [N!, B, 3]
     assert float(away.min(dim=0).values.max()) < 1e-5  # float32, six log-probabilities
-    counts = torch.bincount(away.argmin(dim=0), minlength=6).double()
-    assert abs(oracle.chi_square_z(counts, torch.full((6,), 1 / 6, dtype=torch.float64))) < Z
+    triple = (away.argmin(dim=0) * torch.tensor([36, 6, 1])).sum(dim=1)
+    counts = torch.bincount(triple, minlength=216).double()
+    assert abs(oracle.chi_square_z(counts, torch.full((216,), 1 / 216, dtype=torch.float64))) < Z
 
 
 def test_other_orders_depend_on_seed_row_and_number_only():

@@ -371,7 +371,8 @@ def test_what_other_orders_cost_and_tell(tmp_path, changes, share):
         assert entries[0]["kl_outcome"] == 0 != entries[-1]["kl_outcome"] != entries[-1]["kl_path"]
 
 
-def test_orders_are_averaged_in_the_weights(tmp_path):
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_orders_are_averaged_in_the_weights(tmp_path, leave_one_out):
     """Weights of the last rollout follow from reward and log ratio over 3 orders of what it drew, not of one."""
     model = tiny_model()
     seen = {}
@@ -383,14 +384,15 @@ def test_orders_are_averaged_in_the_weights(tmp_path):
             return groups
 
     config = tiny_config(
-        tmp_path, num_orders=3, beta=50.0, target_ess=None, full_tilt_from=0.0, leave_one_out=False, max_steps=4
+        tmp_path, num_orders=3, beta=50.0, target_ess=None, full_tilt_from=0.0, leave_one_out=leave_one_out, max_steps=4
     )
     trainer = Told(model, sum_reward, config, ROWS)
     trainer.train()
     group, last = seen["groups"][-1], trainer.progress.replay.state_dict()["groups"][-1]
     orders = PathLogProbs(group["order_log_prob"], group["order_base_log_prob"])
     assert orders.log_prob.shape == (8, 3)
-    expected = 8 * (orders.log_ratio + group["reward"] / 50.0).softmax(dim=0)
+    share = (orders.log_ratio + group["reward"] / 50.0).softmax(dim=0)
+    expected = 7 * share / (1 - share) if leave_one_out else 8 * share
     torch.testing.assert_close(last["weight"], expected.float())
     one = 8 * (group["log_ratio"].sum(dim=1) + group["reward"] / 50.0).softmax(dim=0)
     assert float((one - expected).abs().max()) > 1e-4
