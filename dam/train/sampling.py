@@ -63,6 +63,10 @@ class Sampler:
             if isinstance(denoiser, MaskedLM):
                 denoiser.compare(tokens, attention_mask)
 
+    def _pieces(self, rows: int) -> Iterator[slice]:
+        size = self._args.rollout_batch_size
+        return (slice(start, start + size) for start in range(0, rows, size))
+
     def rollout(
         self,
         model: nn.Module,
@@ -75,24 +79,21 @@ class Sampler:
         **options: Any,
     ) -> Trajectories:
         """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole."""
-        size = self._args.rollout_batch_size
-        pieces = []
-        for start in range(0, len(tokens), size):
-            part = slice(start, start + size)
-            pieces.append(
-                rollout(
-                    self._denoiser(model),
-                    tokens[part],
-                    self._process,
-                    base=self.base(model) if base else None,
-                    attention_mask=attention_mask[part],
-                    steps=self._args.diffusion_steps,
-                    block_length=self._args.block_length,
-                    seed=seed,
-                    row_ids=row_ids[part],
-                    **options,
-                )
+        pieces = [
+            rollout(
+                self._denoiser(model),
+                tokens[part],
+                self._process,
+                base=self.base(model) if base else None,
+                attention_mask=attention_mask[part],
+                steps=self._args.diffusion_steps,
+                block_length=self._args.block_length,
+                seed=seed,
+                row_ids=row_ids[part],
+                **options,
             )
+            for part in self._pieces(len(tokens))
+        ]
         return Trajectories.concatenate(pieces)
 
     def over_orders(
@@ -107,25 +108,22 @@ class Sampler:
         temperature: float,
     ) -> PathLogProbs:
         """`dam.rollout.log_prob_over_orders` in pieces of rollout_batch_size, whose draws are those of the whole."""
-        size = self._args.rollout_batch_size
-        pieces = []
-        for start in range(0, len(row_ids), size):
-            part = slice(start, start + size)
-            pieces.append(
-                log_prob_over_orders(
-                    self._denoiser(model),
-                    self.base(model),
-                    trajectories[part],
-                    self._process,
-                    orders=orders,
-                    attention_mask=attention_mask[part],
-                    steps=self._args.diffusion_steps,
-                    block_length=self._args.block_length,
-                    temperature=temperature,
-                    seed=seed,
-                    row_ids=row_ids[part],
-                )
+        pieces = [
+            log_prob_over_orders(
+                self._denoiser(model),
+                self.base(model),
+                trajectories[part],
+                self._process,
+                orders=orders,
+                attention_mask=attention_mask[part],
+                steps=self._args.diffusion_steps,
+                block_length=self._args.block_length,
+                temperature=temperature,
+                seed=seed,
+                row_ids=row_ids[part],
             )
+            for part in self._pieces(len(row_ids))
+        ]
         return PathLogProbs(*(torch.cat(each) for each in zip(*pieces, strict=True)))
 
     def states(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, *, seed: int, row_ids: Tensor) -> Tensor:
