@@ -140,7 +140,8 @@ class DAMTrainer(Trainer):
             written to output_dir/failed_rollouts.pt.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
-    can be resumed, to the same result; but not in the middle of an update of the weights.
+    can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes one that
+    fails in the network's own work, out of memory for one, leaves the last checkpoint that was saved: saving needs all.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Alg. 1; estimators in `dam.adjoint`.
     """
