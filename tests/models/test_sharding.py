@@ -9,7 +9,11 @@ import torch
 from dam.models import MaskedLM
 from tests.models.sharded_run import model
 
+# Of 2.6 FSDP2 needs a GPU, and torch.compile cannot trace the masks of the transformers of today.
+recent = pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="needs torch 2.7")
 
+
+@recent
 def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
     """In the root's unit or its own, kept whole after the forward pass or not: draws, losses and mean gradients."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
@@ -38,6 +42,7 @@ def test_a_head_that_zero_3_has_taken_away_is_refused():
         MaskedLM(network).head()
 
 
+@recent
 def test_a_model_that_was_compiled_and_called_before_is_told_so():
     network = model(False).eval()
     tokens = torch.tensor([[3, 4, 0, 0]])
