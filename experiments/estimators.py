@@ -510,6 +510,36 @@ def study_sudoku(given: dict[str, Any], output: Path) -> str:
     return "\n".join(lines)
 
 
+# ---- a network as base
+
+
+def run_orders(steps: int, name: str, seed: int) -> dict[str, Any]:
+    from experiments import orders
+
+    return orders.run(steps, name, seed)
+
+
+def study_orders(given: dict[str, Any], output: Path) -> str:
+    from experiments import orders  # needs transformers
+
+    tables = [orders.of_table(seed) for seed in range(5)]
+    setting, results = {"steps": given["steps"], "tables": tables}, []
+    for found in run_all(given, functools.partial(run_orders, given["steps"])):
+        results.append(found)
+        print(f"{found['learner']}, seed {found['seed']}: KL {found['kl']:.3g}", flush=True)
+        write(output / f"{given['name']}.json", setting, results, given)
+    lines = ["| steps h of tables | KL from p* | ... without a reward |", "| --- | --- | --- |"]
+    for h in orders.TABLE_STEPS:
+        away = [spread([table[name][h] for table in tables], "{:.3f}") for name in ("reward", "no_reward")]
+        lines.append(f"| {h:g} | {' | '.join(away)} |")
+    lines += ["", "| network | KL(p* || p_u) | E[r] off by |", "| --- | --- | --- |"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        runs = [r for r in results if r["learner"] == name]
+        off = spread([r["reward_off"] for r in runs], "{:+.4f}")
+        lines.append(f"| {name} | {spread([r['kl'] for r in runs], '{:.4f}')} | {off} |")
+    return "\n".join(lines)
+
+
 # ---- figures
 
 
@@ -564,6 +594,10 @@ def learners_of(given: dict[str, Any]) -> list[str]:
     """Names of a study's learners."""
     if given["study"] == "sudoku":
         return list(SUDOKU)
+    if given["study"] == "orders":
+        from experiments import orders  # needs transformers
+
+        return list(orders.CASES)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]

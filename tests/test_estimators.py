@@ -12,7 +12,7 @@ import torch
 import dam
 from dam.ctmc import enumeration
 from dam.tasks import sudoku
-from experiments import estimators, grid, learners
+from experiments import estimators, grid, learners, orders
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -353,6 +353,44 @@ def test_the_study_of_sudoku(tmp_path, capsys):
     assert "| posterior, group | 1,024 |" in capsys.readouterr().out
 
 
+def test_laws_of_orders_are_those_of_the_oracle():
+    """Paths, where steps end, and states as often as re-masking draws them."""
+    table_ = oracle.inconsistent(3, 4, seed=2)
+    paths = orders.path_log_prob(table_.logits[..., :4].detach().log_softmax(dim=2), 4)
+    torch.testing.assert_close(paths, oracle.path_log_prob(table_, 3, 4), rtol=1e-12, atol=1e-12)
+    score = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = (paths * 0.2).exp().mean(dim=0) ** 5 * score.exp()
+    torch.testing.assert_close(orders.power_mean(paths, score, 0.2), mean / mean.sum(), rtol=1e-12, atol=0)
+    law = torch.rand(125, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    every = orders._at_every_state(law / law.sum())
+    drawn = torch.multinomial(law, 200_000, True, generator=torch.Generator().manual_seed(2))
+    final = dam.ctmc.enumeration.states(5, 3)[drawn]
+    states = orders.PROCESS.remask(torch.full_like(final, 5), final, torch.Generator().manual_seed(3))
+    sampled = dam.adjoint.group_targets(
+        "posterior", states[:, None], final[:, None], torch.ones(len(final), 1), orders.PROCESS
+    )
+
+    def shares(targets):
+        place = dam.ctmc.enumeration.index_of(targets.states[targets.row], 6) * 15 + targets.position * 5
+        cells = place + targets.target[:, 0]
+        total = torch.zeros(216 * 15, dtype=torch.float64)
+        return total.index_add_(0, cells, targets.weight[:, 0].double()) / len(targets.states)
+
+    # A share of n weights of at most 1 is off by less than half of n^-1/2.
+    assert float((shares(every) - shares(sampled)).abs().max()) < 5 * 0.5 * len(final) ** -0.5
+    assert abs(float(shares(every).sum()) - 1) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_study_of_orders(tmp_path, capsys):
+    arguments = ["orders", "--seeds", "1", "--steps", "4", "--output", str(tmp_path)]
+    assert main([*arguments, "--learners", "defaults", "no reward", "outcomes of p*"]) == 0
+    found = table("orders", tmp_path)
+    assert 0 < found["no reward"]["kl"] < found["defaults"]["kl"] and found["no reward"]["reward_off"] == 0
+    assert found["outcomes of p*"]["kl"] > 0 and "order_variance" in found["defaults"]
+    assert "| 0.2 | 0.029 (0.013 to 0.083) | 0.057 (0.031 to 0.070) |" in capsys.readouterr().out  # README's figures
+
+
 def test_figures_of_finished_runs(tmp_path, capsys):
     """A run that saved the base model does on other puzzles as the base does."""
     training, held_out = (sudoku.draw_puzzles(grids, 6, blanks=(3, 8), seed=0) for grids in sudoku.split_grids())
@@ -375,7 +413,7 @@ def test_figures_of_finished_runs(tmp_path, capsys):
 
 
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
-    own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "runs": "--puzzles"}
+    own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "runs": "--puzzles"}
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])
