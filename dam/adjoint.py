@@ -390,8 +390,7 @@ def estimator_loss(
         weight=targets.weight,
         **head.arguments(hidden.dtype),
         row_scale=scale,
-        exclude=process.excluded(head.weight.shape[0]),
+        **process.left_out(head.weight.shape[0]),
         temperature=temperature,
-        suppress=process.suppressed(head.weight.shape[0]),
     )
     return scaled / gradient_scale

@@ -163,8 +163,7 @@ def rollout(
         drawn = linear_jump(
             hidden,
             **head.arguments(hidden.dtype),
-            exclude=process.excluded(head.weight.shape[0]),
-            suppress=process.suppressed(head.weight.shape[0]),
+            **process.left_out(head.weight.shape[0]),
             temperature=temperature,
             seed=seed,
             row_ids=stream[rows, trajectories.position[rows, at]],
@@ -201,8 +200,7 @@ def jump_log_prob(
             hidden,
             target=trajectories.token[rows, at],
             **head.arguments(hidden.dtype),
-            exclude=process.excluded(head.weight.shape[0]),
-            suppress=process.suppressed(head.weight.shape[0]),
+            **process.left_out(head.weight.shape[0]),
             # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
             temperature=temperature or 1.0,
         )

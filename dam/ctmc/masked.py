@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,10 @@ class MaskedCTMC:
         """What else a draw among so many tokens leaves out; the mask may be among it."""
         known = destinations if self.vocabulary is None else self.vocabulary
         return [*(token for token in self.suppress if token < destinations), *range(known, destinations)]
+
+    def left_out(self, destinations: int) -> dict[str, Any]:
+        """Both, as the operations' arguments `exclude` and `suppress`."""
+        return {"exclude": self.excluded(destinations), "suppress": self.suppressed(destinations)}
 
     def masked(self, tokens: Tensor) -> Tensor:
         """Boolean, like tokens: where something is left to fill in."""
