@@ -74,6 +74,17 @@ def test_shorter_groups_are_padded_on_the_left():
     assert (int(sample["start"][short]), int(sample["start"][1 - short])) == (3, 1)
 
 
+def test_paths_move_along_with_their_sequences():
+    """Positions shift with the padding in front; a path of fewer jumps gets empty ones, whose position stays none."""
+    buffer = ReplayBuffer(4, PAD)
+    for value, length, position, call in ((1, 5, [4, 0, 2], [0, 0, 1]), (2, 3, [1, 2], [0, 1])):
+        paths = {"position": torch.tensor([[position] * 2]), "call": torch.tensor([[call] * 2])}
+        buffer.extend({**batch([value], length), **paths})
+    group = buffer.batch(torch.tensor([1, 0]))
+    assert group["position"].tolist() == [[[3, 4, -1]] * 2, [[4, 0, 2]] * 2]
+    assert group["call"].tolist() == [[[0, 1, -1]] * 2, [[0, 0, 1]] * 2]
+
+
 def test_changing_what_was_put_in_changes_nothing_inside():
     buffer = ReplayBuffer(4, PAD)
     given = {name: value.clone() for name, value in batch([1], 2).items()}
