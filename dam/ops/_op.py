@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -35,7 +34,6 @@ _transforms_active = _private("_C._are_functorch_transforms_active")
 _BelowAutograd = _private("_C._AutoDispatchBelowAutograd")
 _destroy = _private("library.Library._destroy")
 _COMPLIANT = _private("Tag.pt2_compliant_tag")
-_DisableAutocast = _private("_C._DisableAutocast")
 _private("autograd.forward_ad._current_level")  # changes, so calls read it where it is
 
 _libraries: dict[str, torch.library.Library] = {}
@@ -73,14 +71,7 @@ class Op:
             _destroy(_libraries.pop(name))
         library = _libraries[name] = torch.library.Library("dam", "FRAGMENT")
         library.define(name + _schema(function), tags=(_COMPLIANT,))
-
-        @functools.wraps(function)
-        def as_given(*args: Any) -> Any:
-            # Sums and products are in the dtypes that the op states, whatever autocast would make of a product inside.
-            with _DisableAutocast():
-                return function(*args)
-
-        library.impl(name, as_given, "CompositeExplicitAutograd")
+        library.impl(name, function, "CompositeExplicitAutograd")
         self.name = f"dam::{name}"
         self.overload = getattr(torch.ops.dam, name).default
         self._library = library
@@ -109,8 +100,7 @@ class Op:
         self._backward, self._setup_context = backward, setup_context
 
     def _gradient(self, ctx, *grads):
-        with _DisableAutocast():
-            return self._backward(ctx, *grads)
+        return self._backward(ctx, *grads)
 
     def _keep(self, ctx, inputs, output):
         if self._setup_context is not None:

@@ -48,8 +48,10 @@ def test_a_default_dtype_is_not_that_of_the_results(call, room, dtype):
 @pytest.mark.parametrize("room", ["cpu", "torch"])
 @calls.each()
 def test_autocast_does_not_reach_into_an_op(call, room):
-    """Products inside are in the operands' dtypes. Backward passes belong outside of autocast, says torch: of the
-    product of hidden states and an adapter, which autograd differentiates, they are cast.
+    """Products inside are in float64 or put into an array that is there, which autocast leaves alone.
+
+    That of hidden states and an adapter autograd differentiates: a backward pass inside autocast, which torch advises
+    against, casts it.
     """
     inputs = call.inputs(6, 1100)
     with dam.backend(room):
