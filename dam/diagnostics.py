@@ -20,9 +20,7 @@ class Diagnostics(NamedTuple):
     ess: float  # effective sample size of the weights, of K
     ess_path: float  # that of the path weights alone, without the terminal cost
     clip_fraction: float  # trajectories whose weight was clipped
-    adjoint_mean: (
-        float  # mean weight: 1 but for clipping, groups in which nothing is feasible, and leave_one_out (above)
-    )
+    adjoint_mean: float  # mean weight: 1 but for clipping, groups without a feasible outcome, and leave_one_out
     kl_path: float  # KL(p_u || p_base) of trajectories, the order of unmasking included
     kl_outcome: float  # that of outcomes; NaN without other orders
     order_variance: float  # of the log ratio between orders at one outcome; NaN without other orders
