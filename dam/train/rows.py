@@ -169,25 +169,24 @@ class RowReader:
 
     def _text_ids(self, text: str, where: str) -> list[int]:
         """Without what the tokenizer puts behind a text, [SEP] or an end of text: the completion goes on from here."""
-        plain = self._plain_ids(text)
-        # An empty text does not tell what is in front of it from what is behind.
-        return self._in_range([*self._front(text if plain else "a", where), *plain], where, "prompt")
+        ids = [*self._front(), *self._plain_ids(text)]
+        if text and list(self._tokenizer(text)["input_ids"])[: len(ids)] != ids:
+            raise _fault(
+                where,
+                "prompt",
+                "has other tokens with the tokenizer's special tokens than without, so that what it puts behind a "
+                "prompt cannot be told from the prompt: give token ids",
+            )
+        return self._in_range(ids, where, "prompt")
 
     def _plain_ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _front(self, text: str, where: str) -> list[int]:
-        """What the tokenizer puts in front of a text."""
-        ids, plain = list(self._tokenizer(text)["input_ids"]), self._plain_ids(text)
-        for start in range(len(ids) - len(plain) + 1):
-            if ids[start : start + len(plain)] == plain:
-                return ids[:start]
-        raise _fault(
-            where,
-            "prompt",
-            "has other tokens with the tokenizer's special tokens than without, so that what it puts behind a prompt "
-            "cannot be told from the prompt: give token ids",
-        )
+    def _front(self) -> list[int]:
+        """What the tokenizer puts in front of a text: of a plain one, as a text of special tokens would not tell."""
+        ids, plain = list(self._tokenizer("a")["input_ids"]), self._plain_ids("a")
+        starts = range(len(ids) - len(plain) + 1)
+        return ids[: next((start for start in starts if ids[start : start + len(plain)] == plain), 0)]
 
     def _chat_ids(self, messages: Any, where: str, continues: bool) -> list[int]:
         try:

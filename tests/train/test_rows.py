@@ -85,6 +85,7 @@ def test_nothing_stands_between_prompt_and_completion(behind):
     words = tokenizer(behind=behind)
     assert read({"prompt": "a b"}, words).input_ids == [*front, A, B, MASK, MASK, MASK]
     assert read({"prompt": "a <eos>"}, words).input_ids == [*front, A, EOS, MASK, MASK, MASK]
+    assert read({"prompt": "<bot>"}, words).input_ids == [*front, BOT, MASK, MASK, MASK]  # of the text, as in front
     assert read({"prompt": ""}, words).input_ids == [*front, MASK, MASK, MASK]
 
 
@@ -225,7 +226,7 @@ def test_a_dataset_is_looked_through_without_tokenising_it():
 
     rows = [{"prompt": f"a {'b ' * n}"} for n in range(50)]
     check_rows(reader(Counted()), rows, "training")
-    assert set(calls) == {"a "}
+    assert set(calls) == {"a ", "a"}  # the first row, and a plain text for what is put in front
     rows[30] = {"prompt": "a [MASK] b"}
     with pytest.raises(ValueError, match="row 30 of the training dataset, column 'prompt': holds the mask token"):
         check_rows(reader(Counted()), rows, "training")
