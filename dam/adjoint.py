@@ -30,7 +30,7 @@ from dam.ops._philox import Use
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.linear_matching_loss import linear_matching_loss
 from dam.ops.tilt_to_ess import tilt_to_ess
-from dam.rollout import Trajectories
+from dam.rollout import Trajectories, log_mixture
 
 ESTIMATORS = ("first_jump_one", "first_jump", "posterior")
 NORMALIZERS = ("state", "group")
@@ -45,6 +45,7 @@ def tilted_weights(
     max_tilt: float = 1.0,
     clip: float | None = None,
     leave_one_out: bool = False,
+    from_base: Tensor | None = None,  # bool [G, K]
 ) -> tuple[AdjointWeights, Tensor]:
     """Weights of K trajectories of each of G groups toward p*, no further than their effective sample size allows.
 
@@ -65,8 +66,16 @@ def tilted_weights(
     A second bias is of finite K: a trajectory that weighs much raises its own normaliser, so that the weights pull back
     toward the model, by a share of order 1 / K. `leave_one_out` takes it away.
 
+    And an outcome that the model has lost is not drawn, so nothing brings it back, and no figure of what is drawn shows
+    it. Where the base draws a share s of each group, `from_base`, trajectories are those of the mixture
+    (1 - s) model + s base (`dam.rollout.log_mixture`), and are weighed against it:
+
+        weight = K softmax_k(h l - log(1 - s + s exp(sum_s log_ratio)))
+
+    Then nothing is lost that the base has, and no path weight is above 1 / s at h = 1.
+
     Args:
-        log_ratio: log u_base - log u at each jump; zero for steps a trajectory did not take.
+        log_ratio: log u_base - log u at each jump, whichever of them drew it; zero for steps a trajectory did not take.
         reward: r(X_1) = -beta g(X_1); -inf forbids an outcome.
         beta: temperature, the weight of the KL to the base relative to the reward; > 0.
         ess: effective sample size to keep, in [1, K]; None takes h = max_tilt.
@@ -78,7 +87,10 @@ def tilted_weights(
 
             At an h that does not depend on the trajectories the weighted outcomes then have the law of infinite K, but
             for the bound K, which binds where one outweighs all the others together and counts as clipped. The mean is
-            above 1.
+            above 1. With from_base, whose trajectories are as many in each group, a share of order 1 / K of the
+            difference between the mean weights of base and model is left.
+        from_base: which trajectories the base drew and not the model; they do not count in `ess`, and its K are
+            those that the model drew.
 
     Returns:
         The weights, and h [G] in float64.
@@ -88,11 +100,18 @@ def tilted_weights(
     if not 0 < max_tilt <= 1:
         raise ValueError(f"max_tilt must be in (0, 1]; got {max_tilt}")
     log_ratio, reward = log_ratio.double(), reward.double()
-    score = torch.where(reward == -torch.inf, -torch.inf, log_ratio.sum(dim=2) + reward / beta)
+    path = log_ratio.sum(dim=2)
+    score = torch.where(reward == -torch.inf, -torch.inf, path + reward / beta)
+    mixture = torch.zeros_like(path)
+    if from_base is not None:
+        mixture = log_mixture(path, from_base)
+        score = torch.where(from_base, -torch.inf, score)
+        ess = None if ess is None else max(1.0, ess * float((~from_base).double().mean(dim=1).min()))
     step = torch.full_like(score[:, 0], max_tilt) if ess is None else tilt_to_ess(score, ess, max_tilt=max_tilt)
     # A step of 0 still keeps what is forbidden out: cost +inf, not 0 * inf.
     cost = torch.where(reward == -torch.inf, torch.inf, -step[:, None] * reward / beta)
-    weights = adjoint_weights(step[:, None, None] * log_ratio, cost, clip=None if leave_one_out else clip)
+    gain = torch.cat((step[:, None, None] * log_ratio, -mixture[..., None]), dim=2)
+    weights = adjoint_weights(gain, cost, clip=None if leave_one_out else clip)
     return (_left_out(weights, clip) if leave_one_out else weights), step
 
 

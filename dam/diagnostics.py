@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
-from dam.rollout import PathLogProbs
+from dam.rollout import PathLogProbs, log_mixture
 
 
 class Diagnostics(NamedTuple):
@@ -35,6 +35,7 @@ def diagnose(
     *,
     escape_gap: Tensor | None = None,  # [G, K, S]
     orders: PathLogProbs | None = None,  # [..., M]
+    from_base: Tensor | None = None,  # bool [G, K]
     generator: torch.Generator | None = None,
 ) -> Diagnostics:
     """All figures of K trajectories of each of G groups at once.
@@ -44,16 +45,23 @@ def diagnose(
         log_ratio, escape_gap: log u_base - log u at the jumps, and the gap of the escape rates between them.
         final: the outcomes X_1.
         maskable: which positions were filled in.
-        orders: outcomes, those of the trajectories or a sample of them, by M orders of unmasking.
+        orders: outcomes, those of the trajectories or a sample of them, by M orders of unmasking; drawn by the model.
+        from_base: which trajectories the base drew, in each group as many. Path weights are then those of the mixture
+            (`dam.rollout.log_mixture`), and `kl_path` is of what the model drew.
         generator: divides the trajectories into halves.
     """
+    gain = log_ratio if escape_gap is None else log_ratio.double() + escape_gap.double()
+    own = gain
+    if from_base is not None:
+        own = gain[~from_base].unflatten(0, (len(gain), -1))
+        gain = torch.cat((gain.double(), -log_mixture(gain.double().sum(dim=2), from_base)[..., None]), dim=2)
     return Diagnostics(
         ess=float(weights.ess.mean()),
-        ess_path=float(ess_by_step(log_ratio, escape_gap=escape_gap)[0]),
+        ess_path=float(ess_by_step(gain)[0]),
         clip_fraction=float(weights.clipped.mean()),
         adjoint_mean=float(weights.weight.mean()),
-        kl_path=float(kl_path(log_ratio, escape_gap=escape_gap).mean()),
-        kl_outcome=float("nan") if orders is None else kl_outcome(log_ratio, orders),
+        kl_path=float(kl_path(own).mean()),
+        kl_outcome=float("nan") if orders is None else kl_outcome(own, orders),
         order_variance=float("nan") if orders is None else order_variance(orders),
         split_half=split_half_reliability(weights.weight, final, maskable, generator=generator),
     )

@@ -39,6 +39,12 @@ class Trajectories:
             raise ValueError("these trajectories carry no log-probabilities of the base: pass base= to rollout")
         return self.base_log_prob - self.log_prob
 
+    def exchanged(self) -> Trajectories:
+        """As seen from the base, which is then the model: of trajectories that the base of another rollout drew."""
+        if self.base_log_prob is None:
+            raise ValueError("these trajectories carry no log-probabilities of the base: pass base= to rollout")
+        return dataclasses.replace(self, log_prob=self.base_log_prob, base_log_prob=self.log_prob)
+
     def __getitem__(self, rows: slice | Tensor) -> Trajectories:
         """Some of the trajectories."""
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -72,6 +78,24 @@ class Trajectories:
         rows, jumps = torch.nonzero((self.call >= 0) & (self.call < call), as_tuple=True)
         tokens[rows, self.position[rows, jumps]] = self.token[rows, jumps]
         return tokens
+
+
+def log_mixture(log_path: Tensor, from_base: Tensor) -> Tensor:
+    """log of how likely a trajectory is to be drawn where the base draws a share s of its group, over the model's.
+
+        log(1 - s + s exp(log_path)),     s = mean_k from_base
+
+    Args:
+        log_path: floating point [G, K], log of how likely the base makes a trajectory over how likely the model does.
+        from_base: bool [G, K], which the base drew.
+
+    Returns:
+        float64 [G, K].
+
+    Source: Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995.
+    """
+    share = from_base.double().mean(dim=1, keepdim=True)
+    return torch.logaddexp((1 - share).log(), share.log() + log_path.double())
 
 
 def path_of(states: Tensor, final: Tensor, position: Tensor, call: Tensor) -> Trajectories:

@@ -177,6 +177,83 @@ def test_left_out_weights_are_bounded():
     assert clipped.clipped.tolist() == [0.25, 0.25, 0.0, 0.0]
 
 
+# ---- trajectories that the base drew
+
+
+def weighed_paths(base, model, reward, h, share):
+    """The law of weighted outcomes in expectation, where a share of each group comes from the base; and the weights."""
+    log_path, count = (base - model).view(1, -1), base.numel()
+    drawn = torch.logaddexp(math.log(1 - share) + model, math.log(share) + base).view(1, -1)
+    weights, _ = tilted_weights(
+        log_path[..., None],
+        # Every path stands for itself, as often as it is drawn, as in `step`.
+        reward.expand_as(base).reshape(1, -1) + 0.5 * drawn / h,
+        beta=0.5,
+        max_tilt=h,
+        from_base=(torch.arange(count) < share * count)[None],
+    )
+    law = weights.weight.view_as(base).sum(dim=0)
+    return law / law.sum(), weights
+
+
+@pytest.mark.parametrize("share", [0.125, 0.5])
+@pytest.mark.parametrize("h", [1.0, 0.3])
+def test_trajectories_of_the_base_are_weighed_as_those_of_the_mixture(h, share):
+    """The same law as with the model's alone, for a model as inconsistent as its base; at h = 1 it is p*."""
+    base, model, reward = paths(0), paths(1), reward_of(0)
+    law, _ = weighed_paths(base, model, reward, h, share)
+    torch.testing.assert_close(law, step(base, model, reward, 0.5, h), rtol=1e-10, atol=0)
+    if h == 1.0:
+        torch.testing.assert_close(law, power_mean(base, reward, 0.5, 1.0), rtol=1e-10, atol=0)
+
+
+def test_an_outcome_that_the_model_has_lost_has_a_bounded_weight():
+    """At most 1 / s of the base's, whatever the model says; without the base's trajectories it has no bound."""
+    base, model = paths(0), paths(1)
+    model[:, 5] -= 40.0
+    zeros = torch.zeros(V**N, dtype=torch.float64)
+    _, weights = weighed_paths(base, model, zeros, 1.0, 0.25)
+    assert float(weights.log_path[..., 0].max()) == pytest.approx(math.log(4.0), abs=1e-9)
+    alone, _ = tilted_weights((base - model).view(1, -1, 1), zeros.expand_as(base).reshape(1, -1), beta=0.5)
+    assert float(alone.log_path.max()) > 35
+
+
+def test_what_the_base_drew_does_not_shorten_steps():
+    """h follows from the ESS of the model's own trajectories, of as many as these are."""
+    generator = torch.Generator().manual_seed(0)
+    log_ratio = torch.randn(3, 16, 1, generator=generator, dtype=torch.float64)
+    reward = torch.randn(3, 16, generator=generator, dtype=torch.float64)
+    from_base = (torch.arange(16) >= 12).expand(3, -1)
+    far = torch.where(from_base[..., None], log_ratio + 30.0, log_ratio)
+    options = {"beta": 0.2, "max_tilt": 1.0}
+    found, wanted = [], tilted_weights(log_ratio[:, :12], reward[:, :12], ess=3.0, **options)[1]
+    for ratio in (log_ratio, far):
+        weights, h = tilted_weights(ratio, reward, ess=4.0, from_base=from_base, **options)
+        found.append(h)
+        assert bool((weights.weight >= 0).all()) and bool((weights.weight.mean(dim=1) - 1 < 1e-9).all())
+    for h in found:
+        torch.testing.assert_close(h, wanted, rtol=1e-9, atol=0)
+    assert 0 < float(wanted.min()) and float(wanted.max()) < 1
+    # None of them: as without.
+    none, _ = tilted_weights(log_ratio, reward, ess=4.0, from_base=torch.zeros(3, 16).bool(), **options)
+    torch.testing.assert_close(none.weight, tilted_weights(log_ratio, reward, ess=4.0, **options)[0].weight)
+
+
+def test_figures_of_a_model_leave_out_what_its_base_drew():
+    """kl_path is of the model's trajectories; the effective sample size of path weights is of all."""
+    log_ratio = torch.tensor([[[-0.5], [-0.7], [2.0], [1.0]]], dtype=torch.float64)
+    from_base = torch.tensor([[False, False, True, True]])
+    weights, _ = tilted_weights(log_ratio, torch.zeros(1, 4), beta=1.0, from_base=from_base)
+    told = diagnostics.diagnose(
+        weights, log_ratio, torch.zeros(1, 4, 1).long(), torch.ones(1, 1).bool(), from_base=from_base
+    )
+    assert told.kl_path == pytest.approx(0.6)
+    ratio = log_ratio[0, :, 0].exp()
+    weight = ratio / (0.5 + 0.5 * ratio)
+    assert told.ess_path == pytest.approx(float(weight.sum() ** 2 / weight.square().sum()), rel=1e-6)
+    torch.testing.assert_close(weights.weight[0], 4 * weight / weight.sum())
+
+
 # ---- other orders of outcomes that were drawn
 
 

@@ -68,6 +68,14 @@ class DAMConfig(TrainingArguments):
             "the model that K trajectories have; weights are at most K."
         },
     )
+    base_generations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trajectories of each group that the base draws instead of the model, so that what the model has "
+            "lost can come back. None takes num_generations // 8, at no more network calls than without; 0 none. "
+            "Logged rewards and KL are of those that the model draws."
+        },
+    )
     num_orders: int = field(
         default=1,
         metadata={
@@ -199,8 +207,13 @@ class DAMConfig(TrainingArguments):
             raise ValueError(f"max_tilt must be in (0, 1]; got {self.max_tilt}")
         if self.full_tilt_from is not None and not 0 <= self.full_tilt_from <= 1:
             raise ValueError(f"full_tilt_from must be in [0, 1] or None; got {self.full_tilt_from}")
-        if not 0 <= self.order_samples <= self.num_generations:
-            raise ValueError(f"order_samples must be in [0, num_generations]; got {self.order_samples}")
+        if self.base_generations is not None and not 0 <= self.base_generations < self.num_generations:
+            raise ValueError(f"base_generations must be in [0, num_generations); got {self.base_generations}")
+        if not 0 <= self.order_samples <= self.from_model:
+            raise ValueError(
+                f"order_samples must be in [0, {self.from_model}], as many as the model draws of a group; "
+                f"got {self.order_samples}"
+            )
         if self.draw_outcomes is not None and (self.draw_outcomes < 1 or self.normalizer == "state"):
             raise ValueError(
                 f'draw_outcomes must be at least 1 and goes with normalizer "group"; got {self.draw_outcomes}'
@@ -217,6 +230,12 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
+
+    @property
+    def from_model(self) -> int:
+        """Trajectories of each group that the model draws; the base draws the others."""
+        drawn_by_base = self.num_generations // 8 if self.base_generations is None else self.base_generations
+        return self.num_generations - drawn_by_base
 
     @property
     def on_paths(self) -> bool:

@@ -76,25 +76,39 @@ class Sampler:
         seed: int,
         row_ids: Tensor,
         base: bool = False,
+        from_base: Tensor | None = None,
         **options: Any,
     ) -> Trajectories:
-        """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole."""
-        pieces = [
-            rollout(
-                self._denoiser(model),
-                tokens[part],
-                self._process,
-                base=self.base(model) if base else None,
-                attention_mask=attention_mask[part],
-                steps=self._args.diffusion_steps,
-                block_length=self._args.block_length,
-                seed=seed,
-                row_ids=row_ids[part],
-                **options,
-            )
-            for part in self._pieces(len(tokens))
-        ]
-        return Trajectories.concatenate(pieces)
+        """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole.
+
+        Where from_base, bool [B], says so the base draws; log_prob stays that of the model, base_log_prob the base's.
+        """
+
+        def drawn(rows: Tensor, drawer: Denoiser, other: Denoiser | None) -> list[Trajectories]:
+            return [
+                rollout(
+                    drawer,
+                    tokens[part],
+                    self._process,
+                    base=other,
+                    attention_mask=attention_mask[part],
+                    steps=self._args.diffusion_steps,
+                    block_length=self._args.block_length,
+                    seed=seed,
+                    row_ids=row_ids[part],
+                    **options,
+                )
+                for part in (rows[piece] for piece in self._pieces(len(rows)))
+            ]
+
+        everything = torch.arange(len(tokens), device=tokens.device)
+        if from_base is None:
+            denoiser = self._denoiser(model)
+            return Trajectories.concatenate(drawn(everything, denoiser, self.base(model) if base else None))
+        mine, others = everything[~from_base], everything[from_base]
+        pieces = drawn(mine, self._denoiser(model), self.base(model))
+        pieces += [piece.exchanged() for piece in drawn(others, self.base(model), self._denoiser(model))]
+        return Trajectories.concatenate(pieces)[torch.cat((mine, others)).argsort()]
 
     def over_orders(
         self,

@@ -97,6 +97,9 @@ class DAMTrainer(Trainer):
     Never drawn are the mask token, `suppress_tokens`, and ids that processing_class does not have, for which many heads
     have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
 
+    The base draws the last `base_generations` trajectories of each group; what is logged of rewards and KL is of the
+    model's own.
+
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
     reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
     p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
@@ -284,6 +287,8 @@ class DAMTrainer(Trainer):
         orders = None
         if "order_log_prob" in rolled_out:
             orders = PathLogProbs(rolled_out["order_log_prob"], rolled_out["order_base_log_prob"])
+        drawn_by_model = args.from_model  # of each group the first ones
+        from_base = (torch.arange(args.num_generations, device="cpu") >= drawn_by_model).expand_as(reward)
         ess, max_tilt = args.step_limits(self.state.global_step / max(1, self.state.max_steps))
         weights, step = tilted_weights(
             orders.log_ratio[..., None] if orders is not None and args.num_orders > 1 else log_ratio,
@@ -293,13 +298,15 @@ class DAMTrainer(Trainer):
             max_tilt=max_tilt,
             clip=args.clip,
             leave_one_out=args.leave_one_out,
+            from_base=from_base,
         )
         told = diagnostics.diagnose(
             weights,
             log_ratio,
             rolled_out["final"],
             self.process.masked(rolled_out["states"]),
-            orders=orders,
+            orders=None if orders is None else PathLogProbs(*(each[:, :drawn_by_model] for each in orders)),
+            from_base=from_base,
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
@@ -308,8 +315,9 @@ class DAMTrainer(Trainer):
         kept = ["states", "final", "first", "attention_mask", "start", *(["position", "call"] if args.on_paths else [])]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
+        reward = reward[:, :drawn_by_model]
         finite = reward[reward > -torch.inf]  # what is not forbidden
-        parts = {name: value for name, value in rolled_out.items() if name.startswith("rewards/")}
+        parts = {n: value[:, :drawn_by_model] for n, value in rolled_out.items() if n.startswith("rewards/")}
         self.progress.record(
             reward=_mean(reward),
             reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
@@ -329,6 +337,7 @@ class DAMTrainer(Trainer):
         # All of a group by num_orders, or a few of it by two.
         orders, taken = (args.num_orders, size) if args.num_orders > 1 else (2, args.order_samples)
         chosen = torch.arange(len(row_ids), device=number.device).view(-1, size)[:, :taken].flatten()
+        from_base = torch.arange(len(row_ids), device=number.device) % size >= args.from_model
         with self.sampler.evaluating(model):
             self._compare(batch)
             states = tokens
@@ -343,6 +352,7 @@ class DAMTrainer(Trainer):
                 seed=seed,
                 row_ids=row_ids,
                 base=True,
+                from_base=from_base,
                 temperature=args.temperature,
             )
             paths = None
@@ -357,7 +367,7 @@ class DAMTrainer(Trainer):
                     temperature=args.temperature,
                 )
         seen, reward, parts = self._rewarded(batch, trajectories.final, size)
-        best = int(reward.argmax())
+        best = int(torch.where(from_base.to(reward.device), -torch.inf, reward).argmax())
         self._example = (seen["prompts"][best], seen["completions"][best], float(reward[best]))
         of_each = {
             "final": trajectories.final,

@@ -1,12 +1,16 @@
 """What a run draws depends on (seed, step, prompt, trajectory, position) only, however the work is divided."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.models import MaskedLM
+from dam.rollout import jump_log_prob, rollout
 from dam.train import DAMTrainer
+from dam.train.trainer import _Draw
 from tests.train.tiny import MASK, ROWS, sum_reward, tiny_config, tiny_model
 
 PROMPTS = [{"prompt": [1 + n % 5] * (1 + n % 3), "name": n} for n in range(8)]  # of several lengths, so padded
@@ -41,6 +45,7 @@ def assert_same_run(one, other):
         *({"estimator": e, "normalizer": n} for e, n in itertools.product(ESTIMATORS, NORMALIZERS)),
         {"null_arm": True},
         {"num_orders": 3},
+        {"base_generations": 3},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
@@ -70,6 +75,51 @@ def test_trajectories_of_a_group_and_of_equal_prompts_are_drawn_apart(tmp_path):
     DAMTrainer(tiny_model(), reward, config, rows).train()
     # Of 5^7 outcomes that an untrained model finds about equally likely, 64 share one with probability 0.03.
     assert len(seen) == 64 and len(set(seen)) > 60
+
+
+def test_the_last_trajectories_of_a_group_are_drawn_by_the_base(tmp_path):
+    """As the base's own rollout draws them, and with the log ratio of base to model that the others have."""
+    groups = []
+
+    class Told(DAMTrainer):
+        def _rolled_out(self, model, batch):
+            groups.extend(super()._rolled_out(model, batch))
+            return groups[:]
+
+    base = tiny_model(seed=1)
+    config = tiny_config(tmp_path, max_steps=1, per_device_train_batch_size=1, base_generations=3, rollout_batch_size=4)
+    trainer = Told(tiny_model(), sum_reward, config, [{"input_ids": [MASK] * 4}], ref_model=base)
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    seed = trainer._seed(_Draw.ROLLOUT, step=0)
+    process, (group,) = trainer.process, groups
+    for drawer, rows in ((before, slice(0, 5)), (base, slice(5, 8))):
+        row_ids = torch.arange(8)[rows]
+        way = rollout(MaskedLM(drawer), torch.full((len(row_ids), 4), MASK), process, seed=seed, row_ids=row_ids)
+        assert torch.equal(group["final"][rows], way.final) and torch.equal(group["position"][rows], way.position)
+        model, other = (jump_log_prob(MaskedLM(each), way, process) for each in (before, base))
+        torch.testing.assert_close(group["log_ratio"][rows], other - model, rtol=0, atol=1e-5)  # float32
+    assert float(group["log_ratio"].abs().max()) > 0.01
+
+
+def test_what_the_model_has_lost_comes_back(tmp_path):
+    """Token 3 at e^-9 of what the base gives it: its own trajectories never show it, those of the base do."""
+    found = []
+    for base_generations in (0, 2):
+        base, model = tiny_model(), tiny_model()
+        with torch.no_grad():
+            model.cls.predictions.bias[3] -= 9.0
+        model.requires_grad_(False)
+        model.cls.predictions.bias.requires_grad_(True)
+        config = tiny_config(
+            tmp_path, max_steps=60, base_generations=base_generations, learning_rate=0.3, full_tilt_from=0.0, beta=1.0
+        )
+        DAMTrainer(model, lambda completion_ids, **_: [0.0] * len(completion_ids), config, ROWS, ref_model=base).train()
+        tokens = torch.tensor([row["input_ids"] for row in ROWS])
+        share = [each(input_ids=tokens).logits[..., 1:].softmax(dim=-1)[..., 2].mean() for each in (model, base)]
+        found.append(float(share[0] / share[1]))
+    # Up to what 60 noisy steps leave: 480 trajectories of 3 jumps, of which a fifth has the token.
+    assert found[0] < 0.1 and 0.6 < found[1] < 1.6
 
 
 def test_data_seed_orders_the_prompts(tmp_path):

@@ -326,7 +326,8 @@ def test_padding_is_never_filled_in(tmp_path, tokenizer, with_tokenizer, normali
 
 
 def test_what_is_logged(tmp_path):
-    trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, full_tilt_from=None), ROWS)
+    config = tiny_config(tmp_path, full_tilt_from=None, base_generations=0)
+    trainer = DAMTrainer(tiny_model(), sum_reward, config, ROWS)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = {"reward", "reward_std", "tilt", "rewards/sum_reward", "reward_calls", *diagnostics.Diagnostics._fields}
@@ -391,7 +392,9 @@ def test_orders_are_averaged_in_the_weights(tmp_path, leave_one_out):
     group, last = seen["groups"][-1], trainer.progress.replay.state_dict()["groups"][-1]
     orders = PathLogProbs(group["order_log_prob"], group["order_base_log_prob"])
     assert orders.log_prob.shape == (8, 3)
-    share = (orders.log_ratio + group["reward"] / 50.0).softmax(dim=0)
+    # One of 8 is drawn by the base.
+    mixture = (7 / 8 + orders.log_ratio.exp() / 8).log()
+    share = (orders.log_ratio + group["reward"] / 50.0 - mixture).softmax(dim=0)
     expected = 7 * share / (1 - share) if leave_one_out else 8 * share
     torch.testing.assert_close(last["weight"], expected.float())
     one = 8 * (group["log_ratio"].sum(dim=1) + group["reward"] / 50.0).softmax(dim=0)
@@ -464,9 +467,9 @@ def test_rollouts_come_in_pieces_of_rollout_batch_size(tmp_path):
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
-    # One row first, to compare with the model's own logits. 16 trajectories of three jumps: pieces of 5, 5, 5 and 1, a
-    # network call for each jump. Of each group one trajectory by a second order.
-    assert sizes == [1] + [5] * 9 + [1] * 3 + [2] * 3
+    # One row first, to compare with the model's own logits. 14 trajectories of three jumps: pieces of 5, 5 and 4, a
+    # network call for each jump; and two that the base drew. Of each group one trajectory by a second order.
+    assert sizes == [1] + [5] * 6 + [4] * 3 + [2] * 3 + [2] * 3
 
 
 # Arguments
