@@ -47,7 +47,7 @@ def gradients_by_columns(
             gradient_dtype=address.DTYPE_CODE[gradient.dtype],
             where=cuda.where(logits),
         )
-        gradients.add(rows, columns, gradient)
+        gradients.add(rows, columns, gradient, logits)
     return gradients.finish()
 
 
