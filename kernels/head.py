@@ -262,6 +262,41 @@ def summary_kernel(
             tl.store(logit + out, won, mask=valid)
 
 
+@triton.jit
+def base_share(
+    base_hidden,
+    base_hidden_stride,
+    base_weight,
+    base_weight_stride,
+    base_bias,
+    base_softcap,
+    base_reference,
+    base_coefficient,
+    excluded,
+    suppressed,
+    row,
+    column,
+    columns,
+    base_depth,
+    c_high,
+    c_low,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BASE_WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """base_coefficient exp(scale (b - base_reference)) for base logits b."""
+    b = logits_of(
+        base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, base_softcap,
+        excluded, suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE,
+        BLOCK_DEPTH, True, PRECISION,
+    )  # fmt: skip
+    base_factor = tl.load(base_coefficient + row)[:, None]
+    return core.share(b, base_factor, tl.load(base_reference + row)[:, None], c_high, c_low, UNIT)
+
+
 @triton.jit(do_not_specialize=core.VARYING)
 def gradient_kernel(
     hidden,  # [T, D]
@@ -327,6 +362,14 @@ def gradient_kernel(
     excluded = None
     if exclude is not None:
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
+    if softcap is not None:
+        if base_hidden is not None:
+            # Before the logits, which the cap's derivative needs to the end: registers hold two blocks, not three.
+            taken = base_share(
+                base_hidden, base_hidden_stride, base_weight, base_weight_stride, base_bias, base_softcap,
+                base_reference, base_coefficient, excluded, suppressed, row, column, columns, base_depth, c_high, c_low,
+                UNIT, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, PRECISION,
+            )  # fmt: skip
     x = logits_of(
         hidden, hidden_stride, weight, weight_stride, low_hidden, low_hidden_stride, low_weight, low_weight_stride,
         bias, softcap, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS,
@@ -335,13 +378,13 @@ def gradient_kernel(
     factor = tl.load(coefficient + row)[:, None]
     result = core.share(x, factor, tl.load(reference + row)[:, None], c_high, c_low, UNIT)
     if base_hidden is not None:
-        b = logits_of(
-            base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias,
-            base_softcap, excluded, suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS,
-            BLOCK_DEPTH, BASE_WHOLE, LOW_BLOCK_DEPTH, True, PRECISION,
-        )  # fmt: skip
-        base_factor = tl.load(base_coefficient + row)[:, None]
-        result -= core.share(b, base_factor, tl.load(base_reference + row)[:, None], c_high, c_low, UNIT)
+        if softcap is None:
+            taken = base_share(
+                base_hidden, base_hidden_stride, base_weight, base_weight_stride, base_bias, base_softcap,
+                base_reference, base_coefficient, excluded, suppressed, row, column, columns, base_depth, c_high, c_low,
+                UNIT, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, PRECISION,
+            )  # fmt: skip
+        result -= taken
     for slot in range(0, slots):
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, 1)
         begin = first_column + column_block * BLOCK_COLUMNS
