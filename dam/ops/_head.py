@@ -117,10 +117,10 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, buffer[: part.stop - start].copy_(weight[part])
 
 
-def _dtypes(weight: Tensor, arrays: int, gradient: torch.dtype | None, capped: bool) -> list[torch.dtype]:
+def _dtypes(weight: Tensor, arrays: int, gradient: torch.dtype | None, apart: bool) -> list[torch.dtype]:
     """Of arrays of logits, and of their gradient if that does not take the place of the first."""
     dtypes = [_rows.accumulator(weight.dtype)] * arrays
-    if gradient is None or (gradient == dtypes[0] and not capped):
+    if gradient is None or (gradient == dtypes[0] and not apart):
         return dtypes
     return [*dtypes, gradient]
 
@@ -138,12 +138,12 @@ def chunks(
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Chunks of rows, with `arrays` arrays [chunk, V] in the accumulator's dtype that serve one chunk after another.
 
-    One more array follows for the gradient of the logits, if that has another dtype, or goes on through a soft cap and
-    so needs the logits beside it.
+    One more array follows for the gradient of the logits, if that has another dtype, or on a GPU goes on through a soft
+    cap and so needs the logits beside it; see `blocks`.
     """
     weight = head.weight
     rows, columns = head.hidden.shape[0], weight.shape[0]
-    dtypes = _dtypes(weight, arrays, gradient, head.softcap is not None)
+    dtypes = _dtypes(weight, arrays, gradient, head.softcap is not None and backend in _ON_GPU)
     bytes_per_row = columns * sum(dtype.itemsize for dtype in dtypes)
     if backend in _ON_GPU:
         parts = iter(_steps(rows, bytes_per_row))
@@ -214,12 +214,42 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 def logits(head: Projection, out: Tensor) -> Tensor:
     """Logits of all rows of `head` into `out`, in the accumulator's dtype."""
+    _products(head, out)
+    return out if head.softcap is None else _softcap.capped(out, head.softcap)
+
+
+def blocks(
+    head: Projection, rows: slice, out: Tensor, gradient: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Logits of these rows into `out`, block by block: its rows, its logits, and the place for their gradient.
+
+    When the next block is asked for, the gradient goes on through the cap. All rows are one block, unless logits are
+    capped and `gradient` is `out`: then as many as stay in a CPU's cache meanwhile.
+    """
+    if head.softcap is None or gradient is None:
+        yield rows, logits(head.part(rows), out), gradient
+        return
+    if gradient is not out:
+        yield rows, logits(head.part(rows), out), gradient
+        _softcap.differentiated(gradient, out, head.softcap)
+        return
+    _products(head.part(rows), out)
+    step = max(1, _softcap.step(out) // out.shape[1])
+    memory = torch.empty_like(out[:step])
+    for at in range(0, out.shape[0], step):
+        block = out[at : at + step]
+        ratio = _softcap.capped_and_ratio(block, head.softcap, memory[: block.shape[0]])
+        yield slice(rows.start + at, rows.start + at + block.shape[0]), block, block
+        _softcap.differentiated_by_ratio(block, ratio)
+
+
+def _products(head: Projection, out: Tensor) -> None:
+    """What becomes the logits of `head`, before a cap."""
     _multiply(head.hidden, head.weight.t(), out)
     if head.low_hidden is not None and head.low_weight is not None:
         _add_low_rank(head.low_hidden, head.low_weight, out)
     if head.bias is not None:
         out.add_(head.bias.to(out.dtype))
-    return out if head.softcap is None else _softcap.capped(out, head.softcap)
 
 
 def _add_low_rank(low_hidden: Tensor, low_weight: Tensor, out: Tensor) -> None:
@@ -256,18 +286,13 @@ class Gradients:
         self._head, self._needed = head, needed
         self._gradients: list[Tensor | None] = [None] * 5
 
-    def add(self, rows: slice, columns: slice, grad_logits: Tensor, logits: Tensor | None = None) -> None:
+    def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
         """Adds what the gradient of the logits of these rows and columns, in `gradient_dtype`, contributes.
 
         A chunk of all columns is all that the hidden states of its rows get, and one of all rows all that its columns
         of the head get: then nothing is accumulated.
-
-        Args:
-            logits: the logits themselves, through whose soft cap the gradient then goes; both arrays are overwritten.
         """
         head = self._head
-        if logits is not None and head.softcap is not None:
-            _softcap.differentiated(grad_logits, logits, head.softcap)
         whole_rows = columns == slice(0, head.weight.shape[0])
         whole_columns = rows == slice(0, head.hidden.shape[0])
         for i, factor in ((0, head.weight), (3, head.low_weight)):

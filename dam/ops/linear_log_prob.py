@@ -92,16 +92,11 @@ def chunked_backward(
     dtype = _head.gradient_dtype(head, backend)
     columns = slice(0, head.weight.shape[0])
     for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype):
-        grad_logits = _row_op._BACKWARD[backend](
-            grad[part],
-            _head.logits(head.part(part), memory[0]),
-            target[part],
-            log_escape[part],
-            exclude.part(part),
-            temperature,
-            memory[-1],
-        )
-        gradients.add(part, columns, grad_logits, memory[0])
+        for rows, logits, into in _head.blocks(head, part, memory[0], memory[-1]):
+            _row_op._BACKWARD[backend](
+                grad[rows], logits, target[rows], log_escape[rows], exclude.part(rows), temperature, into
+            )
+        gradients.add(part, columns, memory[-1])
     return gradients.finish()
 
 

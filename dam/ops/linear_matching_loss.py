@@ -155,26 +155,33 @@ def chunked(
     dtype = _head.gradient_dtype(head, backend) if any(needed) else None
     arrays = 1 if base is None else 2
     for part, memory in _head.chunks(head, arrays=arrays, backend=backend, gradient=dtype):
-        loss, grad_logits = _row_op._IMPLEMENTATIONS[backend](
-            _head.logits(head.part(part), memory[0]),
-            target[part],
-            weight[part],
-            None if base is None else _head.logits(base.part(part), memory[1]),
-            None if base_weight is None else base_weight[part],
-            row_scale[part],
-            exclude.part(part),
-            normalized,
-            temperature,
-            any(needed),
-            memory[arrays] if len(memory) > arrays else memory[0],
-            *(() if shares is None else (shares[part],)),
-        )
+        base_logits = None if base is None else _head.logits(base.part(part), memory[1])
+        gradient = (memory[arrays] if len(memory) > arrays else memory[0]) if any(needed) else None
+        row_losses = []
+        for some, logits, into in _head.blocks(head, part, memory[0], gradient):
+            loss, _ = _row_op._IMPLEMENTATIONS[backend](
+                logits,
+                target[some],
+                weight[some],
+                None if base_logits is None else base_logits[some.start - part.start : some.stop - part.start],
+                None if base_weight is None else base_weight[some],
+                row_scale[some],
+                exclude.part(some),
+                normalized,
+                temperature,
+                any(needed),
+                into,
+                *(() if shares is None else (shares[some],)),
+            )
+            row_losses.append(loss)
+        # Of the whole chunk, so that the order of its sum does not depend on blocks, nor these on threads' number.
+        loss = row_losses[0] if len(row_losses) == 1 else torch.cat(row_losses)
         if per_row:
             losses[part] = loss
         else:
             losses += _row_op.total(loss, backend).to(_rows.accumulator(head.hidden.dtype))
-        if any(needed):
-            gradients.add(part, columns, grad_logits, memory[0])
+        if gradient is not None:
+            gradients.add(part, columns, gradient)
     return losses, *gradients.finish()
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, assert_near, integers, normal, peak_bytes, product_slack, rounding, slow
+from helpers import assert_close, assert_near, integers, normal, peak_bytes, product_slack, rounding, slow, threads
 
 import dam
 from dam.backends import choice
@@ -245,10 +245,31 @@ def test_a_bad_row_is_named(backend):
         dam.linear_jump(hidden, head, bias, softcap=SOFTCAP, seed=1)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_blocks_of_a_chunk_change_nothing(backend, monkeypatch, count):
+    """On a CPU the row ops meet a few rows of a chunk at a time, as many as its threads take."""
+    hidden, head, bias = leaves_of("capped", lora=False, seed=64)
+    target, weight = integers(-1, V, ROWS, 2, seed=65), normal(ROWS, 2, seed=66)
+
+    def results():
+        xs, options = applied((hidden, head, bias))
+        losses = dam.linear_matching_loss(
+            *xs[:2], target, weight, **options, **base_of(torch.float32), reduction="none"
+        )
+        loss = dam.linear_matching_loss(*xs[:2], target, weight, **options, row_scale=weight[:, 0])
+        value = dam.linear_log_prob(*xs[:2], target, **options)
+        return losses, loss, *(x for y in (losses.sum(), loss, value.sum()) for x in torch.autograd.grad(y, xs))
+
+    with threads(count):
+        whole = results()
+        monkeypatch.setattr(_softcap, "_BLOCK_BYTES", 4 * V * 5)  # five rows for each thread
+        assert all(torch.equal(x, y) for x, y in zip(results(), whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("based", [False, True], ids=["", "base"])
 def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype, based):
-    """[T, V] in float32 would be 4 MB, and a cap takes one more array of a chunk. As without: see the ops' tests."""
+    """[T, V] in float32 would be 4 MB; on a GPU a cap takes one more array of a chunk. Bounds as in the ops' tests."""
     hidden, head, bias = normal(256, 16, seed=60, dtype=dtype), normal(4096, 16, seed=61, dtype=dtype), None
     leaves = [x.requires_grad_() for x in (hidden, head)]
     target, weight = integers(0, 4096, 256, 2, seed=62), normal(256, 2, seed=63)
@@ -314,7 +335,11 @@ def test_the_derivative_near_saturation(dtype):
     # here is rounded too.
     assert_close(z, softcap * torch.tanh(u), rtol=(2 if dtype == torch.float32 else 4) * eps)
     found = _softcap.differentiated(torch.full_like(x, -2.0), z.clone(), softcap)
-    assert_close(found, -2.0 / torch.cosh(u) ** 2, rtol=4 * eps, atol=2.0 * 1.5 * eps)
+    block = x.clone()
+    ratio = _softcap.capped_and_ratio(block, softcap, torch.empty_like(x))
+    assert torch.equal(block, z)
+    for y in (found, _softcap.differentiated_by_ratio(torch.full_like(x, -2.0), ratio)):
+        assert_close(y, -2.0 / torch.cosh(u) ** 2, rtol=4 * eps, atol=2.0 * 1.5 * eps)
 
 
 def test_a_head_has_its_cap(backend):
