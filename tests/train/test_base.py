@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
+from transformers import BertForMaskedLM
 
+import dam
 from dam.models import MaskedLM, denoiser_of
 from dam.models.tail import POSITIONS
 from dam.train import DAMTrainer
@@ -222,6 +224,32 @@ def test_a_run_whose_log_probabilities_are_not_the_model_s_does_not_start(tmp_pa
     for run in (trainer.evaluate, trainer.train):
         with pytest.raises(ValueError, match="BertForMaskedLM changes its logits after the output layer"):
             run()
+
+
+class Capped(BertForMaskedLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 0.5 * torch.tanh(output.logits / 0.5)
+        return output
+
+
+def test_a_run_of_a_model_with_a_soft_cap(tmp_path):
+    """It starts at its base and is trained; what it drew has the log-probabilities of its own logits."""
+    model = tiny_model()
+    model.__class__ = Capped
+    with torch.no_grad():
+        model.cls.predictions.bias += torch.linspace(-1.0, 1.0, len(model.cls.predictions.bias))
+    trainer = DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ROWS)
+    trainer.train()
+    kl = entries(trainer, "kl_path")
+    assert kl[0] == 0.0 and kl[-1] != 0.0
+    denoiser, x = MaskedLM(model), torch.tensor(ROWS[0]["input_ids"])[None]
+    with torch.no_grad():
+        hidden, head = denoiser.hidden_states(x), denoiser.head()
+        drawn = dam.linear_jump(hidden, **head.arguments(hidden.dtype), seed=1)
+        expected = model.eval()(x).logits.log_softmax(dim=2).gather(2, drawn.target[..., None])[..., 0]
+    assert head.softcap == 0.5
+    torch.testing.assert_close(drawn.log_prob, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_every_run_compares_anew_and_once(tmp_path):
