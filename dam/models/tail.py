@@ -214,6 +214,8 @@ def _fitted(model: str, logits: Tensor, outputs: Tensor, biases: dict[str, Tenso
 def _with_cap(logits: Tensor, outputs: Tensor, biases: dict[str, Tensor], size: Tensor) -> Tail | None:
     """The tail with a soft cap that makes `logits` of `outputs`, up to rounding, `size` [POSITIONS, 1], if one does."""
     seen = centred(logits.detach().double())
+    if not bool(seen.isfinite().all()):
+        return None
     for shift in (0, 1):
         row = _REAL + _PROBES.index(0.0) + shift
         used = _used(logits, row, biases)
@@ -233,9 +235,9 @@ def _with_cap(logits: Tensor, outputs: Tensor, biases: dict[str, Tensor], size: 
 
 def _is_before(logits: Tensor, row: int, tanh: Tensor, bias: Tensor) -> bool:
     """Whether a bias goes through the cap, as its gradient shows: its numbers do not where they are zeros."""
-    weight = torch.linspace(
-        -1.0, 1.0, logits.shape[1], dtype=logits.dtype, device=logits.device
-    )  # of sum 0: see centred
+    # Of sum 0, and every partial sum is exact: see `centred`.
+    weight = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2).to(logits.dtype)
+    weight[logits.shape[1] // 2 * 2 :] = 0.0
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(logits[row] @ weight, bias, retain_graph=True)
     expected = weight.double() * (1.0 - tanh.square())

@@ -179,6 +179,7 @@ def never(logits):
             "changes its logits after the output layer",
         ),  # as good as a sign
         (lambda m, z: z.softmax(dim=-1), ValueError, "changes its logits after the output layer"),
+        (lambda m, z: z.log(), ValueError, "the model gives nan, and its log-probabilities differ by up to inf"),
         (lambda m, z: z * 0.0, ValueError, "changes its logits after the output layer"),
         (lambda m, z: z + 2.0 * m.outside, ValueError, r"no parameter or buffer as it stands \(but made of outside\)"),
         (lambda m, z: z + m.outside + m.fixed, ValueError, r"made of outside, fixed\)"),
@@ -372,9 +373,13 @@ def test_a_new_bias_of_zero_before_or_after_a_cap(tokens):
     before = Toy(lambda model, logits: cap(logits + model.outside, 30.0), bias=False)
     after = Toy(lambda model, logits: cap(logits, 30.0) + model.outside)
     scaled = Toy(lambda model, logits: cap((logits + model.outside) * 0.5, 30.0))
-    for model in (before, after, scaled):
+    normalised = Toy(lambda model, logits: cap(logits + model.outside, 1e4).log_softmax(dim=-1))
+    normalised.output, normalised.outside = nn.Linear(WIDTH, 50_001, bias=False), nn.Parameter(torch.empty(50_001))
+    for model in (before, normalised, after, scaled):
         nn.init.zeros_(model.outside)
-    assert MaskedLM(before).head().bias.data_ptr() == before.outside.data_ptr()
+    for model in (before, normalised):
+        assert MaskedLM(model).head().bias.data_ptr() == model.outside.data_ptr()
+        assert MaskedLM(model).head().softcap in (30.0, 1e4)
     for model in (after, scaled):
         with pytest.raises(ValueError, match="and then a soft cap"):
             MaskedLM(model).head()
