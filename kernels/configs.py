@@ -62,6 +62,8 @@ FAMILY = dict.fromkeys(ROW_OPS, "rows") | dict.fromkeys(LINEAR_OPS, "linear")
 #   chunk_mb  float64 states between dimensions, which should stay in the L2 cache
 # formed_gradient:
 #   elements  entries of a gradient that a program scales
+# softcap:
+#   elements  logits that a program caps, or entries of their gradient; few enough for registers
 TABLE: tuple[Row, ...] = (
     Row("rows", {"elements": 8192, "programs": 512, "warps": 8, "stages": 1}),
     Row("rows", {"elements": 2048, "warps": 2}, rows=8),
@@ -76,6 +78,8 @@ TABLE: tuple[Row, ...] = (
     Row("linear", {"block_rows": 256, "block_columns": 512, "block_depth": 64, "merge_rows": 256}, gpu=INTERPRETER),
     Row("formed_gradient", {"elements": 16384, "warps": 8}),
     Row("formed_gradient", {"elements": 2**20}, gpu=INTERPRETER),
+    Row("softcap", {"elements": 4096, "warps": 8}),
+    Row("softcap", {"elements": 2**20}, gpu=INTERPRETER),
     Row("adjoint_weights", {"elements": 1024, "steps": 256, "weights": 512, "warps": 8}),
     Row("adjoint_weights", {"elements": 2**20, "steps": 2**20, "weights": 2**20}, gpu=INTERPRETER),
     Row("tilt_to_ess", {"elements": 512, "warps": 4}, element_bytes=(2, 4, 8)),

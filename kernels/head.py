@@ -1,6 +1,6 @@
 """Logits of a block of rows and columns out of hidden states and head, on the chip: what the fused linear_* ops share.
 
-    logits = hidden @ weight^T + low_hidden @ low_weight^T + bias
+    x = hidden @ weight^T + low_hidden @ low_weight^T + bias;  logits = x, or softcap tanh(x / softcap)
 
 The second product, of a low rank, is that of a LoRA adapter on the head. Every fused op makes two passes at most, each
 with the matmul: `summary_kernel` keeps of each block of logits its maximum and sum of exponentials and what an op wants
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dam.kernels import configs, core
+from dam.kernels import softcap as soft
 from dam.kernels.core import HALF, INF, NOWHERE, TILE
 from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
@@ -72,6 +73,7 @@ def logits_of(
     low_weight,  # [V, R], or None
     low_weight_stride,
     bias,  # [V], or None
+    softcap,  # or None
     excluded,  # [BLOCK_ROWS], or None
     suppressed,  # uint8 [V], or None
     row,
@@ -100,6 +102,8 @@ def logits_of(
         )  # fmt: skip
     if bias is not None:
         logits += tl.load(bias + inside).to(tl.float32)[None, :]
+    if softcap is not None:
+        logits = soft.capped(logits, softcap)
     kept = column < columns
     if suppressed is not None:
         kept = tl.load(suppressed + column, mask=kept, other=1) == 0
@@ -140,11 +144,13 @@ def summary_kernel(
     low_weight,  # [V, R], or None
     low_weight_stride,
     bias,  # [V], or None
+    softcap,  # or None
     base_hidden,  # [T, D'], or None
     base_hidden_stride,
     base_weight,  # [V, D'], or None
     base_weight_stride,
     base_bias,  # [V], or None
+    base_softcap,  # or None
     exclude,  # [T], or None
     exclude_stride,
     suppressed,  # uint8 [V], or None
@@ -199,8 +205,8 @@ def summary_kernel(
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
     x = logits_of(
         hidden, hidden_stride, weight, weight_stride, low_hidden, low_hidden_stride, low_weight, low_weight_stride,
-        bias, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
-        WHOLE, LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
+        bias, softcap, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS,
+        BLOCK_DEPTH, WHOLE, LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
     )  # fmt: skip
     top, excess, rate = summary_of_rows(x, c_high, c_low, UNIT)
     at = row * column_blocks + column_block
@@ -218,9 +224,9 @@ def summary_kernel(
                 tl.store(target_logit + row * slots + slot, chosen, mask=here)
     if base_hidden is not None:
         b = logits_of(
-            base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, excluded,
-            suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE,
-            LOW_BLOCK_DEPTH, True, PRECISION,
+            base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias,
+            base_softcap, excluded, suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS,
+            BLOCK_DEPTH, BASE_WHOLE, LOW_BLOCK_DEPTH, True, PRECISION,
         )  # fmt: skip
         b_top, b_excess, b_rate = summary_of_rows(b, c_high, c_low, UNIT)
         # A destination that the base does not reach counts 0 even where x is -inf.
@@ -256,6 +262,41 @@ def summary_kernel(
             tl.store(logit + out, won, mask=valid)
 
 
+@triton.jit
+def base_share(
+    base_hidden,
+    base_hidden_stride,
+    base_weight,
+    base_weight_stride,
+    base_bias,
+    base_softcap,
+    base_reference,
+    base_coefficient,
+    excluded,
+    suppressed,
+    row,
+    column,
+    columns,
+    base_depth,
+    c_high,
+    c_low,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    BASE_WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """base_coefficient exp(scale (b - base_reference)) for base logits b."""
+    b = logits_of(
+        base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, base_softcap,
+        excluded, suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE,
+        BLOCK_DEPTH, True, PRECISION,
+    )  # fmt: skip
+    base_factor = tl.load(base_coefficient + row)[:, None]
+    return core.share(b, base_factor, tl.load(base_reference + row)[:, None], c_high, c_low, UNIT)
+
+
 @triton.jit(do_not_specialize=core.VARYING)
 def gradient_kernel(
     hidden,  # [T, D]
@@ -267,11 +308,13 @@ def gradient_kernel(
     low_weight,  # [V, R], or None
     low_weight_stride,
     bias,  # [V], or None
+    softcap,  # or None
     base_hidden,  # [T, D'], or None
     base_hidden_stride,
     base_weight,  # [V, D'], or None
     base_weight_stride,
     base_bias,  # [V], or None
+    base_softcap,  # or None
     exclude,  # [T], or None
     exclude_stride,
     suppressed,  # uint8 [V], or None
@@ -310,7 +353,7 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """coefficient exp(scale (x - reference)) - base_coefficient exp(scale (b - base_reference)) - sum_j pull_j
-    1[v = target_j] for rows and columns of a chunk."""
+    1[v = target_j] for rows and columns of a chunk, times the derivative of the cap."""
     row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
     row = first_row + row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = row < last_row
@@ -319,21 +362,29 @@ def gradient_kernel(
     excluded = None
     if exclude is not None:
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
+    if softcap is not None:
+        if base_hidden is not None:
+            # Before the logits, which the cap's derivative needs to the end: registers hold two blocks, not three.
+            taken = base_share(
+                base_hidden, base_hidden_stride, base_weight, base_weight_stride, base_bias, base_softcap,
+                base_reference, base_coefficient, excluded, suppressed, row, column, columns, base_depth, c_high, c_low,
+                UNIT, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, PRECISION,
+            )  # fmt: skip
     x = logits_of(
         hidden, hidden_stride, weight, weight_stride, low_hidden, low_hidden_stride, low_weight, low_weight_stride,
-        bias, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
-        WHOLE, LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
+        bias, softcap, excluded, suppressed, row, column, columns, depth, low_depth, BLOCK_ROWS, BLOCK_COLUMNS,
+        BLOCK_DEPTH, WHOLE, LOW_BLOCK_DEPTH, LOW_WHOLE, PRECISION,
     )  # fmt: skip
     factor = tl.load(coefficient + row)[:, None]
     result = core.share(x, factor, tl.load(reference + row)[:, None], c_high, c_low, UNIT)
     if base_hidden is not None:
-        b = logits_of(
-            base_hidden, base_hidden_stride, base_weight, base_weight_stride, None, 0, None, 0, base_bias, excluded,
-            suppressed, row, column, columns, base_depth, 0, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE,
-            LOW_BLOCK_DEPTH, True, PRECISION,
-        )  # fmt: skip
-        base_factor = tl.load(base_coefficient + row)[:, None]
-        result -= core.share(b, base_factor, tl.load(base_reference + row)[:, None], c_high, c_low, UNIT)
+        if softcap is None:
+            taken = base_share(
+                base_hidden, base_hidden_stride, base_weight, base_weight_stride, base_bias, base_softcap,
+                base_reference, base_coefficient, excluded, suppressed, row, column, columns, base_depth, c_high, c_low,
+                UNIT, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BASE_WHOLE, PRECISION,
+            )  # fmt: skip
+        result -= taken
     for slot in range(0, slots):
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, 1)
         begin = first_column + column_block * BLOCK_COLUMNS
@@ -341,6 +392,8 @@ def gradient_kernel(
         if tl.max(tl.max(here.to(tl.int32), axis=1), axis=0) > 0:
             pulled = tl.load(pull + row[:, None] * slots + slot).to(tl.float32)
             result -= tl.where(here & (column[None, :] == t), pulled, 0.0)
+    if softcap is not None:
+        result *= soft.slope(x, softcap)
     out = gradient + (row - first_row)[:, None] * gradient_stride + (column - first_column)[None, :]
     inside = valid[:, None] & (column < last_column)[None, :]
     tl.store(out, core.rounded(result, gradient.dtype.element_ty), mask=inside)
@@ -396,12 +449,13 @@ def arguments_of(head: Projection, base: Projection | None, blocks: Blocks) -> d
         "weight": head.weight, "weight_stride": head.weight.stride(0),
         "low_hidden": head.low_hidden, "low_hidden_stride": core.stride_of(head.low_hidden),
         "low_weight": head.low_weight, "low_weight_stride": core.stride_of(head.low_weight),
-        "bias": None if head.bias is None else head.bias.contiguous(),
+        "bias": None if head.bias is None else head.bias.contiguous(), "softcap": head.softcap,
         "base_hidden": None if base is None else base.hidden,
         "base_hidden_stride": 0 if base is None else base.hidden.stride(0),
         "base_weight": None if base is None else base.weight,
         "base_weight_stride": 0 if base is None else base.weight.stride(0),
         "base_bias": None if base is None or base.bias is None else base.bias.contiguous(),
+        "base_softcap": None if base is None else base.softcap,
         "depth": head.hidden.shape[1], "low_depth": low_depth, "base_depth": base_depth,
         "row_blocks": blocks.row_blocks, "column_blocks": blocks.column_blocks, **blocks.constants,
         "LOW_BLOCK_DEPTH": low_step, "LOW_WHOLE": low_depth % low_step == 0, "BASE_WHOLE": base_depth % step == 0,

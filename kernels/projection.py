@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Projection(NamedTuple):
-    """Logits that are not there yet: hidden @ weight^T + low_hidden @ low_weight^T + bias.
+    """Logits to be: x = hidden @ weight^T + low_hidden @ low_weight^T + bias, or softcap tanh(x / softcap).
 
     The second product is a LoRA adapter's: low_hidden = scale * hidden @ a^T, low_weight = b.
     """
@@ -18,14 +18,16 @@ class Projection(NamedTuple):
     bias: Tensor | None = None  # [V]
     low_hidden: Tensor | None = None  # [T, R]
     low_weight: Tensor | None = None  # [V, R]
+    softcap: float | None = None  # after the tensors, so that a slice of five has them all
 
     def part(self, rows: slice, columns: slice = slice(None)) -> Projection:
         """The same for some rows and columns of the logits."""
-        hidden, weight, bias, low_hidden, low_weight = self
+        hidden, weight, bias, low_hidden, low_weight, softcap = self
         return Projection(
             hidden[rows],
             weight[columns],
             None if bias is None else bias[columns],
             None if low_hidden is None else low_hidden[rows],
             None if low_weight is None else low_weight[columns],
+            softcap,
         )

@@ -187,9 +187,12 @@ def linear_jump(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: int) -> Res
     exclude, suppress = some_excluded(target, len(head), seed + 1), some_suppressed(target, len(head), seed + 3)
     options = {"bias": bias, "exclude": exclude, "suppress": suppress, "num_samples": 2}
     adapted = {"bias": bias, "lora": some_adapter(head, seed + 2), "temperature": 0}
+    # Not greedy: of many logits near the cap the largest is a matter of rounding.
+    capped = {**options, "lora": adapted["lora"], "softcap": 3.0}
     return {
         **named("two", dam.linear_jump(hidden, head, **options, seed=seed)),
         **named("greedy, with adapter", dam.linear_jump(hidden, head, **adapted, seed=seed)),
+        **named("capped", dam.linear_jump(hidden, head, **capped, seed=seed)),
     }
 
 
@@ -207,10 +210,12 @@ def linear_log_prob(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: int) ->
     leaves, options = head_leaves(hidden, head, bias, seed + 2)
     options |= {"exclude": exclude, "suppress": some_suppressed(target, len(head), seed + 6), "temperature": 0.7}
     value = dam.linear_log_prob(leaves["hidden"], leaves["head"], target, **options)
+    capped = dam.linear_log_prob(leaves["hidden"], leaves["head"], target, **options, softcap=3.0)
     upstream = normal(*target.shape, seed=seed + 4).where(value > -torch.inf, 0.0).to(value.dtype)
     return {
         "one each": dam.linear_log_prob(hidden, head, target[:, 2], bias=bias),
         **with_gradients("colder", value, leaves, upstream),
+        **with_gradients("capped", capped, leaves, upstream),
     }
 
 
@@ -223,23 +228,16 @@ def linear_matching_loss(hidden: Tensor, head: Tensor, bias: Tensor, *, seed: in
     suppress = some_suppressed(target, len(head), seed + 6)
     base = {"base_hidden": hidden.flip(0), "base_head_weight": head, "base_bias": bias, "base_weight": of_base}
     leaves, options = head_leaves(hidden, head, bias, seed + 4)
-    based = dam.linear_matching_loss(
-        leaves["hidden"],
-        leaves["head"],
-        target,
-        weight,
-        **options,
-        **base,
-        exclude=exclude,
-        suppress=suppress,
-        row_scale=of_base.abs(),
-        temperature=0.7,
-    )
+    options |= {**base, "exclude": exclude, "suppress": suppress, "row_scale": of_base.abs(), "temperature": 0.7}
+    arguments = (leaves["hidden"], leaves["head"], target, weight)
+    based = dam.linear_matching_loss(*arguments, **options)
+    capped = dam.linear_matching_loss(*arguments, **options, softcap=3.0, base_softcap=2.0)
     leaf, options = leaf_of(hidden), {"bias": bias, "suppress": suppress, "normalized": False}
     frozen = dam.linear_matching_loss(leaf, head, target, weight, **options)
     losses = dam.linear_matching_loss(leaf, head, target, weight, bias=bias, temperature=1.4, reduction="none")
     return {
         **with_gradients("with base", based, leaves),
+        **with_gradients("capped, with base", capped, leaves),
         **with_gradients("rates", frozen, {"hidden": leaf}),
         **with_gradients("of each row", losses, {"hidden": leaf}, of_base.to(losses.dtype)),
     }

@@ -35,14 +35,20 @@ LEAVES = {"plots": 0}
 WITHIN = {
     "backends": {"address": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
     "ops": {
-        **dict.fromkeys(("_checks", "_op", "_philox", "_rows"), 0),
+        **dict.fromkeys(("_checks", "_op", "_philox", "_rows", "_softcap"), 0),
         **dict.fromkeys(("_formed_gradient", "_head", "_excluded"), 1),
         "_linear": 2,
         "entropy": 2,
         "linear_*": 4,
         "*": 3,
     },
-    "kernels": {"configs": 0, "excluded": 0, "launch": 0, "projection": 0, "core": 1, "head": 2, "linear_*": 4, "*": 3},
+    "kernels": {
+        **dict.fromkeys(("configs", "excluded", "launch", "projection"), 0),
+        "core": 1,
+        "softcap": 2,
+        "linear_*": 4,
+        "*": 3,
+    },
 }
 OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
 

@@ -39,8 +39,8 @@ class MaskedLM:
 
     Before a model's first call one forward pass of one row compares hidden states and head with the model's own
     logits: with what the output layer gives, and with what becomes of numbers put in its place. Found that way and
-    followed are a bias outside the layer (ESM), a scale (Cohere, Granite) and logits of the position before. Anything
-    else, soft-capped logits among it, is an error. Where the model returns no logits there is nothing to compare.
+    followed are a bias outside the layer (ESM), a scale (Cohere, Granite), logits of the position before, and a soft
+    cap of all that (Gemma 2). Anything else is an error. Where the model returns no logits there is nothing to compare.
 
     A head that FSDP2 has divided is gathered each time it is asked for.
 

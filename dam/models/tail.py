@@ -1,9 +1,9 @@
 """What a model does to logits after its output layer, found by what comes out for numbers put in.
 
 The fused operations go from hidden states to log-probabilities by one product. A model may do more to what its output
-layer gives: add a bias of its own, multiply by a number, take the position before, cap. The first three have their
-place in hidden states and head; whatever else is found is an error, and so is a layer that computes something else
-than the product.
+layer gives: add a bias of its own, multiply by a number, take the position before, and soft-cap what has come of it.
+These have their place in hidden states and head; whatever else is found is an error, and so is a layer that computes
+something else than the product.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.sharding import whole
+from dam.models.softcap import candidates, capped, centred
 from dam.ops._head import Head
 
 _REAL = 4  # positions at which the output layer's own numbers are compared
-# Rows of probes, each times numbers from -1 to 1 over the vocabulary. 0 shows a bias, 64 what is not linear.
-_PROBES = (1.0, 0.0, 64.0, -8.0)
+# Rows of probes, each times numbers from -1 to 1 over the vocabulary. 0 shows a bias, large ones what is not linear: a
+# soft cap so high that 1024 differs by no more than rounding is none for any logits a model has. The last goes unseen
+# where positions are shifted.
+_PROBES = (1.0, 0.0, 64.0, 1024.0, -8.0)
 POSITIONS = _REAL + len(_PROBES)
 
 
 class Tail(NamedTuple):
-    """logits at position i = scale * (what the output layer gives at position i - shift) + bias + any number."""
+    """logits at position i = cap(scale * (what the output layer gives at position i - shift) + bias) + any number.
+
+    cap(x) = softcap * tanh(x / softcap), or x without one.
+    """
 
     scale: float = 1.0
     shift: int = 0  # 0 or 1; the first position is its own
     bias: str | None = None  # name of the model's parameter or buffer
+    softcap: float | None = None
 
     def hidden_states(self, hidden: Tensor) -> Tensor:
         """Those [B, L, D] that the head maps to the model's logits, of what the output layer is given."""
@@ -48,7 +55,7 @@ class Tail(NamedTuple):
             module, _, name = self.bias.rpartition(".")
             outside = whole(getattr(model.get_submodule(module), name)).reshape(-1)
             bias = outside if bias is None else bias + outside
-        return head._replace(bias=bias)
+        return head._replace(bias=bias, softcap=self.softcap)
 
 
 class Probe:
@@ -176,7 +183,7 @@ def _fitted(model: str, logits: Tensor, outputs: Tensor, biases: dict[str, Tenso
             "head() is the last product"
         )
     given = logits.detach()
-    seen, put = _centred(given), _centred(outputs)
+    seen, put = centred(given), centred(outputs)
     # Roundings of the numbers themselves and of their mean.
     size = 8.0 * torch.finfo(logits.dtype).eps * given.abs().amax(dim=1, keepdim=True)
     for shift in (0, 1):
@@ -185,6 +192,9 @@ def _fitted(model: str, logits: Tensor, outputs: Tensor, biases: dict[str, Tenso
         scale = _scale(seen, of, row)
         if scale != 0.0 and bool(((seen - scale * of - seen[row]).abs() <= size + size[row]).all()):
             return Tail(scale, shift, _bias(model, logits, row, biases))
+    tail = _with_cap(logits, outputs, biases, size)
+    if tail is not None:
+        return tail
     never = torch.isneginf(given).all(dim=0).nonzero()[:, 0].tolist()
     if never:
         raise ValueError(
@@ -194,17 +204,45 @@ def _fitted(model: str, logits: Tensor, outputs: Tensor, biases: dict[str, Tenso
     difference = (given.log_softmax(dim=1) - outputs.log_softmax(dim=1))[:_REAL].abs().nan_to_num(nan=math.inf).max()
     top = float(given[_REAL + _PROBES.index(64.0)].max())
     raise ValueError(
-        f"{model} changes its logits after the output layer, by more than a scale, a bias and a shift by one position: "
-        f"where the layer gives 64 the model gives {top:.4g}, and its log-probabilities differ by up to "
-        f"{float(difference):.3g} from those of the layer. The fused operations would train other log-probabilities "
-        "than the model's. Soft-capped logits (final_logit_softcapping in the config): set that to None, for training "
-        "and for whatever uses the model afterwards"
+        f"{model} changes its logits after the output layer, by more than a scale, a bias, a shift by one position and "
+        f"then a soft cap: where the layer gives 64 the model gives {top:.4g}, and its log-probabilities differ by up "
+        f"to {float(difference):.3g} from those of the layer. The fused operations would train other log-probabilities "
+        "than the model's. Hand in a dam.models.Denoiser of your own, whose head() and hidden_states() make them"
     )
 
 
-def _centred(logits: Tensor) -> Tensor:
-    """Less the mean of each row, a number that log-probabilities do not depend on: a model may return these."""
-    return logits - logits.mean(dim=1, keepdim=True)
+def _with_cap(logits: Tensor, outputs: Tensor, biases: dict[str, Tensor], size: Tensor) -> Tail | None:
+    """The tail with a soft cap that makes `logits` of `outputs`, up to rounding, `size` [POSITIONS, 1], if one does."""
+    seen = centred(logits.detach().double())
+    if not bool(seen.isfinite().all()):
+        return None
+    for shift in (0, 1):
+        row = _REAL + _PROBES.index(0.0) + shift
+        used = _used(logits, row, biases)
+        if len(used) > 1:
+            continue
+        of = outputs[(torch.arange(POSITIONS, device=logits.device) - shift).clamp(min=0)].double()
+        bias = biases[used[0]].detach().reshape(-1).double() if used else of.new_zeros(of.shape[1])
+        for cap, scale in candidates(seen, of, bias, size, torch.finfo(logits.dtype).eps):
+            ours = capped(of, bias, cap, scale)
+            if bool(((centred(ours) - seen).abs() <= size).all()):
+                at = _REAL + _PROBES.index(1024.0) + shift
+                if used and not _is_before(logits, at, ours[at] / cap, biases[used[0]]):
+                    return None
+                return Tail(scale, shift, used[0] if used else None, cap)
+    return None
+
+
+def _is_before(logits: Tensor, row: int, tanh: Tensor, bias: Tensor) -> bool:
+    """Whether a bias goes through the cap, as its gradient shows: its numbers do not where they are zeros."""
+    # Of sum 0, and every partial sum is exact: see `centred`.
+    weight = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2).to(logits.dtype)
+    weight[logits.shape[1] // 2 * 2 :] = 0.0
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(logits[row] @ weight, bias, retain_graph=True)
+    expected = weight.double() * (1.0 - tanh.square())
+    difference = gradient.reshape(-1).double() - expected
+    return bool((difference.abs() <= 16.0 * torch.finfo(logits.dtype).eps).all())
 
 
 def _scale(logits: Tensor, outputs: Tensor, zero: int) -> float:
@@ -221,11 +259,7 @@ def _check_constants(model: str, logits: Tensor | None, parameters: Mapping[str,
     Raises:
         ValueError: it does; names it.
     """
-    if logits is None or not logits.requires_grad or not parameters:
-        return
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
-    used = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    used = [] if logits is None else _used(logits, slice(None), parameters)
     if used:
         raise ValueError(
             f"{model} applies {', '.join(used)} after its output layer: what the fused operations train gives it no "
@@ -235,15 +269,9 @@ def _check_constants(model: str, logits: Tensor | None, parameters: Mapping[str,
 
 def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> str | None:
     """Name of the parameter or buffer that a row of the logits is, of zeros put in: it has a gradient of them."""
-    offset, used = _centred(logits.detach()[row : row + 1])[0], []
-    if logits.requires_grad and biases:
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                logits[row].sum(), list(biases.values()), allow_unused=True, retain_graph=True
-            )
-        used = [name for name, gradient in zip(biases, gradients, strict=True) if gradient is not None]
+    offset, used = centred(logits.detach()[row : row + 1])[0], _used(logits, row, biases)
     rounding = 8.0 * torch.finfo(logits.dtype).eps * float(logits.detach()[row].abs().max())
-    known = [_centred(biases[name].detach().reshape(1, -1).to(offset.dtype))[0] for name in used]
+    known = [centred(biases[name].detach().reshape(1, -1).to(offset.dtype))[0] for name in used]
     if len(used) == 1 and bool(((known[0] - offset).abs() <= rounding).all()):
         return used[0]
     if used or bool((offset.abs() > rounding).any()):
@@ -253,6 +281,16 @@ def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> st
             "dam.models.Denoiser of your own, whose head() has that bias"
         )
     return None
+
+
+def _used(logits: Tensor, rows: int | slice, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors of which rows of the logits were made."""
+    if not logits.requires_grad or not tensors:
+        return []
+    with torch.enable_grad():
+        value = logits[rows].sum()
+        gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, retain_graph=True)
+    return [name for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
 
 
 def _check_product(layer: nn.Module, head: Head, hidden: Tensor, outputs: Tensor, rounding: float) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dam.kernels.projection import Projection
-from dam.ops import _checks, _rows
+from dam.ops import _checks, _rows, _softcap
 
 # Of the vocabulary rows that are converted at a time: of 0.5 to 128 MB, 4 MB were fastest on a CPU with 32 MB of cache.
 _BLOCK_BYTES = 4 * 2**20
@@ -42,21 +42,22 @@ class LoRA(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The output layer of a model: logits = hidden @ (weight + lora's product)^T + bias."""
+    """The output layer of a model: x = hidden @ (weight + lora's product)^T + bias; logits = x, or soft-capped."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     lora: LoRA | None = None
+    softcap: float | None = None  # logits = softcap * tanh(x / softcap)
 
     def to(self, dtype: torch.dtype) -> Head:
         """The head in the dtype of the hidden states, which autocast may have changed."""
         lora = None if self.lora is None else LoRA(self.lora.a.to(dtype), self.lora.b.to(dtype), self.lora.scale)
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), lora)
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), lora, self.softcap)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a linear op takes of the head besides hidden states of that dtype: the one place that says how."""
         head = self.to(dtype)
-        return {"head_weight": head.weight, "bias": head.bias, "lora": head.lora}
+        return {"head_weight": head.weight, "bias": head.bias, "lora": head.lora, "softcap": head.softcap}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits [..., V] of hidden states [..., D], as the linear ops make them; not differentiable.
@@ -76,12 +77,15 @@ def checked(
     weight: Tensor,
     bias: Tensor | None,
     lora: LoRA | None = None,
-    names: tuple[str, str, str] = ("hidden", "head_weight", "bias"),
+    softcap: float | None = None,
+    names: tuple[str, str, str, str] = ("hidden", "head_weight", "bias", "softcap"),
 ) -> Projection:
     """The arguments of a linear op, hidden states as [T, D], as a `Projection`, once they fit each other."""
     _checks.head(op, names[1], weight, names[2], bias, names[0], hidden)
+    if softcap is not None:  # in a range whose squares float32 has
+        softcap = _checks.number(op, names[3], softcap, 1e-15, 1e15)
     if lora is None:
-        return Projection(hidden, weight, bias)
+        return Projection(hidden, weight, bias, softcap=softcap)
     if not isinstance(lora, LoRA):
         raise TypeError(f"{op}: lora must be a dam.LoRA or None; got {type(lora).__name__}")
     scale = _checks.number(op, "lora.scale", lora.scale, -1e30, 1e30)
@@ -96,7 +100,7 @@ def checked(
     # In the dtype of the operands, as inside the ops. A tensor without data has no autocast to switch off.
     with contextlib.nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
         low_hidden = (hidden @ lora.a.t()) * scale
-    return Projection(hidden, weight, bias, low_hidden, lora.b)
+    return Projection(hidden, weight, bias, low_hidden, lora.b, softcap)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -113,10 +117,12 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, buffer[: part.stop - start].copy_(weight[part])
 
 
-def _dtypes(weight: Tensor, arrays: int, gradient: torch.dtype | None) -> list[torch.dtype]:
+def _dtypes(weight: Tensor, arrays: int, gradient: torch.dtype | None, apart: bool) -> list[torch.dtype]:
     """Of arrays of logits, and of their gradient if that does not take the place of the first."""
     dtypes = [_rows.accumulator(weight.dtype)] * arrays
-    return dtypes if gradient in (None, dtypes[0]) else [*dtypes, gradient]
+    if gradient is None or (gradient == dtypes[0] and not apart):
+        return dtypes
+    return [*dtypes, gradient]
 
 
 def _steps(length: int, bytes_per_step: int) -> list[slice]:
@@ -128,14 +134,16 @@ def _steps(length: int, bytes_per_step: int) -> list[slice]:
 
 
 def chunks(
-    rows: int, weight: Tensor, *, arrays: int, backend: str, gradient: torch.dtype | None = None
+    head: Projection, *, arrays: int, backend: str, gradient: torch.dtype | None = None
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Chunks of rows, with `arrays` arrays [chunk, V] in the accumulator's dtype that serve one chunk after another.
 
-    One more array follows for the gradient of the logits, if that has another dtype.
+    One more array follows for the gradient of the logits, if that has another dtype, or on a GPU goes on through a soft
+    cap and so needs the logits beside it; see `blocks`.
     """
-    columns = weight.shape[0]
-    dtypes = _dtypes(weight, arrays, gradient)
+    weight = head.weight
+    rows, columns = head.hidden.shape[0], weight.shape[0]
+    dtypes = _dtypes(weight, arrays, gradient, head.softcap is not None and backend in _ON_GPU)
     bytes_per_row = columns * sum(dtype.itemsize for dtype in dtypes)
     if backend in _ON_GPU:
         parts = iter(_steps(rows, bytes_per_row))
@@ -156,9 +164,8 @@ def by_columns(head: Projection, needed: Needed, arrays: int, gradient: torch.dt
     head gets its gradient in one product, but logits whose sums must be known first are computed twice.
     """
     columns = head.weight.shape[0]
-    rows = _steps(
-        head.hidden.shape[0], columns * sum(dtype.itemsize for dtype in _dtypes(head.weight, arrays, gradient))
-    )
+    dtypes = _dtypes(head.weight, arrays, gradient, head.softcap is not None)
+    rows = _steps(head.hidden.shape[0], columns * sum(dtype.itemsize for dtype in dtypes))
     return needed[1] and len(rows) > 1 and rows[0].stop < _MANY_ROWS
 
 
@@ -166,7 +173,7 @@ def column_chunks(
     head: Projection, *, arrays: int, gradient: torch.dtype
 ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """Chunks of columns, with arrays [T, chunk] like those of `chunks`, the gradient's last; it may be the first."""
-    dtypes = _dtypes(head.weight, arrays, gradient)
+    dtypes = _dtypes(head.weight, arrays, gradient, head.softcap is not None)
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
     memory: list[Tensor] = []
     for part in _steps(columns, rows * sum(dtype.itemsize for dtype in dtypes)):
@@ -207,10 +214,42 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 def logits(head: Projection, out: Tensor) -> Tensor:
     """Logits of all rows of `head` into `out`, in the accumulator's dtype."""
+    _products(head, out)
+    return out if head.softcap is None else _softcap.capped(out, head.softcap)
+
+
+def blocks(
+    head: Projection, rows: slice, out: Tensor, gradient: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Logits of these rows into `out`, block by block: its rows, its logits, and the place for their gradient.
+
+    When the next block is asked for, the gradient goes on through the cap. All rows are one block, unless logits are
+    capped and `gradient` is `out`: then as many as stay in a CPU's cache meanwhile.
+    """
+    if head.softcap is None or gradient is None:
+        yield rows, logits(head.part(rows), out), gradient
+        return
+    if gradient is not out:
+        yield rows, logits(head.part(rows), out), gradient
+        _softcap.differentiated(gradient, out, head.softcap)
+        return
+    _products(head.part(rows), out)
+    step = max(1, _softcap.step(out) // out.shape[1])
+    memory = torch.empty_like(out[:step])
+    for at in range(0, out.shape[0], step):
+        block = out[at : at + step]
+        ratio = _softcap.capped_and_ratio(block, head.softcap, memory[: block.shape[0]])
+        yield slice(rows.start + at, rows.start + at + block.shape[0]), block, block
+        _softcap.differentiated_by_ratio(block, ratio)
+
+
+def _products(head: Projection, out: Tensor) -> None:
+    """What becomes the logits of `head`, before a cap."""
     _multiply(head.hidden, head.weight.t(), out)
     if head.low_hidden is not None and head.low_weight is not None:
         _add_low_rank(head.low_hidden, head.low_weight, out)
-    return out if head.bias is None else out.add_(head.bias.to(out.dtype))
+    if head.bias is not None:
+        out.add_(head.bias.to(out.dtype))
 
 
 def _add_low_rank(low_hidden: Tensor, low_weight: Tensor, out: Tensor) -> None:
@@ -274,7 +313,7 @@ class Gradients:
 
     def _of(self, i: int, whole: bool) -> Tensor | None:
         """Gradient of tensor i of the head, made when it is first asked for: zeros to add to, unless it comes whole."""
-        like = self._head[i]
+        like = self._head[:5][i]
         if self._gradients[i] is None and self._needed[i] and like is not None:
             if whole:
                 self._gradients[i] = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -315,13 +354,14 @@ def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
 def needed_of(head: Projection) -> Needed:
     """Which tensors of a head a backward pass that starts now would want gradients of."""
     enabled = torch.is_grad_enabled()
-    a, b, c, d, e = (enabled and x is not None and x.requires_grad for x in head)
+    a, b, c, d, e = (enabled and x is not None and x.requires_grad for x in head[:5])
     return a, b, c, d, e
 
 
 def fake_gradients(head: Projection, needed: Needed) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised gradients with the shapes that `Gradients.finish` returns."""
     a, b, c, d, e = (
-        head.hidden.new_empty(x.shape if need and x is not None else (0,)) for x, need in zip(head, needed, strict=True)
+        head.hidden.new_empty(x.shape if need and x is not None else (0,))
+        for x, need in zip(head[:5], needed, strict=True)
     )
     return a, b, c, d, e

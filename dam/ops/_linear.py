@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dam.backends import address, cuda, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _head, _rows
+from dam.ops import _head, _rows, _softcap
 
 
 def gradients_by_columns(
@@ -47,6 +47,8 @@ def gradients_by_columns(
             gradient_dtype=address.DTYPE_CODE[gradient.dtype],
             where=cuda.where(logits),
         )
+        if head.softcap is not None:
+            _softcap.differentiated(gradient, logits, head.softcap)
         gradients.add(rows, columns, gradient)
     return gradients.finish()
 

@@ -22,6 +22,7 @@ def linear_jump(
     bias: Tensor | None = None,  # [V]
     *,
     lora: _head.LoRA | None = None,
+    softcap: float | None = None,
     exclude: int | Tensor = -1,
     suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
@@ -32,11 +33,15 @@ def linear_jump(
 ) -> _row_op.Jump:
     """`jump` on logits = hidden @ head_weight^T + bias, without storing them: the same draws up to rounding.
 
+    With softcap on logits = softcap * tanh((hidden @ head_weight^T + bias) / softcap).
+
     Args:
         hidden: hidden states [..., D], of T rows in all; unit inner stride.
         head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
             head_weight + scale * b @ a, which is never formed.
+        softcap: of the logits, > 0 and in their units, before temperature and exclusion. A bias of -inf then is a logit
+            of -softcap: what may not be drawn goes into suppress.
         exclude, suppress, temperature, num_samples, seed, row_ids, check: as for `jump`.
 
     Returns:
@@ -49,15 +54,15 @@ def linear_jump(
     """
     op = "linear_jump"
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
-    head = _head.checked(op, hidden, head_weight, bias, lora)
+    head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     excluded = _excluded.checked(op, exclude, suppress, lead, head_weight.shape[0], hidden)
     _checks.boolean(op, "check", check)
     temperature, num_samples, seed, row_ids = _row_op.sampling_arguments(
         op, hidden, lead, temperature, num_samples, seed, row_ids
     )
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
-    tensors = (None if x is None else x.detach() for x in head)
-    drawn = _linear_jump(*tensors, *excluded, temperature, num_samples, seed, row_ids, check, backend)
+    tensors = (None if x is None else x.detach() for x in head[:5])
+    drawn = _linear_jump(*tensors, head.softcap, *excluded, temperature, num_samples, seed, row_ids, check, backend)
     return _row_op.as_jump(drawn, num_samples, lead)
 
 
@@ -74,7 +79,7 @@ def _chunked(
     rows = head.hidden.shape[0]
     ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
     out = _row_op.outputs(head.hidden, rows, num_samples)
-    for part, (memory,) in _head.chunks(rows, head.weight, arrays=1, backend=backend):
+    for part, (memory,) in _head.chunks(head, arrays=1, backend=backend):
         *drawn, bad = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
             exclude.part(part),
@@ -112,7 +117,7 @@ def _cuda(
     first_bad = cuda.FirstBad(head.hidden, rows) if check else None
     key = cuda.seed(seed, head.hidden)
     ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
-    for part, (memory,) in _head.chunks(rows, head.weight, arrays=1, backend="cuda"):
+    for part, (memory,) in _head.chunks(head, arrays=1, backend="cuda"):
         logits = _head.logits(head.part(part), memory)
         target, log_prob, log_escape = (x[part] for x in out)
         _row_op.cuda_draw(
@@ -144,6 +149,7 @@ def _linear_jump(
     bias: Tensor | None,
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
+    softcap: float | None,
     exclude: Tensor | None,
     suppressed: Tensor | None,
     temperature: float,
@@ -154,7 +160,7 @@ def _linear_jump(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.index_range("linear_jump", "exclude", exclude, weight.shape[0], backend)
-    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
+    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     excluded = Excluded(exclude, suppressed)
     *drawn, bad = _IMPLEMENTATIONS[backend](head, excluded, temperature, num_samples, seed, row_ids, check)
     if bad >= 0:
@@ -173,6 +179,7 @@ def _(
     bias,
     low_hidden,
     low_weight,
+    softcap,
     exclude,
     suppressed,
     temperature,

@@ -23,11 +23,14 @@ def linear_log_prob(
     bias: Tensor | None = None,  # [V]
     *,
     lora: _head.LoRA | None = None,
+    softcap: float | None = None,
     exclude: int | Tensor = -1,
     suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """`log_prob` on logits = hidden @ head_weight^T + bias, without storing them.
+
+    With softcap on logits = softcap * tanh((hidden @ head_weight^T + bias) / softcap).
 
     Args:
         hidden: hidden states [..., D]; unit inner stride.
@@ -35,6 +38,8 @@ def linear_log_prob(
         target: int64 [...] or [..., J]. -1 stands for no jump: log-probability 0, no gradient.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`, differentiated too: the head's weight is
             then head_weight + scale * b @ a, which is never formed.
+        softcap: of the logits, > 0 and in their units, before temperature and exclusion. A bias of -inf then is a logit
+            of -softcap: what may not be drawn goes into suppress.
         exclude, suppress, temperature: as for `log_prob`.
 
     Returns:
@@ -47,7 +52,7 @@ def linear_log_prob(
     """
     op = "linear_log_prob"
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
-    head = _head.checked(op, hidden, head_weight, bias, lora)
+    head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     targets = _checks.target(op, target, lead, hidden)
     excluded = _excluded.checked(op, exclude, suppress, lead, head_weight.shape[0], hidden)
     targets, never = _excluded.split(targets, excluded)
@@ -62,7 +67,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """Values and log escape rates by library matmuls over chunks of rows, with the row op after each."""
     value, log_escape = _row_op.outputs(head.hidden, target)
-    for part, (memory,) in _head.chunks(head.hidden.shape[0], head.weight, arrays=1, backend=backend):
+    for part, (memory,) in _head.chunks(head, arrays=1, backend=backend):
         value[part], log_escape[part] = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
             target[part],
@@ -86,17 +91,12 @@ def chunked_backward(
     gradients = _head.Gradients(head, needed)
     dtype = _head.gradient_dtype(head, backend)
     columns = slice(0, head.weight.shape[0])
-    for part, memory in _head.chunks(head.hidden.shape[0], head.weight, arrays=1, backend=backend, gradient=dtype):
-        grad_logits = _row_op._BACKWARD[backend](
-            grad[part],
-            _head.logits(head.part(part), memory[0]),
-            target[part],
-            log_escape[part],
-            exclude.part(part),
-            temperature,
-            memory[-1],
-        )
-        gradients.add(part, columns, grad_logits)
+    for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype):
+        for rows, logits, into in _head.blocks(head, part, memory[0], memory[-1]):
+            _row_op._BACKWARD[backend](
+                grad[rows], logits, target[rows], log_escape[rows], exclude.part(rows), temperature, into
+            )
+        gradients.add(part, columns, memory[-1])
     return gradients.finish()
 
 
@@ -165,6 +165,7 @@ def _linear_log_prob(
     bias: Tensor | None,
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
+    softcap: float | None,
     target: Tensor,
     exclude: Tensor | None,
     suppressed: Tensor | None,
@@ -173,12 +174,12 @@ def _linear_log_prob(
 ) -> tuple[Tensor, Tensor]:
     _checks.index_range("linear_log_prob", "target", target, weight.shape[0], backend)
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
-    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
+    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     return _IMPLEMENTATIONS[backend](head, target, Excluded(exclude, suppressed), temperature)
 
 
 @_linear_log_prob.register_fake
-def _(hidden, weight, bias, low_hidden, low_weight, target, exclude, suppressed, temperature, backend):
+def _(hidden, weight, bias, low_hidden, low_weight, softcap, target, exclude, suppressed, temperature, backend):
     return _row_op.outputs(hidden, target)
 
 
@@ -190,6 +191,7 @@ def _linear_log_prob_backward(
     bias: Tensor | None,
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
+    softcap: float | None,
     target: Tensor,
     log_escape: Tensor,
     exclude: Tensor | None,
@@ -198,7 +200,7 @@ def _linear_log_prob_backward(
     needed: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight)
+    head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     return _BACKWARD[backend](grad, head, target, log_escape, Excluded(exclude, suppressed), temperature, needed)
 
 
@@ -210,6 +212,7 @@ def _(
     bias,
     low_hidden,
     low_weight,
+    softcap,
     target,
     log_escape,
     exclude,
@@ -218,11 +221,11 @@ def _(
     needed,
     backend,
 ):
-    return _head.fake_gradients(_head.Projection(hidden, weight, bias, low_hidden, low_weight), needed)
+    return _head.fake_gradients(_head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap), needed)
 
 
 def _setup_context(ctx, inputs, output):
-    *head, target, exclude, suppressed, ctx.temperature, ctx.backend = inputs
+    *head, ctx.softcap, target, exclude, suppressed, ctx.temperature, ctx.backend = inputs
     _, log_escape = output
     ctx.mark_non_differentiable(log_escape)
     ctx.set_materialize_grads(False)
@@ -231,13 +234,13 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _grad_log_escape):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     *head, target, log_escape, exclude, suppressed = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:5])
     gradients = _linear_log_prob_backward(
-        grad, *head, target, log_escape, exclude, suppressed, ctx.temperature, needed, ctx.backend
+        grad, *head, ctx.softcap, target, log_escape, exclude, suppressed, ctx.temperature, needed, ctx.backend
     )
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 6)
 
 
 _linear_log_prob.register_autograd(_backward, setup_context=_setup_context)

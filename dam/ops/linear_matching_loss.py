@@ -23,9 +23,11 @@ def linear_matching_loss(
     bias: Tensor | None = None,  # [V]
     *,
     lora: _head.LoRA | None = None,
+    softcap: float | None = None,
     base_hidden: Tensor | None = None,  # [..., D']
     base_head_weight: Tensor | None = None,  # [V, D']
     base_bias: Tensor | None = None,  # [V]
+    base_softcap: float | None = None,
     base_weight: Tensor | None = None,  # [...]
     row_scale: Tensor | None = None,  # [...]
     exclude: int | Tensor = -1,
@@ -35,6 +37,9 @@ def linear_matching_loss(
     reduction: str | None = None,
 ) -> Tensor:
     """`matching_loss` on logits = hidden @ head_weight^T + bias, without storing them.
+
+    With softcap on logits = softcap * tanh((hidden @ head_weight^T + bias) / softcap), which are differentiated through
+    the cap.
 
     hidden, head_weight, bias and lora's factors are differentiated, each only if it requires grad: a frozen head
     costs no gradient matmul. Gradients are formed in the forward pass, so the loss takes one backward pass; a
@@ -48,9 +53,11 @@ def linear_matching_loss(
         head_weight, bias: the head, [V, D] and [V], of the dtype of hidden.
         lora: an adapter on the head, `dam.LoRA(a [R, D], b [V, R], scale)`: its weight is then
             head_weight + scale * b @ a, which is never formed. The base has none.
+        softcap: of the logits, > 0 and in their units, before temperature and exclusion. A bias of -inf then is a logit
+            of -softcap: what may not be drawn goes into suppress.
         target, weight: as for `matching_loss`.
-        base_hidden, base_head_weight, base_bias: make the base's logits in the same way; base_head_weight
-            may be head_weight itself.
+        base_hidden, base_head_weight, base_bias, base_softcap: make the base's logits in the same way; base_head_weight
+            may be head_weight itself. Its soft cap is its own: base_softcap=None caps nothing.
         base_weight, row_scale, exclude, suppress, normalized, temperature, reduction: as for `matching_loss`.
 
     Returns:
@@ -67,16 +74,18 @@ def linear_matching_loss(
     op = "linear_matching_loss"
     _checks.boolean(op, "normalized", normalized)
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
-    head = _head.checked(op, hidden, head_weight, bias, lora)
+    head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     columns = head_weight.shape[0]
     target, weight, row_scale = _row_op.weighted_targets(op, hidden, lead, target, weight, row_scale)
     base = (base_hidden, base_head_weight, base_weight)
-    if any(value is None for value in base) and any(value is not None for value in (*base, base_bias)):
+    if any(value is None for value in base) and any(value is not None for value in (*base, base_bias, base_softcap)):
         raise ValueError(f"{op}: base_hidden, base_head_weight and base_weight must be given together")
     if base_hidden is not None and base_head_weight is not None and base_weight is not None:
-        names = ("base_hidden", "base_head_weight", "base_bias")
+        names = ("base_hidden", "base_head_weight", "base_bias", "base_softcap")
         base_hidden, base_lead = _checks.rows(op, "base_hidden", base_hidden, "D")
-        _head.checked(op, base_hidden, base_head_weight, base_bias, names=names)
+        base_softcap = _head.checked(
+            op, base_hidden, base_head_weight, base_bias, softcap=base_softcap, names=names
+        ).softcap
         _checks.like(op, "base_hidden", base_hidden, "hidden", hidden, shape=False)
         if base_lead != lead:
             wanted = ", ".join([*map(str, lead), "D"])
@@ -105,6 +114,7 @@ def linear_matching_loss(
         base_hidden,
         base_head_weight,
         base_bias,
+        base_softcap,
         base_weight,
         row_scale,
         *excluded,
@@ -144,27 +154,34 @@ def chunked(
     losses = head.hidden.new_zeros((rows,) if per_row else (), dtype=torch.float64)
     dtype = _head.gradient_dtype(head, backend) if any(needed) else None
     arrays = 1 if base is None else 2
-    for part, memory in _head.chunks(rows, head.weight, arrays=arrays, backend=backend, gradient=dtype):
-        loss, grad_logits = _row_op._IMPLEMENTATIONS[backend](
-            _head.logits(head.part(part), memory[0]),
-            target[part],
-            weight[part],
-            None if base is None else _head.logits(base.part(part), memory[1]),
-            None if base_weight is None else base_weight[part],
-            row_scale[part],
-            exclude.part(part),
-            normalized,
-            temperature,
-            any(needed),
-            memory[arrays] if len(memory) > arrays else memory[0],
-            *(() if shares is None else (shares[part],)),
-        )
+    for part, memory in _head.chunks(head, arrays=arrays, backend=backend, gradient=dtype):
+        base_logits = None if base is None else _head.logits(base.part(part), memory[1])
+        gradient = (memory[arrays] if len(memory) > arrays else memory[0]) if any(needed) else None
+        row_losses = []
+        for some, logits, into in _head.blocks(head, part, memory[0], gradient):
+            loss, _ = _row_op._IMPLEMENTATIONS[backend](
+                logits,
+                target[some],
+                weight[some],
+                None if base_logits is None else base_logits[some.start - part.start : some.stop - part.start],
+                None if base_weight is None else base_weight[some],
+                row_scale[some],
+                exclude.part(some),
+                normalized,
+                temperature,
+                any(needed),
+                into,
+                *(() if shares is None else (shares[some],)),
+            )
+            row_losses.append(loss)
+        # Of the whole chunk, so that the order of its sum does not depend on blocks, nor these on threads' number.
+        loss = row_losses[0] if len(row_losses) == 1 else torch.cat(row_losses)
         if per_row:
             losses[part] = loss
         else:
             losses += _row_op.total(loss, backend).to(_rows.accumulator(head.hidden.dtype))
-        if any(needed):
-            gradients.add(part, columns, grad_logits)
+        if gradient is not None:
+            gradients.add(part, columns, gradient)
     return losses, *gradients.finish()
 
 
@@ -244,11 +261,13 @@ def _linear_matching_loss(
     bias: Tensor | None,
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
+    softcap: float | None,
     target: Tensor,
     weight: Tensor,
     base_hidden: Tensor | None,
     base_head_weight: Tensor | None,
     base_bias: Tensor | None,
+    base_softcap: float | None,
     base_weight: Tensor | None,
     row_scale: Tensor | None,
     exclude: Tensor | None,
@@ -262,8 +281,8 @@ def _linear_matching_loss(
     columns = head_weight.shape[0]
     _checks.index_range("linear_matching_loss", "target", target, columns, backend)
     _checks.index_range("linear_matching_loss", "exclude", exclude, columns, backend)
-    head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
-    base = _base_of(base_hidden, base_head_weight, base_bias)
+    head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight, softcap)
+    base = _base_of(base_hidden, base_head_weight, base_bias, base_softcap)
     loss, *gradients = _IMPLEMENTATIONS[backend](
         head,
         target,
@@ -280,8 +299,12 @@ def _linear_matching_loss(
     return loss.to(_rows.accumulator(hidden.dtype)), *gradients
 
 
-def _base_of(hidden: Tensor | None, head_weight: Tensor | None, bias: Tensor | None) -> _head.Projection | None:
-    return None if hidden is None or head_weight is None else _head.Projection(hidden, head_weight, bias)
+def _base_of(
+    hidden: Tensor | None, head_weight: Tensor | None, bias: Tensor | None, softcap: float | None
+) -> _head.Projection | None:
+    if hidden is None or head_weight is None:
+        return None
+    return _head.Projection(hidden, head_weight, bias, softcap=softcap)
 
 
 @_linear_matching_loss.register_fake
@@ -291,11 +314,13 @@ def _(
     bias,
     low_hidden,
     low_weight,
+    softcap,
     target,
     weight,
     base_hidden,
     base_head_weight,
     base_bias,
+    base_softcap,
     base_weight,
     row_scale,
     exclude,
@@ -306,11 +331,13 @@ def _(
     backend,
     overwrite,
 ):
-    gradients = _head.fake_gradients(_head.Projection(hidden, head_weight, bias, low_hidden, low_weight), needed)
+    gradients = _head.fake_gradients(
+        _head.Projection(hidden, head_weight, bias, low_hidden, low_weight, softcap), needed
+    )
     return hidden.new_empty((), dtype=_rows.accumulator(hidden.dtype)), *gradients
 
 
-_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=19, differentiable=(0, 1, 2, 3, 4))
+_formed_gradient.register(_linear_matching_loss, "linear_matching_loss", inputs=21, differentiable=(0, 1, 2, 3, 4))
 
 
 @_op.op("linear_matching_loss_rows")
@@ -320,11 +347,13 @@ def _linear_matching_loss_rows(
     bias: Tensor | None,
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
+    softcap: float | None,
     target: Tensor,
     weight: Tensor,
     base_hidden: Tensor | None,
     base_head_weight: Tensor | None,
     base_bias: Tensor | None,
+    base_softcap: float | None,
     base_weight: Tensor | None,
     row_scale: Tensor,
     exclude: Tensor | None,
@@ -336,8 +365,8 @@ def _linear_matching_loss_rows(
     columns = head_weight.shape[0]
     _checks.index_range("linear_matching_loss", "target", target, columns, backend)
     _checks.index_range("linear_matching_loss", "exclude", exclude, columns, backend)
-    head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight)
-    base = _base_of(base_hidden, base_head_weight, base_bias)
+    head = _head.Projection(hidden, head_weight, bias, low_hidden, low_weight, softcap)
+    base = _base_of(base_hidden, base_head_weight, base_bias, base_softcap)
     loss, *_ = _IMPLEMENTATIONS[backend](
         head,
         target,
@@ -361,11 +390,13 @@ def _(
     bias,
     low_hidden,
     low_weight,
+    softcap,
     target,
     weight,
     base_hidden,
     base_head_weight,
     base_bias,
+    base_softcap,
     base_weight,
     row_scale,
     exclude,
@@ -382,5 +413,5 @@ def _gradients(arguments: Sequence[Any], needed: list[bool], backend: str) -> Se
 
 
 _formed_gradient.register_rows(
-    _linear_matching_loss_rows, "linear_matching_loss", _gradients, row_scale=11, differentiable=(0, 1, 2, 3, 4)
+    _linear_matching_loss_rows, "linear_matching_loss", _gradients, row_scale=13, differentiable=(0, 1, 2, 3, 4)
 )

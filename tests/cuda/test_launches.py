@@ -125,7 +125,8 @@ def test_a_gradient_may_take_the_place_of_the_logits():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("based", [False, True], ids=["", "base"])
 @pytest.mark.parametrize("normalized", [False, True], ids=["rates", ""])
-def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, normalized):
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "capped"])
+def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, normalized, softcap):
     """Of a head in chunks of 1024 columns, the last one short, with targets, repeated and excluded ones, in each."""
     rows, columns = 40, 3000
     tensors = [normal(rows, 24, seed=1), normal(columns, 24, seed=2, scale=0.2), normal(columns, seed=3)]
@@ -140,12 +141,13 @@ def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, norma
     if based:
         base = [normal(rows, 16, seed=10, dtype=dtype), normal(columns, 16, seed=11, scale=0.2, dtype=dtype)]
         options |= {"base_hidden": base[0], "base_head_weight": base[1], "base_weight": normal(rows, seed=12)}
+        options |= {"base_softcap": softcap}
     monkeypatch.setenv("DAM_WORKSPACE_MB", str(1100 * rows * (12 if based else 8) / 2**20))
 
     def results(by_columns):
         monkeypatch.setattr(_head, "by_columns", lambda *arguments: by_columns)
         leaves = [x.clone().requires_grad_() for x in (*tensors, *lora)]
-        head = {"bias": leaves[2], "lora": dam.LoRA(*leaves[3:], 0.7)}
+        head = {"bias": leaves[2], "lora": dam.LoRA(*leaves[3:], 0.7), "softcap": softcap}
         of_loss = {**options, "normalized": normalized, "temperature": 1.0 if normalized else 1.4}
         loss = dam.linear_matching_loss(*leaves[:2], target, weight, **head, **of_loss)
         value = dam.linear_log_prob(*leaves[:2], target, **head, exclude=exclude, suppress=suppress, temperature=0.7)

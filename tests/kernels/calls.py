@@ -21,6 +21,7 @@ from dam.kernels import (
     log_prob,
     matching_loss,
     rate_ratio,
+    softcap,
     tilt_to_ess,
 )
 from dam.kernels.excluded import Excluded
@@ -94,6 +95,7 @@ def heads(rows, dtype, low=None):
 
 
 ONES_OF_A_HEAD = Projection(ONE, ONE, ONE[0], ONE, ONE)
+CAPPED_ONES_OF_A_HEAD = ONES_OF_A_HEAD._replace(softcap=1.0)
 
 
 def nothing(rows, columns, out):
@@ -107,12 +109,14 @@ def linear_jumps():
                 # Of the buckets of rows: 16, 64, and more.
                 for rows in (1, 64, 1024):
                     arguments = (NOTHING, 1.0, 1, SEED, None, False)
-                    linear_jump.linear_jump(heads(rows, dtype), *arguments, library=nothing, workspace=WORKSPACE)
+                    for of in (heads(rows, dtype), heads(rows, dtype)._replace(softcap=30.0)):
+                        linear_jump.linear_jump(of, *arguments, library=nothing, workspace=WORKSPACE)
             arguments = (Excluded(indices(64), SUPPRESSED), 0.7, 4, SEED, torch.arange(64), True)
             linear_jump.linear_jump(heads(64, torch.bfloat16, 128), *arguments, library=nothing, workspace=WORKSPACE)
     with configs.override("linear_jump", form="fused"):
         arguments = (NOTHING, 1.0, 1, SEED, None, True)
-        linear_jump.linear_jump(ONES_OF_A_HEAD, *arguments, library=None, workspace=WORKSPACE)
+        for of in (ONES_OF_A_HEAD, CAPPED_ONES_OF_A_HEAD):
+            linear_jump.linear_jump(of, *arguments, library=None, workspace=WORKSPACE)
 
 
 def gradients_of(op, of, base, rows, count):
@@ -122,8 +126,13 @@ def gradients_of(op, of, base, rows, count):
 
 def linear_log_probs():
     for dtype in DTYPES:
-        for rows, low, form in ((64, None, "fused"), (512, 128, "fused"), (512, None, "chunked")):
-            of, target = heads(rows, dtype, low), indices(rows, 1)
+        for rows, low, cap, form in (
+            (64, None, None, "fused"),
+            (512, 128, None, "fused"),
+            (512, None, None, "chunked"),
+            (512, 128, 30.0, "fused"),
+        ):
+            of, target = heads(rows, dtype, low)._replace(softcap=cap), indices(rows, 1)
             exclude = NOTHING if low is None else Excluded(None, SUPPRESSED)
             with configs.override("linear_log_prob", form=form):
                 _, log_escape = linear_log_prob.linear_log_prob(
@@ -135,25 +144,37 @@ def linear_log_probs():
 
 def linear_matching_losses():
     for dtype in DTYPES:
-        for rows, low, based in ((512, None, False), (512, None, True), (512, 128, True)):
-            of, target, weight = heads(rows, dtype, low), indices(rows, 16), torch.zeros(rows, 16)
+        for rows, low, based, cap in (
+            (512, None, False, None),
+            (512, None, True, None),
+            (512, 128, True, None),
+            (512, 128, True, 30.0),
+        ):
+            of, target, weight = heads(rows, dtype, low)._replace(softcap=cap), indices(rows, 16), torch.zeros(rows, 16)
             exclude = NOTHING if low is None else Excluded(None, SUPPRESSED)
-            base, base_weight = (heads(rows, dtype), torch.zeros(rows)) if based else (None, None)
+            base, base_weight = (heads(rows, dtype)._replace(softcap=cap), torch.zeros(rows)) if based else (None, None)
             _, of_rows = linear_matching_loss.linear_matching_loss(
                 of, target, weight, base, base_weight, torch.zeros(rows), exclude, True, 1.0, workspace=WORKSPACE
             )
             gradients_of("linear_matching_loss", of, base, of_rows, rows)
-    of, scale = ONES_OF_A_HEAD, ONE[0]
-    _, of_rows = linear_matching_loss.linear_matching_loss(
-        of, INDEX, ONE, of, scale, scale, NOTHING, True, 2.0, workspace=WORKSPACE
-    )
-    one = slice(0, 1)
-    head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))
+    scale, one = ONE[0], slice(0, 1)
+    for of in (ONES_OF_A_HEAD, CAPPED_ONES_OF_A_HEAD):
+        _, of_rows = linear_matching_loss.linear_matching_loss(
+            of, INDEX, ONE, of, scale, scale, NOTHING, True, 2.0, workspace=WORKSPACE
+        )
+        head.gradient("linear_matching_loss", of, of, of_rows, core.scale_of(1.0), one, one, torch.zeros(1, 1))
 
 
 def formed_gradients():
     for dtype in DTYPES:
         formed_gradient.scale(torch.empty(64, LLADA, dtype=dtype), torch.ones(()))
+
+
+def softcaps():
+    for logits in (torch.empty(64, LLADA), ONE):
+        softcap.cap(logits, 30.0)
+        for dtype in (*DTYPES, torch.float16):
+            softcap.differentiate(torch.empty_like(logits, dtype=dtype), logits, 30.0)
 
 
 def adjoint_weights_of_groups():
@@ -208,4 +229,4 @@ OPS = {
     "linear_log_prob": linear_log_probs,
     "linear_matching_loss": linear_matching_losses,
 }
-CALLS = [formed_gradients, *OPS.values()]
+CALLS = [formed_gradients, softcaps, *OPS.values()]

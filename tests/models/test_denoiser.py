@@ -14,6 +14,7 @@ from transformers import (
 
 import dam
 from dam.models import MaskedLM, Tabular
+from dam.models.tail import POSITIONS
 from tests.architectures import small_sizes
 
 VOCABULARY = 13
@@ -78,13 +79,13 @@ def test_gradients_are_those_of_the_ordinary_forward_pass(model, tokens, attenti
 
 
 def test_no_logits_are_computed(model, tokens):
-    """But those of eight positions, once, which are compared with the model's."""
+    """But those of a few positions, once, which are compared with the model's."""
     sizes = []
     handle = model.get_output_embeddings().register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
     MaskedLM(model).hidden_states(tokens)
     MaskedLM(model).hidden_states(tokens)
     handle.remove()
-    assert sizes == [8 * VOCABULARY, 0, 0]
+    assert sizes == [POSITIONS * VOCABULARY, 0, 0]
 
 
 def test_the_model_is_left_as_it_was(model, tokens):

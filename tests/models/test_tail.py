@@ -1,12 +1,23 @@
 """What a model does to logits after its output layer is found and followed, or refused, whatever class it is."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    NanoChatConfig,
+    VaultGemmaConfig,
+)
 
+import dam
 from dam.models import MaskedLM
 from tests.architectures import small_sizes
 
@@ -38,6 +49,10 @@ def position_before(logits):
     return torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
 
 
+def cap(logits, softcap):
+    return torch.tanh(logits / softcap) * softcap
+
+
 FOLLOWED = {
     "nothing": lambda model, logits: logits,
     "scaled": lambda model, logits: logits * 0.3,
@@ -48,6 +63,11 @@ FOLLOWED = {
     "all of it": lambda model, logits: position_before(logits * -0.7) + model.outside,
     "log-probabilities": lambda model, logits: (logits * 0.3 + model.outside).log_softmax(dim=-1),
     "in float32": lambda model, logits: logits.float() * 0.3,
+    "capped": lambda model, logits: cap(logits, 2.0),
+    "capped, of the unit": lambda model, logits: torch.tanh(logits),
+    "capped, then scaled": lambda model, logits: cap(logits, 3.0) * -0.5,
+    "all of it, capped": lambda model, logits: cap(position_before(logits * -0.7) + model.outside, 1.5),
+    "log-probabilities, capped": lambda model, logits: cap(logits + model.fixed, 1.5).log_softmax(dim=-1),
 }
 
 
@@ -58,7 +78,8 @@ def tokens():
 
 def through_the_head(denoiser, tokens):
     hidden, head = denoiser.hidden_states(tokens), denoiser.head()
-    return nn.functional.linear(hidden, head.weight, head.bias)
+    logits = nn.functional.linear(hidden, head.weight, head.bias)
+    return logits if head.softcap is None else cap(logits, head.softcap)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -140,13 +161,25 @@ def never(logits):
 @pytest.mark.parametrize(
     ("tail", "error", "message"),
     [
+        (lambda m, z: 2.0 * z.clamp(-1, 1), ValueError, r"where the layer gives 64 the model gives 2, .* differ by"),
         (
-            lambda m, z: 2.0 * torch.tanh(z / 2.0),
+            lambda m, z: z / (1.0 + z.abs() / 30.0),
             ValueError,
-            r"where the layer gives 64 the model gives 2, .* differ by",
+            r"Denoiser of your own, whose head\(\) and hidden_states",
         ),
-        (lambda m, z: 1e4 * torch.tanh(z / 1e4), ValueError, "set that to None"),
+        (lambda m, z: 1e4 * torch.atan(z / 1e4), ValueError, "changes its logits after the output layer"),
+        (lambda m, z: cap(cap(z, 30.0), 20.0), ValueError, "changes its logits after the output layer"),
+        (lambda m, z: cap(z, 30.0) + m.outside, ValueError, "and then a soft cap"),
+        (lambda m, z: cap(z, 30.0) + 0.0 * m.outside, ValueError, "and then a soft cap"),
+        (lambda m, z: cap(z + 2.0 * m.outside, 30.0), ValueError, "and then a soft cap"),
+        (lambda m, z: cap(z + m.outside + m.fixed, 30.0), ValueError, "and then a soft cap"),
+        (
+            lambda m, z: cap(100.0 * z, 2.0),
+            ValueError,
+            "changes its logits after the output layer",
+        ),  # as good as a sign
         (lambda m, z: z.softmax(dim=-1), ValueError, "changes its logits after the output layer"),
+        (lambda m, z: z.log(), ValueError, "the model gives nan, and its log-probabilities differ by up to inf"),
         (lambda m, z: z * 0.0, ValueError, "changes its logits after the output layer"),
         (lambda m, z: z + 2.0 * m.outside, ValueError, r"no parameter or buffer as it stands \(but made of outside\)"),
         (lambda m, z: z + m.outside + m.fixed, ValueError, r"made of outside, fixed\)"),
@@ -209,12 +242,147 @@ def test_scales_of_transformers_classes(name, tokens):
         assert float(expected.std()) > 0.01
 
 
-def test_soft_capped_logits_of_transformers_are_refused(tokens):
-    model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, final_logit_softcapping=30.0)).eval()
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM changes .* \(final_logit_softcapping in the config\)"):
+CAPPED = {
+    "Gemma 2": Gemma2Config(**SIZES, final_logit_softcapping=30.0),
+    "Gemma 3": Gemma3TextConfig(**SIZES, final_logit_softcapping=12.5),
+    "VaultGemma": VaultGemmaConfig(**SIZES, final_logit_softcapping=20.0),
+    "NanoChat": NanoChatConfig(**SIZES, final_logit_softcapping=15.0),
+}
+
+
+def capped_model(name):
+    """One whose logits go far into the cap, as those of new models do not."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CAPPED[name]).eval()
+    layer = model.get_output_embeddings()
+    with torch.no_grad():
+        layer.weight *= CAPPED[name].final_logit_softcapping / float(layer.weight.norm(dim=1).max())
+    return model
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_soft_capped_logits_of_transformers(name, tokens):
+    """Log-probabilities, draws and the loss with its gradients are those of the model's own logits."""
+    model, softcap = capped_model(name), CAPPED[name].final_logit_softcapping
+    denoiser = MaskedLM(model)
+    hidden, head = denoiser.hidden_states(tokens), denoiser.head()
+    assert head.softcap == softcap  # to the last digit
+    logits = model(tokens).logits
+    assert 0.8 * softcap < float(logits.detach().abs().max()) and float(logits.detach().abs().median()) < 0.9 * softcap
+    target = tokens.flip(0)[..., None]
+    weight = torch.randn(target.shape, generator=torch.Generator().manual_seed(2)).abs()
+    arguments = head.arguments(hidden.dtype)
+    pairs = [
+        (dam.linear_log_prob(hidden, target=target, **arguments), dam.log_prob(logits, target)),
+        (
+            dam.linear_matching_loss(hidden, target=target, weight=weight, **arguments),
+            dam.matching_loss(logits, target, weight),
+        ),
+    ]
+    for pair in pairs:
+        gradients = []
+        # Logits up to the cap, rounded to 2^-24 of it after sums of 16 products; through the network again.
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6 * softcap)
+        for value in pair:
+            model.zero_grad()
+            value.sum().backward(retain_graph=True)
+            gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 5
+        for key, gradient in gradients[1].items():
+            atol = 1e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(gradients[0][key], gradient, rtol=1e-4, atol=atol)
+    drawn = dam.linear_jump(hidden.detach(), **head.arguments(hidden.dtype), seed=3)
+    assert torch.equal(drawn.target, dam.jump(logits.detach(), seed=3).target)
+
+
+def test_a_cap_with_an_adapter_on_and_off(tokens):
+    """On the output layer too, whose product comes before the cap."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(capped_model("Gemma 2"), config).eval()
+    with torch.no_grad():
+        for adapter in (True, False):
+            denoiser = MaskedLM(model, adapter=adapter)
+            hidden, head = denoiser.hidden_states(tokens), denoiser.head()
+            assert head.softcap == 30.0 and (head.lora is not None) == adapter
+            if adapter:
+                expected = model(tokens).logits
+            else:
+                with model.disable_adapter():
+                    expected = model(tokens).logits
+            torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 15.0, 30, 30.3, 1e2, 1234.5, 1e4])
+@pytest.mark.parametrize("scale", [1.0, -0.3, 1 / 3])
+def test_a_cap_of_few_digits_is_found_exactly(softcap, scale, dtype, tokens):
+    """Whatever comes before it; a scale of many digits is found to those of float32."""
+    model = Toy(lambda model, logits: cap(logits * scale, softcap)).to(dtype)
+    hidden, head = MaskedLM(model).hidden_states(tokens), MaskedLM(model).head()
+    assert head.softcap == softcap
+    expected = copy.deepcopy(model).double()(tokens).detach()
+    # Of sums of 8 products; in bfloat16 of hidden states that were rounded and rounded again when they were scaled.
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float64: 1e-6}[dtype]
+    torch.testing.assert_close(head.logits(hidden).double(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("softcap", [7.123456789, math.pi])
+def test_a_cap_of_many_digits_is_found_to_rounding(softcap, tokens):
+    for dtype, rtol in ((torch.float32, 2.0**-22), (torch.float64, 2.0**-50)):
+        head = MaskedLM(Toy(lambda model, logits: cap(logits, softcap)).to(dtype)).head()
+        assert math.isclose(head.softcap, softcap, rel_tol=rtol)
+
+
+def test_a_cap_beyond_all_probes_is_none(tokens):
+    """No logits in float32 are told from uncapped ones by it."""
+    model = Toy(lambda model, logits: cap(logits, 1e7))
+    assert MaskedLM(model).head().softcap is None
+    torch.testing.assert_close(through_the_head(MaskedLM(model), tokens), model(tokens))
+
+
+def test_a_cap_of_logits_in_16_bits_is_found(tokens):
+    """A model that rounds after its layer: as near as 16 bits tell, and short decimals exactly."""
+    for softcap in (2.0, 30.0, 50.0):
+        model = Toy(lambda model, logits, softcap=softcap: cap(logits.bfloat16(), softcap))
+        assert MaskedLM(model).head().softcap == softcap
+
+
+def test_a_cap_of_a_large_vocabulary_is_found(tokens):
+    """By some of its columns, and compared on all: one that differs is enough."""
+    model = Toy(lambda model, logits: cap(logits, 30.0))
+    model.output = nn.Linear(WIDTH, 5001)
+    assert MaskedLM(model).head().softcap == 30.0
+    other = copy.deepcopy(model)
+    other.tail = lambda model, logits: cap(logits, 30.0) * (1.0 + 1e-4 * (torch.arange(5001) == 4999))
+    with pytest.raises(ValueError, match="changes its logits after the output layer"):
+        MaskedLM(other).head()
+
+
+def test_a_cap_that_is_trained_is_refused(tokens):
+    model = Toy(lambda model, logits: cap(logits, model.softcap))
+    model.softcap = nn.Parameter(torch.tensor(30.0))
+    with pytest.raises(ValueError, match=r"Toy applies softcap after its output layer: .* gives it no gradient"):
         MaskedLM(model).hidden_states(tokens)
-    model.config.final_logit_softcapping = None
-    torch.testing.assert_close(through_the_head(MaskedLM(model), tokens), model(tokens).logits)
+    model.softcap.requires_grad_(False)
+    assert MaskedLM(model).head().softcap == 30.0
+
+
+def test_a_new_bias_of_zero_before_or_after_a_cap(tokens):
+    """Its numbers do not tell, its gradient does."""
+    before = Toy(lambda model, logits: cap(logits + model.outside, 30.0), bias=False)
+    after = Toy(lambda model, logits: cap(logits, 30.0) + model.outside)
+    scaled = Toy(lambda model, logits: cap((logits + model.outside) * 0.5, 30.0))
+    normalised = Toy(lambda model, logits: cap(logits + model.outside, 1e4).log_softmax(dim=-1))
+    normalised.output, normalised.outside = nn.Linear(WIDTH, 50_001, bias=False), nn.Parameter(torch.empty(50_001))
+    for model in (before, normalised, after, scaled):
+        nn.init.zeros_(model.outside)
+    for model in (before, normalised):
+        assert MaskedLM(model).head().bias.data_ptr() == model.outside.data_ptr()
+        assert MaskedLM(model).head().softcap in (30.0, 1e4)
+    for model in (after, scaled):
+        with pytest.raises(ValueError, match="and then a soft cap"):
+            MaskedLM(model).head()
 
 
 def test_a_scale_that_is_trained_is_refused(tokens):

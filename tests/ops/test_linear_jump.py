@@ -141,7 +141,7 @@ def test_opcheck(backend):
     hidden, weight, bias = head(4, 5, 30, seed=30)
     low = (normal(4, 3, seed=33), normal(30, 3, seed=34))
     excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
-    for args in ((bias, *low, None, None, 1.0, 1), (None, None, None, *excluding, 0.0, 3)):
+    for args in ((bias, *low, None, None, None, 1.0, 1), (None, None, None, 2.0, *excluding, 0.0, 3)):
         args = (hidden, weight, *args, torch.tensor(1), torch.arange(4), True, backend)
         torch.library.opcheck(module._linear_jump.overload, args)
 

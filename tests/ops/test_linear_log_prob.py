@@ -128,6 +128,7 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
         *[x.detach() for x in leaves],
         None,
         None,
+        None,
         target,
         torch.zeros(30, dtype=torch.float64),
         None,
@@ -201,10 +202,10 @@ def test_opcheck(backend):
     hidden, weight, bias, target = inputs(4, 5, 30, seed=90)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     low = (normal(4, 3, seed=93).requires_grad_(), normal(30, 3, seed=94).requires_grad_())
-    torch.library.opcheck(module._linear_log_prob.overload, (*leaves, *low, target, None, None, 1.0, backend))
+    torch.library.opcheck(module._linear_log_prob.overload, (*leaves, *low, 2.0, target, None, None, 1.0, backend))
     excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
     torch.library.opcheck(
-        module._linear_log_prob.overload, (*leaves[:2], None, None, None, target, *excluding, 0.5, backend)
+        module._linear_log_prob.overload, (*leaves[:2], *[None] * 4, target, *excluding, 0.5, backend)
     )
 
 

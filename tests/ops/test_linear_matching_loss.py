@@ -328,28 +328,30 @@ def test_strides_and_empty(backend):
 def test_opcheck(backend):
     leaves, target, weight = inputs(4, 5, 30, seed=60)
     hidden, head, bias = (x.requires_grad_() for x in leaves)
-    base = base_of(4, 6, 30).values()
+    *base, base_weight = base_of(4, 6, 30).values()
     low = (normal(4, 3, seed=66).requires_grad_(), normal(30, 3, seed=67).requires_grad_())
     # overwrite=False: opcheck calls backward more than once.
     tail = ([True] * 5, backend, False)
     excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
-    args = (hidden, head, bias, *low, target, weight, *base, normal(4, seed=65), *excluding, False, 0.7, *tail)
+    base = (*base, 3.0, base_weight)
+    args = (hidden, head, bias, *low, 2.0, target, weight, *base, normal(4, seed=65), *excluding, False, 0.7, *tail)
     torch.library.opcheck(module._linear_matching_loss.overload, args)
     tail = ([True, False, False, False, False], backend, False)
-    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 7, True, 1.0, *tail)
+    args = (hidden, head.detach(), *[None] * 4, target, weight, *[None] * 8, True, 1.0, *tail)
     torch.library.opcheck(module._linear_matching_loss.overload, args)
 
 
 def test_opcheck_of_each_row(backend):
     leaves, target, weight = inputs(4, 5, 30, seed=60)
     hidden, head, bias = (x.requires_grad_() for x in leaves)
-    base = base_of(4, 6, 30).values()
+    *base, base_weight = base_of(4, 6, 30).values()
     low = (normal(4, 3, seed=66).requires_grad_(), normal(30, 3, seed=67).requires_grad_())
     row_scale = normal(4, seed=65)
     excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
-    args = (hidden, head, bias, *low, target, weight, *base, row_scale, *excluding, False, 0.7)
+    base = (*base, 3.0, base_weight)
+    args = (hidden, head, bias, *low, 2.0, target, weight, *base, row_scale, *excluding, False, 0.7)
     torch.library.opcheck(module._linear_matching_loss_rows.overload, (*args, backend))
-    args = (hidden, head.detach(), None, None, None, target, weight, *[None] * 4, row_scale, None, None, True, 1.0)
+    args = (hidden, head.detach(), *[None] * 4, target, weight, *[None] * 5, row_scale, None, None, True, 1.0)
     torch.library.opcheck(module._linear_matching_loss_rows.overload, (*args, backend))
 
 

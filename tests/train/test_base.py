@@ -6,8 +6,11 @@ import json
 import pytest
 import torch
 from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
+from transformers import BertForMaskedLM
 
+import dam
 from dam.models import MaskedLM, denoiser_of
+from dam.models.tail import POSITIONS
 from dam.train import DAMTrainer
 from dam.train.base import InitialParameters, with_base
 
@@ -197,13 +200,13 @@ def test_arguments_that_do_not_go_together():
 # Compared with the model's own logits
 
 
-def capped(model):
-    """The same model, whose logits are soft-capped after its output layer."""
+def clamped(model):
+    """The same model, whose logits are cut off after its output layer."""
     forward = model.forward
 
     def wrapped(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.logits = torch.tanh(output.logits)
+        output.logits = output.logits.clamp(-1.0, 1.0)
         return output
 
     model.forward = wrapped
@@ -216,11 +219,37 @@ def no_reward(completion_ids, **_):
 
 @pytest.mark.parametrize("of_base", [False, True], ids=["model", "ref_model"])
 def test_a_run_whose_log_probabilities_are_not_the_model_s_does_not_start(tmp_path, of_base):
-    model, base = (tiny_model(), capped(tiny_model())) if of_base else (capped(tiny_model()), tiny_model())
+    model, base = (tiny_model(), clamped(tiny_model())) if of_base else (clamped(tiny_model()), tiny_model())
     trainer = DAMTrainer(model, no_reward, tiny_config(tmp_path), ROWS, ROWS, ref_model=base)
     for run in (trainer.evaluate, trainer.train):
         with pytest.raises(ValueError, match="BertForMaskedLM changes its logits after the output layer"):
             run()
+
+
+class Capped(BertForMaskedLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 0.5 * torch.tanh(output.logits / 0.5)
+        return output
+
+
+def test_a_run_of_a_model_with_a_soft_cap(tmp_path):
+    """It starts at its base and is trained; what it drew has the log-probabilities of its own logits."""
+    model = tiny_model()
+    model.__class__ = Capped
+    with torch.no_grad():
+        model.cls.predictions.bias += torch.linspace(-1.0, 1.0, len(model.cls.predictions.bias))
+    trainer = DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ROWS)
+    trainer.train()
+    kl = entries(trainer, "kl_path")
+    assert kl[0] == 0.0 and kl[-1] != 0.0
+    denoiser, x = MaskedLM(model), torch.tensor(ROWS[0]["input_ids"])[None]
+    with torch.no_grad():
+        hidden, head = denoiser.hidden_states(x), denoiser.head()
+        drawn = dam.linear_jump(hidden, **head.arguments(hidden.dtype), seed=1)
+        expected = model.eval()(x).logits.log_softmax(dim=2).gather(2, drawn.target[..., None])[..., 0]
+    assert head.softcap == 0.5
+    torch.testing.assert_close(drawn.log_prob, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_every_run_compares_anew_and_once(tmp_path):
@@ -228,11 +257,11 @@ def test_every_run_compares_anew_and_once(tmp_path):
     trainer = DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ROWS)
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[:2].numel()))
     trainer.evaluate()
-    assert [n for n in rows if n] == [8]
+    assert [n for n in rows if n] == [POSITIONS]
     trainer.train()
     trainer.evaluate()
-    assert [n for n in rows if n] == [8, 8]
-    capped(model)
+    assert [n for n in rows if n] == [POSITIONS, POSITIONS]
+    clamped(model)
     with pytest.raises(ValueError, match="changes its logits"):
         trainer.train()
 
