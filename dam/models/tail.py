@@ -82,14 +82,14 @@ class Probe:
         return self.outputs[None]
 
 
-def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, attention_mask: Tensor | None) -> Tail:
+def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, arguments: Mapping[str, Any]) -> Tail:
     """What `model` does after its output layer, of which `head` is the head, by one forward pass of one row.
 
     Args:
         model: as it is now, its adapters on or off.
         layer: its output layer.
         tokens: int64 [1, L]; any that the model takes.
-        attention_mask: [1, L].
+        arguments: what the model is called with for them.
 
     Raises:
         TypeError, ValueError: what the fused operations compute would be other logits than the model's; the message
@@ -106,7 +106,7 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
             for bias in biases.values():
                 bias.requires_grad_(True)
             with torch.no_grad():  # ends what the probe began
-                logits = _logits(model(input_ids=tokens, attention_mask=attention_mask))
+                logits = _logits(model(**arguments))
             check_calls(model, probe.given, tokens)
             # A model that returns no logits has none to differ from.
             tail = Tail() if logits is None else _fitted(type(model).__name__, logits, probe.outputs, biases)
