@@ -81,8 +81,8 @@ class DAMTrainer(Trainer):
     re-masked states -> hidden states -> `dam.linear_matching_loss`. No step holds a [batch, length, V] array.
 
     Shorter sequences of a batch are padded on the left. A model whose positions are absolute and counted over padding
-    too (BERT's) would see other positions: it must be given sequences of one length, or is refused. Rotary and RoBERTa's
-    positions are fine.
+    too (BERT's) would see other positions: it must be given sequences of one length, or is refused. Rotary and
+    RoBERTa's positions are fine.
 
     Of families of diffusion language models (`dam.models.as_denoiser`) shift, scale and attention are known by
     `config.model_type`. Where attention has blocks, they are filled one after another and training is at states that
@@ -119,8 +119,8 @@ class DAMTrainer(Trainer):
     Args:
         model: a masked language model with `get_output_embeddings()`, or a name for `from_pretrained`, or a
             `dam.models.Denoiser`. Models with code of their own (trust_remote_code) are loaded before, by AutoModel or
-            AutoModelForCausalLM as their makers say. Before the first rollout a language model's own logits are compared with those that
-            the fused operations would train (`dam.models.MaskedLM`).
+            AutoModelForCausalLM as their makers say. Before the first rollout a language model's own logits are
+            compared with those that the fused operations would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
             return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
             what follows the prompt; with `input_ids`, the whole sequence filled in, less what attention_mask hides.
@@ -144,7 +144,8 @@ class DAMTrainer(Trainer):
             to be compared with.
 
     Raises:
-        ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its column, before any work.
+        ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
+            column, before any work.
         RewardError: a reward function misbehaves in training, or a completion cannot be decoded. The rollouts are
             written to output_dir/failed_rollouts.pt.
 
