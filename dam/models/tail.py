@@ -79,7 +79,7 @@ class Probe:
         ramp = torch.linspace(-1.0, 1.0, output.shape[1], dtype=output.dtype, device=output.device)
         self.outputs = torch.cat((output[:_REAL], size[:, None] * ramp))
         torch.set_grad_enabled(True)  # from here on; parameters in use show by their gradients
-        return self.outputs[None]
+        return self.outputs[None].clone()  # which a model may change in place, as LLaDA scales its logits
 
 
 def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, arguments: Mapping[str, Any]) -> Tail:
