@@ -14,7 +14,7 @@ from dam.models.denoiser import MaskedLM
 
 
 class Dream(MaskedLM):
-    """Dream, and models of its class (Dream-Coder, DiffuCoder).
+    """Dream, and models of its class.
 
     The token at position i is predicted by the logits at i - 1, that of the first position by its own. Padding on the
     left goes to the model as its own generation does it: a boolean mask [B, 1, L, L] and positions without padding. Its

@@ -60,7 +60,7 @@ class SDAR(MaskedLM):
             ValueError: activations are to be computed again in the backward pass, when they would.
         """
         training = [module for module in self._inner.modules() if module.training and _has_own_training(module)]
-        if training and getattr(self._inner, "is_gradient_checkpointing", False):
+        if training and any(getattr(module, "gradient_checkpointing", False) for module in self._inner.modules()):
             raise ValueError(
                 "SDAR's attention computes something else in training, and with gradient checkpointing it would run "
                 "again outside of this call: call model.gradient_checkpointing_disable()"

@@ -226,6 +226,20 @@ def test_a_row_alone_is_the_row_in_a_batch_padded_on_the_left(family):
         torch.testing.assert_close(found[len(found) - len(row) :], log_probs(denoiser, row[None])[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Dream", "LLaDA 2", "SDAR", "A2D by 4"])
+def test_positions_that_are_handed_in_do_not_count_padding(name):
+    """Rotations tell only how far apart two positions are, but their scaling may go by how far they reach."""
+    family, given = FAMILIES[name], []
+    model = family.model()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    denoiser = family.denoiser(model)
+    tokens, mask = padded([tokens_of(1, length, seed=length)[0] for length in (6, 4)])
+    denoiser.hidden_states(tokens, mask)
+    assert given[-1].tolist() == [[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]]
+
+
 def test_blocks_are_the_family_s_own(family):
     """What is behind a position's block changes nothing there, and what is in it does."""
     denoiser = family.denoiser(family.model())
@@ -356,6 +370,10 @@ def test_five_steps_raise_a_reward(family, adapter, tmp_path):
     trainer = DAMTrainer(model, low, config, PROMPTS[:8], denoiser=family.denoiser)
     before = rewarded(family.denoiser(model.eval()))
     trainer.train()
+    groups = trainer.progress.replay.batch(torch.arange(4))
+    assert ("position" in groups) == (
+        family.blocks is not None
+    )  # trained at the states of paths, where they have blocks
     kl = [entry["kl_path"] for entry in trainer.state.log_history if "kl_path" in entry]
     assert abs(kl[0]) < 1e-5  # nothing is trained yet: the sum of six differences of equal numbers in float32
     after = rewarded(family.denoiser(model.eval()))
@@ -456,12 +474,10 @@ def test_what_cannot_be_right_with_blocks_is_refused_by_name(name, tmp_path):
 
 def test_sdar_is_not_run_again_in_the_backward_pass():
     model = FAMILIES["SDAR"].model().train()
-    type(model).is_gradient_checkpointing = True
-    try:
-        with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
-            as_denoiser(model).hidden_states(tokens_of(1, 5))
-    finally:
-        del type(model).is_gradient_checkpointing
+    model.model.gradient_checkpointing = True  # as transformers sets it in modules that have it
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        as_denoiser(model).hidden_states(tokens_of(1, 5))
+    model.model.gradient_checkpointing = False
     as_denoiser(model).hidden_states(tokens_of(1, 5))
     assert all(module.training for module in model.modules())
 
