@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from dam.ctmc import MaskedCTMC
-from dam.models import Blocks, MaskedLM, as_denoiser, blocks_of, families, register
+from dam.models import Blocks, MaskedLM, Tabular, as_denoiser, blocks_of, families, register
 from dam.rollout import log_prob_over_orders, rollout
 from dam.train import DAMConfig, DAMTrainer
 from tests.architectures import small_sizes
@@ -362,9 +362,13 @@ def rewarded(denoiser):
     return float(log_probs(denoiser, *padded(rows))[:, -6:, :9].exp().sum(dim=-1).mean())
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "LoRA"])
-def test_five_steps_raise_a_reward(family, adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [*((name, False) for name in FAMILIES), *((name, True) for name in ("LLaDA tied", "Dream", "SDAR"))],
+)
+def test_five_steps_raise_a_reward(name, adapter, tmp_path):
     """And the comparison with the model's own logits at the start of the run passes."""
+    family = FAMILIES[name]
     model = lora_on(family.model()) if adapter else family.model()
     config = config_for(tmp_path, learning_rate=0.05 if adapter else 0.015)
     trainer = DAMTrainer(model, low, config, PROMPTS[:8], denoiser=family.denoiser)
@@ -480,6 +484,25 @@ def test_sdar_is_not_run_again_in_the_backward_pass():
     model.model.gradient_checkpointing = False
     as_denoiser(model).hidden_states(tokens_of(1, 5))
     assert all(module.training for module in model.modules())
+
+
+def test_a_denoiser_of_one_s_own_may_have_blocks_and_refuse_padding():
+    class Own(Tabular):
+        blocks = Blocks(2, "sequence")
+        left_padding = False
+
+    torch.manual_seed(0)
+    own = Own(torch.randn(81, 4, 2), tokens=3)
+    tokens, process = torch.full((20, 4), 2), MaskedCTMC(mask_token=2)
+    tokens[:, 0] = 0
+    paths = rollout(own, tokens, process, seed=0)
+    assert (paths.position[:, 0] == 1).all()
+    assert sorted(set(paths.position[:, 1].tolist())) == [2, 3]
+    mask = torch.ones_like(tokens)
+    rollout(own, tokens, process, attention_mask=mask, seed=0)
+    mask[3, 0] = 0
+    with pytest.raises(ValueError, match="Own predicts other tokens for a row that is padded on the left"):
+        rollout(own, tokens, process, attention_mask=mask, seed=0)
 
 
 # Options and the registry
