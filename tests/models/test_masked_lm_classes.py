@@ -57,9 +57,10 @@ REFUSED = {
     "perceiver": (TypeError, "gives no linear layer"),
 }
 # Those whose positions count from each row's first token, by rotation or from tokens that are no padding.
-TAKES_PADDING = set(
-    "camembert data2vec-text esm esmc eurobert gte ibert jina_embeddings_v3 longformer luke modernbert modernvbert mpnet "
-    "neomme nomic_bert roberta roberta-prelayernorm roformer ultrabert ultravbert xlm-roberta xlm-roberta-xl xmod".split()
+TAKES_PADDING = (
+    *("camembert", "data2vec-text", "esm", "esmc", "eurobert", "gte", "ibert", "jina_embeddings_v3", "longformer"),
+    *("luke", "modernbert", "modernvbert", "mpnet", "neomme", "nomic_bert", "roberta", "roberta-prelayernorm"),
+    *("roformer", "ultrabert", "ultravbert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 CONFIGS = {config.model_type: config for config in MODEL_FOR_MASKED_LM_MAPPING}
 
