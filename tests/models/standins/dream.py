@@ -79,7 +79,7 @@ def generate(model, prompt, attention_mask=None, gen_length=8):
         shown = attention_mask.bool()
         attention_mask = shown[:, None, None, :] & shown[:, None, :, None]
     for _ in range(gen_length):
-        # Rows of padding see nothing; what is NaN of them is seen by nobody.
+        # Rows of padding see nothing, of which attention makes 0 (NaN before torch 2.5).
         logits = shifted(model(x, "full" if attention_mask is None else attention_mask, positions).logits)
         x = filled_in(x, logits, x == MASK, 1)
     return x
