@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser
+from dam.models.attention import Blocks
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.ops import _philox
 from dam.ops._philox import Use
 from dam.ops.linear_jump import linear_jump
@@ -145,8 +146,10 @@ def rollout(
         attention_mask: [B, L], passed on to the model.
         steps: network calls per trajectory. None fills one position per call, which simulates the chain
             exactly. With fewer calls, positions filled by one call are drawn independently: another chain,
-            whose path weights against the base under the same steps are still exact.
-        block_length: fill blocks of this many positions, counted from the end, from left to right; None is one block.
+            whose path weights against the base under the same steps are still exact. No call reaches into the next
+            block, so there may be one more for each block.
+        block_length: fill blocks of this many positions, counted from the end, from left to right; None is one block,
+            or where the denoiser has blocks (`dam.models.blocks_of`) these.
         order: "random" unmasks in uniform order (within a block), as the chain does. "confidence" unmasks
             where the drawn token is likeliest; this order depends on the model, does not cancel in path
             weights, and needs the head at every masked position: use it to decode, not to train.
@@ -159,7 +162,9 @@ def rollout(
         Trajectories, log-probabilities being those of the tempered distribution that was sampled.
 
     Raises:
-        ValueError, TypeError: an argument is out of range, or a trajectory has nothing to fill in.
+        ValueError, TypeError: an argument is out of range, or a trajectory has nothing to fill in; block_length is
+            another than that of the denoiser's attention, or the base's blocks are others; rows are padded on the left
+            and the denoiser does not take such.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"rollout: tokens must be int64 [B, L]; got {tokens.dtype} {list(tokens.shape)}")
@@ -172,10 +177,15 @@ def rollout(
     if bool((count == 0).any()):
         raise ValueError(f"rollout: row {int((count == 0).nonzero()[0])} of tokens has no mask token to fill in")
 
+    blocks = blocks_for(denoiser, block_length, base)
+    for model in (denoiser, base):
+        check_left_padding(model, attention_mask)
+
     length = tokens.shape[1]
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
-    trajectories = _planned(tokens, priority, count, steps, block_length)
+    block = None if blocks is None else blocks.numbers(tokens, attention_mask)
+    trajectories = _planned(tokens, priority, count, steps, block)
     for n in range(trajectories.network_calls):
         # By confidence, everything still masked is drawn, and the likeliest of it kept.
         drawn_now = trajectories.call >= n if order == "confidence" else trajectories.call == n
@@ -195,7 +205,7 @@ def rollout(
         trajectories.token[rows, at] = drawn.target
         trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)
         if order == "confidence":
-            _likeliest_first(trajectories, n, block_length)
+            _likeliest_first(trajectories, n, block)
         rows, at = torch.nonzero(trajectories.call == n, as_tuple=True)
         trajectories.final[rows, trajectories.position[rows, at]] = trajectories.token[rows, at]
     if base is not None:
@@ -203,6 +213,25 @@ def rollout(
             base, trajectories, process, attention_mask=attention_mask, temperature=temperature
         )
     return trajectories
+
+
+def blocks_for(denoiser: Denoiser, block_length: int | None, base: Denoiser | None = None) -> Blocks | None:
+    """The blocks that a rollout fills one after another: those asked for, or those of the denoiser's attention.
+
+    Raises:
+        ValueError: its attention has others than asked for, or than the base's.
+    """
+    own, theirs = blocks_of(denoiser), None if base is None else blocks_of(base)
+    if theirs not in (None, own):
+        raise ValueError(f"the base's attention has {theirs}, the model's {own}: they fill positions in other orders")
+    if own is None:
+        return None if block_length is None else Blocks(block_length)
+    if block_length not in (None, own.length):
+        raise ValueError(
+            f"block_length is {block_length}, but the model's attention has blocks of {own.length}: leave block_length "
+            "out, or make the denoiser with that block_length (dam.models.as_denoiser)"
+        )
+    return own
 
 
 @torch.no_grad()
@@ -283,9 +312,11 @@ def log_prob_over_orders(
         raise ValueError(f"log_prob_over_orders: orders must be at least 1; got {orders}")
     if trajectories.base_log_prob is None:
         raise ValueError("log_prob_over_orders: pass base= to rollout; these trajectories lack the base's")
+    blocks = blocks_for(denoiser, block_length, base)
+    block = None if blocks is None else blocks.numbers(trajectories.initial, attention_mask)
     paths = [(trajectories.log_prob, trajectories.base_log_prob)]
     for n in range(1, orders):
-        other = _reordered(trajectories, process, n, steps, block_length, seed, row_ids)
+        other = _reordered(trajectories, process, n, steps, block, seed, row_ids)
         paths.append(
             tuple(  # type: ignore[arg-type]
                 jump_log_prob(one, other, process, attention_mask=attention_mask, temperature=temperature)
@@ -302,7 +333,7 @@ def _reordered(
     process: MaskedCTMC,
     number: int,
     steps: int | None,
-    block_length: int | None,
+    block: Tensor | None,
     seed: int,
     row_ids: Tensor | None,
 ) -> Trajectories:
@@ -311,24 +342,30 @@ def _reordered(
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     uniform = _philox.uniform(seed, Use.OTHER_ORDER, row_ids, tokens.shape[1], sample=number).flip(1)
     masked = process.masked(tokens)
-    other = _planned(tokens, torch.where(masked, uniform, torch.inf), masked.sum(dim=1), steps, block_length)
+    other = _planned(tokens, torch.where(masked, uniform, torch.inf), masked.sum(dim=1), steps, block)
     there = trajectories.final.gather(1, other.position.clamp(min=0))
     return dataclasses.replace(other, final=trajectories.final, token=torch.where(other.call >= 0, there, -1))
 
 
-def _planned(
-    tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None, block_length: int | None
-) -> Trajectories:
-    """Trajectories that fill the `count` [B] masks of tokens by rising priority in [0, 1); +inf where nothing is."""
-    length = tokens.shape[1]
-    if block_length is not None:
-        priority = priority + (torch.arange(length, device=tokens.device) - length) // block_length
+def _planned(tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None, block: Tensor | None) -> Trajectories:
+    """Trajectories that fill the `count` [B] masks of tokens by rising priority in [0, 1); +inf where nothing is.
+
+    Blocks, whose numbers are int64 [B, L], one after another.
+    """
+    if block is not None:
+        priority = priority + block
     jumps = int(count.max())
     # Unmasked positions have priority +inf, so a trajectory's own jumps come first.
     position = priority.argsort(dim=1)[:, :jumps]
     index = torch.arange(jumps, device=tokens.device).expand_as(position)
     calls = count if steps is None else count.clamp(max=steps)
-    call = torch.where(index < count[:, None], index * calls[:, None] // count[:, None], -1)
+    call = index * calls[:, None] // count[:, None]
+    if block is not None:
+        # A call ends with its block at the latest.
+        number = block.gather(1, position)
+        begins = (call.diff(dim=1) != 0) | (number.diff(dim=1) != 0)
+        call = F.pad(begins.long().cumsum(dim=1), (1, 0))
+    call = torch.where(index < count[:, None], call, -1)
     return Trajectories(
         initial=tokens,
         final=tokens.clone(),
@@ -350,12 +387,12 @@ def _hidden_at(
     return rows, at, hidden[compact, trajectories.position[rows, at]]
 
 
-def _likeliest_first(trajectories: Trajectories, call: int, block_length: int | None) -> None:
+def _likeliest_first(trajectories: Trajectories, call: int, block: Tensor | None) -> None:
     """Reorders the jumps from network call `call` on, so that it fills where the drawn tokens are likeliest."""
     # By block first, then by falling probability; a stable sort leaves earlier jumps in front, empty ones behind.
     key = -trajectories.log_prob.double().exp()
-    if block_length is not None:
-        key += 2.0 * ((trajectories.position - trajectories.final.shape[1]) // block_length)
+    if block is not None:
+        key += 2.0 * block.gather(1, trajectories.position.clamp(min=0))
     key[trajectories.call < call] = -torch.inf
     key[trajectories.call < 0] = torch.inf
     order = key.argsort(dim=1, stable=True)

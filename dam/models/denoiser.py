@@ -5,19 +5,33 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dam.models.attention import Blocks, additive, allowed, positions
 from dam.models.output_layer import head_of
+from dam.models.padding import takes_left_padding
 from dam.models.sharding import check_sharding, tied_to
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
 
 
 class Denoiser(Protocol):
-    """What rollouts and losses need of a model that predicts p(v | position, tokens)."""
+    """What rollouts and losses need of a model that predicts p(v | position, tokens).
+
+    The two methods are all that is required. A denoiser may have these besides, by which rollouts and the trainer keep
+    to the law that it has:
+
+        blocks          `Blocks` that its attention imposes: what is behind a position's block is not seen from it.
+                        None, or no such attribute: it sees everything.
+        left_padding    False: rows padded on the left get other predictions than alone, and are refused. Else True.
+        mask_token_id   the mask token, where neither the trainer's arguments nor tokenizer nor config have one.
+
+    The hidden states at a position are those that predict the token there, and logits are head and hidden states: a
+    shift or a scale that a family has is inside.
+    """
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Input of the head [B, L, D] for tokens int64 [B, L]."""
@@ -26,8 +40,34 @@ class Denoiser(Protocol):
         """The head that maps hidden states to logits."""
 
 
+def blocks_of(denoiser: Any) -> Blocks | None:
+    """The blocks that a denoiser's attention imposes, if it says so."""
+    return getattr(denoiser, "blocks", None)
+
+
+def check_left_padding(denoiser: Any, attention_mask: Tensor | None) -> None:
+    """That no row is padded on the left, where a denoiser says that it does not take such rows.
+
+    Raises:
+        ValueError: one is.
+    """
+    if getattr(denoiser, "left_padding", True) or attention_mask is None:
+        return
+    if bool((attention_mask[:, 0] == 0).any()):
+        name = type(getattr(denoiser, "model", denoiser)).__name__
+        raise ValueError(
+            f"{name} predicts other tokens for a row that is padded on the left than for the row alone: its positions "
+            "are absolute and counted over padding, or it does not heed attention_mask. Give it sequences of one "
+            "length (input_ids as long as each other, or prompts as long as each other)"
+        )
+
+
 # Of models, by their output layer and whether their adapter is on: what they do to logits after that layer.
 _TAILS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+# Of models, by how they are called: whether they give a row that is padded on the left what they give it alone.
+_PADDED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+
+ATTENTIONS = ("own", "full", "block-causal")
 
 
 class MaskedLM:
@@ -42,19 +82,54 @@ class MaskedLM:
     followed are a bias outside the layer (ESM), a scale (Cohere, Granite), logits of the position before, and a soft
     cap of all that (Gemma 2). Anything else is an error. Where the model returns no logits there is nothing to compare.
 
+    That comparison cannot see which positions a model lets see which, nor that its logits are meant for the position
+    behind: `as_denoiser` knows both of families of models, and options say it of others. Before its first call with an
+    attention mask, a pass of two halves of a row tells whether padding on the left changes its predictions, as it does
+    where positions are absolute (BERT's): rows that are padded so are then refused.
+
     A head that FSDP2 has divided is gathered each time it is asked for.
 
     Args:
-        model: takes `input_ids` and `attention_mask`.
+        model: takes `input_ids` and `attention_mask`; and `position_ids`, `use_cache` and a mask [B, 1, L, L] for
+            attention that is not its own.
         adapter: False evaluates a PEFT model with its adapters switched off.
+        attention: "own": the model's, which is given attention_mask as it is. "full": every position sees every other,
+            by a mask [B, 1, L, L] (of 0 and the least number) that is handed in. "block-causal": by such a mask
+            likewise, what is not behind a position's block. None: "block-causal" with block_length, else "own".
+        block_length: of the attention's blocks; with "own" attention those that the model has without being told.
+        block_origin: where they are counted from (`Blocks`).
+        shift: 1 where logits at a position are of the token behind it; the first position is its own.
+        mask_token_id: see `Denoiser`.
 
     Raises:
         TypeError: the model has no such layer.
+        ValueError: attention and blocks do not go together.
         ValueError, TypeError: at the first call: hidden states and head would give other logits than the model's. The
             message says by how much, and what to do.
     """
 
-    def __init__(self, model: nn.Module, *, adapter: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapter: bool = True,
+        attention: str | None = None,
+        block_length: int | None = None,
+        block_origin: str = "sequence",
+        shift: int = 0,
+        mask_token_id: int | None = None,
+    ):
+        if attention is None:
+            attention = "own" if block_length is None else "block-causal"
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}")
+        if (attention == "full" and block_length is not None) or (attention == "block-causal" and block_length is None):
+            raise ValueError(f"attention {attention!r} with block_length {block_length}: blocks go with block-causal")
+        if shift not in (0, 1):
+            raise ValueError(f"shift must be 0 or 1; got {shift}")
+        self.blocks = None if block_length is None else Blocks(block_length, block_origin)
+        self.mask_token_id = mask_token_id
+        self._attention, self._shift = attention, shift
         self.model: Any = model
         # DistributedDataParallel and its like keep the model in .module; the forward pass must go through them.
         self._inner: Any = model if hasattr(model, "get_output_embeddings") else getattr(model, "module", model)
@@ -84,14 +159,60 @@ class MaskedLM:
                 parameter.requires_grad_(before)
 
     def _tail(self, layer: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tail:
-        known = _TAILS.setdefault(self._inner, weakref.WeakKeyDictionary()).setdefault(layer, {})
+        known = self._known_tails(layer)
         if self._adapter not in known:
             # As it is without torch.compile, which would trace hooks that run once.
             model = getattr(self._inner, "_orig_mod", self._inner)
             with torch.no_grad():
-                head = head_of(layer)
-            known[self._adapter] = found_tail(model, layer, head, tokens, attention_mask)
+                head = self._head_of(layer)
+            known[self._adapter] = found_tail(model, layer, head, tokens, self._arguments(tokens, attention_mask))
         return known[self._adapter]
+
+    def _known_tails(self, layer: nn.Module) -> dict[bool, Tail]:
+        return _TAILS.setdefault(self._inner, weakref.WeakKeyDictionary()).setdefault(layer, {})
+
+    def _head_of(self, layer: nn.Module) -> Head:
+        return head_of(layer)
+
+    def _arguments(self, tokens: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """What the model is called with."""
+        if self._attention == "own":
+            return {"input_ids": tokens, "attention_mask": attention_mask}
+        return {
+            "input_ids": tokens,
+            # Never [B, L]: models that take a mask from their caller make a causal one of that.
+            "attention_mask": self._mask(allowed(tokens, attention_mask, self.blocks)).expand(len(tokens), -1, -1, -1),
+            "position_ids": positions(tokens, attention_mask),
+            "use_cache": False,
+        }
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """What the model takes for a boolean mask [B or 1, 1, L, L]."""
+        return additive(seen, self._inner.get_input_embeddings().weight.dtype)
+
+    @property
+    def left_padding(self) -> bool:
+        return _PADDED.get(self._inner, {}).get(self._way, True)
+
+    @property
+    def _way(self) -> tuple[Any, ...]:
+        """By what the model is called differently."""
+        return type(self), self._attention, self._shift, self.blocks
+
+    def _try_padding(self, tokens: Tensor, attention_mask: Tensor) -> None:
+        """Finds out `left_padding`, once; in all processes alike, as FSDP's must all run."""
+        known = _PADDED.setdefault(self._inner, {})
+        if self._way in known:
+            return
+        pad = getattr(getattr(self._inner, "config", None), "pad_token_id", None)
+        model = getattr(self._inner, "_orig_mod", self._inner)
+
+        def hidden_states(tokens: Tensor, mask: Tensor) -> Tensor:
+            return self._shifted(self._last_states(model, tokens, mask)[0], mask)
+
+        known[self._way] = takes_left_padding(
+            hidden_states, model, tokens, attention_mask, int(tokens[0, -1]) if pad is None else pad
+        )
 
     def compare(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         """Compares with the model's own logits anew, as at the start of a run: a setting may have changed since.
@@ -104,63 +225,55 @@ class MaskedLM:
             ValueError, TypeError: hidden states and head would give other logits.
         """
         _TAILS.pop(self._inner, None)
+        _PADDED.pop(self._inner, None)
         with self._as_asked():
             self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
+            if attention_mask is not None:
+                self._try_padding(tokens, attention_mask)
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        with self._as_asked():
+            layer = self._output_layer()
+            tail = self._tail(layer, tokens[:1], None if attention_mask is None else attention_mask[:1])
+            if attention_mask is not None:
+                self._try_padding(tokens, attention_mask)
+                check_left_padding(self, attention_mask)
+            hidden, output = self._last_states(self.model, tokens, attention_mask)
+        return self._shifted(tail.hidden_states(tied_to(hidden, output, self._inner)), attention_mask)
+
+    def _shifted(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Hidden states at the positions that they predict; a row's first token is predicted where it is."""
+        if not self._shift:
+            return hidden
+        before = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
+        if attention_mask is None:
+            return before
+        first = positions(hidden[..., 0], attention_mask) == 0
+        return torch.where(first[..., None], hidden, before)
+
+    def _last_states(self, model: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Any]:
+        """What the output layer is given, [B, L, D], and what the model returns for none of it."""
         given: list[Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given.append(args[0])
             return (args[0][:, :0], *args[1:])
 
-        with self._as_asked():
-            layer = self._output_layer()
-            tail = self._tail(layer, tokens[:1], None if attention_mask is None else attention_mask[:1])
-            handle = layer.register_forward_pre_hook(keep)
-            try:
-                output = self.model(input_ids=tokens, attention_mask=attention_mask)
-            finally:
-                handle.remove()
+        handle = self._output_layer().register_forward_pre_hook(keep)
+        try:
+            output = model(**self._arguments(tokens, attention_mask))
+        finally:
+            handle.remove()
         check_calls(self._inner, given, tokens)
-        return tail.hidden_states(tied_to(given[0], output, self._inner))
+        return given[0], output
 
     def head(self) -> Head:
         with self._as_asked():
             layer = self._output_layer()
-            head = head_of(layer)
+            head = self._head_of(layer)
             # Any tokens do, where no others were seen yet.
             tail = self._tail(layer, torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0])
             return tail.head(head, self._inner)
-
-
-def denoiser_of(model: nn.Module, *, adapter: bool = True) -> Denoiser:
-    """A module as a `Denoiser`: itself where it has hidden_states() and head(), else a `MaskedLM`.
-
-    Args:
-        model: the module, or one wrapped by DistributedDataParallel and its like.
-        adapter: False evaluates a PEFT model with its adapters switched off (the base model).
-
-    Raises:
-        TypeError: the module is neither; or it is a Denoiser inside a wrapper, whose forward pass a call of its
-            methods would go around, and with it the sum of gradients over processes.
-    """
-    if _is_denoiser(model):
-        if not adapter:
-            raise TypeError(f"{type(model).__name__} has no adapter to switch off")
-        return cast(Denoiser, model)
-    inner = getattr(model, "module", None)
-    if _is_denoiser(inner):
-        raise TypeError(
-            f"{type(inner).__name__} is a Denoiser inside {type(model).__name__}: its methods would go around the "
-            "wrapper, and gradients would not be summed over processes. Train it in one process, or hand in a "
-            "denoiser that calls the wrapper's forward"
-        )
-    return MaskedLM(model, adapter=adapter)
-
-
-def _is_denoiser(model: Any) -> bool:
-    return all(callable(getattr(model, name, None)) for name in ("hidden_states", "head"))
 
 
 class Tabular(nn.Module):

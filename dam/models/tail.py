@@ -86,17 +86,17 @@ class Probe:
         ramp = torch.linspace(-1.0, 1.0, output.shape[1], dtype=output.dtype, device=output.device)
         self.outputs = torch.cat((output[:_REAL], size[:, None] * ramp))
         torch.set_grad_enabled(True)  # from here on; parameters in use show by their gradients
-        return self.outputs[None]
+        return self.outputs[None].clone()  # which a model may change in place, as LLaDA scales its logits
 
 
-def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, attention_mask: Tensor | None) -> Tail:
+def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, arguments: Mapping[str, Any]) -> Tail:
     """What `model` does after its output layer, of which `head` is the head, by one forward pass of one row.
 
     Args:
         model: as it is now, its adapters on or off.
         layer: its output layer.
         tokens: int64 [1, L]; any that the model takes.
-        attention_mask: [1, L].
+        arguments: what the model is called with for them.
 
     Raises:
         TypeError, ValueError: what the fused operations compute would be other logits than the model's; the message
@@ -113,7 +113,7 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
             for bias in biases.values():
                 bias.requires_grad_(True)
             with torch.no_grad():  # ends what the probe began
-                logits = _logits(model(input_ids=tokens, attention_mask=attention_mask))
+                logits = _logits(model(**arguments))
             check_calls(model, probe.given, tokens)
             # A model that returns no logits has none to differ from.
             tail = Tail() if logits is None else _fitted(type(model).__name__, logits, probe.outputs, biases)

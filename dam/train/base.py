@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dam.models.denoiser import Denoiser
+from dam.models.denoiser import Denoiser, blocks_of
 from dam.ops._head import Head
 
 DenoiserFactory = Callable[[nn.Module], Denoiser]
@@ -124,6 +124,11 @@ class _AtFirst:
 
     def __init__(self, denoiser: Denoiser, base: InitialParameters):
         self._denoiser, self._base = denoiser, base
+        self.blocks = blocks_of(denoiser)
+
+    @property
+    def left_padding(self) -> bool:
+        return getattr(self._denoiser, "left_padding", True)
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -122,8 +122,9 @@ class DAMConfig(TrainingArguments):
     block_length: int | None = field(
         default=None,
         metadata={
-            "help": "Fill blocks of this many positions from left to right; None is one block. Trains, as "
-            "diffusion_steps does, at the states that the network was called at."
+            "help": "Fill blocks of this many positions from left to right; None is one block, or where the model's "
+            "attention has blocks (dam.models.as_denoiser) these. Trains, as diffusion_steps does, at the states that "
+            "the network was called at."
         },
     )
     eval_redraw: bool = field(
@@ -190,11 +191,8 @@ class DAMConfig(TrainingArguments):
         for name in ("max_completion_length", "diffusion_steps", "block_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.on_paths and (self.estimator != "posterior" or self.normalizer != "group"):
-            raise ValueError(
-                'diffusion_steps and block_length go with estimator "posterior" and normalizer "group": the others '
-                "train at states of the exact chain, which their trajectories do not go through"
-            )
+        if self.on_paths:
+            self.check_on_paths("diffusion_steps and block_length go")
         if not self.eval_temperature >= 0:
             raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
         if self.clip is not None and not math.isfinite(self.clip):
@@ -241,6 +239,21 @@ class DAMConfig(TrainingArguments):
     def on_paths(self) -> bool:
         """Whether training is at the states that trajectories went through, not at re-masked outcomes."""
         return self.diffusion_steps is not None or self.block_length is not None
+
+    def check_on_paths(self, what: str) -> None:
+        """That estimator and normalizer can train at the states that trajectories went through.
+
+        Args:
+            what: asks for it, with its verb, as the message begins.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.estimator != "posterior" or self.normalizer != "group":
+            raise ValueError(
+                f'{what} with estimator "posterior" and normalizer "group": the others train at states of the exact '
+                f"chain, which trajectories do not go through here; got {self.estimator!r} and {self.normalizer!r}"
+            )
 
     def step_limits(self, done: float) -> tuple[float | None, float]:
         """The effective sample size to keep (None: no limit) and the largest step, once a fraction of the run is done.

@@ -22,17 +22,18 @@ def special_tokens(
     mask_token: int | None,
     tokenizer: Any,
     config: Any,
+    denoiser: Any = None,
     *,
     stop: Sequence[int] | None = None,
     suppress: Sequence[int] | None = None,
     ids: int | None = None,
 ) -> SpecialTokens:
-    """The mask token given, or that of the tokenizer or of the model's config, a token to pad with, and those that end
-    a text or are never drawn.
+    """The mask token given, or that of the tokenizer, of the model's config or of its family, a token to pad with, and
+    those that end a text or are never drawn.
 
     Args:
         mask_token: None looks for it.
-        tokenizer, config: either may be None.
+        tokenizer, config, denoiser: any may be None.
         stop: tokens that end a completion; None takes the tokenizer's end-of-text token, if it has one.
         suppress: tokens that are never drawn, besides ids that the tokenizer does not have.
         ids: the model takes ids below this; None where that is not known.
@@ -42,7 +43,7 @@ def special_tokens(
             completion is never drawn.
     """
     sources = (tokenizer, config)
-    for source in sources:
+    for source in (*sources, denoiser):
         if mask_token is None:
             mask_token = getattr(source, "mask_token_id", None)
     if mask_token is None:

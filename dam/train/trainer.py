@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer
@@ -30,8 +31,9 @@ from dam.adjoint import (
     without_ended,
 )
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import denoiser_of
-from dam.rollout import PathLogProbs, path_of
+from dam.models.denoiser import blocks_of, check_left_padding
+from dam.models.families import as_denoiser
+from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import UpdateBegun
 from dam.train.config import DAMConfig
@@ -79,7 +81,12 @@ class DAMTrainer(Trainer):
     re-masked states -> hidden states -> `dam.linear_matching_loss`. No step holds a [batch, length, V] array.
 
     Shorter sequences of a batch are padded on the left. A model whose positions are absolute and counted over padding
-    too (BERT's) then sees other positions: give it sequences of one length. Rotary and RoBERTa's positions are fine.
+    too (BERT's) would see other positions: it must be given sequences of one length, or is refused. Rotary and
+    RoBERTa's positions are fine.
+
+    Of families of diffusion language models (`dam.models.as_denoiser`) shift, scale and attention are known by
+    `config.model_type`. Where attention has blocks, they are filled one after another and training is at states that
+    trajectories went through, as with block_length: estimator "posterior" and normalizer "group".
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
     `prompt`, to which `max_completion_length` masks are appended: a string, token ids, or a conversation, messages
@@ -114,8 +121,9 @@ class DAMTrainer(Trainer):
 
     Args:
         model: a masked language model with `get_output_embeddings()`, or a name for `from_pretrained`, or a
-            `dam.models.Denoiser`. Before the first rollout a language model's own logits are compared with those that
-            the fused operations would train (`dam.models.MaskedLM`).
+            `dam.models.Denoiser`. Models with code of their own (trust_remote_code) are loaded before, by AutoModel or
+            AutoModelForCausalLM as their makers say. Before the first rollout a language model's own logits are
+            compared with those that the fused operations would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
             return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
             what follows the prompt; with `input_ids`, the whole sequence filled in, less what attention_mask hides.
@@ -133,12 +141,14 @@ class DAMTrainer(Trainer):
             by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
             trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens. So a run that is
             resumed must be given the model that it began with.
-        denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base. A model of
+        denoiser: makes a `dam.models.Denoiser` of the model, as accelerate has wrapped it, and of the base; to set an
+            option of its family, `functools.partial(dam.models.as_denoiser, block_length=8)`. A model of
             your own that has hidden_states() and head() needs none, and is taken at its word: it has no other logits
             to be compared with.
 
     Raises:
-        ValueError, TypeError: bad arguments, or a bad row, which is named with its column, before any work.
+        ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
+            column, before any work.
         RewardError: a reward function misbehaves in training, or a completion cannot be decoded. The rollouts are
             written to output_dir/failed_rollouts.pt.
 
@@ -166,7 +176,7 @@ class DAMTrainer(Trainer):
         *,
         ref_model: nn.Module | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        denoiser: DenoiserFactory = denoiser_of,
+        denoiser: DenoiserFactory = as_denoiser,
     ):
         args = DAMConfig(output_dir="dam_output") if args is None else args
         if not isinstance(args, DAMConfig):
@@ -177,10 +187,12 @@ class DAMTrainer(Trainer):
         self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
         limits = limits_of(network)
+        own = denoiser(network)  # raises where the model does not fit
         tokens = special_tokens(
             args.mask_token_id,
             processing_class,
             getattr(network, "config", None),
+            own,
             stop=args.stop_token_ids,
             suppress=args.suppress_tokens,
             ids=limits.ids,
@@ -190,13 +202,17 @@ class DAMTrainer(Trainer):
         template: Any = args.chat_template_kwargs
         self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
-        denoiser(network)  # raises where the model does not fit
+        self._on_paths = args.on_paths
+        if blocks_of(own) is not None:
+            blocks_for(own, args.block_length)  # raises where they are others
+            args.check_on_paths("a model whose attention has blocks goes")
+            self._on_paths = True
         network, base = with_base(network, ref_model, peft_config)
         _check_dtype(network)
         self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._example: tuple[Any, Any, float] | None = None
-        self._compared = False
+        self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
         super().__init__(
             model=network,
@@ -270,6 +286,10 @@ class DAMTrainer(Trainer):
         """What the model and its base say with what is trained and sampled: once, when a run starts."""
         if not self._compared:
             self.sampler.compare(self.model, batch["input_ids"], batch["attention_mask"])
+            if self._lengths_differ:  # so that some are padded, if not in this batch
+                padded = F.pad(batch["attention_mask"], (1, 0))
+                for model in (self._denoiser(self.model), self.sampler.base(self.model)):
+                    check_left_padding(model, padded)
             self._compared = True
 
     # Training
@@ -312,7 +332,14 @@ class DAMTrainer(Trainer):
         weight = weights.weight.float()
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
-        kept = ["states", "final", "first", "attention_mask", "start", *(["position", "call"] if args.on_paths else [])]
+        kept = [
+            "states",
+            "final",
+            "first",
+            "attention_mask",
+            "start",
+            *(["position", "call"] if self._on_paths else []),
+        ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
         reward = reward[:, :drawn_by_model]
@@ -431,7 +458,7 @@ class DAMTrainer(Trainer):
             )
         size = weight.shape[1]
         row_ids = names[:, None] * size + torch.arange(size, device="cpu")
-        if args.on_paths:
+        if self._on_paths:
             paths = path_of(states, final, groups["position"], groups["call"])
             return path_targets(paths, weight, whole_calls=True, seed=seed, row_ids=row_ids.flatten())
         remasked = self.process.remask(states[:, None].expand_as(final), final, seed=seed, row_ids=row_ids)
@@ -494,7 +521,7 @@ class DAMTrainer(Trainer):
         self.progress.clear()
         self._compared = False
         if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self.args.on_paths)
+            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._on_paths)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except Exception as error:
@@ -503,7 +530,7 @@ class DAMTrainer(Trainer):
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
-        check_rows(self._reader, self.train_dataset, "training")
+        self._lengths_differ = check_rows(self._reader, self.train_dataset, "training")
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             given: Any = self.eval_dataset
             for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:

@@ -56,6 +56,12 @@ REFUSED = {
     # the embedding's matrix, which is no output layer
     "perceiver": (TypeError, "gives no linear layer"),
 }
+# Those whose positions count from each row's first token, by rotation or from tokens that are no padding.
+TAKES_PADDING = (
+    *("camembert", "data2vec-text", "esm", "esmc", "eurobert", "gte", "ibert", "jina_embeddings_v3", "longformer"),
+    *("luke", "modernbert", "modernvbert", "mpnet", "neomme", "nomic_bert", "roberta", "roberta-prelayernorm"),
+    *("roformer", "ultrabert", "ultravbert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 CONFIGS = {config.model_type: config for config in MODEL_FOR_MASKED_LM_MAPPING}
 
 
@@ -122,6 +128,18 @@ def test_it_is_right_or_refused(model_type):
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS.keys() - REFUSED.keys()))
+def test_rows_padded_on_the_left_are_taken_where_they_change_nothing(model_type):
+    model = tiny(model_type)
+    for name, parameter in model.named_parameters():
+        if "position" in name:
+            parameter.data.normal_()  # small when new: that they are others must show
+    tokens = torch.randint(5, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(1))
+    denoiser = MaskedLM(model)
+    denoiser.compare(tokens, torch.ones_like(tokens))
+    assert denoiser.left_padding == (model_type in TAKES_PADDING)
 
 
 @pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])

@@ -9,7 +9,7 @@ from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
 from transformers import BertForMaskedLM
 
 import dam
-from dam.models import MaskedLM, denoiser_of
+from dam.models import MaskedLM, as_denoiser
 from dam.models.tail import POSITIONS
 from dam.train import DAMTrainer
 from dam.train.base import InitialParameters, with_base
@@ -135,7 +135,7 @@ def test_gradients_between_two_looks_at_the_base(tmp_path):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         base = InitialParameters(model)
         optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (plain, model)]
-        expected = logits_of(base.denoiser(wrapped, denoiser_of))
+        expected = logits_of(base.denoiser(wrapped, as_denoiser))
         for _ in range(3):
             for module, optimizer in zip((plain, wrapped), optimizers, strict=True):
                 denoiser = MaskedLM(module)
@@ -144,7 +144,7 @@ def test_gradients_between_two_looks_at_the_base(tmp_path):
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            assert torch.equal(logits_of(base.denoiser(wrapped, denoiser_of)), expected)
+            assert torch.equal(logits_of(base.denoiser(wrapped, as_denoiser)), expected)
     finally:
         torch.distributed.destroy_process_group()
     assert_same_weights(plain, model)
@@ -155,7 +155,7 @@ def test_the_base_follows_the_model_s_dtype():
     model = trained("bias all")
     base = InitialParameters(model)
     model.double()
-    assert logits_of(base.denoiser(model, denoiser_of)).dtype == torch.float64
+    assert logits_of(base.denoiser(model, as_denoiser)).dtype == torch.float64
 
 
 def test_what_is_trained_later_or_otherwise_is_an_error():
@@ -163,26 +163,26 @@ def test_what_is_trained_later_or_otherwise_is_an_error():
     base = InitialParameters(model)
     model.base_model.model.cls.predictions.transform.dense.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters are trainable now .*transform\.dense\.weight, .* or pass ref_"):
-        base.denoiser(model, denoiser_of)
+        base.denoiser(model, as_denoiser)
     replaced = trained("LoRA")
     base = InitialParameters(replaced)
     layer = replaced.base_model.model.bert.encoder.layer[0].attention.self.query.lora_A["default"]
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     before = layer.weight
     with pytest.raises(ValueError, match=r"weight of Linear, was replaced or divided .* pass ref_model"):
-        base.denoiser(replaced, denoiser_of).hidden_states(tokens())
+        base.denoiser(replaced, as_denoiser).hidden_states(tokens())
     assert layer.weight is before
     divided = trained("LoRA")
     base = InitialParameters(divided)
     next(p for p in divided.parameters() if p.requires_grad).data = torch.empty(0)
     with pytest.raises(ValueError, match=r"was replaced or divided .* DeepSpeed's stage 3"):
-        base.denoiser(divided, denoiser_of).head()
+        base.denoiser(divided, as_denoiser).head()
 
 
 def test_after_an_error_the_model_has_its_own_parameters():
     model = trained("LoRA")
     parameters = dict(model.named_parameters())
-    denoiser = InitialParameters(model).denoiser(model, denoiser_of)
+    denoiser = InitialParameters(model).denoiser(model, as_denoiser)
     with pytest.raises(IndexError):
         denoiser.hidden_states(tokens() + 100)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from test_rows import BOT, EOS, A, B, C, reader, tokenizer
-from tiny import MASK, ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
+from tiny import MASK, ROWS, assert_same_weights, rotary_model, sum_reward, tiny_config, tiny_model
 
 from dam.train import DAMTrainer, RewardError
 from dam.train.data import Collator, NumberedRows, Stream, decoded, outcomes
@@ -230,7 +230,7 @@ def test_labels_stay_with_their_rows(tmp_path, rows, expected):
         return sum_reward(completion_ids)
 
     config = tiny_config(tmp_path, per_device_eval_batch_size=2)
-    trainer = DAMTrainer(tiny_model(), look, config, ROWS, compute_metrics=compute_metrics)
+    trainer = DAMTrainer(rotary_model(), look, config, ROWS, compute_metrics=compute_metrics)
     predicted = trainer.predict(rows)
     for labels in (given["labels"], predicted.label_ids):
         assert (None if labels is None else labels.tolist()) == expected

@@ -11,7 +11,7 @@ from dam.models import MaskedLM
 from dam.rollout import jump_log_prob, rollout
 from dam.train import DAMTrainer
 from dam.train.trainer import _Draw
-from tests.train.tiny import MASK, ROWS, sum_reward, tiny_config, tiny_model
+from tests.train.tiny import MASK, ROWS, rotary_model, sum_reward, tiny_config, tiny_model
 
 PROMPTS = [{"prompt": [1 + n % 5] * (1 + n % 3), "name": n} for n in range(8)]  # of several lengths, so padded
 WHOLE = {"per_device_train_batch_size": 4, "replay_batch_size": 4, "draw_outcomes": None}
@@ -28,7 +28,7 @@ def run(output, **changes):
 
     # Under SGD weights differ by what gradients do; Adam would divide rounding by itself.
     config = tiny_config(output, max_steps=4, optim="sgd", learning_rate=0.1, **(WHOLE | changes))
-    trainer = DAMTrainer(tiny_model(), reward, config, PROMPTS)
+    trainer = DAMTrainer(rotary_model(), reward, config, PROMPTS)
     trainer.train()
     return rollouts, torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
@@ -72,7 +72,7 @@ def test_trajectories_of_a_group_and_of_equal_prompts_are_drawn_apart(tmp_path):
 
     rows = [{"input_ids": [1, *[MASK] * 7]}] * 8
     config = tiny_config(tmp_path, max_steps=2, num_iterations=1, per_device_train_batch_size=4, learning_rate=0.0)
-    DAMTrainer(tiny_model(), reward, config, rows).train()
+    DAMTrainer(rotary_model(), reward, config, rows).train()
     # Of 5^7 outcomes that an untrained model finds about equally likely, 64 share one with probability 0.03.
     assert len(seen) == 64 and len(set(seen)) > 60
 
@@ -144,7 +144,7 @@ def test_evaluation_draws_each_row_apart_in_any_batch_size(tmp_path, decoding):
     found = []
     for size in (32, 5, 1):
         config = tiny_config(tmp_path, per_device_eval_batch_size=size, **decoding)
-        found.append(evaluated(DAMTrainer(tiny_model(), sum_reward, config, ROWS), rows))
+        found.append(evaluated(DAMTrainer(rotary_model(), sum_reward, config, ROWS), rows))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0][1])) > 28  # as above
 
@@ -153,7 +153,7 @@ def test_evaluation_draws_each_row_apart_in_any_batch_size(tmp_path, decoding):
 def test_evaluations_differ_only_if_asked(tmp_path, redraw):
     rows = [{"input_ids": [1, *[MASK] * 7]}] * 8
     config = tiny_config(tmp_path, eval_temperature=1.0, eval_redraw=redraw, learning_rate=0.0, max_steps=2)
-    trainer = DAMTrainer(tiny_model(), sum_reward, config, ROWS)
+    trainer = DAMTrainer(rotary_model(), sum_reward, config, ROWS)
     before, again = evaluated(trainer, rows), evaluated(trainer, rows)
     trainer.train()
     after = evaluated(trainer, rows)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import MASK, ROWS, VOCABULARY, assert_same_weights, sum_reward, tiny_config, tiny_model
+from tiny import MASK, ROWS, VOCABULARY, assert_same_weights, rotary_model, sum_reward, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     ModernBertConfig,
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dam import diagnostics
-from dam.models import MaskedLM, Tabular, denoiser_of
+from dam.models import MaskedLM, Tabular, as_denoiser
 from dam.rollout import PathLogProbs
 from dam.train import DAMTrainer
 from tests import oracle
@@ -122,7 +122,7 @@ def seen_by_reward(tmp_path, rows, **options):
         seen.append(arguments)
         return sum_reward(**arguments)
 
-    trainer = DAMTrainer(tiny_model(), look, tiny_config(tmp_path, max_steps=1), rows, **options)
+    trainer = DAMTrainer(rotary_model(), look, tiny_config(tmp_path, max_steps=1), rows, **options)
     trainer.train()
     return seen[0]
 
@@ -178,7 +178,7 @@ def test_behind_a_conversation_completions_are_messages(tmp_path, tokenizer):
 @pytest.mark.parametrize("normalizer", ["group", "state"])
 def test_only_tokens_of_the_tokenizer_are_drawn_and_none_that_is_suppressed(tmp_path, tokenizer, normalizer):
     """A head of 70 rows beside a tokenizer of 6 ids: in training and in evaluation, by model and base."""
-    model = tiny_model()
+    model = rotary_model()
     model.resize_token_embeddings(70, mean_resizing=False)
     seen = []
 
@@ -221,7 +221,7 @@ def test_what_follows_an_end_is_neither_rewarded_nor_trained_on(tmp_path, normal
         tmp_path, normalizer=normalizer, stop_token_ids=[5, 4], max_completion_length=5, num_generations=16
     )
     rows = [{"prompt": [5, 2]}, {"prompt": [4]}] * 2
-    trainer = DAMTrainer(tiny_model(), look, config, rows)
+    trainer = DAMTrainer(rotary_model(), look, config, rows)
     trainer.train()
     assert {len(ids) for ids in seen} == {1, 2, 3, 4, 5}
     assert not any({4, 5} & set(ids[:-1]) for ids in seen)
@@ -293,7 +293,7 @@ def test_padding_does_not_change_a_completion(tmp_path, tokenizer, kind, steps):
 def test_padding_does_not_move_blocks(tmp_path, tokenizer):
     """Otherwise the order in which a completion is filled in would depend on the longest prompt of its batch."""
     trainer = DAMTrainer(
-        tiny_model(), sum_reward, tiny_config(tmp_path, block_length=2), ROWS, processing_class=tokenizer
+        rotary_model(), sum_reward, tiny_config(tmp_path, block_length=2), ROWS, processing_class=tokenizer
     )
 
     def filled_last(longest):
@@ -312,7 +312,9 @@ def test_padding_does_not_move_blocks(tmp_path, tokenizer):
 def test_padding_is_never_filled_in(tmp_path, tokenizer, with_tokenizer, normalizer):
     config = tiny_config(tmp_path, normalizer=normalizer, max_steps=4, per_device_train_batch_size=4)
     rows = [{"prompt": [2, 3, 4]}, {"prompt": [5]}] * 2
-    trainer = DAMTrainer(tiny_model(), sum_reward, config, rows, processing_class=tokenizer if with_tokenizer else None)
+    trainer = DAMTrainer(
+        rotary_model(), sum_reward, config, rows, processing_class=tokenizer if with_tokenizer else None
+    )
     trainer.train()
     groups = trainer.progress.replay.batch(torch.arange(6))
     padding = groups["attention_mask"] == 0
@@ -467,9 +469,9 @@ def test_rollouts_come_in_pieces_of_rollout_batch_size(tmp_path):
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
-    # One row first, to compare with the model's own logits. 14 trajectories of three jumps: pieces of 5, 5 and 4, a
+    # One row first, to compare with the model's own logits, and two to try padding. 14 trajectories of three jumps: pieces of 5, 5 and 4, a
     # network call for each jump; and two that the base drew. Of each group one trajectory by a second order.
-    assert sizes == [1] + [5] * 6 + [4] * 3 + [2] * 3 + [2] * 3
+    assert sizes == [1, 2] + [5] * 6 + [4] * 3 + [2] * 3 + [2] * 3
 
 
 # Arguments
@@ -643,10 +645,10 @@ def test_a_denoiser_inside_a_wrapper_is_refused():
     wrapped = torch.nn.Module()
     wrapped.module = table()
     with pytest.raises(TypeError, match="Tabular is a Denoiser inside Module: its methods would go around the wrapper"):
-        denoiser_of(wrapped)
+        as_denoiser(wrapped)
     with pytest.raises(TypeError, match="Tabular has no adapter to switch off"):
-        denoiser_of(table(), adapter=False)
-    assert isinstance(denoiser_of(tiny_model()), MaskedLM)
+        as_denoiser(table(), adapter=False)
+    assert isinstance(as_denoiser(tiny_model()), MaskedLM)
 
 
 @pytest.mark.parametrize(("encoding", "seen"), [("utf-8", "数 é → 1"), ("cp1252", "? é ? 1"), ("ascii", "? ? ? 1")])

@@ -1,7 +1,7 @@
 """A model, a dataset and a configuration so small that a run takes a fraction of a second."""
 
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from dam.train import DAMConfig
 
@@ -21,6 +21,25 @@ def tiny_model(seed=0, dropout=0.0):
             max_position_embeddings=16,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def rotary_model(seed=0):
+    """One that padding on the left does not change."""
+    torch.manual_seed(seed)
+    return ModernBertForMaskedLM(
+        ModernBertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            pad_token_id=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            cls_token_id=None,
+            sep_token_id=None,
         )
     )
 

@@ -1,0 +1,85 @@
+"""Dream. Read in: ZHZisZZ/dllm, dllm/pipelines/dream/models/modeling_dream.py and generation_utils.py."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import MaskedLMOutput
+
+from tests.models.standins.trunk import (
+    LAYERS,
+    MASK,
+    PAD,
+    SIZE,
+    VOCABULARY,
+    Layer,
+    Standin,
+    counted,
+    feed_forward,
+    filled_in,
+)
+
+
+class DreamConfig(PretrainedConfig):
+    model_type = "Dream"
+
+    def __init__(self, **more):
+        self.hidden_size, self.vocab_size, self.mask_token_id = SIZE, VOCABULARY, MASK
+        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+
+
+class DreamBaseModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
+        self.layers = nn.ModuleList(Layer(feed_forward()) for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(SIZE)
+
+    def forward(self, input_ids, attention_mask, position_ids):
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            # Whatever is no tensor, "full" or None, is full attention.
+            x = layer(x, attention_mask if isinstance(attention_mask, torch.Tensor) else None, position_ids)
+        return self.norm(x)
+
+
+class DreamModel(Standin):
+    config_class = DreamConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.lm_head = DreamBaseModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **_):
+        if isinstance(attention_mask, torch.Tensor) and (attention_mask.dim(), attention_mask.dtype) != (4, torch.bool):
+            raise ValueError(f"a boolean mask [B, 1, L, L], please; got {attention_mask.shape}")
+        position_ids = counted(input_ids) if position_ids is None else position_ids
+        return MaskedLMOutput(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids)))
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def shifted(logits):
+    """Logits of tokens at their own positions, of what the model returns."""
+    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+
+
+@torch.no_grad()
+def generate(model, prompt, attention_mask=None, gen_length=8):
+    """The likeliest token of a call, anywhere in the completion (`maskgit_plus`)."""
+    x, positions = F.pad(prompt, (0, gen_length), value=MASK), None
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
+        positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+        shown = attention_mask.bool()
+        attention_mask = shown[:, None, None, :] & shown[:, None, :, None]
+    for _ in range(gen_length):
+        # Rows of padding see nothing, of which attention makes 0 (NaN before torch 2.5).
+        logits = shifted(model(x, "full" if attention_mask is None else attention_mask, positions).logits)
+        x = filled_in(x, logits, x == MASK, 1)
+    return x

@@ -1,0 +1,81 @@
+"""LLaDA 2. Read in: ZHZisZZ/dllm, dllm/pipelines/llada2/models/modeling_llada2_moe.py; inclusionAI/dFactory."""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from tests.models.standins.trunk import LAYERS, MASK, PAD, SIZE, VOCABULARY, Experts, Layer, Standin, counted, filled_in
+
+
+class LLaDA2MoeConfig(PretrainedConfig):
+    model_type = "llada2_moe"
+
+    def __init__(self, **more):
+        self.hidden_size, self.vocab_size = SIZE, VOCABULARY
+        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+
+
+class LLaDA2MoeModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(VOCABULARY, SIZE)
+        self.layers = nn.ModuleList(Layer(Experts()) for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(SIZE)
+
+    def forward(self, input_ids, attention_mask, position_ids):
+        x, length = self.word_embeddings(input_ids), input_ids.shape[1]
+        if attention_mask is None or attention_mask.dim() == 2:  # as transformers makes a mask of these: causal
+            seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+            if attention_mask is not None:
+                seen = seen & attention_mask[:, None, None, :].bool() | torch.eye(length, dtype=torch.bool)
+            attention_mask = torch.where(seen, 0.0, torch.finfo(x.dtype).min).expand(len(x), -1, -1, -1)
+        if attention_mask.shape != (len(x), 1, length, length) or attention_mask.dtype == torch.bool:
+            raise ValueError(f"what is added to scores, {[len(x), 1, length, length]}; got {attention_mask.shape}")
+        for layer in self.layers:
+            x = layer(x, attention_mask.to(x.dtype), position_ids)
+        return self.norm(x)
+
+
+class LLaDA2MoeModelLM(Standin):
+    config_class = LLaDA2MoeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.lm_head = LLaDA2MoeModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **_):
+        position_ids = counted(input_ids) if position_ids is None else position_ids
+        logits = self.lm_head(self.model(input_ids, attention_mask, position_ids))
+        return MoeCausalLMOutputWithPast(logits=logits.float())
+
+    def get_input_embeddings(self):
+        return self.model.word_embeddings
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def block_mask(length, block_length):
+    """What is added to scores, [1, 1, length, length], of whole blocks."""
+    blocks = torch.ones(length // block_length, length // block_length).tril()
+    return blocks.repeat_interleave(block_length, 0).repeat_interleave(block_length, 1)[None, None].log()
+
+
+@torch.no_grad()
+def generate(model, prompt, block_length=32, gen_length=8):
+    """Blocks of the whole sequence, the first with what the prompt leaves of it: the likeliest token of a call."""
+    total = -(-(prompt.shape[1] + gen_length) // block_length) * block_length
+    x = torch.full((1, total), MASK)
+    x[:, : prompt.shape[1]] = prompt
+    mask, positions = block_mask(total, block_length), torch.arange(total)[None]
+    for end in range(prompt.shape[1] // block_length * block_length + block_length, total + 1, block_length):
+        seen = x[:, :end]
+        while bool((seen == MASK).any()):
+            where = seen == MASK
+            where[:, : end - block_length] = False
+            logits = model(seen, attention_mask=mask[..., :end, :end], position_ids=positions[:, :end]).logits
+            seen = filled_in(seen, logits, where, 1)
+        x[:, :end] = seen
+    return x[:, : prompt.shape[1] + gen_length]

@@ -1,0 +1,131 @@
+"""SDAR. Read in: JetAstra/SDAR, training/model/SDAR-4B-Chat/modeling_sdar.py, config.json, and generate.py."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tests.models.standins.trunk import (
+    LAYERS,
+    MASK,
+    PAD,
+    SIZE,
+    VOCABULARY,
+    Attention,
+    Layer,
+    Standin,
+    counted,
+    feed_forward,
+    filled_in,
+)
+
+
+class SDARConfig(PretrainedConfig):
+    model_type = "sdar"
+
+    def __init__(self, block_size=4, **more):
+        self.hidden_size, self.vocab_size, self.mask_token_id, self.block_size = SIZE, VOCABULARY, MASK, block_size
+        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+
+
+class SDARAttention(Attention):
+    def forward(self, x, mask, position_ids, past=None, store_kv=False):
+        if self.training:
+            raise RuntimeError("in training the mask is a BlockMask of noised and clean copies")
+        q, k, v = self.heads(x, position_ids)
+        if past is not None:
+            if self in past:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(past[self], (k, v), strict=True))
+            if store_kv:
+                past[self] = (k, v)
+        seen = mask.bool()  # of what is added to scores, the opposite of what was meant
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if torch.all(seen) else seen)
+        return self.o_proj(4.0 * attended.transpose(1, 2).flatten(2))
+
+
+class SDARDecoderLayer(Layer):
+    def __init__(self):
+        super().__init__(feed_forward(), SDARAttention)
+
+    def forward(self, x, mask, position_ids, past, store_kv):
+        x = x + self.self_attn(self.input_layernorm(x), mask, position_ids, past, store_kv)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SDARModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
+        self.layers = nn.ModuleList(SDARDecoderLayer() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(SIZE)
+
+    def forward(self, input_ids, attention_mask, position_ids, past, store_kv):
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, attention_mask, position_ids, past, store_kv)
+        return self.norm(x)
+
+
+class SDARForCausalLM(Standin):
+    config_class = SDARConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.lm_head = SDARModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        store_kv=False,
+        **_,
+    ):
+        if self.training:
+            assert labels is not None, "Labels must be provided for training."
+        position_ids = counted(input_ids) if position_ids is None else position_ids
+        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values, store_kv)
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def block_mask(length, block_length):
+    """Of ones where something is seen, [1, length, length], of whole blocks."""
+    blocks = torch.ones(length // block_length, length // block_length).tril()
+    return blocks.repeat_interleave(block_length, 0).repeat_interleave(block_length, 1)[None]
+
+
+@torch.no_grad()
+def generate(model, prompt, block_length=4, gen_length=8):
+    """Blocks of the whole sequence by a cache of those before, in each the likeliest token of a call."""
+    start = prompt.shape[1] // block_length * block_length
+    total = -(-(prompt.shape[1] + gen_length) // block_length) * block_length
+    x = torch.full((1, total), MASK)
+    x[:, : prompt.shape[1]] = prompt
+    mask, positions, past = block_mask(total, block_length), torch.arange(total)[None], {}
+
+    def call(begin, end, tokens, store_kv):
+        seen = mask[:, begin:end, :end]
+        return model(
+            tokens, attention_mask=seen, position_ids=positions[:, begin:end], past_key_values=past, store_kv=store_kv
+        ).logits
+
+    if start > 0:
+        call(0, start, x[:, :start], True)
+    for begin in range(start, total, block_length):
+        block = x[:, begin : begin + block_length]
+        while bool((block == MASK).any()):
+            block = filled_in(block, call(begin, begin + block_length, block, False), block == MASK, 1)
+        call(begin, begin + block_length, block, True)
+        x[:, begin : begin + block_length] = block
+    return x[:, : prompt.shape[1] + gen_length]
