@@ -211,7 +211,12 @@ class MaskedLM:
             return self._shifted(self._last_states(model, tokens, mask)[0], mask)
 
         known[self._way] = takes_left_padding(
-            hidden_states, model, tokens, attention_mask, int(tokens[0, -1]) if pad is None else pad
+            hidden_states,
+            model,
+            tokens,
+            attention_mask,
+            pad=int(tokens[0, -1]) if pad is None else pad,
+            multiple=1 if self.blocks is None else self.blocks.length,
         )
 
     def compare(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:

@@ -17,6 +17,7 @@ def takes_left_padding(
     tokens: Tensor,
     attention_mask: Tensor,
     pad: int,
+    multiple: int = 1,
 ) -> bool:
     """Whether hidden states of half a row are the same with padding in front of it and behind it, in one pass of both.
 
@@ -27,20 +28,21 @@ def takes_left_padding(
         model: is in evaluation mode meanwhile.
         tokens, attention_mask: [B, L], of which the first row is used, without its padding.
         pad: token to pad with.
+        multiple: length of blocks that attention has, which padding of as many tokens leaves as they are.
     """
     row = tokens[:1, int(padding(attention_mask[:1])) :]
     if row.shape[1] == 0:
         raise ValueError("attention_mask hides a whole row of tokens")
-    missing = max(1, row.shape[1] // 2)
-    alone = row[:, row.shape[1] - missing :]
-    filler = torch.full_like(alone, pad)
+    alone = row[:, row.shape[1] // 2 :]
+    size = -(-alone.shape[1] // multiple) * multiple
+    filler = torch.full_like(alone[:, :1], pad).expand(-1, size)
     padded = torch.cat((torch.cat((filler, alone), dim=1), torch.cat((alone, filler), dim=1)))
     mask = torch.ones_like(padded)
-    mask[0, :missing] = mask[1, missing:] = 0
+    mask[0, :size] = mask[1, alone.shape[1] :] = 0
     devices = [tokens.device] if tokens.device.type == "cuda" else []
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
         states = hidden_states(padded, mask)
-    found, expected = states[0, missing:], states[1, :missing]
+    found, expected = states[0, size:], states[1, : alone.shape[1]]
     difference = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
     return float(difference.nan_to_num(nan=torch.inf).median()) <= _rounding(expected)
 
