@@ -21,7 +21,8 @@ def takes_left_padding(
 ) -> bool:
     """Whether hidden states of half a row are the same with padding in front of it and behind it, in one pass of both.
 
-    Padding behind leaves positions as they are alone. Judged by the median over positions: in a mixture of experts rounding sends single positions to other experts.
+    Padding behind leaves positions as they are alone. Judged by the median over positions: in a mixture of experts
+    rounding sends single positions to other experts.
 
     Args:
         hidden_states: [B, L, D] of tokens and attention mask [B, L].
