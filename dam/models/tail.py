@@ -227,21 +227,20 @@ def _with_cap(logits: Tensor, outputs: Tensor, biases: dict[str, Tensor], size: 
             ours = capped(of, bias, cap, scale)
             if bool(((centred(ours) - seen).abs() <= size).all()):
                 at = _REAL + _PROBES.index(1024.0) + shift
-                if used and not _is_before(logits, at, ours[at] / cap, biases[used[0]]):
+                if used and not _counts(logits, at, 1.0 - (ours[at] / cap).square(), biases[used[0]]):
                     return None
                 return Tail(scale, shift, used[0] if used else None, cap)
     return None
 
 
-def _is_before(logits: Tensor, row: int, tanh: Tensor, bias: Tensor) -> bool:
-    """Whether a bias goes through the cap, as its gradient shows: its numbers do not where they are zeros."""
+def _counts(logits: Tensor, row: int, slope: Tensor, bias: Tensor) -> bool:
+    """Whether a bias counts in the logits of a row by this slope [V] or [], which its numbers do not show if zeros."""
     # Of sum 0, and every partial sum is exact: see `centred`.
     weight = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2).to(logits.dtype)
     weight[logits.shape[1] // 2 * 2 :] = 0.0
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(logits[row] @ weight, bias, retain_graph=True)
-    expected = weight.double() * (1.0 - tanh.square())
-    difference = gradient.reshape(-1).double() - expected
+    difference = gradient.reshape(-1).double() - weight.double() * slope
     return bool((difference.abs() <= 16.0 * torch.finfo(logits.dtype).eps).all())
 
 
@@ -273,7 +272,8 @@ def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> st
     rounding = 8.0 * torch.finfo(logits.dtype).eps * float(logits.detach()[row].abs().max())
     known = [centred(biases[name].detach().reshape(1, -1).to(offset.dtype))[0] for name in used]
     if len(used) == 1 and bool(((known[0] - offset).abs() <= rounding).all()):
-        return used[0]
+        if _counts(logits, row, offset.new_ones(()), biases[used[0]]):
+            return used[0]
     if used or bool((offset.abs() > rounding).any()):
         raise ValueError(
             f"{model} adds up to {float(offset.abs().max()):.4g} to the logits of its output layer, which is no "

@@ -120,6 +120,17 @@ def test_a_new_bias_of_zero_is_found(tokens):
         assert model.outside.requires_grad != frozen
 
 
+def test_a_new_bias_of_zero_that_is_scaled_is_refused(tokens):
+    """It would be trained as if it came after the scale; one of log-probabilities is found all the same."""
+    model = Toy(lambda model, logits: (logits + model.outside) * 0.5, bias=False)
+    normalised = Toy(lambda model, logits: (0.5 * logits + model.outside).log_softmax(dim=-1), bias=False)
+    for each in (model, normalised):
+        nn.init.zeros_(each.outside)
+    with pytest.raises(ValueError, match=r"which is no parameter or buffer as it stands \(but made of outside\)"):
+        MaskedLM(model).head()
+    assert MaskedLM(normalised).head().bias.data_ptr() == normalised.outside.data_ptr()
+
+
 def test_it_is_looked_for_once_and_leaves_nothing_behind(tokens):
     model = Toy(FOLLOWED["parameter added"])
     model.unused.requires_grad_(False)

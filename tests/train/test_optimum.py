@@ -1,0 +1,75 @@
+"""Where runs with the defaults end, by enumeration: at p* with a reward, at the law of the base's sampler without one.
+
+Bases are those of a network's kind: log p(x | order) has a variance of 1.4 to 3.4 between orders. What is left is
+sampling noise, so runs are as large as bounds ask for; nothing else differs from the defaults.
+"""
+
+import pytest
+import torch
+from transformers.trainer_callback import PrinterCallback
+
+from dam.train import DAMConfig, DAMTrainer
+from experiments import orders
+from tests import oracle
+
+N, V, BETA = 3, 4, 0.5
+SEEDS = range(5)
+
+
+def of_a_table(output, seed, reward, steps):
+    """(p*, the law that the model has after a run, the last figures logged) of a table of random conditionals."""
+    model = oracle.inconsistent(N, V, seed)
+    optimum = orders.power_mean(oracle.path_log_prob(model, N, V), reward / BETA, 1.0)
+
+    def looked_up(completion_ids, **_):
+        return [float(reward[a * V * V + b * V + c]) for a, b, c in completion_ids]
+
+    config = DAMConfig(
+        str(output),
+        beta=BETA,
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        num_iterations=1,
+        replay_size=16 * steps,  # of the last quarter, whose steps went all the way
+        replay_batch_size=128,
+        learning_rate=0.1,
+        mask_token_id=V,
+        seed=seed,
+        logging_steps=steps // 4,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    trainer = DAMTrainer(model, looked_up, config, [{"input_ids": [V] * N}] * 64)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    told = [entry for entry in trainer.state.log_history if "ess" in entry][-1]
+    return optimum, oracle.generated(model, N, V).flatten(), told
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rewarded", [True, False])
+def test_a_table_ends_at_the_optimum(tmp_path, seed, rewarded):
+    """Within 1e-3: 131,072 trajectories, of half as many effective ones, leave 64 / 131,072 to 64 free numbers."""
+    reward = rewarded * torch.randn(V**N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    optimum, law, _ = of_a_table(tmp_path, seed, reward, 512)
+    assert oracle.kl(optimum, law) < 1e-3 and abs(float((law - optimum) @ reward)) < 0.02
+
+
+@pytest.mark.slow
+def test_a_short_run_comes_near_the_optimum(tmp_path):
+    """A third of the runs of `make test-full`, that come within 1e-3: 0.004 is left, of 2.1 at the start."""
+    reward = torch.randn(V**N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    optimum, law, told = of_a_table(tmp_path, 0, reward, 160)
+    assert oracle.kl(optimum, law) < 8e-3 and told["tilt"] == 1.0 and told["order_variance"] > 0.3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ["four times the trajectories", "no reward, four times the trajectories"])
+def test_a_small_network_ends_at_the_optimum(seed, name):
+    found = orders.run(2400, name, seed)
+    assert found["kl"] < 3e-3 and abs(found["reward_off"]) < 3e-3
