@@ -112,6 +112,7 @@ class MaskedCTMC:
         *,
         seed: int | None = None,
         row_ids: Tensor | None = None,
+        stratified: bool = False,
     ) -> Tensor:
         """A state on the way from `initial` to `final` [..., L], drawn from the jumps of the trajectory.
 
@@ -121,10 +122,15 @@ class MaskedCTMC:
         Args:
             initial, final: int64 [..., L].
             generator, seed, row_ids: as for `jump_times`.
+            stratified: of outcomes [..., K, L], each draws its number of masks from another K-th of them, so that a
+                group has few and many: the law of each is as without, means over a group have less noise.
         """
         maskable = self.masked(initial)
         count = maskable.sum(dim=-1, keepdim=True)
         uniform = _philox.drawn(Use.REMASK_COUNT, count.shape, initial.device, generator, seed, row_ids)
+        if stratified:
+            rank = _philox.drawn(Use.REMASK_STRATUM, count.shape, initial.device, generator, seed, row_ids)
+            uniform = (rank.argsort(dim=-2).argsort(dim=-2) + uniform) / count.shape[-2]
         left = 1 + (uniform * count).long().clamp(max=count - 1)
         priority = _philox.drawn(Use.REMASK_ORDER, initial.shape, initial.device, generator, seed, row_ids)
         order = torch.where(maskable, priority, torch.inf).argsort(dim=-1).argsort(dim=-1)

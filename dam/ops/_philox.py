@@ -40,6 +40,7 @@ class Use(enum.IntEnum):
     THINNING = 8  # whether an event, or a coordinate in an interval, jumps
     JUMP = 9  # the row ids under which `jump` draws the tokens of trajectories
     OTHER_ORDER = 10  # in which the positions of an outcome might have unmasked too
+    REMASK_STRATUM = 11  # which share of the numbers of masks a re-masked outcome of a group draws from
 
 
 def stream_of(use: Use) -> int:

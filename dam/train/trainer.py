@@ -461,7 +461,8 @@ class DAMTrainer(Trainer):
         if self._on_paths:
             paths = path_of(states, final, groups["position"], groups["call"])
             return path_targets(paths, weight, whole_calls=True, seed=seed, row_ids=row_ids.flatten())
-        remasked = self.process.remask(states[:, None].expand_as(final), final, seed=seed, row_ids=row_ids)
+        initial = states[:, None].expand_as(final)
+        remasked = self.process.remask(initial, final, seed=seed, row_ids=row_ids, stratified=True)
         return group_targets(args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
 
     def compute_loss(

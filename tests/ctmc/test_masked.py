@@ -49,6 +49,29 @@ def test_remask_visits_every_number_of_masks_and_every_subset_alike():
     assert chi_square_z(counts, probability) < Z
 
 
+@pytest.mark.parametrize("seeded", [True, False])
+def test_stratified_states_have_the_law_of_others_and_each_number_of_masks_as_often_in_a_group(seeded):
+    """Groups of 6 outcomes of 3 positions: two of each number; over groups every outcome's states as without."""
+    groups = 20_000
+    initial, final = torch.full((groups, 6, 3), MASK), torch.arange(3).expand(groups, 6, 3)
+    given = {"seed": 3} if seeded else {"generator": torch.Generator().manual_seed(3)}
+    masked = MaskedCTMC(MASK).remask(initial, final, stratified=True, **given) == MASK
+    count = masked.sum(dim=2)
+    assert all(bool(((count == m).sum(dim=1) == 2).all()) for m in (1, 2, 3))
+    number = (masked * torch.tensor([4, 2, 1])).sum(dim=2)
+    expected = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3], dtype=torch.float64) / 9  # by subset of positions
+    for k in (0, 5):
+        counts = torch.bincount(number[:, k], minlength=8).double()
+        assert counts[0] == 0 and abs(chi_square_z(counts[1:], expected[1:])) < Z
+    # The numbers of two of a group are not independent; which outcome gets which is.
+    assert abs(float(torch.corrcoef(count[:, :2].T.double())[0, 1]) + 1 / 5) < Z * groups**-0.5
+    if seeded:
+        part = MaskedCTMC(MASK).remask(
+            initial[5:7], final[5:7], stratified=True, seed=3, row_ids=torch.arange(30, 42).view(2, 6)
+        )
+        assert torch.equal(part == MASK, masked[5:7])
+
+
 def test_remask_by_seed_depends_on_the_row_id_only():
     """The law is that by a generator, and padding in front or other rows change nothing."""
     process = MaskedCTMC(MASK)

@@ -399,6 +399,11 @@ def test_orders_are_averaged_in_the_weights(tmp_path, leave_one_out):
     share = (orders.log_ratio + group["reward"] / 50.0 - mixture).softmax(dim=0)
     expected = 7 * share / (1 - share) if leave_one_out else 8 * share
     torch.testing.assert_close(last["weight"], expected.float())
+    # Figures are of the 7 that the model drew.
+    every = {name: torch.stack([each[name] for each in seen["groups"]])[:, :7] for name in group if "log" in name}
+    paths = PathLogProbs(every["order_log_prob"], every["order_base_log_prob"])
+    told = [entry["kl_outcome"] for entry in trainer.state.log_history if "kl_outcome" in entry][-1]
+    assert told == pytest.approx(diagnostics.kl_outcome(every["log_ratio"], paths), rel=1e-5)
     one = 8 * (group["log_ratio"].sum(dim=1) + group["reward"] / 50.0).softmax(dim=0)
     assert float((one - expected).abs().max()) > 1e-4
 
