@@ -93,7 +93,7 @@ def tilted_weights(
             those that the model drew.
 
     Returns:
-        The weights, and h [G] in float64.
+        The weights, and h [G] in float64. With from_base log_path has a step more, the last: less the mixture.
     """
     if not beta > 0:
         raise ValueError(f"beta must be > 0; got {beta}")
@@ -102,15 +102,15 @@ def tilted_weights(
     log_ratio, reward = log_ratio.double(), reward.double()
     path = log_ratio.sum(dim=2)
     score = torch.where(reward == -torch.inf, -torch.inf, path + reward / beta)
-    mixture = torch.zeros_like(path)
     if from_base is not None:
-        mixture = log_mixture(path, from_base)
         score = torch.where(from_base, -torch.inf, score)
         ess = None if ess is None else max(1.0, ess * float((~from_base).double().mean(dim=1).min()))
     step = torch.full_like(score[:, 0], max_tilt) if ess is None else tilt_to_ess(score, ess, max_tilt=max_tilt)
     # A step of 0 still keeps what is forbidden out: cost +inf, not 0 * inf.
     cost = torch.where(reward == -torch.inf, torch.inf, -step[:, None] * reward / beta)
-    gain = torch.cat((step[:, None, None] * log_ratio, -mixture[..., None]), dim=2)
+    gain = step[:, None, None] * log_ratio
+    if from_base is not None:
+        gain = torch.cat((gain, -log_mixture(path, from_base)[..., None]), dim=2)
     weights = adjoint_weights(gain, cost, clip=None if leave_one_out else clip)
     return (_left_out(weights, clip) if leave_one_out else weights), step
 

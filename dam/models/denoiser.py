@@ -84,7 +84,7 @@ class MaskedLM:
 
     That comparison cannot see which positions a model lets see which, nor that its logits are meant for the position
     behind: `as_denoiser` knows both of families of models, and options say it of others. Before its first call with an
-    attention mask, a pass of two halves of a row tells whether padding on the left changes its predictions, as it does
+    attention mask, a pass of three short rows tells whether padding on the left changes its predictions, as it does
     where positions are absolute (BERT's): rows that are padded so are then refused.
 
     A head that FSDP2 has divided is gathered each time it is asked for.
@@ -192,7 +192,8 @@ class MaskedLM:
 
     @property
     def left_padding(self) -> bool:
-        return _PADDED.get(self._inner, {}).get(self._way, True)
+        known = _PADDED.get(self._inner, {})
+        return all(takes for (way, _), takes in known.items() if way == self._way)
 
     @property
     def _way(self) -> tuple[Any, ...]:
@@ -200,24 +201,29 @@ class MaskedLM:
         return type(self), self._attention, self._shift, self.blocks
 
     def _try_padding(self, tokens: Tensor, attention_mask: Tensor) -> None:
-        """Finds out `left_padding`, once; in all processes alike, as FSDP's must all run."""
+        """Finds out `left_padding`, once for each token that rows are padded with.
+
+        In all processes alike, as FSDP's must all run: that of the config is tried where no row is padded.
+        """
         known = _PADDED.setdefault(self._inner, {})
-        if self._way in known:
-            return
+        ids = self._inner.get_input_embeddings().weight.shape[0]
         pad = getattr(getattr(self._inner, "config", None), "pad_token_id", None)
+        if pad is None or not 0 <= pad < ids:  # some say -1 where there is none
+            pad = 0
+        hidden = tokens[:, 0][attention_mask[:, 0] == 0]
         model = getattr(self._inner, "_orig_mod", self._inner)
-
-        def hidden_states(tokens: Tensor, mask: Tensor) -> Tensor:
-            return self._shifted(self._last_states(model, tokens, mask)[0], mask)
-
-        known[self._way] = takes_left_padding(
-            hidden_states,
-            model,
-            tokens,
-            attention_mask,
-            pad=int(tokens[0, -1]) if pad is None else pad,
-            multiple=1 if self.blocks is None else self.blocks.length,
-        )
+        # A model may count positions by its own pad token (RoBERTa's do), and rows be padded with another.
+        for token in dict.fromkeys([pad, *hidden[:1].tolist()]):
+            if (self._way, token) in known:
+                continue
+            known[self._way, token] = takes_left_padding(
+                lambda tokens, mask: self._shifted(self._last_states(model, tokens, mask)[0], mask),
+                model,
+                tokens,
+                pad=token,
+                other=(token + 1) % ids,
+                multiple=1 if self.blocks is None else self.blocks.length,
+            )
 
     def compare(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         """Compares with the model's own logits anew, as at the start of a run: a setting may have changed since.

@@ -78,7 +78,8 @@ def as_denoiser(model: nn.Module, *, adapter: bool = True, **options: Any) -> De
     model_type = _model_type(model)
     family = _FAMILIES.get(model_type, MaskedLM) if model_type else MaskedLM
     parameters = inspect.signature(family).parameters
-    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != "adapter"]
+    by_name = [name for name, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = [name for name in by_name if name not in ("adapter", next(iter(parameters)))]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in options if name not in known and not takes_any]
     if unknown:

@@ -8,49 +8,49 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dam.models.attention import padding
-
 
 def takes_left_padding(
     hidden_states: Callable[[Tensor, Tensor], Tensor],
     model: nn.Module,
     tokens: Tensor,
-    attention_mask: Tensor,
     pad: int,
+    other: int,
     multiple: int = 1,
 ) -> bool:
-    """Whether hidden states of half a row are the same with padding in front of it and behind it, in one pass of both.
+    """Whether hidden states of a few tokens are the same with padding in front of them and behind, in one pass.
 
-    Padding behind leaves positions as they are alone. Judged by the median over positions: in a mixture of experts
-    rounding sends single positions to other experts.
+    Padding behind leaves positions as they are alone; of two kinds, it tells whether attention_mask is heeded at all.
+    Judged by the median over positions: in a mixture of experts rounding sends single positions to other experts.
 
     Args:
         hidden_states: [B, L, D] of tokens and attention mask [B, L].
         model: is in evaluation mode meanwhile.
-        tokens, attention_mask: [B, L], of which the first row is used, without its padding.
-        pad: token to pad with.
+        tokens: [B, L], of whose tokens, as different as they are, half a row is made.
+        pad, other: tokens to pad with: rows are padded on the left with the first.
         multiple: length of blocks that attention has, which padding of as many tokens leaves as they are.
     """
-    row = tokens[:1, int(padding(attention_mask[:1])) :]
-    if row.shape[1] == 0:
-        raise ValueError("attention_mask hides a whole row of tokens")
-    alone = row[:, row.shape[1] // 2 :]
-    size = -(-alone.shape[1] // multiple) * multiple
-    filler = torch.full_like(alone[:, :1], pad).expand(-1, size)
-    padded = torch.cat((torch.cat((filler, alone), dim=1), torch.cat((alone, filler), dim=1)))
-    mask = torch.ones_like(padded)
-    mask[0, :size] = mask[1, alone.shape[1] :] = 0
+    length = max(1, tokens.shape[1] // 2)
+    values = tokens.unique()
+    values = values[values != pad] if bool((values != pad).any()) else values
+    alone = values[torch.arange(length, device=tokens.device) % len(values)]
+    size = -(-length // multiple) * multiple
+    padding, others = (torch.full((size,), token, dtype=alone.dtype, device=alone.device) for token in (pad, other))
+    rows = torch.stack([torch.cat(parts) for parts in ((padding, alone), (alone, padding), (alone, others))])
+    mask = torch.ones_like(rows)
+    mask[0, :size] = mask[1:, length:] = 0
     devices = [tokens.device] if tokens.device.type == "cuda" else []
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
-        states = hidden_states(padded, mask)
-    found, expected = states[0, size:], states[1, : alone.shape[1]]
-    difference = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
-    return float(difference.nan_to_num(nan=torch.inf).median()) <= _rounding(expected)
+        states = hidden_states(rows, mask)
+    rounding = _rounding(states.dtype, states.device.type)
+    states = states.float()
+    behind = states[1, :length]
+    size_of = behind.norm(dim=-1).clamp(min=1e-30)
+    away = torch.stack([(found - behind).norm(dim=-1) / size_of for found in (states[0, size:], states[2, :length])])
+    return float(away.nan_to_num(nan=torch.inf).median(dim=1).values.max()) <= rounding
 
 
-def _rounding(hidden: Tensor) -> float:
+def _rounding(dtype: torch.dtype, device: str) -> float:
     """The difference that layers of rounding explain, in the dtype that a forward pass computes in."""
-    dtype, device = hidden.dtype, hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return max(1e-3, 16.0 * torch.finfo(dtype).eps)

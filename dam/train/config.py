@@ -72,8 +72,8 @@ class DAMConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Trajectories of each group that the base draws instead of the model, so that what the model has "
-            "lost can come back. None takes num_generations // 8, at no more network calls than without; 0 none. "
-            "Logged rewards and KL are of those that the model draws."
+            "lost can come back. None takes num_generations // 8, 0 none; no more sequences go through the networks "
+            "than without, but in two batches. Logged rewards and KL are of those that the model draws."
         },
     )
     num_orders: int = field(

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser, MaskedLM
+from dam.models.denoiser import Denoiser, MaskedLM, blocks_of
 from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
+
+
+class _InBlocks:
+    """A base whose attention has no blocks, as it draws in those of the model."""
+
+    def __init__(self, base: Denoiser, model: Denoiser):
+        self.hidden_states, self.head = base.hidden_states, base.head
+        self.blocks = blocks_of(model)
+        self.left_padding = getattr(base, "left_padding", True)
 
 
 class Sampler:
@@ -106,8 +115,11 @@ class Sampler:
             denoiser = self._denoiser(model)
             return Trajectories.concatenate(drawn(everything, denoiser, self.base(model) if base else None))
         mine, others = everything[~from_base], everything[from_base]
-        pieces = drawn(mine, self._denoiser(model), self.base(model))
-        pieces += [piece.exchanged() for piece in drawn(others, self.base(model), self._denoiser(model))]
+        denoiser, reference = self._denoiser(model), self.base(model)
+        pieces = drawn(mine, denoiser, reference)
+        if len(others):
+            drawer = reference if blocks_of(reference) == blocks_of(denoiser) else _InBlocks(reference, denoiser)
+            pieces += [piece.exchanged() for piece in drawn(others, drawer, denoiser)]
         return Trajectories.concatenate(pieces)[torch.cat((mine, others)).argsort()]
 
     def over_orders(

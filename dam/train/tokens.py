@@ -55,7 +55,7 @@ def special_tokens(
         )
     # Padding must not look like something to fill in; any other token does, attention_mask being 0 there.
     pad_token = int(mask_token == 0)
-    for source in reversed(sources):
+    for source in sources:  # the config's where it has one: a model may count positions by it
         known = getattr(source, "pad_token_id", None)
         # Some configs say -1 where there is none.
         if known is not None and known != mask_token and 0 <= known < (known + 1 if ids is None else ids):

@@ -535,7 +535,8 @@ class DAMTrainer(Trainer):
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             given: Any = self.eval_dataset
             for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
-                check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
+                several = check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
+                self._lengths_differ = self._lengths_differ or several
 
     def _save_before(self, ending: Exception) -> None:
         """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""

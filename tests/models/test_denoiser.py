@@ -8,14 +8,18 @@ from transformers import (
     BertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     RobertaPreLayerNormConfig,
     RobertaPreLayerNormForMaskedLM,
 )
 
 import dam
-from dam.models import MaskedLM, Tabular
+from dam.models import MaskedLM, Tabular, as_denoiser
 from dam.models.tail import POSITIONS
 from tests.architectures import small_sizes
+from tests.models import standins
+from tests.models.standins import llada
 
 VOCABULARY = 13
 SIZES = small_sizes(VOCABULARY)
@@ -187,3 +191,53 @@ def test_a_table_has_a_row_for_every_state():
     assert table.index(states).tolist() == list(range(27))
     logits = table.hidden_states(states) @ table.head().weight.T
     assert torch.equal(logits, table.logits)
+
+
+# ---- padding on the left
+
+
+SMALL = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def test_a_token_that_a_model_counts_positions_by_is_the_one_to_pad_with():
+    """RoBERTa's positions are of tokens that are not its own pad token: rows padded with another are refused."""
+    torch.manual_seed(0)
+    model = RobertaForMaskedLM(RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=40)).eval()
+    with torch.no_grad():
+        model.roberta.embeddings.position_embeddings.weight.normal_()
+    tokens = torch.tensor([[7, 3, 9, 7, 7, 7], [2, 2, 9, 7, 7, 7]])
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    own = torch.where(mask == 0, 1, tokens)
+    hidden = MaskedLM(model).hidden_states(own, mask)
+    torch.testing.assert_close(hidden[1:, 2:], MaskedLM(model).hidden_states(tokens[1:, 2:], mask[1:, 2:]))
+    with pytest.raises(ValueError, match="padded on the left"):
+        MaskedLM(model).hidden_states(tokens, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_not_heed_its_mask_is_refused_padded_rows(dtype):
+    """Rounding of 16 bits hides half of what padding changes; another token behind the row does not."""
+    tokens, mask = torch.full((2, 12), 18), torch.ones(2, 12, dtype=torch.int64)
+    tokens[:, :6], tokens[1, :3], mask[1, :3] = 3, 17, 0
+    for heeds_mask in (True, False):
+        model = standins.LLaDAModelLM(llada.LLaDAConfig(heeds_mask=heeds_mask)).eval().to(dtype)
+        if heeds_mask:
+            as_denoiser(model).hidden_states(tokens, mask)
+        else:
+            with pytest.raises(ValueError, match="padded on the left"):
+                as_denoiser(model).hidden_states(tokens, mask)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_padding_is_tried_within_a_table_of_positions(length):
+    """An odd length, as long as the table; and where the config says -1 for no pad token."""
+    model = BertForMaskedLM(BertConfig(**SMALL, max_position_embeddings=max(2, length))).eval()
+    model.config.pad_token_id = -1
+    tokens = torch.full((2, length), 7)
+    assert MaskedLM(model).hidden_states(tokens, torch.ones_like(tokens)).shape == (2, length, 16)

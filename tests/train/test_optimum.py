@@ -70,6 +70,6 @@ def test_a_short_run_comes_near_the_optimum(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_small_network_ends_at_the_optimum(seed):
-    """Within 3e-3 in KL, from 1.08 and 0.67 at the start; E[r], of a standard deviation of 0.68 and 0.34, within 0.02."""
+    """Within 3e-3 in KL, from 1.08 and 0.67 at the start; E[r], of a standard deviation of 0.68 and 0.34, in 0.02."""
     found = orders.run(2400, "four times the trajectories", seed)
     assert found["kl"] < 3e-3 and abs(found["reward_off"]) < 0.02
