@@ -21,7 +21,7 @@ def takes_left_padding(
 ) -> bool:
     """Whether hidden states of half a row are the same with padding in front of it and behind it, in one pass of both.
 
-    Padding behind leaves positions as they are alone. Judged by the median over positions: in a mixture of experts rounding sends single positions to other experts.
+    Padding behind leaves positions as they are alone.
 
     Args:
         hidden_states: [B, L, D] of tokens and attention mask [B, L].
@@ -42,7 +42,14 @@ def takes_left_padding(
     devices = [tokens.device] if tokens.device.type == "cuda" else []
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
         states = hidden_states(padded, mask)
-    found, expected = states[0, size:], states[1, : alone.shape[1]]
+    return is_rounding(states[0, size:], states[1, : alone.shape[1]])
+
+
+def is_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Whether hidden states [..., D] differ by no more than rounding does.
+
+    Judged by the median over positions: in a mixture of experts rounding sends single positions to other experts.
+    """
     difference = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
     return float(difference.nan_to_num(nan=torch.inf).median()) <= _rounding(expected)
 
