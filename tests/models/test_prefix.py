@@ -85,6 +85,7 @@ def test_draws_are_those_of_whole_sequences(name, rows):
     given = {"one length": completions(5, 5), "padded": completions(6, 3, 4), "scattered": scattered()}
     tokens, mask = given[rows]
     fixed = {"seed": 3, "attention_mask": None if rows == "one length" else mask}
+    assert denoiser.prefix_cache(tokens, fixed["attention_mask"]) is not None  # the trial has found them the same
     for options in ({}, {"order": "confidence", "steps": 5, "temperature": 0.5}):
         paths = rollout(denoiser, tokens, PROCESS, base=base, **fixed, **options)
         assert_same(paths, rollout(Whole(denoiser), tokens, PROCESS, base=Whole(base), **fixed, **options))
