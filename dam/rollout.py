@@ -136,7 +136,8 @@ def rollout(
     """Fills in every masked position of `tokens`.
 
     The head runs only at the positions that jump: a trajectory costs as many head rows as it has masks, at
-    any number of steps. Only the network below the head runs once per step.
+    any number of steps. Only the network below the head runs once per step: over the block that a row is at where the
+    denoiser offers that (`Denoiser.prefix_cache`), else over the sequence.
 
     Args:
         denoiser: the model.
@@ -152,7 +153,7 @@ def rollout(
             or where the denoiser has blocks (`dam.models.blocks_of`) these.
         order: "random" unmasks in uniform order (within a block), as the chain does. "confidence" unmasks
             where the drawn token is likeliest; this order depends on the model, does not cancel in path
-            weights, and needs the head at every masked position: use it to decode, not to train.
+            weights, and needs the head at every masked position of the block: use it to decode, not to train.
         temperature: of the tokens; 0 takes the likeliest.
         seed: of the order and the tokens: what is drawn at a position depends on (seed, row id, position, states) only,
             not on the batch. Positions count from the end, so padding in front changes no draw.
@@ -186,13 +187,15 @@ def rollout(
     priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
     block = None if blocks is None else blocks.numbers(tokens, attention_mask)
     trajectories = _planned(tokens, priority, count, steps, block)
+    begins = _first_call_of_block(trajectories, block)
+    network = _Network(denoiser, trajectories, attention_mask)
     for n in range(trajectories.network_calls):
-        # By confidence, everything still masked is drawn, and the likeliest of it kept.
-        drawn_now = trajectories.call >= n if order == "confidence" else trajectories.call == n
+        # By confidence, everything still masked of the block is drawn, and the likeliest of it kept.
+        drawn_now = (trajectories.call >= n) & (begins <= n) if order == "confidence" else trajectories.call == n
         # A position by confidence is drawn in call after call, in each anew.
         if n == 0 or order == "confidence":
             stream = _philox.ids(seed, Use.JUMP, row_ids, length, sample=n).flip(1)
-        rows, at, hidden = _hidden_at(denoiser, trajectories, drawn_now, trajectories.final, attention_mask)
+        rows, at, hidden = network.hidden_at(trajectories, drawn_now, trajectories.final)
         head = denoiser.head()
         drawn = linear_jump(
             hidden,
@@ -245,9 +248,10 @@ def jump_log_prob(
 ) -> Tensor:
     """Log-probability [B, S] of each jump of `trajectories` under another model that sampled in the same steps."""
     out = torch.zeros_like(trajectories.log_prob)
+    network = _Network(denoiser, trajectories, attention_mask)
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
-        rows, at, hidden = _hidden_at(denoiser, trajectories, trajectories.call == n, states, attention_mask)
+        rows, at, hidden = network.hidden_at(trajectories, trajectories.call == n, states)
         head = denoiser.head()
         value = linear_log_prob(
             hidden,
@@ -376,15 +380,57 @@ def _planned(tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None,
     )
 
 
-def _hidden_at(
-    denoiser: Denoiser, trajectories: Trajectories, chosen: Tensor, states: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and jump indices of the chosen jumps, bool [B, S], and the hidden states [jumps, D] where they go."""
-    rows, at = torch.nonzero(chosen, as_tuple=True)
-    active, compact = torch.unique_consecutive(rows, return_inverse=True)
-    mask = None if attention_mask is None else attention_mask[active]
-    hidden = denoiser.hidden_states(states[active], mask)
-    return rows, at, hidden[compact, trajectories.position[rows, at]]
+class _Network:
+    """Hidden states of a denoiser along trajectories: of whole sequences, or where it offers them of blocks alone."""
+
+    def __init__(self, denoiser: Denoiser, trajectories: Trajectories, attention_mask: Tensor | None):
+        self._denoiser, self._attention_mask = denoiser, attention_mask
+        blocks, begin = blocks_of(denoiser), getattr(denoiser, "prefix_cache", None)
+        self._passes: Any = None
+        if blocks is not None and begin is not None:
+            self._block = blocks.numbers(trajectories.initial, attention_mask)
+            usable = _one_block_after_another(trajectories, self._block)
+            if attention_mask is not None:  # padding on the left is in no block
+                padding = attention_mask.cumsum(dim=1) == 0
+                self._block = self._block.masked_fill(padding, self._block.min() - 1)
+                jumps = padding.gather(1, trajectories.position.clamp(min=0)) & (trajectories.call >= 0)
+                usable = usable and not bool(jumps.any())
+            if usable:
+                self._passes = begin(trajectories.initial, attention_mask)
+
+    def hidden_at(self, trajectories: Trajectories, chosen: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and jump indices of the chosen jumps, bool [B, S], and the hidden states [jumps, D] where they go.
+
+        Those of a row are in one block.
+        """
+        rows, at = torch.nonzero(chosen, as_tuple=True)
+        active, compact = torch.unique_consecutive(rows, return_inverse=True)
+        position = trajectories.position[rows, at]
+        if self._passes is None:
+            mask = None if self._attention_mask is None else self._attention_mask[active]
+            return rows, at, self._denoiser.hidden_states(states[active], mask)[compact, position]
+        block, number = self._block[active], torch.empty_like(active)
+        number[compact] = self._block[rows, position]
+        begin, end = (block < number[:, None]).sum(dim=1), (block <= number[:, None]).sum(dim=1)
+        hidden = self._passes.hidden_states(active, states[active], begin, end)
+        return rows, at, hidden[compact, position - begin[compact]]
+
+
+def _one_block_after_another(trajectories: Trajectories, block: Tensor) -> bool:
+    """Whether no call reaches into two blocks, and none goes back to one before; numbers of blocks int64 [B, L]."""
+    call, number = trajectories.call, block.gather(1, trajectories.position.clamp(min=0))
+    both = (call[:, 1:] >= 0) & (call[:, :-1] >= 0)
+    later, further = call.diff(dim=1), number.diff(dim=1)
+    return not bool((both & ((further < 0) | ((later == 0) & (further != 0)) | (later < 0))).any())
+
+
+def _first_call_of_block(trajectories: Trajectories, block: Tensor | None) -> Tensor:
+    """The first network call at the block of each jump, int64 [B, S], of trajectories as planned."""
+    if block is None:
+        return torch.zeros_like(trajectories.call)
+    number = block.gather(1, trajectories.position.clamp(min=0))
+    begins = F.pad(number.diff(dim=1) != 0, (1, 0), value=True)
+    return trajectories.call.where(begins, 0).cummax(dim=1).values
 
 
 def _likeliest_first(trajectories: Trajectories, call: int, block: Tensor | None) -> None:

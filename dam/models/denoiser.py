@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -10,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dam.models.attention import Blocks, additive, allowed, positions
+from dam.models.attention import Blocks, additive, allowed, padding, positions
 from dam.models.output_layer import head_of
-from dam.models.padding import takes_left_padding
-from dam.models.sharding import check_sharding, tied_to
+from dam.models.padding import evaluating, takes_left_padding
+from dam.models.prefix import Prefix, has_caches, is_exact
+from dam.models.sharding import check_sharding, is_fsdp, tied_to
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
 
@@ -28,6 +31,10 @@ class Denoiser(Protocol):
                         None, or no such attribute: it sees everything.
         left_padding    False: rows padded on the left get other predictions than alone, and are refused. Else True.
         mask_token_id   the mask token, where neither the trainer's arguments nor tokenizer nor config have one.
+        prefix_cache    with `blocks`: `prefix_cache(tokens, attention_mask)` begins to go through the blocks of rows
+                        from left to right, with the keys and values of what is before them. It gives an object with
+                        `hidden_states(rows, tokens, begin, end)` as that of `dam.models.prefix.Prefix`, or None where
+                        such passes are not to be had. Without it each call is of whole sequences, to the same result.
 
     The hidden states at a position are those that predict the token there, and logits are head and hidden states: a
     shift or a scale that a family has is inside.
@@ -66,6 +73,8 @@ def check_left_padding(denoiser: Any, attention_mask: Tensor | None) -> None:
 _TAILS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 # Of models, by how they are called: whether they give a row that is padded on the left what they give it alone.
 _PADDED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+# Of models, likewise: whether block by block, with a cache, they give what they give in one pass.
+_CACHED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 ATTENTIONS = ("own", "full", "block-causal")
 
@@ -86,6 +95,10 @@ class MaskedLM:
     behind: `as_denoiser` knows both of families of models, and options say it of others. Before its first call with an
     attention mask, a pass of three short rows tells whether padding on the left changes its predictions, as it does
     where positions are absolute (BERT's): rows that are padded so are then refused.
+
+    Of a model with "block-causal" attention that takes `past_key_values`, rollouts run only the block that they are at
+    (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2
+    divides the model, whose processes must run alike.
 
     A head that FSDP2 has divided is gathered each time it is asked for.
 
@@ -217,7 +230,7 @@ class MaskedLM:
             if (self._way, token) in known:
                 continue
             known[self._way, token] = takes_left_padding(
-                lambda tokens, mask: self._shifted(self._last_states(model, tokens, mask)[0], mask),
+                lambda tokens, mask: self._shifted(self._last_states(model, self._arguments(tokens, mask))[0], mask),
                 model,
                 tokens,
                 pad=token,
@@ -237,6 +250,7 @@ class MaskedLM:
         """
         _TAILS.pop(self._inner, None)
         _PADDED.pop(self._inner, None)
+        _CACHED.pop(self._inner, None)
         with self._as_asked():
             self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
             if attention_mask is not None:
@@ -249,7 +263,7 @@ class MaskedLM:
             if attention_mask is not None:
                 self._try_padding(tokens, attention_mask)
                 check_left_padding(self, attention_mask)
-            hidden, output = self._last_states(self.model, tokens, attention_mask)
+            hidden, output = self._last_states(self.model, self._arguments(tokens, attention_mask))
         return self._shifted(tail.hidden_states(tied_to(hidden, output, self._inner)), attention_mask)
 
     def _shifted(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -262,7 +276,76 @@ class MaskedLM:
         first = positions(hidden[..., 0], attention_mask) == 0
         return torch.where(first[..., None], hidden, before)
 
-    def _last_states(self, model: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Any]:
+    @torch.no_grad()
+    def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Prefix | None:
+        """Begins passes over the blocks of rows with the keys and values of what is before them, as `Denoiser` says."""
+        if not self._takes_cache():
+            return None
+        with self._as_asked():
+            tail = self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
+            if attention_mask is not None:
+                self._try_padding(tokens, attention_mask)
+                check_left_padding(self, attention_mask)
+            if tail.shift or not self._try_cache(tokens, attention_mask):
+                return None
+        return self._passes(self.model, tokens, attention_mask, tail, self._shift)
+
+    def _takes_cache(self) -> bool:
+        if self._attention != "block-causal" or self._inner.training or not has_caches():
+            return False
+        if any(is_fsdp(module) for module in self._inner.modules()):
+            return False
+        model = getattr(self._inner, "_orig_mod", self._inner)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return "past_key_values" in inspect.signature(model.forward).parameters
+
+    def _passes(self, model: Any, tokens: Tensor, mask: Tensor | None, tail: Tail, shift: int) -> Prefix:
+        def run(tokens: Tensor, seen: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+            with self._as_asked():
+                hidden, _ = self._last_states(model, self._cached_arguments(tokens, seen, position_ids, cache))
+            return tail.hidden_states(hidden)
+
+        assert self.blocks is not None
+        return Prefix(run, tokens, mask, self.blocks, shift)
+
+    def _cached_arguments(self, tokens: Tensor, seen: Tensor, position_ids: Tensor, cache: Any) -> dict[str, Any]:
+        """What the model is called with for tokens behind those in a cache, which is to take these up."""
+        return {
+            "input_ids": tokens,
+            "attention_mask": self._mask(seen),
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def _try_cache(self, tokens: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether passes over blocks give what one pass does, found out once."""
+        known = _CACHED.setdefault(self._inner, {})
+        if self._way not in known:
+            assert self.blocks is not None
+            model = getattr(self._inner, "_orig_mod", self._inner)
+            start = 0 if attention_mask is None else int(padding(attention_mask[:1]))
+            devices = [tokens.device] if tokens.device.type == "cuda" else []
+            why = "they give other hidden states than one pass over all"
+            with evaluating(model), torch.random.fork_rng(devices):
+                try:
+                    known[self._way] = is_exact(
+                        lambda tokens: self._last_states(model, self._arguments(tokens, None))[0],
+                        lambda tokens: self._passes(model, tokens, None, Tail(), 0),
+                        tokens[:1, start:],
+                        self.blocks,
+                    )
+                except Exception as error:  # code of others, that may take caches of another release
+                    known[self._way], why = False, f"{type(error).__name__}: {error}"
+            if not known[self._way]:
+                name = type(self._inner).__name__
+                warnings.warn(
+                    f"{name}: rollouts run whole sequences, as passes over blocks with a cache fail: {why}",
+                    stacklevel=2,
+                )
+        return known[self._way]
+
+    def _last_states(self, model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
         """What the output layer is given, [B, L, D], and what the model returns for none of it."""
         given: list[Tensor] = []
 
@@ -272,10 +355,10 @@ class MaskedLM:
 
         handle = self._output_layer().register_forward_pre_hook(keep)
         try:
-            output = model(**self._arguments(tokens, attention_mask))
+            output = model(**arguments)
         finally:
             handle.remove()
-        check_calls(self._inner, given, tokens)
+        check_calls(self._inner, given, arguments["input_ids"])
         return given[0], output
 
     def head(self) -> Head:

@@ -77,7 +77,7 @@ class LLaDA(MaskedLM):
         """
         model = getattr(self._inner, "_orig_mod", self._inner)
         with torch.no_grad():
-            hidden, output = self._behind_norm(model, tokens[:1], attention_mask, _POSITIONS)
+            hidden, output = self._behind_norm(model, self._arguments(tokens[:1], attention_mask), _POSITIONS)
             own = output.logits[0].float()
             ours = self._head_of(layer).logits(tail.hidden_states(hidden[:, -_POSITIONS:])[0]).float()
         difference = float((ours.log_softmax(dim=1) - own.log_softmax(dim=1)).abs().max())
@@ -88,12 +88,12 @@ class LLaDA(MaskedLM):
                 "those of its last norm's output and its embedding: hand in a dam.models.Denoiser of your own"
             )
 
-    def _last_states(self, model: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Any]:
+    def _last_states(self, model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
         if not self._tied:
-            return super()._last_states(model, tokens, attention_mask)
-        return self._behind_norm(model, tokens, attention_mask, 0)
+            return super()._last_states(model, arguments)
+        return self._behind_norm(model, arguments, 0)
 
-    def _behind_norm(self, model: Any, tokens: Tensor, attention_mask: Tensor | None, kept: int) -> tuple[Tensor, Any]:
+    def _behind_norm(self, model: Any, arguments: dict[str, Any], kept: int) -> tuple[Tensor, Any]:
         """The last norm's output [B, L, D], and what the model returns for the last `kept` positions of it."""
         given: list[Tensor] = []
 
@@ -103,7 +103,7 @@ class LLaDA(MaskedLM):
 
         handle = self._transformer().ln_f.register_forward_hook(keep)
         try:
-            output = model(**self._arguments(tokens, attention_mask))
+            output = model(**arguments)
         finally:
             handle.remove()
         if len(given) != 1:

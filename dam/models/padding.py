@@ -20,7 +20,6 @@ def takes_left_padding(
     """Whether hidden states of a few tokens are the same with padding in front of them and behind, in one pass.
 
     Padding behind leaves positions as they are alone; of two kinds, it tells whether attention_mask is heeded at all.
-    Judged by the median over positions: in a mixture of experts rounding sends single positions to other experts.
 
     Args:
         hidden_states: [B, L, D] of tokens and attention mask [B, L].
@@ -41,16 +40,22 @@ def takes_left_padding(
     devices = [tokens.device] if tokens.device.type == "cuda" else []
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
         states = hidden_states(rows, mask)
-    rounding = _rounding(states.dtype, states.device.type)
-    states = states.float()
     behind = states[1, :length]
-    size_of = behind.norm(dim=-1).clamp(min=1e-30)
-    away = torch.stack([(found - behind).norm(dim=-1) / size_of for found in (states[0, size:], states[2, :length])])
-    return float(away.nan_to_num(nan=torch.inf).median(dim=1).values.max()) <= rounding
+    return is_rounding(states[0, size:], behind) and is_rounding(states[2, :length], behind)
 
 
-def _rounding(dtype: torch.dtype, device: str) -> float:
+def is_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Whether hidden states [..., D] differ by no more than rounding does.
+
+    Judged by the median over positions: in a mixture of experts rounding sends single positions to other experts.
+    """
+    difference = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
+    return float(difference.nan_to_num(nan=torch.inf).median()) <= _rounding(expected)
+
+
+def _rounding(hidden: Tensor) -> float:
     """The difference that layers of rounding explain, in the dtype that a forward pass computes in."""
+    dtype, device = hidden.dtype, hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return max(1e-3, 16.0 * torch.finfo(dtype).eps)

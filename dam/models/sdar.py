@@ -44,9 +44,13 @@ class SDAR(MaskedLM):
     def _mask(self, seen: Tensor) -> Tensor:
         return seen  # it makes a boolean mask of what it is given, by which 0 would hide
 
-    def _last_states(self, model: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Any]:
+    def _cached_arguments(self, tokens: Tensor, seen: Tensor, position_ids: Tensor, cache: Any) -> dict[str, Any]:
+        # Without store_kv it looks into the cache by itself, in ways of one release.
+        return {**super()._cached_arguments(tokens, seen, position_ids, cache), "store_kv": True}
+
+    def _last_states(self, model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
         with self._as_in_evaluation():
-            return super()._last_states(model, tokens, attention_mask)
+            return super()._last_states(model, arguments)
 
     def _tail(self, layer: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
         with self._as_in_evaluation():

@@ -42,7 +42,7 @@ def check_sharding(layer: nn.Module, model: nn.Module) -> None:
                 f"{name} of the output layer is partitioned by DeepSpeed's ZeRO-3 and not here outside of its forward "
                 "pass: use stage 2, or FSDP2"
             )
-        if is_divided(parameter) and not any(_is_fsdp(module) for module in model.modules()):
+        if is_divided(parameter) and not any(is_fsdp(module) for module in model.modules()):
             raise ValueError(
                 f"{name} of the output layer is a DTensor, divided by tensor parallelism: leave the output layer out "
                 "of the plan (tp_plan), so that each process has it whole, or divide the model by FSDP2"
@@ -54,7 +54,7 @@ def tied_to(hidden: Tensor, output: Any, model: nn.Module) -> Tensor:
 
     FSDP2 gathers the parameters of a unit for the backward pass when that comes to what the unit returned.
     """
-    if not torch.is_grad_enabled() or not any(_is_fsdp(module) for module in model.modules()):
+    if not torch.is_grad_enabled() or not any(is_fsdp(module) for module in model.modules()):
         return hidden
     for tensor in _tensors(output):
         if tensor.requires_grad and tensor.numel() == 0:
@@ -70,7 +70,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_fsdp(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)

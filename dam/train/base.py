@@ -135,10 +135,27 @@ class _AtFirst:
         with self._base.in_place():
             return self._denoiser.hidden_states(tokens, attention_mask)
 
+    def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
+        begin = getattr(self._denoiser, "prefix_cache", None)
+        with self._base.in_place():
+            passes = None if begin is None else begin(tokens, attention_mask)
+        return None if passes is None else _PassesAtFirst(passes, self._base)
+
     @torch.no_grad()
     def head(self) -> Head:
         with self._base.in_place():
             return self._denoiser.head()
+
+
+class _PassesAtFirst:
+    """Passes over blocks of such a denoiser."""
+
+    def __init__(self, passes: Any, base: InitialParameters):
+        self._passes, self._base = passes, base
+
+    def hidden_states(self, rows: Tensor, tokens: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+        with self._base.in_place():
+            return self._passes.hidden_states(rows, tokens, begin, end)
 
 
 def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, Base]:

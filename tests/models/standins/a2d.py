@@ -29,7 +29,7 @@ class A2DQwen3Config(transformers.Qwen3Config):
 class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
     config_class = A2DQwen3Config
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **more):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **more):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.dim() == 2:  # what it hides is hidden, and all else seen
@@ -37,6 +37,7 @@ class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
             added = torch.where(attention_mask[:, None, None, :].bool(), 0.0, least).to(self.dtype)
             attention_mask = added.expand(-1, 1, input_ids.shape[1], -1)
         mask = {"full_attention": attention_mask}
+        more["past_key_values"] = past_key_values
         return super().forward(input_ids, attention_mask=mask, position_ids=position_ids, **more)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tests.models.standins.trunk import LAYERS, MASK, PAD, SIZE, VOCABULARY, Experts, Layer, Standin, counted, filled_in
@@ -20,20 +20,24 @@ class LLaDA2MoeModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.word_embeddings = nn.Embedding(VOCABULARY, SIZE)
-        self.layers = nn.ModuleList(Layer(Experts()) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(Experts(), layer_idx=n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
-    def forward(self, input_ids, attention_mask, position_ids):
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values):
         x, length = self.word_embeddings(input_ids), input_ids.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = counted(input_ids) + past if position_ids is None else position_ids
         if attention_mask is None or attention_mask.dim() == 2:  # as transformers makes a mask of these: causal
-            seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+            seen = torch.ones(length, past + length, dtype=torch.bool).tril(past)[None, None]
             if attention_mask is not None:
-                seen = seen & attention_mask[:, None, None, :].bool() | torch.eye(length, dtype=torch.bool)
+                itself = torch.ones(length, past + length, dtype=torch.bool).tril(past).triu(past)
+                seen = seen & attention_mask[:, None, None, :].bool() | itself
             attention_mask = torch.where(seen, 0.0, torch.finfo(x.dtype).min).expand(len(x), -1, -1, -1)
-        if attention_mask.shape != (len(x), 1, length, length) or attention_mask.dtype == torch.bool:
-            raise ValueError(f"what is added to scores, {[len(x), 1, length, length]}; got {attention_mask.shape}")
+        expected = (len(x), 1, length, past + length)
+        if attention_mask.shape != expected or attention_mask.dtype == torch.bool:
+            raise ValueError(f"what is added to scores, {expected}; got {attention_mask.shape}")
         for layer in self.layers:
-            x = layer(x, attention_mask.to(x.dtype), position_ids)
+            x = layer(x, attention_mask.to(x.dtype), position_ids, past_key_values=past_key_values)
         return self.norm(x)
 
 
@@ -45,10 +49,14 @@ class LLaDA2MoeModelLM(Standin):
         self.model, self.lm_head = LLaDA2MoeModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **_):
-        position_ids = counted(input_ids) if position_ids is None else position_ids
-        logits = self.lm_head(self.model(input_ids, attention_mask, position_ids))
-        return MoeCausalLMOutputWithPast(logits=logits.float())
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **_
+    ):
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        logits = self.lm_head(self.model(input_ids, attention_mask, position_ids, past_key_values))
+        past = past_key_values if use_cache else None
+        return MoeCausalLMOutputWithPast(logits=logits.float(), past_key_values=past)
 
     def get_input_embeddings(self):
         return self.model.word_embeddings

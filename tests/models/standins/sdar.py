@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.models.standins.trunk import (
@@ -34,19 +34,19 @@ class SDARAttention(Attention):
         if self.training:
             raise RuntimeError("in training the mask is a BlockMask of noised and clean copies")
         q, k, v = self.heads(x, position_ids)
-        if past is not None:
-            if self in past:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(past[self], (k, v), strict=True))
-            if store_kv:
-                past[self] = (k, v)
+        if past is not None and store_kv:
+            k, v = past.update(k, v, self.layer_idx)
+        elif past is not None and len(past) > self.layer_idx:  # looks, and stores nothing
+            kept = past.layers[self.layer_idx]
+            k, v = torch.cat((kept.keys, k), dim=-2), torch.cat((kept.values, v), dim=-2)
         seen = mask.bool()  # of what is added to scores, the opposite of what was meant
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if torch.all(seen) else seen)
         return self.o_proj(4.0 * attended.transpose(1, 2).flatten(2))
 
 
 class SDARDecoderLayer(Layer):
-    def __init__(self):
-        super().__init__(feed_forward(), SDARAttention)
+    def __init__(self, layer_idx):
+        super().__init__(feed_forward(), SDARAttention, layer_idx)
 
     def forward(self, x, mask, position_ids, past, store_kv):
         x = x + self.self_attn(self.input_layernorm(x), mask, position_ids, past, store_kv)
@@ -57,7 +57,7 @@ class SDARModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
-        self.layers = nn.ModuleList(SDARDecoderLayer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(SDARDecoderLayer(n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
     def forward(self, input_ids, attention_mask, position_ids, past, store_kv):
@@ -88,9 +88,14 @@ class SDARForCausalLM(Standin):
     ):
         if self.training:
             assert labels is not None, "Labels must be provided for training."
-        position_ids = counted(input_ids) if position_ids is None else position_ids
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if position_ids is None:
+            position_ids = counted(input_ids) + (0 if past_key_values is None else past_key_values.get_seq_length())
         hidden = self.model(input_ids, attention_mask, position_ids, past_key_values, store_kv)
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(hidden), past_key_values=past_key_values if use_cache else None
+        )
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -112,13 +117,12 @@ def generate(model, prompt, block_length=4, gen_length=8):
     total = -(-(prompt.shape[1] + gen_length) // block_length) * block_length
     x = torch.full((1, total), MASK)
     x[:, : prompt.shape[1]] = prompt
-    mask, positions, past = block_mask(total, block_length), torch.arange(total)[None], {}
+    mask, positions, past = block_mask(total, block_length), torch.arange(total)[None], DynamicCache()
 
     def call(begin, end, tokens, store_kv):
         seen = mask[:, begin:end, :end]
-        return model(
-            tokens, attention_mask=seen, position_ids=positions[:, begin:end], past_key_values=past, store_kv=store_kv
-        ).logits
+        more = {"past_key_values": past, "use_cache": True, "store_kv": store_kv}
+        return model(tokens, attention_mask=seen, position_ids=positions[:, begin:end], **more).logits
 
     if start > 0:
         call(0, start, x[:, :start], True)

@@ -19,10 +19,11 @@ class Standin(PreTrainedModel):
 
 
 class Attention(nn.Module):
-    """Scaled dot products, whose mask is boolean, additive or none."""
+    """Scaled dot products, whose mask is boolean, additive or none; keys and values go to a cache that is given."""
 
-    def __init__(self):
+    def __init__(self, layer_idx=None):
         super().__init__()
+        self.layer_idx = layer_idx
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(SIZE, SIZE, bias=False))
 
@@ -33,21 +34,24 @@ class Attention(nn.Module):
         cos, sin = (torch.cat((f(angle),) * 2, dim=-1).to(q.dtype) for f in (torch.cos, torch.sin))
         return *(y * cos + torch.cat((-y[..., half:], y[..., :half]), dim=-1) * sin for y in (q, k)), v
 
-    def forward(self, x, mask, position_ids):
-        attended = F.scaled_dot_product_attention(*self.heads(x, position_ids), attn_mask=mask)
+    def forward(self, x, mask, position_ids, past_key_values=None):
+        q, k, v = self.heads(x, position_ids)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx, {})
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(4.0 * attended.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
     """Attention, then a feed-forward layer or experts."""
 
-    def __init__(self, mlp, attention=Attention):
+    def __init__(self, mlp, attention=Attention, layer_idx=None):
         super().__init__()
-        self.self_attn, self.mlp = attention(), mlp
+        self.self_attn, self.mlp = attention(layer_idx), mlp
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(SIZE), nn.RMSNorm(SIZE)
 
-    def forward(self, x, mask, position_ids):
-        x = x + self.self_attn(self.input_layernorm(x), mask, position_ids)
+    def forward(self, x, mask, position_ids, **cache):
+        x = x + self.self_attn(self.input_layernorm(x), mask, position_ids, **cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
