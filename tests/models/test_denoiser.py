@@ -41,8 +41,9 @@ def model(request):
 
 
 @pytest.fixture
-def tokens():
-    return torch.randint(2, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1))
+def tokens(model, attention_mask):
+    tokens = torch.randint(2, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1))
+    return tokens.masked_fill(attention_mask == 0, model.config.pad_token_id)  # by which RoBERTa counts positions
 
 
 @pytest.fixture

@@ -474,9 +474,9 @@ def test_rollouts_come_in_pieces_of_rollout_batch_size(tmp_path):
 
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
-    # One row first, to compare with the model's own logits, and two to try padding. 14 trajectories of three jumps:
+    # One row first, to compare with the model's own logits, three to try padding. 14 trajectories of three jumps:
     # pieces of 5, 5 and 4, a network call for each jump; and two that the base drew. One of a group by a second order.
-    assert sizes == [1, 2] + [5] * 6 + [4] * 3 + [2] * 3 + [2] * 3
+    assert sizes == [1, 3] + [5] * 6 + [4] * 3 + [2] * 3 + [2] * 3
 
 
 # Arguments
