@@ -378,6 +378,21 @@ def without_ended(targets: MatchingTargets, stop: Sequence[int], start: Tensor) 
     return MatchingTargets(states, targets.group, row, position, target, weight)
 
 
+def joined(parts: Sequence[tuple[MatchingTargets, Tensor]]) -> MatchingTargets:
+    """Targets of several estimators, as one: the mean is over the states of all.
+
+    Args:
+        parts: targets, and bool [G] which of all groups, of sequences of one length, are theirs, in their order.
+    """
+    before, rows = 0, []
+    for targets, _ in parts:
+        rows.append(targets.row + before)
+        before += len(targets.states)
+    group = torch.cat([of.nonzero()[:, 0][targets.group] for targets, of in parts])
+    states, _, _, *rest = (torch.cat(values) for values in zip(*(targets for targets, _ in parts), strict=True))
+    return MatchingTargets(states, group, torch.cat(rows), *rest)
+
+
 def estimator_loss(
     denoiser: Denoiser,
     targets: MatchingTargets,

@@ -112,19 +112,21 @@ class DAMConfig(TrainingArguments):
         default=0.0, metadata={"help": "Of rollouts in evaluation; 0 is the likeliest token."}
     )
     diffusion_steps: int | None = field(
-        default=None,
+        default=64,
         metadata={
-            "help": "Network calls per trajectory; None fills one position per call (exact). With fewer, what is "
-            "trained is what each call drew at the state that it saw, as outcomes re-masked at random are states of "
-            'the exact chain only: estimator "posterior" and normalizer "group".'
+            "help": "Network calls per trajectory, at most; with max_completion_length two positions per call, as d1. "
+            "Of rows with no more masks than that, and of all with None, one position per call is filled, which "
+            "simulates the chain exactly. Of others what is trained is what each call drew at the state that it saw, "
+            "as outcomes re-masked at random are states of the exact chain only: they need estimator "
+            '"posterior" and normalizer "group".'
         },
     )
     block_length: int | None = field(
         default=None,
         metadata={
             "help": "Fill blocks of this many positions from left to right; None is one block, or where the model's "
-            "attention has blocks (dam.models.as_denoiser) these. Trains, as diffusion_steps does, at the states that "
-            "the network was called at."
+            "attention has blocks (dam.models.as_denoiser) these. Trains at the states that the network was called "
+            "at, as fewer calls than masks do."
         },
     )
     eval_redraw: bool = field(
@@ -134,7 +136,7 @@ class DAMConfig(TrainingArguments):
         default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
     )
     max_completion_length: int = field(
-        default=256, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
+        default=128, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
     )
     stop_token_ids: list[int] | None = field(
         default=None,
@@ -191,8 +193,8 @@ class DAMConfig(TrainingArguments):
         for name in ("max_completion_length", "diffusion_steps", "block_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.on_paths:
-            self.check_on_paths("diffusion_steps and block_length go")
+        if self.block_length is not None:
+            self.check_on_paths("block_length goes")
         if not self.eval_temperature >= 0:
             raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
         if self.clip is not None and not math.isfinite(self.clip):
@@ -235,11 +237,6 @@ class DAMConfig(TrainingArguments):
         drawn_by_base = self.num_generations // 8 if self.base_generations is None else self.base_generations
         return self.num_generations - drawn_by_base
 
-    @property
-    def on_paths(self) -> bool:
-        """Whether training is at the states that trajectories went through, not at re-masked outcomes."""
-        return self.diffusion_steps is not None or self.block_length is not None
-
     def check_on_paths(self, what: str) -> None:
         """That estimator and normalizer can train at the states that trajectories went through.
 
@@ -253,6 +250,18 @@ class DAMConfig(TrainingArguments):
             raise ValueError(
                 f'{what} with estimator "posterior" and normalizer "group": the others train at states of the exact '
                 f"chain, which trajectories do not go through here; got {self.estimator!r} and {self.normalizer!r}"
+            )
+
+    def check_steps(self, masks: int) -> None:
+        """That rows with so many masks can be trained on in diffusion_steps calls.
+
+        Raises:
+            ValueError: they take more, and estimator and normalizer need the exact chain.
+        """
+        if self.diffusion_steps is not None and masks > self.diffusion_steps:
+            self.check_on_paths(
+                f"a row with {masks} masks takes more than the {self.diffusion_steps} network calls of diffusion_steps "
+                "(None fills one position per call), which goes"
             )
 
     def step_limits(self, done: float) -> tuple[float | None, float]:

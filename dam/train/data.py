@@ -125,15 +125,19 @@ def row_name(index: int, dataset: str) -> str:
     return f"row {index} of the {dataset} dataset"
 
 
-def check_rows(reader: RowReader, dataset: Any, name: str) -> bool:
+class Seen(NamedTuple):
+    """What a look through a dataset found."""
+
+    lengths_differ: bool = False  # whether sequences given as `input_ids` are not of one length
+    masks: int = 0  # the most that a row has, of those looked at
+
+
+def check_rows(reader: RowReader, dataset: Any, name: str) -> Seen:
     """Looks through a dataset in memory, or one of `datasets` on disk, for rows that would end the run later.
 
     Texts are tokenised for the first row of each kind only. A million rows take 3 seconds where they are texts, 20 to
     50 with 256 token ids each. A dataset of another kind may take long to give a row, or give others each time: its
     rows are looked at when they come.
-
-    Returns:
-        Whether it is seen that sequences given as `input_ids` are not of one length.
 
     Raises:
         ValueError: names row and column.
@@ -143,17 +147,19 @@ def check_rows(reader: RowReader, dataset: Any, name: str) -> bool:
     elif hasattr(dataset, "iter") and hasattr(dataset, "column_names") and not is_stream(dataset):
         rows = _rows_of_table(dataset, name)
     else:
-        return False
+        return Seen()
     kinds: set[type | bool] = set()
     lengths: set[int] = set()
+    masks = 0
     for n, row in enumerate(rows):
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
         kind = is_conversation(prompt) or type(prompt)
         read = reader.read(row, row_name(n, name), tokenize=kind not in kinds)
         kinds.add(kind)
+        masks = max(masks, reader.masks(read))
         if "input_ids" in row:
             lengths.add(len(read.input_ids))
-    return len(lengths) > 1
+    return Seen(len(lengths) > 1, masks)
 
 
 def _rows_of_table(dataset: Any, name: str) -> Iterator[dict[str, Any]]:

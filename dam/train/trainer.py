@@ -25,6 +25,7 @@ from dam.adjoint import (
     drawn_outcomes,
     estimator_loss,
     group_targets,
+    joined,
     path_targets,
     state_targets,
     tilted_weights,
@@ -202,11 +203,12 @@ class DAMTrainer(Trainer):
         template: Any = args.chat_template_kwargs
         self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
-        self._on_paths = args.on_paths
+        self._in_blocks = args.block_length is not None
         if blocks_of(own) is not None:
             blocks_for(own, args.block_length)  # raises where they are others
             args.check_on_paths("a model whose attention has blocks goes")
-            self._on_paths = True
+            self._in_blocks = True
+        self._keeps_paths = self._in_blocks or args.diffusion_steps is not None
         network, base = with_base(network, ref_model, peft_config)
         _check_dtype(network)
         self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
@@ -338,7 +340,7 @@ class DAMTrainer(Trainer):
             "first",
             "attention_mask",
             "start",
-            *(["position", "call"] if self._on_paths else []),
+            *(["position", "call"] if self._keeps_paths else []),
         ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
@@ -358,6 +360,7 @@ class DAMTrainer(Trainer):
         """A group of rewarded trajectories for each prompt of this process."""
         args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
+        args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
         row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
         masks = attention_mask.repeat_interleave(size, dim=0)
@@ -450,20 +453,43 @@ class DAMTrainer(Trainer):
         return without_ended(targets, self._stop, groups["start"]) if self._stop else targets
 
     def _estimated(self, groups: Group, names: Tensor) -> MatchingTargets:
-        seed, args = self._seed(_Draw.TARGETS), self.args
-        states, final, weight = groups["states"], groups["final"], groups["weight"]
-        if args.normalizer == "state":
-            return state_targets(
-                args.estimator, states, final, groups["first"], weight, self.process, seed=seed, row_ids=names
-            )
-        size = weight.shape[1]
+        size = groups["weight"].shape[1]
+        if self.args.normalizer == "state":
+            return self._at_states(groups, names)
         row_ids = names[:, None] * size + torch.arange(size, device="cpu")
-        if self._on_paths:
-            paths = path_of(states, final, groups["position"], groups["call"])
-            return path_targets(paths, weight, whole_calls=True, seed=seed, row_ids=row_ids.flatten())
-        initial = states[:, None].expand_as(final)
+        exact = self._of_exact_chain(groups["states"])
+        return joined(
+            [
+                (targets({name: value[of] for name, value in groups.items()}, row_ids[of]), of)
+                for targets, of in ((self._at_outcomes, exact), (self._on_paths, ~exact))
+                if bool(of.any())
+            ]
+        )
+
+    def _of_exact_chain(self, states: Tensor) -> Tensor:
+        """Which groups, that began at states [G, L], had a position filled by each call, in no blocks: bool [G]."""
+        masks = self.process.masked(states).sum(dim=1)
+        if self._in_blocks:
+            return torch.zeros_like(masks, dtype=torch.bool)
+        return masks <= (self.args.diffusion_steps or masks)
+
+    def _at_states(self, groups: Group, names: Tensor) -> MatchingTargets:
+        states, final, first, weight = (groups[name] for name in ("states", "final", "first", "weight"))
+        seed = self._seed(_Draw.TARGETS)
+        return state_targets(self.args.estimator, states, final, first, weight, self.process, seed=seed, row_ids=names)
+
+    def _at_outcomes(self, groups: Group, row_ids: Tensor) -> MatchingTargets:
+        """At outcomes re-masked."""
+        final, weight, seed = groups["final"], groups["weight"], self._seed(_Draw.TARGETS)
+        initial = groups["states"][:, None].expand_as(final)
         remasked = self.process.remask(initial, final, seed=seed, row_ids=row_ids, stratified=True)
-        return group_targets(args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
+        return group_targets(self.args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
+
+    def _on_paths(self, groups: Group, row_ids: Tensor) -> MatchingTargets:
+        """At the states that the network was called at."""
+        paths = path_of(groups["states"], groups["final"], groups["position"], groups["call"])
+        seed = self._seed(_Draw.TARGETS)
+        return path_targets(paths, groups["weight"], whole_calls=True, seed=seed, row_ids=row_ids.flatten())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -522,7 +548,7 @@ class DAMTrainer(Trainer):
         self.progress.clear()
         self._compared = False
         if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._on_paths)
+            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._keeps_paths)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except Exception as error:
@@ -531,12 +557,13 @@ class DAMTrainer(Trainer):
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
-        self._lengths_differ = check_rows(self._reader, self.train_dataset, "training")
+        self._lengths_differ, masks = check_rows(self._reader, self.train_dataset, "training")
+        self.args.check_steps(masks)
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             given: Any = self.eval_dataset
             for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
-                several = check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
-                self._lengths_differ = self._lengths_differ or several
+                seen = check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
+                self._lengths_differ = self._lengths_differ or seen.lengths_differ
 
     def _save_before(self, ending: Exception) -> None:
         """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""

@@ -727,8 +727,66 @@ def test_rollouts_of_few_calls_are_trained_at_the_states_that_the_calls_saw(tmp_
         assert torch.equal(targets.target[rows, 0], groups["final"][group, k][targets.position[rows]])
         torch.testing.assert_close(targets.weight[rows].sum(), groups["weight"][group, k])
     for other in ({"estimator": "first_jump"}, {"normalizer": "state"}):
-        with pytest.raises(ValueError, match="go with estimator"):
-            table_config(tmp_path, **changes, **other)
+        with pytest.raises(ValueError, match="goes with estimator"):
+            DAMTrainer(table(), twos, table_config(tmp_path, **changes, **other), TABLE_ROWS).train()
+
+
+def test_as_many_calls_as_masks_are_the_exact_chain(tmp_path):
+    """Whose outcomes are re-masked: bit for bit what no limit gives."""
+    runs = []
+    for steps in (3, None):
+        trainer = DAMTrainer(table(), twos, table_config(tmp_path, diffusion_steps=steps), TABLE_ROWS)
+        trainer.train()
+        runs.append(trainer.model)
+    assert_same_weights(*runs)
+
+
+def test_each_row_is_trained_at_the_states_of_its_own_chain(tmp_path):
+    """Of two calls: rows with two masks at re-masked outcomes, those with three at what the calls saw."""
+    rows = [{"input_ids": [3, 3, 3] if n % 2 else [1, 3, 3]} for n in range(8)]
+    trainer = DAMTrainer(table(), twos, table_config(tmp_path, diffusion_steps=2, replay_batch_size=6), rows)
+    trainer.train()
+    groups, names = trainer._replayed()
+    short = (groups["states"] == 3).sum(dim=1) == 2
+    assert 0 < short.sum() < len(short)
+    targets = trainer._targets(groups, names)
+    assert len(targets.states) == groups["weight"].numel()
+    for of, alone in ((short, trainer._at_outcomes), (~short, trainer._on_paths)):
+        ids = names[of, None] * 8 + torch.arange(8)
+        expected = alone({name: value[of] for name, value in groups.items()}, ids)
+        here = of[targets.group]
+        assert torch.equal(targets.states[here], expected.states)
+        assert torch.equal(targets.group[here], of.nonzero()[:, 0][expected.group])
+        kept = here[targets.row]
+        assert torch.equal((here.cumsum(0) - 1)[targets.row[kept]], expected.row)
+        for name in ("position", "target", "weight"):
+            assert torch.equal(getattr(targets, name)[kept], getattr(expected, name))
+
+
+def test_a_row_that_takes_more_calls_than_its_estimator_admits_is_refused_before_it_is_rolled_out(tmp_path):
+    config = tiny_config(tmp_path, estimator="first_jump", diffusion_steps=3)
+    rows = [*ROWS[:4], *[{"input_ids": [1, MASK, MASK, MASK, MASK]}] * 4]
+
+    class NotLookedThrough(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            return rows[index]
+
+    called = []
+
+    def reward(completion_ids, **_):
+        called.append(1)
+        return sum_reward(completion_ids)
+
+    for dataset in (rows, NotLookedThrough()):
+        with pytest.raises(
+            ValueError, match="a row with 4 masks takes more than the 3 network calls of diffusion_steps"
+        ):
+            DAMTrainer(rotary_model(), reward, config, dataset).train()
+        assert not called or dataset is not rows
+    DAMTrainer(rotary_model(), reward, tiny_config(tmp_path, estimator="first_jump", diffusion_steps=3), ROWS).train()
 
 
 def test_forbidden_outcomes_are_left_out_of_every_mean(tmp_path):
