@@ -397,6 +397,10 @@ class _Network:
                 usable = usable and not bool(jumps.any())
             if usable:
                 self._passes = begin(trajectories.initial, attention_mask)
+        if self._passes is None and getattr(denoiser, "approximate_cache", None) is not None:
+            raise ValueError(
+                "these trajectories do not go from block to block, as approximate_cache does: leave it out"
+            )
 
     def hidden_at(self, trajectories: Trajectories, chosen: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and jump indices of the chosen jumps, bool [B, S], and the hidden states [jumps, D] where they go.

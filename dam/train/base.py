@@ -130,6 +130,10 @@ class _AtFirst:
     def left_padding(self) -> bool:
         return getattr(self._denoiser, "left_padding", True)
 
+    @property
+    def approximate_cache(self) -> Any:
+        return getattr(self._denoiser, "approximate_cache", None)
+
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         with self._base.in_place():

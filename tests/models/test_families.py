@@ -375,9 +375,8 @@ def test_five_steps_raise_a_reward(name, adapter, tmp_path):
     before = rewarded(family.denoiser(model.eval()))
     trainer.train()
     groups = trainer.progress.replay.batch(torch.arange(4))
-    assert ("position" in groups) == (
-        family.blocks is not None
-    )  # trained at the states of paths, where they have blocks
+    # Trained at the states of paths, where they have blocks.
+    assert bool(trainer._of_exact_chain(groups["states"]).any()) == (family.blocks is None)
     kl = [entry["kl_path"] for entry in trainer.state.log_history if "kl_path" in entry]
     assert abs(kl[0]) < 1e-5  # nothing is trained yet: the sum of six differences of equal numbers in float32
     after = rewarded(family.denoiser(model.eval()))

@@ -237,7 +237,7 @@ def test_a_model_whose_cache_is_wrong_is_run_whole_and_said_so(fault):
     denoiser = family.denoiser(model)
     tokens, _ = completions(8, 8, length=8)
     why = {"forgets": "they give other hidden states", "raises": "AttributeError: no such method of a cache"}[fault]
-    with pytest.warns(UserWarning, match=f"Faulty: rollouts run whole sequences, .* {why}"):
+    with pytest.warns(UserWarning, match=f"Faulty: rollouts cannot run blocks alone, .* {why}"):
         found = rollout(denoiser, tokens, PROCESS, seed=0)
     assert_same(
         dataclasses.replace(found, base_log_prob=found.log_prob),

@@ -32,14 +32,15 @@ class DreamBaseModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
-        self.layers = nn.ModuleList(Layer(feed_forward()) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(feed_forward(), layer_idx=n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
-    def forward(self, input_ids, attention_mask, position_ids):
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values):
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
             # Whatever is no tensor, "full" or None, is full attention.
-            x = layer(x, attention_mask if isinstance(attention_mask, torch.Tensor) else None, position_ids)
+            mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+            x = layer(x, mask, position_ids, past_key_values=past_key_values)
         return self.norm(x)
 
 
@@ -51,11 +52,14 @@ class DreamModel(Standin):
         self.model, self.lm_head = DreamBaseModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **_):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **_
+    ):
         if isinstance(attention_mask, torch.Tensor) and (attention_mask.dim(), attention_mask.dtype) != (4, torch.bool):
             raise ValueError(f"a boolean mask [B, 1, L, L], please; got {attention_mask.shape}")
         position_ids = counted(input_ids) if position_ids is None else position_ids
-        return MaskedLMOutput(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids)))
+        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
+        return MaskedLMOutput(logits=self.lm_head(hidden))
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
