@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.denoiser import Denoiser, blocks_of
+from dam.models.sharding import is_placed
 from dam.ops._head import Head
 
 DenoiserFactory = Callable[[nn.Module], Denoiser]
@@ -27,7 +28,7 @@ class Base(Protocol):
 
 
 class ReferenceModel:
-    """A base that is a module of its own, frozen.
+    """A base that is a module of its own, frozen. It stays where accelerate has put it, on other devices or offloaded.
 
     Args:
         model: the base.
@@ -51,7 +52,30 @@ class ReferenceModel:
         return factory(self._model)
 
     def to(self, device: torch.device) -> None:
-        self._model.to(device)
+        if not is_placed(self._model):
+            self._model.to(device)
+
+
+# Of the copy that is the base of a model without an adapter, on each device.
+LARGEST_COPY = 8 * 2**30  # bytes
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, as its base.
+
+    Raises:
+        ValueError: it would be larger than LARGEST_COPY, or the model is not all here.
+    """
+    cure = (
+        "train an adapter (peft_config), whose base is the model itself, or pass ref_model, which accelerate may "
+        "divide or offload (device_map, accelerate.cpu_offload)"
+    )
+    if is_placed(model):
+        raise ValueError(f"the model is divided or offloaded by accelerate and cannot be copied to be the base: {cure}")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if size > LARGEST_COPY:
+        raise ValueError(f"the base would be a frozen copy of {size / 2**30:.1f} GiB on each device: {cure}")
+    return copy.deepcopy(model)
 
 
 class InitialParameters:
@@ -190,5 +214,5 @@ def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tu
     if ref_model is None:
         if hasattr(network, "disable_adapter"):
             return network, InitialParameters(network)
-        ref_model = copy.deepcopy(network)
+        ref_model = copied(network)
     return network, ReferenceModel(ref_model, network)

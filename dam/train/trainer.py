@@ -138,7 +138,8 @@ class DAMTrainer(Trainer):
             EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids). label_ids is None
             where there are no labels, or others than of tokens among them.
         peft_config: trains an adapter (extra `peft`).
-        ref_model: the base model. Unless given it is the model as it is now: a frozen copy, or of a PEFT model, whether
+        ref_model: the base model, which accelerate may have offloaded (accelerate.cpu_offload) or divided over devices.
+            Unless given it is the model as it is now: a frozen copy of at most 8 GiB, or of a PEFT model, whether
             by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
             trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens. So a run that is
             resumed must be given the model that it began with.

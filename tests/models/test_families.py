@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import (
     BertConfig,
@@ -600,3 +601,21 @@ def test_a_tied_llada_whose_logits_are_something_else_is_refused():
     model.model.config.scale_logits = False
     with pytest.raises(ValueError, match=r"LLaDAModelLM gives log-probabilities that differ by up to \d"):
         as_denoiser(model).hidden_states(tokens_of(1, 9))
+
+
+@pytest.mark.parametrize("name", ["ESM", "LLaDA tied", "LLaDA", "Dream"])
+def test_what_is_offloaded_gives_the_same_numbers(name):
+    """Head, embedding and a bias outside the head are brought back where they are read, and left where they were."""
+    family, tokens = FAMILIES[name], tokens_of(3, 13)
+    model = family.model()
+    expected = log_probs(family.denoiser(model), tokens)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(log_probs(family.denoiser(model), tokens), expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_model_whose_weights_were_never_loaded_is_refused():
+    with torch.device("meta"):
+        model = FAMILIES["ModernBERT"].make()
+    with pytest.raises(ValueError, match="are on the meta device and have no values: load the model's weights"):
+        as_denoiser(model).head()
