@@ -90,6 +90,26 @@ class DAMConfig(TrainingArguments):
             "logged order_variance and kl_outcome. Costs order_samples / num_generations of a rollout's network calls."
         },
     )
+    centering: float = field(
+        default=0.0,
+        metadata={
+            "help": "How many times its mean is taken from the weights of each group, as DMPO does at 1: less noise, "
+            "and outcomes of small weight are pushed away. Right only for a model that drew them and whose "
+            "conditionals are of one law: at re-masked outcomes others drift, without a reward too "
+            "(dam.adjoint.path_targets)."
+        },
+    )
+    num_replicates: int = field(
+        default=1,
+        metadata={"help": "States that a training step makes of each trajectory: as many times its network calls."},
+    )
+    antithetic: bool = field(
+        default=False,
+        metadata={
+            "help": "Half of the num_replicates, an even number, have masks where the others have none, as DMPO does: "
+            "each position is trained once in each pair. Of re-masked outcomes, not of states of trajectories."
+        },
+    )
     clip: float | None = field(default=None, metadata={"help": "Upper bound on log weights; None bounds nothing."})
     null_arm: bool = field(
         default=False,
@@ -184,6 +204,7 @@ class DAMConfig(TrainingArguments):
             "num_generations",
             "num_iterations",
             "num_orders",
+            "num_replicates",
             "replay_size",
             "replay_batch_size",
             "rollout_batch_size",
@@ -217,6 +238,20 @@ class DAMConfig(TrainingArguments):
         if self.draw_outcomes is not None and (self.draw_outcomes < 1 or self.normalizer == "state"):
             raise ValueError(
                 f'draw_outcomes must be at least 1 and goes with normalizer "group"; got {self.draw_outcomes}'
+            )
+        if not self.centering >= 0:
+            raise ValueError(f"centering must be >= 0; got {self.centering}")
+        if self.centering and self.draw_outcomes is not None:
+            raise ValueError("draw_outcomes draws in proportion to weights, which centering makes negative")
+        if self.num_replicates > 1 and (self.normalizer == "state" or self.estimator == "first_jump_one"):
+            raise ValueError(
+                'num_replicates goes with normalizer "group" and estimators "posterior" and "first_jump": others have '
+                "one state for each group"
+            )
+        if self.antithetic and (self.num_replicates % 2 or self.estimator != "posterior"):
+            raise ValueError(
+                f'antithetic goes with an even num_replicates and estimator "posterior"; got {self.num_replicates} and '
+                f"{self.estimator!r}"
             )
         if self.draw_outcomes is not None and self.estimator == "first_jump_one":
             raise ValueError("first_jump_one draws a trajectory of each group: draw_outcomes does not go with it")

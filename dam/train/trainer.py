@@ -59,6 +59,9 @@ from dam.train.sampling import Sampler
 from dam.train.terminal import show
 from dam.train.tokens import limits_of, special_tokens
 
+# Entries of a group that has one for each of its trajectories.
+_OF_TRAJECTORIES = ("final", "weight", "first", "position", "call")
+
 
 class _Draw(enum.IntEnum):
     """What a step draws at random; each has a stream of its own."""
@@ -333,6 +336,7 @@ class DAMTrainer(Trainer):
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
+        weight = weight - args.centering * weight.mean(dim=1, keepdim=True)
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
         kept = [
@@ -454,10 +458,9 @@ class DAMTrainer(Trainer):
         return without_ended(targets, self._stop, groups["start"]) if self._stop else targets
 
     def _estimated(self, groups: Group, names: Tensor) -> MatchingTargets:
-        size = groups["weight"].shape[1]
         if self.args.normalizer == "state":
             return self._at_states(groups, names)
-        row_ids = names[:, None] * size + torch.arange(size, device="cpu")
+        groups, row_ids = self._replicated(groups, names)
         exact = self._of_exact_chain(groups["states"])
         return joined(
             [
@@ -466,6 +469,19 @@ class DAMTrainer(Trainer):
                 if bool(of.any())
             ]
         )
+
+    def _replicated(self, groups: Group, names: Tensor) -> tuple[Group, Tensor]:
+        """Groups with each trajectory num_replicates times, one after another, and ids of all [G, K num_replicates]."""
+        size, times = groups["weight"].shape[1], self.args.num_replicates
+        row_ids = names[:, None] * size + torch.arange(size, device="cpu")
+        if times == 1:
+            return groups, row_ids
+        groups = {
+            name: value.repeat(1, times, *[1] * (value.dim() - 2)) if name in _OF_TRAJECTORIES else value
+            for name, value in groups.items()
+        }
+        number = torch.arange(times, device="cpu").repeat_interleave(size)
+        return groups, row_ids.repeat(1, times) * times + number
 
     def _of_exact_chain(self, states: Tensor) -> Tensor:
         """Which groups, that began at states [G, L], had a position filled by each call, in no blocks: bool [G]."""
@@ -482,8 +498,13 @@ class DAMTrainer(Trainer):
     def _at_outcomes(self, groups: Group, row_ids: Tensor) -> MatchingTargets:
         """At outcomes re-masked."""
         final, weight, seed = groups["final"], groups["weight"], self._seed(_Draw.TARGETS)
-        initial = groups["states"][:, None].expand_as(final)
-        remasked = self.process.remask(initial, final, seed=seed, row_ids=row_ids, stratified=True)
+        initial, antithetic = groups["states"][:, None].expand_as(final), self.args.antithetic
+        remasked = self.process.remask(
+            initial, final, seed=seed, row_ids=row_ids, stratified=True, antithetic=antithetic
+        )
+        if antithetic:  # states without masks are among them, and count for nothing
+            masks = self.process.masked(groups["states"]).sum(dim=1, keepdim=True)
+            weight = weight * (masks + 1) / masks
         return group_targets(self.args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
 
     def _on_paths(self, groups: Group, row_ids: Tensor) -> MatchingTargets:

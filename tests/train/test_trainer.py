@@ -789,6 +789,56 @@ def test_a_row_that_takes_more_calls_than_its_estimator_admits_is_refused_before
     DAMTrainer(rotary_model(), reward, tiny_config(tmp_path, estimator="first_jump", diffusion_steps=3), ROWS).train()
 
 
+def by_state(targets):
+    """Sum of weights by state (of three positions, four tokens) and position [64, 3], over the number of states."""
+    out = torch.zeros(64, 3)
+    code = (targets.states * torch.tensor([16, 4, 1])).sum(dim=1)[targets.row]
+    out.index_put_((code, targets.position), targets.weight[:, 0], accumulate=True)
+    return out / len(targets.states)
+
+
+def test_replicates_of_an_outcome_are_states_of_the_same_law(tmp_path):
+    """Antithetic ones too, in which every position is trained in one of a pair; and a first one as without any."""
+    found = {}
+    for name, changes in {
+        "one": {},
+        "four": {"num_replicates": 4},
+        "in pairs": {"num_replicates": 4, "antithetic": True},
+        "on paths": {"num_replicates": 4, "block_length": 1},
+    }.items():
+        trainer = DAMTrainer(table(), twos, table_config(tmp_path, **changes), TABLE_ROWS)
+        trainer.train()
+        groups, names = trainer._replayed()
+        draws = []
+        for n in range(400):
+            targets = trainer._targets(groups, names + n * len(names))
+            draws.append(by_state(targets))
+            if name == "in pairs":
+                half = torch.zeros_like(targets.states, dtype=torch.int64)
+                half[targets.row, targets.position] = 1
+                pairs = half.view(len(names), 2, -1, 3)
+                assert bool((pairs.sum(dim=1) == 1).all())
+        times = changes.get("num_replicates", 1)
+        assert len(targets.states) == times * groups["weight"].numel()
+        found[name] = torch.stack(draws)
+    one, four, pairs, paths = found.values()
+    total = one.mean(dim=0).sum()
+    for draws in (four, pairs):
+        # 400 x 32 draws of a state each, and more: a standard error of 2% of what is drawn most.
+        torch.testing.assert_close(draws.mean(dim=0).sum(), total, rtol=0.05, atol=0)
+    assert float(four.var(dim=0).sum()) < 0.5 * float(one.var(dim=0).sum())
+    assert float(paths.mean(dim=0).sum()) > 0
+
+
+def test_centred_weights_have_no_sum(tmp_path):
+    config = table_config(tmp_path, centering=1.0)
+    trainer = DAMTrainer(table(), twos, config, TABLE_ROWS)
+    trainer.train()
+    weight = trainer.progress.replay.batch(torch.arange(4))["weight"]
+    # Of numbers up to 8, in float32.
+    assert float(weight.sum(dim=1).abs().max()) < 1e-5 and float(weight.min()) < 0 < float(weight.max())
+
+
 def test_forbidden_outcomes_are_left_out_of_every_mean(tmp_path):
     def no_fives(completion_ids, **_):
         return [-math.inf if 5 in ids else 1.0 for ids in completion_ids]
