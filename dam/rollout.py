@@ -143,7 +143,8 @@ def rollout(
         denoiser: the model.
         tokens: int64 [B, L], X_0: mask tokens where something is to be filled in.
         process: names the mask token.
-        base: also record the base model's log-probabilities of the same jumps (as many network calls again).
+        base: also record the base model's log-probabilities of the same jumps (as many network calls again, but for
+            the layers that a base knows to be the model's: `Denoiser.beside`).
         attention_mask: [B, L], passed on to the model.
         steps: network calls per trajectory. None fills one position per call, which simulates the chain
             exactly. With fewer calls, positions filled by one call are drawn independently: another chain,
@@ -188,7 +189,9 @@ def rollout(
     block = None if blocks is None else blocks.numbers(tokens, attention_mask)
     trajectories = _planned(tokens, priority, count, steps, block)
     begins = _first_call_of_block(trajectories, block)
-    network = _Network(denoiser, trajectories, attention_mask)
+    beside = _beside(base, denoiser, order)
+    network = _Network(denoiser if beside is None else beside, trajectories, attention_mask)
+    base_log_prob = torch.zeros_like(trajectories.log_prob)
     for n in range(trajectories.network_calls):
         # By confidence, everything still masked of the block is drawn, and the likeliest of it kept.
         drawn_now = (trajectories.call >= n) & (begins <= n) if order == "confidence" else trajectories.call == n
@@ -196,6 +199,8 @@ def rollout(
         if n == 0 or order == "confidence":
             stream = _philox.ids(seed, Use.JUMP, row_ids, length, sample=n).flip(1)
         rows, at, hidden = network.hidden_at(trajectories, drawn_now, trajectories.final)
+        if beside is not None:
+            hidden, of_base = (part.contiguous() for part in hidden.chunk(2, dim=-1))
         head = denoiser.head()
         drawn = linear_jump(
             hidden,
@@ -207,11 +212,17 @@ def rollout(
         )
         trajectories.token[rows, at] = drawn.target
         trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)
+        if beside is not None:
+            assert base is not None
+            of_jumps = _log_prob(base, of_base, drawn.target, process, temperature)
+            base_log_prob[rows, at] = of_jumps.to(base_log_prob.dtype)
         if order == "confidence":
             _likeliest_first(trajectories, n, block)
         rows, at = torch.nonzero(trajectories.call == n, as_tuple=True)
         trajectories.final[rows, trajectories.position[rows, at]] = trajectories.token[rows, at]
-    if base is not None:
+    if beside is not None:
+        trajectories.base_log_prob = base_log_prob
+    elif base is not None:
         trajectories.base_log_prob = jump_log_prob(
             base, trajectories, process, attention_mask=attention_mask, temperature=temperature
         )
@@ -252,17 +263,28 @@ def jump_log_prob(
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
         rows, at, hidden = network.hidden_at(trajectories, trajectories.call == n, states)
-        head = denoiser.head()
-        value = linear_log_prob(
-            hidden,
-            target=trajectories.token[rows, at],
-            **head.arguments(hidden.dtype),
-            **process.left_out(head.weight.shape[0]),
-            # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
-            temperature=temperature or 1.0,
-        )
+        value = _log_prob(denoiser, hidden, trajectories.token[rows, at], process, temperature)
         out[rows, at] = value.to(out.dtype)
     return out
+
+
+def _log_prob(denoiser: Denoiser, hidden: Tensor, target: Tensor, process: MaskedCTMC, temperature: float) -> Tensor:
+    """Log-probabilities [jumps] of tokens where the hidden states of a denoiser are these, [jumps, D]."""
+    head = denoiser.head()
+    return linear_log_prob(
+        hidden,
+        target=target,
+        **head.arguments(hidden.dtype),
+        **process.left_out(head.weight.shape[0]),
+        # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
+        temperature=temperature or 1.0,
+    )
+
+
+def _beside(base: Denoiser | None, denoiser: Denoiser, order: str) -> Denoiser | None:
+    """Model and base as one denoiser, where the base has that and what is drawn at a state is what stays."""
+    beside = getattr(base, "beside", None)
+    return None if beside is None or order != "random" else beside(denoiser)
 
 
 class PathLogProbs(NamedTuple):

@@ -36,6 +36,8 @@ class Denoiser(Protocol):
                         from left to right, with the keys and values of what is before them. It gives an object with
                         `hidden_states(rows, tokens, begin, end)`, `dam.models.prefix.Passes`, or None where
                         such passes are not to be had. Without it each call is of whole sequences, to the same result.
+        beside          of a base: `beside(denoiser)` gives a denoiser whose hidden states are those of that model and
+                        of this base, [B, L, 2 D], or None. So what both have in common is run once.
         approximate_cache  with `prefix_cache`: not None where its passes give another law than hidden_states. Rollouts
                         that cannot go by them are then refused.
 
