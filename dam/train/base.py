@@ -201,8 +201,8 @@ class _AtFirst:
         Args:
             denoiser: of the model as it is now.
         """
-        model = getattr(denoiser, "model", None)
-        if not isinstance(model, nn.Module) or model is not getattr(self._denoiser, "model", None):
+        model: Any = getattr(denoiser, "model", None)
+        if model is None or getattr(self._denoiser, "model", None) is not model:
             return None
         if blocks_of(denoiser) is not None and hasattr(denoiser, "prefix_cache"):
             return None
