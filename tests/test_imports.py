@@ -22,6 +22,7 @@ RANK = {
     "ctmc": 3,
     "divergences": 3,
     "models": 4,
+    "decoding": 4,
     "rollout": 5,
     "diagnostics": 6,
     "adjoint": 6,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ class _AtFirst:
         if blocks_of(denoiser) is not None and hasattr(denoiser, "prefix_cache"):
             return None
         different = self._base.different()
-        trunk = SharedTrunk(model, different)
+        trunk = SharedTrunk(cast(nn.Module, model), different)
         return _Beside(denoiser, self, trunk, equal=not different) if trunk.layers or not different else None
 
 
