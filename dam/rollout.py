@@ -236,7 +236,7 @@ def _fill(
     base: Denoiser | None,
     beside: Denoiser | None,
 ) -> None:
-    """Makes the jumps of planned trajectories, in place; with `beside`, model and base as one, as the base sees them."""
+    """Makes the jumps of planned trajectories, in place; with `beside`, model and base as one, the base's too."""
     network = _network(beside or denoiser, trajectories, process, decoding, hide, attention_mask)
     if beside is not None:
         trajectories.base_log_prob = torch.zeros_like(trajectories.log_prob)
