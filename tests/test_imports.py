@@ -23,6 +23,7 @@ RANK = {
     "divergences": 3,
     "models": 4,
     "rollout": 5,
+    "canvas": 5,
     "diagnostics": 6,
     "adjoint": 6,
     "train": 7,
