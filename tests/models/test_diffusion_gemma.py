@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+pytest.importorskip("peft", reason="needs the package peft")
 pytest.importorskip("transformers.models.diffusion_gemma", reason="transformers has no DiffusionGemma")
 
-from peft import LoraConfig, get_peft_model
+import peft
 from transformers import (
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,
@@ -80,7 +81,7 @@ PROMPT, STATES = tokens(3, 9), tokens(3, CANVAS, seed=1)
 def with_adapter(model):
     """Of LoRA on the decoder and the encoder, whose adapters are apart although their weights are not."""
     text = r".*\.(decoder|language_model)\..*\.(q_proj|o_proj)"
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=text)).eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=text)).eval()
     torch.manual_seed(3)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -225,6 +226,22 @@ def test_gradients_are_of_the_adapter_in_encoder_and_decoder():
         if float(ours.abs().max()) > 0:
             kinds.add("encoder" if ".encoder." in name else "decoder")
     assert kinds == {"encoder", "decoder"}
+
+
+def test_gradients_reach_the_encoder_behind_a_rollout_and_twice():
+    """A prompt that was encoded without gradients is encoded again for them, and once for each backward pass."""
+    model = small_model()
+    denoiser = as_denoiser(model)
+    conditioned = denoiser.conditioned(PROMPT)
+    with torch.no_grad():
+        conditioned.hidden_states(STATES)
+    own = model.model(input_ids=PROMPT, decoder_input_ids=STATES).last_hidden_state.square().sum()
+    # Keys of the first layer: used by the encoder and the decoder, whose weights are one.
+    weight = model.model.decoder.layers[0].self_attn.k_proj.weight
+    (expected,) = torch.autograd.grad(own, weight)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(conditioned.hidden_states(STATES).square().sum(), weight)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_what_changes_logits_otherwise_is_found_before_the_first_call(monkeypatch):
