@@ -20,6 +20,7 @@ from dam.ops.tilt_to_ess import tilt_to_ess
 
 if TYPE_CHECKING:
     from dam import adjoint as adjoint
+    from dam import canvas as canvas
     from dam import ctmc as ctmc
     from dam import decoding as decoding
     from dam import diagnostics as diagnostics
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 # Loaded when they are first asked for: what they need, an extra of some, `import dam` does not.
 _SUBMODULES = (
     "adjoint",
+    "canvas",
     "ctmc",
     "decoding",
     "diagnostics",

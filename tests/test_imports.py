@@ -24,6 +24,7 @@ RANK = {
     "models": 4,
     "decoding": 4,
     "rollout": 5,
+    "canvas": 5,
     "diagnostics": 6,
     "adjoint": 6,
     "train": 7,

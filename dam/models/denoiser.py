@@ -129,6 +129,8 @@ class MaskedLM:
             message says by how much, and what to do.
     """
 
+    _predicted = "input_ids"  # the argument at whose positions the output layer runs
+
     def __init__(
         self,
         model: nn.Module,
@@ -393,7 +395,7 @@ class MaskedLM:
             output = model(**arguments)
         finally:
             handle.remove()
-        check_calls(self._inner, given, arguments["input_ids"])
+        check_calls(self._inner, given, arguments[self._predicted])
         return given[0], output
 
     def head(self) -> Head:

@@ -193,6 +193,12 @@ class DAMTrainer(Trainer):
         self.reward_funcs = self._rewards.functions
         limits = limits_of(network)
         own = denoiser(network)  # raises where the model does not fit
+        if hasattr(own, "canvas_length"):
+            raise TypeError(
+                f"{type(network).__name__} knows no mask token: it undoes uniform noise on a canvas, where DAMTrainer "
+                "fills in masks. Train it in a loop of your own by dam.canvas: rollout, dam.adjoint.tilted_weights, "
+                "and path_loss or posterior_loss (docs/models.md)"
+            )
         tokens = special_tokens(
             args.mask_token_id,
             processing_class,
