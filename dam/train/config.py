@@ -188,6 +188,10 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Print an example completion whenever metrics are logged."}
     )
 
+    report_to: list[str] | str | None = field(
+        default="none",
+        metadata={"help": "Where to report, besides output_dir; nowhere unless given, whatever is installed."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: other columns go to the reward functions."}
     )

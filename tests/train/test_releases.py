@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny import ROWS, sum_reward, tiny_config, tiny_model
 
-from dam.train import DAMTrainer, releases
+from dam.train import DAMConfig, DAMTrainer, releases
 from tests import versions
 
 OUTERMOST = {"__init__", "train", "predict"}  # a caller's
@@ -45,6 +45,13 @@ def test_precision_is_around_the_model_alone(tmp_path):
     trainer = DAMTrainer(tiny_model(), reward, tiny_config(tmp_path, bf16=True, max_steps=1), ROWS)
     trainer.train()
     assert seen == [False]
+
+
+def test_nothing_is_reported_unless_asked(tmp_path, monkeypatch):
+    """4.x by itself reports to all that is installed, wandb for one."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    assert DAMConfig(str(tmp_path), use_cpu=True).report_to == []
+    assert DAMConfig(str(tmp_path), use_cpu=True, report_to="wandb").report_to == ["wandb"]
 
 
 def test_a_precision_is_of_one_run(tmp_path):
