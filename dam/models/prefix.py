@@ -181,8 +181,10 @@ def _cache_class() -> Any:
         def get_seq_length(self, *_: Any, **__: Any) -> int:
             return self._length
 
-        def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
-            return self._length + query_length, 0
+        def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
+            """For as many queries; releases up to 5.0 and beyond tell their positions instead."""
+            length = len(query_length) if isinstance(query_length, Tensor) else query_length
+            return self._length + length, 0
 
     return Cache
 

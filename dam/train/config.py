@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.train.releases import fields_of_json, precision_of, read_json
 
 
 @dataclasses.dataclass
@@ -22,7 +23,7 @@ class DAMConfig(TrainingArguments):
     """
 
     # Fields that a command line gives as JSON.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*fields_of_json(TrainingArguments), "chat_template_kwargs"]  # noqa: RUF012
 
     beta: float = field(
         default=0.04, metadata={"help": "Temperature: the objective is E[-reward] + beta KL(model || base)."}
@@ -187,12 +188,18 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Print an example completion whenever metrics are logged."}
     )
 
+    report_to: list[str] | str | None = field(
+        default="none",
+        metadata={"help": "Where to report, besides output_dir; nowhere unless given, whatever is installed."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: other columns go to the reward functions."}
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with precision_of(self):
+            super().__post_init__()
+        self.chat_template_kwargs = read_json(self.chat_template_kwargs)
         for name, allowed in (
             ("estimator", ESTIMATORS),
             ("normalizer", NORMALIZERS),

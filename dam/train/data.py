@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,22 +16,26 @@ from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, TokenRow, is_co
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
-    """Shuffled prompts, each global batch of them `repeats` times in a row: once per training step it feeds."""
+    """Shuffled prompts, each global batch of them `repeats` times in a row: once per training step it feeds.
 
-    def __init__(self, num_prompts: int, batch_size: int, repeats: int, seed: int):
+    Args:
+        num_prompts, batch_size, repeats, seed: as said.
+        epoch: gives the number of the pass that begins, each of which has another order. It has no `set_epoch`:
+            accelerate 1.4 does not call that on several processes, and later releases set 0 where transformers 4.x
+            resumes a run inside an epoch.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, repeats: int, seed: int, epoch: Callable[[], int]):
         if num_prompts < batch_size:
             raise ValueError(f"the train dataset has {num_prompts} prompts, fewer than the {batch_size} of one rollout")
         self._num_prompts, self._batch_size, self._repeats, self._seed = num_prompts, batch_size, repeats, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
         return self._num_prompts // self._batch_size * self._batch_size * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._num_prompts)
+        order = np.random.default_rng([self._seed, self._epoch()]).permutation(self._num_prompts)
         for start in range(0, len(self) // self._repeats, self._batch_size):
             for _ in range(self._repeats):
                 yield from order[start : start + self._batch_size].tolist()

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
 
 from dam import diagnostics
@@ -36,7 +35,7 @@ from dam.models.denoiser import blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train.base import DenoiserFactory, with_base
-from dam.train.callbacks import UpdateBegun
+from dam.train.callbacks import OnBegin, UpdateBegun
 from dam.train.config import DAMConfig
 from dam.train.data import (
     Collator,
@@ -52,6 +51,7 @@ from dam.train.data import (
 )
 from dam.train.processes import each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
+from dam.train.releases import BaseTrainer, loaded, precision_of
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
 from dam.train.rewards import Outcomes, RewardFunction, Rewards
 from dam.train.rows import RowReader
@@ -76,7 +76,7 @@ class _Draw(enum.IntEnum):
     EVALUATION = 7
 
 
-class DAMTrainer(Trainer):
+class DAMTrainer(BaseTrainer):
     """Fine-tunes a masked-diffusion model toward a reward that nobody differentiates, staying close to a base.
 
         min over the model of  E[-reward(X_1)] + beta KL(p_model || p_base)
@@ -188,7 +188,7 @@ class DAMTrainer(Trainer):
             raise TypeError(f"args must be a DAMConfig; got {type(args).__name__}")
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: other columns go to the reward functions")
-        network: Any = AutoModelForMaskedLM.from_pretrained(model) if isinstance(model, str) else model
+        network: Any = loaded(model) if isinstance(model, str) else model
         self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
         limits = limits_of(network)
@@ -226,21 +226,23 @@ class DAMTrainer(Trainer):
         self._example: tuple[Any, Any, float] | None = None
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
-        super().__init__(
-            model=network,
-            args=args,
-            data_collator=Collator(self._reader, tokens.pad),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with precision_of(args):
+            super().__init__(
+                model=network,
+                args=args,
+                data_collator=Collator(self._reader, tokens.pad),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         # The loss is a mean over states: the Trainer divides it by gradient_accumulation_steps.
         self.model_accepts_loss_kwargs = False
         self._update = UpdateBegun()
         self.add_callback(self._update)
+        self.add_callback(OnBegin(self._evaluate_at_the_end))
         base.to(self.args.device)
 
     def _precision(self) -> Any:
@@ -261,7 +263,10 @@ class DAMTrainer(Trainer):
         accumulated = args.gradient_accumulation_steps
         batch_size = self._train_batch_size * accumulated * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return PromptSampler(len(dataset), batch_size, accumulated * args.num_iterations, seed)
+        steps = max(1, len(dataset) // batch_size * args.num_iterations)  # of an epoch
+        return PromptSampler(
+            len(dataset), batch_size, accumulated * args.num_iterations, seed, lambda: self.state.global_step // steps
+        )
 
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **options: Any
@@ -556,10 +561,14 @@ class DAMTrainer(Trainer):
             self.evaluate()
             self.progress.evaluation_due = False
 
+    def _evaluate_at_the_end(self) -> None:
+        """Where a run that is resumed has no step left, before which it would be: at an epoch's end there is none."""
+        if self.state.global_step >= self.state.max_steps:
+            self._evaluate_if_due()
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer._run_epoch`, which asks only after a step whether it was the last: a resumed run may have it."""
         if self.state.global_step >= self.state.max_steps:
-            self._evaluate_if_due()
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

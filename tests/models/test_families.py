@@ -17,12 +17,8 @@ from transformers import (
     BertForMaskedLM,
     EsmConfig,
     EsmForMaskedLM,
-    EuroBertConfig,
-    EuroBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -32,7 +28,7 @@ from dam.decoding import Decoding
 from dam.models import Blocks, MaskedLM, Tabular, as_denoiser, blocks_of, families, register
 from dam.rollout import log_prob_over_orders, rollout
 from dam.train import DAMConfig, DAMTrainer
-from tests.architectures import small_sizes
+from tests.architectures import QWEN, of_transformers, past_masks, small_sizes
 from tests.models import standins
 from tests.models.standins import a2d, dream, llada, llada2, sdar
 from tests.models.standins.trunk import HEADS, MASK, PAD, SIZE, VOCABULARY, filled_in
@@ -96,7 +92,7 @@ def from_the_end(model, tokens, block_length=4):
 def transformers_model(cls, config, **changes):
     sizes = {**small_sizes(VOCABULARY), "pad_token_id": PAD, "initializer_range": 0.3, "max_position_embeddings": 64}
     sizes.update(changes)
-    return lambda: cls(config(**sizes))
+    return lambda: of_transformers(cls)(of_transformers(config)(**sizes))
 
 
 def llada_model(**config):
@@ -109,35 +105,35 @@ def llada_model(**config):
     return make
 
 
-def qwen3_logits(model, tokens):
+def qwen_logits(model, tokens):
     seen = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
-    return model(tokens, attention_mask={"full_attention": seen}).logits
+    return model(tokens, attention_mask=past_masks(seen)).logits
 
 
-def qwen3_generate(model, prompt, gen_length=8):
+def qwen_generate(model, prompt, gen_length=8):
     x = nn.functional.pad(prompt, (0, gen_length), value=MASK)
     for _ in range(gen_length):
-        x = filled_in(x, qwen3_logits(model, x), x == MASK, 1)
+        x = filled_in(x, qwen_logits(model, x), x == MASK, 1)
     return x
 
 
 BERT_LIKE = {"cls_token_id": None, "sep_token_id": None}
-QWEN3 = {"num_key_value_heads": 1, "head_dim": SIZE // HEADS}
+qwen_model = transformers_model(f"{QWEN}ForCausalLM", f"{QWEN}Config", num_key_value_heads=1, head_dim=SIZE // HEADS)
 FAMILIES = {
     "RoBERTa": Family(transformers_model(RobertaForMaskedLM, RobertaConfig), in_place, one_by_one),
     "ModernBERT": Family(
         transformers_model(ModernBertForMaskedLM, ModernBertConfig, **BERT_LIKE), in_place, one_by_one
     ),
-    "EuroBERT": Family(transformers_model(EuroBertForMaskedLM, EuroBertConfig), in_place, one_by_one),
+    "EuroBERT": Family(transformers_model("EuroBertForMaskedLM", "EuroBertConfig"), in_place, one_by_one),
     "ESM": Family(
         transformers_model(EsmForMaskedLM, EsmConfig, position_embedding_type="rotary", mask_token_id=MASK),
         in_place,
         one_by_one,
     ),
-    "Qwen3": Family(
-        transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3),
-        qwen3_logits,
-        qwen3_generate,
+    "Qwen": Family(
+        qwen_model,
+        qwen_logits,
+        qwen_generate,
         options={"attention": "full"},
     ),
     "LLaDA": Family(llada_model(), in_place, one_by_one),
@@ -175,9 +171,9 @@ FAMILIES = {
         lambda model, prompt, **sizes: sdar.generate(model, prompt, block_length=8, **sizes),
         Blocks(8, "sequence"),
     ),
-    "A2D": Family(lambda: standins.A2DQwen3LMHeadModel(a2d.A2DQwen3Config()), in_place, one_by_one),
+    "A2D": Family(lambda: standins.A2DLMHeadModel(a2d.A2DConfig()), in_place, one_by_one),
     "A2D by 4": Family(
-        lambda: standins.A2DQwen3LMHeadModel(a2d.A2DQwen3Config()),
+        lambda: standins.A2DLMHeadModel(a2d.A2DConfig()),
         from_the_end,
         a2d.generate,
         Blocks(4, "completion"),
@@ -228,7 +224,7 @@ def test_a_row_alone_is_the_row_in_a_batch_padded_on_the_left(family):
         torch.testing.assert_close(found[len(found) - len(row) :], log_probs(denoiser, row[None])[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Dream", "LLaDA 2", "SDAR", "A2D by 4"])
+@pytest.mark.parametrize("name", ["Qwen", "Dream", "LLaDA 2", "SDAR", "A2D by 4"])
 def test_positions_that_are_handed_in_do_not_count_padding(name):
     """Rotations tell only how far apart two positions are, but their scaling may go by how far they reach."""
     family, given = FAMILIES[name], []
@@ -546,16 +542,16 @@ def test_options_are_those_of_the_family():
     with pytest.raises(TypeError, match="type 'roberta' have no option blocks; they have attention, block_length"):
         as_denoiser(FAMILIES["RoBERTa"].model(), blocks=4)
     with pytest.raises(ValueError, match="attention must be one of own, full, block-causal; got 'causal'"):
-        as_denoiser(FAMILIES["Qwen3"].model(), attention="causal")
+        as_denoiser(FAMILIES["Qwen"].model(), attention="causal")
     with pytest.raises(ValueError, match="block_length must be at least 1; got 0"):
-        as_denoiser(FAMILIES["Qwen3"].model(), block_length=0)
+        as_denoiser(FAMILIES["Qwen"].model(), block_length=0)
     with pytest.raises(ValueError, match="block_origin must be one of completion, sequence; got 'end'"):
         as_denoiser(FAMILIES["A2D"].model(), block_length=2, block_origin="end")
     with pytest.raises(ValueError, match="blocks go with block-causal"):
-        as_denoiser(FAMILIES["Qwen3"].model(), attention="full", block_length=2)
+        as_denoiser(FAMILIES["Qwen"].model(), attention="full", block_length=2)
     with pytest.raises(ValueError, match="shift must be 0 or 1; got 2"):
         as_denoiser(FAMILIES["Dream"].model(), shift=2)
-    own = as_denoiser(FAMILIES["Qwen3"].model())
+    own = as_denoiser(FAMILIES["Qwen"].model())
     with pytest.raises(TypeError, match="MaskedLM is a Denoiser itself and takes no options; got shift"):
         as_denoiser(own, shift=1)
 
@@ -563,7 +559,7 @@ def test_options_are_those_of_the_family():
 def test_any_language_model_can_be_told_what_it_is():
     """By options, a causal language model is one that the families know."""
     torch.manual_seed(0)
-    model, tokens = transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3)().eval(), tokens_of(2, 9)
+    model, tokens = qwen_model().eval(), tokens_of(2, 9)
     told = as_denoiser(model, block_length=4, block_origin="completion", shift=1, mask_token_id=3)
     assert blocks_of(told) == Blocks(4, "completion")
     assert told.mask_token_id == 3

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from transformers import ModernBertConfig, ModernBertForMaskedLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from dam.decoding import Decoding
 from dam.models import Blocks, Tabular, as_denoiser
+from dam.models.prefix import _cache_class
 from dam.rollout import jump_log_prob, log_prob_over_orders, rollout
 from dam.train.base import with_base
 from tests.models.standins.trunk import HEADS, LAYERS, MASK, PAD, SIZE
@@ -16,17 +17,17 @@ from tests.models.test_families import (
     BERT_LIKE,
     FAMILIES,
     PROCESS,
-    QWEN3,
     Family,
     lively,
     lora_on,
     padded,
+    qwen_model,
     tokens_of,
     transformers_model,
 )
 
 SHIFTED = Family(
-    transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3),
+    qwen_model,
     None,
     None,
     Blocks(4, "completion"),
@@ -34,7 +35,7 @@ SHIFTED = Family(
 )
 BLOCKS = {
     **{name: FAMILIES[name] for name in ("LLaDA 2 by 4", "SDAR", "A2D by 4")},
-    "Qwen3, of the position behind": SHIFTED,
+    "Qwen, of the position behind": SHIFTED,
     "... from the sequence's start": dataclasses.replace(
         SHIFTED, blocks=Blocks(4, "sequence"), options={"block_length": 4, "shift": 1}
     ),
@@ -249,7 +250,7 @@ def test_calls_that_go_back_to_an_earlier_block_are_of_whole_sequences():
 
 def test_passes_over_blocks_are_offered_where_they_are_to_be_had(monkeypatch):
     tokens = tokens_of(2, 9)
-    for name in ("LLaDA", "Dream", "A2D", "Qwen3", "ModernBERT"):
+    for name in ("LLaDA", "Dream", "A2D", "Qwen", "ModernBERT"):
         family = FAMILIES[name]
         assert family.denoiser(family.model()).prefix_cache(tokens) is None, name
     encoder = transformers_model(ModernBertForMaskedLM, ModernBertConfig, **BERT_LIKE)().eval()
@@ -284,6 +285,12 @@ def test_a_model_whose_cache_is_wrong_is_run_whole_and_said_so(fault):
         dataclasses.replace(found, base_log_prob=found.log_prob),
         rollout(Whole(denoiser), tokens, PROCESS, base=Whole(denoiser), seed=0),
     )
+
+
+def test_the_cache_tells_a_mask_s_size_to_every_release():
+    cache = _cache_class()(None, 8)
+    assert cache.get_seq_length(1) == 8
+    assert cache.get_mask_sizes(4, 1) == cache.get_mask_sizes(torch.arange(8, 12), 1) == (12, 0)
 
 
 def test_the_trial_leaves_the_model_and_random_state_as_they_were():

@@ -4,18 +4,16 @@ import functools
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dam.models import MaskedLM, as_denoiser
 from dam.models.attention import additive, positions
 from dam.rollout import jump_log_prob, log_prob_over_orders, rollout
 from dam.train.base import with_base
 from tests.models.standins.trunk import MASK
-from tests.models.test_families import FAMILIES, PROCESS, QWEN3, lora_on, transformers_model
+from tests.models.test_families import FAMILIES, PROCESS, lora_on, qwen_model
 from tests.models.test_prefix import completions, sizes_of
 
 LENGTH = 4
-qwen = transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3)
 
 
 def denoiser_of(model, **options):
@@ -51,7 +49,7 @@ def at_two_states(denoiser, before, now, begin, end, mask):
 @pytest.mark.parametrize("prompts", [(5, 5, 5), (6, 3, 4)])
 def test_hidden_states_are_those_of_a_pass_over_both_states(shift, prompts):
     """To rounding: sums of the same numbers in another order."""
-    denoiser = denoiser_of(qwen(), shift=shift, approximate_cache=LENGTH)
+    denoiser = denoiser_of(qwen_model(), shift=shift, approximate_cache=LENGTH)
     tokens, mask = completions(*prompts, length=8)
     passes = denoiser.prefix_cache(tokens, mask)
     rows, begin = torch.arange(3), torch.tensor([tokens.shape[1] - 8] * 3)
@@ -73,7 +71,7 @@ def test_hidden_states_are_those_of_a_pass_over_both_states(shift, prompts):
 
 
 def test_rows_at_other_blocks_than_each_other_are_as_alone():
-    denoiser = denoiser_of(qwen(), approximate_cache=LENGTH)
+    denoiser = denoiser_of(qwen_model(), approximate_cache=LENGTH)
     tokens, mask = completions(6, 3, 4)
     tokens[1, -9:-5] = 3  # begins a block late
     together = rollout(denoiser, tokens, PROCESS, attention_mask=mask, seed=3)
@@ -88,7 +86,7 @@ def test_rows_at_other_blocks_than_each_other_are_as_alone():
 
 def test_blocks_of_one_position_are_exact():
     """Each call is then the first at its block."""
-    model, (tokens, mask) = qwen(), completions(6, 3, 4)
+    model, (tokens, mask) = qwen_model(), completions(6, 3, 4)
     found = rollout(denoiser_of(model, approximate_cache=1), tokens, PROCESS, attention_mask=mask, seed=3)
     exact = rollout(denoiser_of(model), tokens, PROCESS, attention_mask=mask, seed=3, block_length=1)
     assert torch.equal(found.final, exact.final)
@@ -100,7 +98,7 @@ def test_blocks_of_one_position_are_exact():
 
 def test_path_weights_are_of_the_same_passes():
     """An adapter that does nothing leaves weights of 1, whatever the order; one that does, those of its own passes."""
-    model = lora_on(qwen())
+    model = lora_on(qwen_model())
     denoiser = denoiser_of(model, approximate_cache=LENGTH)
     model, base = with_base(model, None, None)
     initial = base.denoiser(model, functools.partial(denoiser_of, approximate_cache=LENGTH))
@@ -120,7 +118,7 @@ def test_path_weights_are_of_the_same_passes():
 
 
 def test_a_call_runs_its_block_but_for_the_first_of_a_block():
-    model = qwen()
+    model = qwen_model()
     denoiser = denoiser_of(model, approximate_cache=LENGTH)
     tokens, _ = completions(5, 5, length=8)
     denoiser.prefix_cache(tokens)  # the trial
@@ -141,15 +139,15 @@ def test_families_with_full_attention_have_it(name):
 def test_what_has_none_says_so():
     tokens, _ = completions(6, 3, 4)
     with pytest.raises(ValueError, match="approximate_cache is for full attention"):
-        MaskedLM(qwen(), attention="block-causal", block_length=4, approximate_cache=4)
+        MaskedLM(qwen_model(), attention="block-causal", block_length=4, approximate_cache=4)
     with pytest.raises(ValueError, match="ModernBertForMaskedLM has no approximate_cache: it takes no past_key_values"):
         rollout(as_denoiser(FAMILIES["ModernBERT"].model(), approximate_cache=4), tokens, PROCESS, seed=0)
     with pytest.raises(ValueError, match="it is in training mode"):
-        rollout(as_denoiser(qwen().train(), attention="full", approximate_cache=4), tokens, PROCESS, seed=0)
+        rollout(as_denoiser(qwen_model().train(), attention="full", approximate_cache=4), tokens, PROCESS, seed=0)
     # Told nothing of its attention: it makes a causal mask of its own of whole sequences, and of what is handed in not.
     with pytest.warns(UserWarning, match="other hidden states than one pass over all"):
-        causal = as_denoiser(qwen().eval(), approximate_cache=4)
+        causal = as_denoiser(qwen_model().eval(), approximate_cache=4)
         with pytest.raises(ValueError, match="passes over blocks with a cache fail"):
             rollout(causal, tokens, PROCESS, seed=0)
     with pytest.raises(ValueError, match="block_length is 3"):
-        rollout(denoiser_of(qwen(), approximate_cache=4), tokens, PROCESS, seed=0, block_length=3)
+        rollout(denoiser_of(qwen_model(), approximate_cache=4), tokens, PROCESS, seed=0, block_length=3)
