@@ -10,6 +10,17 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.decoding import ORDERS, Decoding, check_decoding
+
+# Of the fields of `Decoding` those of decoding in evaluation.
+_DECODING = {
+    "order": "eval_remasking",
+    "threshold": "eval_threshold",
+    "temperature": "eval_temperature",
+    "top_k": "eval_top_k",
+    "top_p": "eval_top_p",
+    "guidance": "eval_guidance",
+}
 
 
 @dataclasses.dataclass
@@ -131,7 +142,36 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
     )
     eval_remasking: str = field(
-        default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
+        default="random",
+        metadata={
+            "help": f"Order of unmasking in evaluation and predict, one of {', '.join(ORDERS)} (dam.decoding.Decoding)."
+        },
+    )
+    eval_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation a network call fills all positions of the block whose token has at least this "
+            'probability (eval_remasking "confidence") or margin ("margin"), or at most this entropy ("entropy"), and '
+            "one at least. diffusion_steps then holds in training only."
+        },
+    )
+    eval_top_k: int | None = field(
+        default=None,
+        metadata={"help": "In evaluation only the k likeliest tokens are drawn, and what equals the k-th."},
+    )
+    eval_top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation only the fewest likeliest tokens are drawn, of those that eval_top_k leaves, that "
+            "have this probability together."
+        },
+    )
+    eval_guidance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Scale w of classifier-free guidance in evaluation: logits are (w + 1) times the model's less w "
+            "times those with masks in the place of the prompt. Two passes a network call; 0 is without."
+        },
     )
     max_completion_length: int = field(
         default=256, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
@@ -171,11 +211,7 @@ class DAMConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("estimator", ESTIMATORS),
-            ("normalizer", NORMALIZERS),
-            ("eval_remasking", ("random", "confidence")),
-        ):
+        for name, allowed in (("estimator", ESTIMATORS), ("normalizer", NORMALIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name in (
@@ -193,8 +229,7 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.on_paths:
             self.check_on_paths("diffusion_steps and block_length go")
-        if not self.eval_temperature >= 0:
-            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+        check_decoding({field: getattr(self, name) for field, name in _DECODING.items()}, _DECODING)
         if self.clip is not None and not math.isfinite(self.clip):
             raise ValueError(f"clip must be a finite number or None; got {self.clip}")
         if self.num_generations < 2:
@@ -228,6 +263,11 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
+
+    @property
+    def decoding(self) -> Decoding:
+        """In evaluation."""
+        return Decoding(**{field: getattr(self, name) for field, name in _DECODING.items()})
 
     @property
     def from_model(self) -> int:

@@ -99,7 +99,9 @@ class DAMTrainer(Trainer):
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
-    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
+    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end. Once nothing is masked in front
+    of the end, no more network calls are spent on a row, and its rest is filled up with that token: in evaluation, and
+    in training with diffusion_steps, block_length or a model that has blocks. Other training re-masks whole outcomes.
 
     Never drawn are the mask token, `suppress_tokens`, and ids that processing_class does not have, for which many heads
     have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
@@ -359,6 +361,8 @@ class DAMTrainer(Trainer):
         args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
         seed = self._seed(_Draw.ROLLOUT)
+        # Re-masked outcomes are states of the exact chain only where all of them was drawn.
+        stop_tokens = self._stop if self._on_paths else ()
         row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
         masks = attention_mask.repeat_interleave(size, dim=0)
         # All of a group by num_orders, or a few of it by two.
@@ -381,6 +385,8 @@ class DAMTrainer(Trainer):
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
+                stop_tokens=stop_tokens,
+                start=batch["start"].repeat_interleave(size),
             )
             paths = None
             if taken > 0:
@@ -584,7 +590,8 @@ class DAMTrainer(Trainer):
     ) -> dict[str, float]:
         """Fills in the evaluation prompts once each; logs and returns their mean reward and `compute_metrics`.
 
-        Decoding is set by eval_temperature and eval_remasking. What is drawn for a prompt depends on its place in the
+        Decoding is set by eval_temperature, eval_remasking, eval_threshold, eval_top_k, eval_top_p and eval_guidance.
+        What is drawn for a prompt depends on its place in the
         dataset, not on the batch; each evaluation draws the same, unless eval_redraw is set. These reward calls are not
         counted in reward_calls.
         """
@@ -606,8 +613,9 @@ class DAMTrainer(Trainer):
         """Fills in prompts once each, as `evaluate` does, and returns the token ids; logs nothing.
 
         Returns:
-            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, with
-            -100 on the left of shorter ones. Labels are None where there are none, or others than of tokens.
+            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, filled
+            up with the token that ended a completion, and with -100 on the left of shorter ones. Labels are None where
+            there are none, or others than of tokens.
         """
         metrics, predictions, labels = self._filled_in(self.get_test_dataloader(test_dataset), metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -629,8 +637,9 @@ class DAMTrainer(Trainer):
                     batch["attention_mask"],
                     seed=seed,
                     row_ids=batch["number"],
-                    temperature=self.args.eval_temperature,
-                    order=self.args.eval_remasking,
+                    decoding=self.args.decoding,
+                    stop_tokens=self._stop,
+                    start=batch["start"],
                 ).final
                 _, reward, _ = in_step(functools.partial(self._rewarded, batch, final, 1))
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
