@@ -215,8 +215,9 @@ def _logits(hidden: Tensor, head: Head, process: MaskedCTMC, decoding: Decoding)
     bytes_per_row = size * (64 if decoding.cuts else 16)
     head = head.to(hidden.dtype)  # once, not for each chunk
     for part in _rows.chunks(len(hidden), bytes_per_row):
-        logits = head.logits(hidden[part]).index_fill_(1, columns, -torch.inf)
-        yield part, _cut(logits, decoding)
+        with torch.autocast(hidden.device.type, enabled=False):  # as inside the ops
+            logits = _cut(head.logits(hidden[part]).index_fill_(1, columns, -torch.inf), decoding)
+        yield part, logits
 
 
 def _cut(logits: Tensor, decoding: Decoding) -> Tensor:

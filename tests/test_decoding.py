@@ -12,6 +12,7 @@ from dam import decoding as decoding_module
 from dam.ctmc import MaskedCTMC
 from dam.decoding import MODEL_ORDERS, ORDERS, Decoding
 from dam.models.denoiser import Head
+from dam.ops._head import LoRA
 from dam.rollout import jump_log_prob, log_prob_over_orders, rollout
 from tests import oracle
 
@@ -431,6 +432,31 @@ def test_logits_formed_for_a_law_are_the_fused_draws():
         assert_same(fused, formed)
 
 
+@pytest.mark.parametrize("decoding", [Decoding(order="entropy"), Decoding(top_k=2, top_p=0.9)], ids=str)
+def test_autocast_around_a_rollout_does_not_round_its_logits(decoding):
+    generator = torch.Generator().manual_seed(0)
+    head = Head(
+        torch.randn(V, 64, generator=generator),
+        None,
+        LoRA(*(torch.randn(size, generator=generator) for size in ((2, 64), (V, 2)))),
+    )
+    hidden = torch.randn(N, 64, generator=generator)
+
+    class Linear:
+        def hidden_states(self, tokens, attention_mask=None):
+            return hidden.expand(len(tokens), -1, -1)
+
+        def head(self):
+            return head
+
+    given = {"base": Linear(), "decoding": decoding, "seed": 0}
+    expected = rollout(Linear(), blank(20), PROCESS, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rollout(Linear(), blank(20), PROCESS, **given)
+    assert_same(found, expected)
+    assert torch.equal(found.base_log_prob, expected.base_log_prob)
+
+
 @pytest.mark.parametrize(
     "decoding",
     [
@@ -526,8 +552,6 @@ def test_guidance_of_scale_0_is_none():
 
 def test_guidance_goes_with_an_adapter_and_a_bias():
     """Head, adapter and bias are linear in hidden states whose weights sum to 1."""
-    from dam.ops._head import LoRA
-
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, N, 5, generator=generator)
     head = Head(

@@ -10,7 +10,18 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.decoding import ORDERS, Decoding, check_decoding
 from dam.train.releases import fields_of_json, precision_of, read_json
+
+# Of the fields of `Decoding` those of decoding in evaluation.
+_DECODING = {
+    "order": "eval_remasking",
+    "threshold": "eval_threshold",
+    "temperature": "eval_temperature",
+    "top_k": "eval_top_k",
+    "top_p": "eval_top_p",
+    "guidance": "eval_guidance",
+}
 
 
 @dataclasses.dataclass
@@ -154,7 +165,36 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
     )
     eval_remasking: str = field(
-        default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
+        default="random",
+        metadata={
+            "help": f"Order of unmasking in evaluation and predict, one of {', '.join(ORDERS)} (dam.decoding.Decoding)."
+        },
+    )
+    eval_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation a network call fills all positions of the block whose token has at least this "
+            'probability (eval_remasking "confidence") or margin ("margin"), or at most this entropy ("entropy"), and '
+            "one at least. diffusion_steps then holds in training only."
+        },
+    )
+    eval_top_k: int | None = field(
+        default=None,
+        metadata={"help": "In evaluation only the k likeliest tokens are drawn, and what equals the k-th."},
+    )
+    eval_top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation only the fewest likeliest tokens are drawn, of those that eval_top_k leaves, that "
+            "have this probability together."
+        },
+    )
+    eval_guidance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Scale w of classifier-free guidance in evaluation: logits are (w + 1) times the model's less w "
+            "times those with masks in the place of the prompt. Two passes a network call; 0 is without."
+        },
     )
     max_completion_length: int = field(
         default=128, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
@@ -200,11 +240,7 @@ class DAMConfig(TrainingArguments):
         with precision_of(self):
             super().__post_init__()
         self.chat_template_kwargs = read_json(self.chat_template_kwargs)
-        for name, allowed in (
-            ("estimator", ESTIMATORS),
-            ("normalizer", NORMALIZERS),
-            ("eval_remasking", ("random", "confidence")),
-        ):
+        for name, allowed in (("estimator", ESTIMATORS), ("normalizer", NORMALIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name in (
@@ -223,8 +259,7 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.block_length is not None:
             self.check_on_paths("block_length goes")
-        if not self.eval_temperature >= 0:
-            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+        check_decoding({field: getattr(self, name) for field, name in _DECODING.items()}, _DECODING)
         if self.clip is not None and not math.isfinite(self.clip):
             raise ValueError(f"clip must be a finite number or None; got {self.clip}")
         if self.num_generations < 2:
@@ -272,6 +307,11 @@ class DAMConfig(TrainingArguments):
                 raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
+
+    @property
+    def decoding(self) -> Decoding:
+        """In evaluation."""
+        return Decoding(**{field: getattr(self, name) for field, name in _DECODING.items()})
 
     @property
     def from_model(self) -> int:

@@ -103,7 +103,10 @@ class DAMTrainer(BaseTrainer):
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
-    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
+    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end. Once nothing is masked in front
+    of the end, no more network calls are spent on a row, and its rest is filled up with that token: in evaluation, and
+    in training at states of trajectories (block_length, a model that has blocks, or more masks than diffusion_steps).
+    Other training re-masks whole outcomes.
 
     Never drawn are the mask token, `suppress_tokens`, and ids that processing_class does not have, for which many heads
     have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
@@ -378,6 +381,8 @@ class DAMTrainer(BaseTrainer):
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
         args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
+        # Re-masked outcomes are states of the exact chain only where all of them was drawn.
+        start = torch.where(self._of_exact_chain(tokens), tokens.shape[1], batch["start"])
         row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
         masks = attention_mask.repeat_interleave(size, dim=0)
         # All of a group by num_orders, or a few of it by two.
@@ -400,6 +405,8 @@ class DAMTrainer(BaseTrainer):
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
+                stop_tokens=self._stop,
+                start=start.repeat_interleave(size),
             )
             paths = None
             if taken > 0:
@@ -648,9 +655,9 @@ class DAMTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Fills in the evaluation prompts once each; logs and returns their mean reward and `compute_metrics`.
 
-        Decoding is set by eval_temperature and eval_remasking. What is drawn for a prompt depends on its place in the
-        dataset, not on the batch; each evaluation draws the same, unless eval_redraw is set. These reward calls are not
-        counted in reward_calls.
+        Decoding is set by eval_temperature, eval_remasking, eval_threshold, eval_top_k, eval_top_p and eval_guidance.
+        What is drawn for a prompt depends on its place in the dataset, not on the batch; each evaluation draws the
+        same, unless eval_redraw is set. These reward calls are not counted in reward_calls.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -670,8 +677,9 @@ class DAMTrainer(BaseTrainer):
         """Fills in prompts once each, as `evaluate` does, and returns the token ids; logs nothing.
 
         Returns:
-            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, with
-            -100 on the left of shorter ones. Labels are None where there are none, or others than of tokens.
+            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, filled
+            up with the token that ended a completion, and with -100 on the left of shorter ones. Labels are None where
+            there are none, or others than of tokens.
         """
         metrics, predictions, labels = self._filled_in(self.get_test_dataloader(test_dataset), metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -693,8 +701,9 @@ class DAMTrainer(BaseTrainer):
                     batch["attention_mask"],
                     seed=seed,
                     row_ids=batch["number"],
-                    temperature=self.args.eval_temperature,
-                    order=self.args.eval_remasking,
+                    decoding=self.args.decoding,
+                    stop_tokens=self._stop,
+                    start=batch["start"],
                 ).final
                 _, reward, _ = in_step(functools.partial(self._rewarded, batch, final, 1))
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
