@@ -258,7 +258,7 @@ def _config(task: Task, output: Path) -> DAMConfig:
     options = task.options
     values = {
         "num_generations": task.generations,
-        "per_device_train_batch_size": task.prompts,
+        "per_device_train_batch_size": task.calls_per_rollout(),
         "rollout_batch_size": task.calls_per_rollout(),
         "num_iterations": task.iterations,
         "estimator": options.estimator,
@@ -273,6 +273,7 @@ def _config(task: Task, output: Path) -> DAMConfig:
         "seed": options.seed,
         "data_seed": options.seed,
         "report_to": [],
+        "bf16": False,
         "disable_tqdm": True,  # replaced by RolloutProgress
     }
     return DAMConfig(output_dir=str(output), **{**values, **task.config()})
