@@ -283,7 +283,7 @@ def _use_progress_bar(trainer: DAMTrainer) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RolloutProgress())
+    trainer.add_callback(RolloutProgress(writes=False))
 
 
 def _compute_metrics(task: Task, prediction: Any) -> dict[str, float]:

@@ -52,13 +52,13 @@ CONFIG: dict[str, Entry] = {
     **_of(
         "same",
         logging_steps="",
-        bf16="None is True on a GPU that has bfloat16, unless fp16 is set; on a CPU it is False, in TRL True",
         lr_scheduler_kwargs="",
         use_liger_kernel="of transformers.TrainingArguments. The output layer and the loss are fused here without it",
         torch_empty_cache_steps="",
     ),
     **_of(
         "other default",
+        bf16="None: True on a GPU that has bfloat16, unless fp16 is set, and False on a CPU, where it is True in TRL",
         gradient_checkpointing="False; True in TRL. A model of your own may have no such thing",
         learning_rate="5e-5, of transformers; 1e-6 in TRL. The loss is a weighted cross-entropy, no policy gradient",
     ),
@@ -74,8 +74,7 @@ CONFIG: dict[str, Entry] = {
         "tokenizer, with from_pretrained(..., trust_remote_code=True) and pass the objects",
         router_aux_loss_coef="the loss is the matching loss alone; a load-balancing term moves its optimum: "
         "leave it out",
-        cast_lm_head_to_fp32="logits are summed in float32 by the fused operations whatever the output layer's dtype: "
-        "leave it out",
+        cast_lm_head_to_fp32="the fused loss is summed in float32 whatever the output layer's dtype: leave it out",
     ),
     # Data
     **_of(
@@ -218,7 +217,8 @@ TRAINER: dict[str, Entry] = {
         model="a name is loaded by AutoModelForMaskedLM; a model with code of its own as an object (docs/models.md)",
         reward_funcs="functions, async ones too, sequence classifiers or their names (with "
         "model_init_kwargs). Text is tokenised for these with their special tokens, in TRL without. Functions are not "
-        "given log_extra, log_metric and environments",
+        "given log_extra, log_metric and environments. "
+        "A completion that all give None for is an error: without a weight it would be forbidden",
         args="",
         train_dataset="also with input_ids, sequences with masks to fill in",
         eval_dataset="",

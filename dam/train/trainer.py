@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
 
 from dam import diagnostics
@@ -38,7 +39,7 @@ from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train import grpo
 from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
-from dam.train.callbacks import UpdateBegun
+from dam.train.callbacks import RolloutProgress, UpdateBegun
 from dam.train.completions import Completions
 from dam.train.config import DAMConfig
 from dam.train.data import (
@@ -61,6 +62,7 @@ from dam.train.rewards import Outcomes, RewardFunction, Rewards
 from dam.train.rows import RowReader
 from dam.train.sampling import Sampler
 from dam.train.terminal import show
+from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
 
 
@@ -112,12 +114,16 @@ class DAMTrainer(Trainer):
     The base draws the last `base_generations` trajectories of each group; what is logged of rewards and KL is of the
     model's own.
 
-    Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
-    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
-    p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
-    with a bias: `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and
-    split_half. kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or
-    from all by num_orders.
+    Logged, by TRL's names where these are there: reward and reward_std, rewards/<function>/mean and /std,
+    frac_reward_zero_std (of groups), completions/mean_length and its like in tokens (clipped_ratio: without a stop
+    token; none of sequences given as input_ids); tilt (the step h toward the optimum), reward_calls, and
+    `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model || p_base) per prompt of
+    trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated with a bias:
+    `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and split_half.
+    kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or from all by
+    num_orders. Of time (`dam.train.timing.Timing`): time/rollout_share, time/reward_share, time/evaluation_share and
+    time/training_share of the time since the last log, which add up to 1, tokens_per_second drawn by training's
+    rollouts in that time, of all processes, and time/eta_seconds until the end.
 
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
@@ -261,6 +267,9 @@ class DAMTrainer(Trainer):
                 raise ValueError("ema_decay does not go with FSDP or DeepSpeed, whose parameters are divided: set None")
             self._average = WeightAverage(network, args.ema_decay)
             self.add_callback(self._average)
+        self._timing = Timing(waiter(self.args.device))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RolloutProgress())
         base.to(self.args.device)
         move(self.reward_funcs, self.args.device)
 
@@ -332,7 +341,8 @@ class DAMTrainer(Trainer):
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
-        given = together(lambda: self._rolled_out(model, batch))
+        with self._timing.part("rollout"):
+            given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
         seen = together(lambda: self._seen) if self.args.log_completions else []
         in_step(functools.partial(self._weigh, groups, seen))
@@ -384,6 +394,7 @@ class DAMTrainer(Trainer):
         ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
+        self._timing.drew(int(self.process.masked(rolled_out["states"]).sum()) * args.num_generations)
         if seen:
             prompts, completions = ([each for part in parts for each in part] for parts in zip(*seen, strict=True))
             figures = {n.removeprefix("rewards/"): value for n, value in rolled_out.items() if n.startswith("rewards/")}
@@ -392,17 +403,9 @@ class DAMTrainer(Trainer):
             figures["weight"] = weight
             shown = {name: value.flatten().tolist() for name, value in figures.items()}
             self._completions = Completions(prompts, completions, shown)
-        reward = reward[:, :drawn_by_model]
-        finite = reward[reward > -torch.inf]  # what is not forbidden
-        parts = {n: value[:, :drawn_by_model] for n, value in rolled_out.items() if n.startswith("rewards/")}
-        self.progress.record(
-            reward=_mean(reward),
-            reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
-            tilt=float(step.mean()),
-            # Nothing to correlate is no figure.
-            **{name: value for name, value in told._asdict().items() if not math.isnan(value)},
-            **{name: _mean(value) for name, value in parts.items()},
-        )
+        logged = {**_reward_figures(rolled_out, drawn_by_model), **told._asdict(), "tilt": float(step.mean())}
+        # Nothing to correlate is no figure.
+        self.progress.record(**{name: value for name, value in logged.items() if not math.isnan(value)})
 
     def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
         """A group of rewarded trajectories for each prompt of this process."""
@@ -452,6 +455,8 @@ class DAMTrainer(Trainer):
             "call": trajectories.call,
             "log_ratio": trajectories.log_ratio,
             "reward": reward,
+            "length": _lengths(seen["completion_ids"], batch["start"] < tokens.shape[1], size),
+            "terminated": torch.tensor([ids[-1] in self._stop for ids in seen["completion_ids"]], device="cpu"),
             **{f"rewards/{name}": values for name, values in parts.items()},
         }
         if paths is not None:
@@ -464,7 +469,8 @@ class DAMTrainer(Trainer):
     ) -> tuple[Outcomes, Tensor, dict[str, Tensor]]:
         """What reward functions see of a batch that was filled in, its rewards [B * repeats], and each function's."""
         seen = outcomes(batch, final, repeats, self._stop)
-        reward, parts = self._rewards(seen, self.state, lambda ids: decoded(batch, ids, self.processing_class))
+        with self._timing.part("reward"):
+            reward, parts = self._rewards(seen, self.state, lambda ids: decoded(batch, ids, self.processing_class))
         return seen, reward, parts
 
     def _replayed(self) -> tuple[Group, Tensor]:
@@ -521,6 +527,7 @@ class DAMTrainer(Trainer):
         progress = self.progress
         self._evaluate_if_due()
         progress.begin(self.state.global_step)
+        self._timing.begin(self.state.global_step)
         due = self.state.global_step % self.args.steps_per_rollout == 0 or len(progress.replay) == 0
         if progress.micro_step == 0 and due:
             self._refill(model, inputs)
@@ -567,6 +574,7 @@ class DAMTrainer(Trainer):
             raise ValueError("no parameter of the model is trainable")
         self._check_datasets()
         self.progress.clear()
+        self._timing.clear()
         self._compared = False
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._on_paths)
@@ -638,7 +646,8 @@ class DAMTrainer(Trainer):
     def _log(self, logs: dict[str, float], start_time: float | None) -> None:
         of_training = "loss" in logs
         if of_training:
-            logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
+            times = self._timing.take(self.state.global_step, self.state.max_steps)
+            logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls, **times}
         super().log(logs, start_time)
         if of_training and self._completions is not None and self.is_world_process_zero():
             self._show_completions(self._completions)
@@ -695,7 +704,7 @@ class DAMTrainer(Trainer):
         rewards: list[Tensor] = []
         kept: dict[str, list[np.ndarray]] = {"final": [], "input_ids": [], "labels": []}
         label_kinds: list[np.ndarray] = []
-        with self._averaged(), self.sampler.evaluating(self.model):
+        with self._timing.part("evaluation"), self._averaged(), self.sampler.evaluating(self.model):
             for batch in each_in_step(loader):
                 self._compare(batch)
                 final = self.sampler.rollout(
@@ -733,6 +742,45 @@ def _mean(rewards: Tensor) -> float:
     if counted.numel() > 0:
         return float(counted.mean())
     return math.nan if bool(rewards.isnan().all()) else -math.inf
+
+
+def _std(rewards: Tensor) -> float:
+    """As `_mean`, of the standard deviation; 0 of less than two."""
+    counted = rewards[rewards > -torch.inf]
+    return float(counted.std()) if counted.numel() > 1 else 0.0
+
+
+def _lengths(completion_ids: list[list[int]], behind_a_prompt: Tensor, repeats: int) -> Tensor:
+    """Tokens of each completion, float64 [B * repeats]; NaN of a sequence that was given as input_ids."""
+    lengths = torch.tensor([float(len(ids)) for ids in completion_ids], dtype=torch.float64, device="cpu")
+    return torch.where(behind_a_prompt.cpu().repeat_interleave(repeats), lengths, torch.nan)
+
+
+def _reward_figures(rolled_out: Group, drawn_by_model: int) -> dict[str, float]:
+    """What the log says of rewards and lengths, by TRL's names; NaN where there is nothing to tell.
+
+    Args:
+        rolled_out: tensors [G, K] of groups.
+        drawn_by_model: of each group the first ones, which alone are counted.
+    """
+    own = {name: value[:, :drawn_by_model] for name, value in rolled_out.items() if value.dim() == 2}
+    reward, length = own["reward"], own["length"]
+    figures = {
+        "reward": _mean(reward),
+        "reward_std": _std(reward),
+        "frac_reward_zero_std": float((reward == reward[:, :1]).all(dim=1).double().mean()),
+    }
+    for name in (name for name in own if name.startswith("rewards/")):
+        figures |= {f"{name}/mean": _mean(own[name]), f"{name}/std": _std(own[name])}
+    known = ~length.isnan()
+    ended = own["terminated"][known].bool()
+    for kind, lengths in (("", length[known]), ("terminated_", length[known][ended])):
+        if lengths.numel() > 0:
+            for of, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
+                figures[f"completions/{of}_{kind}length"] = float(value)
+    if ended.numel() > 0:
+        figures["completions/clipped_ratio"] = float((~ended).double().mean())
+    return figures
 
 
 def _keep_batches_whole(accelerator_config: Any) -> None:

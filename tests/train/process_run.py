@@ -71,7 +71,7 @@ def told(trainer):
         {
             name: value
             for name, value in entry.items()
-            if name not in ("train_runtime", "epoch") and "per_second" not in name
+            if name not in ("train_runtime", "epoch") and "per_second" not in name and not name.startswith("time/")
         }
         for entry in trainer.state.log_history
     ]

@@ -72,7 +72,7 @@ def test_a_run_learns_from_a_model_given_as_such_or_by_name(tmp_path):
         trainer = DAMTrainer(network, given, config, rows, None, words, tokenizers)
         trainer.train()
         logged.append([entry for entry in trainer.state.log_history if "reward" in entry][-1])
-    assert "rewards/BertForSequenceClassification" in logged[0] and "rewards/judge" in logged[1]
+    assert "rewards/BertForSequenceClassification/mean" in logged[0] and "rewards/judge/mean" in logged[1]
     assert logged[0]["reward"] == pytest.approx(logged[1]["reward"], abs=1e-6)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -332,13 +332,71 @@ def test_what_is_logged(tmp_path):
     trainer = DAMTrainer(tiny_model(), sum_reward, config, ROWS)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = {"reward", "reward_std", "tilt", "rewards/sum_reward", "reward_calls", *diagnostics.Diagnostics._fields}
+    names = {
+        "reward",
+        "reward_std",
+        "tilt",
+        "rewards/sum_reward/mean",
+        "reward_calls",
+        *diagnostics.Diagnostics._fields,
+    }
     assert all(names <= set(entry) for entry in entries)
     assert [entry["reward_calls"] for entry in entries] == [16, 32, 48]
     # The first rollout is the base's.
     assert entries[0]["kl_path"] == entries[0]["kl_outcome"] == entries[0]["order_variance"] == 0
     # Bisection ends where the effective sample size is the one asked for (float32 in what is logged).
     assert all(entry["ess"] >= 4.0 * (1 - 1e-6) for entry in entries)
+
+
+def test_lengths_and_rewards_are_logged_by_trl_s_names(tmp_path):
+    """Of the seven completions of each prompt that the model draws; the eighth is the base's."""
+    seen = []
+
+    def look(completion_ids, **_):
+        seen[:] = completion_ids
+        return sum_reward(completion_ids)
+
+    def some(completion_ids, **_):
+        return [None if n % 8 < 4 else float(n) for n in range(len(completion_ids))]
+
+    def by_prompt(prompts, **_):
+        return [float(prompt[0]) for prompt in prompts]
+
+    config = tiny_config(
+        tmp_path, stop_token_ids=[5], max_completion_length=4, max_steps=1, logging_steps=1, base_generations=1
+    )
+    trainer = DAMTrainer(rotary_model(), [look, some], config, [{"prompt": [2]}] * 2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    own = [ids for n, ids in enumerate(seen) if n % 8 != 7]
+    total = torch.tensor([sum(ids) + (0 if n % 8 < 4 else n) for n, ids in enumerate(seen) if n % 8 != 7]).double()
+    lengths = [len(ids) for ids in own]
+    ended = [len(ids) for ids in own if ids[-1] == 5]
+    assert 0 < len(ended) < len(own)
+    sums = torch.tensor([float(sum(ids)) for ids in own])
+    applied = torch.tensor([4.0, 5, 6, 12, 13, 14])
+    expected = {
+        "reward": total.mean(),
+        "reward_std": total.std(),
+        "rewards/look/mean": sums.mean(),
+        "rewards/look/std": sums.std(),
+        "rewards/some/mean": applied.mean(),
+        "rewards/some/std": applied.std(),
+        "frac_reward_zero_std": 0.0,
+        "completions/mean_length": sum(lengths) / 14,
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
+        "completions/clipped_ratio": 1 - len(ended) / 14,
+    }
+    assert {name: entry[name] for name in expected} == pytest.approx({k: float(v) for k, v in expected.items()})
+    # What is the same for all of a prompt teaches nothing; a sequence that is filled in has no completion.
+    trainer = DAMTrainer(tiny_model(), by_prompt, config, ROWS)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["frac_reward_zero_std"] == 1.0 and not any(name.startswith("completions/") for name in entry)
 
 
 class Counted(MaskedLM):
@@ -795,8 +853,8 @@ def test_forbidden_outcomes_are_left_out_of_every_mean(tmp_path):
     config = tiny_config(tmp_path, eval_temperature=1.0)
     trainer = DAMTrainer(tiny_model(), [no_fives, sum_reward], config, ROWS)
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "rewards/no_fives" in entry]
-    assert logged and all(entry["rewards/no_fives"] == 1.0 for entry in logged)
+    logged = [entry for entry in trainer.state.log_history if "rewards/no_fives/mean" in entry]
+    assert logged and all(entry["rewards/no_fives/mean"] == 1.0 for entry in logged)
     assert math.isfinite(trainer.evaluate(ROWS * 8)["eval_reward"])
 
 
