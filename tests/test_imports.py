@@ -52,7 +52,7 @@ WITHIN = {
         "*": 3,
     },
 }
-OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
+OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "rich", "safetensors", "datasets")
 
 
 def modules():

@@ -359,7 +359,7 @@ def config_for(output, **changes):
     values = {
         "beta": 0.05,
         "num_generations": 128,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 4 * 128,
         "per_device_eval_batch_size": 64,
         "num_iterations": 1,
         "replay_size": 4,
@@ -429,7 +429,7 @@ def test_rows_padded_on_the_left_are_refused_where_positions_are_absolute(tmp_pa
         return low(completion_ids)
 
     given = [{"input_ids": [1, MASK, MASK]}, {"input_ids": [1, MASK]}]
-    changes = {"per_device_train_batch_size": 1, "max_steps": 1}
+    changes = {"per_device_train_batch_size": 128, "max_steps": 1}
     with pytest.raises(ValueError, match=message):
         DAMTrainer(model, reward, config_for(tmp_path, **changes), given).train()
     assert not worked

@@ -14,8 +14,8 @@ from dam.train.trainer import _Draw
 from tests.train.tiny import MASK, ROWS, rotary_model, sum_reward, tiny_config, tiny_model
 
 PROMPTS = [{"prompt": [1 + n % 5] * (1 + n % 3), "name": n} for n in range(8)]  # of several lengths, so padded
-WHOLE = {"per_device_train_batch_size": 4, "replay_batch_size": 4, "draw_outcomes": None}
-HALVES = {"per_device_train_batch_size": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
+WHOLE = {"prompts": 4, "replay_batch_size": 4, "draw_outcomes": None}
+HALVES = {"prompts": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
 def run(output, **changes):
@@ -71,7 +71,7 @@ def test_trajectories_of_a_group_and_of_equal_prompts_are_drawn_apart(tmp_path):
         return sum_reward(completion_ids)
 
     rows = [{"input_ids": [1, *[MASK] * 7]}] * 8
-    config = tiny_config(tmp_path, max_steps=2, num_iterations=1, per_device_train_batch_size=4, learning_rate=0.0)
+    config = tiny_config(tmp_path, max_steps=2, num_iterations=1, prompts=4, learning_rate=0.0)
     DAMTrainer(rotary_model(), reward, config, rows).train()
     # Of 5^7 outcomes that an untrained model finds about equally likely, 64 share one with probability 0.03.
     assert len(seen) == 64 and len(set(seen)) > 60
@@ -87,7 +87,7 @@ def test_the_last_trajectories_of_a_group_are_drawn_by_the_base(tmp_path):
             return groups[:]
 
     base = tiny_model(seed=1)
-    config = tiny_config(tmp_path, max_steps=1, per_device_train_batch_size=1, base_generations=3, rollout_batch_size=4)
+    config = tiny_config(tmp_path, max_steps=1, prompts=1, base_generations=3, rollout_batch_size=4)
     trainer = Told(tiny_model(), sum_reward, config, [{"input_ids": [MASK] * 4}], ref_model=base)
     before = copy.deepcopy(trainer.model)
     trainer.train()

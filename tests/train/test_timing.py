@@ -1,0 +1,116 @@
+"""Where time goes: by a clock that is set by hand, and in a run whose reward takes all of it."""
+
+import pytest
+from tiny import ROWS, sum_reward, tiny_config, tiny_model
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback
+
+from dam.train import DAMTrainer
+from dam.train.callbacks import RolloutProgress, progress_line
+from dam.train.timing import Timing
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def pass_by(self, seconds):
+        self.now += seconds
+
+
+def test_every_second_is_counted_once():
+    clock = Clock()
+    timing = Timing(clock=clock)
+    with timing.part("evaluation"):
+        clock.pass_by(50)  # before the run
+    timing.begin(10)
+    clock.pass_by(1)
+    with timing.part("rollout"):
+        clock.pass_by(4)
+        with timing.part("reward"):
+            clock.pass_by(2)
+        clock.pass_by(1)
+    timing.drew(400)
+    timing.begin(11)  # it has begun
+    with timing.part("evaluation"):
+        clock.pass_by(2)
+    assert timing.take(14, 20) == {
+        "time/rollout_share": 0.5,
+        "time/reward_share": 0.2,
+        "time/evaluation_share": 0.2,
+        "time/training_share": 0.1,
+        "tokens_per_second": 40.0,
+        "time/eta_seconds": 10 / 4 * 6,
+    }
+    assert timing.take(14, 20) == {}  # no time has passed
+    clock.pass_by(5)
+    told = timing.take(15, 20)
+    assert told["time/training_share"] == 1.0 and told["tokens_per_second"] == told["time/rollout_share"] == 0.0
+    assert told["time/eta_seconds"] == 15 / 5 * 5
+    timing.clear()
+    assert timing.take(15, 20) == {}
+
+
+def test_a_part_waits_for_the_device_at_both_ends():
+    """Whose work before it is no part of it, and whose work in it is."""
+    clock, queued = Clock(), [3.0]
+    timing = Timing(wait=lambda: clock.pass_by(queued.pop() if queued else 0.0), clock=clock)
+    timing.begin(0)
+    with timing.part("rollout"):
+        queued.append(1.0)
+    told = timing.take(1, 1)
+    assert (told["time/training_share"], told["time/rollout_share"], told["time/eta_seconds"]) == (0.75, 0.25, 0.0)
+
+
+def test_a_run_tells_where_its_time_goes(tmp_path):
+    """Time passes in rewards, 5 s each of 2 prompts of 8 completions of 3 tokens, and in an evaluation, 3 s."""
+    clock = Clock()
+
+    def slow(completion_ids, trainer_state, **_):
+        clock.pass_by(5 if len(completion_ids) == 16 else 3)
+        assert trainer_state.max_steps == 6
+        return sum_reward(completion_ids)
+
+    config = tiny_config(tmp_path, eval_strategy="steps", eval_steps=4)
+    trainer = DAMTrainer(tiny_model(), slow, config, ROWS, ROWS[:2])
+    trainer._timing = Timing(clock=clock)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found = [(e["time/reward_share"], e["tokens_per_second"], e["time/eta_seconds"]) for e in logged]
+    assert found[:2] == [(1.0, 48 / 5, 10.0), (1.0, 48 / 5, 5.0)]
+    # Of rewards in an evaluation as of others; the pace is that of the whole run.
+    assert found[2] == (1.0, 48 / 8, 0.0)
+    assert all(sum(e[name] for name in e if name.endswith("_share")) == pytest.approx(1.0) for e in logged)
+
+
+def test_a_line_of_progress():
+    logs = {"loss": 1.0, "reward": 0.5, "ess": 4.06, "tilt": 0.25, "tokens_per_second": 12345.6}
+    shares = {"time/rollout_share": 0.62, "time/reward_share": 0.05, "time/evaluation_share": 0.0}
+    line = progress_line({**logs, **shares, "time/training_share": 0.33})
+    assert line == "reward 0.5, ess 4.06, tilt 0.25, 12,346 tokens/s (62% rollout, 5% reward, 33% training)"
+    assert progress_line({"eval_reward": 1.0}) == ""
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_bar_counts_from_where_a_run_was_resumed(tmp_path, capsys, writes):
+    """Else the steps of before would seem to have taken no time."""
+    bar, state, control = RolloutProgress(writes), TrainerState(global_step=500, max_steps=1000), TrainerControl()
+    config = tiny_config(tmp_path)
+    bar.on_train_begin(config, state, control)
+    state.global_step = 501
+    bar.on_step_end(config, state, control)
+    bar.on_log(config, state, control, logs={"reward": 0.5})
+    told = bar.training_bar.format_dict
+    assert (told["initial"], told["n"], told["total"], told["postfix"]) == (500, 501, 1000, "reward 0.5")
+    assert told["rate"] is None  # the mean
+    bar.on_train_end(config, state, control)
+    assert ("{'reward': '0.5'}" in capsys.readouterr().out) == writes
+
+
+def test_a_run_has_this_bar_in_place_of_transformers_own(tmp_path):
+    for disabled in (True, False):
+        trainer = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, disable_tqdm=disabled), ROWS)
+        bars = [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback)]
+        assert [type(bar) for bar in bars] == ([] if disabled else [RolloutProgress])
