@@ -22,8 +22,9 @@ test: install-dev lint
 test-full: install-dev lint
 	$(PYTEST)
 
-# Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, each in an
-# environment of its own.
+# Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, and of the
+# models and the trainer on the oldest transformers and those that docs/models.md tells to install, or on
+# TRANSFORMERS_VERSIONS; each in an environment of its own.
 test-versions:
 	$(PYTHON) -m tests.versions
 

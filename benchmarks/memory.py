@@ -26,19 +26,47 @@ def peak_bytes(op: str, case: int, name: str, dtype: str, threads: int, sizes: d
         RuntimeError: it could not be measured; the message says why.
     """
     job = json.dumps({"op": op, "case": case, "name": name, "dtype": dtype, "threads": threads, "sizes": sizes})
-    # A fixed threshold: glibc raises its own when large blocks are freed, and keeps what is freed from then on.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", job],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
-        env=environment,
+        env=environment(),
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise RuntimeError(lines[-1] if lines else f"the process ended with status {done.returncode}")
     return int(done.stdout)
+
+
+def environment() -> dict[str, str]:
+    """Of a process whose memory is measured.
+
+    A fixed threshold: glibc raises its own when large blocks are freed, and keeps what is freed from then on.
+    """
+    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+
+
+class Peak:
+    """Context manager: by how much the resident set of this process grows within it, at its peak: `grown`, bytes.
+
+    Raises:
+        OSError: it is not to be had.
+    """
+
+    grown = 0
+
+    def __enter__(self) -> Peak:
+        try:
+            # The peak from now on. ru_maxrss cannot be set back, and starts at the peak of what started the process.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError as error:
+            raise OSError(_MISSING) from error
+        self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.grown = max(_resident("VmHWM") - self._before, 0)
 
 
 def _resident(field: str) -> int:
@@ -54,16 +82,10 @@ def _measure(op: str, case: int, name: str, dtype: str, threads: int, sizes: dic
     # Libraries and threads are loaded by the first call of anything.
     harness.tiny_cases(cases, getattr(torch, dtype))[case].functions[name]()
     function = cases(getattr(torch, dtype), **sizes)[case].functions[name]
-    try:
-        # The peak from now on. ru_maxrss cannot be set back, and starts at the peak of whatever started this process.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError as error:
-        raise OSError(_MISSING) from error
-    before = _resident("VmRSS")
-    result = function()
-    grown = _resident("VmHWM") - before
+    with Peak() as peak:
+        result = function()
     del result
-    return max(grown, 0)
+    return peak.grown
 
 
 if __name__ == "__main__":

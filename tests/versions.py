@@ -1,15 +1,20 @@
-"""Runs tests on other releases of torch than the one that constraints.txt pins.
+"""Runs tests on other releases of torch and of transformers than those that constraints.txt pins.
 
     make test-versions          or   python -m tests.versions
 
 A wheel of dam is built once, without torch, and installed beside each release in an environment of its own, which takes
-6 GB as .venv-torch-* and is removed afterwards. The tests run from a copy, so that they import the wheel: those of the
-operations on the reference and on the C++ backend, of the chains, the models and the trainer. Without the CUDA kernels,
-which know nothing of torch, and without Triton, which every torch brings in a release of its own.
+6 GB as .venv-torch-* or .venv-transformers-* and is removed afterwards. The tests run from a copy, so that they import
+the wheel: with another torch those of the operations on the reference and on the C++ backend, of the chains, the models
+and the trainer; with another transformers, and the accelerate and peft of its time, of the models and the trainer.
+Without the CUDA kernels, which know nothing of torch, and without Triton, which every torch brings in a release of its
+own.
 
 Environment variables:
-    TORCH_VERSIONS  releases, like "2.6.0 2.14.1"; by default the oldest that pyproject.toml admits and the newest that
-                    pip finds
+    TORCH_VERSIONS         releases, like "2.6.0 2.14.1"; by default the oldest that pyproject.toml admits and the
+                           newest that pip finds
+    TRANSFORMERS_VERSIONS  releases, like "4.49.0 4.57.6"; by default the oldest that pyproject.toml admits and those
+                           that docs/models.md tells to install
+Where one of them is given, only what is given is tried.
 """
 
 import json
@@ -26,7 +31,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHECKOUT = Path(__file__).parents[1]
-TESTS = ("tests/ops", "tests/ctmc", "tests/models", "tests/train")
+TESTS = {
+    "torch": ("tests/ops", "tests/ctmc", "tests/models", "tests/train"),
+    "transformers": ("tests/models", "tests/train"),
+}
+# accelerate and peft of a release's time; another release takes those of the one before it. The oldest is what
+# pyproject.toml admits of all three.
+OF_ITS_TIME = {
+    "4.49.0": ("1.4.0", "0.15.0"),
+    "4.53.3": ("1.8.1", "0.16.0"),
+    "4.57.6": ("1.11.0", "0.18.0"),
+    "5.0.0": ("1.12.0", "0.18.1"),
+}
+RECOMMENDED = ("4.53.3", "4.57.6")  # in docs/models.md, for the published code of models
 # test_rooms.py is about the checkout.
 SELECTION = ("-m", "not slow", "-k", "not triton and not cuda", "--ignore", "tests/ops/test_rooms.py")
 
@@ -35,17 +52,19 @@ SELECTION = ("-m", "not slow", "-k", "not triton and not cuda", "--ignore", "tes
 FOUND = """
 import importlib.metadata, json, dam
 with dam.backend("cpu"):
-    names = ("torch", "numpy", "transformers")
+    names = ("torch", "numpy", "transformers", "accelerate", "peft")
     print(json.dumps([dam.__file__, *(importlib.metadata.version(name) for name in names)]))
 """
 
 
 class Result(NamedTuple):
-    """What a release of torch was tried with and how: counts of tests, or why there are none."""
+    """What a release was tried with and how: counts of tests, or why there are none."""
 
-    torch: str
+    torch: str = ""
     numpy: str = ""
     transformers: str = ""
+    accelerate: str = ""
+    peft: str = ""
     passed: int = 0
     failed: int = 0
     skipped: int = 0
@@ -57,10 +76,28 @@ class Result(NamedTuple):
         return self.passed > 0 and self.failed == 0 and not self.trouble
 
 
-def oldest(pyproject):
-    """The lowest torch that the text of pyproject.toml admits."""
-    (found,) = re.findall(r'"torch>=([\d.]+)"', pyproject)
+def oldest(pyproject, package="torch"):
+    """The lowest release of a package that the text of pyproject.toml admits."""
+    (found,) = set(re.findall(rf'"{package}>=([\d.]+)"', pyproject))
     return found
+
+
+def pins_of(package, version):
+    """Releases that are tried together: a torch alone, a transformers with those of its time."""
+    if package == "torch":
+        return {"torch": version}
+    numbers = {release: [int(part) for part in release.split(".")] for release in (*OF_ITS_TIME, version)}
+    before = [release for release in OF_ITS_TIME if numbers[release] <= numbers[version]]
+    accelerate, peft = OF_ITS_TIME[max(before, key=numbers.get, default=min(OF_ITS_TIME, key=numbers.get))]
+    return {"transformers": version, "accelerate": accelerate, "peft": peft}
+
+
+def asked_for(pyproject):
+    """(package, release) to try, by the environment variables."""
+    asked = {package: os.environ.get(f"{package.upper()}_VERSIONS", "").split() for package in TESTS}
+    if not any(asked.values()):
+        asked = {"torch": [oldest(pyproject), newest()], "transformers": [min(OF_ITS_TIME), *RECOMMENDED]}
+    return [(package, version) for package, versions in asked.items() for version in versions]
 
 
 def newest():
@@ -71,9 +108,11 @@ def newest():
     return package["metadata"]["version"]
 
 
-def other_constraints(constraints):
-    """The lines of constraints.txt but those of torch and of Triton, which torch pins itself."""
-    return "".join(line for line in constraints.splitlines(True) if not re.match(r"(torch|triton)==", line))
+def other_constraints(constraints, pins):
+    """constraints.txt with other releases of some packages, and without Triton where it is torch, which pins it."""
+    replaced = {*pins, *(["triton"] if "torch" in pins else [])}
+    kept = [line for line in constraints.splitlines() if line.partition("==")[0] not in replaced]
+    return "".join(f"{line}\n" for line in (*kept, *(f"{name}=={release}" for name, release in pins.items())))
 
 
 def copy_sources(folder):
@@ -102,34 +141,35 @@ def build_wheel(folder):
     return wheel
 
 
-def try_release(version, wheel, folder):
-    """Result of the tests on a release of torch; its environment is removed."""
-    environment = CHECKOUT / f".venv-torch-{version}"
+def try_release(package, version, wheel, folder):
+    """Result of the tests on a release of torch or transformers; its environment is removed."""
+    environment, pins = CHECKOUT / f".venv-{package}-{version}", pins_of(package, version)
+    nothing = Result(**pins)
     python = str(environment / "bin" / "python")
     constraints, report = folder / "constraints.txt", folder / f"{version}.xml"
-    constraints.write_text(other_constraints((CHECKOUT / "constraints.txt").read_text(encoding="utf-8")))
+    constraints.write_text(other_constraints((CHECKOUT / "constraints.txt").read_text(encoding="utf-8"), pins))
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and key[:4] != "DAM_"}
     variables |= {"OMP_NUM_THREADS": "1", "DAM_EMULATE_CUDA": "0", "TRITON_INTERPRET": "0"}
-    install = ("--quiet", "--no-cache-dir", "--constraint", str(constraints), f"torch=={version}", f"{wheel}[test]")
-    tests = ("-q", "-n", "auto", "-p", "no:cacheprovider", f"--junitxml={report}", *SELECTION, *TESTS)
+    install = ("--quiet", "--no-cache-dir", "--constraint", str(constraints), f"{wheel}[test]")
+    tests = ("-q", "-n", "auto", "-p", "no:cacheprovider", f"--junitxml={report}", *SELECTION, *TESTS[package])
     start = time.monotonic()
     shutil.rmtree(environment, ignore_errors=True)
     try:
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         if subprocess.run([python, "-m", "pip", "install", *install]).returncode != 0:
-            return Result(version, trouble="not installed")
+            return nothing._replace(trouble="not installed")
         done = subprocess.run(
             [python, "-c", FOUND], env=variables, cwd=folder, stdout=subprocess.PIPE, text=True, check=False
         )
         if done.returncode != 0:
-            return Result(version, trouble="dam does not import, or its C++ backend does not run")
-        path, torch, numpy, transformers = json.loads(done.stdout)
+            return nothing._replace(trouble="dam does not import, or its C++ backend does not run")
+        path, *found = json.loads(done.stdout)
         if environment not in Path(path).parents:
-            return Result(version, trouble=f"{path} was imported instead of the wheel")
+            return nothing._replace(trouble=f"{path} was imported instead of the wheel")
         done = subprocess.run([python, "-m", "pytest", *tests], env=variables, cwd=folder)
         failed, passed, skipped = counts(report.read_text(encoding="utf-8")) if report.exists() else (0, 0, 0)
         trouble = "" if done.returncode == 0 or failed else f"pytest ended with {done.returncode}"
-        return Result(torch, numpy, transformers, passed, failed, skipped, time.monotonic() - start, trouble)
+        return Result(*found, passed, failed, skipped, time.monotonic() - start, trouble)
     finally:
         shutil.rmtree(environment, ignore_errors=True)
 
@@ -143,9 +183,9 @@ def counts(report):
 
 def table(results):
     """Text of a table, a line per release."""
-    rows = [("torch", "numpy", "transformers", "passed", "failed", "skipped", "seconds", "")]
+    rows = [(*Result._fields[:-1], "")]
     rows += [
-        (*map(str, result[:6]), f"{result.seconds:.0f}", result.trouble or ("" if result.good else "failed"))
+        (*map(str, result[:8]), f"{result.seconds:.0f}", result.trouble or ("" if result.good else "failed"))
         for result in results
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -153,14 +193,13 @@ def table(results):
 
 
 def main():
-    asked = os.environ.get("TORCH_VERSIONS", "").split()
-    versions = asked or [oldest((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")), newest()]
+    releases = asked_for((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         wheel = build_wheel(folder)
         shutil.copytree(CHECKOUT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(CHECKOUT / "pyproject.toml", folder)
-        results = [try_release(version, wheel, folder) for version in versions]
+        results = [try_release(package, version, wheel, folder) for package, version in releases]
     print(f"\nPython {sys.version.split()[0]}\n{table(results)}")
     return 0 if all(result.good for result in results) else 1
 

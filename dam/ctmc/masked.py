@@ -113,6 +113,7 @@ class MaskedCTMC:
         seed: int | None = None,
         row_ids: Tensor | None = None,
         stratified: bool = False,
+        antithetic: bool = False,
     ) -> Tensor:
         """A state on the way from `initial` to `final` [..., L], drawn from the jumps of the trajectory.
 
@@ -124,16 +125,58 @@ class MaskedCTMC:
             generator, seed, row_ids: as for `jump_times`.
             stratified: of outcomes [..., K, L], each draws its number of masks from another K-th of them, so that a
                 group has few and many: the law of each is as without, means over a group have less noise.
+            antithetic: of outcomes [..., K, L], the later half has masks where the earlier half has none, and none
+                where that has. The number of masks is then uniform over 0 .. m: a mean over such states, of what is 0
+                where nothing is masked, is m / (m + 1) times that without.
+
+        Raises:
+            ValueError: K is odd, with antithetic.
+
+        Source: stratified and antithetic draws, Owen, Monte Carlo theory, methods and examples, ch. 8.
         """
+        if antithetic:
+            return self._in_pairs(initial, final, generator, seed, row_ids, stratified)
         maskable = self.masked(initial)
         count = maskable.sum(dim=-1, keepdim=True)
-        uniform = _philox.drawn(Use.REMASK_COUNT, count.shape, initial.device, generator, seed, row_ids)
+        waiting = self._waiting(maskable, 1, count, generator, seed, row_ids, stratified)
+        return torch.where(waiting, self.mask_token, final)
+
+    def _in_pairs(
+        self,
+        initial: Tensor,
+        final: Tensor,
+        generator: torch.Generator | None,
+        seed: int | None,
+        row_ids: Tensor | None,
+        stratified: bool,
+    ) -> Tensor:
+        if initial.dim() < 2 or initial.shape[-2] % 2:
+            raise ValueError(f"remask: antithetic outcomes must be [..., K, L] with an even K; got {list(final.shape)}")
+        maskable, half = self.masked(initial), initial.shape[-2] // 2
+        ids = None if row_ids is None else row_ids[..., :half]
+        first = maskable[..., :half, :]
+        waiting = self._waiting(first, 0, first.sum(dim=-1, keepdim=True), generator, seed, ids, stratified)
+        waiting = torch.cat((waiting, maskable[..., half:, :] & ~waiting), dim=-2)
+        return torch.where(waiting, self.mask_token, final)
+
+    def _waiting(
+        self,
+        maskable: Tensor,
+        fewest: int,
+        count: Tensor,
+        generator: torch.Generator | None,
+        seed: int | None,
+        row_ids: Tensor | None,
+        stratified: bool,
+    ) -> Tensor:
+        """Which of the `count` [..., 1] maskable positions [..., L] still wait: `fewest` .. count, any subset."""
+        device = maskable.device
+        uniform = _philox.drawn(Use.REMASK_COUNT, count.shape, device, generator, seed, row_ids)
         if stratified:
-            rank = _philox.drawn(Use.REMASK_STRATUM, count.shape, initial.device, generator, seed, row_ids)
+            rank = _philox.drawn(Use.REMASK_STRATUM, count.shape, device, generator, seed, row_ids)
             uniform = (rank.argsort(dim=-2).argsort(dim=-2) + uniform) / count.shape[-2]
-        left = 1 + (uniform * count).long().clamp(max=count - 1)
-        priority = _philox.drawn(Use.REMASK_ORDER, initial.shape, initial.device, generator, seed, row_ids)
+        left = fewest + (uniform * (count + 1 - fewest)).long().clamp(max=count - fewest)
+        priority = _philox.drawn(Use.REMASK_ORDER, maskable.shape, device, generator, seed, row_ids)
         order = torch.where(maskable, priority, torch.inf).argsort(dim=-1).argsort(dim=-1)
         # The last `left` positions to unmask still wait; unmaskable ones sort behind them and are kept out.
-        waiting = maskable & (order >= count - left)
-        return torch.where(waiting, self.mask_token, final)
+        return maskable & (order >= count - left)

@@ -24,6 +24,7 @@ class A2D(MaskedLM):
         block_origin: where they are counted from (`dam.models.Blocks`).
         shift: 1 for a conversion that kept predicting the token behind.
         mask_token_id: where neither tokenizer nor config have it.
+        approximate_cache: as for `MaskedLM`, of MDLM.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class A2D(MaskedLM):
         block_origin: str = "completion",
         shift: int = 0,
         mask_token_id: int | None = None,
+        approximate_cache: int | None = None,
     ):
         super().__init__(
             model,
@@ -43,4 +45,5 @@ class A2D(MaskedLM):
             block_origin=block_origin,
             shift=shift,
             mask_token_id=mask_token_id,
+            approximate_cache=approximate_cache,
         )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dam.models.attention import Blocks, additive, allowed, padding, positions
 from dam.models.output_layer import head_of
 from dam.models.padding import evaluating, takes_left_padding
-from dam.models.prefix import Prefix, has_caches, is_exact
+from dam.models.prefix import Passes, Prefix, has_caches, is_exact
 from dam.models.sharding import check_sharding, is_fsdp, tied_to
+from dam.models.stale import StaleCache
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
 
@@ -33,8 +34,12 @@ class Denoiser(Protocol):
         mask_token_id   the mask token, where neither the trainer's arguments nor tokenizer nor config have one.
         prefix_cache    with `blocks`: `prefix_cache(tokens, attention_mask)` begins to go through the blocks of rows
                         from left to right, with the keys and values of what is before them. It gives an object with
-                        `hidden_states(rows, tokens, begin, end)` as that of `dam.models.prefix.Prefix`, or None where
+                        `hidden_states(rows, tokens, begin, end)`, `dam.models.prefix.Passes`, or None where
                         such passes are not to be had. Without it each call is of whole sequences, to the same result.
+        beside          of a base: `beside(denoiser)` gives a denoiser whose hidden states are those of that model and
+                        of this base, [B, L, 2 D], or None. So what both have in common is run once.
+        approximate_cache  with `prefix_cache`: not None where its passes give another law than hidden_states. Rollouts
+                        that cannot go by them are then refused.
 
     The hidden states at a position are those that predict the token there, and logits are head and hidden states: a
     shift or a scale that a family has is inside.
@@ -98,7 +103,8 @@ class MaskedLM:
 
     Of a model with "block-causal" attention that takes `past_key_values`, rollouts run only the block that they are at
     (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2
-    divides the model, whose processes must run alike.
+    divides the model, whose processes must run alike. With `approximate_cache` so do those of a model with full
+    attention, or are refused: by another law than the model's (`dam.models.stale.StaleCache`).
 
     A head that FSDP2 has divided is gathered each time it is asked for.
 
@@ -113,13 +119,17 @@ class MaskedLM:
         block_origin: where they are counted from (`Blocks`).
         shift: 1 where logits at a position are of the token behind it; the first position is its own.
         mask_token_id: see `Denoiser`.
+        approximate_cache: length of the blocks, counted from the sequence's end, that rollouts of a model with full
+            attention fill one after another, with keys and values of all else as they were when the block began.
 
     Raises:
         TypeError: the model has no such layer.
-        ValueError: attention and blocks do not go together.
+        ValueError: attention and blocks, or a cache, do not go together.
         ValueError, TypeError: at the first call: hidden states and head would give other logits than the model's. The
             message says by how much, and what to do.
     """
+
+    _predicted = "input_ids"  # the argument at whose positions the output layer runs
 
     def __init__(
         self,
@@ -131,6 +141,7 @@ class MaskedLM:
         block_origin: str = "sequence",
         shift: int = 0,
         mask_token_id: int | None = None,
+        approximate_cache: int | None = None,
     ):
         if attention is None:
             attention = "own" if block_length is None else "block-causal"
@@ -140,7 +151,12 @@ class MaskedLM:
             raise ValueError(f"attention {attention!r} with block_length {block_length}: blocks go with block-causal")
         if shift not in (0, 1):
             raise ValueError(f"shift must be 0 or 1; got {shift}")
+        if approximate_cache is not None and block_length is not None:
+            raise ValueError("approximate_cache is for full attention; in blocks that attention has, a cache is exact")
         self.blocks = None if block_length is None else Blocks(block_length, block_origin)
+        self.approximate_cache = approximate_cache
+        if approximate_cache is not None:
+            self.blocks = Blocks(approximate_cache, "completion")
         self.mask_token_id = mask_token_id
         self._attention, self._shift = attention, shift
         self.model: Any = model
@@ -191,10 +207,11 @@ class MaskedLM:
         """What the model is called with."""
         if self._attention == "own":
             return {"input_ids": tokens, "attention_mask": attention_mask}
+        seen = allowed(tokens, attention_mask, self.blocks if self.approximate_cache is None else None)
         return {
             "input_ids": tokens,
             # Never [B, L]: models that take a mask from their caller make a causal one of that.
-            "attention_mask": self._mask(allowed(tokens, attention_mask, self.blocks)).expand(len(tokens), -1, -1, -1),
+            "attention_mask": self._mask(seen).expand(len(tokens), -1, -1, -1),
             "position_ids": positions(tokens, attention_mask),
             "use_cache": False,
         }
@@ -211,7 +228,7 @@ class MaskedLM:
     @property
     def _way(self) -> tuple[Any, ...]:
         """By what the model is called differently."""
-        return type(self), self._attention, self._shift, self.blocks
+        return type(self), self._attention, self._shift, self.blocks, self.approximate_cache
 
     def _try_padding(self, tokens: Tensor, attention_mask: Tensor) -> None:
         """Finds out `left_padding`, once for each token that rows are padded with.
@@ -277,35 +294,55 @@ class MaskedLM:
         return torch.where(first[..., None], hidden, before)
 
     @torch.no_grad()
-    def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Prefix | None:
-        """Begins passes over the blocks of rows with the keys and values of what is before them, as `Denoiser` says."""
-        if not self._takes_cache():
-            return None
-        with self._as_asked():
-            tail = self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
-            if attention_mask is not None:
-                self._try_padding(tokens, attention_mask)
-                check_left_padding(self, attention_mask)
-            if tail.shift or not self._try_cache(tokens, attention_mask):
-                return None
-        return self._passes(self.model, tokens, attention_mask, tail, self._shift)
+    def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Passes | None:
+        """Begins passes over the blocks of rows with the keys and values of what is around them, as `Denoiser` says.
 
-    def _takes_cache(self) -> bool:
-        if self._attention != "block-causal" or self._inner.training or not has_caches():
-            return False
+        Raises:
+            ValueError: there is no approximate cache of the model, and it is asked for.
+        """
+        why_not = self._takes_no_cache()
+        if why_not is None:
+            with self._as_asked():
+                layer, mask = self._output_layer(), None if attention_mask is None else attention_mask[:1]
+                tail = self._tail(layer, tokens[:1], mask)
+                if attention_mask is not None:
+                    self._try_padding(tokens, attention_mask)
+                    check_left_padding(self, attention_mask)
+                if tail.shift:
+                    why_not = "its logits are of the position before"
+                elif not self._try_cache(tokens, attention_mask):
+                    why_not = "passes over blocks with a cache fail (see the warning)"
+        if why_not is None:
+            return self._passes(self.model, tokens, attention_mask, tail, self._shift)
+        if self.approximate_cache is not None:
+            raise ValueError(f"{type(self._inner).__name__} has no approximate_cache: {why_not}; leave it out")
+        return None
+
+    def _takes_no_cache(self) -> str | None:
+        """Why passes over blocks with a cache are not to be had of the model, as far as is seen without a trial."""
+        if self._attention != "block-causal" and self.approximate_cache is None:
+            return "its attention has no blocks"
+        if self._inner.training:
+            return "it is in training mode"
+        if not has_caches():
+            return "transformers is missing"
         if any(is_fsdp(module) for module in self._inner.modules()):
-            return False
+            return "FSDP2 divides it, and its processes must run alike"
         model = getattr(self._inner, "_orig_mod", self._inner)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return "past_key_values" in inspect.signature(model.forward).parameters
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            return "it takes no past_key_values"
+        return None
 
-    def _passes(self, model: Any, tokens: Tensor, mask: Tensor | None, tail: Tail, shift: int) -> Prefix:
+    def _passes(self, model: Any, tokens: Tensor, mask: Tensor | None, tail: Tail, shift: int) -> Passes:
         def run(tokens: Tensor, seen: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
             with self._as_asked():
                 hidden, _ = self._last_states(model, self._cached_arguments(tokens, seen, position_ids, cache))
             return tail.hidden_states(hidden)
 
         assert self.blocks is not None
+        if self.approximate_cache is not None:
+            return StaleCache(run, tokens, mask, shift)
         return Prefix(run, tokens, mask, self.blocks, shift)
 
     def _cached_arguments(self, tokens: Tensor, seen: Tensor, position_ids: Tensor, cache: Any) -> dict[str, Any]:
@@ -340,7 +377,7 @@ class MaskedLM:
             if not known[self._way]:
                 name = type(self._inner).__name__
                 warnings.warn(
-                    f"{name}: rollouts run whole sequences, as passes over blocks with a cache fail: {why}",
+                    f"{name}: rollouts cannot run blocks alone, as passes over blocks with a cache fail: {why}",
                     stacklevel=2,
                 )
         return known[self._way]
@@ -358,7 +395,7 @@ class MaskedLM:
             output = model(**arguments)
         finally:
             handle.remove()
-        check_calls(self._inner, given, arguments["input_ids"])
+        check_calls(self._inner, given, arguments[self._predicted])
         return given[0], output
 
     def head(self) -> Head:

@@ -25,10 +25,26 @@ class Dream(MaskedLM):
         adapter: as for `MaskedLM`.
         shift: 0 for a model of this class that was trained to predict in place.
         mask_token_id: where not that of the config.
+        approximate_cache: as for `MaskedLM`.
     """
 
-    def __init__(self, model: nn.Module, *, adapter: bool = True, shift: int = 1, mask_token_id: int | None = None):
-        super().__init__(model, adapter=adapter, attention="full", shift=shift, mask_token_id=mask_token_id)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapter: bool = True,
+        shift: int = 1,
+        mask_token_id: int | None = None,
+        approximate_cache: int | None = None,
+    ):
+        super().__init__(
+            model,
+            adapter=adapter,
+            attention="full",
+            shift=shift,
+            mask_token_id=mask_token_id,
+            approximate_cache=approximate_cache,
+        )
 
     def _arguments(self, tokens: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         if attention_mask is None or bool((attention_mask != 0).all()):
@@ -36,7 +52,10 @@ class Dream(MaskedLM):
             return {"input_ids": tokens, "use_cache": False}
         return {
             "input_ids": tokens,
-            "attention_mask": allowed(tokens, attention_mask),
+            "attention_mask": self._mask(allowed(tokens, attention_mask)),
             "position_ids": positions(tokens, attention_mask),
             "use_cache": False,
         }
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        return seen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.denoiser import MaskedLM
-from dam.models.sharding import check_sharding, whole
+from dam.models.sharding import brought_here, check_sharding, whole
 from dam.models.tail import Tail
 from dam.ops._head import Head
 
@@ -66,8 +66,11 @@ class LLaDA(MaskedLM):
         return tail
 
     def _head_of(self, layer: nn.Module) -> Head:
+        if not self._tied:
+            return super()._head_of(layer)
         # What the model reads, whatever adapter is on the embedding.
-        return Head(whole(layer.weight), None) if self._tied else super()._head_of(layer)  # type: ignore[arg-type]
+        with brought_here(layer):
+            return Head(whole(layer.weight), None)  # type: ignore[arg-type]
 
     def _check_logits(self, tail: Tail, layer: nn.Module, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """That hidden states and head give the model's own logits, at the last positions of a row.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import whole
+from dam.models.sharding import brought_here, whole
 from dam.ops._head import Head, LoRA
 
 # Rows of a head whose sum with an adapter's product is formed at a time, for its norms.
@@ -30,8 +30,9 @@ def head_of(layer: Any) -> Head:
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise TypeError(f"the output layer, {type(layer).__name__}, is no linear layer: it has no matrix `weight`")
-        bias = getattr(layer, "bias", None)
-        return Head(whole(weight), None if bias is None else whole(bias))
+        with brought_here(layer):
+            weight, bias = layer.weight, getattr(layer, "bias", None)
+            return Head(whole(weight), None if bias is None else whole(bias))
     if adapted.merged and adapted.disable_adapters:
         raise ValueError("the adapter on the output layer is switched off but merged: call unmerge_adapter() first")
     head, names = head_of(adapted.base_layer), _active(adapted)

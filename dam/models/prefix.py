@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from dam.models.padding import is_rounding
 
 # Hidden states [b, W, D] of tokens [b, W] by a mask [b, 1, W, C + W], positions [b, W] and a cache of C earlier ones.
 Run = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+
+
+class Passes(Protocol):
+    """Passes over the blocks of B rows."""
+
+    def hidden_states(self, rows: Tensor, tokens: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+        """Hidden states of each row's block [b, W, D]: at j those of column begin + j, of no meaning from its end on.
+
+        Args:
+            rows: int64 [b], rising: which of the B rows.
+            tokens: int64 [b, L], their states. In front of `begin` they are final.
+            begin, end: int64 [b], columns of the block that each row is at, without padding on the left. It is never
+                one in front of an earlier one.
+        """
 
 
 class Prefix:
@@ -43,39 +57,26 @@ class Prefix:
         if attention_mask is not None:
             self._kept += padding(attention_mask)
         self._begun = False
-        self._store = _Store(*tokens.shape)
+        self._store = Store(*tokens.shape)
         self._last: Tensor | None = None  # [B, D]: hidden states at the last column kept
 
     @torch.no_grad()
     def hidden_states(self, rows: Tensor, tokens: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-        """Hidden states of each row's block [b, W, D]: at j those of column begin + j, of no meaning from its end on.
-
-        Args:
-            rows: int64 [b], rising: which of the B rows.
-            tokens: int64 [b, L], their states. In front of `begin` they are final.
-            begin, end: int64 [b], columns of the block that each row is at, without padding on the left. It is never
-                one in front of an earlier one.
-        """
+        """As `Passes` says."""
         behind = begin - self._kept[rows]
         length = int((end - begin).max())
         more = end - self._kept[rows] > length
         if not self._begun or not bool(more.any()) or bool(more.all()):
             self._begun = True
-            return self._block(self._pass(rows, tokens, begin, end), behind, length)
+            return columns(self._pass(rows, tokens, begin, end), behind, length)
         out: Tensor | None = None
         for chosen in (~more, more):
             given = (part[chosen] for part in (rows, tokens, begin, end))
-            hidden = self._block(self._pass(*given), behind[chosen], length)
+            hidden = columns(self._pass(*given), behind[chosen], length)
             out = hidden.new_zeros(len(rows), *hidden.shape[1:]) if out is None else out
             out[chosen] = hidden
         assert out is not None
         return out
-
-    @staticmethod
-    def _block(hidden: Tensor, behind: Tensor, length: int) -> Tensor:
-        """The `length` columns of hidden states [b, W, D] behind as many as each row has run besides."""
-        at = behind[:, None] + torch.arange(length, device=hidden.device)
-        return hidden.take_along_dim(at.clamp(max=hidden.shape[1] - 1)[..., None], dim=1)
 
     def _pass(self, rows: Tensor, tokens: Tensor, begin: Tensor, end: Tensor) -> Tensor:
         """Hidden states [b, W, D] of what is not kept up to the block's end; keeps what is in front of the block."""
@@ -108,7 +109,13 @@ class Prefix:
         return torch.where((position == 0)[..., None], hidden, before)
 
 
-class _Store:
+def columns(hidden: Tensor, first: Tensor, length: int) -> Tensor:
+    """The `length` columns from `first` [b] on of each row of hidden states [b, W, D], the last again where none is."""
+    at = first[:, None] + torch.arange(length, device=hidden.device)
+    return hidden.take_along_dim(at.clamp(0, hidden.shape[1] - 1)[..., None], dim=1)
+
+
+class Store:
     """Keys and values [B, H, columns, d] of each layer. In a pass those of its own stand behind them."""
 
     def __init__(self, batch: int, length: int):
@@ -174,8 +181,10 @@ def _cache_class() -> Any:
         def get_seq_length(self, *_: Any, **__: Any) -> int:
             return self._length
 
-        def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
-            return self._length + query_length, 0
+        def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
+            """For as many queries; releases up to 5.0 and beyond tell their positions instead."""
+            length = len(query_length) if isinstance(query_length, Tensor) else query_length
+            return self._length + length, 0
 
     return Cache
 
@@ -188,7 +197,7 @@ def has_caches() -> bool:
 @torch.no_grad()
 def is_exact(
     whole: Callable[[Tensor], Tensor],
-    begin: Callable[[Tensor], Prefix],
+    begin: Callable[[Tensor], Passes],
     row: Tensor,
     blocks: Blocks,
 ) -> bool:

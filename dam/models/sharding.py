@@ -1,7 +1,8 @@
-"""Parameters of which a process holds a part: whole where a head is read outside of its layer's forward pass."""
+"""Parameters that are elsewhere, or of which a process holds a part: here, and whole, where a head is read."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,37 @@ def whole(parameter: Tensor) -> Tensor:
 
 def is_divided(parameter: Tensor) -> bool:
     return torch.distributed.is_available() and isinstance(parameter, DTensor)
+
+
+@contextlib.contextmanager
+def brought_here(layer: nn.Module) -> Iterator[None]:
+    """Context manager: what accelerate has offloaded of a layer's own parameters is where its forward pass has them.
+
+    Raises:
+        ValueError: a parameter has no values.
+    """
+    if not is_offloaded(layer):
+        yield
+        return
+    if not hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            f"parameters of the output layer, {type(layer).__name__}, are on the meta device and have no values: load "
+            "the model's weights"
+        )
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        yield
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether a layer's own parameters are not here outside of its forward pass."""
+    return any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether accelerate has put a model, or parts of it, where they are to stay: divided or offloaded."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def check_sharding(layer: nn.Module, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import whole
+from dam.models.sharding import brought_here, whole
 from dam.models.softcap import candidates, capped, centred
 from dam.ops._head import Head
 
@@ -53,7 +53,9 @@ class Tail(NamedTuple):
             bias = bias * self.scale
         if self.bias is not None:
             module, _, name = self.bias.rpartition(".")
-            outside = whole(getattr(model.get_submodule(module), name)).reshape(-1)
+            holder = model.get_submodule(module)
+            with brought_here(holder):
+                outside = whole(getattr(holder, name)).reshape(-1)
             bias = outside if bias is None else bias + outside
         return head._replace(bias=bias, softcap=self.softcap)
 

@@ -110,6 +110,22 @@ class OnSave(TrainerCallback):
         self._function()
 
 
+class OnBegin(TrainerCallback):
+    """Calls a function when a run begins or goes on, before its first step.
+
+    Args:
+        function: takes nothing.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._function()
+
+
 class UpdateBegun(TrainerCallback):
     """Knows which step last began to update weights: they are of no step until it ends."""
 

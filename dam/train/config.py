@@ -11,7 +11,19 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.decoding import ORDERS, Decoding, check_decoding
 from dam.train import grpo
+from dam.train.releases import fields_of_json, precision_of, read_json
+
+# Of the fields of `Decoding` those of decoding in evaluation.
+_DECODING = {
+    "order": "eval_remasking",
+    "threshold": "eval_threshold",
+    "temperature": "eval_temperature",
+    "top_k": "eval_top_k",
+    "top_p": "eval_top_p",
+    "guidance": "eval_guidance",
+}
 
 
 @dataclasses.dataclass
@@ -27,7 +39,7 @@ class DAMConfig(TrainingArguments):
 
     # Fields that a command line gives as JSON.
     _VALID_DICT_FIELDS = [  # noqa: RUF012
-        *TrainingArguments._VALID_DICT_FIELDS,
+        *fields_of_json(TrainingArguments),
         "chat_template_kwargs",
         "model_init_kwargs",
     ]
@@ -158,6 +170,26 @@ class DAMConfig(TrainingArguments):
             "logged order_variance and kl_outcome. Costs order_samples / num_generations of a rollout's network calls."
         },
     )
+    centering: float = field(
+        default=0.0,
+        metadata={
+            "help": "How many times its mean is taken from the weights of each group, as DMPO does at 1: less noise, "
+            "and outcomes of small weight are pushed away. Right only for a model that drew them and whose "
+            "conditionals are of one law: at re-masked outcomes others drift, without a reward too "
+            "(dam.adjoint.path_targets)."
+        },
+    )
+    num_replicates: int = field(
+        default=1,
+        metadata={"help": "States that a training step makes of each trajectory: as many times its network calls."},
+    )
+    antithetic: bool = field(
+        default=False,
+        metadata={
+            "help": "Half of the num_replicates, an even number, have masks where the others have none, as DMPO does: "
+            "each position is trained once in each pair. Of re-masked outcomes, not of states of trajectories."
+        },
+    )
     clip: float | None = field(default=None, metadata={"help": "Upper bound on log weights; None bounds nothing."})
     null_arm: bool = field(
         default=False,
@@ -186,29 +218,60 @@ class DAMConfig(TrainingArguments):
         default=0.0, metadata={"help": "Of rollouts in evaluation; 0 is the likeliest token."}
     )
     diffusion_steps: int | None = field(
-        default=None,
+        default=64,
         metadata={
-            "help": "Network calls per trajectory; None fills one position per call (exact). With fewer, what is "
-            "trained is what each call drew at the state that it saw, as outcomes re-masked at random are states of "
-            'the exact chain only: estimator "posterior" and normalizer "group".'
+            "help": "Network calls per trajectory, at most; with max_completion_length two positions per call, as d1. "
+            "Of rows with no more masks than that, and of all with None, one position per call is filled, which "
+            "simulates the chain exactly. Of others what is trained is what each call drew at the state that it saw, "
+            "as outcomes re-masked at random are states of the exact chain only: they need estimator "
+            '"posterior" and normalizer "group".'
         },
     )
     block_length: int | None = field(
         default=None,
         metadata={
             "help": "Fill blocks of this many positions from left to right; None is one block, or where the model's "
-            "attention has blocks (dam.models.as_denoiser) these. Trains, as diffusion_steps does, at the states that "
-            "the network was called at."
+            "attention has blocks (dam.models.as_denoiser) these. Trains at the states that the network was called "
+            "at, as fewer calls than masks do."
         },
     )
     eval_redraw: bool = field(
         default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
     )
     eval_remasking: str = field(
-        default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
+        default="random",
+        metadata={
+            "help": f"Order of unmasking in evaluation and predict, one of {', '.join(ORDERS)} (dam.decoding.Decoding)."
+        },
+    )
+    eval_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation a network call fills all positions of the block whose token has at least this "
+            'probability (eval_remasking "confidence") or margin ("margin"), or at most this entropy ("entropy"), and '
+            "one at least. diffusion_steps then holds in training only."
+        },
+    )
+    eval_top_k: int | None = field(
+        default=None,
+        metadata={"help": "In evaluation only the k likeliest tokens are drawn, and what equals the k-th."},
+    )
+    eval_top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation only the fewest likeliest tokens are drawn, of those that eval_top_k leaves, that "
+            "have this probability together."
+        },
+    )
+    eval_guidance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Scale w of classifier-free guidance in evaluation: logits are (w + 1) times the model's less w "
+            "times those with masks in the place of the prompt. Two passes a network call; 0 is without."
+        },
     )
     max_completion_length: int = field(
-        default=256, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
+        default=128, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
     )
     stop_token_ids: list[int] | None = field(
         default=None,
@@ -249,6 +312,10 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Show one completion of each prompt, the first, instead of all."}
     )
 
+    report_to: list[str] | str | None = field(
+        default="none",
+        metadata={"help": "Where to report, besides output_dir; nowhere unless given, whatever is installed."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: other columns go to the reward functions."}
     )
@@ -263,18 +330,18 @@ class DAMConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = 8 * self.num_generations
-        super().__post_init__()
-        for name, allowed in (
-            ("estimator", ESTIMATORS),
-            ("normalizer", NORMALIZERS),
-            ("eval_remasking", ("random", "confidence")),
-        ):
+        with precision_of(self):
+            super().__post_init__()
+        self.chat_template_kwargs = read_json(self.chat_template_kwargs)
+        self.model_init_kwargs = read_json(self.model_init_kwargs)
+        for name, allowed in (("estimator", ESTIMATORS), ("normalizer", NORMALIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name in (
             "num_generations",
             "num_iterations",
             "num_orders",
+            "num_replicates",
             "replay_size",
             "rollout_batch_size",
             "per_device_train_batch_size",
@@ -292,10 +359,9 @@ class DAMConfig(TrainingArguments):
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
-        if self.on_paths:
-            self.check_on_paths("diffusion_steps and block_length go")
-        if not self.eval_temperature >= 0:
-            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+        if self.block_length is not None:
+            self.check_on_paths("block_length goes")
+        check_decoding({field: getattr(self, name) for field, name in _DECODING.items()}, _DECODING)
         if self.clip is not None and not math.isfinite(self.clip):
             raise ValueError(f"clip must be a finite number or None; got {self.clip}")
         if self.num_generations < 2:
@@ -324,6 +390,20 @@ class DAMConfig(TrainingArguments):
         if self.draw_outcomes is not None and (self.draw_outcomes < 1 or self.normalizer == "state"):
             raise ValueError(
                 f'draw_outcomes must be at least 1 and goes with normalizer "group"; got {self.draw_outcomes}'
+            )
+        if not self.centering >= 0:
+            raise ValueError(f"centering must be >= 0; got {self.centering}")
+        if self.centering and self.draw_outcomes is not None:
+            raise ValueError("draw_outcomes draws in proportion to weights, which centering makes negative")
+        if self.num_replicates > 1 and (self.normalizer == "state" or self.estimator == "first_jump_one"):
+            raise ValueError(
+                'num_replicates goes with normalizer "group" and estimators "posterior" and "first_jump": others have '
+                "one state for each group"
+            )
+        if self.antithetic and (self.num_replicates % 2 or self.estimator != "posterior"):
+            raise ValueError(
+                f'antithetic goes with an even num_replicates and estimator "posterior"; got {self.num_replicates} and '
+                f"{self.estimator!r}"
             )
         if self.draw_outcomes is not None and self.estimator == "first_jump_one":
             raise ValueError("first_jump_one draws a trajectory of each group: draw_outcomes does not go with it")
@@ -394,15 +474,15 @@ class DAMConfig(TrainingArguments):
         return int(self.steps_per_generation or 1) * self.num_iterations // self.gradient_accumulation_steps
 
     @property
+    def decoding(self) -> Decoding:
+        """In evaluation."""
+        return Decoding(**{field: getattr(self, name) for field, name in _DECODING.items()})
+
+    @property
     def from_model(self) -> int:
         """Trajectories of each group that the model draws; the base draws the others."""
         drawn_by_base = self.num_generations // 8 if self.base_generations is None else self.base_generations
         return self.num_generations - drawn_by_base
-
-    @property
-    def on_paths(self) -> bool:
-        """Whether training is at the states that trajectories went through, not at re-masked outcomes."""
-        return self.diffusion_steps is not None or self.block_length is not None
 
     def check_on_paths(self, what: str) -> None:
         """That estimator and normalizer can train at the states that trajectories went through.
@@ -417,6 +497,18 @@ class DAMConfig(TrainingArguments):
             raise ValueError(
                 f'{what} with estimator "posterior" and normalizer "group": the others train at states of the exact '
                 f"chain, which trajectories do not go through here; got {self.estimator!r} and {self.normalizer!r}"
+            )
+
+    def check_steps(self, masks: int) -> None:
+        """That rows with so many masks can be trained on in diffusion_steps calls.
+
+        Raises:
+            ValueError: they take more, and estimator and normalizer need the exact chain.
+        """
+        if self.diffusion_steps is not None and masks > self.diffusion_steps:
+            self.check_on_paths(
+                f"a row with {masks} masks takes more than the {self.diffusion_steps} network calls of diffusion_steps "
+                "(None fills one position per call), which goes"
             )
 
     def step_limits(self, done: float) -> tuple[float | None, float]:

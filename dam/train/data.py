@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,18 +23,18 @@ class PromptSampler(torch.utils.data.Sampler[int]):
         batch_size: prompts of a rollout, of all processes.
         repeats: of each batch.
         seed: of the order, another one in each epoch; None keeps that of the dataset.
+        epoch: gives the number of the pass that begins, each of which has another order. It has no `set_epoch`:
+            accelerate 1.4 does not call that on several processes, and later releases set 0 where transformers 4.x
+            resumes a run inside an epoch.
 
     Raises:
         ValueError: they are too few for one rollout.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, repeats: int, seed: int | None):
+    def __init__(self, num_prompts: int, batch_size: int, repeats: int, seed: int | None, epoch: Callable[[], int]):
         if num_prompts < batch_size:
             raise ValueError(f"the train dataset has {num_prompts} prompts, fewer than the {batch_size} of one rollout")
         self._num_prompts, self._batch_size, self._repeats, self._seed = num_prompts, batch_size, repeats, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class PromptSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self._num_prompts)
         if self._seed is not None:
-            order = np.random.default_rng([self._seed, self._epoch]).permutation(order)
+            order = np.random.default_rng([self._seed, self._epoch()]).permutation(order)
         for start in range(0, len(self) // self._repeats, self._batch_size):
             for _ in range(self._repeats):
                 yield from order[start : start + self._batch_size].tolist()
@@ -137,15 +137,19 @@ def row_name(index: int, dataset: str) -> str:
     return f"row {index} of the {dataset} dataset"
 
 
-def check_rows(reader: RowReader, dataset: Any, name: str) -> bool:
+class Seen(NamedTuple):
+    """What a look through a dataset found."""
+
+    lengths_differ: bool = False  # whether sequences given as `input_ids` are not of one length
+    masks: int = 0  # the most that a row has, of those looked at
+
+
+def check_rows(reader: RowReader, dataset: Any, name: str) -> Seen:
     """Looks through a dataset in memory, or one of `datasets` on disk, for rows that would end the run later.
 
     Texts are tokenised for the first row of each kind only. A million rows take 3 seconds where they are texts, 20 to
     50 with 256 token ids each. A dataset of another kind may take long to give a row, or give others each time: its
     rows are looked at when they come.
-
-    Returns:
-        Whether it is seen that sequences given as `input_ids` are not of one length.
 
     Raises:
         ValueError: names row and column.
@@ -155,17 +159,19 @@ def check_rows(reader: RowReader, dataset: Any, name: str) -> bool:
     elif hasattr(dataset, "iter") and hasattr(dataset, "column_names") and not is_stream(dataset):
         rows = _rows_of_table(dataset, name)
     else:
-        return False
+        return Seen()
     kinds: set[type | bool] = set()
     lengths: set[int] = set()
+    masks = 0
     for n, row in enumerate(rows):
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
         kind = is_conversation(prompt) or type(prompt)
         read = reader.read(row, row_name(n, name), tokenize=kind not in kinds)
         kinds.add(kind)
+        masks = max(masks, reader.masks(read))
         if "input_ids" in row:
             lengths.add(len(read.input_ids))
-    return len(lengths) > 1
+    return Seen(len(lengths) > 1, masks)
 
 
 def _rows_of_table(dataset: Any, name: str) -> Iterator[dict[str, Any]]:

@@ -100,6 +100,10 @@ class RowReader:
             labels = self._labels(columns.get("labels"), len(ids), start, where)
         return TokenRow(ids, mask, start, labels, prompt, opening, columns)
 
+    def masks(self, row: TokenRow) -> int:
+        """How many positions of a row are to be filled in."""
+        return row.input_ids.count(self._mask_token)
+
     def _token_ids(self, value: Any, where: str, column: str) -> list[int]:
         ids = _integers(value)
         if ids is None or ids.size == 0:

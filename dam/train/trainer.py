@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
 
@@ -27,6 +26,7 @@ from dam.adjoint import (
     drawn_outcomes,
     estimator_loss,
     group_targets,
+    joined,
     path_targets,
     state_targets,
     tilted_weights,
@@ -39,7 +39,7 @@ from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train import grpo
 from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
-from dam.train.callbacks import RolloutProgress, UpdateBegun
+from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
 from dam.train.completions import Completions
 from dam.train.config import DAMConfig
 from dam.train.data import (
@@ -56,6 +56,7 @@ from dam.train.data import (
 )
 from dam.train.processes import each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
+from dam.train.releases import BaseTrainer, loaded, precision_of
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
 from dam.train.reward_model import move, with_models
 from dam.train.rewards import Outcomes, RewardFunction, Rewards
@@ -64,6 +65,9 @@ from dam.train.sampling import Sampler
 from dam.train.terminal import show
 from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
+
+# Entries of a group that has one for each of its trajectories.
+_OF_TRAJECTORIES = ("final", "weight", "first", "position", "call")
 
 
 class _Draw(enum.IntEnum):
@@ -79,7 +83,7 @@ class _Draw(enum.IntEnum):
     EVALUATION = 7
 
 
-class DAMTrainer(Trainer):
+class DAMTrainer(BaseTrainer):
     """Fine-tunes a masked-diffusion model toward a reward that nobody differentiates, staying close to a base.
 
         min over the model of  E[-reward(X_1)] + beta KL(p_model || p_base)
@@ -106,7 +110,10 @@ class DAMTrainer(Trainer):
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
-    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
+    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end. Once nothing is masked in front
+    of the end, no more network calls are spent on a row, and its rest is filled up with that token: in evaluation, and
+    in training at states of trajectories (block_length, a model that has blocks, or more masks than diffusion_steps).
+    Other training re-masks whole outcomes.
 
     Never drawn are the mask token, `suppress_tokens`, and ids that processing_class does not have, for which many heads
     have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
@@ -153,7 +160,8 @@ class DAMTrainer(Trainer):
             EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids). label_ids is None
             where there are no labels, or others than of tokens among them.
         peft_config: trains an adapter (extra `peft`).
-        ref_model: the base model. Unless given it is the model as it is now: a frozen copy, or of a PEFT model, whether
+        ref_model: the base model, which accelerate may have offloaded (accelerate.cpu_offload) or divided over devices.
+            Unless given it is the model as it is now: a frozen copy of at most 8 GiB, or of a PEFT model, whether
             by peft_config or given as one, with an adapter that was trained before, the model itself with a copy of its
             trainable parameters, be they adapters, biases (bias="all"), modules_to_save or tokens. So a run that is
             resumed must be given the model that it began with.
@@ -218,6 +226,12 @@ class DAMTrainer(Trainer):
         self.reward_funcs = self._rewards.functions
         limits = limits_of(network)
         own = denoiser(network)  # raises where the model does not fit
+        if hasattr(own, "canvas_length"):
+            raise TypeError(
+                f"{type(network).__name__} knows no mask token: it undoes uniform noise on a canvas, where DAMTrainer "
+                "fills in masks. Train it in a loop of your own by dam.canvas: rollout, dam.adjoint.tilted_weights, "
+                "and path_loss or posterior_loss (docs/models.md)"
+            )
         tokens = special_tokens(
             args.mask_token_id,
             processing_class,
@@ -231,11 +245,12 @@ class DAMTrainer(Trainer):
         self._stop = tokens.stop
         self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
-        self._on_paths = args.on_paths
+        self._in_blocks = args.block_length is not None
         if blocks_of(own) is not None:
             blocks_for(own, args.block_length)  # raises where they are others
             args.check_on_paths("a model whose attention has blocks goes")
-            self._on_paths = True
+            self._in_blocks = True
+        self._keeps_paths = self._in_blocks or args.diffusion_steps is not None
         network, base = with_base(network, ref_model, peft_config)
         if args.disable_dropout:
             _without_dropout(network)
@@ -246,21 +261,23 @@ class DAMTrainer(Trainer):
         self._completions: Completions | None = None  # of all processes' last rollout
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
-        super().__init__(
-            model=network,
-            args=args,
-            data_collator=Collator(self._reader, tokens.pad),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with precision_of(args):
+            super().__init__(
+                model=network,
+                args=args,
+                data_collator=Collator(self._reader, tokens.pad),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         # The loss is a mean over states: the Trainer divides it by gradient_accumulation_steps.
         self.model_accepts_loss_kwargs = False
         self._update = UpdateBegun()
         self.add_callback(self._update)
+        self.add_callback(OnBegin(self._evaluate_at_the_end))
         self._average: WeightAverage | None = None
         if args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -289,11 +306,14 @@ class DAMTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        batch_size = args.prompts_per_rollout * args.world_size
+        steps = max(1, len(dataset) // batch_size * args.steps_per_rollout)  # of an epoch
         return PromptSampler(
             len(dataset),
-            args.prompts_per_rollout * args.world_size,
+            batch_size,
             args.gradient_accumulation_steps * args.steps_per_rollout,
             seed if args.shuffle_dataset else None,
+            lambda: self.state.global_step // steps,
         )
 
     def _get_dataloader(  # type: ignore[override]
@@ -382,6 +402,7 @@ class DAMTrainer(Trainer):
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
+        weight = weight - args.centering * weight.mean(dim=1, keepdim=True)
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
         kept = [
@@ -390,7 +411,7 @@ class DAMTrainer(Trainer):
             "first",
             "attention_mask",
             "start",
-            *(["position", "call"] if self._on_paths else []),
+            *(["position", "call"] if self._keeps_paths else []),
         ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
@@ -411,7 +432,10 @@ class DAMTrainer(Trainer):
         """A group of rewarded trajectories for each prompt of this process."""
         args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
+        args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
+        # Re-masked outcomes are states of the exact chain only where all of them was drawn.
+        start = torch.where(self._of_exact_chain(tokens), tokens.shape[1], batch["start"])
         row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
         masks = attention_mask.repeat_interleave(size, dim=0)
         # All of a group by num_orders, or a few of it by two.
@@ -434,6 +458,8 @@ class DAMTrainer(Trainer):
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
+                stop_tokens=self._stop,
+                start=start.repeat_interleave(size),
             )
             paths = None
             if taken > 0:
@@ -503,20 +529,60 @@ class DAMTrainer(Trainer):
         return without_ended(targets, self._stop, groups["start"]) if self._stop else targets
 
     def _estimated(self, groups: Group, names: Tensor) -> MatchingTargets:
-        seed, args = self._seed(_Draw.TARGETS), self.args
-        states, final, weight = groups["states"], groups["final"], groups["weight"]
-        if args.normalizer == "state":
-            return state_targets(
-                args.estimator, states, final, groups["first"], weight, self.process, seed=seed, row_ids=names
-            )
-        size = weight.shape[1]
+        if self.args.normalizer == "state":
+            return self._at_states(groups, names)
+        groups, row_ids = self._replicated(groups, names)
+        exact = self._of_exact_chain(groups["states"])
+        return joined(
+            [
+                (targets({name: value[of] for name, value in groups.items()}, row_ids[of]), of)
+                for targets, of in ((self._at_outcomes, exact), (self._on_paths, ~exact))
+                if bool(of.any())
+            ]
+        )
+
+    def _replicated(self, groups: Group, names: Tensor) -> tuple[Group, Tensor]:
+        """Groups with each trajectory num_replicates times, one after another, and ids of all [G, K num_replicates]."""
+        size, times = groups["weight"].shape[1], self.args.num_replicates
         row_ids = names[:, None] * size + torch.arange(size, device="cpu")
-        if self._on_paths:
-            paths = path_of(states, final, groups["position"], groups["call"])
-            return path_targets(paths, weight, whole_calls=True, seed=seed, row_ids=row_ids.flatten())
-        initial = states[:, None].expand_as(final)
-        remasked = self.process.remask(initial, final, seed=seed, row_ids=row_ids, stratified=True)
-        return group_targets(args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
+        if times == 1:
+            return groups, row_ids
+        groups = {
+            name: value.repeat(1, times, *[1] * (value.dim() - 2)) if name in _OF_TRAJECTORIES else value
+            for name, value in groups.items()
+        }
+        number = torch.arange(times, device="cpu").repeat_interleave(size)
+        return groups, row_ids.repeat(1, times) * times + number
+
+    def _of_exact_chain(self, states: Tensor) -> Tensor:
+        """Which groups, that began at states [G, L], had a position filled by each call, in no blocks: bool [G]."""
+        masks = self.process.masked(states).sum(dim=1)
+        if self._in_blocks:
+            return torch.zeros_like(masks, dtype=torch.bool)
+        return masks <= (self.args.diffusion_steps or masks)
+
+    def _at_states(self, groups: Group, names: Tensor) -> MatchingTargets:
+        states, final, first, weight = (groups[name] for name in ("states", "final", "first", "weight"))
+        seed = self._seed(_Draw.TARGETS)
+        return state_targets(self.args.estimator, states, final, first, weight, self.process, seed=seed, row_ids=names)
+
+    def _at_outcomes(self, groups: Group, row_ids: Tensor) -> MatchingTargets:
+        """At outcomes re-masked."""
+        final, weight, seed = groups["final"], groups["weight"], self._seed(_Draw.TARGETS)
+        initial, antithetic = groups["states"][:, None].expand_as(final), self.args.antithetic
+        remasked = self.process.remask(
+            initial, final, seed=seed, row_ids=row_ids, stratified=True, antithetic=antithetic
+        )
+        if antithetic:  # states without masks are among them, and count for nothing
+            masks = self.process.masked(groups["states"]).sum(dim=1, keepdim=True)
+            weight = weight * (masks + 1) / masks
+        return group_targets(self.args.estimator, remasked, final, weight, self.process, seed=seed, row_ids=row_ids)
+
+    def _on_paths(self, groups: Group, row_ids: Tensor) -> MatchingTargets:
+        """At the states that the network was called at."""
+        paths = path_of(groups["states"], groups["final"], groups["position"], groups["call"])
+        seed = self._seed(_Draw.TARGETS)
+        return path_targets(paths, groups["weight"], whole_calls=True, seed=seed, row_ids=row_ids.flatten())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -556,10 +622,14 @@ class DAMTrainer(Trainer):
             self.evaluate()
             self.progress.evaluation_due = False
 
+    def _evaluate_at_the_end(self) -> None:
+        """Where a run that is resumed has no step left, before which it would be: at an epoch's end there is none."""
+        if self.state.global_step >= self.state.max_steps:
+            self._evaluate_if_due()
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer._run_epoch`, which asks only after a step whether it was the last: a resumed run may have it."""
         if self.state.global_step >= self.state.max_steps:
-            self._evaluate_if_due()
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -577,7 +647,7 @@ class DAMTrainer(Trainer):
         self._timing.clear()
         self._compared = False
         if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._on_paths)
+            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._keeps_paths)
             check_average(str(resume_from_checkpoint), self.args.ema_decay)
             if self._average is not None:
                 self._average.load(str(resume_from_checkpoint))
@@ -601,12 +671,13 @@ class DAMTrainer(Trainer):
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
-        self._lengths_differ = check_rows(self._reader, self.train_dataset, "training")
+        self._lengths_differ, masks = check_rows(self._reader, self.train_dataset, "training")
+        self.args.check_steps(masks)
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             given: Any = self.eval_dataset
             for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
-                several = check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
-                self._lengths_differ = self._lengths_differ or several
+                seen = check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
+                self._lengths_differ = self._lengths_differ or seen.lengths_differ
 
     def _save_before(self, ending: Exception) -> None:
         """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""
@@ -668,9 +739,9 @@ class DAMTrainer(Trainer):
     ) -> dict[str, float]:
         """Fills in the evaluation prompts once each; logs and returns their mean reward and `compute_metrics`.
 
-        Decoding is set by eval_temperature and eval_remasking. What is drawn for a prompt depends on its place in the
-        dataset, not on the batch; each evaluation draws the same, unless eval_redraw is set. These reward calls are not
-        counted in reward_calls.
+        Decoding is set by eval_temperature, eval_remasking, eval_threshold, eval_top_k, eval_top_p and eval_guidance.
+        What is drawn for a prompt depends on its place in the dataset, not on the batch; each evaluation draws the
+        same, unless eval_redraw is set. These reward calls are not counted in reward_calls.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -691,8 +762,9 @@ class DAMTrainer(Trainer):
         """Fills in prompts once each, as `evaluate` does, and returns the token ids; logs nothing.
 
         Returns:
-            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, with
-            -100 on the left of shorter ones. Labels are None where there are none, or others than of tokens.
+            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, filled
+            up with the token that ended a completion, and with -100 on the left of shorter ones. Labels are None where
+            there are none, or others than of tokens.
         """
         metrics, predictions, labels = self._filled_in(self.get_test_dataloader(test_dataset), metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -714,8 +786,9 @@ class DAMTrainer(Trainer):
                     batch["attention_mask"],
                     seed=seed,
                     row_ids=batch["number"],
-                    temperature=self.args.eval_temperature,
-                    order=self.args.eval_remasking,
+                    decoding=self.args.decoding,
+                    stop_tokens=self._stop,
+                    start=batch["start"],
                 ).final
                 _, reward, _ = in_step(functools.partial(self._rewarded, batch, final, 1))
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
@@ -824,8 +897,7 @@ def _loaded(model: Any, kwargs: Any) -> Any:
         ValueError: arguments to load it with, and nothing to load.
     """
     if isinstance(model, str):
-        # In float32, as TRL does: what is trained in 16 bits loses small steps.
-        return AutoModelForMaskedLM.from_pretrained(model, **{"dtype": torch.float32, **(kwargs or {})})
+        return loaded(model, kwargs or {})
     if kwargs:
         raise ValueError("model_init_kwargs go with a model that is given by name; this one is loaded already")
     return model

@@ -72,6 +72,24 @@ def test_stratified_states_have_the_law_of_others_and_each_number_of_masks_as_of
         assert torch.equal(part == MASK, masked[5:7])
 
 
+@pytest.mark.parametrize("stratified", [True, False])
+def test_antithetic_states_have_masks_where_their_twins_have_none(stratified):
+    """And each by itself a number of masks uniform on 0 .. 3, any subset."""
+    groups = 20_000
+    initial = torch.tensor([MASK, 5, MASK, MASK]).expand(groups, 4, 4)
+    final = torch.tensor([1, 5, 2, 3]).expand(groups, 4, 4)
+    states = MaskedCTMC(MASK).remask(initial, final, seed=3, stratified=stratified, antithetic=True)
+    masked = states == MASK
+    assert not bool(masked[..., 1].any()) and bool((masked | (states == final)).all())
+    assert torch.equal(masked[:, :2] ^ masked[:, 2:], initial[:, :2] == MASK)
+    expected = torch.tensor([3, 1, 1, 1, 1, 1, 1, 3], dtype=torch.float64) / 12  # by subset of positions
+    for k in (0, 3):
+        code = (masked[:, k][:, [0, 2, 3]] * torch.tensor([4, 2, 1])).sum(dim=1)
+        assert abs(chi_square_z(torch.bincount(code, minlength=8).double(), expected)) < Z
+    with pytest.raises(ValueError, match="with an even K"):
+        MaskedCTMC(MASK).remask(initial[:, :3], final[:, :3], seed=3, antithetic=True)
+
+
 def test_remask_by_seed_depends_on_the_row_id_only():
     """The law is that by a generator, and padding in front or other rows change nothing."""
     process = MaskedCTMC(MASK)

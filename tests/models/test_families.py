@@ -10,27 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     EsmConfig,
     EsmForMaskedLM,
-    EuroBertConfig,
-    EuroBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
 
 from dam.ctmc import MaskedCTMC
+from dam.decoding import Decoding
 from dam.models import Blocks, MaskedLM, Tabular, as_denoiser, blocks_of, families, register
 from dam.rollout import log_prob_over_orders, rollout
 from dam.train import DAMConfig, DAMTrainer
-from tests.architectures import small_sizes
+from tests.architectures import QWEN, of_transformers, past_masks, small_sizes
 from tests.models import standins
 from tests.models.standins import a2d, dream, llada, llada2, sdar
 from tests.models.standins.trunk import HEADS, MASK, PAD, SIZE, VOCABULARY, filled_in
@@ -94,7 +92,7 @@ def from_the_end(model, tokens, block_length=4):
 def transformers_model(cls, config, **changes):
     sizes = {**small_sizes(VOCABULARY), "pad_token_id": PAD, "initializer_range": 0.3, "max_position_embeddings": 64}
     sizes.update(changes)
-    return lambda: cls(config(**sizes))
+    return lambda: of_transformers(cls)(of_transformers(config)(**sizes))
 
 
 def llada_model(**config):
@@ -107,35 +105,35 @@ def llada_model(**config):
     return make
 
 
-def qwen3_logits(model, tokens):
+def qwen_logits(model, tokens):
     seen = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
-    return model(tokens, attention_mask={"full_attention": seen}).logits
+    return model(tokens, attention_mask=past_masks(seen)).logits
 
 
-def qwen3_generate(model, prompt, gen_length=8):
+def qwen_generate(model, prompt, gen_length=8):
     x = nn.functional.pad(prompt, (0, gen_length), value=MASK)
     for _ in range(gen_length):
-        x = filled_in(x, qwen3_logits(model, x), x == MASK, 1)
+        x = filled_in(x, qwen_logits(model, x), x == MASK, 1)
     return x
 
 
 BERT_LIKE = {"cls_token_id": None, "sep_token_id": None}
-QWEN3 = {"num_key_value_heads": 1, "head_dim": SIZE // HEADS}
+qwen_model = transformers_model(f"{QWEN}ForCausalLM", f"{QWEN}Config", num_key_value_heads=1, head_dim=SIZE // HEADS)
 FAMILIES = {
     "RoBERTa": Family(transformers_model(RobertaForMaskedLM, RobertaConfig), in_place, one_by_one),
     "ModernBERT": Family(
         transformers_model(ModernBertForMaskedLM, ModernBertConfig, **BERT_LIKE), in_place, one_by_one
     ),
-    "EuroBERT": Family(transformers_model(EuroBertForMaskedLM, EuroBertConfig), in_place, one_by_one),
+    "EuroBERT": Family(transformers_model("EuroBertForMaskedLM", "EuroBertConfig"), in_place, one_by_one),
     "ESM": Family(
         transformers_model(EsmForMaskedLM, EsmConfig, position_embedding_type="rotary", mask_token_id=MASK),
         in_place,
         one_by_one,
     ),
-    "Qwen3": Family(
-        transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3),
-        qwen3_logits,
-        qwen3_generate,
+    "Qwen": Family(
+        qwen_model,
+        qwen_logits,
+        qwen_generate,
         options={"attention": "full"},
     ),
     "LLaDA": Family(llada_model(), in_place, one_by_one),
@@ -173,9 +171,9 @@ FAMILIES = {
         lambda model, prompt, **sizes: sdar.generate(model, prompt, block_length=8, **sizes),
         Blocks(8, "sequence"),
     ),
-    "A2D": Family(lambda: standins.A2DQwen3LMHeadModel(a2d.A2DQwen3Config()), in_place, one_by_one),
+    "A2D": Family(lambda: standins.A2DLMHeadModel(a2d.A2DConfig()), in_place, one_by_one),
     "A2D by 4": Family(
-        lambda: standins.A2DQwen3LMHeadModel(a2d.A2DQwen3Config()),
+        lambda: standins.A2DLMHeadModel(a2d.A2DConfig()),
         from_the_end,
         a2d.generate,
         Blocks(4, "completion"),
@@ -226,7 +224,7 @@ def test_a_row_alone_is_the_row_in_a_batch_padded_on_the_left(family):
         torch.testing.assert_close(found[len(found) - len(row) :], log_probs(denoiser, row[None])[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Dream", "LLaDA 2", "SDAR", "A2D by 4"])
+@pytest.mark.parametrize("name", ["Qwen", "Dream", "LLaDA 2", "SDAR", "A2D by 4"])
 def test_positions_that_are_handed_in_do_not_count_padding(name):
     """Rotations tell only how far apart two positions are, but their scaling may go by how far they reach."""
     family, given = FAMILIES[name], []
@@ -279,27 +277,56 @@ def test_a_greedy_rollout_is_the_family_s_own_generation(family, prompt_length):
     assert found.final[0, 3:].tolist() == family.generate(model, prompt, gen_length=gen_length)[0].tolist()
 
 
-def test_llada_generates_by_blocks_of_the_completion():
-    """With several tokens a call, and a batch padded on the left, as its own code does."""
-    family = FAMILIES["LLaDA"]
-    model = family.model()
-    prompts, mask = padded([tokens_of(1, length, seed=length)[0].clamp(max=PAD - 1) for length in (6, 4)])
-    expected = llada.generate(model, prompts, mask, steps=4, gen_length=8, block_length=4)
-    tokens, seen = nn.functional.pad(prompts, (0, 8), value=MASK), nn.functional.pad(mask, (0, 8), value=1)
-    options = {"attention_mask": seen, "steps": 4, "block_length": 4, "order": "confidence", "temperature": 0.0}
-    found = rollout(family.denoiser(model), tokens, PROCESS, seed=0, **options)
-    assert found.network_calls == 4
+def lively(model, scale=10.0):
+    """Weights so large that predictions are not of one or two tokens, whatever the prompt."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.dim() == 2 else 1.0)
+    return model
+
+
+def completions_of_8(*lengths):
+    """Prompts padded on the left, and sequences of them and 8 masks, each with its attention mask."""
+    prompts, mask = padded([tokens_of(1, length, seed=length)[0].clamp(max=PAD - 1) for length in lengths])
+    return prompts, mask, nn.functional.pad(prompts, (0, 8), value=MASK), nn.functional.pad(mask, (0, 8), value=1)
+
+
+@pytest.mark.parametrize(("steps", "block_length"), [(8, 8), (8, 4), (4, 8), (5, 8), (3, 8), (6, 4), (2, 4)])
+def test_llada_generates_with_steps_and_blocks(steps, block_length):
+    """Several positions a call, where they do not divide a block too."""
+    model = lively(FAMILIES["LLaDA"].model())
+    prompts, mask, tokens, seen = completions_of_8(6, 4, 5)
+    expected = llada.generate(model, prompts, mask, steps=steps, block_length=block_length)
+    options = {"attention_mask": seen, "steps": steps, "block_length": block_length}
+    greedy = Decoding(order="confidence", temperature=0.0)
+    found = rollout(as_denoiser(model), tokens, PROCESS, decoding=greedy, seed=0, **options)
+    assert found.network_calls == steps
     assert found.final.tolist() == expected.tolist()
 
 
-def test_dream_generates_from_prompts_padded_on_the_left():
-    model = FAMILIES["Dream"].model()
-    prompts, mask = padded([tokens_of(1, length, seed=length)[0].clamp(max=PAD - 1) for length in (6, 4)])
-    tokens, seen = nn.functional.pad(prompts, (0, 8), value=MASK), nn.functional.pad(mask, (0, 8), value=1)
-    found = rollout(
-        as_denoiser(model), tokens, PROCESS, attention_mask=seen, order="confidence", temperature=0.0, seed=0
-    )
-    assert found.final.tolist() == dream.generate(model, prompts, mask).tolist()
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_llada_generates_with_guidance(scale):
+    """Padding is not behind mask tokens, which it hides anyway."""
+    model = lively(FAMILIES["LLaDA"].model())
+    prompts, mask, tokens, seen = completions_of_8(6, 4, 5)
+    expected = llada.generate(model, prompts, mask, steps=4, cfg_scale=scale)
+    decoding = Decoding(order="confidence", temperature=0.0, guidance=scale)
+    options = {"attention_mask": seen, "steps": 4, "block_length": 4}
+    found = rollout(as_denoiser(model), tokens, PROCESS, decoding=decoding, seed=0, **options)
+    assert found.final.tolist() == expected.tolist()
+    assert expected.tolist() != llada.generate(model, prompts, mask, steps=4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("alg", "order"), [("maskgit_plus", "confidence"), ("entropy", "entropy"), ("topk_margin", "margin")]
+)
+@pytest.mark.parametrize("law", [{}, {"top_k": 4}, {"top_p": 0.97}], ids=str)
+def test_dream_generates_from_prompts_padded_on_the_left(alg, order, law):
+    model = lively(FAMILIES["Dream"].model(), 4.0)  # no two positions equal, as those that have one token left are
+    prompts, mask, tokens, seen = completions_of_8(6, 4, 5)
+    decoding = Decoding(order=order, temperature=0.0, **law)
+    found = rollout(as_denoiser(model), tokens, PROCESS, attention_mask=seen, decoding=decoding, seed=0)
+    assert found.final.tolist() == dream.generate(model, prompts, mask, alg=alg, **law).tolist()
 
 
 def lora_on(model, **more):
@@ -375,9 +402,8 @@ def test_five_steps_raise_a_reward(name, adapter, tmp_path):
     before = rewarded(family.denoiser(model.eval()))
     trainer.train()
     groups = trainer.progress.replay.batch(torch.arange(4))
-    assert ("position" in groups) == (
-        family.blocks is not None
-    )  # trained at the states of paths, where they have blocks
+    # Trained at the states of paths, where they have blocks.
+    assert bool(trainer._of_exact_chain(groups["states"]).any()) == (family.blocks is None)
     kl = [entry["kl_path"] for entry in trainer.state.log_history if "kl_path" in entry]
     assert abs(kl[0]) < 1e-5  # nothing is trained yet: the sum of six differences of equal numbers in float32
     after = rewarded(family.denoiser(model.eval()))
@@ -516,16 +542,16 @@ def test_options_are_those_of_the_family():
     with pytest.raises(TypeError, match="type 'roberta' have no option blocks; they have attention, block_length"):
         as_denoiser(FAMILIES["RoBERTa"].model(), blocks=4)
     with pytest.raises(ValueError, match="attention must be one of own, full, block-causal; got 'causal'"):
-        as_denoiser(FAMILIES["Qwen3"].model(), attention="causal")
+        as_denoiser(FAMILIES["Qwen"].model(), attention="causal")
     with pytest.raises(ValueError, match="block_length must be at least 1; got 0"):
-        as_denoiser(FAMILIES["Qwen3"].model(), block_length=0)
+        as_denoiser(FAMILIES["Qwen"].model(), block_length=0)
     with pytest.raises(ValueError, match="block_origin must be one of completion, sequence; got 'end'"):
         as_denoiser(FAMILIES["A2D"].model(), block_length=2, block_origin="end")
     with pytest.raises(ValueError, match="blocks go with block-causal"):
-        as_denoiser(FAMILIES["Qwen3"].model(), attention="full", block_length=2)
+        as_denoiser(FAMILIES["Qwen"].model(), attention="full", block_length=2)
     with pytest.raises(ValueError, match="shift must be 0 or 1; got 2"):
         as_denoiser(FAMILIES["Dream"].model(), shift=2)
-    own = as_denoiser(FAMILIES["Qwen3"].model())
+    own = as_denoiser(FAMILIES["Qwen"].model())
     with pytest.raises(TypeError, match="MaskedLM is a Denoiser itself and takes no options; got shift"):
         as_denoiser(own, shift=1)
 
@@ -533,7 +559,7 @@ def test_options_are_those_of_the_family():
 def test_any_language_model_can_be_told_what_it_is():
     """By options, a causal language model is one that the families know."""
     torch.manual_seed(0)
-    model, tokens = transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3)().eval(), tokens_of(2, 9)
+    model, tokens = qwen_model().eval(), tokens_of(2, 9)
     told = as_denoiser(model, block_length=4, block_origin="completion", shift=1, mask_token_id=3)
     assert blocks_of(told) == Blocks(4, "completion")
     assert told.mask_token_id == 3
@@ -601,3 +627,21 @@ def test_a_tied_llada_whose_logits_are_something_else_is_refused():
     model.model.config.scale_logits = False
     with pytest.raises(ValueError, match=r"LLaDAModelLM gives log-probabilities that differ by up to \d"):
         as_denoiser(model).hidden_states(tokens_of(1, 9))
+
+
+@pytest.mark.parametrize("name", ["ESM", "LLaDA tied", "LLaDA", "Dream"])
+def test_what_is_offloaded_gives_the_same_numbers(name):
+    """Head, embedding and a bias outside the head are brought back where they are read, and left where they were."""
+    family, tokens = FAMILIES[name], tokens_of(3, 13)
+    model = family.model()
+    expected = log_probs(family.denoiser(model), tokens)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(log_probs(family.denoiser(model), tokens), expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_model_whose_weights_were_never_loaded_is_refused():
+    with torch.device("meta"):
+        model = FAMILIES["ModernBERT"].make()
+    with pytest.raises(ValueError, match="are on the meta device and have no values: load the model's weights"):
+        as_denoiser(model).head()

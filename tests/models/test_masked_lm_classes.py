@@ -1,7 +1,11 @@
 """Every class of AutoModelForMaskedLM: hidden states and head give its own logits and gradients, or it is refused."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
+from transformers import FNetForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from dam.models import MaskedLM
@@ -56,17 +60,29 @@ REFUSED = {
     # the embedding's matrix, which is no output layer
     "perceiver": (TypeError, "gives no linear layer"),
 }
+# Before 5.0.
+if "attention_mask" not in inspect.signature(FNetForMaskedLM.forward).parameters:
+    REFUSED["fnet"] = (TypeError, "unexpected keyword argument 'attention_mask'")
+if hasattr(transformers, "Wav2Vec2ForMaskedLM"):
+    REFUSED["wav2vec2"] = (TypeError, "gives no linear layer")  # of sounds
+# Those of 4.x that cannot be tried.
+UNTRIED = {
+    "mega": "keeps the graph of a call for the next",
+    "qdqbert": "needs the package pytorch-quantization",
+}
 # Those whose positions count from each row's first token, by rotation or from tokens that are no padding.
 TAKES_PADDING = (
     *("camembert", "data2vec-text", "esm", "esmc", "eurobert", "gte", "ibert", "jina_embeddings_v3", "longformer"),
-    *("luke", "modernbert", "modernvbert", "mpnet", "neomme", "nomic_bert", "roberta", "roberta-prelayernorm"),
-    *("roformer", "ultrabert", "ultravbert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    *("luke", "mega", "modernbert", "modernvbert", "mpnet", "neomme", "nezha", "nomic_bert", "roberta"),
+    *("roberta-prelayernorm", "roformer", "ultrabert", "ultravbert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 CONFIGS = {config.model_type: config for config in MODEL_FOR_MASKED_LM_MAPPING}
 
 
 def tiny(model_type, **changes):
     """A model of that type in evaluation mode, every vector over the vocabulary random: biases are zero when new."""
+    if model_type in UNTRIED:
+        pytest.skip(f"{model_type} {UNTRIED[model_type]}")
     config_class = CONFIGS[model_type]
     if hasattr(config_class, "sub_configs") and "text_config" in config_class.sub_configs:
         parts = {name: type(part) for name, part in vars(config_class()).items() if name in config_class.sub_configs}
@@ -144,11 +160,13 @@ def test_rows_padded_on_the_left_are_taken_where_they_change_nothing(model_type)
 
 @pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
 def test_a_layer_that_is_not_the_last_is_refused(model_type):
-    """With legacy=False get_output_embeddings() names a layer of the head that comes before."""
+    """With legacy=False get_output_embeddings() names a layer of the head that comes before; not tied, as 4.x would."""
     tokens = torch.arange(5, 13)[None]
+    model = tiny(model_type, legacy=False, tie_word_embeddings=False)
     with pytest.raises(TypeError, match="returns logits of 21 tokens, but what get_output_embeddings"):
-        MaskedLM(tiny(model_type, legacy=False)).hidden_states(tokens, torch.ones_like(tokens))
+        MaskedLM(model).hidden_states(tokens, torch.ones_like(tokens))
     # As wide as the vocabulary, where shapes do not tell.
-    model = tiny(model_type, legacy=False, hidden_size=VOCABULARY - 1, vocab_size=VOCABULARY - 1)
+    sizes = {"hidden_size": VOCABULARY - 1, "vocab_size": VOCABULARY - 1}
+    model = tiny(model_type, legacy=False, tie_word_embeddings=False, **sizes)
     with pytest.raises(ValueError, match="changes its logits after the output layer"):
         MaskedLM(model).hidden_states(tokens, torch.ones_like(tokens))

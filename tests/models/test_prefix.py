@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from transformers import ModernBertConfig, ModernBertForMaskedLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import ModernBertConfig, ModernBertForMaskedLM
 
+from dam.decoding import Decoding
 from dam.models import Blocks, Tabular, as_denoiser
+from dam.models.prefix import _cache_class
 from dam.rollout import jump_log_prob, log_prob_over_orders, rollout
 from dam.train.base import with_base
 from tests.models.standins.trunk import HEADS, LAYERS, MASK, PAD, SIZE
@@ -15,16 +17,17 @@ from tests.models.test_families import (
     BERT_LIKE,
     FAMILIES,
     PROCESS,
-    QWEN3,
     Family,
+    lively,
     lora_on,
     padded,
+    qwen_model,
     tokens_of,
     transformers_model,
 )
 
 SHIFTED = Family(
-    transformers_model(Qwen3ForCausalLM, Qwen3Config, **QWEN3),
+    qwen_model,
     None,
     None,
     Blocks(4, "completion"),
@@ -32,7 +35,7 @@ SHIFTED = Family(
 )
 BLOCKS = {
     **{name: FAMILIES[name] for name in ("LLaDA 2 by 4", "SDAR", "A2D by 4")},
-    "Qwen3, of the position behind": SHIFTED,
+    "Qwen, of the position behind": SHIFTED,
     "... from the sequence's start": dataclasses.replace(
         SHIFTED, blocks=Blocks(4, "sequence"), options={"block_length": 4, "shift": 1}
     ),
@@ -97,6 +100,45 @@ def test_draws_are_those_of_whole_sequences(name, rows):
         ]
         for found, expected in zip(*over, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # sums of 9 of those
+
+
+@pytest.mark.parametrize("name", ["SDAR", "Qwen3, of the position behind"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_tokens": [1, 5, 8, 10]},
+        {"decoding": Decoding(order="confidence", threshold=0.08), "stop_tokens": [5, 10]},
+        {"decoding": Decoding(order="entropy", top_k=6, guidance=1.0), "steps": 6},
+    ],
+    ids=str,
+)
+def test_draws_are_those_of_whole_sequences_where_rows_go_on_by_themselves(name, options):
+    """Some end, or take fewer calls for a block; and the prompt is hidden in a second pass with a cache of its own."""
+    family = BLOCKS[name]
+    denoiser, base = (lively(family.model(seed), 3.0) for seed in (0, 1))
+    denoiser, base = family.denoiser(denoiser), family.denoiser(base)
+    tokens, mask = scattered()
+    fixed = {"seed": 5, "attention_mask": mask, **options}
+    paths = rollout(denoiser, tokens, PROCESS, base=base, **fixed)
+    assert_same(paths, rollout(Whole(denoiser), tokens, PROCESS, base=Whole(base), **fixed))
+    calls, masks = paths.call.max(dim=1).values + 1, (tokens == MASK).sum(dim=1)
+    assert bool((calls < masks).any()) and (paths.ended is None or bool(paths.ended.any()))
+
+
+@pytest.mark.parametrize("name", ["LLaDA 2 by 4", "SDAR", "A2D by 4"])
+def test_rows_that_have_ended_are_not_run(name):
+    family = BLOCKS[name]
+    model = lively(family.model(), 4.0)
+    denoiser = family.denoiser(model)
+    tokens, _ = completions(*[8] * 12, length=12)
+    options = {"stop_tokens": [1, 5, 8], "seed": 0}
+    rollout(denoiser, tokens, PROCESS, **options)  # what is tried before the first call
+    sizes = sizes_of(model)
+    found = rollout(denoiser, tokens, PROCESS, **options)
+    calls = found.call.max(dim=1).values + 1
+    assert len(calls.unique()) > 2
+    assert [rows for rows, _ in sizes] == [int((calls > n).sum()) for n in range(found.network_calls)]
+    assert [width for _, width in sizes] == [(12 if n == 0 else 8) if n % 4 == 0 else 4 for n in range(len(sizes))]
 
 
 @pytest.mark.parametrize("name", ["LLaDA 2 by 4", "SDAR", "A2D by 4"])
@@ -208,7 +250,7 @@ def test_calls_that_go_back_to_an_earlier_block_are_of_whole_sequences():
 
 def test_passes_over_blocks_are_offered_where_they_are_to_be_had(monkeypatch):
     tokens = tokens_of(2, 9)
-    for name in ("LLaDA", "Dream", "A2D", "Qwen3", "ModernBERT"):
+    for name in ("LLaDA", "Dream", "A2D", "Qwen", "ModernBERT"):
         family = FAMILIES[name]
         assert family.denoiser(family.model()).prefix_cache(tokens) is None, name
     encoder = transformers_model(ModernBertForMaskedLM, ModernBertConfig, **BERT_LIKE)().eval()
@@ -237,12 +279,18 @@ def test_a_model_whose_cache_is_wrong_is_run_whole_and_said_so(fault):
     denoiser = family.denoiser(model)
     tokens, _ = completions(8, 8, length=8)
     why = {"forgets": "they give other hidden states", "raises": "AttributeError: no such method of a cache"}[fault]
-    with pytest.warns(UserWarning, match=f"Faulty: rollouts run whole sequences, .* {why}"):
+    with pytest.warns(UserWarning, match=f"Faulty: rollouts cannot run blocks alone, .* {why}"):
         found = rollout(denoiser, tokens, PROCESS, seed=0)
     assert_same(
         dataclasses.replace(found, base_log_prob=found.log_prob),
         rollout(Whole(denoiser), tokens, PROCESS, base=Whole(denoiser), seed=0),
     )
+
+
+def test_the_cache_tells_a_mask_s_size_to_every_release():
+    cache = _cache_class()(None, 8)
+    assert cache.get_seq_length(1) == 8
+    assert cache.get_mask_sizes(4, 1) == cache.get_mask_sizes(torch.arange(8, 12), 1) == (12, 0)
 
 
 def test_the_trial_leaves_the_model_and_random_state_as_they_were():

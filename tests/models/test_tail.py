@@ -6,20 +6,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    HyperCLOVAXConfig,
-    NanoChatConfig,
-    VaultGemmaConfig,
-)
+from transformers import AutoModelForCausalLM
 
 import dam
 from dam.models import MaskedLM
-from tests.architectures import small_sizes
+from tests.architectures import of_transformers, small_sizes
 
 VOCABULARY, WIDTH = 11, 8
 
@@ -234,17 +225,19 @@ def test_logits_are_found_in_what_a_model_returns(returned, tokens):
 
 SIZES = {**small_sizes(VOCABULARY), "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 8}
 CAUSAL = {
-    "multiplied by logit_scale": CohereConfig(**SIZES, logit_scale=0.0625),
-    "divided by logits_scaling": GraniteConfig(**SIZES, logits_scaling=8.0),
-    "multiplied by logits_scaling": HyperCLOVAXConfig(**SIZES, logits_scaling=8.0),
+    "multiplied by logit_scale": ("CohereConfig", {"logit_scale": 0.0625}),
+    "divided by logits_scaling": ("GraniteConfig", {"logits_scaling": 8.0}),
+    "multiplied by logits_scaling": ("HyperCLOVAXConfig", {"logits_scaling": 8.0}),
 }
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_scales_of_transformers_classes(name, tokens):
     """Among them two that read one name in opposite ways."""
+    config, changes = CAUSAL[name]
+    config = of_transformers(config)(**SIZES, **changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CAUSAL[name]).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data *= 8.0 if parameter.dim() == 2 else 1.0  # new ones give logits near 0
     with torch.no_grad():
@@ -254,27 +247,29 @@ def test_scales_of_transformers_classes(name, tokens):
 
 
 CAPPED = {
-    "Gemma 2": Gemma2Config(**SIZES, final_logit_softcapping=30.0),
-    "Gemma 3": Gemma3TextConfig(**SIZES, final_logit_softcapping=12.5),
-    "VaultGemma": VaultGemmaConfig(**SIZES, final_logit_softcapping=20.0),
-    "NanoChat": NanoChatConfig(**SIZES, final_logit_softcapping=15.0),
+    "Gemma 2": ("Gemma2Config", 30.0),
+    "Gemma 3": ("Gemma3TextConfig", 12.5),
+    "VaultGemma": ("VaultGemmaConfig", 20.0),
+    "NanoChat": ("NanoChatConfig", 15.0),
 }
 
 
 def capped_model(name):
     """One whose logits go far into the cap, as those of new models do not."""
+    config, softcap = CAPPED[name]
+    config = of_transformers(config)(**SIZES, final_logit_softcapping=softcap)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CAPPED[name]).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     layer = model.get_output_embeddings()
     with torch.no_grad():
-        layer.weight *= CAPPED[name].final_logit_softcapping / float(layer.weight.norm(dim=1).max())
+        layer.weight *= softcap / float(layer.weight.norm(dim=1).max())
     return model
 
 
 @pytest.mark.parametrize("name", CAPPED)
 def test_soft_capped_logits_of_transformers(name, tokens):
     """Log-probabilities, draws and the loss with its gradients are those of the model's own logits."""
-    model, softcap = capped_model(name), CAPPED[name].final_logit_softcapping
+    model, softcap = capped_model(name), CAPPED[name][1]
     denoiser = MaskedLM(model)
     hidden, head = denoiser.hidden_states(tokens), denoiser.head()
     assert head.softcap == softcap  # to the last digit

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
 from transformers import BertForMaskedLM
 
 import dam
 from dam.models import MaskedLM, as_denoiser
 from dam.models.tail import POSITIONS
-from dam.train import DAMTrainer
+from dam.train import DAMTrainer, base
 from dam.train.base import InitialParameters, with_base
 
 peft = pytest.importorskip("peft", reason="needs the package peft")
@@ -273,3 +274,36 @@ def test_a_reference_that_shares_parameters_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"ref_model shares \d+ parameters with the model .*copy.deepcopy"):
             DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ref_model=shared)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_reference_stays_where_accelerate_has_put_it(tmp_path):
+    """Offloaded, its head too, it gives the numbers of one that is here, and is not moved."""
+    runs = []
+    for offloaded in (False, True):
+        reference = start()
+        if offloaded:
+            cpu_offload(reference, execution_device=torch.device("cpu"))
+        trainer = DAMTrainer(start(), sum_reward, tiny_config(tmp_path), ROWS, ref_model=reference)
+        trainer.train()
+        runs.append(trainer)
+        assert offloaded == any(parameter.is_meta for parameter in reference.parameters())
+    for name in ("kl_path", "ess", "loss"):
+        assert entries(runs[0], name) == entries(runs[1], name)
+    assert_same_weights(runs[0].model, runs[1].model)
+
+
+def test_a_base_that_would_be_too_large_a_copy_is_refused(tmp_path, monkeypatch):
+    """One of an adapter is none, and a model that is not all here cannot be copied."""
+    model = start()
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    monkeypatch.setattr(base, "LARGEST_COPY", size)
+    DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS)
+    monkeypatch.setattr(base, "LARGEST_COPY", size - 1)
+    with pytest.raises(ValueError, match=r"a frozen copy of 0\.0 GiB on each device: train an adapter"):
+        DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS)
+    DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, ref_model=start())
+    DAMTrainer(model, sum_reward, tiny_config(tmp_path), ROWS, peft_config=lora("LoRA"))
+    placed = start()
+    cpu_offload(placed, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded by accelerate and cannot be copied to be the base: train an ad"):
+        DAMTrainer(placed, sum_reward, tiny_config(tmp_path), ROWS)

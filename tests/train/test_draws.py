@@ -137,14 +137,21 @@ def evaluated(trainer, rows):
 
 
 @pytest.mark.parametrize(
-    "decoding", [{"eval_temperature": 1.0}, {"eval_temperature": 1.0, "eval_remasking": "confidence"}]
+    "decoding",
+    [
+        {},
+        {"eval_remasking": "confidence"},
+        {"eval_remasking": "entropy", "eval_threshold": 1.7, "eval_top_p": 0.98},
+        {"eval_guidance": 0.5, "eval_top_k": 4},
+    ],
+    ids=str,
 )
 def test_evaluation_draws_each_row_apart_in_any_batch_size(tmp_path, decoding):
     """So that 64 samples of one prompt are 64 samples, at one a batch too."""
     rows = [{"input_ids": [1, *[MASK] * 7]}] * 32
     found = []
     for size in (32, 5, 1):
-        config = tiny_config(tmp_path, per_device_eval_batch_size=size, **decoding)
+        config = tiny_config(tmp_path, per_device_eval_batch_size=size, eval_temperature=1.0, **decoding)
         found.append(evaluated(DAMTrainer(rotary_model(), sum_reward, config, ROWS), rows))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0][1])) > 28  # as above

@@ -5,6 +5,7 @@ Weights are compared bitwise: every random choice depends on seed and step only,
 
 import itertools
 import os
+import types
 
 import pytest
 import torch
@@ -210,6 +211,32 @@ def test_no_failure_loses_the_run(tmp_path, monkeypatch, fails, n, step):
     assert again.reward_calls == whole.reward_calls
 
 
+def test_an_evaluation_that_failed_at_the_end_of_an_epoch_and_run_is_done(tmp_path):
+    """Where a resumed run has neither a step nor an epoch left."""
+    config = {"eval_strategy": "steps", "eval_steps": 8, "max_steps": 8}
+    failing = DAMTrainer(tiny_model(), BreaksAt(5), tiny_config(tmp_path, **config), ROWS, ROWS[:1])
+    with pytest.raises(RewardError, match="the judge is away"):
+        failing.train()
+    again = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config), ROWS, ROWS[:1])
+    again.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in again.state.log_history if "eval_reward" in entry] == [8]
+    assert again.state.global_step == 8
+
+
+@pytest.mark.parametrize("steps", [6, 8])
+def test_a_run_that_is_done_is_resumed_to_the_same_weights(tmp_path, steps):
+    """Inside an epoch and at its end: no step more, and no evaluation again."""
+    config = {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 2, "max_steps": steps}
+    whole = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config), ROWS, ROWS[:1])
+    whole.train()
+    again = DAMTrainer(tiny_model(1), sum_reward, tiny_config(tmp_path, **config), ROWS, ROWS[:1])
+    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{steps}")
+    assert_same_weights(whole.model, again.model)
+    assert again.state.global_step == steps and again.reward_calls == whole.reward_calls
+    told = [entry for entry in again.state.log_history if "eval_reward" in entry]
+    assert len(told) <= 1 and all(entry["step"] == steps for entry in told)
+
+
 def test_an_interrupt_saves_nothing_by_itself(tmp_path, monkeypatch):
     trainer = watched(tmp_path, monkeypatch, "a callback", 4, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -221,7 +248,9 @@ def test_an_update_that_failed_half_way_is_not_saved(tmp_path, monkeypatch):
     """Its weights are those of no step."""
     trainer = watched(tmp_path, monkeypatch)
     trainer.create_optimizer()
-    trainer.optimizer.step = Fails(trainer.optimizer.step, 3)
+    fails = Fails(trainer.optimizer.step, 3)
+    # A method, which schedulers wrap.
+    trainer.optimizer.step = types.MethodType(lambda _, *args, **kwargs: fails(*args, **kwargs), trainer.optimizer)
     with pytest.raises(OSError, match="gone"):
         trainer.train()
     assert last_checkpoint(str(tmp_path)) is None

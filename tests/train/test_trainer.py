@@ -842,8 +842,116 @@ def test_rollouts_of_few_calls_are_trained_at_the_states_that_the_calls_saw(tmp_
         assert torch.equal(targets.target[rows, 0], groups["final"][group, k][targets.position[rows]])
         torch.testing.assert_close(targets.weight[rows].sum(), groups["weight"][group, k])
     for other in ({"estimator": "first_jump"}, {"normalizer": "state"}):
-        with pytest.raises(ValueError, match="go with estimator"):
-            table_config(tmp_path, **changes, **other)
+        with pytest.raises(ValueError, match="goes with estimator"):
+            DAMTrainer(table(), twos, table_config(tmp_path, **changes, **other), TABLE_ROWS).train()
+
+
+def test_as_many_calls_as_masks_are_the_exact_chain(tmp_path):
+    """Whose outcomes are re-masked: bit for bit what no limit gives."""
+    runs = []
+    for steps in (3, None):
+        trainer = DAMTrainer(table(), twos, table_config(tmp_path, diffusion_steps=steps), TABLE_ROWS)
+        trainer.train()
+        runs.append(trainer.model)
+    assert_same_weights(*runs)
+
+
+def test_each_row_is_trained_at_the_states_of_its_own_chain(tmp_path):
+    """Of two calls: rows with two masks at re-masked outcomes, those with three at what the calls saw."""
+    rows = [{"input_ids": [3, 3, 3] if n % 2 else [1, 3, 3]} for n in range(8)]
+    trainer = DAMTrainer(table(), twos, table_config(tmp_path, diffusion_steps=2, replay_batch_size=6), rows)
+    trainer.train()
+    groups, names = trainer._replayed()
+    short = (groups["states"] == 3).sum(dim=1) == 2
+    assert 0 < short.sum() < len(short)
+    targets = trainer._targets(groups, names)
+    assert len(targets.states) == groups["weight"].numel()
+    for of, alone in ((short, trainer._at_outcomes), (~short, trainer._on_paths)):
+        ids = names[of, None] * 8 + torch.arange(8)
+        expected = alone({name: value[of] for name, value in groups.items()}, ids)
+        here = of[targets.group]
+        assert torch.equal(targets.states[here], expected.states)
+        assert torch.equal(targets.group[here], of.nonzero()[:, 0][expected.group])
+        kept = here[targets.row]
+        assert torch.equal((here.cumsum(0) - 1)[targets.row[kept]], expected.row)
+        for name in ("position", "target", "weight"):
+            assert torch.equal(getattr(targets, name)[kept], getattr(expected, name))
+
+
+def test_a_row_that_takes_more_calls_than_its_estimator_admits_is_refused_before_it_is_rolled_out(tmp_path):
+    config = tiny_config(tmp_path, estimator="first_jump", diffusion_steps=3)
+    rows = [*ROWS[:4], *[{"input_ids": [1, MASK, MASK, MASK, MASK]}] * 4]
+
+    class NotLookedThrough(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            return rows[index]
+
+    called = []
+
+    def reward(completion_ids, **_):
+        called.append(1)
+        return sum_reward(completion_ids)
+
+    for dataset in (rows, NotLookedThrough()):
+        with pytest.raises(
+            ValueError, match="a row with 4 masks takes more than the 3 network calls of diffusion_steps"
+        ):
+            DAMTrainer(rotary_model(), reward, config, dataset).train()
+        assert not called or dataset is not rows
+    DAMTrainer(rotary_model(), reward, tiny_config(tmp_path, estimator="first_jump", diffusion_steps=3), ROWS).train()
+
+
+def by_state(targets):
+    """Sum of weights by state (of three positions, four tokens) and position [64, 3], over the number of states."""
+    out = torch.zeros(64, 3)
+    code = (targets.states * torch.tensor([16, 4, 1])).sum(dim=1)[targets.row]
+    out.index_put_((code, targets.position), targets.weight[:, 0], accumulate=True)
+    return out / len(targets.states)
+
+
+def test_replicates_of_an_outcome_are_states_of_the_same_law(tmp_path):
+    """Antithetic ones too, in which every position is trained in one of a pair; and a first one as without any."""
+    found = {}
+    for name, changes in {
+        "one": {},
+        "four": {"num_replicates": 4},
+        "in pairs": {"num_replicates": 4, "antithetic": True},
+        "on paths": {"num_replicates": 4, "block_length": 1},
+    }.items():
+        trainer = DAMTrainer(table(), twos, table_config(tmp_path, **changes), TABLE_ROWS)
+        trainer.train()
+        groups, names = trainer._replayed()
+        draws = []
+        for n in range(400):
+            targets = trainer._targets(groups, names + n * len(names))
+            draws.append(by_state(targets))
+            if name == "in pairs":
+                half = torch.zeros_like(targets.states, dtype=torch.int64)
+                half[targets.row, targets.position] = 1
+                pairs = half.view(len(names), 2, -1, 3)
+                assert bool((pairs.sum(dim=1) == 1).all())
+        times = changes.get("num_replicates", 1)
+        assert len(targets.states) == times * groups["weight"].numel()
+        found[name] = torch.stack(draws)
+    one, four, pairs, paths = found.values()
+    total = one.mean(dim=0).sum()
+    for draws in (four, pairs):
+        # 400 x 32 draws of a state each, and more: a standard error of 2% of what is drawn most.
+        torch.testing.assert_close(draws.mean(dim=0).sum(), total, rtol=0.05, atol=0)
+    assert float(four.var(dim=0).sum()) < 0.5 * float(one.var(dim=0).sum())
+    assert float(paths.mean(dim=0).sum()) > 0
+
+
+def test_centred_weights_have_no_sum(tmp_path):
+    config = table_config(tmp_path, centering=1.0)
+    trainer = DAMTrainer(table(), twos, config, TABLE_ROWS)
+    trainer.train()
+    weight = trainer.progress.replay.batch(torch.arange(4))["weight"]
+    # Of numbers up to 8, in float32.
+    assert float(weight.sum(dim=1).abs().max()) < 1e-5 and float(weight.min()) < 0 < float(weight.max())
 
 
 def test_forbidden_outcomes_are_left_out_of_every_mean(tmp_path):

@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from tests.architectures import QWEN, past_masks
 from tests.models.standins.trunk import HEADS, LAYERS, MASK, PAD, SIZE, VOCABULARY, filled_in
 
 
-class A2DQwen3Config(transformers.Qwen3Config):
-    model_type = "a2d-qwen3"
+class A2DConfig(getattr(transformers, f"{QWEN}Config")):
+    model_type = f"a2d-{QWEN.lower()}"
 
     def __init__(self, **more):
         sizes = {
@@ -26,8 +27,8 @@ class A2DQwen3Config(transformers.Qwen3Config):
         super().__init__(**{**sizes, **more})
 
 
-class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
-    config_class = A2DQwen3Config
+class A2DLMHeadModel(getattr(transformers, f"{QWEN}ForCausalLM")):
+    config_class = A2DConfig
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **more):
         if attention_mask is None:
@@ -36,9 +37,8 @@ class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
             least = torch.finfo(self.dtype).min
             added = torch.where(attention_mask[:, None, None, :].bool(), 0.0, least).to(self.dtype)
             attention_mask = added.expand(-1, 1, input_ids.shape[1], -1)
-        mask = {"full_attention": attention_mask}
         more["past_key_values"] = past_key_values
-        return super().forward(input_ids, attention_mask=mask, position_ids=position_ids, **more)
+        return super().forward(input_ids, attention_mask=past_masks(attention_mask), position_ids=position_ids, **more)
 
 
 @torch.no_grad()

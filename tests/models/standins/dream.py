@@ -32,14 +32,15 @@ class DreamBaseModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
-        self.layers = nn.ModuleList(Layer(feed_forward()) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(feed_forward(), layer_idx=n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
-    def forward(self, input_ids, attention_mask, position_ids):
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values):
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
             # Whatever is no tensor, "full" or None, is full attention.
-            x = layer(x, attention_mask if isinstance(attention_mask, torch.Tensor) else None, position_ids)
+            mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+            x = layer(x, mask, position_ids, past_key_values=past_key_values)
         return self.norm(x)
 
 
@@ -51,11 +52,14 @@ class DreamModel(Standin):
         self.model, self.lm_head = DreamBaseModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **_):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **_
+    ):
         if isinstance(attention_mask, torch.Tensor) and (attention_mask.dim(), attention_mask.dtype) != (4, torch.bool):
             raise ValueError(f"a boolean mask [B, 1, L, L], please; got {attention_mask.shape}")
         position_ids = counted(input_ids) if position_ids is None else position_ids
-        return MaskedLMOutput(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids)))
+        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
+        return MaskedLMOutput(logits=self.lm_head(hidden))
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -70,8 +74,8 @@ def shifted(logits):
 
 
 @torch.no_grad()
-def generate(model, prompt, attention_mask=None, gen_length=8):
-    """The likeliest token of a call, anywhere in the completion (`maskgit_plus`)."""
+def generate(model, prompt, attention_mask=None, gen_length=8, alg="maskgit_plus", top_p=None, top_k=None):
+    """A token a call, anywhere in the completion, where `alg` says."""
     x, positions = F.pad(prompt, (0, gen_length), value=MASK), None
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
@@ -81,5 +85,22 @@ def generate(model, prompt, attention_mask=None, gen_length=8):
     for _ in range(gen_length):
         # Rows of padding see nothing, of which attention makes 0 (NaN before torch 2.5).
         logits = shifted(model(x, "full" if attention_mask is None else attention_mask, positions).logits)
-        x = filled_in(x, logits, x == MASK, 1)
+        x = filled_in(x, logits, x == MASK, 1, lambda logits: confidence(logits, alg, top_p, top_k))
     return x
+
+
+def confidence(logits, alg, top_p=None, top_k=None):
+    """What `sample_tokens` gives at temperature 0."""
+    if top_p is not None:
+        falling, index = logits.sort(dim=-1, descending=True)
+        remove = falling.softmax(dim=-1).cumsum(dim=-1) > top_p
+        remove = F.pad(remove[..., :-1], (1, 0))
+        logits = logits.masked_fill(remove.scatter(-1, index, remove), torch.finfo(logits.dtype).min)
+    if top_k is not None:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
+    probs = logits.softmax(dim=-1)
+    if alg == "entropy":
+        return (probs * (probs + 1e-10).log()).sum(dim=-1)
+    top = probs.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1] if alg == "topk_margin" else top[..., 0]

@@ -37,8 +37,11 @@ class SDARAttention(Attention):
         if past is not None and store_kv:
             k, v = past.update(k, v, self.layer_idx)
         elif past is not None and len(past) > self.layer_idx:  # looks, and stores nothing
-            kept = past.layers[self.layer_idx]
-            k, v = torch.cat((kept.keys, k), dim=-2), torch.cat((kept.values, v), dim=-2)
+            if hasattr(past, "layers"):
+                kept = past.layers[self.layer_idx].keys, past.layers[self.layer_idx].values
+            else:  # before 4.54
+                kept = past[self.layer_idx]
+            k, v = (torch.cat(both, dim=-2) for both in zip(kept, (k, v), strict=True))
         seen = mask.bool()  # of what is added to scores, the opposite of what was meant
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if torch.all(seen) else seen)
         return self.o_proj(4.0 * attended.transpose(1, 2).flatten(2))
