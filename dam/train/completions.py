@@ -67,7 +67,8 @@ class Completions:
             table.add_row(*map(Text, (_readable(prompt), _readable(completion), *values)))  # Text: [MASK] is no markup
         rendered = io.StringIO()
         width = shutil.get_terminal_size((120, 24)).columns
-        Console(file=rendered, width=width, force_terminal=terminal.isatty()).print(table)
+        colours = getattr(terminal, "isatty", lambda: False)()
+        Console(file=rendered, width=width, force_terminal=colours).print(table)
         return rendered.getvalue().rstrip("\n")
 
     def _as_lines(self, title: str) -> str:

@@ -322,7 +322,7 @@ class DAMConfig(TrainingArguments):
 
     def __new__(cls, *_: Any, **given: Any) -> DAMConfig:
         # Here, as the dataclass makes __init__, which would only say that it did not expect the name.
-        grpo.refuse(given, grpo.CONFIG, "GRPOConfig", cls.__name__)
+        grpo.refuse(given.keys() - cls.__dataclass_fields__.keys(), grpo.CONFIG, "GRPOConfig", cls.__name__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

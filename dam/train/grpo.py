@@ -216,9 +216,9 @@ TRAINER: dict[str, Entry] = {
         "same",
         model="a name is loaded by AutoModelForMaskedLM; a model with code of its own as an object (docs/models.md)",
         reward_funcs="functions, async ones too, sequence classifiers or their names (with "
-        "model_init_kwargs). Text is tokenised for these with their special tokens, in TRL without. Functions are not "
-        "given log_extra, log_metric and environments. "
-        "A completion that all give None for is an error: without a weight it would be forbidden",
+        "model_init_kwargs). Text is tokenised for these with their special tokens, in TRL without; "
+        "per_device_eval_batch_size of them share a forward pass. Functions are not given log_extra, log_metric and "
+        "environments. A completion that all give None for is an error: without a weight it would be forbidden",
         args="",
         train_dataset="also with input_ids, sequences with masks to fill in",
         eval_dataset="",
@@ -251,7 +251,8 @@ def refuse(given: Iterable[str], table: Mapping[str, Entry], theirs: str, ours: 
     Raises:
         TypeError: says of each such name why not, and what to do.
     """
-    refused = [name for name in given if name in table and table[name].kind == "refused"]
+    names = set(given)
+    refused = [name for name, entry in table.items() if name in names and entry.kind == "refused"]
     if refused:
         listed = "".join(f"\n  {name}: {table[name].note}" for name in refused)
         raise TypeError(f"{ours} does not take what {theirs} has as{listed}")

@@ -749,7 +749,8 @@ class DAMTrainer(BaseTrainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
-        metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
+        with self._timing.part("evaluation"):
+            metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
         metrics["reward_calls"] = self.reward_calls
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -776,7 +777,7 @@ class DAMTrainer(BaseTrainer):
         rewards: list[Tensor] = []
         kept: dict[str, list[np.ndarray]] = {"final": [], "input_ids": [], "labels": []}
         label_kinds: list[np.ndarray] = []
-        with self._timing.part("evaluation"), self._averaged(), self.sampler.evaluating(self.model):
+        with self._averaged(), self.sampler.evaluating(self.model):
             for batch in each_in_step(loader):
                 self._compare(batch)
                 final = self.sampler.rollout(

@@ -82,10 +82,18 @@ def test_a_name_of_trl_s_is_refused_with_what_to_do(tmp_path, name):
 
 
 def test_several_names_are_refused_at_once(tmp_path):
-    with pytest.raises(TypeError, match=r"(?s)epsilon: the loss has no ratio.*use_vllm: rollouts fill in masked pos"):
+    with pytest.raises(TypeError, match=r"(?s)use_vllm: rollouts fill in masked.*epsilon: the loss has no ratio"):
         DAMConfig(str(tmp_path), beta=0.1, epsilon=0.2, use_vllm=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilom'"):
         DAMConfig(str(tmp_path), epsilom=0.2)
+
+    @dataclasses.dataclass
+    class WithEpsilon(DAMConfig):
+        epsilon: float = 0.1
+
+    assert WithEpsilon(str(tmp_path), use_cpu=True, epsilon=0.2).epsilon == 0.2
+    with pytest.raises(TypeError, match=r"WithEpsilon does not take what GRPOConfig has as\n  use_vllm: "):
+        WithEpsilon(str(tmp_path), epsilon=0.2, use_vllm=True)
 
 
 def test_arguments_of_the_trainer_are_refused_too(tmp_path):

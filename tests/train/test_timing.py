@@ -1,6 +1,7 @@
 """Where time goes: by a clock that is set by hand, and in a run whose reward takes all of it."""
 
 import pytest
+import torch
 from tiny import ROWS, sum_reward, tiny_config, tiny_model
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
@@ -65,24 +66,44 @@ def test_a_part_waits_for_the_device_at_both_ends():
 
 
 def test_a_run_tells_where_its_time_goes(tmp_path):
-    """Time passes in rewards, 5 s each of 2 prompts of 8 completions of 3 tokens, and in an evaluation, 3 s."""
-    clock = Clock()
+    """Time passes in rewards, 5 s for 2 prompts of 8 completions of 3 tokens and 3 s in an evaluation; in passes, 0.5 s
+    each; in other network calls, 1 s each; and in metrics, 2 s."""
+    clock, calls = Clock(), [0]
 
-    def slow(completion_ids, trainer_state, **_):
+    def reward(completion_ids, trainer_state, **_):
         clock.pass_by(5 if len(completion_ids) == 16 else 3)
         assert trainer_state.max_steps == 6
         return sum_reward(completion_ids)
 
+    def network(module, args):
+        clock.pass_by(0.5 if torch.is_grad_enabled() else 1.0)
+        calls[-1] += not torch.is_grad_enabled()
+
+    def metrics(prediction):
+        clock.pass_by(2)
+        return {}
+
     config = tiny_config(tmp_path, eval_strategy="steps", eval_steps=4)
-    trainer = DAMTrainer(tiny_model(), slow, config, ROWS, ROWS[:2])
+    trainer = DAMTrainer(tiny_model(), reward, config, ROWS, ROWS[:2], compute_metrics=metrics)
     trainer._timing = Timing(clock=clock)
+    trainer.model.register_forward_pre_hook(network)
+    logs = trainer.log
+    trainer.log = lambda *args: [logs(*args), calls.append(0)]
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = [(e["time/reward_share"], e["tokens_per_second"], e["time/eta_seconds"]) for e in logged]
-    assert found[:2] == [(1.0, 48 / 5, 10.0), (1.0, 48 / 5, 5.0)]
-    # Of rewards in an evaluation as of others; the pace is that of the whole run.
-    assert found[2] == (1.0, 48 / 8, 0.0)
-    assert all(sum(e[name] for name in e if name.endswith("_share")) == pytest.approx(1.0) for e in logged)
+    seconds = [5 + 2 * 0.5 + calls[0], 5 + 2 * 0.5 + calls[1], 5 + 3 + 2 + 2 * 0.5 + calls[2] + calls[3]]
+    assert len(logged) == 3 and min(calls[:4]) > 2
+    for entry, passed in zip(logged, seconds, strict=True):
+        assert entry["tokens_per_second"] == pytest.approx(48 / passed)
+        assert entry["time/training_share"] == pytest.approx(1 / passed)
+    # The evaluation comes between the second log and the third, and logs by itself.
+    shares = [[entry[f"time/{part}_share"] for part in ("rollout", "reward", "evaluation")] for entry in logged]
+    for n, evaluated in ((0, []), (1, []), (2, [calls[2] + 2])):
+        others = [calls[3 if evaluated else n], 5 + 3 * len(evaluated), sum(evaluated)]
+        assert shares[n] == pytest.approx([each / seconds[n] for each in others])
+    paces = [sum(seconds[: n + 1]) / (2 * n + 2) for n in range(3)]
+    expected = [pace * (4 - 2 * n) for n, pace in enumerate(paces)]
+    assert [entry["time/eta_seconds"] for entry in logged] == pytest.approx(expected)
 
 
 def test_a_line_of_progress():
