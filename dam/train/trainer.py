@@ -111,10 +111,10 @@ class DAMTrainer(Trainer):
 
     Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
     reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
-    p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
-    with a bias: `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and
-    split_half. kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or
-    from all by num_orders.
+    p_base) per prompt of trajectories up to where they end, the order of unmasking included), kl_outcome (of outcomes,
+    estimated with a bias: `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one
+    outcome) and split_half. kl_outcome and order_variance come from order_samples trajectories of each group by a
+    second order, or from all by num_orders.
 
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
