@@ -215,9 +215,8 @@ def _logits(hidden: Tensor, head: Head, process: MaskedCTMC, decoding: Decoding)
     bytes_per_row = size * (64 if decoding.cuts else 16)
     head = head.to(hidden.dtype)  # once, not for each chunk
     for part in _rows.chunks(len(hidden), bytes_per_row):
-        with torch.autocast(hidden.device.type, enabled=False):  # as inside the ops
-            logits = _cut(head.logits(hidden[part]).index_fill_(1, columns, -torch.inf), decoding)
-        yield part, logits
+        logits = head.logits(hidden[part]).index_fill_(1, columns, -torch.inf)
+        yield part, _cut(logits, decoding)
 
 
 def _cut(logits: Tensor, decoding: Decoding) -> Tensor:

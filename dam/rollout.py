@@ -56,7 +56,7 @@ class Trajectories:
 
     @property
     def network_calls(self) -> int:
-        """Batched forward passes of the model that were made."""
+        """Network calls that were made: batched forward passes of the model, two for each with guidance."""
         return int(self.call.max()) + 1 if self.call.numel() else 0
 
     @staticmethod

@@ -13,7 +13,7 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import MODEL_ORDERS, ORDERS, Decoding
 from dam.models.denoiser import Head
 from dam.ops._head import LoRA
-from dam.rollout import jump_log_prob, log_prob_over_orders, rollout
+from dam.rollout import Trajectories, jump_log_prob, log_prob_over_orders, rollout
 from tests import oracle
 
 N, V = 3, 3
@@ -200,6 +200,17 @@ def test_other_orders_of_ended_texts_give_weights_with_the_base_s_law_of_texts(o
         same = torch.tensor([n for n, name in names.items() if name == key])
         value = weight * torch.isin(of_text, same)
         assert abs(float(value.mean()) - probability) < 5.5 * float(value.std()) / rows**0.5
+
+
+def test_ended_trajectories_are_put_together_and_taken_apart():
+    ended = rollout(MODEL, blank(40), PROCESS, stop_tokens=[STOP], block_length=1, seed=7)
+    both = Trajectories.concatenate([ended[:15], ended[15:]])
+    for field in dataclasses.fields(Trajectories):
+        if field.name != "base_log_prob":
+            assert torch.equal(getattr(both, field.name), getattr(ended, field.name)), field.name
+    ends = torch.tensor([STOP in row for row in ended.final.tolist()])
+    assert torch.equal(ended.ended, ends) and bool(ends.any()) and not bool(ends.all())
+    assert Trajectories.concatenate([ended, rollout(MODEL, blank(1), PROCESS, seed=7)]).ended is None
 
 
 def test_ended_trajectories_replay():

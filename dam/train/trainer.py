@@ -125,7 +125,7 @@ class DAMTrainer(BaseTrainer):
     frac_reward_zero_std (of groups), completions/mean_length and its like in tokens (clipped_ratio: without a stop
     token; none of sequences given as input_ids); tilt (the step h toward the optimum), reward_calls, and
     `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model || p_base) per prompt of
-    trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated with a bias:
+    trajectories up to where they end, the order of unmasking included), kl_outcome (of outcomes, estimated with a bias:
     `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and split_half.
     kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or from all by
     num_orders. Of time (`dam.train.timing.Timing`): time/rollout_share, time/reward_share, time/evaluation_share and
