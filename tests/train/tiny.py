@@ -9,7 +9,7 @@ MASK, VOCABULARY = 0, 6
 ROWS = [{"input_ids": [1 + n % 3, MASK, MASK, MASK]} for n in range(8)]
 
 
-def tiny_model(seed=0, dropout=0.0):
+def tiny_model(seed=0, dropout=0.0, **more):
     torch.manual_seed(seed)
     return BertForMaskedLM(
         BertConfig(
@@ -21,6 +21,7 @@ def tiny_model(seed=0, dropout=0.0):
             max_position_embeddings=16,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
+            **more,
         )
     )
 
