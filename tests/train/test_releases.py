@@ -28,7 +28,8 @@ def test_no_method_is_overridden_in_vain():
 
 
 @pytest.mark.parametrize(
-    ("given", "dtype"), [({}, torch.float32), ({"dtype": "auto"}, torch.bfloat16), ({"torch_dtype": "auto"}, torch.bfloat16)]
+    ("given", "dtype"),
+    [({}, torch.float32), ({"dtype": "auto"}, torch.bfloat16), ({"torch_dtype": "auto"}, torch.bfloat16)],
 )
 def test_a_model_by_name_is_float32_unless_told(tmp_path, given, dtype):
     """Whatever its checkpoint has, and by either name of the argument."""
