@@ -75,13 +75,18 @@ def test_rows_end_early_in_evaluation_with_the_same_rewards(tmp_path, monkeypatc
 
 
 def test_a_prompt_s_tokens_end_nothing(tmp_path, monkeypatch):
-    """Nor does anything in a sequence given as input_ids."""
+    """Nor does anything in a sequence given as input_ids, in training either."""
     _, _, calls = evaluated(tmp_path, monkeypatch)
     assert all(bool((found.call >= 0).any(dim=1).all()) for found in calls.found)  # [5, 2] begins with a stop token
     calls = Calls(monkeypatch)
-    config = tiny_config(tmp_path, stop_token_ids=STOP, block_length=1, eval_temperature=1.0)
-    DAMTrainer(rotary_model(), sum_reward, config, ROWS).evaluate([{"input_ids": [4, *[MASK] * 7]}] * 8)
-    assert bool((calls.found[0].call >= 0).all()) and bool((calls.found[0].final[:, 1:-1] == 4).any())
+    config = tiny_config(tmp_path, stop_token_ids=STOP, block_length=1, eval_temperature=1.0, max_steps=1)
+    rows = [{"input_ids": [4, *[MASK] * 7]}] * 8
+    trainer = DAMTrainer(rotary_model(), sum_reward, config, rows)
+    trainer.evaluate(rows)
+    trainer.train()
+    assert len(calls.found) == 3
+    for found in calls.found:
+        assert bool((found.call >= 0).all()) and bool((found.final[:, 1:-1] == 4).any())
 
 
 def test_options_of_decoding_reach_the_rollouts_of_evaluation_only(tmp_path, monkeypatch):
