@@ -113,11 +113,12 @@ CONFIG: dict[str, Entry] = {
     ),
     # Generation
     **_of("same", temperature="of rollouts, model and base; eval_temperature, 0 unless set, of evaluations"),
-    **_alike("refused", f"{_LAW}. Leave it out", "top_p", "top_k", "min_p", "repetition_penalty"),
+    **_alike("refused", f"{_LAW}. In evaluations there are eval_top_k and eval_top_p", "top_p", "top_k"),
+    **_alike("refused", f"{_LAW}. Leave it out", "min_p", "repetition_penalty"),
     **_of(
         "refused",
         generation_kwargs=f"{_LAW}. For tokens never drawn use suppress_tokens, for ends stop_token_ids, for "
-        "evaluations eval_temperature and eval_remasking",
+        "evaluations what begins with eval_",
         cache_implementation="block-causal models keep keys and values of what is in front of a block by themselves: "
         "leave it out",
     ),

@@ -415,7 +415,7 @@ class DAMTrainer(BaseTrainer):
         ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
-        self._timing.drew(int(self.process.masked(rolled_out["states"]).sum()) * args.num_generations)
+        self._timing.drew(int((rolled_out["position"] >= 0).sum()))
         if seen:
             prompts, completions = ([each for part in parts for each in part] for parts in zip(*seen, strict=True))
             figures = {n.removeprefix("rewards/"): value for n, value in rolled_out.items() if n.startswith("rewards/")}

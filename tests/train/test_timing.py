@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ROWS, sum_reward, tiny_config, tiny_model
+from tiny import ROWS, rotary_model, sum_reward, tiny_config, tiny_model
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
@@ -104,6 +104,26 @@ def test_a_run_tells_where_its_time_goes(tmp_path):
     paces = [sum(seconds[: n + 1]) / (2 * n + 2) for n in range(3)]
     expected = [pace * (4 - 2 * n) for n, pace in enumerate(paces)]
     assert [entry["time/eta_seconds"] for entry in logged] == pytest.approx(expected)
+
+
+def test_tokens_are_those_that_were_drawn(tmp_path):
+    """Of prompts of different length, and up to a stop token where a rollout ends there."""
+    seen = []
+
+    def reward(completion_ids, **_):
+        clock.pass_by(1)
+        seen.append(sum(map(len, completion_ids)))
+        return sum_reward(completion_ids)
+
+    for changes, prompts in (({}, [[1], [2, 3]]), ({"stop_token_ids": [5], "block_length": 1}, [[1], [2]])):
+        seen.clear()
+        clock = Clock()
+        config = tiny_config(tmp_path, max_steps=2, max_completion_length=6, **changes)
+        trainer = DAMTrainer(rotary_model(), reward, config, [{"prompt": prompt} for prompt in prompts])
+        trainer._timing = Timing(clock=clock)
+        trainer.train()
+        (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+        assert entry["tokens_per_second"] == seen[0] and (seen[0] < 96) == bool(changes)
 
 
 def test_a_line_of_progress():
