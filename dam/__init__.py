@@ -20,7 +20,9 @@ from dam.ops.tilt_to_ess import tilt_to_ess
 
 if TYPE_CHECKING:
     from dam import adjoint as adjoint
+    from dam import canvas as canvas
     from dam import ctmc as ctmc
+    from dam import decoding as decoding
     from dam import diagnostics as diagnostics
     from dam import divergences as divergences
     from dam import models as models
@@ -32,7 +34,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Loaded when they are first asked for: what they need, an extra of some, `import dam` does not.
-_SUBMODULES = ("adjoint", "ctmc", "diagnostics", "divergences", "models", "plots", "rollout", "tasks", "train")
+_SUBMODULES = (
+    "adjoint",
+    "canvas",
+    "ctmc",
+    "decoding",
+    "diagnostics",
+    "divergences",
+    "models",
+    "plots",
+    "rollout",
+    "tasks",
+    "train",
+)
 
 __all__ = [
     "AdjointWeights",

@@ -308,7 +308,10 @@ def path_targets(
     with q = (1 - s) p_theta + s p_base over paths, p*/q are bounded weights, p*/q - p_theta/q those with baseline.
 
     Args:
-        trajectories: of `dam.rollout` in random order, at temperature 1.
+        trajectories: of `dam.rollout` in random order, at temperature 1. Of one that ended early, at a stop token, a
+            jump is drawn among all that there were masks for, and nothing is matched where it was not made: jumps up to
+            the end are as likely to be drawn as without it. Else those of short texts would weigh more, by what comes
+            after them.
         weight: any number for each.
         every: all jumps instead of a drawn one; the loss is then the expectation over the drawn one.
         whole_calls: with the drawn jump those of the same network call, drawn at the same state; each has its
@@ -319,11 +322,12 @@ def path_targets(
     average importance sampling and defensive mixture distributions, 1995.
     """
     _check_weight(weight)
-    count = (trajectories.call >= 0).sum(dim=1)
+    made = trajectories.call >= 0
+    count = (trajectories.initial != trajectories.final).sum(dim=1)  # of masks, more than jumps where a text ended
     if count.shape[0] != weight.numel():
         raise ValueError(f"weight must have an element per trajectory, {len(count)}; got {list(weight.shape)}")
     if every:
-        path, jump = torch.nonzero(trajectories.call >= 0, as_tuple=True)
+        path, jump = torch.nonzero(made, as_tuple=True)
         share = len(path) / (len(count) * count[path])  # the mean over states is to be one over trajectories
         rows, at = torch.arange(len(path), device=path.device), jump
     else:
@@ -335,6 +339,7 @@ def path_targets(
         chosen[path, jump] = True
         if whole_calls:
             chosen = trajectories.call == trajectories.call[path, jump][:, None]
+        chosen &= made
         rows, at = torch.nonzero(chosen, as_tuple=True)
         share = 1.0 / chosen.sum(dim=1)[rows]
     states = trajectories.initial[path].clone()
@@ -362,7 +367,8 @@ def without_ended(targets: MatchingTargets, stop: Sequence[int], start: Tensor) 
     would teach p(v | i, x, no end in front of i), which is not p(v | i, x): texts then grow longer and longer even
     with a constant reward, for which nothing is to be learned. Here p* stays the fixed point at all rows that are left.
     Path weights are those of the whole sequence, what follows the end included: the objective is still that of the
-    whole sequence, whose reward does not look behind the end.
+    whole sequence, whose reward does not look behind the end. Where rollouts end there (`dam.rollout.rollout` with
+    stop_tokens) they are those of the jumps up to the end: their mean over what might follow, with less noise.
 
     Args:
         targets: of G groups.

@@ -11,27 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
+from dam.decoding import ORDERS as ORDERS
+from dam.decoding import Decoding, draw_tokens, given_decoding, token_log_prob
 from dam.models.attention import Blocks
 from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.ops import _philox
 from dam.ops._philox import Use
-from dam.ops.linear_jump import linear_jump
-from dam.ops.linear_log_prob import linear_log_prob
-
-ORDERS = ("random", "confidence")
 
 
 @dataclasses.dataclass
 class Trajectories:
-    """B trajectories of at most S jumps over sequences of length L, in the order in which they jumped."""
+    """B trajectories of at most S jumps over sequences of length L, in the order in which they jumped.
+
+    Of a trajectory that ended early, at a stop token, the jumps up to there; the rest is filled up with that token.
+    """
 
     initial: Tensor  # int64 [B, L]: X_0, masks where something was filled in
-    final: Tensor  # int64 [B, L]: X_1
+    final: Tensor  # int64 [B, L]: X_1, without masks
     position: Tensor  # int64 [B, S]: where jump s went, -1 where a trajectory had fewer jumps
     token: Tensor  # int64 [B, S]: what it put there, -1 likewise
     call: Tensor  # int64 [B, S]: the network call that it came from, -1 likewise
     log_prob: Tensor  # float32 [B, S]: log-probability of the token under the sampler, 0 where no jump
     base_log_prob: Tensor | None = None  # float32 [B, S]: the same under the base model
+    ended: Tensor | None = None  # bool [B]: at a stop token, by the last jump's call; None where none was looked for
 
     @property
     def log_ratio(self) -> Tensor:
@@ -54,7 +56,7 @@ class Trajectories:
 
     @property
     def network_calls(self) -> int:
-        """Batched forward passes of the model that were made."""
+        """Network calls that were made: batched forward passes of the model, two for each with guidance."""
         return int(self.call.max()) + 1 if self.call.numel() else 0
 
     @staticmethod
@@ -67,7 +69,7 @@ class Trajectories:
             if any(part is None for part in parts):
                 values[field.name] = None
                 continue
-            if field.name not in ("initial", "final"):
+            if field.name not in ("initial", "final", "ended"):
                 empty = 0.0 if parts[0].is_floating_point() else -1
                 parts = [F.pad(part, (0, jumps - part.shape[1]), value=empty) for part in parts]
             values[field.name] = torch.cat(parts)
@@ -128,94 +130,189 @@ def rollout(
     attention_mask: Tensor | None = None,  # [B, L]
     steps: int | None = None,
     block_length: int | None = None,
-    order: str = "random",
-    temperature: float = 1.0,
+    order: str | None = None,
+    temperature: float | None = None,
+    decoding: Decoding | None = None,
+    hide: Tensor | None = None,  # bool [B, L]
+    stop_tokens: Sequence[int] = (),
+    start: Tensor | None = None,  # [B]
     seed: int,
     row_ids: Tensor | None = None,  # [B]
 ) -> Trajectories:
-    """Fills in every masked position of `tokens`.
+    """Fills in every masked position of `tokens`, or of each row what is in front of its end.
 
-    The head runs only at the positions that jump: a trajectory costs as many head rows as it has masks, at
+    The head runs only at the positions that jump: a trajectory costs as many head rows as it has jumps, at
     any number of steps. Only the network below the head runs once per step: over the block that a row is at where the
     denoiser offers that (`Denoiser.prefix_cache`), else over the sequence.
+
+    With stop_tokens a row ends once a stop token stands in it with no mask in front: what is behind is no part of its
+    text. It takes no more network calls. When that is, its state tells, so it is a stopping time of the chain:
+    jumps up to there are drawn as without stop_tokens (to the bit), their log-probabilities sum to that of the path
+    so far, and exp of the sum of `log_ratio` has mean 1 under the model and is the weight that gives the base's law of
+    texts. Left out is a factor of mean 1, of jumps that nobody reads. One block in random order seldom ends
+    early; blocks from left to right do.
 
     Args:
         denoiser: the model.
         tokens: int64 [B, L], X_0: mask tokens where something is to be filled in.
         process: names the mask token.
-        base: also record the base model's log-probabilities of the same jumps (as many network calls again).
+        base: also record the base model's log-probabilities of the same jumps (as many network calls again, but for
+            the layers that a base knows to be the model's: `Denoiser.beside`), under the same decoding of its own
+            logits; -inf where it would not draw the token. With an order that depends on
+            the model they are those of the tokens alone, and `log_ratio` is no weight of paths.
         attention_mask: [B, L], passed on to the model.
         steps: network calls per trajectory. None fills one position per call, which simulates the chain
             exactly. With fewer calls, positions filled by one call are drawn independently: another chain,
             whose path weights against the base under the same steps are still exact. No call reaches into the next
-            block, so there may be one more for each block.
+            block, so there may be one more for each block. Where its calls do not divide the positions of a block, the
+            first ones fill one more, as LLaDA's do.
         block_length: fill blocks of this many positions, counted from the end, from left to right; None is one block,
             or where the denoiser has blocks (`dam.models.blocks_of`) these.
-        order: "random" unmasks in uniform order (within a block), as the chain does. "confidence" unmasks
-            where the drawn token is likeliest; this order depends on the model, does not cancel in path
-            weights, and needs the head at every masked position of the block: use it to decode, not to train.
-        temperature: of the tokens; 0 takes the likeliest.
+        order, temperature: short for decoding=Decoding(order=..., temperature=...); "random" and 1 unless given.
+        decoding: which position of a block is next, and the law that tokens are drawn from; with a threshold also how
+            many positions a call fills.
+        hide: bool [B, L], what the second pass of decoding.guidance has mask tokens for; all that is given, less what
+            attention_mask hides, unless given. Each network call is then two passes.
+        stop_tokens: tokens that end a row.
+        start: int64 [B], position from which on they do; each row's first mask unless given.
         seed: of the order and the tokens: what is drawn at a position depends on (seed, row id, position, states) only,
             not on the batch. Positions count from the end, so padding in front changes no draw.
         row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
 
     Returns:
-        Trajectories, log-probabilities being those of the tempered distribution that was sampled.
+        Trajectories, log-probabilities being those of the distribution that was sampled.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or a trajectory has nothing to fill in; block_length is
             another than that of the denoiser's attention, or the base's blocks are others; rows are padded on the left
-            and the denoiser does not take such.
+            and the denoiser does not take such; guidance of a head with a soft cap.
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"rollout: tokens must be int64 [B, L]; got {tokens.dtype} {list(tokens.shape)}")
-    if order not in ORDERS:
-        raise ValueError(f"rollout: order must be one of {', '.join(ORDERS)}; got {order!r}")
+    decoding = given_decoding(decoding, order=order, temperature=temperature)
     for name, value in (("steps", steps), ("block_length", block_length)):
         if value is not None and value < 1:
             raise ValueError(f"rollout: {name} must be at least 1; got {value}")
-    count = process.masked(tokens).sum(dim=1)
+    if steps is not None and decoding.threshold is not None:
+        raise ValueError(f"rollout: a threshold tells how many positions a call fills: leave out steps={steps}")
+    masked = process.masked(tokens)
+    count = masked.sum(dim=1)
     if bool((count == 0).any()):
         raise ValueError(f"rollout: row {int((count == 0).nonzero()[0])} of tokens has no mask token to fill in")
+    ends = _Ends(stop_tokens, start, masked, process) if len(stop_tokens) > 0 else None
 
     blocks = blocks_for(denoiser, block_length, base)
     for model in (denoiser, base):
         check_left_padding(model, attention_mask)
 
-    length = tokens.shape[1]
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
-    priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
+    if decoding.order == "left-to-right":
+        place = torch.arange(tokens.shape[1], dtype=torch.float64, device=tokens.device) / tokens.shape[1]
+        priority = torch.where(masked, place, torch.inf)
+    else:
+        priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
     block = None if blocks is None else blocks.numbers(tokens, attention_mask)
     trajectories = _planned(tokens, priority, count, steps, block)
-    begins = _first_call_of_block(trajectories, block)
-    network = _Network(denoiser, trajectories, attention_mask)
-    for n in range(trajectories.network_calls):
-        # By confidence, everything still masked of the block is drawn, and the likeliest of it kept.
-        drawn_now = (trajectories.call >= n) & (begins <= n) if order == "confidence" else trajectories.call == n
-        # A position by confidence is drawn in call after call, in each anew.
-        if n == 0 or order == "confidence":
-            stream = _philox.ids(seed, Use.JUMP, row_ids, length, sample=n).flip(1)
+    beside = None if base is None or decoding.by_model or decoding.guidance else _beside(base, denoiser)
+    _fill(denoiser, trajectories, process, decoding, block, ends, hide, attention_mask, seed, row_ids, base, beside)
+    if base is not None and beside is None:
+        trajectories.base_log_prob = jump_log_prob(
+            base, trajectories, process, attention_mask=attention_mask, decoding=decoding, hide=hide
+        )
+    return trajectories
+
+
+def _fill(
+    denoiser: Denoiser,
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    decoding: Decoding,
+    block: Tensor | None,
+    ends: _Ends | None,
+    hide: Tensor | None,
+    attention_mask: Tensor | None,
+    seed: int,
+    row_ids: Tensor,
+    base: Denoiser | None,
+    beside: Denoiser | None,
+) -> None:
+    """Makes the jumps of planned trajectories, in place; with `beside`, model and base as one, the base's too."""
+    network = _network(beside or denoiser, trajectories, process, decoding, hide, attention_mask)
+    if beside is not None:
+        trajectories.base_log_prob = torch.zeros_like(trajectories.log_prob)
+    if ends is not None:
+        ends.cut(trajectories, call=-1)
+    begins, n = _first_call_of_block(trajectories, block), 0
+    while n < trajectories.network_calls:
+        # By an order of the model, everything still masked of the block is drawn, and the best of it kept.
+        drawn_now = (trajectories.call >= n) & (begins <= n) if decoding.by_model else trajectories.call == n
+        # Such a position is drawn in call after call, in each anew.
+        if n == 0 or decoding.by_model:
+            stream = _philox.ids(seed, Use.JUMP, row_ids, trajectories.final.shape[1], sample=n).flip(1)
         rows, at, hidden = network.hidden_at(trajectories, drawn_now, trajectories.final)
-        head = denoiser.head()
-        drawn = linear_jump(
+        if beside is not None:
+            hidden, of_base = (part.contiguous() for part in hidden.chunk(2, dim=-1))
+        drawn = draw_tokens(
             hidden,
-            **head.arguments(hidden.dtype),
-            **process.left_out(head.weight.shape[0]),
-            temperature=temperature,
+            denoiser.head(),
+            process,
+            decoding,
             seed=seed,
             row_ids=stream[rows, trajectories.position[rows, at]],
         )
-        trajectories.token[rows, at] = drawn.target
+        trajectories.token[rows, at] = drawn.token
         trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)
-        if order == "confidence":
-            _likeliest_first(trajectories, n, block)
+        if beside is not None:
+            assert base is not None and trajectories.base_log_prob is not None
+            seen = token_log_prob(of_base, drawn.token, base.head(), process, decoding)
+            trajectories.base_log_prob[rows, at] = seen.to(trajectories.base_log_prob.dtype)
+        if decoding.by_model:
+            score = torch.zeros_like(trajectories.log_prob, dtype=torch.float64)
+            score[rows, at] = drawn.score
+            score = _best_first(trajectories, score, n, block)
+            if decoding.least_score is not None:
+                _all_above(trajectories, drawn_now, score >= decoding.least_score, n)
+                begins = _first_call_of_block(trajectories, block)
         rows, at = torch.nonzero(trajectories.call == n, as_tuple=True)
         trajectories.final[rows, trajectories.position[rows, at]] = trajectories.token[rows, at]
-    if base is not None:
-        trajectories.base_log_prob = jump_log_prob(
-            base, trajectories, process, attention_mask=attention_mask, temperature=temperature
-        )
-    return trajectories
+        if ends is not None:
+            ends.cut(trajectories, call=n)
+        n += 1
+
+
+class _Ends:
+    """Where rows end: at a stop token, from a position on, with no mask in front of it."""
+
+    def __init__(self, stop_tokens: Sequence[int], start: Tensor | None, masked: Tensor, process: MaskedCTMC):
+        never = {process.mask_token, *process.suppress}
+        for token in stop_tokens:
+            if token in never or (process.vocabulary is not None and token >= process.vocabulary):
+                raise ValueError(f"rollout: token {token} ends a row but is never drawn: take it out of stop_tokens")
+        if start is None:
+            start = masked.long().argmax(dim=1)
+        if start.shape != masked.shape[:1] or start.dtype != torch.int64:
+            raise ValueError(f"rollout: start must be int64 [{len(masked)}]; got {start.dtype} {list(start.shape)}")
+        self._stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=masked.device)
+        self._behind = torch.arange(masked.shape[1], device=masked.device) >= start.to(masked.device)[:, None]
+        self._process = process
+
+    def cut(self, trajectories: Trajectories, call: int) -> None:
+        """Takes the jumps behind network call `call` from trajectories that have ended by it, in place."""
+        masked = self._process.masked(trajectories.final)
+        stop = torch.isin(trajectories.final, self._stop) & self._behind
+        # Positions in front of which, and at which, no mask stands.
+        ended = (stop & (masked.cumsum(dim=1) == 0)).any(dim=1, keepdim=True)
+        end = trajectories.final.gather(1, stop.long().argmax(dim=1, keepdim=True))
+        trajectories.final = torch.where(masked & ended, end, trajectories.final)
+        trajectories.ended = ended[:, 0]
+        _drop(trajectories, ended & (trajectories.call > call))
+
+
+def _drop(trajectories: Trajectories, jumps: Tensor) -> None:
+    """Empties these jumps, bool [B, S], in place."""
+    for name in ("position", "token", "call"):
+        getattr(trajectories, name).masked_fill_(jumps, -1)
+    trajectories.log_prob.masked_fill_(jumps, 0.0)
 
 
 def blocks_for(denoiser: Denoiser, block_length: int | None, base: Denoiser | None = None) -> Blocks | None:
@@ -244,25 +341,29 @@ def jump_log_prob(
     process: MaskedCTMC,
     *,
     attention_mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
+    decoding: Decoding | None = None,
+    hide: Tensor | None = None,
 ) -> Tensor:
-    """Log-probability [B, S] of each jump of `trajectories` under another model that sampled in the same steps."""
+    """Log-probability [B, S] of each jump of `trajectories` under another model that sampled in the same steps.
+
+    Of its token; 0 where there is no jump. temperature, decoding and hide as for `rollout`.
+    """
+    decoding = given_decoding(decoding, temperature=temperature)
     out = torch.zeros_like(trajectories.log_prob)
-    network = _Network(denoiser, trajectories, attention_mask)
+    network = _network(denoiser, trajectories, process, decoding, hide, attention_mask)
     for n in range(trajectories.network_calls):
         states = trajectories.states_before(n)
         rows, at, hidden = network.hidden_at(trajectories, trajectories.call == n, states)
-        head = denoiser.head()
-        value = linear_log_prob(
-            hidden,
-            target=trajectories.token[rows, at],
-            **head.arguments(hidden.dtype),
-            **process.left_out(head.weight.shape[0]),
-            # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
-            temperature=temperature or 1.0,
-        )
-        out[rows, at] = value.to(out.dtype)
+        token = trajectories.token[rows, at]
+        out[rows, at] = token_log_prob(hidden, token, denoiser.head(), process, decoding).to(out.dtype)
     return out
+
+
+def _beside(base: Denoiser, denoiser: Denoiser) -> Denoiser | None:
+    """Model and base as one denoiser, where the base has that."""
+    beside = getattr(base, "beside", None)
+    return None if beside is None else beside(denoiser)
 
 
 class PathLogProbs(NamedTuple):
@@ -292,7 +393,9 @@ def log_prob_over_orders(
     attention_mask: Tensor | None = None,
     steps: int | None = None,
     block_length: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
+    decoding: Decoding | None = None,
+    hide: Tensor | None = None,
     seed: int,
     row_ids: Tensor | None = None,  # [B]
 ) -> PathLogProbs:
@@ -300,20 +403,28 @@ def log_prob_over_orders(
 
     Each order beyond a trajectory's own costs as many network calls of both as the rollout made.
 
+    Of a trajectory that ended at a stop token the outcome is what was filled in, where, and which of it by the last
+    call: by another order that comes last too, as the text would else have ended before. So no tokens have to be summed
+    over that the trajectory lacks, and what `PathLogProbs.log_ratio` says holds for these outcomes, and so for texts.
+
     Args:
         denoiser: the model that drew.
         base: its base.
         trajectories: of `rollout` in random order, with `base=`.
         orders: M, the trajectory's own among them.
-        attention_mask, steps, block_length, temperature, row_ids: as given to `rollout`.
+        attention_mask, steps, block_length, temperature, decoding, hide, row_ids: as given to `rollout`.
         seed: of the other orders; they depend on (seed, row id, number of the order, position from the end) only, and
             share no draw with `rollout` under the same seed.
 
     Raises:
-        ValueError: orders is below 1, or the trajectories carry no log-probabilities of the base.
+        ValueError: orders is below 1, decoding has another order than "random", or the trajectories carry no
+            log-probabilities of the base.
     """
     if orders < 1:
         raise ValueError(f"log_prob_over_orders: orders must be at least 1; got {orders}")
+    decoding = given_decoding(decoding, temperature=temperature)
+    if decoding.order != "random":
+        raise ValueError(f'log_prob_over_orders: other orders are drawn as "random" draws them; got {decoding.order!r}')
     if trajectories.base_log_prob is None:
         raise ValueError("log_prob_over_orders: pass base= to rollout; these trajectories lack the base's")
     blocks = blocks_for(denoiser, block_length, base)
@@ -323,7 +434,7 @@ def log_prob_over_orders(
         other = _reordered(trajectories, process, n, steps, block, seed, row_ids)
         paths.append(
             tuple(  # type: ignore[arg-type]
-                jump_log_prob(one, other, process, attention_mask=attention_mask, temperature=temperature)
+                jump_log_prob(one, other, process, attention_mask=attention_mask, decoding=decoding, hide=hide)
                 for one in (denoiser, base)
             )
         )
@@ -346,30 +457,47 @@ def _reordered(
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     uniform = _philox.uniform(seed, Use.OTHER_ORDER, row_ids, tokens.shape[1], sample=number).flip(1)
     masked = process.masked(tokens)
-    other = _planned(tokens, torch.where(masked, uniform, torch.inf), masked.sum(dim=1), steps, block)
+    priority = uniform + _stage(trajectories)
+    other = _planned(tokens, torch.where(masked, priority, torch.inf), masked.sum(dim=1), steps, block, levels=3)
     there = trajectories.final.gather(1, other.position.clamp(min=0))
-    return dataclasses.replace(other, final=trajectories.final, token=torch.where(other.call >= 0, there, -1))
+    other = dataclasses.replace(other, final=trajectories.final, token=torch.where(other.call >= 0, there, -1))
+    jumps = (trajectories.call >= 0).sum(dim=1, keepdim=True)
+    _drop(other, torch.arange(other.call.shape[1], device=tokens.device) >= jumps)
+    return other
 
 
-def _planned(tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None, block: Tensor | None) -> Trajectories:
-    """Trajectories that fill the `count` [B] masks of tokens by rising priority in [0, 1); +inf where nothing is.
+def _stage(trajectories: Trajectories) -> Tensor:
+    """Of trajectories that ended 1 where their last call jumped, 2 where none did, 0 elsewhere; int64 like `final`."""
+    if trajectories.ended is None:
+        return torch.zeros_like(trajectories.final)
+    call, position = trajectories.call, trajectories.position
+    last = call.max(dim=1, keepdim=True).values
+    stage = torch.full_like(trajectories.final, 2)
+    rows, at = torch.nonzero(call >= 0, as_tuple=True)
+    stage[rows, position[rows, at]] = (call == last)[rows, at].long()
+    return torch.where(trajectories.ended[:, None], stage, 0)
+
+
+def _planned(
+    tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None, block: Tensor | None, levels: int = 1
+) -> Trajectories:
+    """Trajectories that fill the `count` [B] masks of tokens by rising priority in [0, levels); +inf where nothing is.
 
     Blocks, whose numbers are int64 [B, L], one after another.
     """
     if block is not None:
-        priority = priority + block
+        priority = priority + levels * block
     jumps = int(count.max())
     # Unmasked positions have priority +inf, so a trajectory's own jumps come first.
     position = priority.argsort(dim=1)[:, :jumps]
     index = torch.arange(jumps, device=tokens.device).expand_as(position)
+    made = index < count[:, None]
     calls = count if steps is None else count.clamp(max=steps)
     call = index * calls[:, None] // count[:, None]
-    if block is not None:
-        # A call ends with its block at the latest.
-        number = block.gather(1, position)
-        begins = (call.diff(dim=1) != 0) | (number.diff(dim=1) != 0)
-        call = F.pad(begins.long().cumsum(dim=1), (1, 0))
-    call = torch.where(index < count[:, None], call, -1)
+    number = torch.zeros_like(position) if block is None else block.gather(1, position)
+    # A call ends with its block at the latest.
+    call = F.pad(((call.diff(dim=1) != 0) | (number.diff(dim=1) != 0)).long().cumsum(dim=1), (1, 0))
+    call = torch.where(made, _larger_first(call, number, made), -1)
     return Trajectories(
         initial=tokens,
         final=tokens.clone(),
@@ -378,6 +506,38 @@ def _planned(tokens: Tensor, priority: Tensor, count: Tensor, steps: int | None,
         call=call,
         log_prob=torch.zeros(position.shape, dtype=torch.float32, device=tokens.device),
     )
+
+
+def _network(
+    denoiser: Denoiser,
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    decoding: Decoding,
+    hide: Tensor | None,
+    attention_mask: Tensor | None,
+) -> _Network | _Guided:
+    if decoding.guidance == 0:
+        return _Network(denoiser, trajectories, attention_mask)
+    return _Guided(denoiser, trajectories, process, decoding.guidance, hide, attention_mask)
+
+
+def _larger_first(call: Tensor, number: Tensor, made: Tensor) -> Tensor:
+    """The calls [B, S] of jumps, as many in each block, whose positions they share out evenly, the larger shares first.
+
+    As LLaDA has them (`get_num_transfer_tokens`). Numbers of blocks int64 [B, S]; what is not `made` does not count.
+    """
+    index = torch.arange(call.shape[1], device=call.device).expand_as(call)
+    opens = F.pad(number.diff(dim=1) != 0, (1, 0), value=True)
+    first = index.where(opens, 0).cummax(dim=1).values
+    place, block = index - first, opens.cumsum(dim=1) - 1
+    first_call = call.gather(1, first)
+    size = torch.zeros_like(call).scatter_add(1, block, made.long()).gather(1, block)
+    begun = made & (opens | F.pad(call.diff(dim=1) != 0, (1, 0)))
+    calls = torch.zeros_like(call).scatter_add(1, block, begun.long()).gather(1, block).clamp(min=1)
+    share, larger = size // calls, size % calls
+    bound = larger * (share + 1)
+    rest = larger + (place - bound) // share.clamp(min=1)
+    return first_call + torch.where(place < bound, place // (share + 1), rest)
 
 
 class _Network:
@@ -420,6 +580,46 @@ class _Network:
         return rows, at, hidden[compact, position - begin[compact]]
 
 
+class _Guided:
+    """Hidden states that the head maps to guided logits: as it is linear, logits and they are mixed alike."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        trajectories: Trajectories,
+        process: MaskedCTMC,
+        scale: float,
+        hide: Tensor | None,
+        attention_mask: Tensor | None,
+    ):
+        if denoiser.head().softcap is not None:
+            raise ValueError(
+                "guidance mixes logits by mixing hidden states, which a soft cap behind the head does not allow: "
+                "leave out guidance for this model"
+            )
+        initial = trajectories.initial
+        if hide is None:
+            hide = ~process.masked(initial)
+            hide = hide if attention_mask is None else hide & (attention_mask != 0)
+        elif hide.shape != initial.shape or hide.dtype != torch.bool:
+            raise ValueError(f"hide must be bool {list(initial.shape)}; got {hide.dtype} {list(hide.shape)}")
+        self._scale, self._hide, self._mask_token = scale, hide, process.mask_token
+        self._given = _Network(denoiser, trajectories, attention_mask)
+        unguided = dataclasses.replace(trajectories, initial=self._hidden(initial))
+        self._unguided = _Network(denoiser, unguided, attention_mask)
+
+    def _hidden(self, states: Tensor) -> Tensor:
+        return states.masked_fill(self._hide, self._mask_token)
+
+    def hidden_at(self, trajectories: Trajectories, chosen: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_Network.hidden_at`."""
+        rows, at, given = self._given.hidden_at(trajectories, chosen, states)
+        _, _, without = self._unguided.hidden_at(trajectories, chosen, self._hidden(states))
+        wide = torch.promote_types(given.dtype, torch.float32)
+        mixed = without.to(wide) + (self._scale + 1.0) * (given.to(wide) - without.to(wide))
+        return rows, at, mixed.to(given.dtype)
+
+
 def _one_block_after_another(trajectories: Trajectories, block: Tensor) -> bool:
     """Whether no call reaches into two blocks, and none goes back to one before; numbers of blocks int64 [B, L]."""
     call, number = trajectories.call, block.gather(1, trajectories.position.clamp(min=0))
@@ -437,14 +637,33 @@ def _first_call_of_block(trajectories: Trajectories, block: Tensor | None) -> Te
     return trajectories.call.where(begins, 0).cummax(dim=1).values
 
 
-def _likeliest_first(trajectories: Trajectories, call: int, block: Tensor | None) -> None:
-    """Reorders the jumps from network call `call` on, so that it fills where the drawn tokens are likeliest."""
-    # By block first, then by falling probability; a stable sort leaves earlier jumps in front, empty ones behind.
-    key = -trajectories.log_prob.double().exp()
-    if block is not None:
-        key += 2.0 * block.gather(1, trajectories.position.clamp(min=0))
-    key[trajectories.call < call] = -torch.inf
-    key[trajectories.call < 0] = torch.inf
+def _best_first(trajectories: Trajectories, score: Tensor, call: int, block: Tensor | None) -> Tensor:
+    """Reorders the jumps from network call `call` on, so that it fills where the score [B, S] is highest.
+
+    Returns the scores in that order.
+    """
+    # By block first, then by falling score; stable sorts leave earlier jumps in front, empty ones behind.
+    made, empty = (trajectories.call >= 0) & (trajectories.call < call), trajectories.call < 0
+    key = (-score).masked_fill(made, -torch.inf).masked_fill(empty, torch.inf)
     order = key.argsort(dim=1, stable=True)
+    if block is not None:
+        number = block.gather(1, trajectories.position.clamp(min=0))
+        number = number.masked_fill(made, int(block.min()) - 1).masked_fill(empty, int(block.max()) + 1)
+        order = order.gather(1, number.gather(1, order).argsort(dim=1, stable=True))
     for name in ("position", "token", "log_prob"):
         setattr(trajectories, name, getattr(trajectories, name).gather(1, order))
+    return score.gather(1, order)
+
+
+def _all_above(trajectories: Trajectories, candidates: Tensor, above: Tensor, call: int) -> None:
+    """Lets network call `call` make those of its candidates that are above a bound, and one at least, in place.
+
+    Candidates, bool [B, S], are the jumps of a row's block that are left, sorted so that those above it come first.
+    What follows is planned at one a call.
+    """
+    index = torch.arange(above.shape[1], device=above.device)
+    done = ((trajectories.call >= 0) & (trajectories.call < call)).sum(dim=1, keepdim=True)
+    now = candidates & (above | (index == done))
+    later = index - done - now.sum(dim=1, keepdim=True) + call + 1
+    waiting = trajectories.call >= call
+    trajectories.call = torch.where(now, call, torch.where(waiting, later, trajectories.call))

@@ -27,9 +27,10 @@ POSITIONS, TOKENS = 3, 5
 PROCESS = MaskedCTMC(TOKENS)
 BETA, REWARD_SCALE = 0.5, 0.7
 LEARNING_RATE = 2e-3
+SIZES = {"num_generations": 16, "per_device_train_batch_size": 8 * 16, "replay_batch_size": 32}  # 8 prompts a rollout
 
 MORE = {
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 32 * 16,
     "replay_size": 2048,
     "replay_batch_size": 128,
     "learning_rate": 5e-3,
@@ -145,7 +146,7 @@ def trained(network: BertForMaskedLM, reward: Tensor, steps: int, seed: int, opt
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
-            **{"learning_rate": LEARNING_RATE, **options},
+            **{"learning_rate": LEARNING_RATE, **SIZES, **options},
         )
         trainer = DAMTrainer(network, look_up, config, [{"input_ids": [TOKENS] * POSITIONS}] * 64)
         trainer.remove_callback(PrinterCallback)
@@ -157,15 +158,15 @@ def trained(network: BertForMaskedLM, reward: Tensor, steps: int, seed: int, opt
 def fitted(network: BertForMaskedLM, law: Tensor, steps: int, seed: int, *, every: bool) -> None:
     """By the trainer's loss and optimiser on outcomes of a law, of weight 1: as many as it draws, or all of them."""
     generator = torch.Generator().manual_seed(seed)
-    outcomes, config = enumeration.states(TOKENS, POSITIONS), DAMConfig("unused", use_cpu=True)
+    outcomes, config = enumeration.states(TOKENS, POSITIONS), DAMConfig("unused", use_cpu=True, **SIZES)
     optimizer = torch.optim.AdamW(network.train().parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     kept = torch.zeros(0, config.num_generations, dtype=torch.int64)
     whole = _at_every_state(law)
     for step in range(steps):
         targets = whole
         if not every:
-            if step % config.num_iterations == 0:
-                size = (config.per_device_train_batch_size, config.num_generations)
+            if step % config.steps_per_rollout == 0:
+                size = (config.prompts_per_rollout, config.num_generations)
                 drawn = torch.multinomial(law, math.prod(size), True, generator=generator).view(size)
                 kept = torch.cat((kept, drawn))[-config.replay_size :]
             chosen = torch.randperm(len(kept), generator=generator)[: config.replay_batch_size]

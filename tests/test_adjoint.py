@@ -20,7 +20,7 @@ from dam.adjoint import (
 )
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Head
-from dam.rollout import rollout
+from dam.rollout import path_of, rollout
 from tests import oracle
 
 Z = 5.5  # false alarm of a normal score: below 1e-7 each
@@ -258,6 +258,35 @@ def test_targets_on_the_path_are_what_the_model_drew_there(steps):
             assert abs(float(here.sum() / spread)) < Z
     with pytest.raises(ValueError, match="an element per trajectory, 8000"):
         path_targets(path, weight[1:])
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"block_length": 1}, {"block_length": 2}], ids=str)
+@pytest.mark.parametrize("whole_calls", [False, True])
+def test_targets_on_paths_up_to_an_end_are_those_of_whole_paths(options, whole_calls):
+    """Less what is behind the end: to the bit, by what a replay buffer keeps too. No text weighs by its length."""
+    model, end, size = oracle.inconsistent(3, 3, seed=41), 2, 16
+    process, start = MaskedCTMC(3), torch.full((100 * size, 3), 3)
+    start[::2, 0] = 0
+    weight = torch.rand(100, size, generator=torch.Generator().manual_seed(42))
+    begin = torch.zeros(100, dtype=torch.int64)
+    found = {}
+    for name, stop in (("whole", []), ("ended", [end])):
+        path = rollout(model, start, process, stop_tokens=stop, start=begin.repeat_interleave(size), seed=43, **options)
+        path = path_of(start, *(part.unflatten(0, (len(start), 1)) for part in (path.final, path.position, path.call)))
+        drawn = path_targets(path, weight, whole_calls=whole_calls, seed=44)
+        found[name] = without_ended(drawn, [end], begin)
+        every = without_ended(path_targets(path, weight, every=True), [end], begin)
+        found[f"every {name}"] = every, every.weight / len(every.states)  # the loss is a mean over states
+    for part, whole, ended in zip(MatchingTargets._fields, found["whole"], found["ended"], strict=True):
+        if part == "states":  # of what is behind an end nothing is asked
+            whole, ended = whole[found["whole"].row], ended[found["whole"].row]
+        assert torch.equal(whole, ended), part
+    assert len(found["ended"].row.unique()) < len(start) or options == {}
+    (whole, share), (ended, other) = found["every whole"], found["every ended"]
+    assert torch.equal(whole.states[whole.row], ended.states[ended.row])
+    for part in ("position", "target"):
+        assert torch.equal(getattr(whole, part), getattr(ended, part))
+    torch.testing.assert_close(share, other, rtol=1e-6, atol=0)  # of other numbers of states
 
 
 def test_a_baseline_on_the_path_changes_the_noise_and_not_the_mean():

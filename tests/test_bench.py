@@ -120,13 +120,13 @@ def test_lladas_loop_fills_in_every_position(steps):
 def test_the_head_runs_where_a_rollout_jumps(monkeypatch):
     case = harness.cases_of("rollout")(torch.float32, sequences=3, length=8, steps=4, vocabulary=20, hidden=4)[0]
     rows = Counter()
-    jump = dam.rollout.linear_jump
+    jump = dam.decoding.linear_jump
 
     def counted(hidden, *arguments, **options):
         rows[name] += len(hidden)
         return jump(hidden, *arguments, **options)
 
-    monkeypatch.setattr(dam.rollout, "linear_jump", counted)
+    monkeypatch.setattr(dam.decoding, "linear_jump", counted)
     for name in ("dam", "dam, head at every mask"):
         case.functions[name]()
     assert rows == {"dam": 3 * 8, "dam, head at every mask": 3 * (8 + 6 + 4 + 2)}

@@ -22,7 +22,9 @@ RANK = {
     "ctmc": 3,
     "divergences": 3,
     "models": 4,
+    "decoding": 4,
     "rollout": 5,
+    "canvas": 5,
     "diagnostics": 6,
     "adjoint": 6,
     "train": 7,
@@ -50,7 +52,7 @@ WITHIN = {
         "*": 3,
     },
 }
-OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "safetensors", "datasets")
+OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "rich", "safetensors", "datasets")
 
 
 def modules():

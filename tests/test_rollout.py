@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from dam import rollout as rollout_module
+from dam import decoding as decoding_module
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Head
 from dam.ops.jump import jump
@@ -98,9 +98,9 @@ def test_what_is_given_stays_and_shorter_trajectories_have_empty_jumps():
 
 def test_the_head_runs_at_the_positions_that_jump_only(monkeypatch):
     rows = []
-    real = rollout_module.linear_jump
+    real = decoding_module.linear_jump
     monkeypatch.setattr(
-        rollout_module, "linear_jump", lambda hidden, *a, **k: rows.append(len(hidden)) or real(hidden, *a, **k)
+        decoding_module, "linear_jump", lambda hidden, *a, **k: rows.append(len(hidden)) or real(hidden, *a, **k)
     )
     rollout(MODEL, blank(10), PROCESS, seed=7)
     assert rows == [10, 10, 10]
@@ -149,8 +149,8 @@ def test_order_and_tokens_are_independent():
 def test_a_position_by_confidence_is_drawn_anew_in_each_call(monkeypatch):
     """Else what is drawn last would be what was not likely enough before, and not of the law that log_prob states."""
     drawn = []
-    real = rollout_module.linear_jump
-    monkeypatch.setattr(rollout_module, "linear_jump", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    real = decoding_module.linear_jump
+    monkeypatch.setattr(decoding_module, "linear_jump", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
     trajectories = rollout(Equal(), torch.full((2000, 2), 4096), MaskedCTMC(4096), order="confidence", seed=13)
     first, last = drawn[0].target.view(2000, 2), drawn[1].target
     assert torch.equal(trajectories.token, torch.stack((first[:, 0], last), dim=1))
@@ -204,7 +204,11 @@ def test_jump_log_prob_replays_a_trajectory():
         (torch.tensor([[0, 1, 2]]), {}, "row 0 of tokens has no mask token"),
         (torch.tensor([3, 3, 3]), {}, r"int64 \[B, L\]"),
         (blank(1), {"steps": 0}, "steps must be at least 1"),
-        (blank(1), {"order": "left"}, "order must be one of random, confidence"),
+        (
+            blank(1),
+            {"order": "left"},
+            "order must be one of random, left-to-right, confidence, .*; got 'left'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(tokens, options, message):

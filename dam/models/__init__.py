@@ -2,7 +2,9 @@
 
 from dam.models.a2d import A2D
 from dam.models.attention import Blocks
+from dam.models.canvas import CanvasDenoiser
 from dam.models.denoiser import Denoiser, MaskedLM, Tabular, blocks_of
+from dam.models.diffusion_gemma import DiffusionGemma
 from dam.models.dream import Dream
 from dam.models.families import as_denoiser, register
 from dam.models.llada import LLaDA
@@ -14,7 +16,9 @@ __all__ = [
     "A2D",
     "SDAR",
     "Blocks",
+    "CanvasDenoiser",
     "Denoiser",
+    "DiffusionGemma",
     "Dream",
     "Head",
     "LLaDA",

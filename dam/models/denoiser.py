@@ -36,6 +36,8 @@ class Denoiser(Protocol):
                         from left to right, with the keys and values of what is before them. It gives an object with
                         `hidden_states(rows, tokens, begin, end)`, `dam.models.prefix.Passes`, or None where
                         such passes are not to be had. Without it each call is of whole sequences, to the same result.
+        beside          of a base: `beside(denoiser)` gives a denoiser whose hidden states are those of that model and
+                        of this base, [B, L, 2 D], or None. So what both have in common is run once.
         approximate_cache  with `prefix_cache`: not None where its passes give another law than hidden_states. Rollouts
                         that cannot go by them are then refused.
 
@@ -126,6 +128,8 @@ class MaskedLM:
         ValueError, TypeError: at the first call: hidden states and head would give other logits than the model's. The
             message says by how much, and what to do.
     """
+
+    _predicted = "input_ids"  # the argument at whose positions the output layer runs
 
     def __init__(
         self,
@@ -391,7 +395,7 @@ class MaskedLM:
             output = model(**arguments)
         finally:
             handle.remove()
-        check_calls(self._inner, given, arguments["input_ids"])
+        check_calls(self._inner, given, arguments[self._predicted])
         return given[0], output
 
     def head(self) -> Head:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dam.models.a2d import A2D
 from dam.models.denoiser import Denoiser, MaskedLM
+from dam.models.diffusion_gemma import DiffusionGemma
 from dam.models.dream import Dream
 from dam.models.llada import LLaDA
 from dam.models.llada2 import LLaDA2
@@ -23,6 +24,7 @@ _FAMILIES: dict[str, Family] = {
     "a2d-qwen2": A2D,
     "a2d-qwen3": A2D,
     "Dream": Dream,
+    "diffusion_gemma": DiffusionGemma,
     "llada": LLaDA,
     "lladamoe": LLaDA,
     "llada2_moe": LLaDA2,

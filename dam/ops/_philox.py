@@ -41,6 +41,7 @@ class Use(enum.IntEnum):
     JUMP = 9  # the row ids under which `jump` draws the tokens of trajectories
     OTHER_ORDER = 10  # in which the positions of an outcome might have unmasked too
     REMASK_STRATUM = 11  # which share of the numbers of masks a re-masked outcome of a group draws from
+    NOISE = 12  # uniform tokens: of the first canvas, and of each step what a token is replaced with
 
 
 def stream_of(use: Use) -> int:

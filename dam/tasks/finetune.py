@@ -258,7 +258,7 @@ def _config(task: Task, output: Path) -> DAMConfig:
     options = task.options
     values = {
         "num_generations": task.generations,
-        "per_device_train_batch_size": task.prompts,
+        "per_device_train_batch_size": task.calls_per_rollout(),
         "rollout_batch_size": task.calls_per_rollout(),
         "num_iterations": task.iterations,
         "estimator": options.estimator,
@@ -273,6 +273,7 @@ def _config(task: Task, output: Path) -> DAMConfig:
         "seed": options.seed,
         "data_seed": options.seed,
         "report_to": [],
+        "bf16": False,
         "disable_tqdm": True,  # replaced by RolloutProgress
     }
     return DAMConfig(output_dir=str(output), **{**values, **task.config()})
@@ -282,7 +283,7 @@ def _use_progress_bar(trainer: DAMTrainer) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RolloutProgress())
+    trainer.add_callback(RolloutProgress(writes=False))
 
 
 def _compute_metrics(task: Task, prediction: Any) -> dict[str, float]:

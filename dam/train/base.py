@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dam.models.denoiser import Denoiser, blocks_of
 from dam.models.sharding import is_placed
+from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
 
 DenoiserFactory = Callable[[nn.Module], Denoiser]
@@ -105,6 +106,7 @@ class InitialParameters:
                 "PeftModel.from_pretrained(..., is_trainable=True)"
             )
         self._copies = copies
+        self.shares = False  # until a trial has shown it
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         new = [name for name, p in model.named_parameters() if p.requires_grad and p not in self._copies]
@@ -117,6 +119,14 @@ class InitialParameters:
 
     def to(self, device: torch.device) -> None:
         """They follow the model's."""
+
+    def different(self) -> list[nn.Module]:
+        """Modules whose parameters are others now than at first."""
+        return [
+            module
+            for module, _, parameter in self._places
+            if not torch.equal(self._copies[parameter].to(parameter), parameter)
+        ]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -173,6 +183,58 @@ class _AtFirst:
     def head(self) -> Head:
         with self._base.in_place():
             return self._denoiser.head()
+
+    @property
+    def shares(self) -> bool:
+        """Whether a trial has shown that layers that do not differ can be left out of the base's pass."""
+        return self._base.shares
+
+    @shares.setter
+    def shares(self, found: bool) -> None:
+        self._base.shares = found
+
+    def beside(self, denoiser: Denoiser) -> Denoiser | None:
+        """The model and this base of it as one denoiser, whose hidden states are [B, L, 2 D]: the model's, the base's.
+
+        None where that saves nothing: they differ from the first layer on, or passes are over blocks alone.
+
+        Args:
+            denoiser: of the model as it is now.
+        """
+        model: Any = getattr(denoiser, "model", None)
+        if model is None or getattr(self._denoiser, "model", None) is not model:
+            return None
+        if blocks_of(denoiser) is not None and hasattr(denoiser, "prefix_cache"):
+            return None
+        different = self._base.different()
+        trunk = SharedTrunk(cast(nn.Module, model), different)
+        return _Beside(denoiser, self, trunk, equal=not different) if trunk.layers or not different else None
+
+
+class _Beside:
+    """A model and its base, called at the same states: what does not differ yet, or not at all, runs once."""
+
+    def __init__(self, denoiser: Any, base: _AtFirst, trunk: SharedTrunk, *, equal: bool):
+        self._denoiser, self._base, self._trunk, self._equal = denoiser, base, trunk, equal
+        self.head = denoiser.head
+        self.left_padding = getattr(denoiser, "left_padding", True)
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Those of the model and behind them those of the base, [B, L, 2 D]."""
+        with self._trunk.first_pass():
+            hidden = self._denoiser.hidden_states(tokens, attention_mask)
+        if self._equal:
+            return torch.cat((hidden, hidden), dim=-1)
+        with self._trunk.second_pass():
+            of_base = self._base.hidden_states(tokens, attention_mask)
+        if not self._base.shares:
+            whole = self._base.hidden_states(tokens, attention_mask)
+            self._base.shares = torch.equal(whole, of_base)
+            if not self._base.shares:
+                self._trunk.give_up()
+                of_base = whole
+        return torch.cat((hidden, of_base), dim=-1)
 
 
 class _PassesAtFirst:

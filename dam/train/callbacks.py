@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,20 +14,49 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from dam.train.processes import together
+from dam.train.timing import PARTS
 
 SHOWN = ("reward", "ess", "tilt")
 
 
+def progress_line(logs: Mapping[str, Any]) -> str:
+    """What a log says in a line: reward, ESS and tilt of the last rollouts, tokens per second, and where time goes."""
+    told = [f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs]
+    if "tokens_per_second" in logs:
+        told.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    shares = [f"{logs[name]:.0%} {part}" for part in PARTS if logs.get(name := f"time/{part}_share", 0.0) > 0]
+    return ", ".join(told) + (f" ({', '.join(shares)})" if shares else "")
+
+
 class RolloutProgress(ProgressCallback):
-    """A progress bar with the reward, ESS and tilt of the last rollouts."""
+    """A progress bar with `progress_line` of the last log, whose time left is by the pace of the whole run.
+
+    Args:
+        writes: also writes each log, as transformers' bar does.
+    """
+
+    def __init__(self, writes: bool = True):
+        super().__init__()
+        self._writes = writes
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.smoothing = 0  # a step with a rollout takes many times one without
+            # Steps of before a run was resumed took none of its time.
+            self.current_step = self.training_bar.initial = self.training_bar.n = state.global_step
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
+        if self._writes:
+            super().on_log(args, state, control, logs=logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {name: f"{logs[name]:.3g}" for name in SHOWN if name in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
+            line = progress_line(logs)
+            if line:
+                self.training_bar.set_postfix_str(line)
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Evaluation is short; it has no bar of its own."""

@@ -8,30 +8,109 @@ from dataclasses import field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.decoding import ORDERS, Decoding, check_decoding
+from dam.train import grpo
 from dam.train.releases import fields_of_json, precision_of, read_json
+
+# Of the fields of `Decoding` those of decoding in evaluation.
+_DECODING = {
+    "order": "eval_remasking",
+    "threshold": "eval_threshold",
+    "temperature": "eval_temperature",
+    "top_k": "eval_top_k",
+    "top_p": "eval_top_p",
+    "guidance": "eval_guidance",
+}
 
 
 @dataclasses.dataclass
 class DAMConfig(TrainingArguments):
     """Arguments of `DAMTrainer`, on top of those of `transformers.TrainingArguments`.
 
-    `per_device_train_batch_size` counts prompts per rollout; each gets `num_generations` trajectories. A batch
-    of prompts feeds `num_iterations` training steps, each on `replay_batch_size` groups from the replay buffer. With
-    gradient accumulation or several processes a step has as many times the prompts, rolled out at once, and groups.
+    Names that TRL's `GRPOConfig` has mean what they mean there. So batch sizes count completions: a rollout draws
+    `per_device_train_batch_size` * `steps_per_generation` of them in each process, num_generations for each prompt, and
+    feeds `steps_per_generation` * `num_iterations` forward and backward passes, gradient_accumulation_steps of which
+    make a training step. What is trained on in each are groups drawn from the replay buffer, not the newest alone:
+    `replay_batch_size`, unless set as many as a pass has completions for.
     """
 
     # Fields that a command line gives as JSON.
-    _VALID_DICT_FIELDS = [*fields_of_json(TrainingArguments), "chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *fields_of_json(TrainingArguments),
+        "chat_template_kwargs",
+        "model_init_kwargs",
+    ]
 
+    # Defaults of transformers' own arguments.
+    logging_steps: float = field(
+        default=10, metadata={"help": "Training steps between two logs; below 1 a share of the run."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Mixed precision in bfloat16. None is True on a GPU that has it, unless fp16 is set, False on "
+            "a CPU."
+        },
+    )
+    per_device_train_batch_size: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Completions per forward and backward pass and device, of num_generations for each prompt. None is "
+            "8 * num_generations."
+        },
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Passed to AutoModelForMaskedLM.from_pretrained where the model is given by name; a dict, or JSON. "
+            "dtype is float32 unless it is among them."
+        },
+    )
+    disable_dropout: bool = field(
+        default=False, metadata={"help": "No dropout in training, in the model and its adapter."}
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Exponential moving average of the trained weights, below 1: after step n of the run each average "
+            "moves to the weight by 1 - min(ema_decay, (1 + n) / (10 + n)). Evaluated and saved, and what the model "
+            "has after the run, are the averages; rollouts and training go on with the weights themselves."
+        },
+    )
     beta: float = field(
         default=0.04, metadata={"help": "Temperature: the objective is E[-reward] + beta KL(model || base)."}
     )
     num_generations: int = field(
         default=16, metadata={"help": "K, trajectories per group. Below 16 the normaliser is unreliable."}
     )
-    num_iterations: int = field(default=4, metadata={"help": "Training steps per batch of rollouts."})
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Forward and backward passes that a rollout draws completions for. None is "
+            "gradient_accumulation_steps, or follows from generation_batch_size."
+        },
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions of a rollout, of all processes: per_device_train_batch_size * steps_per_generation * "
+            "processes. In place of steps_per_generation."
+        },
+    )
+    num_iterations: int = field(
+        default=4,
+        metadata={
+            "help": "How often a rollout's completions are trained on, in the mean: it feeds num_iterations * "
+            "steps_per_generation passes. With steps_per_generation unset, the training steps per rollout."
+        },
+    )
+    shuffle_dataset: bool = field(
+        default=True, metadata={"help": "Shuffle the prompts of each epoch. An iterable dataset keeps its own order."}
+    )
     estimator: str = field(default="posterior", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
     normalizer: str = field(
         default="group",
@@ -117,7 +196,13 @@ class DAMConfig(TrainingArguments):
         metadata={"help": "Control: permute weights within each group. What still improves is not the reward's doing."},
     )
     replay_size: int = field(default=512, metadata={"help": "Groups kept in the replay buffer."})
-    replay_batch_size: int = field(default=32, metadata={"help": "Groups per training step and device."})
+    replay_batch_size: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Groups from the replay buffer per forward and backward pass and device, of num_generations "
+            "outcomes each. None is per_device_train_batch_size / num_generations."
+        },
+    )
     draw_outcomes: int | None = field(
         default=None,
         metadata={
@@ -154,7 +239,36 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
     )
     eval_remasking: str = field(
-        default="random", metadata={"help": 'Order of unmasking in evaluation: "random" or "confidence".'}
+        default="random",
+        metadata={
+            "help": f"Order of unmasking in evaluation and predict, one of {', '.join(ORDERS)} (dam.decoding.Decoding)."
+        },
+    )
+    eval_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation a network call fills all positions of the block whose token has at least this "
+            'probability (eval_remasking "confidence") or margin ("margin"), or at most this entropy ("entropy"), and '
+            "one at least. diffusion_steps then holds in training only."
+        },
+    )
+    eval_top_k: int | None = field(
+        default=None,
+        metadata={"help": "In evaluation only the k likeliest tokens are drawn, and what equals the k-th."},
+    )
+    eval_top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation only the fewest likeliest tokens are drawn, of those that eval_top_k leaves, that "
+            "have this probability together."
+        },
+    )
+    eval_guidance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Scale w of classifier-free guidance in evaluation: logits are (w + 1) times the model's less w "
+            "times those with masks in the place of the prompt. Two passes a network call; 0 is without."
+        },
     )
     max_completion_length: int = field(
         default=128, metadata={"help": "Masks appended to each prompt of a dataset with a `prompt` column."}
@@ -185,7 +299,17 @@ class DAMConfig(TrainingArguments):
         default=None, metadata={"help": "Weight of each reward function; all 1 unless given."}
     )
     log_completions: bool = field(
-        default=False, metadata={"help": "Print an example completion whenever metrics are logged."}
+        default=False,
+        metadata={
+            "help": "Show completions of the last rollout whenever metrics are logged: as a table on the terminal (of "
+            "rich, where it is installed) and, with report_to wandb, there."
+        },
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "Completions in the table on the terminal, drawn at random. None is all."}
+    )
+    log_unique_prompts: bool = field(
+        default=False, metadata={"help": "Show one completion of each prompt, the first, instead of all."}
     )
 
     report_to: list[str] | str | None = field(
@@ -196,15 +320,21 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay False: other columns go to the reward functions."}
     )
 
+    def __new__(cls, *_: Any, **given: Any) -> DAMConfig:
+        # Here, as the dataclass makes __init__, which would only say that it did not expect the name.
+        grpo.refuse(given.keys() - cls.__dataclass_fields__.keys(), grpo.CONFIG, "GRPOConfig", cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 8 * self.num_generations
         with precision_of(self):
             super().__post_init__()
         self.chat_template_kwargs = read_json(self.chat_template_kwargs)
-        for name, allowed in (
-            ("estimator", ESTIMATORS),
-            ("normalizer", NORMALIZERS),
-            ("eval_remasking", ("random", "confidence")),
-        ):
+        self.model_init_kwargs = read_json(self.model_init_kwargs)
+        for name, allowed in (("estimator", ESTIMATORS), ("normalizer", NORMALIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name in (
@@ -213,22 +343,37 @@ class DAMConfig(TrainingArguments):
             "num_orders",
             "num_replicates",
             "replay_size",
-            "replay_batch_size",
             "rollout_batch_size",
+            "per_device_train_batch_size",
+            "max_completion_length",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("max_completion_length", "diffusion_steps", "block_length"):
+        for name in (
+            "diffusion_steps",
+            "block_length",
+            "replay_batch_size",
+            "steps_per_generation",
+            "generation_batch_size",
+            "num_completions_to_print",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
         if self.block_length is not None:
             self.check_on_paths("block_length goes")
-        if not self.eval_temperature >= 0:
-            raise ValueError(f"eval_temperature must be >= 0; got {self.eval_temperature}")
+        check_decoding({field: getattr(self, name) for field, name in _DECODING.items()}, _DECODING)
         if self.clip is not None and not math.isfinite(self.clip):
             raise ValueError(f"clip must be a finite number or None; got {self.clip}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: weights are normalised over a group")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size must be False: a smaller batch would not hold whole groups; lower "
+                "per_device_train_batch_size, replay_batch_size or rollout_batch_size"
+            )
+        self._divide_completions()
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1) or None; got {self.ema_decay}")
         if not self.beta > 0:
             raise ValueError(f"beta must be > 0; got {self.beta}")
         if not 0 < self.max_tilt <= 1:
@@ -264,14 +409,74 @@ class DAMConfig(TrainingArguments):
             raise ValueError("first_jump_one draws a trajectory of each group: draw_outcomes does not go with it")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
-        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
-            raise ValueError(f"chat_template_kwargs must be a dict; got {self.chat_template_kwargs!r}")
+        for name in ("chat_template_kwargs", "model_init_kwargs"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ValueError(f"{name} must be a dict; got {getattr(self, name)!r}")
         for name in ("stop_token_ids", "suppress_tokens"):
             tokens = getattr(self, name)
             if tokens is not None and not all(isinstance(token, int) and token >= 0 for token in tokens):
                 raise ValueError(f"{name} must be token ids; got {tokens}")
         if self.target_ess is not None and not 1 <= self.target_ess <= self.num_generations:
             raise ValueError(f"target_ess must be in [1, num_generations]; got {self.target_ess}")
+
+    def _divide_completions(self) -> None:
+        """Sets steps_per_generation, generation_batch_size and replay_batch_size by each other.
+
+        Raises:
+            ValueError: they do not fit, or a rollout would not hold whole groups or come between two training steps.
+        """
+        completions, generations = self.per_device_train_batch_size, self.num_generations
+        of_a_pass = completions * self.world_size
+        if self.steps_per_generation is None:
+            drawn = self.generation_batch_size
+            if drawn is not None and drawn % of_a_pass != 0:
+                raise ValueError(
+                    f"generation_batch_size must be a multiple of per_device_train_batch_size times the processes, "
+                    f"{of_a_pass}; got {drawn}"
+                )
+            self.steps_per_generation = self.gradient_accumulation_steps if drawn is None else drawn // of_a_pass
+        if self.generation_batch_size not in (None, of_a_pass * self.steps_per_generation):
+            raise ValueError(
+                f"generation_batch_size {self.generation_batch_size} and steps_per_generation "
+                f"{self.steps_per_generation} do not fit: the first would be {of_a_pass * self.steps_per_generation}. "
+                "Set one of them"
+            )
+        self.generation_batch_size = of_a_pass * self.steps_per_generation
+        if completions * self.steps_per_generation % generations != 0:
+            raise ValueError(
+                f"per_device_train_batch_size * steps_per_generation counts completions, {generations} for each prompt "
+                f"(num_generations), and must be a multiple of that: a process draws whole groups. Got {completions} * "
+                f"{self.steps_per_generation}"
+            )
+        if self.steps_per_generation * self.num_iterations % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                "steps_per_generation * num_iterations must be a multiple of gradient_accumulation_steps, as a rollout "
+                f"comes between two training steps; got {self.steps_per_generation} * {self.num_iterations} and "
+                f"{self.gradient_accumulation_steps}"
+            )
+        if self.replay_batch_size is None:
+            if completions % generations != 0:
+                raise ValueError(
+                    f"a forward and backward pass takes whole groups: per_device_train_batch_size must be a multiple "
+                    f"of num_generations, {generations}, unless replay_batch_size is set (1 is {generations} "
+                    f"completions); got {completions}"
+                )
+            self.replay_batch_size = completions // generations
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that each process rolls out at once."""
+        return self.train_batch_size * int(self.steps_per_generation or 1) // self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Training steps, updates of the weights, that a rollout feeds."""
+        return int(self.steps_per_generation or 1) * self.num_iterations // self.gradient_accumulation_steps
+
+    @property
+    def decoding(self) -> Decoding:
+        """In evaluation."""
+        return Decoding(**{field: getattr(self, name) for field, name in _DECODING.items()})
 
     @property
     def from_model(self) -> int:

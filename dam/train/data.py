@@ -16,16 +16,22 @@ from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, TokenRow, is_co
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
-    """Shuffled prompts, each global batch of them `repeats` times in a row: once per training step it feeds.
+    """Prompts, each global batch of them `repeats` times in a row: once per forward and backward pass that it feeds.
 
     Args:
-        num_prompts, batch_size, repeats, seed: as said.
+        num_prompts: of the dataset.
+        batch_size: prompts of a rollout, of all processes.
+        repeats: of each batch.
+        seed: of the order, another one in each epoch; None keeps that of the dataset.
         epoch: gives the number of the pass that begins, each of which has another order. It has no `set_epoch`:
             accelerate 1.4 does not call that on several processes, and later releases set 0 where transformers 4.x
             resumes a run inside an epoch.
+
+    Raises:
+        ValueError: they are too few for one rollout.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, repeats: int, seed: int, epoch: Callable[[], int]):
+    def __init__(self, num_prompts: int, batch_size: int, repeats: int, seed: int | None, epoch: Callable[[], int]):
         if num_prompts < batch_size:
             raise ValueError(f"the train dataset has {num_prompts} prompts, fewer than the {batch_size} of one rollout")
         self._num_prompts, self._batch_size, self._repeats, self._seed = num_prompts, batch_size, repeats, seed
@@ -35,7 +41,9 @@ class PromptSampler(torch.utils.data.Sampler[int]):
         return self._num_prompts // self._batch_size * self._batch_size * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self._seed, self._epoch()]).permutation(self._num_prompts)
+        order = np.arange(self._num_prompts)
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, self._epoch()]).permutation(order)
         for start in range(0, len(self) // self._repeats, self._batch_size):
             for _ in range(self._repeats):
                 yield from order[start : start + self._batch_size].tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,10 +39,15 @@ def check_release(release: str) -> None:
 check_release(transformers.__version__)
 
 
-def loaded(name: str) -> Any:
-    """The masked language model of that name, in the dtype of its checkpoint: 4.x makes it float32 unless told so."""
-    dtype = "dtype" if _number(transformers.__version__) >= (4, 56) else "torch_dtype"
-    return AutoModelForMaskedLM.from_pretrained(name, **{dtype: "auto"})
+def loaded(name: str, options: Mapping[str, Any]) -> Any:
+    """The masked language model of that name, in float32 unless options say another dtype.
+
+    As TRL does: what is trained in 16 bits loses small steps.
+    """
+    given = dict(options)
+    dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
+    key = "dtype" if _number(transformers.__version__) >= (4, 56) else "torch_dtype"
+    return AutoModelForMaskedLM.from_pretrained(name, **{key: dtype}, **given)
 
 
 def fields_of_json(arguments: type[TrainingArguments]) -> Sequence[str]:

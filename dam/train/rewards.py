@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import functools
+import inspect
 import itertools
 import math
 import numbers
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +22,7 @@ Outcomes = dict[str, Any]  # of a rollout, as the arguments of `total_reward`
 RewardFunction = Callable[..., Sequence[float | None]]
 
 # What a reward function is given by name besides the columns of the dataset.
-ARGUMENTS = ("prompts", "completions", "completion_ids")
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 
 
 class RewardError(RuntimeError):
@@ -34,7 +38,7 @@ def refuse_reserved(columns: Collection[str], where: str) -> None:
     for name in ARGUMENTS:
         if name in columns:
             raise ValueError(
-                f"{where}, column {name!r}: reward functions are given the model's own under this name. Rename the "
+                f"{where}, column {name!r}: reward functions are given the run's own under this name. Rename the "
                 f"column, dataset.rename_column({name!r}, ...), and take it under the new name"
             )
 
@@ -53,11 +57,42 @@ def names_of(functions: Sequence[RewardFunction]) -> list[str]:
     return names
 
 
-def _values(function: RewardFunction, name: str, count: int, arguments: Mapping[str, Any]) -> list[float]:
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """In a thread of its own, and one for all rollouts: what an async function keeps open belongs to its loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async reward functions", daemon=True).start()
+    return loop
+
+
+def _started(function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
+    """What a function returns; of an async one a future, which is under way while the next ones are called."""
+    values = function(**arguments)
+    return asyncio.run_coroutine_threadsafe(values, _event_loop()) if inspect.iscoroutine(values) else values
+
+
+def _returned(
+    functions: Sequence[RewardFunction], names: Sequence[str], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What each function returns, by name; async ones run side by side."""
+    given: dict[str, Any] = {}
+    name = names[0]
     try:
-        values = function(**arguments)
+        for function, name in zip(functions, names, strict=True):
+            given[name] = _started(function, arguments)
+        for name, values in given.items():
+            given[name] = values.result() if isinstance(values, concurrent.futures.Future) else values
     except Exception as error:
         raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+    finally:
+        for values in given.values():
+            if isinstance(values, concurrent.futures.Future):  # of one that is waited for no more
+                values.cancel()
+    return given
+
+
+def _checked(values: Any, name: str, count: int) -> list[float]:
+    """What a function returned as one number for each completion, NaN where it does not apply."""
     if isinstance(values, (Tensor, np.ndarray)):
         # A column [N, 1] is what models with one output give.
         values = (values[:, 0] if values.shape == (count, 1) else values).tolist()
@@ -97,12 +132,13 @@ def total_reward(
     completions: list[Any],
     completion_ids: list[list[int]],
     columns: Mapping[str, list[Any]],
+    trainer_state: Any = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all reward functions for each completion, float64 [N], and the values of each by name.
 
-    A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)` and returns N
-    numbers or truth values, as a list, or an array or tensor [N] or [N, 1]: None where it does not apply (it then
-    counts nothing, and its value is NaN), -inf where an outcome is forbidden.
+    A function is called as `function(prompts=..., completions=..., completion_ids=..., trainer_state=..., **columns)`
+    and returns N numbers or truth values, as a list, or an array or tensor [N] or [N, 1]: None where it does not apply
+    (it then counts nothing, and its value is NaN), -inf where an outcome is forbidden. Async ones run side by side.
 
     Raises:
         RewardError: names the function and what it did.
@@ -110,13 +146,20 @@ def total_reward(
     """
     count = len(completions)
     refuse_reserved(columns, "the dataset")
-    arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    arguments = {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": completion_ids,
+        "trainer_state": trainer_state,
+        **columns,
+    }
     total = torch.zeros(count, dtype=torch.float64, device="cpu")
     applies = torch.zeros(count, dtype=torch.bool, device="cpu")
     parts = {}
     names = names_of(functions)
-    for function, name, weight in zip(functions, names, weights, strict=True):
-        values = torch.tensor(_values(function, name, count, arguments), dtype=torch.float64, device="cpu")
+    returned = _returned(functions, names, arguments)
+    for name, weight in zip(names, weights, strict=True):
+        values = torch.tensor(_checked(returned[name], name, count), dtype=torch.float64, device="cpu")
         known = ~torch.isnan(values)
         applies |= known
         if weight < 0 and bool((values == -torch.inf).any()):
@@ -161,13 +204,13 @@ class Rewards:
         self._output_dir = output_dir
 
     def __call__(
-        self, outcomes: Outcomes, step: int, decode: Callable[[list[list[int]]], list[Any]]
+        self, outcomes: Outcomes, state: Any, decode: Callable[[list[list[int]]], list[Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`total_reward` of the outcomes of a step.
 
         Args:
             outcomes: prompts, completions, completion_ids and columns.
-            step: of the run, for messages.
+            state: `transformers.TrainerState` of the run, for functions and messages.
             decode: makes of completion_ids the completions that functions see; put into `outcomes`.
 
         Raises:
@@ -175,14 +218,14 @@ class Rewards:
         """
         try:
             outcomes["completions"] = decode(outcomes["completion_ids"])
-            return total_reward(self.functions, self._weights, **outcomes)
+            return total_reward(self.functions, self._weights, **outcomes, trainer_state=state)
         except RewardError as error:
             path = os.path.join(self._output_dir, "failed_rollouts.pt")
             try:
                 os.makedirs(self._output_dir, exist_ok=True)
-                torch.save({"step": step, **outcomes}, path)
+                torch.save({"step": state.global_step, **outcomes}, path)
             except Exception as unsaved:  # a full disk, or a column that cannot be pickled; the cause is what matters
                 kept = f"could not be kept in {path} ({type(unsaved).__name__}: {unsaved})"
             else:
                 kept = f"are kept in {path}"
-            raise RewardError(f"{error}. The rollouts of step {step} {kept}") from error
+            raise RewardError(f"{error}. The rollouts of step {state.global_step} {kept}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
+from dam.decoding import Decoding
 from dam.models.denoiser import Denoiser, MaskedLM, blocks_of
+from dam.models.sharding import is_fsdp
 from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
@@ -24,6 +26,11 @@ class _InBlocks:
         self.hidden_states, self.head = base.hidden_states, base.head
         self.blocks = blocks_of(model)
         self.left_padding = getattr(base, "left_padding", True)
+
+
+def _is_divided(model: nn.Module) -> bool:
+    """Whether a forward pass of one process waits for those of others."""
+    return any(is_fsdp(module) for module in model.modules())
 
 
 class Sampler:
@@ -66,8 +73,13 @@ class Sampler:
         """That log-probabilities of the model and of its base are those of their own logits, where they return some.
 
         Raises:
-            ValueError, TypeError: they are not; as `dam.models.MaskedLM`.
+            ValueError, TypeError: they are not; as `dam.models.MaskedLM`. Or processes that must run alike would not.
         """
+        if self._args.eval_threshold is not None and _is_divided(model):
+            raise ValueError(
+                "eval_threshold lets rows take as many network calls as they need, but processes among which FSDP2 "
+                "divides a model must make as many as each other: leave it out, and set diffusion_steps"
+            )
         for denoiser in (self._denoiser(model), self.base(model)):
             if isinstance(denoiser, MaskedLM):
                 denoiser.compare(tokens, attention_mask)
@@ -86,12 +98,19 @@ class Sampler:
         row_ids: Tensor,
         base: bool = False,
         from_base: Tensor | None = None,
-        **options: Any,
+        decoding: Decoding | None = None,
+        temperature: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        start: Tensor | None = None,
     ) -> Trajectories:
         """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole.
 
         Where from_base, bool [B], says so the base draws; log_prob stays that of the model, base_log_prob the base's.
+        Rows of a model that FSDP2 divides are filled in to the end, as its processes must make as many network calls.
         """
+        by_threshold = decoding is not None and decoding.threshold is not None
+        if _is_divided(model):
+            stop_tokens = ()
 
         def drawn(rows: Tensor, drawer: Denoiser, other: Denoiser | None) -> list[Trajectories]:
             return [
@@ -101,11 +120,14 @@ class Sampler:
                     self._process,
                     base=other,
                     attention_mask=attention_mask[part],
-                    steps=self._args.diffusion_steps,
+                    steps=None if by_threshold else self._args.diffusion_steps,
                     block_length=self._args.block_length,
+                    temperature=temperature,
+                    decoding=decoding,
+                    stop_tokens=stop_tokens,
+                    start=None if start is None else start[part],
                     seed=seed,
                     row_ids=row_ids[part],
-                    **options,
                 )
                 for part in (rows[piece] for piece in self._pieces(len(rows)))
             ]

@@ -62,12 +62,14 @@ def special_tokens(
             pad_token = known
     if stop is None:
         end = getattr(tokenizer, "eos_token_id", None)
-        stop = () if end is None else (end,)
+        stop = () if end is None or end == mask_token else (end,)  # some have one token for both
     vocabulary = _vocabulary(tokenizer)
     for token in suppress or ():
         if ids is not None and token >= ids:
             raise ValueError(f"suppress_tokens must be ids that the model takes, {_range(ids)}; got {token}")
     for token in stop:
+        if token == mask_token:
+            raise ValueError(f"stop_token_ids has {token}, the mask token, which is never drawn: take it out")
         if token in (suppress or ()):
             raise ValueError(
                 f"token {token} ends completions but is in suppress_tokens, so it would never be drawn: take it out, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import math
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
 
 from dam import diagnostics
@@ -34,8 +36,11 @@ from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
+from dam.train import grpo
+from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
-from dam.train.callbacks import OnBegin, UpdateBegun
+from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
+from dam.train.completions import Completions
 from dam.train.config import DAMConfig
 from dam.train.data import (
     Collator,
@@ -53,10 +58,12 @@ from dam.train.processes import each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.releases import BaseTrainer, loaded, precision_of
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
+from dam.train.reward_model import move, with_models
 from dam.train.rewards import Outcomes, RewardFunction, Rewards
 from dam.train.rows import RowReader
 from dam.train.sampling import Sampler
 from dam.train.terminal import show
+from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
 
 # Entries of a group that has one for each of its trajectories.
@@ -103,7 +110,10 @@ class DAMTrainer(BaseTrainer):
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
-    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end.
+    (`dam.adjoint.without_ended` says why). A sequence given as `input_ids` has no end. Once nothing is masked in front
+    of the end, no more network calls are spent on a row, and its rest is filled up with that token: in evaluation, and
+    in training at states of trajectories (block_length, a model that has blocks, or more masks than diffusion_steps).
+    Other training re-masks whole outcomes.
 
     Never drawn are the mask token, `suppress_tokens`, and ids that processing_class does not have, for which many heads
     have rows: rollouts, the base's log-probabilities and the loss are all of the distribution without them.
@@ -111,12 +121,16 @@ class DAMTrainer(BaseTrainer):
     The base draws the last `base_generations` trajectories of each group; what is logged of rewards and KL is of the
     model's own.
 
-    Logged: reward and its standard deviation, tilt (the step h toward the optimum), reward_calls, the mean of each
-    reward function, and `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model ||
-    p_base) per prompt of trajectories, the order of unmasking included), kl_outcome (of outcomes, estimated
-    with a bias: `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and
-    split_half. kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or
-    from all by num_orders.
+    Logged, by TRL's names where these are there: reward and reward_std, rewards/<function>/mean and /std,
+    frac_reward_zero_std (of groups), completions/mean_length and its like in tokens (clipped_ratio: without a stop
+    token; none of sequences given as input_ids); tilt (the step h toward the optimum), reward_calls, and
+    `dam.diagnostics.diagnose`: ess, ess_path, clip_fraction, adjoint_mean, kl_path (KL(p_model || p_base) per prompt of
+    trajectories up to where they end, the order of unmasking included), kl_outcome (of outcomes, estimated with a bias:
+    `dam.diagnostics.kl_outcome`), order_variance (of the log ratio between orders at one outcome) and split_half.
+    kl_outcome and order_variance come from order_samples trajectories of each group by a second order, or from all by
+    num_orders. Of time (`dam.train.timing.Timing`): time/rollout_share, time/reward_share, time/evaluation_share and
+    time/training_share of the time since the last log, which add up to 1, tokens_per_second drawn by training's
+    rollouts in that time, of all processes, and time/eta_seconds until the end.
 
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
@@ -125,18 +139,23 @@ class DAMTrainer(BaseTrainer):
 
     Args:
         model: a masked language model with `get_output_embeddings()`, or a name for `from_pretrained`, or a
-            `dam.models.Denoiser`. Models with code of their own (trust_remote_code) are loaded before, by AutoModel or
-            AutoModelForCausalLM as their makers say. Before the first rollout a language model's own logits are
-            compared with those that the fused operations would train (`dam.models.MaskedLM`).
-        reward_funcs: one or more plain Python functions `f(prompts, completions, completion_ids, **columns)` that
-            return a number per completion (None: does not apply; -inf: forbidden). With `prompt`, a completion is
-            what follows the prompt; with `input_ids`, the whole sequence filled in, less what attention_mask hides.
-            Decoded with processing_class if there is one, else lists of token ids; behind a conversation a message,
-            [{"role": "assistant", "content": text}], which a last message of the assistant begins, as in TRL.
+            `dam.models.Denoiser`. A name is loaded in float32, or as args.model_init_kwargs say. Models with code of
+            their own (trust_remote_code) are loaded before, by AutoModel or AutoModelForCausalLM as their makers say.
+            Before the first rollout a language model's own logits are compared with those that the fused operations
+            would train (`dam.models.MaskedLM`).
+        reward_funcs: one or more plain Python functions, async ones too, `f(prompts, completions, completion_ids,
+            trainer_state, **columns)` that return a number per completion (None: does not apply; -inf: forbidden), or
+            sequence classifiers of one output, or their names (`dam.train.reward_model.RewardModel`). With `prompt`, a
+            completion is what follows the prompt; with `input_ids`, the whole sequence filled in, less what
+            attention_mask hides. Decoded with processing_class if there is one, else lists of token ids; behind a
+            conversation a message, [{"role": "assistant", "content": text}], which a last message of the assistant
+            begins, as in TRL.
         args: a `DAMConfig`.
         train_dataset, eval_dataset: rows as above.
         processing_class: tokenizer, for string prompts, conversations and decoded completions. What it puts behind a
             text, [SEP] for one, is not put between prompt and completion.
+        reward_processing_classes: the tokenizer of each reward function that is a model, or of the only one; None
+            loads it by the model's name.
         callbacks, optimizers, compute_metrics: as for `transformers.Trainer`; `compute_metrics` receives
             EvalPrediction(predictions=filled-in token ids, label_ids=labels, inputs=input_ids). label_ids is None
             where there are no labels, or others than of tokens among them.
@@ -170,29 +189,49 @@ class DAMTrainer(BaseTrainer):
     def __init__(
         self,
         model: nn.Module | str,
-        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        reward_funcs: RewardFunction | nn.Module | str | Sequence[RewardFunction | nn.Module | str],
         args: DAMConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        reward_processing_classes: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        peft_config: Any = None,
         *,
+        peft_config: Any = None,
         ref_model: nn.Module | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         denoiser: DenoiserFactory = as_denoiser,
+        **others: Any,
     ):
+        grpo.refuse(others, grpo.TRAINER, "GRPOTrainer", type(self).__name__)
+        if others:
+            raise TypeError(f"{type(self).__name__} does not take {', '.join(others)}")
         args = DAMConfig(output_dir="dam_output") if args is None else args
         if not isinstance(args, DAMConfig):
             raise TypeError(f"args must be a DAMConfig; got {type(args).__name__}")
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: other columns go to the reward functions")
-        network: Any = loaded(model) if isinstance(model, str) else model
-        self._rewards = Rewards(reward_funcs, args.reward_weights, str(args.output_dir))
+        template: Any = args.chat_template_kwargs
+        network: Any = _loaded(model, args.model_init_kwargs)
+        functions = with_models(
+            reward_funcs,
+            reward_processing_classes,
+            reads_text=processing_class is not None,
+            batch_size=args.per_device_eval_batch_size,
+            model_init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
+            chat_template_kwargs=template,
+        )
+        self._rewards = Rewards(functions, args.reward_weights, str(args.output_dir))
         self.reward_funcs = self._rewards.functions
         limits = limits_of(network)
         own = denoiser(network)  # raises where the model does not fit
+        if hasattr(own, "canvas_length"):
+            raise TypeError(
+                f"{type(network).__name__} knows no mask token: it undoes uniform noise on a canvas, where DAMTrainer "
+                "fills in masks. Train it in a loop of your own by dam.canvas: rollout, dam.adjoint.tilted_weights, "
+                "and path_loss or posterior_loss (docs/models.md)"
+            )
         tokens = special_tokens(
             args.mask_token_id,
             processing_class,
@@ -204,7 +243,6 @@ class DAMTrainer(BaseTrainer):
         )
         self.process = MaskedCTMC(tokens.mask, suppress=tokens.suppress, vocabulary=tokens.vocabulary)
         self._stop = tokens.stop
-        template: Any = args.chat_template_kwargs
         self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
         self._denoiser = denoiser
         self._in_blocks = args.block_length is not None
@@ -214,10 +252,13 @@ class DAMTrainer(BaseTrainer):
             self._in_blocks = True
         self._keeps_paths = self._in_blocks or args.diffusion_steps is not None
         network, base = with_base(network, ref_model, peft_config)
+        if args.disable_dropout:
+            _without_dropout(network)
         _check_dtype(network)
         self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
-        self._example: tuple[Any, Any, float] | None = None
+        self._seen: tuple[list[Any], list[Any]] = ([], [])  # prompts and completions of this process's last rollout
+        self._completions: Completions | None = None  # of all processes' last rollout
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
         with precision_of(args):
@@ -237,7 +278,17 @@ class DAMTrainer(BaseTrainer):
         self._update = UpdateBegun()
         self.add_callback(self._update)
         self.add_callback(OnBegin(self._evaluate_at_the_end))
+        self._average: WeightAverage | None = None
+        if args.ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("ema_decay does not go with FSDP or DeepSpeed, whose parameters are divided: set None")
+            self._average = WeightAverage(network, args.ema_decay)
+            self.add_callback(self._average)
+        self._timing = Timing(waiter(self.args.device))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RolloutProgress())
         base.to(self.args.device)
+        move(self.reward_funcs, self.args.device)
 
     def _precision(self) -> Any:
         """Context manager: the precision that accelerate has put around the trained model's forward pass.
@@ -254,25 +305,28 @@ class DAMTrainer(BaseTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
-        accumulated = args.gradient_accumulation_steps
-        batch_size = self._train_batch_size * accumulated * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        steps = max(1, len(dataset) // batch_size * args.num_iterations)  # of an epoch
+        batch_size = args.prompts_per_rollout * args.world_size
+        steps = max(1, len(dataset) // batch_size * args.steps_per_rollout)  # of an epoch
         return PromptSampler(
-            len(dataset), batch_size, accumulated * args.num_iterations, seed, lambda: self.state.global_step // steps
+            len(dataset),
+            batch_size,
+            args.gradient_accumulation_steps * args.steps_per_rollout,
+            seed if args.shuffle_dataset else None,
+            lambda: self.state.global_step // steps,
         )
 
     def _get_dataloader(  # type: ignore[override]
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **options: Any
     ) -> Any:
-        """As `Trainer._get_dataloader`, of numbered rows; a batch in training has the prompts of a whole step."""
+        """As `Trainer._get_dataloader`, of numbered rows; a batch in training has the prompts of a whole rollout."""
         name, args = description.lower(), self.args
         training = name == "training"
         if training:
-            batch_size *= args.gradient_accumulation_steps
+            batch_size = args.prompts_per_rollout
         if is_stream(dataset):
             _check_stream(args, name)
-            repeats = args.gradient_accumulation_steps * args.num_iterations
+            repeats = args.gradient_accumulation_steps * args.steps_per_rollout
             rows: Any = Stream(dataset, name, batch_size, repeats) if training else Stream(dataset, name)
         else:
             rows = NumberedRows(dataset, name)
@@ -307,12 +361,19 @@ class DAMTrainer(BaseTrainer):
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
-        given = together(lambda: self._rolled_out(model, batch))
+        with self._timing.part("rollout"):
+            given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
-        in_step(functools.partial(self._weigh, groups))
+        seen = together(lambda: self._seen) if self.args.log_completions else []
+        in_step(functools.partial(self._weigh, groups, seen))
 
-    def _weigh(self, rolled_out: Group) -> None:
-        """Puts groups with their weights into the replay buffer, and figures of them into the log."""
+    def _weigh(self, rolled_out: Group, seen: list[tuple[list[Any], list[Any]]]) -> None:
+        """Puts groups with their weights into the replay buffer, and figures of them into the log.
+
+        Args:
+            rolled_out: groups of all processes.
+            seen: prompts and completions of each process, where they are to be shown.
+        """
         args = self.args
         log_ratio, reward = rolled_out["log_ratio"], rolled_out["reward"]
         orders = None
@@ -354,17 +415,18 @@ class DAMTrainer(BaseTrainer):
         ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
         self.progress.reward_calls += reward.numel()
-        reward = reward[:, :drawn_by_model]
-        finite = reward[reward > -torch.inf]  # what is not forbidden
-        parts = {n: value[:, :drawn_by_model] for n, value in rolled_out.items() if n.startswith("rewards/")}
-        self.progress.record(
-            reward=_mean(reward),
-            reward_std=float(finite.std()) if finite.numel() > 1 else 0.0,
-            tilt=float(step.mean()),
-            # Nothing to correlate is no figure.
-            **{name: value for name, value in told._asdict().items() if not math.isnan(value)},
-            **{name: _mean(value) for name, value in parts.items()},
-        )
+        self._timing.drew(int(self.process.masked(rolled_out["states"]).sum()) * args.num_generations)
+        if seen:
+            prompts, completions = ([each for part in parts for each in part] for parts in zip(*seen, strict=True))
+            figures = {n.removeprefix("rewards/"): value for n, value in rolled_out.items() if n.startswith("rewards/")}
+            if len(figures) > 1:
+                figures["reward"] = reward
+            figures["weight"] = weight
+            shown = {name: value.flatten().tolist() for name, value in figures.items()}
+            self._completions = Completions(prompts, completions, shown)
+        logged = {**_reward_figures(rolled_out, drawn_by_model), **told._asdict(), "tilt": float(step.mean())}
+        # Nothing to correlate is no figure.
+        self.progress.record(**{name: value for name, value in logged.items() if not math.isnan(value)})
 
     def _rolled_out(self, model: nn.Module, batch: dict[str, Any]) -> list[Group]:
         """A group of rewarded trajectories for each prompt of this process."""
@@ -372,6 +434,8 @@ class DAMTrainer(BaseTrainer):
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
         args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
+        # Re-masked outcomes are states of the exact chain only where all of them was drawn.
+        start = torch.where(self._of_exact_chain(tokens), tokens.shape[1], batch["start"])
         row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
         masks = attention_mask.repeat_interleave(size, dim=0)
         # All of a group by num_orders, or a few of it by two.
@@ -394,6 +458,8 @@ class DAMTrainer(BaseTrainer):
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
+                stop_tokens=self._stop,
+                start=start.repeat_interleave(size),
             )
             paths = None
             if taken > 0:
@@ -407,8 +473,7 @@ class DAMTrainer(BaseTrainer):
                     temperature=args.temperature,
                 )
         seen, reward, parts = self._rewarded(batch, trajectories.final, size)
-        best = int(torch.where(from_base.to(reward.device), -torch.inf, reward).argmax())
-        self._example = (seen["prompts"][best], seen["completions"][best], float(reward[best]))
+        self._seen = (seen["prompts"], seen["completions"])
         of_each = {
             "final": trajectories.final,
             "first": trajectories.position[:, 0],
@@ -416,6 +481,8 @@ class DAMTrainer(BaseTrainer):
             "call": trajectories.call,
             "log_ratio": trajectories.log_ratio,
             "reward": reward,
+            "length": _lengths(seen["completion_ids"], batch["start"] < tokens.shape[1], size),
+            "terminated": torch.tensor([ids[-1] in self._stop for ids in seen["completion_ids"]], device="cpu"),
             **{f"rewards/{name}": values for name, values in parts.items()},
         }
         if paths is not None:
@@ -428,9 +495,8 @@ class DAMTrainer(BaseTrainer):
     ) -> tuple[Outcomes, Tensor, dict[str, Tensor]]:
         """What reward functions see of a batch that was filled in, its rewards [B * repeats], and each function's."""
         seen = outcomes(batch, final, repeats, self._stop)
-        reward, parts = self._rewards(
-            seen, self.state.global_step, lambda ids: decoded(batch, ids, self.processing_class)
-        )
+        with self._timing.part("reward"):
+            reward, parts = self._rewards(seen, self.state, lambda ids: decoded(batch, ids, self.processing_class))
         return seen, reward, parts
 
     def _replayed(self) -> tuple[Group, Tensor]:
@@ -527,7 +593,8 @@ class DAMTrainer(BaseTrainer):
         progress = self.progress
         self._evaluate_if_due()
         progress.begin(self.state.global_step)
-        due = self.state.global_step % self.args.num_iterations == 0 or len(progress.replay) == 0
+        self._timing.begin(self.state.global_step)
+        due = self.state.global_step % self.args.steps_per_rollout == 0 or len(progress.replay) == 0
         if progress.micro_step == 0 and due:
             self._refill(model, inputs)
         groups, names = self._replayed()
@@ -577,14 +644,30 @@ class DAMTrainer(BaseTrainer):
             raise ValueError("no parameter of the model is trainable")
         self._check_datasets()
         self.progress.clear()
+        self._timing.clear()
         self._compared = False
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._keeps_paths)
+            check_average(str(resume_from_checkpoint), self.args.ema_decay)
+            if self._average is not None:
+                self._average.load(str(resume_from_checkpoint))
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         except Exception as error:
             self._save_before(error)
             raise
+        if self._average is not None:
+            self._average.finish()
+        return result
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: the model has its averaged weights, where there are such."""
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; with ema_decay the averages."""
+        with self._averaged():
+            super().save_model(output_dir, _internal_call)
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
@@ -614,11 +697,16 @@ class DAMTrainer(BaseTrainer):
     def _load_best_model(self) -> None:
         self._update.step = self.state.global_step  # from here on the weights are those of another step
         super()._load_best_model()
+        if self._average is not None:
+            self._average.forget()  # those of the best step are loaded
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.progress.save(os.path.join(self._get_output_dir(trial=trial), name))
+            folder = os.path.join(self._get_output_dir(trial=trial), name)
+            self.progress.save(folder)
+            if self._average is not None:
+                self._average.save(folder)
         # Writes the trainer's state last, and only then removes older checkpoints.
         super()._save_checkpoint(model, trial)
 
@@ -629,11 +717,20 @@ class DAMTrainer(BaseTrainer):
     def _log(self, logs: dict[str, float], start_time: float | None) -> None:
         of_training = "loss" in logs
         if of_training:
-            logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls}
+            times = self._timing.take(self.state.global_step, self.state.max_steps)
+            logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls, **times}
         super().log(logs, start_time)
-        if of_training and self.args.log_completions and self._example is not None and self.is_world_process_zero():
-            prompt, completion, reward = self._example
-            show(f"prompt: {prompt}\ncompletion: {completion}\nreward: {reward:.4g}")
+        if of_training and self._completions is not None and self.is_world_process_zero():
+            self._show_completions(self._completions)
+
+    def _show_completions(self, completions: Completions) -> None:
+        args, step = self.args, self.state.global_step
+        if args.log_unique_prompts:
+            completions = completions.of_unique_prompts()
+        printed = completions.some(args.num_completions_to_print, [args.seed, step])
+        show(printed.as_text(f"step {step}"))
+        if "wandb" in (args.report_to or ()):
+            completions.to_wandb(step)
 
     # Evaluation
 
@@ -642,9 +739,9 @@ class DAMTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Fills in the evaluation prompts once each; logs and returns their mean reward and `compute_metrics`.
 
-        Decoding is set by eval_temperature and eval_remasking. What is drawn for a prompt depends on its place in the
-        dataset, not on the batch; each evaluation draws the same, unless eval_redraw is set. These reward calls are not
-        counted in reward_calls.
+        Decoding is set by eval_temperature, eval_remasking, eval_threshold, eval_top_k, eval_top_p and eval_guidance.
+        What is drawn for a prompt depends on its place in the dataset, not on the batch; each evaluation draws the
+        same, unless eval_redraw is set. These reward calls are not counted in reward_calls.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -652,7 +749,8 @@ class DAMTrainer(BaseTrainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
-        metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
+        with self._timing.part("evaluation"):
+            metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
         metrics["reward_calls"] = self.reward_calls
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -664,8 +762,9 @@ class DAMTrainer(BaseTrainer):
         """Fills in prompts once each, as `evaluate` does, and returns the token ids; logs nothing.
 
         Returns:
-            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, with
-            -100 on the left of shorter ones. Labels are None where there are none, or others than of tokens.
+            PredictionOutput(predictions int64 [N, L], label_ids int64 [N, L] or None, metrics): whole sequences, filled
+            up with the token that ended a completion, and with -100 on the left of shorter ones. Labels are None where
+            there are none, or others than of tokens.
         """
         metrics, predictions, labels = self._filled_in(self.get_test_dataloader(test_dataset), metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
@@ -678,7 +777,7 @@ class DAMTrainer(BaseTrainer):
         rewards: list[Tensor] = []
         kept: dict[str, list[np.ndarray]] = {"final": [], "input_ids": [], "labels": []}
         label_kinds: list[np.ndarray] = []
-        with self.sampler.evaluating(self.model):
+        with self._averaged(), self.sampler.evaluating(self.model):
             for batch in each_in_step(loader):
                 self._compare(batch)
                 final = self.sampler.rollout(
@@ -687,8 +786,9 @@ class DAMTrainer(BaseTrainer):
                     batch["attention_mask"],
                     seed=seed,
                     row_ids=batch["number"],
-                    temperature=self.args.eval_temperature,
-                    order=self.args.eval_remasking,
+                    decoding=self.args.decoding,
+                    stop_tokens=self._stop,
+                    start=batch["start"],
                 ).final
                 _, reward, _ = in_step(functools.partial(self._rewarded, batch, final, 1))
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
@@ -716,6 +816,45 @@ def _mean(rewards: Tensor) -> float:
     if counted.numel() > 0:
         return float(counted.mean())
     return math.nan if bool(rewards.isnan().all()) else -math.inf
+
+
+def _std(rewards: Tensor) -> float:
+    """As `_mean`, of the standard deviation; 0 of less than two."""
+    counted = rewards[rewards > -torch.inf]
+    return float(counted.std()) if counted.numel() > 1 else 0.0
+
+
+def _lengths(completion_ids: list[list[int]], behind_a_prompt: Tensor, repeats: int) -> Tensor:
+    """Tokens of each completion, float64 [B * repeats]; NaN of a sequence that was given as input_ids."""
+    lengths = torch.tensor([float(len(ids)) for ids in completion_ids], dtype=torch.float64, device="cpu")
+    return torch.where(behind_a_prompt.cpu().repeat_interleave(repeats), lengths, torch.nan)
+
+
+def _reward_figures(rolled_out: Group, drawn_by_model: int) -> dict[str, float]:
+    """What the log says of rewards and lengths, by TRL's names; NaN where there is nothing to tell.
+
+    Args:
+        rolled_out: tensors [G, K] of groups.
+        drawn_by_model: of each group the first ones, which alone are counted.
+    """
+    own = {name: value[:, :drawn_by_model] for name, value in rolled_out.items() if value.dim() == 2}
+    reward, length = own["reward"], own["length"]
+    figures = {
+        "reward": _mean(reward),
+        "reward_std": _std(reward),
+        "frac_reward_zero_std": float((reward == reward[:, :1]).all(dim=1).double().mean()),
+    }
+    for name in (name for name in own if name.startswith("rewards/")):
+        figures |= {f"{name}/mean": _mean(own[name]), f"{name}/std": _std(own[name])}
+    known = ~length.isnan()
+    ended = own["terminated"][known].bool()
+    for kind, lengths in (("", length[known]), ("terminated_", length[known][ended])):
+        if lengths.numel() > 0:
+            for of, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
+                figures[f"completions/{of}_{kind}length"] = float(value)
+    if ended.numel() > 0:
+        figures["completions/clipped_ratio"] = float((~ended).double().mean())
+    return figures
 
 
 def _keep_batches_whole(accelerator_config: Any) -> None:
@@ -749,6 +888,28 @@ def _check_stream(args: DAMConfig, name: str) -> None:
             f"the {name} dataset is iterable: each of {args.dataloader_num_workers} workers would read all of it; set "
             f"dataloader_num_workers=0, or {cure}"
         )
+
+
+def _loaded(model: Any, kwargs: Any) -> Any:
+    """The model, by its name too.
+
+    Raises:
+        ValueError: arguments to load it with, and nothing to load.
+    """
+    if isinstance(model, str):
+        return loaded(model, kwargs or {})
+    if kwargs:
+        raise ValueError("model_init_kwargs go with a model that is given by name; this one is loaded already")
+    return model
+
+
+def _without_dropout(network: nn.Module) -> None:
+    """Sets to 0 what dropout modules drop, and the rates that attention layers keep as numbers."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            of_dropout = isinstance(module, nn.modules.dropout._DropoutNd) and name == "p"
+            if isinstance(value, float) and (of_dropout or "drop" in name):
+                setattr(module, name, 0.0)
 
 
 def _check_dtype(network: nn.Module) -> None:

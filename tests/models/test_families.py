@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from dam.ctmc import MaskedCTMC
+from dam.decoding import Decoding
 from dam.models import Blocks, MaskedLM, Tabular, as_denoiser, blocks_of, families, register
 from dam.rollout import log_prob_over_orders, rollout
 from dam.train import DAMConfig, DAMTrainer
@@ -276,27 +277,56 @@ def test_a_greedy_rollout_is_the_family_s_own_generation(family, prompt_length):
     assert found.final[0, 3:].tolist() == family.generate(model, prompt, gen_length=gen_length)[0].tolist()
 
 
-def test_llada_generates_by_blocks_of_the_completion():
-    """With several tokens a call, and a batch padded on the left, as its own code does."""
-    family = FAMILIES["LLaDA"]
-    model = family.model()
-    prompts, mask = padded([tokens_of(1, length, seed=length)[0].clamp(max=PAD - 1) for length in (6, 4)])
-    expected = llada.generate(model, prompts, mask, steps=4, gen_length=8, block_length=4)
-    tokens, seen = nn.functional.pad(prompts, (0, 8), value=MASK), nn.functional.pad(mask, (0, 8), value=1)
-    options = {"attention_mask": seen, "steps": 4, "block_length": 4, "order": "confidence", "temperature": 0.0}
-    found = rollout(family.denoiser(model), tokens, PROCESS, seed=0, **options)
-    assert found.network_calls == 4
+def lively(model, scale=10.0):
+    """Weights so large that predictions are not of one or two tokens, whatever the prompt."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.dim() == 2 else 1.0)
+    return model
+
+
+def completions_of_8(*lengths):
+    """Prompts padded on the left, and sequences of them and 8 masks, each with its attention mask."""
+    prompts, mask = padded([tokens_of(1, length, seed=length)[0].clamp(max=PAD - 1) for length in lengths])
+    return prompts, mask, nn.functional.pad(prompts, (0, 8), value=MASK), nn.functional.pad(mask, (0, 8), value=1)
+
+
+@pytest.mark.parametrize(("steps", "block_length"), [(8, 8), (8, 4), (4, 8), (5, 8), (3, 8), (6, 4), (2, 4)])
+def test_llada_generates_with_steps_and_blocks(steps, block_length):
+    """Several positions a call, where they do not divide a block too."""
+    model = lively(FAMILIES["LLaDA"].model())
+    prompts, mask, tokens, seen = completions_of_8(6, 4, 5)
+    expected = llada.generate(model, prompts, mask, steps=steps, block_length=block_length)
+    options = {"attention_mask": seen, "steps": steps, "block_length": block_length}
+    greedy = Decoding(order="confidence", temperature=0.0)
+    found = rollout(as_denoiser(model), tokens, PROCESS, decoding=greedy, seed=0, **options)
+    assert found.network_calls == steps
     assert found.final.tolist() == expected.tolist()
 
 
-def test_dream_generates_from_prompts_padded_on_the_left():
-    model = FAMILIES["Dream"].model()
-    prompts, mask = padded([tokens_of(1, length, seed=length)[0].clamp(max=PAD - 1) for length in (6, 4)])
-    tokens, seen = nn.functional.pad(prompts, (0, 8), value=MASK), nn.functional.pad(mask, (0, 8), value=1)
-    found = rollout(
-        as_denoiser(model), tokens, PROCESS, attention_mask=seen, order="confidence", temperature=0.0, seed=0
-    )
-    assert found.final.tolist() == dream.generate(model, prompts, mask).tolist()
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_llada_generates_with_guidance(scale):
+    """Padding is not behind mask tokens, which it hides anyway."""
+    model = lively(FAMILIES["LLaDA"].model())
+    prompts, mask, tokens, seen = completions_of_8(6, 4, 5)
+    expected = llada.generate(model, prompts, mask, steps=4, cfg_scale=scale)
+    decoding = Decoding(order="confidence", temperature=0.0, guidance=scale)
+    options = {"attention_mask": seen, "steps": 4, "block_length": 4}
+    found = rollout(as_denoiser(model), tokens, PROCESS, decoding=decoding, seed=0, **options)
+    assert found.final.tolist() == expected.tolist()
+    assert expected.tolist() != llada.generate(model, prompts, mask, steps=4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("alg", "order"), [("maskgit_plus", "confidence"), ("entropy", "entropy"), ("topk_margin", "margin")]
+)
+@pytest.mark.parametrize("law", [{}, {"top_k": 4}, {"top_p": 0.97}], ids=str)
+def test_dream_generates_from_prompts_padded_on_the_left(alg, order, law):
+    model = lively(FAMILIES["Dream"].model(), 4.0)  # no two positions equal, as those that have one token left are
+    prompts, mask, tokens, seen = completions_of_8(6, 4, 5)
+    decoding = Decoding(order=order, temperature=0.0, **law)
+    found = rollout(as_denoiser(model), tokens, PROCESS, attention_mask=seen, decoding=decoding, seed=0)
+    assert found.final.tolist() == dream.generate(model, prompts, mask, alg=alg, **law).tolist()
 
 
 def lora_on(model, **more):
@@ -329,7 +359,7 @@ def config_for(output, **changes):
     values = {
         "beta": 0.05,
         "num_generations": 128,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 4 * 128,
         "per_device_eval_batch_size": 64,
         "num_iterations": 1,
         "replay_size": 4,
@@ -399,7 +429,7 @@ def test_rows_padded_on_the_left_are_refused_where_positions_are_absolute(tmp_pa
         return low(completion_ids)
 
     given = [{"input_ids": [1, MASK, MASK]}, {"input_ids": [1, MASK]}]
-    changes = {"per_device_train_batch_size": 1, "max_steps": 1}
+    changes = {"per_device_train_batch_size": 128, "max_steps": 1}
     with pytest.raises(ValueError, match=message):
         DAMTrainer(model, reward, config_for(tmp_path, **changes), given).train()
     assert not worked

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
+from dam.decoding import Decoding
 from dam.models import Blocks, Tabular, as_denoiser
 from dam.models.prefix import _cache_class
 from dam.rollout import jump_log_prob, log_prob_over_orders, rollout
@@ -17,6 +18,7 @@ from tests.models.test_families import (
     FAMILIES,
     PROCESS,
     Family,
+    lively,
     lora_on,
     padded,
     qwen_model,
@@ -98,6 +100,45 @@ def test_draws_are_those_of_whole_sequences(name, rows):
         ]
         for found, expected in zip(*over, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # sums of 9 of those
+
+
+@pytest.mark.parametrize("name", ["SDAR", "Qwen3, of the position behind"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_tokens": [1, 5, 8, 10]},
+        {"decoding": Decoding(order="confidence", threshold=0.08), "stop_tokens": [5, 10]},
+        {"decoding": Decoding(order="entropy", top_k=6, guidance=1.0), "steps": 6},
+    ],
+    ids=str,
+)
+def test_draws_are_those_of_whole_sequences_where_rows_go_on_by_themselves(name, options):
+    """Some end, or take fewer calls for a block; and the prompt is hidden in a second pass with a cache of its own."""
+    family = BLOCKS[name]
+    denoiser, base = (lively(family.model(seed), 3.0) for seed in (0, 1))
+    denoiser, base = family.denoiser(denoiser), family.denoiser(base)
+    tokens, mask = scattered()
+    fixed = {"seed": 5, "attention_mask": mask, **options}
+    paths = rollout(denoiser, tokens, PROCESS, base=base, **fixed)
+    assert_same(paths, rollout(Whole(denoiser), tokens, PROCESS, base=Whole(base), **fixed))
+    calls, masks = paths.call.max(dim=1).values + 1, (tokens == MASK).sum(dim=1)
+    assert bool((calls < masks).any()) and (paths.ended is None or bool(paths.ended.any()))
+
+
+@pytest.mark.parametrize("name", ["LLaDA 2 by 4", "SDAR", "A2D by 4"])
+def test_rows_that_have_ended_are_not_run(name):
+    family = BLOCKS[name]
+    model = lively(family.model(), 4.0)
+    denoiser = family.denoiser(model)
+    tokens, _ = completions(*[8] * 12, length=12)
+    options = {"stop_tokens": [1, 5, 8], "seed": 0}
+    rollout(denoiser, tokens, PROCESS, **options)  # what is tried before the first call
+    sizes = sizes_of(model)
+    found = rollout(denoiser, tokens, PROCESS, **options)
+    calls = found.call.max(dim=1).values + 1
+    assert len(calls.unique()) > 2
+    assert [rows for rows, _ in sizes] == [int((calls > n).sum()) for n in range(found.network_calls)]
+    assert [width for _, width in sizes] == [(12 if n == 0 else 8) if n % 4 == 0 else 4 for n in range(len(sizes))]
 
 
 @pytest.mark.parametrize("name", ["LLaDA 2 by 4", "SDAR", "A2D by 4"])

@@ -54,7 +54,7 @@ class FailsToRead:
 
 def trained(output, *, judge=None, processes=1, resume=None, rows=PROMPTS, **changes):
     """A trainer after its run: 8 steps into the second epoch, of 4 prompts and 4 groups each."""
-    per_process = {"per_device_train_batch_size": 4 // processes, "replay_batch_size": 4 // processes}
+    per_process = {"prompts": 4 // processes, "replay_batch_size": 4 // processes}
     config = tiny_config(
         output, max_steps=6, save_strategy="steps", save_steps=2, num_iterations=1, optim="sgd", learning_rate=0.1,
         eval_temperature=1.0, logging_steps=1, ddp_backend="gloo" if processes > 1 else None, replay_size=6,
@@ -71,7 +71,7 @@ def told(trainer):
         {
             name: value
             for name, value in entry.items()
-            if name not in ("train_runtime", "epoch") and "per_second" not in name
+            if name not in ("train_runtime", "epoch") and "per_second" not in name and not name.startswith("time/")
         }
         for entry in trainer.state.log_history
     ]

@@ -1,6 +1,8 @@
 """DAMConfig says what is wrong before any work is done."""
 
+import copy
 import math
+import pickle
 
 import pytest
 from tiny import tiny_config
@@ -11,7 +13,16 @@ from tiny import tiny_config
     [
         ({"estimator": "last_jump"}, "estimator must be one of .*'last_jump'"),
         ({"normalizer": "batch"}, "normalizer must be one of state, group; got 'batch'"),
-        ({"eval_remasking": "entropy"}, "eval_remasking must be one of random, confidence"),
+        ({"eval_remasking": "likeliest"}, "eval_remasking must be one of random, left-to-right, confidence, entropy"),
+        (
+            {"eval_threshold": 0.9},
+            "eval_threshold goes with eval_remasking confidence, entropy, margin, .* got 'random'",
+        ),
+        ({"eval_threshold": math.nan, "eval_remasking": "entropy"}, "eval_threshold must be a number; got nan"),
+        ({"eval_top_k": 0}, "eval_top_k must be at least 1; got 0"),
+        ({"eval_top_p": 0.0}, r"eval_top_p must be in \(0, 1\]; got 0.0"),
+        ({"eval_top_p": 1.5}, r"eval_top_p must be in \(0, 1\]; got 1.5"),
+        ({"eval_guidance": -1.0}, "eval_guidance must be >= 0 and finite; got -1.0"),
         ({"num_generations": 0}, "num_generations must be at least"),
         ({"num_generations": 1, "target_ess": None}, "num_generations must be at least 2"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
@@ -43,12 +54,37 @@ from tiny import tiny_config
         ({"target_ess": 9.0}, r"target_ess must be in \[1, num_generations\]; got 9"),
         ({"target_ess": 0.5}, "target_ess must be in"),
         ({"temperature": 0.0}, "temperature must be > 0"),
-        ({"eval_temperature": -1.0}, "eval_temperature must be >= 0"),
+        ({"eval_temperature": -1.0}, "eval_temperature must be >= 0 and finite; got -1.0"),
+        ({"eval_temperature": math.nan}, "eval_temperature must be >= 0"),
         ({"clip": math.inf}, "clip must be"),
         ({"chat_template_kwargs": "loud"}, "chat_template_kwargs must be a dict; got 'loud'"),
         ({"stop_token_ids": [3, -1]}, r"stop_token_ids must be token ids; got \[3, -1\]"),
         ({"suppress_tokens": [3, -1]}, r"suppress_tokens must be token ids; got \[3, -1\]"),
         ({"draw_outcomes": 0}, "draw_outcomes must be at least 1"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \(0, 1\) or None; got 1.0"),
+        ({"ema_decay": 0.0}, "ema_decay must be in"),
+        ({"model_init_kwargs": "float32"}, "model_init_kwargs must be a dict; got 'float32'"),
+        ({"num_completions_to_print": 0}, "num_completions_to_print must be at least 1 or None"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False: a smaller batch would not hold whole"),
+        ({"steps_per_generation": 0}, "steps_per_generation must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        (
+            {"per_device_train_batch_size": 12},
+            r"and must be a multiple of that: a process draws whole groups. Got 12 \* 1",
+        ),
+        (
+            {"per_device_train_batch_size": 4, "steps_per_generation": 2, "replay_batch_size": None},
+            "takes whole groups: .* unless replay_batch_size is set .1 is 8 completions.; got 4",
+        ),
+        ({"generation_batch_size": 24}, "generation_batch_size must be a multiple of .*, 16; got 24"),
+        (
+            {"generation_batch_size": 32, "steps_per_generation": 1},
+            "generation_batch_size 32 and steps_per_generation 1 do not fit: the first would be 16",
+        ),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 4},
+            r"steps_per_generation \* num_iterations must be a multiple of .*; got 3 \* 2 and 4",
+        ),
         ({"draw_outcomes": 8, "normalizer": "state"}, 'draw_outcomes .* goes with normalizer "group"'),
     ],
     ids=str,
@@ -60,6 +96,56 @@ def test_a_bad_argument_is_named(tmp_path, changes, message):
 
 def test_a_dict_comes_from_a_command_line_as_json(tmp_path):
     assert tiny_config(tmp_path, chat_template_kwargs='{"loud": true}').chat_template_kwargs == {"loud": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "steps", "groups", "sizes"),
+    [
+        ({}, 8, 4, 8, (1, 128)),
+        ({"num_generations": 24}, 8, 4, 8, (1, 192)),
+        ({"gradient_accumulation_steps": 4}, 32, 4, 8, (4, 512)),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 8}, 64, 8, 8, (8, 1024)),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, 16, 1, 8, (2, 256)),
+        ({"per_device_train_batch_size": 32, "generation_batch_size": 96, "num_iterations": 1}, 6, 3, 2, (3, 96)),
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 8, "replay_batch_size": 5}, 2, 32, 5, (8, 32)),
+    ],
+    ids=str,
+)
+def test_batch_sizes_count_completions(tmp_path, changes, prompts, steps, groups, sizes):
+    """As in TRL: a completion is trained on num_iterations times in the mean, where replay_batch_size is not set."""
+    from dam.train import DAMConfig
+
+    config = DAMConfig(str(tmp_path), use_cpu=True, **changes)
+    assert (config.prompts_per_rollout, config.steps_per_rollout, config.replay_batch_size) == (prompts, steps, groups)
+    assert (config.steps_per_generation, config.generation_batch_size) == sizes
+    trained_on = groups * config.gradient_accumulation_steps * steps / prompts
+    assert trained_on == config.num_iterations or "replay_batch_size" in changes
+    # What was derived may be given again.
+    again = DAMConfig(
+        str(tmp_path),
+        use_cpu=True,
+        **changes | dict(zip(("steps_per_generation", "generation_batch_size"), sizes, strict=True)),
+    )
+    assert again.prompts_per_rollout == prompts
+
+
+def test_mixed_precision_is_bfloat16_on_a_gpu_that_has_it(tmp_path, monkeypatch):
+    from dam.train import DAMConfig, config
+
+    for available in (True, False):
+        monkeypatch.setattr(config, "is_torch_bf16_gpu_available", lambda available=available: available)
+        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+        assert DAMConfig(str(tmp_path)).bf16 is available
+        assert DAMConfig(str(tmp_path), use_cpu=True).bf16 is False
+        assert DAMConfig(str(tmp_path), bf16=False).bf16 is False
+        assert DAMConfig(str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+        assert DAMConfig(str(tmp_path), fp16=True).bf16 is False
+
+
+def test_a_config_is_copied(tmp_path):
+    config = tiny_config(tmp_path, beta=0.5)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other.beta == 0.5 and other.to_dict() == config.to_dict()
 
 
 def test_the_defaults_are_valid(tmp_path):

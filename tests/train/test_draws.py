@@ -14,8 +14,8 @@ from dam.train.trainer import _Draw
 from tests.train.tiny import MASK, ROWS, rotary_model, sum_reward, tiny_config, tiny_model
 
 PROMPTS = [{"prompt": [1 + n % 5] * (1 + n % 3), "name": n} for n in range(8)]  # of several lengths, so padded
-WHOLE = {"per_device_train_batch_size": 4, "replay_batch_size": 4, "draw_outcomes": None}
-HALVES = {"per_device_train_batch_size": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
+WHOLE = {"prompts": 4, "replay_batch_size": 4, "draw_outcomes": None}
+HALVES = {"prompts": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
 def run(output, **changes):
@@ -71,7 +71,7 @@ def test_trajectories_of_a_group_and_of_equal_prompts_are_drawn_apart(tmp_path):
         return sum_reward(completion_ids)
 
     rows = [{"input_ids": [1, *[MASK] * 7]}] * 8
-    config = tiny_config(tmp_path, max_steps=2, num_iterations=1, per_device_train_batch_size=4, learning_rate=0.0)
+    config = tiny_config(tmp_path, max_steps=2, num_iterations=1, prompts=4, learning_rate=0.0)
     DAMTrainer(rotary_model(), reward, config, rows).train()
     # Of 5^7 outcomes that an untrained model finds about equally likely, 64 share one with probability 0.03.
     assert len(seen) == 64 and len(set(seen)) > 60
@@ -87,7 +87,7 @@ def test_the_last_trajectories_of_a_group_are_drawn_by_the_base(tmp_path):
             return groups[:]
 
     base = tiny_model(seed=1)
-    config = tiny_config(tmp_path, max_steps=1, per_device_train_batch_size=1, base_generations=3, rollout_batch_size=4)
+    config = tiny_config(tmp_path, max_steps=1, prompts=1, base_generations=3, rollout_batch_size=4)
     trainer = Told(tiny_model(), sum_reward, config, [{"input_ids": [MASK] * 4}], ref_model=base)
     before = copy.deepcopy(trainer.model)
     trainer.train()
@@ -137,14 +137,21 @@ def evaluated(trainer, rows):
 
 
 @pytest.mark.parametrize(
-    "decoding", [{"eval_temperature": 1.0}, {"eval_temperature": 1.0, "eval_remasking": "confidence"}]
+    "decoding",
+    [
+        {},
+        {"eval_remasking": "confidence"},
+        {"eval_remasking": "entropy", "eval_threshold": 1.7, "eval_top_p": 0.98},
+        {"eval_guidance": 0.5, "eval_top_k": 4},
+    ],
+    ids=str,
 )
 def test_evaluation_draws_each_row_apart_in_any_batch_size(tmp_path, decoding):
     """So that 64 samples of one prompt are 64 samples, at one a batch too."""
     rows = [{"input_ids": [1, *[MASK] * 7]}] * 32
     found = []
     for size in (32, 5, 1):
-        config = tiny_config(tmp_path, per_device_eval_batch_size=size, **decoding)
+        config = tiny_config(tmp_path, per_device_eval_batch_size=size, eval_temperature=1.0, **decoding)
         found.append(evaluated(DAMTrainer(rotary_model(), sum_reward, config, ROWS), rows))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0][1])) > 28  # as above

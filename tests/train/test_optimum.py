@@ -28,7 +28,7 @@ def of_a_table(output, seed, reward, steps):
         str(output),
         beta=BETA,
         max_steps=steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=64 * 16,
         num_iterations=1,
         replay_size=16 * steps,  # of the last quarter, whose steps went all the way
         replay_batch_size=128,

@@ -27,11 +27,16 @@ def test_no_method_is_overridden_in_vain():
     assert hasattr(transformers.Trainer, "_run_epoch") or releases._NoStepBeyond in DAMTrainer.__mro__
 
 
-def test_a_model_by_name_has_the_dtype_of_its_checkpoint(tmp_path):
-    """What 5.x does by itself."""
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [({}, torch.float32), ({"dtype": "auto"}, torch.bfloat16), ({"torch_dtype": "auto"}, torch.bfloat16)],
+)
+def test_a_model_by_name_is_float32_unless_told(tmp_path, given, dtype):
+    """Whatever its checkpoint has, and by either name of the argument."""
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    trainer = DAMTrainer(str(tmp_path / "model"), sum_reward, tiny_config(tmp_path), ROWS)
-    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+    config = tiny_config(tmp_path, model_init_kwargs=given)
+    trainer = DAMTrainer(str(tmp_path / "model"), sum_reward, config, ROWS)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {dtype}
 
 
 def test_precision_is_around_the_model_alone(tmp_path):

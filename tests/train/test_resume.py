@@ -174,7 +174,7 @@ def watched(output, monkeypatch, fails=None, n=0, error=OSError):
         output, log_completions=True, logging_steps=1, eval_strategy="steps", eval_steps=2, lr_scheduler_type="constant"
     )
     return DAMTrainer(
-        tiny_model(), sum_reward, config, rows, ROWS[:2], words, [watcher], compute_metrics=compute_metrics
+        tiny_model(), sum_reward, config, rows, ROWS[:2], words, None, [watcher], compute_metrics=compute_metrics
     )
 
 

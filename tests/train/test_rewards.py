@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from dam.train.rewards import RewardError, Rewards, total_reward
 
@@ -165,11 +166,12 @@ def test_arguments_are_as_documented():
         "prompts": ["p0", "p1"],
         "completions": ["c0", "c1"],
         "completion_ids": [[0], [1]],
+        "trainer_state": None,
         "answer": ["a", "b"],
     }
 
 
-@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "trainer_state"])
 def test_a_column_does_not_stand_for_what_the_model_wrote(name):
     with pytest.raises(ValueError, match=rf"column '{name}': .*rename_column\('{name}', ...\)"):
         call([lambda **_: [0.0, 0.0]], **{name: ["mine", "mine"]})
@@ -184,4 +186,4 @@ def test_a_failure_is_told_where_its_rollouts_cannot_be_kept(tmp_path):
     ):
         outcomes = {"prompts": ["p", "q"], "completions": [], "completion_ids": [[1], [2]], "columns": columns}
         with pytest.raises(RewardError, match=rf"raised KeyError: 'answer'\. The rollouts of {kept}"):
-            Rewards(raises, None, str(output))(outcomes, 7, lambda ids: ids)
+            Rewards(raises, None, str(output))(outcomes, TrainerState(global_step=7), lambda ids: ids)

@@ -293,6 +293,7 @@ def test_a_text_ends_at_the_tokenizer_s_end_or_at_the_given_tokens():
     assert special_tokens(MASK, tokenizer(), None, stop=[BOT, USER]).stop == (BOT, USER)
     assert special_tokens(MASK, tokenizer(), None, stop=[]).stop == ()
     assert special_tokens(MASK, None, None).stop == ()
+    assert special_tokens(EOS, tokenizer(), None).stop == ()  # a mask is no end
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_never_drawn_and_given_ones_besides():
@@ -320,6 +321,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_drawn_and_given_ones_bes
         ({"suppress": [3, 70], "ids": 64}, r"suppress_tokens must be ids that the model takes, in \[0, 64\); got 70"),
         ({"stop": [B, USER], "suppress": [USER]}, f"token {USER} ends completions but is in suppress_tokens"),
         ({"suppress": [EOS]}, f"token {EOS} ends completions but is in suppress_tokens.*set stop_token_ids without it"),
+        ({"stop": [B, MASK]}, f"stop_token_ids has {MASK}, the mask token"),
         ({"stop": [60], "ids": 64}, "stop_token_ids has 60, which is never drawn: the tokenizer's ids are below 8"),
     ],
     ids=str,

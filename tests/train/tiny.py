@@ -45,11 +45,11 @@ def rotary_model(seed=0):
     )
 
 
-def tiny_config(output, **changes):
+def tiny_config(output, prompts=2, **changes):
+    """Of a rollout of so many prompts in each process, for each gradient accumulation step."""
     values = {
         "num_generations": 8,
         "target_ess": 4.0,
-        "per_device_train_batch_size": 2,
         "num_iterations": 2,
         "replay_size": 6,
         "replay_batch_size": 4,
@@ -64,7 +64,10 @@ def tiny_config(output, **changes):
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }
-    return DAMConfig(output_dir=str(output), **{**values, **changes})
+    values |= changes
+    return DAMConfig(
+        output_dir=str(output), **{"per_device_train_batch_size": prompts * values["num_generations"]} | values
+    )
 
 
 def sum_reward(completion_ids, **_):

@@ -74,8 +74,8 @@ def shifted(logits):
 
 
 @torch.no_grad()
-def generate(model, prompt, attention_mask=None, gen_length=8):
-    """The likeliest token of a call, anywhere in the completion (`maskgit_plus`)."""
+def generate(model, prompt, attention_mask=None, gen_length=8, alg="maskgit_plus", top_p=None, top_k=None):
+    """A token a call, anywhere in the completion, where `alg` says."""
     x, positions = F.pad(prompt, (0, gen_length), value=MASK), None
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
@@ -85,5 +85,22 @@ def generate(model, prompt, attention_mask=None, gen_length=8):
     for _ in range(gen_length):
         # Rows of padding see nothing, of which attention makes 0 (NaN before torch 2.5).
         logits = shifted(model(x, "full" if attention_mask is None else attention_mask, positions).logits)
-        x = filled_in(x, logits, x == MASK, 1)
+        x = filled_in(x, logits, x == MASK, 1, lambda logits: confidence(logits, alg, top_p, top_k))
     return x
+
+
+def confidence(logits, alg, top_p=None, top_k=None):
+    """What `sample_tokens` gives at temperature 0."""
+    if top_p is not None:
+        falling, index = logits.sort(dim=-1, descending=True)
+        remove = falling.softmax(dim=-1).cumsum(dim=-1) > top_p
+        remove = F.pad(remove[..., :-1], (1, 0))
+        logits = logits.masked_fill(remove.scatter(-1, index, remove), torch.finfo(logits.dtype).min)
+    if top_k is not None:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
+    probs = logits.softmax(dim=-1)
+    if alg == "entropy":
+        return (probs * (probs + 1e-10).log()).sum(dim=-1)
+    top = probs.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1] if alg == "topk_margin" else top[..., 0]

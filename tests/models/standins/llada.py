@@ -83,17 +83,22 @@ class LLaDAModelLM(Standin):
 
 
 @torch.no_grad()
-def generate(model, prompt, attention_mask=None, steps=8, gen_length=8, block_length=4):
-    """Blocks of the completion one after another, in each the likeliest tokens of a call."""
+def generate(model, prompt, attention_mask=None, steps=8, gen_length=8, block_length=4, cfg_scale=0.0):
+    """Blocks of the completion one after another, in each the likeliest tokens of a call (`low_confidence`)."""
     x = F.pad(prompt, (0, gen_length), value=MASK)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
+    prompt_index = x != MASK
     blocks = gen_length // block_length
     for block in range(blocks):
         end = prompt.shape[1] + (block + 1) * block_length
-        for _ in range(steps // blocks):
+        base, remainder = divmod(block_length, steps // blocks)
+        for i in range(steps // blocks):
             where = x == MASK
             where[:, end:] = False
             logits = model(x, attention_mask=attention_mask).logits
-            x = filled_in(x, logits, where, block_length * blocks // steps)
+            if cfg_scale > 0.0:
+                un_logits = model(x.masked_fill(prompt_index, MASK), attention_mask=attention_mask).logits
+                logits = un_logits + (cfg_scale + 1) * (logits - un_logits)
+            x = filled_in(x, logits, where, base + (i < remainder))
     return x

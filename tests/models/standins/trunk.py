@@ -78,9 +78,12 @@ def counted(x):
     return torch.arange(x.shape[1])[None].expand(x.shape[:2])
 
 
-def filled_in(x, logits, where, count):
-    """`count` tokens of each row put in where they are likeliest of the positions `where`; never the mask token."""
+def filled_in(x, logits, where, count, confidence=lambda logits: logits.softmax(dim=-1).amax(dim=-1)):
+    """`count` tokens of each row put in where `confidence` is highest, of the positions `where`; never the mask token.
+
+    The likeliest ones; confidence is their probability unless given.
+    """
     logits = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf)
-    probability, token = logits.softmax(dim=-1).max(dim=-1)
-    chosen = probability.masked_fill(~where, -torch.inf).topk(count, dim=1).indices
+    token = logits.argmax(dim=-1)
+    chosen = confidence(logits).masked_fill(~where, -torch.inf).topk(count, dim=1).indices
     return x.scatter(1, chosen, token.gather(1, chosen))
