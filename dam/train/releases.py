@@ -87,7 +87,7 @@ def precision_of(arguments: TrainingArguments) -> Iterator[None]:
 
 
 # Private methods that DAMTrainer overrides, or calls, in every release.
-OVERRIDDEN = ("_get_train_sampler", "_inner_training_loop", "_load_best_model", "_save_checkpoint")
+OVERRIDDEN = ("_get_train_sampler", "_load_best_model", "_save_checkpoint")
 CALLED = ("_get_output_dir",)
 
 
@@ -169,20 +169,6 @@ class _NoStepBeyond:
         return None if self._is_beyond else super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
 
-class _BatchOfArguments:
-    """The batch of a run that is resumed is what its arguments say.
-
-    4.49 to 5.0 take the checkpoint's for each process, on however many it was saved: a step would have other prompts.
-    """
-
-    args: Any
-
-    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        if not self.args.auto_find_batch_size:
-            batch_size = self.args.train_batch_size
-        return super()._inner_training_loop(batch_size, *args, **kwargs)  # type: ignore[misc]
-
-
 class _PrecisionOfModel:
     """Mixed precision is what accelerate puts around the model, and around nothing else, as in 5.x.
 
@@ -220,14 +206,14 @@ def _fitted(trainer: type) -> type:
             f"dam.train builds on {', '.join(lacking)} of transformers.Trainer, which transformers "
             f"{transformers.__version__} does not have: install a release that was tried (docs/models.md)"
         )
-    bases = [_BatchOfArguments, trainer]
+    bases = [trainer]
     if not hasattr(trainer, "_get_dataloader"):
         bases.insert(0, _DataLoaders)
     if not hasattr(trainer, "_run_epoch"):
         bases.insert(0, _NoStepBeyond)
     if _number(transformers.__version__) < (5, 0):
         bases.insert(0, _PrecisionOfModel)
-    return type("Trainer", tuple(bases), {})
+    return trainer if len(bases) == 1 else type("Trainer", tuple(bases), {})
 
 
 if TYPE_CHECKING:

@@ -75,7 +75,7 @@ def test_a_method_that_is_missing_is_named():
         def _load_best_model(self):
             pass
 
-        _get_output_dir = _inner_training_loop = _save_checkpoint = _load_best_model
+        _get_output_dir = _save_checkpoint = _load_best_model
 
     with pytest.raises(ImportError, match=f"builds on _get_train_sampler .* transformers {transformers.__version__}"):
         releases._fitted(Other)

@@ -238,10 +238,10 @@ def test_a_run_that_is_done_is_resumed_to_the_same_weights(tmp_path, steps):
 
 
 def test_a_run_goes_on_with_its_batches_divided_otherwise(tmp_path):
-    """A step has the prompts that its arguments say, not the checkpoint: sums in another order."""
+    """A step has the prompts that its arguments say, not the checkpoint, as 4.x has it: sums in another order."""
     config = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 3}
-    whole = {"per_device_train_batch_size": 4, "replay_batch_size": 4}
-    parts = {"per_device_train_batch_size": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole = {"prompts": 4, "replay_batch_size": 4}
+    parts = {"prompts": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
     ran = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config, **whole), ROWS)
     ran.train()
     again = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config, **parts), ROWS)
