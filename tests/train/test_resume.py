@@ -237,6 +237,20 @@ def test_a_run_that_is_done_is_resumed_to_the_same_weights(tmp_path, steps):
     assert len(told) <= 1 and all(entry["step"] == steps for entry in told)
 
 
+def test_a_run_goes_on_with_its_batches_divided_otherwise(tmp_path):
+    """A step has the prompts that its arguments say, not the checkpoint, as 4.x has it: sums in another order."""
+    config = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 3}
+    whole = {"prompts": 4, "replay_batch_size": 4}
+    parts = {"prompts": 2, "replay_batch_size": 2, "gradient_accumulation_steps": 2}
+    ran = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config, **whole), ROWS)
+    ran.train()
+    again = DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path, **config, **parts), ROWS)
+    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
+    assert again.reward_calls == ran.reward_calls
+    for ours, theirs in zip(again.model.parameters(), ran.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-6)
+
+
 def test_an_interrupt_saves_nothing_by_itself(tmp_path, monkeypatch):
     trainer = watched(tmp_path, monkeypatch, "a callback", 4, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
