@@ -80,12 +80,13 @@ CONFIG: dict[str, Entry] = {
     **_of(
         "same",
         remove_unused_columns="must stay False: other columns go to the reward functions",
-        max_completion_length="masks behind a prompt; a completion ends earlier at a stop token. None is refused",
         shuffle_dataset="",
         chat_template_kwargs="",
     ),
     **_of(
         "other default",
+        max_completion_length="128, drawn by the 64 network calls of diffusion_steps; 256 in TRL. Masks behind a "
+        "prompt; a completion ends earlier at a stop token. None is refused",
         num_generations="16; 8 in TRL. Weights are normalised over a group, which below 16 is noisy",
     ),
     **_of(
