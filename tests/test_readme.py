@@ -21,7 +21,7 @@ def test_the_operations_in_a_loop_of_ones_own():
 def test_fine_tuning_a_model(tmp_path):
     # The same script, for one rollout of few puzzles.
     shortened = TRAINING.replace('"out"', repr(str(tmp_path)))
-    for long, short in (("max_steps=400", "max_steps=4"), ("batch_size=1024", "batch_size=64"), ("4096", "4")):
+    for long, short in (("max_steps=400", "max_steps=4"), ("batch_size=64 * 16", "batch_size=4 * 16"), ("4096", "4")):
         assert long in shortened
         shortened = shortened.replace(long, short)
     names = {}
