@@ -137,7 +137,7 @@ def check_calls(model: nn.Module, given: list[Tensor], tokens: Tensor) -> None:
     Raises:
         RuntimeError: it did not.
     """
-    if not given and _is_compiled(model):
+    if not given and is_compiled(model):
         raise RuntimeError(
             f"{type(model).__name__} was compiled by torch.compile and called before: what is compiled runs no hooks "
             "added later, by which hidden states are had. Hand it in before its first call (DAMConfig(torch_compile="
@@ -151,7 +151,7 @@ def check_calls(model: nn.Module, given: list[Tensor], tokens: Tensor) -> None:
         )
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """By torch.compile(model), or in place by model.compile()."""
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dam.models.sharding import is_fsdp
+from dam.models.tail import is_compiled
 
 
 class SharedTrunk:
@@ -25,11 +26,14 @@ class SharedTrunk:
 
     def __init__(self, model: nn.Module, different: Collection[nn.Module]):
         every = layers_of(model)
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        places = {id(part): n for n, layer in enumerate(every) for part in layer.modules()}
-        behind = set() if output is None else {id(part) for part in output.modules()}
+        places: dict[int, int] = {}
+        for n, layer in enumerate(every):
+            for part in layer.modules():
+                places.setdefault(id(part), n)  # the first, of one that several layers have
+        # An embedding that is the output layer too runs in front.
+        behind = _parts(model, "get_output_embeddings") - _parts(model, "get_input_embeddings")
         firsts = [places.get(id(module), 0) for module in different if id(module) not in behind]
-        alone = hasattr(model, "_orig_mod") or any(is_fsdp(module) for module in model.modules())
+        alone = any(is_fsdp(module) or is_compiled(module) for module in model.modules())
         self._shared = [] if alone else every[: min(firsts, default=len(every))]
         self._kept: Any = None
 
@@ -43,12 +47,19 @@ class SharedTrunk:
 
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
-        """Context manager: what the last shared layer gives is kept."""
+        """Context manager: what the last shared layer gives is kept.
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._kept = output
+        Where that, or what it is given, is not known to be hidden states, all layers run in both passes from now on.
+        """
 
-        handles = [layer.register_forward_hook(keep) for layer in self._shared[-1:]]
+        def keep(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given, made = _given(args, kwargs), output[0] if isinstance(output, tuple) else output
+            if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape == made.shape:
+                self._kept = output
+            else:
+                self.give_up()
+
+        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in self._shared[-1:]]
         try:
             yield
         finally:
@@ -73,13 +84,31 @@ class SharedTrunk:
             self._kept = None
 
     def _passed_on(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = _given(args, kwargs)
         return hidden if isinstance(self._kept, Tensor) else (hidden, *self._kept[1:])
 
 
+def _given(args: Any, kwargs: Any) -> Any:
+    """Hidden states that a layer is given."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def _parts(model: nn.Module, name: str) -> set[int]:
+    """Ids of the modules of what a method of the model gives, if it has the method, and that gives something."""
+    layer = getattr(model, name, lambda: None)()
+    return set() if layer is None else {id(part) for part in layer.modules()}
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that run one after another: the outermost list of modules of one class; none if there is none."""
+    """The layers that run one after another: the outermost list of modules of one class; none if there is none.
+
+    Each once. Lists inside a list, such as the experts of layers of several classes, are no layers.
+    """
+    inside: set[int] = set()
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(layer) for layer in module}) == 1:
-            return list(module)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or id(module) in inside:
+            continue
+        if len({type(layer) for layer in module}) == 1:
+            return list(dict.fromkeys(module))
+        inside |= {id(part) for part in module.modules()}
     return []

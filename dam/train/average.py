@@ -58,15 +58,16 @@ class WeightAverage(TrainerCallback):
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Context manager: during a run the model has the averages, and its own weights again afterwards."""
-        kept = {}
+        kept: list[tuple[nn.Parameter, Tensor]] = []
         try:
             for name, parameter in self._trainable().items() if self._averages else ():
-                kept[name] = parameter.data
-                parameter.data = self._averages[name].to(parameter.dtype)
+                average = self._averages[name].to(parameter.dtype)
+                kept.append((parameter, parameter.data))
+                parameter.data = average
             yield
         finally:
-            for name, parameter in self._trainable().items() if kept else ():
-                parameter.data = kept[name]
+            for parameter, own in kept:
+                parameter.data = own
 
     def finish(self) -> None:
         """The model has the averages from here on."""

@@ -228,12 +228,14 @@ class _Beside:
             return torch.cat((hidden, hidden), dim=-1)
         with self._trunk.second_pass():
             of_base = self._base.hidden_states(tokens, attention_mask)
-        if not self._base.shares:
+        if self._trunk.layers and not self._base.shares:
             whole = self._base.hidden_states(tokens, attention_mask)
-            self._base.shares = torch.equal(whole, of_base)
-            if not self._base.shares:
+            if not torch.equal(whole, of_base):
                 self._trunk.give_up()
                 of_base = whole
+            # Where model and base say the same, by rounding or of these tokens, nothing is shown.
+            elif not torch.equal(whole, hidden):
+                self._base.shares = True
         return torch.cat((hidden, of_base), dim=-1)
 
 

@@ -116,6 +116,9 @@ class Progress:
                 "block_length and cannot be trained on beside others: resume with the settings it was saved with, or "
                 "begin a new run from its weights"
             )
+        for group in state["replay"]["groups"]:
+            # Of a checkpoint that does not tell: at their own states paths are right whatever drew them.
+            group.setdefault("exact", torch.tensor(not on_paths))
         self.load_state_dict(state)
 
 

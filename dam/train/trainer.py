@@ -411,6 +411,7 @@ class DAMTrainer(BaseTrainer):
             "first",
             "attention_mask",
             "start",
+            "exact",
             *(["position", "call"] if self._keeps_paths else []),
         ]
         self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
@@ -435,7 +436,8 @@ class DAMTrainer(BaseTrainer):
         args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
         # Re-masked outcomes are states of the exact chain only where all of them was drawn.
-        start = torch.where(self._of_exact_chain(tokens), tokens.shape[1], batch["start"])
+        exact = self._of_exact_chain(tokens)
+        start = torch.where(exact, tokens.shape[1], batch["start"])
         row_ids = (number[:, None] * size + torch.arange(size, device=number.device)).flatten()
         masks = attention_mask.repeat_interleave(size, dim=0)
         # All of a group by num_orders, or a few of it by two.
@@ -488,7 +490,8 @@ class DAMTrainer(BaseTrainer):
         if paths is not None:
             of_each |= {"order_log_prob": paths.log_prob, "order_base_log_prob": paths.base_log_prob}
         groups = {name: value.unflatten(0, (len(tokens), -1)) for name, value in of_each.items()}
-        return unstacked({"states": states, "attention_mask": attention_mask, "start": batch["start"], **groups})
+        given = {"states": states, "attention_mask": attention_mask, "start": batch["start"], "exact": exact}
+        return unstacked({**given, **groups})
 
     def _rewarded(
         self, batch: dict[str, Any], final: Tensor, repeats: int
@@ -532,7 +535,7 @@ class DAMTrainer(BaseTrainer):
         if self.args.normalizer == "state":
             return self._at_states(groups, names)
         groups, row_ids = self._replicated(groups, names)
-        exact = self._of_exact_chain(groups["states"])
+        exact = groups["exact"]  # as drawn: a run that is resumed may have other diffusion_steps
         return joined(
             [
                 (targets({name: value[of] for name, value in groups.items()}, row_ids[of]), of)
@@ -555,7 +558,7 @@ class DAMTrainer(BaseTrainer):
         return groups, row_ids.repeat(1, times) * times + number
 
     def _of_exact_chain(self, states: Tensor) -> Tensor:
-        """Which groups, that began at states [G, L], had a position filled by each call, in no blocks: bool [G]."""
+        """Which groups, that begin at states [G, L], have a position filled by each call, in no blocks: bool [G]."""
         masks = self.process.masked(states).sum(dim=1)
         if self._in_blocks:
             return torch.zeros_like(masks, dtype=torch.bool)

@@ -23,7 +23,7 @@ TARGETS = {
     "LLaDA": ["q_proj"],
     "LLaDA-MoE": ["q_proj"],
     "Dream": ["q_proj"],
-    "Qwen3": ["q_proj"],
+    "Qwen": ["q_proj"],
 }
 
 
@@ -85,7 +85,7 @@ def test_nothing_runs_twice_as_long_as_nothing_is_trained():
 
 
 def test_an_adapter_on_the_head_alone_shares_all_layers():
-    model, base = adapted("Qwen3", [1], modules_to_save=["lm_head"])
+    model, base = adapted("Qwen", [1], modules_to_save=["lm_head"])
     assert SharedTrunk(model, base.different()).layers == LAYERS
     train(model)
     assert SharedTrunk(model, base.different()).layers == 1
@@ -96,17 +96,123 @@ def test_an_adapter_on_the_head_alone_shares_all_layers():
 
 
 def test_a_model_whose_layers_do_not_run_one_after_another_is_run_whole():
-    """One whose second layer sees more than the first gave: the trial tells."""
-    model, base = adapted("Qwen3", [1])
+    """One whose second layer sees more than the first gave: the trial tells, in each rollout anew."""
+    model, base = adapted("Qwen", [1])
     train(model)
     first, second = layers_of(model)
     ran = []
-    first.self_attn.register_forward_hook(lambda *_: ran.append(1))
-    second.register_forward_hook(lambda _, args, output: output + 0.1 * len(ran))
+    first.self_attn.register_forward_hook(lambda *_: ran.append(0.1))
+    second.register_forward_hook(lambda _, args, output: output + (ran.pop() if ran else 0.0))
+    told = functools.partial(as_denoiser, attention="full")
+    tokens = tokens_of(2, 6)
+    for _rollout in range(2):
+        beside = base.denoiser(model, told).beside(told(model))
+        assert beside._trunk.layers == 1
+        for _call in range(2):
+            beside.hidden_states(tokens)
+            assert beside._trunk.layers == 0 and not base.shares
+
+
+def test_a_trial_in_which_nothing_differs_shows_nothing():
+    """Of tokens of which model and base say the same, as long as training has done no more than rounding hides."""
+    model, base = adapted("Qwen", [1])
+    told = functools.partial(as_denoiser, attention="full")
+    tokens = tokens_of(2, 6)
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    for size, shown in ((1e-30, False), (1.0, True)):
+        parameter.data.fill_(size)
+        beside = base.denoiser(model, told).beside(told(model))
+        beside.hidden_states(tokens)
+        assert beside._trunk.layers == 1 and base.shares == shown, name
+
+
+def test_an_embedding_that_is_the_output_layer_runs_in_front():
+    """Whatever a trial says that sees none of the tokens that were trained."""
+    model = FAMILIES["LLaDA tied"].model()
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], layers_to_transform=[1], trainable_token_indices={"wte": [5]}
+    )
+    model, base = with_base(peft.get_peft_model(model, config), None, None)
+    train(model.eval())
+    assert SharedTrunk(model, base.different()).layers == 0
+
+
+class Stack(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def linear(module=None):
+    return torch.nn.Sequential(torch.nn.Linear(4, 4) if module is None else module)
+
+
+def test_layers_that_are_one_or_have_a_part_in_common():
+    """A part that two layers have is in front of both, and a layer that is there twice runs as often."""
+    shared = torch.nn.Linear(4, 4)
+    assert SharedTrunk(Stack([linear(), linear(shared), linear(), linear(shared)]), [shared]).layers == 1
+    twice = linear()
+    model = Stack([twice, linear(), twice])
+    assert SharedTrunk(model, [twice[0]]).layers == 0
+    trunk = SharedTrunk(Stack([twice, twice]), [])
+    assert trunk.layers == 1
+    with trunk.second_pass():
+        pass
+    assert "forward" not in vars(twice)
+    assert layers_of(model) == [twice, model.layers[1]]
+
+
+def test_experts_of_layers_of_several_classes_are_no_layers():
+    experts = torch.nn.ModuleList([linear(), linear()])
+    assert layers_of(Stack([linear(), Stack(experts)])) == []
+
+
+def test_layers_that_are_compiled_run_in_both_passes():
+    model = Stack([linear(), linear()])
+    assert SharedTrunk(model, [model.layers[1]]).layers == 1
+    model.layers[0].compile(backend="eager")
+    assert SharedTrunk(model, [model.layers[1]]).layers == 0
+
+
+@pytest.mark.parametrize("output", [lambda x: {"hidden_states": x}, lambda x: x[..., :2], lambda x: (None, x)])
+def test_layers_whose_outputs_are_not_known_run_in_both_passes(output):
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return output(x)
+
+    model = Stack([Layer(), Layer()])
+    trunk = SharedTrunk(model, [model.layers[1]])
+    with trunk.first_pass():
+        model.layers[0](torch.ones(2, 3, 4))
+    assert trunk.layers == 0
+
+
+def test_layers_are_as_they_were_after_an_error():
+    model, base = adapted("Qwen", [1])
+    train(model)
     told = functools.partial(as_denoiser, attention="full")
     beside = base.denoiser(model, told).beside(told(model))
-    beside.hidden_states(tokens_of(2, 6))
-    assert beside._trunk.layers == 0
+    first, second = layers_of(model)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:  # in the second pass
+            raise MemoryError
+
+    handle = second.register_forward_pre_hook(fail)
+    tokens = tokens_of(2, 6)
+    with pytest.raises(MemoryError):
+        beside.hidden_states(tokens)
+    handle.remove()
+    assert "forward" not in vars(first)
+    expected = base.denoiser(model, told).hidden_states(tokens)
+    assert torch.equal(beside.hidden_states(tokens)[..., 16:], expected)
 
 
 def test_a_run_is_the_same_with_and_without(tmp_path, monkeypatch):

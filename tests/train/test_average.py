@@ -7,6 +7,7 @@ from tiny import ROWS, assert_same_weights, sum_reward, tiny_config, tiny_model
 from transformers import BertForMaskedLM, TrainerCallback
 
 from dam.train import DAMTrainer
+from dam.train.average import WeightAverage
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -111,3 +112,21 @@ def test_the_best_weights_are_the_best_average(tmp_path):
     )
     trainer.train()
     assert_same_weights(trainer.model, BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-2"))
+
+
+def test_what_fails_half_way_leaves_the_weights_and_is_what_is_raised():
+    """No memory for a copy of an average: other processes may be elsewhere, which only that error tells."""
+
+    class NoMemory:
+        def to(self, *_):
+            raise torch.OutOfMemoryError
+
+    model = tiny_model()
+    average = WeightAverage(model, 0.5)
+    average.on_train_begin(None, None, None)
+    before = [parameter.clone() for parameter in model.parameters()]
+    average._averages = {name: value + 1 for name, value in average._averages.items()}
+    average._averages[list(average._averages)[2]] = NoMemory()
+    with pytest.raises(torch.OutOfMemoryError), average.in_place():
+        pass
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))

@@ -326,6 +326,32 @@ def test_another_number_of_trajectories_is_refused_before_any_work(tmp_path):
     assert not worked
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_groups_are_trained_on_as_they_were_drawn(tmp_path, monkeypatch, told):
+    """Though diffusion_steps have changed since: outcomes of fewer calls than masks have no re-masked states."""
+    uninterrupted(tmp_path, diffusion_steps=2, max_steps=3, save_strategy="steps", save_steps=1)
+    checkpoint = f"{tmp_path}/checkpoint-3"
+    if not told:  # by a checkpoint of before groups told
+        state = torch.load(f"{checkpoint}/dam_state.pt", weights_only=True)
+        for group in state["replay"]["groups"]:
+            del group["exact"]
+        torch.save(state, f"{checkpoint}/dam_state.pt")
+    seen = {}
+    for name in ("_at_outcomes", "_on_paths"):
+        own = getattr(DAMTrainer, name)
+
+        def kept(self, groups, row_ids, name=name, own=own):
+            seen.setdefault(name, []).append(groups["call"].amax(dim=(1, 2)) + 1)
+            return own(self, groups, row_ids)
+
+        monkeypatch.setattr(DAMTrainer, name, kept)
+    config = tiny_config(tmp_path, diffusion_steps=3, max_steps=8)
+    again = DAMTrainer(tiny_model(), sum_reward, config, ROWS, ref_model=tiny_model())
+    again.train(resume_from_checkpoint=checkpoint)
+    calls = {name: torch.cat(each).unique().tolist() for name, each in seen.items()}
+    assert calls == {"_on_paths": [2], "_at_outcomes": [3]}
+
+
 def test_without_a_checkpoint_resuming_is_an_error(tmp_path):
     assert last_checkpoint(str(tmp_path / "nothing")) is None
     with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
