@@ -67,7 +67,7 @@ def test_a_short_run_comes_near_the_optimum(tmp_path):
     assert oracle.kl(optimum, law) < 8e-3 and told["tilt"] == 1.0 and told["order_variance"] > 0.3
 
 
-# Seed 2 comes to 0.0046 with a reward (benchmarks/notes.md): twice the bound of others.
+# With a reward seed 2 comes to 0.0046, and to 0.0025 with twice the trajectories again (benchmarks/notes.md).
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "seed", "bound"),
