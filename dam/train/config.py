@@ -90,8 +90,9 @@ class DAMConfig(TrainingArguments):
     steps_per_generation: int | None = field(
         default=None,
         metadata={
-            "help": "Forward and backward passes that a rollout draws completions for. None is "
-            "gradient_accumulation_steps, or follows from generation_batch_size."
+            "help": "Forward and backward passes that a rollout draws completions for. None follows from "
+            "generation_batch_size, or is gradient_accumulation_steps, or the least multiple of it that draws whole "
+            "groups."
         },
     )
     generation_batch_size: int | None = field(
@@ -434,7 +435,14 @@ class DAMConfig(TrainingArguments):
                     f"generation_batch_size must be a multiple of per_device_train_batch_size times the processes, "
                     f"{of_a_pass}; got {drawn}"
                 )
-            self.steps_per_generation = self.gradient_accumulation_steps if drawn is None else drawn // of_a_pass
+            if drawn is None:
+                accumulated = self.gradient_accumulation_steps
+                # The fewest that draw whole groups.
+                self.steps_per_generation = accumulated * (
+                    generations // math.gcd(completions * accumulated, generations)
+                )
+            else:
+                self.steps_per_generation = drawn // of_a_pass
         if self.generation_batch_size not in (None, of_a_pass * self.steps_per_generation):
             raise ValueError(
                 f"generation_batch_size {self.generation_batch_size} and steps_per_generation "

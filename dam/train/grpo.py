@@ -101,7 +101,8 @@ CONFIG: dict[str, Entry] = {
     **_of(
         "other default",
         per_device_train_batch_size="8 * num_generations, 8 prompts; 8 in TRL. Completions, as there. A process draws "
-        "whole groups, so times steps_per_generation it must be a multiple of num_generations in each process",
+        "whole groups, so times steps_per_generation, where that is set, it must be a multiple of num_generations in "
+        "each process",
         num_iterations="4; 1 in TRL. How often a completion is trained on: in the mean here, as passes draw from a "
         "replay buffer of the last replay_size groups. A rollout costs far more network calls than a pass",
     ),
@@ -110,7 +111,8 @@ CONFIG: dict[str, Entry] = {
         per_device_eval_batch_size="completions, of which an evaluation draws one for each prompt",
         generation_batch_size="resolved with steps_per_generation; both may be given where they agree",
         steps_per_generation="with num_iterations: a rollout feeds steps_per_generation * num_iterations passes, which "
-        "must be whole training steps, a multiple of gradient_accumulation_steps",
+        "must be whole training steps, a multiple of gradient_accumulation_steps. Unset, gradient_accumulation_steps, "
+        "or the least multiple of it that draws whole groups",
     ),
     # Generation
     **_of("same", temperature="of rollouts, model and base; eval_temperature, 0 unless set, of evaluations"),

@@ -69,7 +69,7 @@ from tiny import tiny_config
         ({"steps_per_generation": 0}, "steps_per_generation must be at least 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         (
-            {"per_device_train_batch_size": 12},
+            {"per_device_train_batch_size": 12, "steps_per_generation": 1},
             r"and must be a multiple of that: a process draws whole groups. Got 12 \* 1",
         ),
         (
@@ -177,3 +177,19 @@ def test_the_defaults_end_at_the_optimum(tmp_path):
 
     config = DAMConfig(output_dir=str(tmp_path))
     assert config.step_limits(1.0) == (None, 1.0) and config.leave_one_out and config.num_orders == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "prompts"),
+    [
+        ({}, 1, 2),
+        ({"per_device_train_batch_size": 2}, 4, 1),
+        ({"per_device_train_batch_size": 12}, 2, 3),
+        ({"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}, 4, 3),
+    ],
+)
+def test_a_rollout_is_of_the_fewest_passes_that_draw_whole_groups(tmp_path, changes, steps, prompts):
+    """Of 8 completions, unless told; and it comes between two training steps."""
+    config = tiny_config(tmp_path, **changes)
+    assert (config.steps_per_generation, config.prompts_per_rollout) == (steps, prompts)
+    assert config.generation_batch_size == 8 * prompts
