@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dam
 from benchmarks import __main__ as entry
-from benchmarks import builds, checkout, harness, memory, options, peers, records, report
+from benchmarks import builds, checkout, harness, memory, options, peers, records, report, side_by_side
 from dam import cli
 from dam.backends import cpu
 from dam.kernels import configs
@@ -444,3 +444,13 @@ def test_two_builds_run_side_by_side(tmp_path, capsys):
     assert found["instruction_set"] == cpu.isa() and found["rows"] == 2
     with pytest.raises(FileNotFoundError, match="build it there first"):
         builds.main([str(tmp_path), *arguments])
+
+
+@pytest.mark.parametrize("calls", [3, 4])
+def test_published_loops_run_beside_ours(calls):
+    """At tiny sizes; of a rollout of 4 calls all were made, or 3 that stand for 4/3 of them each."""
+    sizes = {"sequences": 2, "prompt": 3, "completion": 64, "steps": 4, "vocabulary": 11, "hidden": 64, "layers": 1}
+    for part, loops in side_by_side.LOOPS.items():
+        for loop in loops:
+            factor = side_by_side.RUN[part, loop](side_by_side.Setting(sizes), calls)
+            assert factor == (4 / calls if (part, loop) == ("rollout", "LLaDA, d1") else 1.0)
