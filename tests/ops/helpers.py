@@ -113,11 +113,21 @@ def peak_bytes(function):
         before = torch.cuda.memory_allocated()
         result = function()
         return torch.cuda.max_memory_allocated() - before, result
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = function()
+    allocations, result = _allocations(function)
     live = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(allocations, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak, result
+
+
+def largest_bytes(function):
+    """Bytes of the largest tensor that `function` allocates through torch on the CPU, in ops too, and its result."""
+    allocations, result = _allocations(function)
+    return max(event.nbytes() for event in allocations), result
+
+
+def _allocations(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    return [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"], result

@@ -9,6 +9,8 @@ from peft import LoraConfig
 from tiny import MASK, ROWS, VOCABULARY, assert_same_weights, rotary_model, sum_reward, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
@@ -22,7 +24,7 @@ from dam.rollout import PathLogProbs
 from dam.train import DAMTrainer
 from tests import oracle
 from tests.architectures import small_sizes
-from tests.ops.helpers import default_dtype
+from tests.ops.helpers import default_dtype, largest_bytes
 
 WORDS = ["[MASK]", "[PAD]", "a", "b", "c", "d"]
 
@@ -903,6 +905,19 @@ def test_a_row_that_takes_more_calls_than_its_estimator_admits_is_refused_before
             DAMTrainer(rotary_model(), reward, config, dataset).train()
         assert not called or dataset is not rows
     DAMTrainer(rotary_model(), reward, tiny_config(tmp_path, estimator="first_jump", diffusion_steps=3), ROWS).train()
+
+
+def test_no_step_stores_logits_of_all_positions(tmp_path, monkeypatch):
+    """Of rollouts, rewards, training and evaluation with a vocabulary of 126,464 the largest tensor is the head."""
+    vocabulary, size, states = 126_464, 16, 4 * 8
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "1")
+    model = BertForMaskedLM(BertConfig(**small_sizes(vocabulary), hidden_dropout_prob=0.0))
+    config = tiny_config(tmp_path, prompts=4, max_steps=2, learning_rate=1e-3, beta=1e6)
+    trainer = DAMTrainer(model, sum_reward, config, ROWS)
+    largest, _ = largest_bytes(lambda: (trainer.train(), trainer.evaluate(ROWS)))
+    # Or its gradient; logits of a step, whose states have two masks in the mean, would be four times as large.
+    assert largest <= 4 * vocabulary * size < 4 * vocabulary * 2 * states
+    assert len(trainer._targets(*trainer._replayed()).states) == states
 
 
 def by_state(targets):
