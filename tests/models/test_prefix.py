@@ -102,7 +102,7 @@ def test_draws_are_those_of_whole_sequences(name, rows):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # sums of 9 of those
 
 
-@pytest.mark.parametrize("name", ["SDAR", "Qwen3, of the position behind"])
+@pytest.mark.parametrize("name", ["SDAR", "Qwen, of the position behind"])
 @pytest.mark.parametrize(
     "options",
     [

@@ -941,7 +941,7 @@ def test_replicates_of_an_outcome_are_states_of_the_same_law(tmp_path):
         trainer.train()
         groups, names = trainer._replayed()
         draws = []
-        for n in range(400):
+        for n in range(100):
             targets = trainer._targets(groups, names + n * len(names))
             draws.append(by_state(targets))
             if name == "in pairs":
@@ -955,8 +955,8 @@ def test_replicates_of_an_outcome_are_states_of_the_same_law(tmp_path):
     one, four, pairs, paths = found.values()
     total = one.mean(dim=0).sum()
     for draws in (four, pairs):
-        # 400 x 32 draws of a state each, and more: a standard error of 2% of what is drawn most.
-        torch.testing.assert_close(draws.mean(dim=0).sum(), total, rtol=0.05, atol=0)
+        # 100 x 32 draws of a state each, and more: a standard error below 3%; without the factor of twins it is 25% off.
+        torch.testing.assert_close(draws.mean(dim=0).sum(), total, rtol=0.12, atol=0)
     assert float(four.var(dim=0).sum()) < 0.5 * float(one.var(dim=0).sum())
     assert float(paths.mean(dim=0).sum()) > 0
 
