@@ -955,7 +955,7 @@ def test_replicates_of_an_outcome_are_states_of_the_same_law(tmp_path):
     one, four, pairs, paths = found.values()
     total = one.mean(dim=0).sum()
     for draws in (four, pairs):
-        # 100 x 32 draws of a state each, and more: a standard error below 3%; without the factor of twins it is 25% off.
+        # 100 x 32 draws of a state each, and more: a standard error below 3%; without the twins' factor it is 25% off.
         torch.testing.assert_close(draws.mean(dim=0).sum(), total, rtol=0.12, atol=0)
     assert float(four.var(dim=0).sum()) < 0.5 * float(one.var(dim=0).sum())
     assert float(paths.mean(dim=0).sum()) > 0
