@@ -116,8 +116,9 @@ def with_models(
 
     Args:
         functions: one, or a list of them.
-        processing_classes: the tokenizer of each that is a model, or of the only one; None loads it by the model's
-        name. reads_text: whether completions are decoded.
+        processing_classes: the tokenizer of each that is a model, or of the only one; None loads it by the
+            model's name.
+        reads_text: whether completions are decoded.
         batch_size, chat_template_kwargs: of `RewardModel`.
         model_init_kwargs: of from_pretrained, for names.
 
