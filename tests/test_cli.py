@@ -354,7 +354,13 @@ def test_ctrl_c_before_the_first_step(small, reference, puzzles, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("calls", "checkpoints"), [(2, 0), (8, 2)], ids=["before a checkpoint", "after two"])
+@pytest.mark.parametrize(
+    ("calls", "checkpoints"),
+    [
+        pytest.param(2, 0, id="before a checkpoint", marks=pytest.mark.full),
+        pytest.param(8, 2, id="after two"),
+    ],
+)
 def test_a_killed_run_continues_to_the_same_result(small, reference, puzzles, tmp_path, calls, checkpoints):
     output = tmp_path / "run"
     arguments = ["sudoku", *SMALL, "--puzzles", puzzles, "--output", str(output)]

@@ -285,6 +285,7 @@ def test_processes_change_no_figure(tmp_path):
     assert one[0]["curve"][-1]["kl"] != pytest.approx(one[1]["curve"][-1]["kl"], rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_uniform_base_on_the_grid(tmp_path):
     """A few thousand simulated trajectories leave two thirds of the base's divergence at most."""

@@ -121,7 +121,10 @@ def test_blocks_of_trajectories_and_states_change_nothing(call):
 
 
 @calls.each("rows", "linear")
-@pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H100", "AMD Instinct MI300X"])
+@pytest.mark.parametrize(
+    "gpu",
+    ["NVIDIA H100", *(pytest.param(gpu, marks=pytest.mark.full) for gpu in ("NVIDIA A100", "AMD Instinct MI300X"))],
+)
 def test_the_sizes_shipped_for_gpus_compute_the_same(gpu, call):
     """In the interpreter too, where they are slow: on few rows."""
     rows = call.family == "rows"
