@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,8 @@ class InitialParameters:
                 "PeftModel.from_pretrained(..., is_trainable=True)"
             )
         self._copies = copies
-        self.shares = False  # until a trial has shown it
+        # Whether a trial has shown that layers that do not differ can be left out of the base's pass.
+        self.shares = False
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         new = [name for name, p in model.named_parameters() if p.requires_grad and p not in self._copies]
@@ -184,15 +185,6 @@ class _AtFirst:
         with self._base.in_place():
             return self._denoiser.head()
 
-    @property
-    def shares(self) -> bool:
-        """Whether a trial has shown that layers that do not differ can be left out of the base's pass."""
-        return self._base.shares
-
-    @shares.setter
-    def shares(self, found: bool) -> None:
-        self._base.shares = found
-
     def beside(self, denoiser: Denoiser) -> Denoiser | None:
         """The model and this base of it as one denoiser, whose hidden states are [B, L, 2 D]: the model's, the base's.
 
@@ -201,35 +193,44 @@ class _AtFirst:
         Args:
             denoiser: of the model as it is now.
         """
-        model: Any = getattr(denoiser, "model", None)
-        if model is None or getattr(self._denoiser, "model", None) is not model:
+        model = getattr(denoiser, "model", None)
+        if getattr(self._denoiser, "model", None) is not model or not isinstance(model, nn.Module):
             return None
         if blocks_of(denoiser) is not None and hasattr(denoiser, "prefix_cache"):
             return None
         different = self._base.different()
-        trunk = SharedTrunk(cast(nn.Module, model), different)
-        return _Beside(denoiser, self, trunk, equal=not different) if trunk.layers or not different else None
+        trunk = SharedTrunk(model, different)
+        if different and not trunk.layers:
+            return None
+        return _Beside(denoiser, self, self._base, trunk if different else None)
 
 
 class _Beside:
-    """A model and its base, called at the same states: what does not differ yet, or not at all, runs once."""
+    """A model and its base, called at the same states: layers in front of the first that differs run once.
 
-    def __init__(self, denoiser: Any, base: _AtFirst, trunk: SharedTrunk, *, equal: bool):
-        self._denoiser, self._base, self._trunk, self._equal = denoiser, base, trunk, equal
+    Args:
+        denoiser: of the model.
+        at_first: the base as a denoiser.
+        base: keeps what a trial has shown.
+        trunk: the layers that are not to differ; None where nothing does.
+    """
+
+    def __init__(self, denoiser: Any, at_first: _AtFirst, base: InitialParameters, trunk: SharedTrunk | None):
+        self._denoiser, self._at_first, self._base, self._trunk = denoiser, at_first, base, trunk
         self.head = denoiser.head
         self.left_padding = getattr(denoiser, "left_padding", True)
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Those of the model and behind them those of the base, [B, L, 2 D]."""
+        if self._trunk is None:
+            return self._denoiser.hidden_states(tokens, attention_mask).repeat(1, 1, 2)
         with self._trunk.first_pass():
             hidden = self._denoiser.hidden_states(tokens, attention_mask)
-        if self._equal:
-            return torch.cat((hidden, hidden), dim=-1)
         with self._trunk.second_pass():
-            of_base = self._base.hidden_states(tokens, attention_mask)
+            of_base = self._at_first.hidden_states(tokens, attention_mask)
         if self._trunk.layers and not self._base.shares:
-            whole = self._base.hidden_states(tokens, attention_mask)
+            whole = self._at_first.hidden_states(tokens, attention_mask)
             if not torch.equal(whole, of_base):
                 self._trunk.give_up()
                 of_base = whole
