@@ -127,18 +127,27 @@ def run(steps: int, name: str, seed: int) -> dict[str, Any]:
     return {"kl": kl(optimum, law), "reward_off": float((law - optimum) @ reward), **told}
 
 
-def trained(network: BertForMaskedLM, reward: Tensor, steps: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """By DAMTrainer; what it logged last."""
+def trained(
+    model: Any,
+    reward: Tensor,
+    steps: int,
+    seed: int,
+    options: dict[str, Any],
+    *,
+    positions: int = POSITIONS,
+    tokens: int = TOKENS,
+) -> dict[str, Any]:
+    """By DAMTrainer, with a reward [V^N] of each outcome; what it logged last, since its last rollout."""
 
     def look_up(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return reward[enumeration.index_of(torch.tensor(completion_ids), TOKENS)].tolist()
+        return reward[enumeration.index_of(torch.tensor(completion_ids), tokens)].tolist()
 
     with tempfile.TemporaryDirectory() as folder:
         config = DAMConfig(
             folder,
             beta=BETA,
             max_steps=steps,
-            mask_token_id=TOKENS,
+            mask_token_id=tokens,
             seed=seed,
             logging_steps=max(1, steps // 8),
             save_strategy="no",
@@ -148,10 +157,10 @@ def trained(network: BertForMaskedLM, reward: Tensor, steps: int, seed: int, opt
             disable_tqdm=True,
             **{"learning_rate": LEARNING_RATE, **SIZES, **options},
         )
-        trainer = DAMTrainer(network, look_up, config, [{"input_ids": [TOKENS] * POSITIONS}] * 64)
+        trainer = DAMTrainer(model, look_up, config, [{"input_ids": [tokens] * positions}] * 64)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    last = [entry for entry in trainer.state.log_history if "kl_path" in entry][-1]  # since its last rollout
+    last = [entry for entry in trainer.state.log_history if "kl_path" in entry][-1]
     return {name: last[name] for name in ("kl_path", "kl_outcome", "order_variance", "ess", "tilt") if name in last}
 
 

@@ -6,64 +6,44 @@ sampling noise, so runs are as large as bounds ask for; nothing else differs fro
 
 import pytest
 import torch
-from transformers.trainer_callback import PrinterCallback
 
-from dam.train import DAMConfig, DAMTrainer
 from experiments import orders
 from tests import oracle
 
-N, V, BETA = 3, 4, 0.5
+N, V = 3, 4
 SEEDS = range(5)
 
 
-def of_a_table(output, seed, reward, steps):
+def of_a_table(seed, reward, steps):
     """(p*, the law that the model has after a run, the last figures logged) of a table of random conditionals."""
     model = oracle.inconsistent(N, V, seed)
-    optimum = orders.power_mean(oracle.path_log_prob(model, N, V), reward / BETA, 1.0)
-
-    def looked_up(completion_ids, **_):
-        return [float(reward[a * V * V + b * V + c]) for a, b, c in completion_ids]
-
-    config = DAMConfig(
-        str(output),
-        beta=BETA,
-        max_steps=steps,
-        per_device_train_batch_size=64 * 16,
-        num_iterations=1,
-        replay_size=16 * steps,  # of the last quarter, whose steps went all the way
-        replay_batch_size=128,
-        learning_rate=0.1,
-        mask_token_id=V,
-        seed=seed,
-        logging_steps=steps // 4,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    )
-    trainer = DAMTrainer(model, looked_up, config, [{"input_ids": [V] * N}] * 64)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    told = [entry for entry in trainer.state.log_history if "ess" in entry][-1]
+    optimum = orders.power_mean(oracle.path_log_prob(model, N, V), reward / orders.BETA, 1.0)
+    options = {
+        "per_device_train_batch_size": 64 * 16,
+        "num_iterations": 1,
+        "replay_size": 16 * steps,  # of the last quarter, whose steps went all the way
+        "replay_batch_size": 128,
+        "learning_rate": 0.1,
+    }
+    told = orders.trained(model, reward, steps, seed, options, positions=N, tokens=V)
     return optimum, oracle.generated(model, N, V).flatten(), told
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("rewarded", [True, False])
-def test_a_table_ends_at_the_optimum(tmp_path, seed, rewarded):
+def test_a_table_ends_at_the_optimum(seed, rewarded):
     """Within 1e-3: 196,608 trajectories, of half as many effective ones, leave 64 / 196,608 to 64 free numbers."""
     reward = rewarded * torch.randn(V**N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    optimum, law, _ = of_a_table(tmp_path, seed, reward, 768)
+    optimum, law, _ = of_a_table(seed, reward, 768)
     assert oracle.kl(optimum, law) < 1e-3 and abs(float((law - optimum) @ reward)) < 0.02
 
 
 @pytest.mark.slow
-def test_a_short_run_comes_near_the_optimum(tmp_path):
+def test_a_short_run_comes_near_the_optimum():
     """A fifth of the runs of `make test-full`, that come within 1e-3: 0.004 is left, of 2.1 at the start."""
     reward = torch.randn(V**N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    optimum, law, told = of_a_table(tmp_path, 0, reward, 160)
+    optimum, law, told = of_a_table(0, reward, 160)
     assert oracle.kl(optimum, law) < 8e-3 and told["tilt"] == 1.0 and told["order_variance"] > 0.3
 
 
