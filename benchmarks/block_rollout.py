@@ -2,6 +2,7 @@
 
     python -m benchmarks.block_rollout                                   exact, of block-causal attention
     python -m benchmarks.block_rollout --approximate --train 400 ...     of full attention
+    ... --json FILE                                                      its figures, and the sizes that they are of
 
 A Qwen3 told to have blocks, random; or one told to have full attention, trained for some steps on sequences of a random
 Markov chain whose tokens have four successors each, of which the approximate cache's law is compared with the model's:
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import records, report
 from dam.adjoint import estimator_loss, group_targets
 from dam.ctmc import MaskedCTMC
 from dam.models import Denoiser, as_denoiser
@@ -82,6 +85,7 @@ def main() -> None:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--approximate", action="store_true")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -121,16 +125,22 @@ def main() -> None:
             start = time.process_time()
             finals.append(filled_in(one).final)
             times[name].append(time.process_time() - start)
-    for name, each in times.items():
-        print(f"{name}: {statistics.median(each):.3f} s ({min(each):.3f} to {max(each):.3f})")
     ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
-    print(f"ratio {ratio:.2f}, of tokens equal {_equal(*finals, args.prompt):.4f}")
+    figures = {**{f"seconds, {name}": statistics.median(each) for name, each in times.items()}, "ratio": ratio}
+    figures["tokens equal"] = _equal(*finals, args.prompt)
     if args.approximate:
         kl = -filled_in(denoiser, base=whole).log_ratio.sum(dim=1)
-        error = float(kl.std()) / len(kl) ** 0.5
         greedy = [filled_in(one, temperature=0.0).final for one in (denoiser, whole)]
-        print(f"KL of paths {float(kl.mean()):.3f} +- {error:.3f} nats, of {args.completion} tokens")
-        print(f"of the likeliest tokens equal {_equal(*greedy, args.prompt):.4f}")
+        figures["KL of paths in nats"], figures["its standard error"] = (
+            float(kl.mean()),
+            float(kl.std()) / len(kl) ** 0.5,
+        )
+        figures["likeliest tokens equal"] = _equal(*greedy, args.prompt)
+    for name, value in figures.items():
+        print(f"{name}: {value:.4g}")
+    if args.json:
+        sizes = {name: value for name, value in vars(args).items() if name != "json"}
+        report.write_json(args.json, {**records.versions(), **sizes, "figures": figures})
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor, start: int) -> float:
