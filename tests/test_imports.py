@@ -17,6 +17,7 @@ RANK = {
     "_cpu": 0,
     "kernels": 0,
     "generators": 0,
+    "workers": 0,
     "backends": 1,
     "ops": 2,
     "ctmc": 3,
@@ -52,7 +53,18 @@ WITHIN = {
         "*": 3,
     },
 }
-OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "rich", "safetensors", "datasets")
+OPTIONAL = (
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "matplotlib",
+    "tqdm",
+    "rich",
+    "safetensors",
+    "datasets",
+    "dill",
+)
 
 
 def modules():
