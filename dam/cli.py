@@ -1,4 +1,4 @@
-"""The command line: dam sudoku, dam bench, dam info."""
+"""The command line: dam sudoku, dam countdown, dam bench, dam info."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, and which backends can run here")
     _add_sudoku(commands)
+    _add_countdown(commands)
     # Its options are those of `python -m benchmarks`, which is not there where dam is only installed.
     bench = "measure the operations against their floors and their peers (in a checkout)"
     commands.add_parser("bench", help=bench, add_help=False)
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    return _sudoku(options)
+    return _run_of_a_task(options)
 
 
 def info() -> str:
@@ -67,25 +69,50 @@ def _add_sudoku(commands: argparse._SubParsersAction) -> None:
     )
     add = sudoku.add_argument
     add("--puzzles", metavar="FILE", help="evaluate on a CSV file Puzzle,Solution instead of the held-out split")
-    add("--output", metavar="DIR", type=Path, default=None, help="folder of the results (default: a new one in runs/)")
     add("--reward-calls", metavar="N", type=int, help="budget of reward evaluations (default: 114688)")
-    add("--estimator", choices=ESTIMATORS, help="default: posterior")
-    add("--normalizer", choices=NORMALIZERS, help="what a group's trajectories share (default: group)")
     add("--reward", choices=("units", "cells"), help="units (default) needs no solution; cells is d1's")
     add("--blanks", metavar="M", type=int, help="blanks of the held-out puzzles (default: 8)")
-    add("--seed", metavar="S", type=int, help="default: 0")
     add("--pretrain", action="store_true", help="make the base model anew instead of loading the shipped one")
+    _add_options_of_a_run(add)
+
+
+def _add_countdown(commands: argparse._SubParsersAction) -> None:
+    countdown = commands.add_parser(
+        "countdown",
+        help="train a tiny text model on careless sums, and fine-tune it on Countdown",
+        description="Trains a tiny text model on careless sums, most of them wrong, then fine-tunes it on Countdown "
+        "from the reward of right answers alone.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = countdown.add_argument
+    add("--problems", metavar="FILE", help="evaluate on JSON lines {input, output} instead of the held-out set")
+    add("--reward-calls", metavar="N", type=int, help="budget of reward evaluations (default: 65536)")
+    add("--pretraining-steps", metavar="N", type=int, help="of the base (default: 2000)")
+    add(
+        "--reward",
+        choices=("correct", "closeness", "constant"),
+        help="default: correct; constant is a reward with a bug",
+    )
+    _add_options_of_a_run(add)
+
+
+def _add_options_of_a_run(add: Any) -> None:
+    add("--output", metavar="DIR", type=Path, default=None, help="folder of the results (default: a new one in runs/)")
+    add("--estimator", choices=ESTIMATORS, help="default: posterior")
+    add("--normalizer", choices=NORMALIZERS, help="what a group's trajectories share (default: group)")
+    add("--seed", metavar="S", type=int, help="default: 0")
     add("--null-arm", action="store_true", help="control: permute the weights within each group")
     add("--resume", action="store_true", default=False, help="continue the run in --output (default: the newest one)")
 
 
-def _sudoku(arguments: argparse.Namespace) -> int:
+def _run_of_a_task(arguments: argparse.Namespace) -> int:
     try:
-        from dam.tasks import finetune, finetune_sudoku
+        from dam.tasks import finetune, finetune_countdown, finetune_sudoku
     except ImportError as error:
-        print(f"dam sudoku: {error}", file=sys.stderr)
+        print(f"dam {arguments.command}: {error}", file=sys.stderr)
         return 1
-    return finetune.command(finetune_sudoku.Sudoku, arguments)
+    tasks: dict[str, Any] = {task.name: task for task in (finetune_sudoku.Sudoku, finetune_countdown.Countdown)}
+    return finetune.command(tasks[arguments.command], arguments)
 
 
 def _bench(arguments: Sequence[str]) -> int:

@@ -5,7 +5,9 @@ Each is one call in a loop of your own; `DAMTrainer` logs them, and `dam.plots.t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,3 +174,108 @@ def _cells(final: Tensor, maskable: Tensor) -> Tensor:
     place = torch.arange(groups * length, device=final.device).view(groups, 1, length)
     cells = place * (int(final.max()) + 1 if final.numel() else 1) + final
     return torch.where(maskable[:, None, :], cells, -1)
+
+
+class Finding(NamedTuple):
+    """Why a run may not learn."""
+
+    name: str  # in a few words, for a program
+    message: str  # with the figures that show it, and what to do
+
+
+# Entries of a log that one finding looks at, and bounds of what it takes for a fault.
+_WINDOW = 4
+_MOSTLY = 0.8
+_NOISE = 0.05
+_SHORT = 0.02
+_STILL = 0.01
+_FAR = 0.5
+
+
+def findings(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Why a run does not learn, as far as its log tells; none where it does, or where it is too early to say.
+
+    "constant reward": no group's trajectories have ever differed, from two entries on. "few groups tell": in more than
+    4 of 5 groups they do not, lately. And from four entries on, where the reward of the second half of them is not two
+    standard errors above the first's: "targets are noise", split_half below 0.05; "moves without learning", a KL of
+    paths above 0.5 nats; "stands still", one below 0.01. docs/learning.md has runs of each.
+
+    Args:
+        history: what `DAMTrainer` logged (`trainer.state.log_history`), entry by entry.
+    """
+    logged = [entry for entry in history if "reward" in entry and "loss" in entry]
+    if len(logged) < 2:
+        return []
+    last = logged[-_WINDOW:]
+    equal = _means(last, "frac_reward_zero_std")
+    if _means(logged, "frac_reward_zero_std") == 1.0:
+        values = sorted({float(entry["reward"]) for entry in last})
+        seen = ", ".join(f"{value:.4g}" for value in values[:3])
+        # All others would be but its consequences.
+        return [
+            Finding(
+                "constant reward",
+                f"all trajectories of every group have had one reward ({seen} lately): nothing is to be learned from "
+                "it. Call the reward function on a right and a wrong completion by hand; or the prompts are all too "
+                "easy or too hard",
+            )
+        ]
+    found = []
+    if equal > _MOSTLY:
+        found.append(
+            Finding(
+                "few groups tell",
+                f"in {equal:.0%} of the groups all rewards are equal, and these only hold the model where it is: give "
+                "easier prompts among the others, a reward with partial credit, or more num_generations",
+            )
+        )
+    if len(logged) < _WINDOW:
+        return found
+    agreement, step, kl = _means(last, "split_half"), _means(last, "tilt"), _means(last, "kl_path")
+    rise = _rise(logged)
+    if rise > 2.0:
+        return found
+    if agreement < _NOISE:
+        found.append(
+            Finding(
+                "targets are noise",
+                f"two halves of a group ask for other things (split_half {agreement:.2f}): more num_generations, or a "
+                "reward with more steps between right and wrong",
+            )
+        )
+    if kl > _FAR:
+        found.append(
+            Finding(
+                "moves without learning",
+                f"the KL of paths to the base is {kl:.2f} nats, and the reward has not risen since the first logs "
+                f"({logged[0]['reward']:.3g} to {last[-1]['reward']:.3g}): steps follow the noise of few groups. A "
+                "smaller learning_rate, more groups a step (replay_batch_size), or max_tilt and beta both smaller, so "
+                "that weights of paths count for less beside the reward",
+            )
+        )
+    elif kl < _STILL:
+        found.append(
+            Finding(
+                "stands still",
+                f"the KL of paths to the base is {kl:.1e} nats and the reward has not risen: a larger learning_rate"
+                + (f", or a smaller target_ess: steps go {step:.1g} of the way only" if step < _SHORT else ""),
+            )
+        )
+    return found
+
+
+def _means(entries: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Of a figure over entries that have it; NaN where none has."""
+    values = [float(entry[name]) for entry in entries if name in entry]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _rise(logged: Sequence[Mapping[str, Any]]) -> float:
+    """How far the reward's second half is above its first, in standard errors of their difference."""
+    rewards = [float(entry["reward"]) for entry in logged if math.isfinite(entry["reward"])]
+    half = len(rewards) // 2
+    if half < 2:
+        return 0.0
+    first, second = torch.tensor(rewards[:half]).double(), torch.tensor(rewards[-half:]).double()
+    error = float(((first.var() + second.var()) / half).sqrt())
+    return float(second.mean() - first.mean()) / max(error, 1e-12)

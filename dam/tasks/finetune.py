@@ -81,8 +81,12 @@ class Task(abc.ABC):
         return self.options.reward_calls // self.calls_per_rollout()
 
     @abc.abstractmethod
-    def model(self) -> Any:
-        """The base model, which is then trained in place."""
+    def model(self, output: Path) -> Any:
+        """The base model, which is then trained in place; one that is made is kept in the run's folder `output`."""
+
+    def processing_class(self) -> Any:
+        """The tokenizer, of a task whose rows are text."""
+        return None
 
     @abc.abstractmethod
     def training_rows(self) -> list[dict[str, Any]]:
@@ -90,7 +94,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluation_rows(self) -> list[dict[str, Any]]:
-        """Prompts that are filled in to evaluate, with `labels` if the metrics need them."""
+        """Prompts that are filled in to evaluate, in the order of `metrics`."""
 
     @abc.abstractmethod
     def reward(self) -> RewardFunction:
@@ -105,8 +109,16 @@ class Task(abc.ABC):
         """The model's completions int64 [N, L] of the evaluation prompts; deterministic."""
 
     @abc.abstractmethod
-    def metrics(self, initial: Tensor, final: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """Of prompts that were filled in; `headline` among them."""
+    def metrics(self, final: Tensor) -> dict[str, float]:
+        """Of `fill_in`'s completions of the evaluation prompts; `headline` among them."""
+
+    def sampled_metrics(self, model: Any) -> dict[str, float]:
+        """What takes longer, and is measured of the base and of the final model only; deterministic."""
+        return {}
+
+    def callbacks(self) -> list[Any]:
+        """Of the trainer, besides those that every run has."""
+        return []
 
     @abc.abstractmethod
     def facts(self, before: Tensor, after: Tensor) -> dict[str, Any]:
@@ -116,12 +128,6 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def report(result: dict[str, Any]) -> str:
         """The final table and the example, as text."""
-
-    def evaluated(self, final: Tensor) -> dict[str, float]:
-        """Metrics of `fill_in`."""
-        rows = self.evaluation_rows()
-        labels = torch.tensor([row["labels"] for row in rows]) if "labels" in rows[0] else None
-        return self.metrics(torch.tensor([row["input_ids"] for row in rows]), final, labels)
 
 
 class _Clock:
@@ -189,18 +195,20 @@ def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool 
         result: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         return result
 
-    model = task.model()
+    model = task.model(output)
+    clock.record()  # a base that was made took its time
     base_filled = task.fill_in(model)
-    base_metrics = task.evaluated(base_filled)
+    base_metrics = {**task.metrics(base_filled), **task.sampled_metrics(model)}
     stop = StopOnSignal()
     trainer = DAMTrainer(
         model=model,
         reward_funcs=task.reward(),
-        args=_config(task, output),
+        args=config(task, output),
         train_dataset=task.training_rows(),
         eval_dataset=task.evaluation_rows(),
-        compute_metrics=lambda prediction: _compute_metrics(task, prediction),
-        callbacks=[stop, OnSave(clock.record), MetricsFile(str(output / "metrics.jsonl"))],
+        processing_class=task.processing_class(),
+        compute_metrics=lambda prediction: task.metrics(torch.as_tensor(prediction.predictions)),
+        callbacks=[stop, OnSave(clock.record), MetricsFile(str(output / "metrics.jsonl")), *task.callbacks()],
     )
     _use_progress_bar(trainer)
     checkpoint = last_checkpoint(str(output)) if resume else None
@@ -212,7 +220,7 @@ def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool 
         raise Stopped(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; checkpoint saved")
 
     filled = task.fill_in(model)
-    tuned = task.evaluated(filled)
+    tuned = {**task.metrics(filled), **task.sampled_metrics(model)}
     if hasattr(model, "config"):
         model.config.dam = _as_dict(options)
     trainer.save_model(str(output))
@@ -254,7 +262,8 @@ def _claim(task: Task, output: Path, resume: bool) -> float:
     return float(earlier["seconds"])
 
 
-def _config(task: Task, output: Path) -> DAMConfig:
+def config(task: Task, output: Path) -> DAMConfig:
+    """Arguments of a run: those that all tasks have, and the task's own."""
     options = task.options
     values = {
         "num_generations": task.generations,
@@ -284,11 +293,6 @@ def _use_progress_bar(trainer: DAMTrainer) -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RolloutProgress(writes=False))
-
-
-def _compute_metrics(task: Task, prediction: Any) -> dict[str, float]:
-    labels = None if prediction.label_ids is None else torch.as_tensor(prediction.label_ids)
-    return task.metrics(torch.as_tensor(prediction.inputs), torch.as_tensor(prediction.predictions), labels)
 
 
 def _plot(task: Task, output: Path) -> None:

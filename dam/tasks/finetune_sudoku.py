@@ -48,7 +48,7 @@ class Sudoku(front.Task):
         else:
             self.puzzles = sudoku.read_puzzles(options.puzzles)
 
-    def model(self) -> Any:
+    def model(self, output: Path) -> Any:
         return sudoku.pretrain_base(self.options.seed) if self.options.pretrain else sudoku.base_model()
 
     def training_rows(self) -> list[dict[str, Any]]:
@@ -90,9 +90,8 @@ class Sudoku(front.Task):
     def fill_in(self, model: Any) -> Tensor:
         return fill_in(model, self.puzzles)
 
-    def metrics(self, initial: Tensor, final: Tensor, labels: Tensor | None) -> dict[str, float]:
-        assert labels is not None  # every puzzle lists its solution
-        return sudoku.metrics(initial, final, labels)
+    def metrics(self, final: Tensor) -> dict[str, float]:
+        return sudoku.metrics(self.puzzles.puzzle, final, self.puzzles.solution)
 
     def facts(self, before: Tensor, after: Tensor) -> dict[str, Any]:
         return {"puzzles": len(self.puzzles.puzzle), "example": _example(self.puzzles.puzzle, before, after)}

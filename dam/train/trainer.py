@@ -132,6 +132,9 @@ class DAMTrainer(BaseTrainer):
     time/training_share of the time since the last log, which add up to 1, tokens_per_second drawn by training's
     rollouts in that time, of all processes, and time/eta_seconds until the end.
 
+    Where the log tells why a run does not learn, a constant reward for one, it is said once, as a warning
+    (`dam.diagnostics.findings`).
+
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
     prompts and groups of a step are as many. Dropout alone is drawn for each forward pass in training. So a resumed run
@@ -259,6 +262,7 @@ class DAMTrainer(BaseTrainer):
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._seen: tuple[list[Any], list[Any]] = ([], [])  # prompts and completions of this process's last rollout
         self._completions: Completions | None = None  # of all processes' last rollout
+        self._told: set[str] = set()  # names of findings
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
         with precision_of(args):
@@ -648,6 +652,7 @@ class DAMTrainer(BaseTrainer):
         self._check_datasets()
         self.progress.clear()
         self._timing.clear()
+        self._told.clear()
         self._compared = False
         if resume_from_checkpoint:
             self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._keeps_paths)
@@ -723,8 +728,17 @@ class DAMTrainer(BaseTrainer):
             times = self._timing.take(self.state.global_step, self.state.max_steps)
             logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls, **times}
         super().log(logs, start_time)
+        if of_training and self.is_world_process_zero():
+            self._tell_findings()
         if of_training and self._completions is not None and self.is_world_process_zero():
             self._show_completions(self._completions)
+
+    def _tell_findings(self) -> None:
+        """Why the run does not learn, each once."""
+        for name, message in diagnostics.findings(self.state.log_history):
+            if name not in self._told:
+                self._told.add(name)
+                warnings.warn(f"step {self.state.global_step}, {name}: {message}", stacklevel=2)
 
     def _show_completions(self, completions: Completions) -> None:
         args, step = self.args, self.state.global_step

@@ -1,0 +1,73 @@
+"""What a model writes, shown as it is unmasked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dam.rollout import Trajectories
+from dam.train.terminal import show
+
+_HIDDEN = "▒"  # of a position that is not filled in yet
+_FRAME_SECONDS = 0.12
+
+
+def frames(trajectories: Trajectories, tokenizer: Any) -> Iterator[list[str]]:
+    """Texts of each trajectory, one behind another network call, from nothing filled in to all.
+
+    Args:
+        trajectories: B of them.
+        tokenizer: names tokens; what it takes for special is left out.
+    """
+    special = {*tokenizer.all_special_ids} - {tokenizer.mask_token_id}
+    for call in range(-1, int(trajectories.call.max()) + 1):
+        tokens = trajectories.initial.clone()
+        for row, (places, calls) in enumerate(zip(trajectories.position, trajectories.call, strict=True)):
+            filled = places[(calls >= 0) & (calls <= call)]
+            tokens[row, filled] = trajectories.final[row, filled]
+        if call == int(trajectories.call.max()):
+            tokens = trajectories.final
+        yield [
+            " ".join(
+                _HIDDEN if token == tokenizer.mask_token_id else tokenizer.decode([token])
+                for token in row
+                if token not in special
+            )
+            for row in tokens.tolist()
+        ]
+
+
+class Unmasking(TrainerCallback):
+    """At each evaluation, how some prompts are filled in: on a terminal frame by frame, elsewhere what came out.
+
+    Args:
+        roll_out: trajectories of the model.
+        tokenizer: of `frames`.
+    """
+
+    def __init__(self, roll_out: Callable[[Any], Trajectories], tokenizer: Any):
+        self._roll_out, self._tokenizer = roll_out, tokenizer
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        pictures = list(frames(self._roll_out(model), self._tokenizer))
+        with tqdm.external_write_mode(file=sys.stdout):
+            show(f"step {state.global_step}")
+            if not sys.stdout.isatty():
+                show("\n".join(pictures[-1]))
+                return
+            width = max(len(line) for picture in pictures for line in picture)
+            for number, picture in enumerate(pictures):
+                if number:
+                    sys.stdout.write(f"\x1b[{len(picture)}A")
+                show("\n".join(line.ljust(width) for line in picture))
+                sys.stdout.flush()
+                time.sleep(_FRAME_SECONDS)
