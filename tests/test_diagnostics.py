@@ -91,3 +91,49 @@ def test_the_plot_of_a_training_run(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="history must hold some of reward, kl_path, kl_outcome"):
         plots.training(tmp_path / "none.png", [{"eval_loss": 1.0}])
+
+
+def history_of(rewards, **figures):
+    """A log of as many entries; a figure is one for all, or a list."""
+    entries = [{"loss": 1.0, "step": n, "reward": float(reward)} for n, reward in enumerate(rewards)]
+    usual = {"frac_reward_zero_std": 0.3, "split_half": 0.4, "tilt": 0.2, "kl_path": 0.2}
+    for name, value in {**usual, **figures}.items():
+        for n, entry in enumerate(entries):
+            entry[name] = value[n] if isinstance(value, list) else value
+    return [*entries, {"eval_reward": 1.0, "step": 9}, {"train_runtime": 1.0}]
+
+
+FLAT = [0.30, 0.32, 0.31, 0.29, 0.31, 0.30, 0.32, 0.30]
+RISING = [0.30, 0.32, 0.35, 0.36, 0.40, 0.41, 0.44, 0.46]
+
+
+@pytest.mark.parametrize(
+    ("history", "names"),
+    [
+        (history_of([0.5] * 2, frac_reward_zero_std=1.0), ["constant reward"]),
+        (history_of([0.5, 0.2, 0.4], frac_reward_zero_std=1.0), ["constant reward"]),  # by prompt, but not within one
+        (history_of([0.5] * 1, frac_reward_zero_std=1.0), []),  # too early to say
+        # A run that has come to its end is none with a bug.
+        (history_of([*RISING, *[1.0] * 8], frac_reward_zero_std=[*[0.3] * 8, *[1.0] * 8]), ["few groups tell"]),
+        (history_of([0.01] * 3, frac_reward_zero_std=0.95), ["few groups tell"]),
+        (history_of(FLAT), []),
+        (history_of(FLAT, split_half=0.01), ["targets are noise"]),
+        (history_of(FLAT, kl_path=[0.1 * n for n in range(8)]), ["moves without learning"]),
+        (history_of(FLAT, kl_path=0.001), ["stands still"]),
+        (history_of(FLAT, kl_path=0.001, split_half=0.0), ["targets are noise", "stands still"]),
+        (history_of(RISING, kl_path=2.0, split_half=0.0), []),  # it learns
+        (history_of(FLAT[:3], kl_path=2.0), []),
+    ],
+    ids=str,
+)
+def test_why_a_run_does_not_learn(history, names):
+    assert [finding.name for finding in diagnostics.findings(history)] == names
+
+
+def test_findings_give_their_figures_and_what_to_do():
+    (still,) = diagnostics.findings(history_of(FLAT, kl_path=0.001, tilt=0.004))
+    assert "1.0e-03 nats" in still.message and "a smaller target_ess: steps go 0.004 of the way only" in still.message
+    (equal,) = diagnostics.findings(history_of(FLAT, frac_reward_zero_std=0.9))
+    assert "in 90% of the groups" in equal.message
+    (constant,) = diagnostics.findings(history_of([0.25, 0.25], frac_reward_zero_std=1.0))
+    assert "one reward (0.25 lately)" in constant.message
