@@ -1,7 +1,8 @@
-"""The studies of the method: python -m experiments grid|ising|sudoku|orders|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|runs [--help].
 
 The first three ask which estimator learns most from a reward call, by `estimators`; orders asks what keeps a run from
-p* whose base is a network; runs prints the figures of finished `dam sudoku` runs.
+p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
+`dam sudoku` runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ STUDIES = {
     "ising": "an Ising lattice",
     "sudoku": "the main job, estimator by estimator",
     "orders": "a small network as base, against enumeration",
+    "countdown": "a text model, one setting after another changed",
 }
 RUNS = "figures of finished `dam sudoku` runs"
 
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for field in dataclasses.fields(estimators.Options):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("orders", 2)):
+    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
         every = "; ".join(estimators.learners_of({"study": name}))
         on[name].add_argument(
             "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
     add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
+    on["countdown"].add_argument("--calls", type=int, default=16_384, help="reward calls (default: %(default)s)")
     add = on["orders"].add_argument
     add("--steps", type=int, default=2400, help="default: %(default)s")
     add("--name", default="orders", help="of the JSON (default: %(default)s)")
@@ -85,10 +88,13 @@ def study(given: dict[str, Any]) -> int:
     """Runs a study and prints its table."""
     output = given["output"] or RESULTS / report.device()
     output.mkdir(parents=True, exist_ok=True)
-    if given["study"] == "sudoku":
-        text = estimators.study_sudoku(given, output)
-    elif given["study"] == "orders":
-        text = estimators.study_orders(given, output)
+    of_the_trainer = {
+        "sudoku": estimators.study_sudoku,
+        "orders": estimators.study_orders,
+        "countdown": estimators.study_countdown,
+    }
+    if given["study"] in of_the_trainer:
+        text = of_the_trainer[given["study"]](given, output)
     else:
         options = estimators.Options(
             **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}

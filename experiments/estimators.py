@@ -540,6 +540,40 @@ def study_orders(given: dict[str, Any], output: Path) -> str:
     return "\n".join(lines)
 
 
+# ---- a text model, one setting after another
+
+
+def run_countdown(calls: int, name: str, seed: int) -> dict[str, Any]:
+    from experiments import countdown
+
+    return countdown.run(calls, name, seed)
+
+
+def study_countdown(given: dict[str, Any], output: Path) -> str:
+    from experiments import countdown  # needs transformers
+
+    for seed in range(given["seeds"]):
+        countdown.base(seed)  # not by several processes at once
+    results: list[dict[str, Any]] = []
+    for found in run_all(given, functools.partial(run_countdown, given["calls"])):
+        results.append(found)
+        told = ", ".join(f"{name} {found[name]:.1%}" for name in countdown.SHOWN)
+        print(f"{found['learner']}, seed {found['seed']}: {told}", flush=True)
+        write(output / "countdown.json", {"calls": given["calls"]}, results, given)
+    lines = [f"| case | {' | '.join(countdown.SHOWN)} | KL of paths | findings |", "| --- " * 6 + "|"]
+    figures = {
+        name: [r["base"][name] for r in results if r["learner"] == results[0]["learner"]] for name in countdown.SHOWN
+    }
+    lines.append(f"| the base | {' | '.join(spread(values, '{:.1%}') for values in figures.values())} | 0 | |")
+    for name in dict.fromkeys(r["learner"] for r in results):
+        runs = [r for r in results if r["learner"] == name]
+        shares = [spread([r[figure] for r in runs], "{:.1%}") for figure in countdown.SHOWN]
+        kl = spread([r["log"][-1]["kl_path"] for r in runs], "{:.2f}")
+        told = ", ".join(sorted({finding["name"] for r in runs for finding in r["findings"]}))
+        lines.append(f"| {name} | {' | '.join(shares)} | {kl} | {told} |")
+    return "\n".join(lines)
+
+
 # ---- figures
 
 
@@ -598,6 +632,10 @@ def learners_of(given: dict[str, Any]) -> list[str]:
         from experiments import orders  # needs transformers
 
         return list(orders.CASES)
+    if given["study"] == "countdown":
+        from experiments import countdown  # needs transformers
+
+        return list(countdown.CASES)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
