@@ -79,7 +79,7 @@ def run(calls: int, name: str, seed: int) -> dict[str, Any]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     kept = ("step", "reward", "ess", "ess_path", "tilt", "kl_path", "split_half", "frac_reward_zero_std", "grad_norm")
     return {
         "settings": CASES[name],

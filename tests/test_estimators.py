@@ -11,8 +11,8 @@ import torch
 
 import dam
 from dam.ctmc import enumeration
-from dam.tasks import sudoku
-from experiments import estimators, grid, learners, orders
+from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
+from experiments import countdown, estimators, grid, learners, orders
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -392,6 +392,36 @@ def test_the_study_of_orders(tmp_path, capsys):
     assert "| 0.2 | 0.029 (0.013 to 0.083) | 0.057 (0.031 to 0.070) |" in capsys.readouterr().out  # README's figures
 
 
+@pytest.mark.slow
+def test_the_study_of_countdown(tmp_path, monkeypatch, capsys):
+    """A base of three steps: no figure to be seen, but a table with what the log of each case tells."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(countdown_base, "STEPS", 3)
+    monkeypatch.setattr(finetune_countdown, "PROBLEMS", 8)
+    monkeypatch.setattr(countdown.Countdown, "prompts", 4)
+    arguments = ["countdown", "--calls", "192", "--output", str(tmp_path)]
+    with pytest.warns(UserWarning, match="constant reward"):
+        assert main([*arguments, "--learners", "as dam countdown", "constant reward"]) == 0
+    found = table("countdown", tmp_path)
+    constant = found["constant reward"]
+    assert [finding["name"] for finding in constant["findings"]] == ["constant reward"]
+    assert constant["settings"] == {"reward": "constant"} and constant["log"][-1]["frac_reward_zero_std"] == 1
+    assert found["as dam countdown"]["base"] == constant["base"] and constant["log"][-1]["step"] == 17
+    shown = capsys.readouterr().out
+    assert shown.count("| constant reward |") == 1 and "| the base |" in shown
+    assert (tmp_path / "runs" / "countdown-base-0" / "config.json").exists()
+
+
+def test_every_case_of_countdown_is_a_run_that_can_begin():
+    for name in countdown.CASES:
+        task = countdown.task_of(name, 16 * 1024, 0)
+        config = finetune.config(task, Path("nowhere"))
+        assert config.max_steps == task.rollouts * task.iterations and config.eval_strategy == "no"
+        assert all(
+            getattr(config, key) == value for key, value in countdown.CASES[name].items() if hasattr(config, key)
+        )
+
+
 def test_figures_of_finished_runs(tmp_path, capsys):
     """A run that saved the base model does on other puzzles as the base does."""
     training, held_out = (sudoku.draw_puzzles(grids, 6, blanks=(3, 8), seed=0) for grids in sudoku.split_grids())
@@ -414,7 +444,8 @@ def test_figures_of_finished_runs(tmp_path, capsys):
 
 
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
-    own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "runs": "--puzzles"}
+    own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
+    own["runs"] = "--puzzles"
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])

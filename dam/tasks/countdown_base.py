@@ -261,9 +261,7 @@ def _waves(width: int) -> Tensor:
 STEPS, BATCH = 2000, 256
 
 
-def pretrained(
-    folder: Path, seed: int, *, without: Excluded = frozenset(), steps: int = STEPS, batch_size: int = BATCH
-) -> Any:
+def pretrained(folder: Path, seed: int, *, without: Excluded = frozenset(), steps: int | None = None) -> Any:
     """The base in a folder; made there unless it is, and gone on with where that was cut short, to the same weights.
 
     Deterministic for a seed and a number of threads.
@@ -271,27 +269,28 @@ def pretrained(
     Args:
         folder: of the base and its tokenizer, as `save_pretrained` leaves them, and until then of `pretraining.pt`.
         without: problems that no line is of.
+        steps: of `BATCH` lines each; `STEPS` unless given.
     """
     from transformers import AutoModelForMaskedLM
 
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         state = folder / "pretraining.pt"
-        model = _pretrain(state, seed, without, steps, batch_size)
+        model = _pretrain(state, seed, without, STEPS if steps is None else steps)
         tokenizer().save_pretrained(folder)
         part = folder / "part"
         model.save_pretrained(part)
         for file in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):  # which comes last
             os.replace(file, folder / file.name)
         part.rmdir()
-        state.unlink()
+        state.unlink(missing_ok=True)
     return AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager")
 
 
 _SAVED_EVERY = 100  # steps
 
 
-def _pretrain(file: Path, seed: int, without: Excluded, steps: int, batch_size: int) -> Any:
+def _pretrain(file: Path, seed: int, without: Excluded, steps: int) -> Any:
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
@@ -311,7 +310,7 @@ def _pretrain(file: Path, seed: int, without: Excluded, steps: int, batch_size: 
     process, denoiser = MaskedCTMC(mask_token=_ID[MASK]), MaskedLM(model)
     with tqdm(total=steps, initial=done, desc="pretraining the base on careless sums", smoothing=0) as bar:
         for step in range(done, steps):
-            loss = _denoising_loss(denoiser, process, corpus(batch_size, [seed, step], without), [seed, step])
+            loss = _denoising_loss(denoiser, process, corpus(BATCH, [seed, step], without), [seed, step])
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

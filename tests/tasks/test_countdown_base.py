@@ -74,7 +74,8 @@ def test_a_problem_that_the_model_has_no_words_for_is_refused(numbers, target):
 
 def test_pretraining_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "_SAVED_EVERY", 2)
-    whole = base.pretrained(tmp_path / "whole", 3, steps=7, batch_size=8)
+    monkeypatch.setattr(base, "BATCH", 8)
+    whole = base.pretrained(tmp_path / "whole", 3, steps=7)
     corpus, left = base.corpus, [5]
 
     def cut(*arguments):
@@ -86,13 +87,13 @@ def test_pretraining_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(base, "corpus", cut)
         with pytest.raises(KeyboardInterrupt):
-            base.pretrained(tmp_path / "part", 3, steps=7, batch_size=8)
+            base.pretrained(tmp_path / "part", 3, steps=7)
     assert [path.name for path in (tmp_path / "part").iterdir()] == ["pretraining.pt"]
     done = torch.load(tmp_path / "part" / "pretraining.pt", weights_only=True)["done"]
-    model = base.pretrained(tmp_path / "part", 3, steps=7, batch_size=8)
+    model = base.pretrained(tmp_path / "part", 3, steps=7)
     assert done == 4
     for name, value in whole.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     # What is there is not made again.
     monkeypatch.setattr(base, "_pretrain", lambda *arguments: pytest.fail("made again"))
-    base.pretrained(tmp_path / "part", 3, steps=7, batch_size=8)
+    base.pretrained(tmp_path / "part", 3, steps=7)
