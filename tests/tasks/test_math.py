@@ -166,9 +166,13 @@ def judge_all(task, texts):
     """Kinds of failures, and the memory of this process in KiB after each batch."""
     kinds, peaks = [], []
     texts = iter(texts)
-    while batch := list(itertools.islice(texts, 1000)):
+    for number in itertools.count(10):
+        batch = list(itertools.islice(texts, 1000))
+        if not batch:
+            break
         # Of the largest only what is looked at: a batch of whole ones would be gigabytes.
-        found = task.verdicts([*(text[-TAIL:] for text in batch), r"\boxed{2^{3}}"], [*["271828"] * len(batch), "8"])
+        asked = [*(text[-TAIL:] for text in batch), rf"\boxed{{{number}+1}}"]
+        found = task.verdicts(asked, [*["271828"] * len(batch), str(number + 1)])
         assert found.pop().correct, "a worker is lost"
         assert not any(verdict.correct for verdict in found)
         kinds += [verdict.failure for verdict in found if verdict.failure is not None]
@@ -186,7 +190,7 @@ def test_hostile_strings(task):
 
 @pytest.mark.full
 def test_a_hundred_thousand_hostile_strings(monkeypatch, tmp_path):
-    task = math.Math(seconds=2)
+    task = math.Math(seconds=5)
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
     kinds, peaks = judge_all(task, hostile.strings(100_000, 2))
