@@ -22,7 +22,7 @@ _CODE = [
     "while True: pass",
     "import os",
 ]
-_POWERS = [
+POWERS = [
     "9**9**9",
     "9**9**9**9",
     "9^{9^{9^{9}}}",
@@ -151,7 +151,7 @@ def _inner(generator):
     if kind == 0:
         return generator.choice(_CODE)
     if kind == 1:
-        return generator.choice(_POWERS)
+        return generator.choice(POWERS)
     if kind == 2:
         return generator.choice(_DIGITS + _SIGNS)
     if kind == 3:
