@@ -17,14 +17,14 @@ def figure_class() -> Any:
 
 
 def solved_against_calls(
-    path: str | Path, calls: Sequence[int], solved: Sequence[float], *, title: str, label: str = "solved"
+    path: str | Path, calls: Sequence[int], solved: Sequence[float], *, title: str, what: str = "puzzles"
 ) -> None:
-    """Writes a PNG of the fraction of puzzles solved against the number of reward calls."""
+    """Writes a PNG of the fraction of what is to be solved that is, against the number of reward calls."""
     figure = figure_class()(figsize=(6, 4), layout="constrained")  # no pyplot: no display, no global state
     axes = figure.add_subplot()
-    axes.plot(calls, [100 * fraction for fraction in solved], marker="o", markersize=3, label=label)
+    axes.plot(calls, [100 * fraction for fraction in solved], marker="o", markersize=3)
     axes.set_xlabel("reward calls")
-    axes.set_ylabel("puzzles solved (%)")
+    axes.set_ylabel(f"{what} solved (%)")
     axes.set_ylim(0, 102)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,13 +270,14 @@ def pretrained(folder: Path, seed: int, *, without: Excluded = frozenset(), step
         folder: of the base and its tokenizer, as `save_pretrained` leaves them, and until then of `pretraining.pt`.
         without: problems that no line is of.
         steps: of `BATCH` lines each; `STEPS` unless given.
+        show: is called with the model and the number of steps done, now and then.
     """
     from transformers import AutoModelForMaskedLM
 
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         state = folder / "pretraining.pt"
-        model = _pretrain(state, seed, without, STEPS if steps is None else steps)
+        model = _pretrain(state, seed, without, STEPS if steps is None else steps, show)
         tokenizer().save_pretrained(folder)
         part = folder / "part"
         model.save_pretrained(part)
@@ -287,10 +288,10 @@ def pretrained(folder: Path, seed: int, *, without: Excluded = frozenset(), step
     return AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager")
 
 
-_SAVED_EVERY = 100  # steps
+_SAVED_EVERY, _SHOWN_EVERY = 100, 500  # steps
 
 
-def _pretrain(file: Path, seed: int, without: Excluded, steps: int) -> Any:
+def _pretrain(file: Path, seed: int, without: Excluded, steps: int, show: Callable[[Any, int], None]) -> Any:
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
@@ -319,6 +320,9 @@ def _pretrain(file: Path, seed: int, without: Excluded, steps: int) -> Any:
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss {float(loss.detach()):.3f}")
+            if (step + 1) % _SHOWN_EVERY == 0:
+                show(model, step + 1)
+                model.train()
             if (step + 1) % _SAVED_EVERY == 0 and step + 1 < steps:
                 part = file.with_suffix(".part")
                 torch.save({"done": step + 1, **{name: of.state_dict() for name, of in parts.items()}}, part)

@@ -55,7 +55,8 @@ class Task(abc.ABC):
 
     name: ClassVar[str]  # of the command, and of folders of runs
     title: ClassVar[str]  # of the plot
-    headline: ClassVar[str]  # the metric that the plot shows
+    headline: ClassVar[str]  # the metric that the plot shows, a share of `of_what`
+    of_what: ClassVar[str] = "puzzles"
     options_type: ClassVar[type]
     # A rollout is `prompts` prompts of `generations` trajectories, and feeds `iterations` training steps.
     prompts: ClassVar[int] = 64
@@ -304,6 +305,7 @@ def _plot(task: Task, output: Path) -> None:
         output / "plot.png",
         *zip(*curve, strict=True),
         title=f"{task.title}, {options.estimator} / {options.normalizer}, seed {options.seed}",
+        what=task.of_what,
     )
 
 

@@ -58,7 +58,7 @@ class Countdown(front.Task):
     """Countdown with three numbers: held-out problems, or those of a file, by a model of 290,000 parameters."""
 
     name, title, headline, options_type = "countdown", "Countdown", "greedy", Options
-    evaluations = 8
+    of_what, evaluations = "problems", 8
     options: Options
 
     def __init__(self, options: Options):
@@ -75,6 +75,9 @@ class Countdown(front.Task):
         self.without = countdown_base.excluded(given)
         self.rows = [_row(numbers, target) for numbers, target in given]
         self.tokenizer = countdown_base.tokenizer()
+        self.unmasking = Unmasking(
+            lambda model: self._rolled_out(model, self.rows[:SHOWN], temperature=0.0), self.tokenizer
+        )
         self.process = MaskedCTMC(mask_token=self.tokenizer.mask_token_id, suppress=tuple(self._suppressed()))
 
     def _suppressed(self) -> list[int]:
@@ -82,7 +85,11 @@ class Countdown(front.Task):
 
     def model(self, output: Path) -> Any:
         return countdown_base.pretrained(
-            output / "base", self.options.seed, without=self.without, steps=self.options.pretraining_steps
+            output / "base",
+            self.options.seed,
+            without=self.without,
+            steps=self.options.pretraining_steps,
+            show=lambda model, step: self.unmasking.show(model, f"pretraining, step {step}"),
         )
 
     def processing_class(self) -> Any:
@@ -130,7 +137,7 @@ class Countdown(front.Task):
         }
 
     def callbacks(self) -> list[Any]:
-        return [Unmasking(lambda model: self._rolled_out(model, self.rows[:SHOWN], temperature=0.0), self.tokenizer)]
+        return [self.unmasking]
 
     def fill_in(self, model: Any) -> Tensor:
         return self._rolled_out(model, self.rows, temperature=0.0).final

@@ -56,11 +56,14 @@ class Unmasking(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self.show(model, f"step {state.global_step}")
+
+    def show(self, model: Any, title: str) -> None:
+        """The prompts filled in by a model, under a line that says which."""
         pictures = list(frames(self._roll_out(model), self._tokenizer))
         with tqdm.external_write_mode(file=sys.stdout):
-            show(f"step {state.global_step}")
+            show(title)
             if not sys.stdout.isatty():
                 show("\n".join(pictures[-1]))
                 return

@@ -75,7 +75,10 @@ def test_a_problem_that_the_model_has_no_words_for_is_refused(numbers, target):
 def test_pretraining_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "_SAVED_EVERY", 2)
     monkeypatch.setattr(base, "BATCH", 8)
-    whole = base.pretrained(tmp_path / "whole", 3, steps=7)
+    monkeypatch.setattr(base, "_SHOWN_EVERY", 3)
+    shown = []
+    whole = base.pretrained(tmp_path / "whole", 3, steps=7, show=lambda model, step: shown.append(step))
+    assert shown == [3, 6]
     corpus, left = base.corpus, [5]
 
     def cut(*arguments):
