@@ -261,7 +261,14 @@ def _waves(width: int) -> Tensor:
 STEPS, BATCH = 2000, 256
 
 
-def pretrained(folder: Path, seed: int, *, without: Excluded = frozenset(), steps: int | None = None) -> Any:
+def pretrained(
+    folder: Path,
+    seed: int,
+    *,
+    without: Excluded = frozenset(),
+    steps: int | None = None,
+    show: Callable[[Any, int], None] = lambda model, step: None,
+) -> Any:
     """The base in a folder; made there unless it is, and gone on with where that was cut short, to the same weights.
 
     Deterministic for a seed and a number of threads.
