@@ -477,7 +477,7 @@ class _Server:
             pass
         if reply is None:
             if not self._has_forked:  # no call's doing
-                raise ServerError(f"no worker process can be started: the one that is to fork them ends")
+                raise ServerError("no worker process can be started: the one that is to fork them ends")
             raise _ServerGone
         return int(_REPLY.unpack(reply)[0])
 

@@ -40,6 +40,40 @@ def loaded(name):
     return name in sys.modules
 
 
+def judge(prompts, completions, completion_ids, trainer_state, how, **columns):
+    """Returns a reward for the completion that it is given, or does what the column says."""
+    (way,), ((token,),) = how, completion_ids
+    if way == "hang":
+        time.sleep(1000)
+    if way == "exit":
+        os._exit(0)
+    if way == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if way == "raise":
+        raise KeyError("answer")
+    if way == "print":
+        print("x" * 10**7)
+        sys.stderr.write("x" * 10**7)
+    if way == "allocate":
+        return [float(len(bytearray(1 << 36)))]
+    if way == "large":
+        return "x" * (100 << 20)
+    if way == "nan":
+        return [float("nan")]
+    if way == "two":
+        return [1.0, 2.0]
+    if way == "none":
+        return [None]
+    return [float(token) + trainer_state.global_step]
+
+
+def lossy(completion_ids, spare=False, **_):
+    """The sum of the tokens, but for completions that end with a 4."""
+    if completion_ids[0][-1] == 4 and not spare:
+        raise ValueError("no fours")
+    return [float(sum(completion_ids[0]))]
+
+
 def misbehave(how, detail=None):
     """Does what `how` says; "well" returns the detail."""
     if how == "well":

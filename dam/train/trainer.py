@@ -141,6 +141,10 @@ class DAMTrainer(BaseTrainer):
     time/training_share of the time since the last log, which add up to 1, tokens_per_second drawn by training's
     rollouts in that time, of all processes, and time/eta_seconds until the end.
 
+    With reward_timeout or reward_workers also rewards/failed, the fraction of completions that have no reward, which all
+    else that is logged leaves out, and rewards/failed_<kind> for each of `dam.workers.KINDS`; of an evaluation
+    eval_rewards/failed.
+
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
     prompts and groups of a step are as many. Dropout alone is drawn for each forward pass in training. So a resumed run
@@ -154,8 +158,9 @@ class DAMTrainer(BaseTrainer):
             would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions, async ones too, `f(prompts, completions, completion_ids,
             trainer_state, **columns)` that return a number per completion (None: does not apply; -inf: forbidden), or
-            sequence classifiers of one output, or their names (`dam.train.reward_model.RewardModel`). With `prompt`, a
-            completion is what follows the prompt; with `input_ids`, the whole sequence filled in, less what
+            sequence classifiers of one output, or their names (`dam.train.reward_model.RewardModel`). Where they are
+            called in worker processes (`DAMConfig.reward_timeout`), trainer_state has numbers and text only. With
+            `prompt`, a completion is what follows the prompt; with `input_ids`, the whole sequence filled in, less what
             attention_mask hides. Decoded with processing_class if there is one, else lists of token ids; behind a
             conversation a message, [{"role": "assistant", "content": text}], which a last message of the assistant
             begins, as in TRL.
@@ -182,8 +187,9 @@ class DAMTrainer(BaseTrainer):
     Raises:
         ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
             column, before any work.
-        RewardError: a reward function misbehaves in training, or a completion cannot be decoded. The rollouts are
-            written to output_dir/failed_rollouts.pt.
+        RewardError: a reward function misbehaves in training, or, with reward_timeout or reward_workers, does so at
+            more than max_reward_failures of a rollout; or a completion cannot be decoded. The rollouts are written to
+            output_dir/failed_rollouts.pt.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
     can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes one that
