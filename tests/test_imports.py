@@ -52,7 +52,10 @@ WITHIN = {
         "*": 3,
     },
 }
-OPTIONAL = ("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "rich", "safetensors", "datasets")
+OPTIONAL = (
+    *("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "rich", "safetensors"),
+    *("datasets", "math_verify"),
+)
 
 
 def modules():

@@ -1,1 +1,6 @@
-"""Tasks: puzzles, rewards, metrics and base models."""
+"""Tasks: puzzles, rewards, metrics and base models; `TASKS` has those whose prompts and answers are text, by name."""
+
+from dam.tasks import countdown
+from dam.tasks.language import LanguageTask
+
+TASKS: dict[str, LanguageTask] = {module.TASK.name: module.TASK for module in (countdown,)}
