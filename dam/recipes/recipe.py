@@ -131,9 +131,24 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _set(values, override)
     try:
-        return read(values)
+        return _located(read(values), path.parent)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _located(recipe: Recipe, folder: Path) -> Recipe:
+    """Sources of rows that are files beside the recipe, by their path from here."""
+
+    def path_of(source: str | None) -> str | None:
+        beside = source is not None and not Path(source).exists() and (folder / source).exists()
+        return str(folder / str(source)) if beside else source
+
+    task = dataclasses.replace(recipe.task, source=path_of(recipe.task.source))
+    if recipe.eval is None:
+        return dataclasses.replace(recipe, task=task)
+    return dataclasses.replace(
+        recipe, task=task, eval=dataclasses.replace(recipe.eval, source=path_of(recipe.eval.source))
+    )
 
 
 def parsed(text: str, where: str) -> dict[str, Any]:
@@ -229,7 +244,17 @@ def read(values: Mapping[str, Any]) -> Recipe:
                 "peft.target_modules is missing: an expression for the full names of modules, as r = "
                 r"model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
             )
+    if recipe.eval is not None and recipe.eval.samples > 1 and is_deterministic(recipe.config):
+        raise RecipeError(
+            f"eval.samples is {recipe.eval.samples}, but all samples of a prompt would be the same: set "
+            "config.eval_temperature above 0"
+        )
     return recipe
+
+
+def is_deterministic(config: Mapping[str, Any]) -> bool:
+    """Whether arguments of `DAMConfig` make evaluation say the same each time: the likeliest tokens, in no random order."""
+    return not config.get("eval_temperature", 0.0) and config.get("eval_remasking", "random") != "random"
 
 
 def _checked_by(where: str, make: Any) -> None:
