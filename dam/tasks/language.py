@@ -71,11 +71,16 @@ class LanguageTask(abc.ABC):
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1; got {limit}")
         source = source or self.dataset
-        if source is None:
-            raise ValueError(
-                f"{self.name} has no dataset of its own: pass source, a file, a folder or a name on the hub"
-            )
-        return self._rows_of(load(source, split), f"{source}, {split}", limit, style)
+        records = self.records(split, limit) if source is None else load(source, split)
+        return self._rows_of(records, f"{source or self.name}, {split}", limit, style)
+
+    def records(self, split: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
+        """What `rows` is of without a source and a `dataset`.
+
+        Raises:
+            ValueError: the task makes none, or has no such split.
+        """
+        raise ValueError(f"{self.name} needs a source: a file, a folder or a name on the hub")
 
     def _rows_of(
         self, records: Iterable[Mapping[str, Any]], where: str, limit: int | None, style: str
@@ -145,6 +150,24 @@ def prompt(question: str, style: str, *, answer: str) -> list[dict[str, str]]:
     else:
         content = f"{question}\nReason step by step, and put the final answer, {answer}, in \\boxed{{}}."
     return [{"role": "user", "content": content}]
+
+
+def texts(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Columns of a dataset's row as text; numbers, which CSV files make of digits, are written out.
+
+    Raises:
+        ValueError: one is missing or empty, or is neither text nor a number.
+    """
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise ValueError(f"needed: {', '.join(names)}; missing: {', '.join(missing)}; found: {', '.join(record)}")
+    found = []
+    for name in names:
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+            raise ValueError(f"{name} must be text; got {value!r:.100}")
+        found.append(str(value))
+    return found
 
 
 def powers_of_two(largest: int) -> Iterator[int]:

@@ -35,9 +35,15 @@ def _units() -> Tensor:
 UNITS = _units()  # int64 [12, 4]: the cells of each row, column and box
 
 
-def satisfied(grids: Tensor) -> Tensor:
-    """Which units hold 1, 2, 3, 4 once each: bool [..., 12] for grids [..., 16]."""
-    return (grids[..., UNITS].sort(dim=-1).values == torch.arange(1, SIDE + 1)).all(dim=-1)
+def satisfied(grids: Tensor, puzzles: Tensor | None = None) -> Tensor:
+    """Which units hold 1, 2, 3, 4 once each, and keep the clues of puzzles if given: bool [..., 12] for [..., 16]."""
+    right = (grids[..., UNITS].sort(dim=-1).values == torch.arange(1, SIDE + 1)).all(dim=-1)
+    return right if puzzles is None else right & respected(grids, puzzles)[..., UNITS].all(dim=-1)
+
+
+def respected(grids: Tensor, puzzles: Tensor) -> Tensor:
+    """Which cells keep the clues of the puzzles, as blanks do: bool [..., 16]."""
+    return (grids == puzzles) | (puzzles == BLANK)
 
 
 def all_grids() -> Tensor:
@@ -104,23 +110,38 @@ def read_puzzles(path: str | Path) -> Puzzles:
     grids = all_grids()
     puzzles, solutions = [], []
     for line, row in _records(path):
-        where = f"{path}, line {line}"
-        puzzle = _digits(where, "Puzzle", row.get("Puzzle"), "01234")
-        solution = _digits(where, "Solution", row.get("Solution"), "1234")
-        clues = puzzle != BLANK
-        if bool(clues.all()):
-            raise ValueError(f"{where}: Puzzle has no blank (0) to fill in")
-        if not bool(((grids == puzzle) | ~clues).all(dim=1).any()):
-            raise ValueError(f"{where}: Puzzle has no valid completion")
-        if not bool(satisfied(solution).all()):
-            raise ValueError(f"{where}: Solution is not a valid grid")
-        if not bool((solution == puzzle)[clues].all()):
-            raise ValueError(f"{where}: Solution contradicts the clues of Puzzle")
+        try:
+            puzzle, solution = read_pair(row.get("Puzzle"), row.get("Solution"), grids)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
         puzzles.append(puzzle)
         solutions.append(solution)
     if not puzzles:
         raise ValueError(f"{path}: no puzzles below the header")
     return Puzzles(torch.stack(puzzles), torch.stack(solutions))
+
+
+def read_pair(puzzle: str | None, solution: str | None, grids: Tensor) -> tuple[Tensor, Tensor]:
+    """A puzzle and its solution, int64 [16] each, of 16 characters each.
+
+    Args:
+        puzzle: row by row, 0 for a blank.
+        solution: row by row.
+        grids: all, `all_grids`.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    cells, filled = _digits("Puzzle", puzzle, "01234"), _digits("Solution", solution, "1234")
+    if not bool((cells == BLANK).any()):
+        raise ValueError("Puzzle has no blank (0) to fill in")
+    if not bool(respected(grids, cells).all(dim=1).any()):
+        raise ValueError("Puzzle has no valid completion")
+    if not bool(satisfied(filled).all()):
+        raise ValueError("Solution is not a valid grid")
+    if not bool(respected(filled, cells).all()):
+        raise ValueError("Solution contradicts the clues of Puzzle")
+    return cells, filled
 
 
 def _records(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -152,15 +173,14 @@ def _records(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
         )
 
 
-def _digits(where: str, column: str, text: str | None, allowed: str) -> Tensor:
+def _digits(column: str, text: str | None, allowed: str) -> Tensor:
     text = (text or "").strip()
     if len(text) != CELLS:
-        raise ValueError(f"{where}: {column} must have {CELLS} characters; got {len(text)}: {text!r}")
+        raise ValueError(f"{column} must have {CELLS} characters; got {len(text)}: {text!r}")
     for position, character in enumerate(text, start=1):
         if character not in allowed:
             raise ValueError(
-                f"{where}: {column} may hold only {allowed[0]} to {allowed[-1]}; "
-                f"got {character!r} at character {position}"
+                f"{column} may hold only {allowed[0]} to {allowed[-1]}; got {character!r} at character {position}"
             )
     return torch.tensor([int(character) for character in text])
 
@@ -186,9 +206,8 @@ def metrics(puzzle: Tensor, filled: Tensor, solution: Tensor) -> dict[str, float
     blank cells equal to the listed solution's, pooled over puzzles.
     """
     blank = puzzle == BLANK
-    respected = (filled == puzzle).logical_or(blank).all(dim=1)
     return {
-        "solved": float((satisfied(filled).all(dim=-1) & respected).double().mean()),
+        "solved": float(satisfied(filled, puzzle).all(dim=-1).double().mean()),
         "exact": float((filled == solution).all(dim=1).double().mean()),
         "cells": float((filled == solution)[blank].double().mean()),
     }
