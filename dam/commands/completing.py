@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
 from dam.models import as_denoiser
 from dam.models.denoiser import MaskedLM
-from dam.rollout import rollout
+from dam.rollout import outcome_log_prob, rollout
 from dam.tasks.finetune import refuse_changes, write_json
 from dam.train.data import Collator, NumberedRow, decoded, outcomes, row_name
 from dam.train.rows import RowReader
@@ -52,7 +51,7 @@ class Law:
     max_completion_length: int = 128
     steps: int | None = None
     block_length: int | None = None
-    decoding: Decoding = Decoding()
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
     mask_token_id: int | None = None
     stop_token_ids: Sequence[int] | None = None
     suppress_tokens: Sequence[int] | None = None
@@ -119,8 +118,9 @@ class Completer:
         )
         self._process = MaskedCTMC(tokens.mask, suppress=tokens.suppress, vocabulary=tokens.vocabulary)
         self._stop, self._law, self._tokenizer = tokens.stop, law, tokenizer
-        reader = RowReader(tokens.mask, law.max_completion_length, tokenizer, limits, law.chat_template_kwargs)
-        self._collator = Collator(reader, tokens.pad)
+        self._model = model
+        self._reader = RowReader(tokens.mask, law.max_completion_length, tokenizer, limits, law.chat_template_kwargs)
+        self._collator = Collator(self._reader, tokens.pad)
         self._device = next(model.parameters()).device
         self._compared = False
 
@@ -141,39 +141,91 @@ class Completer:
             for (number, sample, row), text, tokens in zip(jobs, texts, seen["completion_ids"], strict=True)
         ]
 
-    @torch.no_grad()
+    def front(self) -> list[int]:
+        """What the tokenizer puts in front of a text."""
+        return self._reader.front()
+
+    def of(self, max_completion_length: int, **decoding: Any) -> Completer:
+        """One with another length and other fields of `Decoding`."""
+        law = dataclasses.replace(
+            self._law,
+            max_completion_length=max_completion_length,
+            decoding=dataclasses.replace(self._law.decoding, **decoding),
+        )
+        return Completer(self._model, self._tokenizer, law)
+
+    def log_probs(
+        self, pairs: Sequence[tuple[int, Sequence[int], Sequence[int]]], orders: int
+    ) -> tuple[Tensor, Tensor]:
+        """`dam.rollout.outcome_log_prob` of continuations, float64 [B, orders], in the law's steps and blocks.
+
+        And which of them the model fills in by confidence at temperature 0, bool [B].
+
+        Args:
+            pairs: a number, by which the orders are drawn, the context's tokens, and those behind it, one at least.
+            orders: M.
+        """
+        rows = [{"input_ids": [*context, *[self._process.mask_token] * len(behind)]} for _, context, behind in pairs]
+        batch = self._collator([NumberedRow(n, row_name(n, "given"), row) for n, row in enumerate(rows)])
+        tokens, mask = batch["input_ids"].to(self._device), batch["attention_mask"].to(self._device)
+        outcome = tokens.clone()
+        for row, (_, _, behind) in zip(outcome, pairs, strict=True):
+            row[-len(behind) :] = torch.tensor(list(behind), device=self._device)
+        ids = torch.tensor([number for number, _, _ in pairs], dtype=torch.int64, device=self._device)
+        found = torch.empty(len(pairs), orders, dtype=torch.float64)
+        greedy = torch.empty(len(pairs), dtype=torch.bool)
+        steps, block_length, seed = self._law.steps, self._law.block_length, self._law.seed
+        for rows_of, cut in self._of_one_kind(tokens, mask):
+            of = (self._denoiser, tokens[rows_of, cut:])
+            given: dict[str, Any] = {
+                "attention_mask": mask[rows_of, cut:],
+                "steps": steps,
+                "block_length": block_length,
+            }
+            given |= {"seed": seed, "row_ids": ids[rows_of]}
+            wanted = outcome[rows_of, cut:]
+            found[rows_of.cpu()] = outcome_log_prob(*of, wanted, self._process, orders=orders, **given).cpu()
+            likeliest = rollout(*of, self._process, order="confidence", temperature=0.0, **given).final
+            greedy[rows_of.cpu()] = (likeliest == wanted).all(dim=1).cpu()
+        return found, greedy
+
     def _filled_in(self, batch: dict[str, Any], ids: Tensor) -> Tensor:
-        tokens, mask, start = (batch[name].to(self._device) for name in ("input_ids", "attention_mask", "start"))
+        law = self._law
+        tokens, mask, start, ids = (
+            value.to(self._device) for value in (batch["input_ids"], batch["attention_mask"], batch["start"], ids)
+        )
+        final = tokens.clone()
+        for rows, cut in self._of_one_kind(tokens, mask):
+            final[rows, cut:] = rollout(
+                self._denoiser,
+                tokens[rows, cut:],
+                self._process,
+                attention_mask=mask[rows, cut:],
+                steps=law.steps,
+                block_length=law.block_length,
+                decoding=law.decoding,
+                stop_tokens=self._stop,
+                start=start[rows] - cut,
+                seed=law.seed,
+                row_ids=ids[rows],
+            ).final
+        return final
+
+    @torch.no_grad()
+    def _of_one_kind(self, tokens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Rows that go through the model together, int64 [n], and how many positions in front of them are left out.
+
+        All of them; or, of a model that padding on the left would mislead, those of one length.
+        """
         if not self._compared and isinstance(self._denoiser, MaskedLM):
             self._denoiser.compare(tokens, mask)
         self._compared = True
-        draw = functools.partial(self._rollout, ids=ids.to(self._device))
-        if getattr(self._denoiser, "left_padding", True):
-            return draw(tokens, mask, start, torch.arange(len(tokens), device=self._device))
-        # A model that padding on the left would mislead is given rows of one length at a time.
-        final = tokens.clone()
         lengths = mask.sum(dim=1)
+        if getattr(self._denoiser, "left_padding", True):
+            yield torch.arange(len(tokens), device=tokens.device), tokens.shape[1] - int(lengths.max())
+            return
         for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            cut = tokens.shape[1] - length
-            final[rows, cut:] = draw(tokens[:, cut:], mask[:, cut:], start - cut, rows)
-        return final
-
-    def _rollout(self, tokens: Tensor, mask: Tensor, start: Tensor, rows: Tensor, *, ids: Tensor) -> Tensor:
-        law = self._law
-        return rollout(
-            self._denoiser,
-            tokens[rows],
-            self._process,
-            attention_mask=mask[rows],
-            steps=law.steps,
-            block_length=law.block_length,
-            decoding=law.decoding,
-            stop_tokens=self._stop,
-            start=start[rows],
-            seed=law.seed,
-            row_ids=ids[rows],
-        ).final
+            yield (lengths == length).nonzero()[:, 0], tokens.shape[1] - length
 
 
 # A file of completions that can be gone on with
@@ -224,7 +276,9 @@ def claim(path: Path, options: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(options))
     if path.exists() and path.stat().st_size > 0:
         if not beside.exists():
-            raise ValueError(f"{path} is there already, and was not made by dam ({beside.name} is missing): name another")
+            raise ValueError(
+                f"{path} is there already, and was not made by dam ({beside.name} is missing): name another"
+            )
         refuse_changes(json.loads(beside.read_text(encoding="utf-8")), plain, f"{path}")
         return
     path.parent.mkdir(parents=True, exist_ok=True)

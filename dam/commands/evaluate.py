@@ -87,4 +87,3 @@ def table(result: dict[str, Any]) -> str:
             line += "  [{:.4f}, {:.4f}]".format(*found["interval"])
         lines.append(line)
     return "\n".join(lines)
-

@@ -17,8 +17,9 @@ import yaml
 from accelerate import PartialState
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.trainer_callback import PrinterCallback
 
-from dam.models import as_denoiser
+from dam.models import as_denoiser, blocks_of
 from dam.recipes.characters import characters_tokenizer
 from dam.recipes.recipe import ModelSection, Recipe, RecipeError, parsed, read
 from dam.recipes.small import random_model, small_config
@@ -42,7 +43,8 @@ FREE = (
     "disable_tqdm",
 )
 _DRY_ROWS = 8
-_DRY_LENGTH = 32  # tokens of a completion, or two blocks if these are longer
+_DRY_GROUP = 4  # trajectories of a prompt
+_DRY_LENGTH = 16  # tokens of a completion
 
 
 def train(
@@ -268,13 +270,23 @@ def _dry_run(recipe: Recipe, task: LanguageTask, output: Path) -> dict[str, Any]
     """Two steps of a small random model of the recipe's class, on a few rows; what it found."""
     config = recipe.training_config(str(output))
     parts, own_tokens = _dry_parts(recipe, task, PartialState().num_processes)
-    length = _dry_length(config)
-    steps = config.diffusion_steps
+    blocks = blocks_of(as_denoiser(parts.model, **recipe.model.denoiser))
+    block_length = config.block_length
+    if blocks is None and block_length is not None:  # chosen, not the attention's
+        block_length = min(block_length, _DRY_LENGTH // 2)
+    length = min(config.max_completion_length, _DRY_LENGTH)
+    steps, group = config.diffusion_steps, min(config.num_generations, _DRY_GROUP)
     changes: dict[str, Any] = {
         "max_steps": 2,
         "max_completion_length": length,
+        "block_length": block_length,
         "diffusion_steps": None if steps is None else max(1, steps * length // config.max_completion_length),
-        "per_device_train_batch_size": 2 * config.num_generations,
+        "num_generations": group,
+        "target_ess": None if config.target_ess is None else min(config.target_ess, group),
+        "base_generations": None if config.base_generations is None else min(config.base_generations, group // 2),
+        "order_samples": min(config.order_samples, group // 2),
+        "draw_outcomes": None if config.draw_outcomes is None else min(config.draw_outcomes, group),
+        "per_device_train_batch_size": group,
         "gradient_accumulation_steps": 1,
         "steps_per_generation": None,
         "generation_batch_size": None,
@@ -291,6 +303,7 @@ def _dry_run(recipe: Recipe, task: LanguageTask, output: Path) -> dict[str, Any]
     if not own_tokens:
         changes |= {"mask_token_id": None, "stop_token_ids": None, "suppress_tokens": None}
     trainer = _trainer(recipe, task, parts, recipe.training_config(str(output), **changes), [])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
@@ -306,10 +319,6 @@ def _dry_run(recipe: Recipe, task: LanguageTask, output: Path) -> dict[str, Any]
         "loss": [entry["loss"] for entry in logs],
     }
     return result | (trainer.evaluate() if parts.eval_rows else {})
-
-
-def _dry_length(config: DAMConfig) -> int:
-    return min(config.max_completion_length, max(_DRY_LENGTH, 2 * (config.block_length or 0)))
 
 
 def _dry_parts(recipe: Recipe, task: LanguageTask, processes: int) -> tuple[_Parts, bool]:

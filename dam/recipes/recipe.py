@@ -109,6 +109,11 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def title(path: Path) -> str:
+    """What the comment at a recipe's top begins with."""
+    return path.read_text(encoding="utf-8").removeprefix("#").strip().partition("\n")[0].partition(". ")[0].rstrip(".:")
+
+
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe of a file, or one that comes with dam, by its name.
 
@@ -253,7 +258,7 @@ def read(values: Mapping[str, Any]) -> Recipe:
 
 
 def is_deterministic(config: Mapping[str, Any]) -> bool:
-    """Whether arguments of `DAMConfig` make evaluation say the same each time: the likeliest tokens, in no random order."""
+    """Whether by arguments of `DAMConfig` evaluation always says the same: likeliest tokens, in no random order."""
     return not config.get("eval_temperature", 0.0) and config.get("eval_remasking", "random") != "random"
 
 
@@ -356,8 +361,7 @@ def _check_type(value: Any, hint: Any, place: str) -> None:
     fits = [
         option
         for option in allowed
-        if isinstance(value, option)
-        and (option is bool or not isinstance(value, bool))
+        if (isinstance(value, option) and (option is bool or not isinstance(value, bool)))
         or (option is float and isinstance(value, int) and not isinstance(value, bool))
     ]
     if not fits:
