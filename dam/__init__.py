@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dam import rollout as rollout
     from dam import tasks as tasks
     from dam import train as train
+    from dam import workers as workers
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _SUBMODULES = (
     "rollout",
     "tasks",
     "train",
+    "workers",
 )
 
 __all__ = [

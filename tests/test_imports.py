@@ -17,6 +17,7 @@ RANK = {
     "_cpu": 0,
     "kernels": 0,
     "generators": 0,
+    "workers": 0,
     "backends": 1,
     "ops": 2,
     "ctmc": 3,
@@ -56,8 +57,17 @@ WITHIN = {
     },
 }
 OPTIONAL = (
-    *("triton", "transformers", "accelerate", "peft", "matplotlib", "tqdm", "rich", "safetensors"),
-    *("datasets", "math_verify"),
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "matplotlib",
+    "tqdm",
+    "rich",
+    "safetensors",
+    "datasets",
+    "dill",
+    "math_verify",
 )
 
 

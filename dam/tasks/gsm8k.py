@@ -11,7 +11,8 @@ thousands as 1{,}234 or 1\,234, and a full stop behind it. Behind an equals sign
 
 What is not: a marked answer that states several different numbers, be it a range, a list or a product that is not
 worked out (the last number of a whole completion is taken all the same); powers, roots, 1e3, 1.000.000; digits that
-are not ASCII, superscripts or fractions of one character (10², 18½); more than `MAX_DIGITS` digits.
+are not ASCII, superscripts or fractions of one character (10², 18½); more than `MAX_DIGITS` digits. A marked answer has
+at most `MAX_CHARACTERS` characters, and the last number is looked for in the last so many.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
 from dam.tasks import language
-from dam.tasks.answers import LONGEST, TAIL, marked, text_of
+from dam.tasks.answers import TAIL, marked, text_of
 
 MAX_DIGITS = 40
+MAX_CHARACTERS = 400
 
 _DIGITS = r"-?[0-9]{1,40}"
 _FRACTION = re.compile(rf"(-?)\\[dt]?frac\s*(?:\{{\s*({_DIGITS})\s*\}}\s*\{{\s*({_DIGITS})\s*\}}|([0-9])\s*([0-9]))")
-_SPACES_IN_NUMBERS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;])(?=[0-9])")
+_SPACES_IN_NUMBERS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!;])(?=[0-9])")
 _ADORNMENTS = re.compile(
     r"\^\{?\\circ\}?|\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it)|mbox|boxed|fbox|q?quad|left|right|approx|displaystyle)(?![A-Za-z])"
 )
@@ -37,6 +39,7 @@ _RUN = re.compile(r"(?:[0-9][0-9.,]*|(?<!\.)\.[0-9]+)(?:/[0-9][0-9.,]*)*")
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _RATIO = re.compile(r"([0-9]+)/([0-9]+)")
 _GLUED = re.compile(r"[A-Za-z_]+[0-9]|[eE][-+]?[0-9]|\s*\^")  # 1e3, 0x1F, 2x3, 10^2
+_WORKED_OUT_LATER = re.compile(r"[0-9)]\s*(?:[-+*×÷·]|x(?=\s)|\s/|/\s)\s*[($]*[0-9.]|[0-9]\([0-9]")  # 9+9, 9 x 9, 9(9)
 _GAP = re.compile(r"\s+(?:and\s+)?")  # of 18 1/2
 
 
@@ -50,18 +53,19 @@ class Verdict(NamedTuple):
 
 def read_number(answer: str) -> Fraction | None:
     """The one number that a marked answer states, see above; None where there is none, or several."""
-    if len(answer) > LONGEST:
+    if len(answer) > MAX_CHARACTERS:
         return None
     text = _plain_text(answer.rpartition("=")[2])
-    values = set() if _COMMAND.search(text) else set(_numbers(text))
+    values = set() if _COMMAND.search(text) or _WORKED_OUT_LATER.search(text) else set(_numbers(text))
     return values.pop() if len(values) == 1 else None
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in the last `LONGEST` characters of a text; None where it has none, or it is not read."""
-    if len(text) > LONGEST:
-        first = re.search(r"\s", text[-LONGEST:])  # behind which no half of a number is
-        text = text[-LONGEST:][first.end() :] if first else ""
+    """The last number in the last `MAX_CHARACTERS` of a text; None where it has none, or it is not read."""
+    if len(text) > MAX_CHARACTERS:
+        text = text[-MAX_CHARACTERS:]
+        first = re.search(r"\s", text)  # behind which no half of a number is
+        text = text[first.end() :] if first else ""
     return next(reversed(_numbers(_plain_text(text))), None)
 
 
@@ -85,7 +89,7 @@ def check(completion: str, answer: str) -> Verdict:
 def _plain_text(text: str) -> str:
     """Without what TeX puts around numbers."""
     text = text.replace("−", "-").replace(r"\$", "$").replace(r"\%", "%").replace("\\ ", " ").replace("~", " ")
-    text = _SPACES_IN_NUMBERS.sub(lambda match: "," if match[0] == "{,}" else "", text)
+    text = _SPACES_IN_NUMBERS.sub(lambda match: "," if match[0][0] in "{," else "", text)
     text = _FRACTION.sub(lambda match: f" {match[1]}{match[2] or match[4]}/{match[3] or match[5]} ", text)
     return _ADORNMENTS.sub(" ", text)
 

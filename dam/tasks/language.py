@@ -70,9 +70,13 @@ class LanguageTask(abc.ABC):
         check_style(style)
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1; got {limit}")
-        source = source or self.dataset
+        source = source or self.source(split)
         records = self.records(split, limit) if source is None else load(source, split)
         return self._rows_of(records, f"{source or self.name}, {split}", limit, style)
+
+    def source(self, split: str) -> str | None:
+        """What `rows` reads unless told otherwise; None: `records`."""
+        return self.dataset
 
     def records(self, split: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
         """What `rows` is of without a source and a `dataset`.
