@@ -171,9 +171,9 @@ class DAM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        for key, _, continuation in requests:
-            if not continuation:
-                raise ValueError(f"there is nothing to score: {key!r} has no token in its continuation")
+        for request in requests:
+            if not request[2]:
+                raise ValueError(f"there is nothing to score: {request[0]!r} has no token in its continuation")
         found: list[tuple[float, bool]] = []
         for part in _parts(range(len(requests)), self._batch_size):
             pairs = [(n, requests[n][1], requests[n][2]) for n in part]

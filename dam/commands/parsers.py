@@ -1,4 +1,4 @@
-"""The command lines of `dam train`, `dam generate` and `dam eval`, and their exit codes. To parse them torch is enough."""
+"""The command lines of `dam train`, `dam generate` and `dam eval`, and their exit codes; torch is enough to parse them."""
 
 from __future__ import annotations
 

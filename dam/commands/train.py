@@ -73,8 +73,8 @@ def train(
     recipe.training_config("unused")  # all arguments are right, and the processes know each other
     given = str(output or recipe.output or "")
     if dry_run:
-        with tempfile.TemporaryDirectory() as folder:
-            return _dry_run(recipe, task, Path(given or folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            return _dry_run(recipe, task, Path(given or temporary))
     folder = Path(given or together(lambda: str(_folder(name, resume)))[0])
     in_step(lambda: _claim(recipe, folder, resume) if PartialState().is_main_process else None)
     if (folder / "metrics.json").exists():
@@ -206,7 +206,7 @@ def _tokenizer(recipe: Recipe, source: Source | None) -> Any:
 
 def _native_config(section: ModelSection, tokenizer: Any) -> Any:
     """The config of a model of random weights, whose class is in transformers."""
-    if section.type not in CONFIG_MAPPING:
+    if section.type is None or section.type not in CONFIG_MAPPING:
         raise RecipeError(f"model.type {section.type!r}: transformers has no such model; give model.name")
     default = AutoConfig.for_model(section.type).to_dict()
     unknown = [name for name in section.config if name not in default]

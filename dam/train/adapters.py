@@ -46,7 +46,7 @@ def check_targets(network: Any, peft_config: Any) -> list[str]:
             f"peft_config.target_modules {shown} matches no module of {type(network).__name__}. {would_match(network)}"
         )
     head = _name_of_head(network)
-    if head in matched and not _on_purpose(targets, head, matched):
+    if head is not None and head in matched and not _on_purpose(targets, head, matched):
         others = [name for name in matched if name != head]
         raise ValueError(
             f"peft_config.target_modules {shown} matches the output layer, {head}, as it matches "
@@ -69,7 +69,7 @@ def would_match(network: Any) -> str:
     expression, count = linear_layers(network)
     if not count:
         return "It has no linear layers below its output layer"
-    return f"{expression!r} would match its {count} linear layers below the output layer"
+    return f"'{expression}' would match its {count} linear layers below the output layer"
 
 
 def linear_layers(network: Any) -> tuple[str, int]:
@@ -89,8 +89,8 @@ def linear_layers(network: Any) -> tuple[str, int]:
     numbered = [name for name in found if re.search(r"(^|\.)\d+\.", name)] or found
     inside: dict[str, dict[str, None]] = {}
     for name in numbered:
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", name.replace(".", r"\."))
-        first, number, rest = pattern.partition(r"\d+\.")
+        pattern = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+        first, number, rest = pattern.partition("\\d+\\.")
         if not number:
             first, rest = "", pattern
         inside.setdefault(first + number, {})[rest] = None
