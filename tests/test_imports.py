@@ -63,6 +63,8 @@ OPTIONAL = (
     "peft",
     "matplotlib",
     "tqdm",
+    "yaml",
+    "lm_eval",
     "rich",
     "safetensors",
     "datasets",
@@ -253,6 +255,7 @@ try:
 except ImportError as error:
     print(error)
 assert dam.cli.main(["sudoku", "--output", "/dev/null/run"]) == 1
+assert dam.cli.main(["train", "tiny-countdown"]) == 1
 """
     done = run_without_extras(code)
     assert done.returncode == 0, done.stderr
@@ -261,7 +264,7 @@ assert dam.cli.main(["sudoku", "--output", "/dev/null/run"]) == 1
     assert "torch  available" in done.stdout
     assert done.stdout.count("pip install 'discrete-adjoint-matching[train]'") == 2
     assert done.stdout.count("pip install 'discrete-adjoint-matching[plot]'") == 1
-    assert done.stderr.startswith("dam sudoku: ")
+    assert done.stderr.startswith("dam sudoku: ") and "\ndam train: " in done.stderr
     assert "discrete-adjoint-matching[train]" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -26,10 +26,8 @@ def adapter(tmp_path_factory):
 
 
 def asked(kind, *arguments):
-    return [
-        Instance(request_type=kind, doc={}, arguments=each, idx=n, metadata=("t", n, 1))
-        for n, each in enumerate(arguments)
-    ]
+    known = {"request_type": kind, "doc": {}}
+    return [Instance(arguments=each, idx=n, metadata=("t", n, 1), **known) for n, each in enumerate(arguments)]
 
 
 def test_it_is_registered():

@@ -1,4 +1,4 @@
-"""The command lines of `dam train`, `dam generate` and `dam eval`, and their exit codes; torch is enough to parse them."""
+"""The command lines of `dam train`, `dam generate` and `dam eval`, and their exit codes; parsed with torch alone."""
 
 from __future__ import annotations
 
