@@ -197,6 +197,9 @@ def test_adapters_load_with_their_model(folder, tmp_path):
     assert torch.equal(ours, theirs) and not torch.allclose(ours, base, atol=1e-3)
     assert source.tokenizer().get_vocab() == TOKENIZER.get_vocab()
     assert source.config().model_type == "modernbert"
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trained = [name for name, p in source.model(trainable=True).named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all("lora" in name for name in trained)
 
 
 @pytest.mark.parametrize(

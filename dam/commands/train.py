@@ -169,7 +169,7 @@ def _parts(recipe: Recipe, task: LanguageTask) -> _Parts:
         model = _random(section, _native_config(section, tokenizer))
     else:
         _check_type(section, section.source().config())
-        model = section.source().model()
+        model = section.source().model(trainable=True)  # of an adapter: it is trained on
     return _Parts(model, tokenizer, rows, _repeated(recipe, evaluated))
 
 

@@ -73,8 +73,11 @@ class Source:
             source.name, trust_remote_code=source.trust_remote_code, revision=source.revision
         )
 
-    def model(self) -> Any:
-        """The model in evaluation mode, with its adapter, which is not trainable.
+    def model(self, *, trainable: bool = False) -> Any:
+        """The model in evaluation mode, with its adapter.
+
+        Args:
+            trainable: of the adapter, and nothing else.
 
         Raises:
             OSError, ValueError: there is none, or it cannot be loaded so.
@@ -83,7 +86,8 @@ class Source:
         if base is not None:
             from peft import PeftModel
 
-            return PeftModel.from_pretrained(base.model(), self.name, revision=self.revision).eval()
+            adapted = PeftModel.from_pretrained(base.model(), self.name, is_trainable=trainable, revision=self.revision)
+            return adapted.eval()
         given: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
         if self.attn_implementation is not None:
             given["attn_implementation"] = self.attn_implementation
