@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ def tilted_weights(
     clip: float | None = None,
     leave_one_out: bool = False,
     from_base: Tensor | None = None,  # bool [G, K]
+    kept: Tensor | None = None,  # bool [G, K]
 ) -> tuple[AdjointWeights, Tensor]:
     """Weights of K trajectories of each of G groups toward p*, no further than their effective sample size allows.
 
@@ -91,10 +92,19 @@ def tilted_weights(
             difference between the mean weights of base and model is left.
         from_base: which trajectories the base drew and not the model; they do not count in `ess`, and its K are
             those that the model drew.
+        kept: which trajectories there are; the weights of each group are those of its kept ones alone, of mean 1 over
+            them, as if the others had not been drawn. Not so a reward of -inf, which says that an outcome is
+            forbidden. For those whose reward is not known, if that says nothing of what they are: what is matched is
+            p* among outcomes that are rewarded, up to a factor between what base and model drew if the rewards of one
+            are lost more often. A group of fewer than two has weight 0.
 
     Returns:
-        The weights, and h [G] in float64. With from_base log_path has a step more, the last: less the mixture.
+        The weights, and h [G] in float64. With from_base log_path has a step more, the last: less the mixture. Of those
+        that are not kept the weight is 0 and log_path NaN.
     """
+    if kept is not None and not bool(kept.all()):
+        options: dict[str, Any] = {"beta": beta, "max_tilt": max_tilt, "clip": clip, "leave_one_out": leave_one_out}
+        return _of_kept(log_ratio, reward, from_base, kept, ess, options)
     if not beta > 0:
         raise ValueError(f"beta must be > 0; got {beta}")
     if not 0 < max_tilt <= 1:
@@ -113,6 +123,46 @@ def tilted_weights(
         gain = torch.cat((gain, -log_mixture(path, from_base)[..., None]), dim=2)
     weights = adjoint_weights(gain, cost, clip=None if leave_one_out else clip)
     return (_left_out(weights, clip) if leave_one_out else weights), step
+
+
+def _of_kept(
+    log_ratio: Tensor,
+    reward: Tensor,
+    from_base: Tensor | None,
+    kept: Tensor,
+    ess: float | None,
+    options: dict[str, Any],
+) -> tuple[AdjointWeights, Tensor]:
+    """`tilted_weights` of the trajectories that are kept, in groups that have as many of them at a time."""
+    groups, size, steps = log_ratio.shape
+    of_base = torch.zeros_like(kept) if from_base is None else from_base & kept
+    counts = torch.stack((kept.sum(dim=1), of_base.sum(dim=1)), dim=1)
+    first_kept = (~kept).long().argsort(dim=1, stable=True)
+    like = log_ratio.new_empty(0, dtype=torch.float64)  # as tilted_weights has it
+    weights = AdjointWeights(
+        weight=like.new_zeros((groups, size)),
+        log_path=like.new_full((groups, size, steps + 1 + (from_base is not None)), torch.nan),
+        log_normalizer=like.new_full((groups,), -torch.inf),
+        ess=like.new_zeros(groups),
+        clipped=like.new_zeros(groups),
+    )
+    step = like.new_zeros(groups)
+    for count in counts.unique(dim=0):
+        if count[0] < 2:
+            continue
+        number = int(count[0])
+        of = (counts == count).all(dim=1).nonzero()[:, 0]
+        at = (of[:, None], first_kept[of, :number])
+        part, step[of] = tilted_weights(
+            log_ratio[at],
+            reward[at],
+            ess=None if ess is None else min(ess, number),
+            from_base=None if from_base is None else from_base[at],
+            **options,
+        )
+        weights.weight[at], weights.log_path[at] = part.weight, part.log_path
+        weights.log_normalizer[of], weights.ess[of], weights.clipped[of] = part.log_normalizer, part.ess, part.clipped
+    return weights, step
 
 
 def _left_out(weights: AdjointWeights, clip: float | None) -> AdjointWeights:

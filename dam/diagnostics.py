@@ -36,6 +36,7 @@ def diagnose(
     escape_gap: Tensor | None = None,  # [G, K, S]
     orders: PathLogProbs | None = None,  # [..., M]
     from_base: Tensor | None = None,  # bool [G, K]
+    kept: Tensor | None = None,  # bool [G, K]
     generator: torch.Generator | None = None,
 ) -> Diagnostics:
     """All figures of K trajectories of each of G groups at once.
@@ -48,32 +49,39 @@ def diagnose(
         orders: outcomes, those of the trajectories or a sample of them, by M orders of unmasking; drawn by the model.
         from_base: which trajectories the base drew, in each group as many. Path weights are then those of the mixture
             (`dam.rollout.log_mixture`), and `kl_path` is of what the model drew.
+        kept: which trajectories there are, as for `dam.adjoint.tilted_weights`, one of the model's at least in each
+            group; the others count for nothing.
         generator: divides the trajectories into halves.
     """
     gain = log_ratio if escape_gap is None else log_ratio.double() + escape_gap.double()
-    own = gain
+    kept = torch.ones_like(weights.weight, dtype=torch.bool) if kept is None else kept
+    path = gain.double().sum(dim=2)
+    by_model = kept if from_base is None else kept & ~from_base
+    own = (torch.where(by_model, path, 0.0).sum(dim=1) / by_model.sum(dim=1))[:, None, None]
     if from_base is not None:
-        own = gain[~from_base].unflatten(0, (len(gain), -1))
-        gain = torch.cat((gain.double(), -log_mixture(gain.double().sum(dim=2), from_base)[..., None]), dim=2)
+        gain = torch.cat((gain.double(), -log_mixture(path, from_base, kept)[..., None]), dim=2)
     return Diagnostics(
         ess=float(weights.ess.mean()),
-        ess_path=float(ess_by_step(gain)[0]),
+        ess_path=float(ess_by_step(gain, kept=kept)[0]),
         clip_fraction=float(weights.clipped.mean()),
-        adjoint_mean=float(weights.weight.mean()),
+        adjoint_mean=float(weights.weight[kept].mean()),
         kl_path=float(kl_path(own).mean()),
         kl_outcome=float("nan") if orders is None else kl_outcome(own, orders),
         order_variance=float("nan") if orders is None else order_variance(orders),
-        split_half=split_half_reliability(weights.weight, final, maskable, generator=generator),
+        split_half=split_half_reliability(weights.weight, final, maskable, kept=kept, generator=generator),
     )
 
 
-def ess_by_step(log_ratio: Tensor, *, escape_gap: Tensor | None = None) -> Tensor:
+def ess_by_step(log_ratio: Tensor, *, escape_gap: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
     """Effective sample size of the path weights from each step on, a mean over groups: float64 [S + 1].
 
-    The last entry is K, as nothing is left to weigh; where it falls first is where model and base part.
+    The last entry is K, as nothing is left to weigh; where it falls first is where model and base part. With `kept`,
+    bool [G, K], trajectories that are not do not count.
     """
     cost = log_ratio.new_zeros(log_ratio.shape[:2], dtype=torch.float64)
     log_path = adjoint_weights(log_ratio, cost, escape_gap=escape_gap).log_path.double()
+    if kept is not None:
+        log_path = torch.where(kept[..., None], log_path, -torch.inf)
     weight = torch.softmax(log_path, dim=1)
     return (1 / weight.square().sum(dim=1)).mean(dim=0)
 
@@ -132,6 +140,7 @@ def split_half_reliability(
     final: Tensor,  # int64 [G, K, L]
     maskable: Tensor,  # bool [G, L]
     *,
+    kept: Tensor | None = None,  # bool [G, K]
     generator: torch.Generator | None = None,
 ) -> float:
     """Correlation of what two halves of each group's trajectories say that the reward changes.
@@ -142,23 +151,26 @@ def split_half_reliability(
     teach.
 
     Returns:
-        In [-1, 1]; NaN with fewer than two trajectories in a half, where no weights differ, and for weights of NaN.
+        In [-1, 1]; NaN with fewer than two trajectories in all halves, where no weights differ, and for weights of NaN.
     """
-    groups, size = weight.shape
-    half = size // 2
-    if half < 2:
-        return float("nan")
-    order = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=weight.device).argsort(dim=1)
-    keys, index = torch.unique(_cells(final, maskable), return_inverse=True)
-    index = index.view(groups, size, -1)
+    order = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=weight.device)
+    half = torch.full_like(weight[:, :1], weight.shape[1] // 2, dtype=torch.int64)
+    if kept is not None:
+        order = torch.where(kept, order, torch.inf)
+        half = kept.sum(dim=1, keepdim=True) // 2
+    half = torch.where(half < 2, 0, half)  # such a group says nothing
+    counted = half > 0 if kept is None else kept & (half > 0)
+    keys, index = torch.unique(torch.where(counted[..., None], _cells(final, maskable), -1), return_inverse=True)
+    rank = order.argsort(dim=1).argsort(dim=1)
     asked = []
-    for part in (order[:, :half], order[:, half : 2 * half]):
-        w = weight.double().gather(1, part)
+    for first in (0 * half, half):
+        within = (rank >= first) & (rank < first + half)
+        w = torch.where(within, weight.double(), 0.0)
         total = w.sum(dim=1, keepdim=True)
         share = torch.where(total > 0, w / total, 1.0 / half) - 1.0 / half
-        where = index.gather(1, part[..., None].expand(-1, -1, index.shape[2]))
+        share = torch.where(within, share, 0.0)[..., None].expand(index.shape)
         sums = torch.zeros(len(keys), dtype=torch.float64, device=weight.device)
-        asked.append(sums.index_add_(0, where.flatten(), share[..., None].expand(where.shape).flatten())[keys >= 0])
+        asked.append(sums.index_add_(0, index.flatten(), share.flatten())[keys >= 0])
     # What rounding leaves of equal weights is nothing to correlate.
     if not all(len(x) and float(x.abs().max()) > 1e-9 for x in asked) or bool(weight.isnan().any()):
         return float("nan")

@@ -83,7 +83,7 @@ class Trajectories:
         return tokens
 
 
-def log_mixture(log_path: Tensor, from_base: Tensor) -> Tensor:
+def log_mixture(log_path: Tensor, from_base: Tensor, kept: Tensor | None = None) -> Tensor:
     """log of how likely a trajectory is to be drawn where the base draws a share s of its group, over the model's.
 
         log(1 - s + s exp(log_path)),     s = mean_k from_base
@@ -91,13 +91,15 @@ def log_mixture(log_path: Tensor, from_base: Tensor) -> Tensor:
     Args:
         log_path: floating point [G, K], log of how likely the base makes a trajectory over how likely the model does.
         from_base: bool [G, K], which the base drew.
+        kept: bool [G, K], those that the mean is over; None is all.
 
     Returns:
         float64 [G, K].
 
     Source: Hesterberg, Weighted average importance sampling and defensive mixture distributions, 1995.
     """
-    share = from_base.double().mean(dim=1, keepdim=True)
+    counted = torch.ones_like(from_base) if kept is None else kept
+    share = (from_base & counted).sum(dim=1, keepdim=True).double() / counted.sum(dim=1, keepdim=True)
     return torch.logaddexp((1 - share).log(), share.log() + log_path.double())
 
 

@@ -41,9 +41,9 @@ _SERVER_SECONDS = 30.0  # for a fork, or the end of a worker
 _CLOSE_SECONDS = 5.0
 
 _SIZE = struct.Struct("<Q")  # stands in front of what is sent
-_ORDER = struct.Struct("<cq")  # to the server: what to do, and to which process
+_ORDER = struct.Struct("<cq")  # to the server: what to do, and to which process, or how many bytes come yet
 _REPLY = struct.Struct("<q")  # of it: the process, or how it ended
-_FORK, _END = b"f", b"e"
+_FORK, _END, _IMPORT = b"f", b"e", b"i"
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 _SCRIPT = """
 import importlib.util, sys
@@ -82,7 +82,7 @@ class Pool:
     The function is sent by pickle: by name, if it has one in a module that can be imported. One of the main script or a
     notebook, a lambda, and a function within another are sent as they are now by dill, where that is installed (it
     comes with `datasets`). What it changes, globals for one, is not seen here, nor by other workers; random numbers are
-    drawn anew in each. Its module should start no threads when it is imported.
+    drawn anew in each. Its module, and those of what arguments are, should start no threads when they are imported.
 
     What is printed is lost. Answers are plain data: None, truth values, numbers, text, bytes, and lists, tuples, dicts
     and sets of these; arrays and tensors come as lists, other numbers as float.
@@ -91,8 +91,8 @@ class Pool:
         function: called as function(*arguments), or function(**arguments).
         workers: calls at once, each in a process.
         timeout: seconds that a call may take before it is killed; None is no limit.
-        memory: bytes that a worker may have beyond what it begins with, the imported function (RLIMIT_AS); None is no
-            limit. CUDA asks for more address space than any.
+        memory: bytes that a worker may have beyond what it begins with, the function and what arguments are made of
+            once imported (RLIMIT_AS); None is no limit. CUDA asks for more address space than any.
 
     Raises:
         TypeError: the function cannot be sent.
@@ -173,8 +173,9 @@ def _close(owner: int, server: _Server) -> None:
 class _Worker:
     """A worker, as the process of the pool sees it, and the call that it is at."""
 
-    def __init__(self, process: int, channel: socket.socket):
+    def __init__(self, process: int, channel: socket.socket, generation: int):
         self.process, self.channel = process, channel
+        self.generation = generation  # of what the server had imported
         self.calls = 0
         self.number = -1  # of the call
         self.deadline = math.inf
@@ -281,23 +282,34 @@ class _Calls:
             if not self._running:
                 while self._idle:  # none that another call has touched
                     self._end(self._idle[-1])
-                self._give(self._forked(), self._suspects.popleft())
+                self._make(self._suspects)
             return
         while self._waiting and len(self._running) < self._size:
-            self._give(self._idle.pop() if self._idle else self._forked(), self._waiting.popleft())
+            self._make(self._waiting)
 
-    def _forked(self) -> _Worker:
-        return _Worker(*self._server.fork())
-
-    def _give(self, worker: _Worker, number: int) -> None:
-        arguments = self._arguments[number]
+    def _make(self, calls: collections.deque[int]) -> None:
+        """The first of them, in a worker; it stays among them should the server be gone."""
+        number = calls[0]
+        call = self._packed(number)
+        while self._idle and self._idle[-1].generation != self._server.generation:
+            self._end(self._idle[-1])
+        worker = self._idle.pop() if self._idle else _Worker(*self._server.fork(), self._server.generation)
+        calls.popleft()
         self._running.append(worker)
         self._selector.register(worker.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, worker)
+        worker.give(number, call, self._timeout)
+
+    def _packed(self, number: int) -> bytes:
+        """The arguments of a call; what they are made of is imported by the server, once, and not by each worker."""
+        arguments = self._arguments[number]
+        packed = io.BytesIO()
+        pickler = _Pickler(packed)
         try:
-            call = pickle.dumps(dict(arguments) if isinstance(arguments, Mapping) else tuple(arguments))
+            pickler.dump(dict(arguments) if isinstance(arguments, Mapping) else tuple(arguments))
         except Exception as error:
             raise TypeError(f"the arguments of call {number} cannot be sent to a worker process: {error}") from error
-        worker.give(number, call, self._timeout)
+        self._server.load(pickler.modules)
+        return packed.getvalue()
 
     def _answered(self, worker: _Worker, answer: bytes) -> None:
         try:
@@ -332,15 +344,10 @@ class _Calls:
     def _again(self, worker: _Worker) -> None:
         """In a worker of its own, as earlier calls may be to blame."""
         self._end(worker)
-        self._give(self._forked_for(worker.number), worker.number)
-
-    def _forked_for(self, number: int) -> _Worker:
-        """A new worker; the call is still to be made should the server be gone."""
-        try:
-            return self._forked()
-        except _ServerGone:
-            self._waiting.appendleft(number)
-            raise
+        self._waiting.appendleft(worker.number)
+        while self._idle:
+            self._end(self._idle[-1])
+        self._make(self._waiting)
 
     def _release(self, worker: _Worker) -> None:
         self._selector.unregister(worker.channel)
@@ -388,6 +395,8 @@ class _Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._has_forked = False
+        self._modules: set[str] = set()
+        self.generation = 0
 
     def start(self) -> None:
         """Unless it runs.
@@ -424,6 +433,19 @@ class _Server:
             raise ServerError(f"the function cannot be loaded in a worker process: {told.decode()}")
         self._control.settimeout(_SERVER_SECONDS)
         self._has_forked = False
+        modules, self._modules = self._modules, set()
+        self.load(modules)
+
+    def load(self, modules: set[str]) -> None:
+        """Imports modules, for the workers that are forked from then on."""
+        if modules <= self._modules or self._control is None:
+            return
+        self._modules |= modules
+        self.generation += 1
+        names = " ".join(sorted(modules)).encode()
+        self._control.settimeout(_START_SECONDS)
+        self._ask(_IMPORT, len(names), [], names)
+        self._control.settimeout(_SERVER_SECONDS)
 
     def fork(self) -> tuple[int, socket.socket]:
         """A new worker's process, and the channel to it."""
@@ -434,10 +456,8 @@ class _Server:
                 process = self._ask(_FORK, 0, [theirs.fileno()])
                 if process < 0:
                     raise ServerError(f"no worker process can be started: {os.strerror(-process)}")
-            except BaseException as error:
+            except BaseException:
                 ours.close()
-                if isinstance(error, _ServerGone) and not self._has_forked:  # no call's doing
-                    raise ServerError("no worker process can be started: the one that is to fork them ends") from error
                 raise
         self._has_forked = True
         return process, ours
@@ -446,14 +466,18 @@ class _Server:
         """Kills a worker, unless it has ended, and its children; its exit status, or less the signal that ended it."""
         return self._ask(_END, process, [])
 
-    def _ask(self, what: bytes, process: int, files: list[int]) -> int:
+    def _ask(self, what: bytes, number: int, files: list[int], more: bytes = b"") -> int:
+        reply = None
         try:
             assert self._control is not None
-            socket.send_fds(self._control, [_ORDER.pack(what, process)], files)
+            socket.send_fds(self._control, [_ORDER.pack(what, number)], files)
+            self._control.sendall(more)
             reply = _exactly(self._control, _REPLY.size)
-        except OSError as error:  # a timeout too
-            raise _ServerGone from error
+        except OSError:  # a timeout too
+            pass
         if reply is None:
+            if not self._has_forked:  # no call's doing
+                raise ServerError("no worker process can be started: the one that is to fork them ends")
             raise _ServerGone
         return int(_REPLY.unpack(reply)[0])
 
@@ -472,6 +496,20 @@ class _Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+class _Pickler(pickle.Pickler):
+    """Knows the modules, in full, of what it has pickled, but for builtins."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, value: Any) -> Any:
+        module = getattr(value if isinstance(value, type) else type(value), "__module__", "builtins")
+        if module != "builtins":
+            self.modules.add(module)
+        return NotImplemented
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -567,7 +605,13 @@ def _serve(control_file: int) -> None:
             if len(message) < _ORDER.size:
                 return
             what, process = _ORDER.unpack(message)
-            if what == _FORK:
+            if what == _IMPORT:
+                for name in (_exactly(control, process) or b"").decode().split():
+                    with contextlib.suppress(Exception):  # the call that it is for will tell
+                        importlib.import_module(name)
+                gc.freeze()
+                reply = 0
+            elif what == _FORK:
                 reply = _fork(function, files[0], control, order["memory"])
                 os.close(files[0])
                 if reply > 0:
@@ -722,9 +766,9 @@ def _plain(value: Any) -> Any:
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
             return (set if kind is frozenset else kind)(_plain(each) for each in value)
-    for kind in (int, str, bytes):
-        if isinstance(value, kind):
-            return kind(value)
+    for plain in (int, str, bytes):
+        if isinstance(value, plain):
+            return plain(value)  # type: ignore[arg-type]
     if isinstance(value, numbers.Real):
         return float(value)
     raise TypeError(f"an answer of type {type(value).__name__}, which is no plain data")

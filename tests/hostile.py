@@ -1,13 +1,19 @@
 """Functions that misbehave, for worker processes: a module of its own that imports little, as workers import it."""
 
 import os
+import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 CALLS = 0
+IMPORTED_BY = os.getpid()
+
+
+class Thing:
+    def imported_by(self):
+        return IMPORTED_BY
 
 
 def double(number):
@@ -21,9 +27,51 @@ def count():
     return CALLS, os.getpid()
 
 
-def nap(seconds):
-    time.sleep(seconds)
-    return os.getpid()
+def meet(folder, number, of):
+    """Returns once all `of` are here at one time."""
+    with open(os.path.join(folder, str(number)), "w"):
+        pass
+    while len(os.listdir(folder)) < of:
+        time.sleep(0.01)
+    return number
+
+
+def loaded(name):
+    return name in sys.modules
+
+
+def judge(prompts, completions, completion_ids, trainer_state, how, **columns):
+    """Returns a reward for the completion that it is given, or does what the column says."""
+    (way,), ((token,),) = how, completion_ids
+    if way == "hang":
+        time.sleep(1000)
+    if way == "exit":
+        os._exit(0)
+    if way == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if way == "raise":
+        raise KeyError("answer")
+    if way == "print":
+        print("x" * 10**7)
+        sys.stderr.write("x" * 10**7)
+    if way == "allocate":
+        return [float(len(bytearray(1 << 36)))]
+    if way == "large":
+        return "x" * (100 << 20)
+    if way == "nan":
+        return [float("nan")]
+    if way == "two":
+        return [1.0, 2.0]
+    if way == "none":
+        return [None]
+    return [float(token) + trainer_state.global_step]
+
+
+def lossy(completion_ids, spare=False, **_):
+    """The sum of the tokens, but for completions that end with a 4."""
+    if completion_ids[0][-1] == 4 and not spare:
+        raise ValueError("no fours")
+    return [float(sum(completion_ids[0]))]
 
 
 def misbehave(how, detail=None):
@@ -110,30 +158,45 @@ def _no_data(_):
     return object()
 
 
-def _garbage(_):
-    """Writes into whatever is open."""
+def _forge(mark):
+    """Sends itself an answer that makes a folder where it is loaded."""
+    answer = pickle.dumps(_MakesFolder(mark))
     for file in range(3, 20):
         try:
-            os.write(file, b"\x04\0\0\0\0\0\0\0abcd")
+            os.write(file, len(answer).to_bytes(8, "little") + answer)
         except OSError:
             continue
     time.sleep(100)
 
 
-def _child(mark):
-    """Leaves a process behind, which writes its number."""
-    subprocess.Popen([sys.executable, "-c", _CHILD, mark])
-    return _wait_for(mark)
+class _MakesFolder:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
 
 
-def _daemon(mark):
-    subprocess.Popen([sys.executable, "-c", _CHILD, mark], start_new_session=True)
-    _wait_for(mark)
-    _hang(None)
+def _child(mark, session=False):
+    """Leaves a process behind, whose number it writes."""
+    child = os.fork()
+    if child == 0:
+        if session:
+            os.setsid()
+        time.sleep(1000)
+        os._exit(0)
+    with open(mark, "w") as file:
+        file.write(str(child))
+    return child
 
 
 def _child_and_hang(mark):
     _child(mark)
+    _hang(None)
+
+
+def _daemon_and_hang(mark):
+    _child(mark, session=True)
     _hang(None)
 
 
@@ -145,22 +208,6 @@ def _thread(_):
 def _alarm(_):
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     return os.getpid()
-
-
-_CHILD = """
-import os, sys, time
-with open(sys.argv[1] + ".part", "w") as file:
-    file.write(str(os.getpid()))
-os.rename(sys.argv[1] + ".part", sys.argv[1])
-time.sleep(1000)
-"""
-
-
-def _wait_for(mark):
-    while not os.path.exists(mark):
-        time.sleep(0.01)
-    with open(mark) as file:
-        return int(file.read())
 
 
 _WAYS = {name[1:]: way for name, way in list(globals().items()) if name[0] == "_" and name[1] != "_" and callable(way)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -530,3 +531,59 @@ def test_gradients_in_float16_survive_with_a_scaler_s_scale():
         gradients[scale] = narrow.states.grad.float() / 65536.0
     error = {s: float((g - model.states.grad).norm() / model.states.grad.norm()) for s, g in gradients.items()}
     assert error[65536.0] < 2.0**-11 and error[1.0] > 4 * error[65536.0]
+
+
+# ---- trajectories that are not kept
+
+
+def kept_alone(log_ratio, reward, from_base, kept, g, options):
+    """The weights of group g, computed of its kept trajectories and nothing else."""
+    of = kept[g]
+    return tilted_weights(
+        log_ratio[g : g + 1, of],
+        reward[g : g + 1, of],
+        from_base=None if from_base is None else from_base[g : g + 1, of],
+        **options,
+    )
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("more", [{}, {"ess": 3.0}, {"clip": 0.3}, {"ess": 3.0, "clip": 0.3, "max_tilt": 0.5}])
+def test_a_trajectory_that_is_not_kept_counts_as_if_it_had_not_been_drawn(leave_one_out, mixed, more):
+    """Whatever it has: another reward, none, a forbidden outcome. That is not the same as a weight of 0."""
+    generator = torch.Generator().manual_seed(3)
+    log_ratio = torch.randn(5, 8, 4, generator=generator, dtype=torch.float64)
+    reward = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    reward[2, 6] = -torch.inf  # kept, and forbidden
+    from_base = (torch.arange(8) >= 6).expand(5, -1) if mixed else None
+    kept = torch.ones(5, 8, dtype=torch.bool)
+    for g, dropped in enumerate([[], [1], [0, 5, 7], [2, 3], [6, 7]]):
+        kept[g, dropped] = False
+    options = {"beta": 0.5, "leave_one_out": leave_one_out, **more}
+    for value in (math.nan, 1e300, -math.inf):
+        given = torch.where(kept, reward, value)
+        paths = torch.where(kept[..., None], log_ratio, value)
+        weights, step = tilted_weights(paths, given, from_base=from_base, kept=kept, **options)
+        for g in range(5):
+            alone, its_step = kept_alone(log_ratio, reward, from_base, kept, g, options)
+            torch.testing.assert_close(weights.weight[g, kept[g]], alone.weight[0], rtol=1e-12, atol=0)
+            torch.testing.assert_close(weights.log_path[g, kept[g]], alone.log_path[0], rtol=1e-12, atol=1e-12)
+            assert bool((weights.weight[g, ~kept[g]] == 0).all())
+            for name in ("log_normalizer", "ess", "clipped"):
+                torch.testing.assert_close(getattr(weights, name)[g], getattr(alone, name)[0], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(step[g], its_step[0], rtol=1e-12, atol=0)
+    forbidden, _ = tilted_weights(log_ratio, torch.where(kept, reward, -torch.inf), from_base=from_base, **options)
+    assert not torch.allclose(forbidden.weight[1], weights.weight[1])
+
+
+def test_fewer_kept_trajectories_than_the_effective_sample_size_leave_the_model_where_it_is():
+    kept = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])
+    reward = torch.where(kept, torch.tensor([1.0, 0.0, 0.0, 0.0]), math.nan)
+    weights, step = tilted_weights(torch.zeros(3, 4, 1), reward, beta=0.1, ess=3.0, kept=kept)
+    # An ESS of 2 of 2 is held up to rounding, which steps of 1e-7 keep.
+    wanted = torch.tensor([[1, 1, 0, 0], [0] * 4, [0] * 4], dtype=torch.float64)
+    torch.testing.assert_close(weights.weight, wanted, rtol=0, atol=1e-5)
+    assert float(step.max()) < 1e-6 and weights.ess.tolist() == pytest.approx([2, 0, 0])
+    with pytest.raises(ValueError, match="log weight nan"):
+        tilted_weights(torch.zeros(3, 4, 1), reward, beta=0.1)

@@ -7,6 +7,7 @@ import torch
 
 import dam
 from dam import diagnostics, plots
+from dam.adjoint import tilted_weights
 
 GROUPS, SIZE, LENGTH = 40, 32, 6
 
@@ -91,3 +92,50 @@ def test_the_plot_of_a_training_run(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="history must hold some of reward, kl_path, kl_outcome"):
         plots.training(tmp_path / "none.png", [{"eval_loss": 1.0}])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_figures_leave_out_what_is_not_kept(monkeypatch, mixed):
+    """Groups of 12, of which 3 are not kept, have the figures of the 9 others; one of them alone changes no group."""
+    generator = torch.Generator().manual_seed(5)
+    final, maskable = outcomes(2)
+    final, log_ratio = final[:, :12], torch.randn(GROUPS, 12, 3, generator=generator, dtype=torch.float64)
+    reward = (final[:, :, 2] == 3).double() + torch.randn(GROUPS, 12, generator=generator, dtype=torch.float64)
+    from_base = (torch.arange(12) >= 8).expand(GROUPS, -1) if mixed else None
+    kept = torch.ones(GROUPS, 12, dtype=torch.bool)
+    kept[: GROUPS // 2, [0, 5, 9]] = False
+    kept[GROUPS // 2 :, [2, 3, 11]] = False
+
+    def alone(values):
+        return None if values is None else values[kept].view(GROUPS, 9, *values.shape[2:])
+
+    table = torch.rand(GROUPS, 12, generator=generator)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: table if shape[1] == 12 else alone(table))
+    options = {"beta": 0.5, "ess": 3.0}
+    weights, _ = tilted_weights(log_ratio, reward, from_base=from_base, kept=kept, **options)
+    told = diagnostics.diagnose(weights, log_ratio, final, maskable, from_base=from_base, kept=kept)
+    others, _ = tilted_weights(alone(log_ratio), alone(reward), from_base=alone(from_base), **options)
+    wanted = diagnostics.diagnose(others, alone(log_ratio), alone(final), maskable, from_base=alone(from_base))
+    assert told == pytest.approx(wanted, rel=1e-10, nan_ok=True)
+    assert not math.isnan(told.split_half)
+    every, _ = tilted_weights(log_ratio, reward, from_base=from_base, **options)
+    assert told != pytest.approx(
+        diagnostics.diagnose(every, log_ratio, final, maskable, from_base=from_base), rel=1e-3, nan_ok=True
+    )
+
+
+def test_a_group_with_too_few_for_two_halves_says_nothing_about_them():
+    final, maskable = outcomes(1)
+    weight = weights_of(3.0 * (final[:, :, 2] == 3).double()).weight
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    kept[10:, 3:] = False
+
+    def reliability(weight, final, maskable, kept=None):
+        generator = torch.Generator().manual_seed(3)
+        return diagnostics.split_half_reliability(weight, final, maskable, kept=kept, generator=generator)
+
+    assert reliability(weight, final, maskable, kept) == pytest.approx(
+        reliability(weight[:10], final[:10], maskable[:10]), rel=1e-9
+    )
+    kept[:10, 3:] = False
+    assert math.isnan(reliability(weight, final, maskable, kept))

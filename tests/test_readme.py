@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/grpo.md", "benchmarks/README.md", "benchmarks/notes.md", "experiments/README.md")
+PAGES = (
+    "README.md",
+    "docs/grpo.md",
+    "docs/tasks.md",
+    "benchmarks/README.md",
+    "benchmarks/notes.md",
+    "experiments/README.md",
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATIONS, TRAINING, CHAINS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

@@ -190,6 +190,7 @@ def _yaml(text: str, where: str) -> Any:
         ("null", r"~|null|Null|NULL|", "~nN"),
     ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), [*first, ""])
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is 10, and no octal number
     try:
         return yaml.load(text, Loader)  # a SafeLoader
     except yaml.YAMLError as error:

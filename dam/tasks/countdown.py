@@ -34,7 +34,6 @@ MAX_NUMBERS = 16  # of a problem
 _WRITTEN = {"×": "*", "·": "*", "÷": "/", "−": "-", r"\times": "*", r"\cdot": "*", r"\div": "/"}
 _WRITES = re.compile("|".join(map(re.escape, _WRITTEN)))
 _CHARACTERS = re.compile(r"[0-9+*/() \t\r\n-]+")
-_JUXTAPOSED = re.compile(r"[0-9)]\s*\(|\)\s*[0-9]|[0-9]\s+[0-9]")  # Python would take some for calls
 _TOO_LONG = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 _RESULT = re.compile(r"-?[0-9]+")
 
@@ -88,12 +87,7 @@ def _parsed(answer: str) -> tuple[ast.expr, int | None] | None:
     text, equals, result = text.partition("=")
     if equals and not _RESULT.fullmatch(result.strip()):
         return None
-    if (
-        not _CHARACTERS.fullmatch(text)
-        or _JUXTAPOSED.search(text)
-        or _TOO_LONG.search(text)
-        or _depth(text) > MAX_DEPTH
-    ):
+    if not _CHARACTERS.fullmatch(text) or _TOO_LONG.search(text) or _depth(text) > MAX_DEPTH:
         return None
     try:
         tree = ast.parse(text.strip(), mode="eval").body

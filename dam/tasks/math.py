@@ -247,12 +247,15 @@ def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-@functools.cache
 def _check_installed() -> None:
-    """Here and not in a worker, where it would be one failure after another."""
+    """Here, where it can be said what to do; without loading it, which takes seconds."""
     import importlib.util
 
-    if importlib.util.find_spec("math_verify") is None:
+    try:
+        found = importlib.util.find_spec("math_verify")
+    except (ImportError, ValueError):  # by whoever keeps it from being imported
+        found = None
+    if found is None:
         raise ImportError("the answers of MATH need math-verify: pip install 'discrete-adjoint-matching[tasks]'")
 
 

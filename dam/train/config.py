@@ -299,6 +299,34 @@ class DAMConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function; all 1 unless given."}
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a reward function may take for a completion. With it, or reward_workers, what goes "
+            "wrong at a completion, be it a hang, a crash or an exception, costs that completion only, which is left "
+            "out of its group as if it had not been drawn: each function is called for one completion at a time, in "
+            "lists of length 1. One that is not async is called in worker processes, min(2, CPUs) unless "
+            "reward_workers is set, where what it prints is lost, what it changes is not seen by other calls, and it "
+            "may have 2 GiB beyond what it imports (dam.workers.Pool); trainer_state has the numbers and texts of the "
+            "run's. An async one is awaited for all completions of a rollout together: one that does not let others "
+            "run cannot be timed. Reward models stay as they are. None is no limit, and without reward_workers an "
+            "exception ends the run."
+        },
+    )
+    reward_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Worker processes that each process of the run calls reward functions in, as for reward_timeout."
+        },
+    )
+    max_reward_failures: float = field(
+        default=0.1,
+        metadata={
+            "help": "With reward_timeout or reward_workers: the fraction of a rollout's completions, of all processes, "
+            "above which lost rewards end the run. Its prompts and completions are kept in "
+            "output_dir/failed_rollouts.pt."
+        },
+    )
     log_completions: bool = field(
         default=False,
         metadata={
@@ -357,6 +385,7 @@ class DAMConfig(TrainingArguments):
             "steps_per_generation",
             "generation_batch_size",
             "num_completions_to_print",
+            "reward_workers",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
@@ -408,6 +437,10 @@ class DAMConfig(TrainingArguments):
             )
         if self.draw_outcomes is not None and self.estimator == "first_jump_one":
             raise ValueError("first_jump_one draws a trajectory of each group: draw_outcomes does not go with it")
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(f"reward_timeout must be seconds > 0 or None; got {self.reward_timeout}")
+        if not 0 <= self.max_reward_failures <= 1:
+            raise ValueError(f"max_reward_failures must be in [0, 1]; got {self.max_reward_failures}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0 (rollouts in training sample); got {self.temperature}")
         for name in ("chat_template_kwargs", "model_init_kwargs"):

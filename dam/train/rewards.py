@@ -1,4 +1,8 @@
-"""Calling reward functions, which are plain Python, and saying clearly when one of them misbehaves, and on what."""
+"""Calling reward functions, which are plain Python, and saying clearly when one of them misbehaves, and on what.
+
+Where they are `isolated` each is called for one completion at a time, in a worker process or, if async, with a time-out
+of asyncio: what goes wrong costs that completion only.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,15 @@ import math
 import numbers
 import os
 import threading
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dam.workers import KINDS, Failure, Pool, ServerError
 
 Outcomes = dict[str, Any]  # of a rollout, as the arguments of `total_reward`
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -27,6 +34,22 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 
 class RewardError(RuntimeError):
     """No reward: a function raised, or returned something that is not one number per completion; or decoding failed."""
+
+
+class Failed(NamedTuple):
+    """A completion that a function has no reward for."""
+
+    function: str
+    completion: int
+    failure: Failure
+
+
+class Rewarded(NamedTuple):
+    """Of N completions; NaN where a function failed, in all of them."""
+
+    total: Tensor  # float64 [N]
+    parts: dict[str, Tensor]  # of each function, float64 [N]; NaN too where it does not apply
+    failed: list[Failed]
 
 
 def refuse_reserved(columns: Collection[str], where: str) -> None:
@@ -104,8 +127,8 @@ def _checked(values: Any, name: str, count: int) -> list[float]:
         raise RewardError(f"reward function {name!r} must return one value per completion, {count}; got {len(values)}")
     rewards = []
     for i, value in enumerate(values):
-        if value is None:
-            rewards.append(math.nan)  # does not apply here
+        if value is None or isinstance(value, Failure):
+            rewards.append(math.nan)  # does not apply here, or failed
             continue
         if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
             value = value.item()
@@ -133,12 +156,13 @@ def total_reward(
     completion_ids: list[list[int]],
     columns: Mapping[str, list[Any]],
     trainer_state: Any = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all reward functions for each completion, float64 [N], and the values of each by name.
+) -> Rewarded:
+    """The weighted sum of all reward functions for each completion, and the values of each by name.
 
     A function is called as `function(prompts=..., completions=..., completion_ids=..., trainer_state=..., **columns)`
     and returns N numbers or truth values, as a list, or an array or tensor [N] or [N, 1]: None where it does not apply
-    (it then counts nothing, and its value is NaN), -inf where an outcome is forbidden. Async ones run side by side.
+    (it then counts nothing, and its value is NaN), -inf where an outcome is forbidden, a `Failure` where it failed.
+    Async ones run side by side.
 
     Raises:
         RewardError: names the function and what it did.
@@ -156,6 +180,7 @@ def total_reward(
     total = torch.zeros(count, dtype=torch.float64, device="cpu")
     applies = torch.zeros(count, dtype=torch.bool, device="cpu")
     parts = {}
+    failed: list[Failed] = []
     names = names_of(functions)
     returned = _returned(functions, names, arguments)
     for name, weight in zip(names, weights, strict=True):
@@ -167,11 +192,107 @@ def total_reward(
         if weight != 0:  # not 0 * -inf
             total += torch.where(known, weight * values, 0.0)
         parts[name] = values
+        of_function = returned[name] if isinstance(returned[name], list) else []
+        failed += [Failed(name, n, value) for n, value in enumerate(of_function) if isinstance(value, Failure)]
+    lost = torch.zeros_like(applies)
+    lost[[n for _, n, _ in failed]] = True
+    for values in (total, *parts.values()):
+        values[lost] = math.nan
+    applies |= lost
     if not bool(applies.all()):
         raise RewardError(
             f"no reward function applies to completion {int((~applies).nonzero()[0])} ({', '.join(names)} gave None)"
         )
-    return total, parts
+    return Rewarded(total, parts, failed)
+
+
+def _is_async(function: RewardFunction) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _state_as_data(state: Any) -> Any:
+    """Numbers and text of a `transformers.TrainerState`, in an object that a worker loads without transformers."""
+    if state is None:
+        return None
+    plain = {name: v for name, v in vars(state).items() if v is None or isinstance(v, (bool, int, float, str))}
+    return types.SimpleNamespace(**plain)
+
+
+def _one_by_one(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of a call for each completion."""
+    state = _state_as_data(arguments["trainer_state"])
+    lists = {name: values for name, values in arguments.items() if name != "trainer_state"}
+    return [
+        {"trainer_state": state, **{name: [value] for name, value in zip(lists, values, strict=True)}}
+        for values in zip(*lists.values(), strict=True)
+    ]
+
+
+def _isolated(function: RewardFunction, name: str, timeout: float | None, workers: int) -> Callable[..., Any]:
+    """A reward function of which a call for one completion at a time is made, and that gives a `Failure` for some.
+
+    Raises:
+        TypeError: it cannot be sent to a worker process.
+    """
+    if _is_async(function):
+
+        async def awaited(**arguments: Any) -> list[Any]:
+            return _answers(await _awaited(function, _one_by_one(arguments), timeout), name)
+
+        awaited.__name__ = name
+        return awaited
+    try:
+        pool = Pool(function, workers=workers, timeout=timeout)
+    except (TypeError, ServerError) as error:
+        raise TypeError(
+            f"reward function {name!r} cannot be called in a worker process, as reward_workers and reward_timeout ask "
+            f"for: {error}"
+        ) from error
+
+    def in_workers(**arguments: Any) -> list[Any]:
+        return _answers(pool.map(_one_by_one(arguments)), name)
+
+    in_workers.__name__ = name
+    return in_workers
+
+
+async def _awaited(function: RewardFunction, calls: list[dict[str, Any]], timeout: float | None) -> list[Any]:
+    """What an async function gives for each, all awaited together, or a `Failure`."""
+
+    async def answer(arguments: dict[str, Any]) -> Any:
+        try:
+            return await function(**arguments)  # type: ignore[misc]
+        except Exception as error:
+            return Failure("error", f"{type(error).__name__}: {error}")
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the loop of all
+            return Failure("crash", f"{type(error).__name__}: {error}")
+
+    tasks = [asyncio.ensure_future(answer(arguments)) for arguments in calls]
+    try:
+        await asyncio.wait(tasks, timeout=timeout)
+    finally:
+        late = [task for task in tasks if task.cancel()]  # not waited for: it may not listen
+    told = Failure("timeout", f"no answer within {timeout} seconds")
+    return [
+        told if task in late else Failure("error", "cancelled") if task.cancelled() else task.result() for task in tasks
+    ]
+
+
+def _answers(answers: list[Any], name: str) -> list[Any]:
+    """Of calls for one completion each, as what one call for all would return."""
+
+    def of_one(answer: Any) -> Any:
+        if isinstance(answer, Failure):
+            return answer
+        try:
+            value = _checked(answer, name, 1)[0]
+        except RewardError as error:
+            return Failure("answer", str(error))
+        return None if math.isnan(value) else value
+
+    return [of_one(answer) for answer in answers]
 
 
 class Rewards:
@@ -181,14 +302,24 @@ class Rewards:
         functions: one or more.
         weights: one for each; all 1 unless given.
         output_dir: where the outcomes that a function misbehaved on are kept.
+        timeout, workers: of `DAMConfig`, reward_timeout and reward_workers; functions are isolated if one of them is
+            set.
+        stays: bool for each function, whether it is called in this process, for all completions at once, nevertheless.
 
     Raises:
-        TypeError: there is no function, or something that is none.
+        TypeError: there is no function, or something that is none, or one that cannot be sent to a worker process.
         ValueError: there are not as many weights as functions.
     """
 
     def __init__(
-        self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None, output_dir: str
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None,
+        output_dir: str,
+        *,
+        timeout: float | None = None,
+        workers: int | None = None,
+        stays: Sequence[bool] | None = None,
     ):
         self.functions: list[RewardFunction] = (
             list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
@@ -202,10 +333,18 @@ class Rewards:
                 f"got {len(self._weights)}"
             )
         self._output_dir = output_dir
+        self.isolated = timeout is not None or workers is not None
+        self._called: Sequence[Callable[..., Any]] = self.functions
+        if self.isolated:
+            number = workers or min(2, os.cpu_count() or 1)
+            self._called = [
+                function if stay else _isolated(function, name, timeout, number)
+                for function, name, stay in zip(
+                    self.functions, names_of(self.functions), stays or [False] * len(self.functions), strict=True
+                )
+            ]
 
-    def __call__(
-        self, outcomes: Outcomes, state: Any, decode: Callable[[list[list[int]]], list[Any]]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, outcomes: Outcomes, state: Any, decode: Callable[[list[list[int]]], list[Any]]) -> Rewarded:
         """`total_reward` of the outcomes of a step.
 
         Args:
@@ -218,14 +357,42 @@ class Rewards:
         """
         try:
             outcomes["completions"] = decode(outcomes["completion_ids"])
-            return total_reward(self.functions, self._weights, **outcomes, trainer_state=state)
+            return total_reward(self._called, self._weights, **outcomes, trainer_state=state)
         except RewardError as error:
-            path = os.path.join(self._output_dir, "failed_rollouts.pt")
-            try:
-                os.makedirs(self._output_dir, exist_ok=True)
-                torch.save({"step": state.global_step, **outcomes}, path)
-            except Exception as unsaved:  # a full disk, or a column that cannot be pickled; the cause is what matters
-                kept = f"could not be kept in {path} ({type(unsaved).__name__}: {unsaved})"
-            else:
-                kept = f"are kept in {path}"
-            raise RewardError(f"{error}. The rollouts of step {state.global_step} {kept}") from error
+            raise self.with_outcomes_kept(error, outcomes, state) from error
+
+    def with_outcomes_kept(self, error: RewardError, outcomes: Outcomes, state: Any) -> RewardError:
+        """The error that is to end a run, with where the outcomes that it is about are."""
+        path = os.path.join(self._output_dir, "failed_rollouts.pt")
+        try:
+            os.makedirs(self._output_dir, exist_ok=True)
+            torch.save({"step": state.global_step, **outcomes}, path)
+        except Exception as unsaved:  # a full disk, or a column that cannot be pickled; the cause is what matters
+            kept = f"could not be kept in {path} ({type(unsaved).__name__}: {unsaved})"
+        else:
+            kept = f"are kept in {path}"
+        return RewardError(f"{error}. The rollouts of step {state.global_step} {kept}")
+
+
+def failure_figures(failed: Sequence[Sequence[Failed]], count: int) -> dict[str, float]:
+    """What the log says of completions without a reward: the fraction of all, and of each kind.
+
+    Args:
+        failed: of each process.
+        count: of the completions of all.
+    """
+    kinds = {(process, each.completion, each.failure.kind) for process, part in enumerate(failed) for each in part}
+    of_kind = {kind: sum(kind == its for _, _, its in kinds) / count for kind in KINDS}
+    lost = len({(process, completion) for process, completion, _ in kinds}) / count
+    return {"rewards/failed": lost, **{f"rewards/failed_{kind}": share for kind, share in of_kind.items()}}
+
+
+def told_failures(failed: Sequence[Failed]) -> str:
+    """Which functions failed how often and how, and the first message of each kind."""
+    told = []
+    for name in dict.fromkeys(f.function for f in failed):
+        for kind in KINDS:
+            messages = [f.failure.message for f in failed if f.function == name and f.failure.kind == kind]
+            if messages:
+                told.append(f"{name!r} {kind} {len(messages)} times, first: {messages[0]}")
+    return "; ".join(told)

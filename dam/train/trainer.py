@@ -58,8 +58,17 @@ from dam.train.processes import each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.releases import BaseTrainer, loaded, precision_of
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
-from dam.train.reward_model import move, with_models
-from dam.train.rewards import Outcomes, RewardFunction, Rewards
+from dam.train.reward_model import RewardModel, move, with_models
+from dam.train.rewards import (
+    Failed,
+    Outcomes,
+    Rewarded,
+    RewardError,
+    RewardFunction,
+    Rewards,
+    failure_figures,
+    told_failures,
+)
 from dam.train.rows import RowReader
 from dam.train.sampling import Sampler
 from dam.train.terminal import show
@@ -132,6 +141,10 @@ class DAMTrainer(BaseTrainer):
     time/training_share of the time since the last log, which add up to 1, tokens_per_second drawn by training's
     rollouts in that time, of all processes, and time/eta_seconds until the end.
 
+    With reward_timeout or reward_workers also rewards/failed, the fraction of completions that have no reward, which all
+    else that is logged leaves out, and rewards/failed_<kind> for each of `dam.workers.KINDS`; of an evaluation
+    eval_rewards/failed.
+
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its
     group, position) only: not on rollout_batch_size, gradient accumulation or the number of processes, as long as the
     prompts and groups of a step are as many. Dropout alone is drawn for each forward pass in training. So a resumed run
@@ -145,8 +158,9 @@ class DAMTrainer(BaseTrainer):
             would train (`dam.models.MaskedLM`).
         reward_funcs: one or more plain Python functions, async ones too, `f(prompts, completions, completion_ids,
             trainer_state, **columns)` that return a number per completion (None: does not apply; -inf: forbidden), or
-            sequence classifiers of one output, or their names (`dam.train.reward_model.RewardModel`). With `prompt`, a
-            completion is what follows the prompt; with `input_ids`, the whole sequence filled in, less what
+            sequence classifiers of one output, or their names (`dam.train.reward_model.RewardModel`). Where they are
+            called in worker processes (`DAMConfig.reward_timeout`), trainer_state has numbers and text only. With
+            `prompt`, a completion is what follows the prompt; with `input_ids`, the whole sequence filled in, less what
             attention_mask hides. Decoded with processing_class if there is one, else lists of token ids; behind a
             conversation a message, [{"role": "assistant", "content": text}], which a last message of the assistant
             begins, as in TRL.
@@ -173,8 +187,9 @@ class DAMTrainer(BaseTrainer):
     Raises:
         ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
             column, before any work.
-        RewardError: a reward function misbehaves in training, or a completion cannot be decoded. The rollouts are
-            written to output_dir/failed_rollouts.pt.
+        RewardError: a reward function misbehaves in training, or, with reward_timeout or reward_workers, does so at
+            more than max_reward_failures of a rollout; or a completion cannot be decoded. The rollouts are written to
+            output_dir/failed_rollouts.pt.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
     can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes one that
@@ -222,7 +237,14 @@ class DAMTrainer(BaseTrainer):
             model_init_kwargs=args.model_init_kwargs,  # type: ignore[arg-type]
             chat_template_kwargs=template,
         )
-        self._rewards = Rewards(functions, args.reward_weights, str(args.output_dir))
+        self._rewards = Rewards(
+            functions,
+            args.reward_weights,
+            str(args.output_dir),
+            timeout=args.reward_timeout,
+            workers=args.reward_workers,
+            stays=[isinstance(function, RewardModel) for function in functions],
+        )
         self.reward_funcs = self._rewards.functions
         limits = limits_of(network)
         own = denoiser(network)  # raises where the model does not fit
@@ -257,7 +279,8 @@ class DAMTrainer(BaseTrainer):
         _check_dtype(network)
         self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
-        self._seen: tuple[list[Any], list[Any]] = ([], [])  # prompts and completions of this process's last rollout
+        self._seen: Outcomes = {}  # what reward functions saw of this process's last rollout
+        self._failed: list[Failed] = []  # where they failed
         self._completions: Completions | None = None  # of all processes' last rollout
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
@@ -364,18 +387,61 @@ class DAMTrainer(BaseTrainer):
         with self._timing.part("rollout"):
             given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
-        seen = together(lambda: self._seen) if self.args.log_completions else []
+        if self._rewards.isolated:
+            failed = together(lambda: self._failed)
+            in_step(functools.partial(self._count_failed, failed, groups["reward"]))
+        seen = together(lambda: (self._seen["prompts"], self._seen["completions"])) if self.args.log_completions else []
         in_step(functools.partial(self._weigh, groups, seen))
+
+    def _count_failed(self, failed: list[list[Failed]], reward: Tensor) -> None:
+        """Into the log, of completions without a reward.
+
+        Args:
+            failed: of each process.
+            reward: [G, K] of all.
+
+        Raises:
+            RewardError: they are too many, or no group can be weighted. The first process that has some keeps its
+                rollouts.
+        """
+        args, figures = self.args, failure_figures(failed, reward.numel())
+        lost = figures["rewards/failed"]
+        told = f"reward functions failed at {lost:.3g} of {reward.numel()} completions"
+        if lost > args.max_reward_failures:
+            told += f", more than max_reward_failures, {args.max_reward_failures}"
+        elif bool(self._can_be_weighted(~reward.isnan()).any()):
+            self.progress.record(**figures)
+            return
+        else:
+            told += ", which leaves no group that can be weighted"
+        error = RewardError(f"{told}: {told_failures([each for part in failed for each in part])}")
+        if args.process_index == next(process for process, part in enumerate(failed) if part):
+            seen = {**self._seen, "failed": [(f.function, f.completion, *f.failure) for f in self._failed]}
+            error = self._rewards.with_outcomes_kept(error, seen, self.state)
+        raise error
+
+    def _can_be_weighted(self, kept: Tensor) -> Tensor:
+        """Which groups have two trajectories, one of them drawn by the model: bool [G]."""
+        return (kept.sum(dim=1) >= 2) & kept[:, : self.args.from_model].any(dim=1)
 
     def _weigh(self, rolled_out: Group, seen: list[tuple[list[Any], list[Any]]]) -> None:
         """Puts groups with their weights into the replay buffer, and figures of them into the log.
+
+        A trajectory without a reward counts for nothing, and its place is taken by another of its group.
 
         Args:
             rolled_out: groups of all processes.
             seen: prompts and completions of each process, where they are to be shown.
         """
         args = self.args
+        self.progress.reward_calls += rolled_out["reward"].numel()
+        self._timing.drew(int((rolled_out["position"] >= 0).sum()))
+        all_rewards = {name: value for name, value in rolled_out.items() if name.startswith("reward")}
+        usable = self._can_be_weighted(~rolled_out["reward"].isnan())
+        rolled_out = {name: value[usable] for name, value in rolled_out.items()}
         log_ratio, reward = rolled_out["log_ratio"], rolled_out["reward"]
+        kept = ~reward.isnan()
+        rolled_out["length"] = torch.where(kept, rolled_out["length"], torch.nan)
         orders = None
         if "order_log_prob" in rolled_out:
             orders = PathLogProbs(rolled_out["order_log_prob"], rolled_out["order_base_log_prob"])
@@ -391,21 +457,26 @@ class DAMTrainer(BaseTrainer):
             clip=args.clip,
             leave_one_out=args.leave_one_out,
             from_base=from_base,
+            kept=kept,
         )
         told = diagnostics.diagnose(
             weights,
             log_ratio,
             rolled_out["final"],
             self.process.masked(rolled_out["states"]),
-            orders=None if orders is None else PathLogProbs(*(each[:, :drawn_by_model] for each in orders)),
+            orders=None if orders is None else PathLogProbs(*(_own(each, kept, drawn_by_model) for each in orders)),
             from_base=from_base,
+            kept=kept,
             generator=self._generator(_Draw.DIAGNOSTICS),
         )
         weight = weights.weight.float()
-        weight = weight - args.centering * weight.mean(dim=1, keepdim=True)
+        mean = torch.where(kept, weight, 0.0).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True)
+        weight = weight - args.centering * mean
+        member, share = _in_place_of_dropped(kept)
+        weight = weight.gather(1, member) * share
         if args.null_arm:
             weight = diagnostics.permuted(weight, self._generator(_Draw.NULL_ARM))
-        kept = [
+        names = [
             "states",
             "final",
             "first",
@@ -414,17 +485,13 @@ class DAMTrainer(BaseTrainer):
             "exact",
             *(["position", "call"] if self._keeps_paths else []),
         ]
-        self.progress.replay.extend({"weight": weight, **{name: rolled_out[name] for name in kept}})
-        self.progress.reward_calls += reward.numel()
-        self._timing.drew(int((rolled_out["position"] >= 0).sum()))
+        at = (torch.arange(len(member), device="cpu")[:, None], member)
+        groups = {name: rolled_out[name][at] if name in _OF_TRAJECTORIES else rolled_out[name] for name in names}
+        self.progress.replay.extend({"weight": weight, **groups})
         if seen:
-            prompts, completions = ([each for part in parts for each in part] for parts in zip(*seen, strict=True))
-            figures = {n.removeprefix("rewards/"): value for n, value in rolled_out.items() if n.startswith("rewards/")}
-            if len(figures) > 1:
-                figures["reward"] = reward
-            figures["weight"] = weight
-            shown = {name: value.flatten().tolist() for name, value in figures.items()}
-            self._completions = Completions(prompts, completions, shown)
+            shown = torch.zeros(usable.shape + weight.shape[1:], device="cpu")
+            shown[usable] = torch.zeros_like(weight).scatter_add(1, member, weight) * kept.float().mean(1, keepdim=True)
+            self._completions = _to_show(seen, {**all_rewards, "weight": shown})
         logged = {**_reward_figures(rolled_out, drawn_by_model), **told._asdict(), "tilt": float(step.mean())}
         # Nothing to correlate is no figure.
         self.progress.record(**{name: value for name, value in logged.items() if not math.isnan(value)})
@@ -474,8 +541,8 @@ class DAMTrainer(BaseTrainer):
                     row_ids=row_ids[chosen],
                     temperature=args.temperature,
                 )
-        seen, reward, parts = self._rewarded(batch, trajectories.final, size)
-        self._seen = (seen["prompts"], seen["completions"])
+        seen, (reward, parts, failed) = self._rewarded(batch, trajectories.final, size)
+        self._seen, self._failed = seen, failed
         of_each = {
             "final": trajectories.final,
             "first": trajectories.position[:, 0],
@@ -493,14 +560,12 @@ class DAMTrainer(BaseTrainer):
         given = {"states": states, "attention_mask": attention_mask, "start": batch["start"], "exact": exact}
         return unstacked({**given, **groups})
 
-    def _rewarded(
-        self, batch: dict[str, Any], final: Tensor, repeats: int
-    ) -> tuple[Outcomes, Tensor, dict[str, Tensor]]:
-        """What reward functions see of a batch that was filled in, its rewards [B * repeats], and each function's."""
+    def _rewarded(self, batch: dict[str, Any], final: Tensor, repeats: int) -> tuple[Outcomes, Rewarded]:
+        """What reward functions see of a batch that was filled in, and its rewards [B * repeats]."""
         seen = outcomes(batch, final, repeats, self._stop)
         with self._timing.part("reward"):
-            reward, parts = self._rewards(seen, self.state, lambda ids: decoded(batch, ids, self.processing_class))
-        return seen, reward, parts
+            rewarded = self._rewards(seen, self.state, lambda ids: decoded(batch, ids, self.processing_class))
+        return seen, rewarded
 
     def _replayed(self) -> tuple[Group, Tensor]:
         """This micro-step's and process's share of the groups of a step, and what names the draws of each, int64 [G].
@@ -778,6 +843,7 @@ class DAMTrainer(BaseTrainer):
         start = time.time()
         seed = self._seed(_Draw.EVALUATION, step=None if self.args.eval_redraw else 0)
         rewards: list[Tensor] = []
+        failed: list[Failed] = []
         kept: dict[str, list[np.ndarray]] = {"final": [], "input_ids": [], "labels": []}
         label_kinds: list[np.ndarray] = []
         with self._averaged(), self.sampler.evaluating(self.model):
@@ -793,7 +859,8 @@ class DAMTrainer(BaseTrainer):
                     stop_tokens=self._stop,
                     start=batch["start"],
                 ).final
-                _, reward, _ = in_step(functools.partial(self._rewarded, batch, final, 1))
+                _, (reward, _, lost) = in_step(functools.partial(self._rewarded, batch, final, 1))
+                failed += lost
                 rewards.append(self.accelerator.gather_for_metrics(reward.to(final.device)).cpu())
                 label_kinds.append(self.accelerator.gather_for_metrics(batch["label_kind"]).cpu().numpy())
                 for name, parts in kept.items():
@@ -804,13 +871,54 @@ class DAMTrainer(BaseTrainer):
             raise ValueError("there are no rows to fill in: the dataset is empty")
         predictions, inputs = stacked(kept["final"]), stacked(kept["input_ids"])
         labels: Any = label_ids(kept["labels"], label_kinds)
-        metrics = {f"{prefix}_reward": _mean(torch.cat(rewards))}
+        reward = torch.cat(rewards)
+        metrics = {f"{prefix}_reward": _mean(reward)}
+        if self._rewards.isolated:
+            metrics[f"{prefix}_rewards/failed"] = float(reward.isnan().double().mean())
+            if failed:
+                warnings.warn(f"reward functions failed in evaluation: {told_failures(failed)}", stacklevel=2)
         if self.compute_metrics is not None:
             prediction = EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs)
             found = in_step(functools.partial(self.compute_metrics, prediction))
             metrics.update({f"{prefix}_{k}": v for k, v in found.items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _own(of_orders: Tensor, kept: Tensor, drawn_by_model: int) -> Tensor:
+    """Of a sample of each group [G, N, M] those that the model drew and that are kept, [number, M]."""
+    own = of_orders[:, :drawn_by_model]
+    return own[kept[:, : own.shape[1]]]
+
+
+def _in_place_of_dropped(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A trajectory for each place of a group: those that are kept at theirs, and in turn at those of the others.
+
+    So that what is trained on, and drawn from the replay buffer, holds no other, and groups stay as large.
+
+    Args:
+        kept: bool [G, K], one at least in each group.
+
+    Returns:
+        Which, int64 [G, K], and by how much to multiply its weight, [G, K]: a trajectory counts in the mean over K
+        places, at all its own together, as in the mean over the kept ones.
+    """
+    size = kept.shape[1]
+    count = kept.sum(dim=1, keepdim=True)
+    in_turn = (~kept).long().argsort(dim=1, stable=True).gather(1, ((~kept).cumsum(dim=1) - 1) % count)
+    member = torch.where(kept, torch.arange(size, device=kept.device), in_turn)
+    places = torch.zeros_like(member).scatter_add(1, member, torch.ones_like(member)).gather(1, member)
+    return member, size / (count * places)
+
+
+def _to_show(seen: list[tuple[list[Any], list[Any]]], figures: Group) -> Completions:
+    """Prompts and completions of each process, with rewards and weights [G, K] of all."""
+    prompts, completions = ([each for part in parts for each in part] for parts in zip(*seen, strict=True))
+    shown = {n.removeprefix("rewards/"): value for n, value in figures.items() if n.startswith("rewards/")}
+    if len(shown) > 1:
+        shown["reward"] = figures["reward"]
+    shown["weight"] = figures["weight"]
+    return Completions(prompts, completions, {name: value.flatten().tolist() for name, value in shown.items()})
 
 
 def _mean(rewards: Tensor) -> float:
@@ -842,10 +950,12 @@ def _reward_figures(rolled_out: Group, drawn_by_model: int) -> dict[str, float]:
     """
     own = {name: value[:, :drawn_by_model] for name, value in rolled_out.items() if value.dim() == 2}
     reward, length = own["reward"], own["length"]
+    lowest = torch.where(reward.isnan(), torch.inf, reward).amin(dim=1)
+    highest = torch.where(reward.isnan(), -torch.inf, reward).amax(dim=1)
     figures = {
         "reward": _mean(reward),
         "reward_std": _std(reward),
-        "frac_reward_zero_std": float((reward == reward[:, :1]).all(dim=1).double().mean()),
+        "frac_reward_zero_std": float((lowest == highest).double().mean()),
     }
     for name in (name for name in own if name.startswith("rewards/")):
         figures |= {f"{name}/mean": _mean(own[name]), f"{name}/std": _std(own[name])}

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def test_a_comparison_is_made_once_and_what_needs_none_not_at_all():
         part(**columns)
     assert task._pool.asked == [("5", "6")]
     assert task.correct(**columns) == [0.0] * 5 + [1.0, 0.0, 0.0]
+
+
+def test_no_math_verify_is_an_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"discrete-adjoint-matching\[tasks\]"):
+        math.Math().verdicts([r"\boxed{6}"], ["5"])
 
 
 def test_comparisons_that_are_remembered_are_bounded(monkeypatch):

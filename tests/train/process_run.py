@@ -3,6 +3,7 @@
 Writes what it ends with to OUTPUT/CASE-RANK.pt. CASE names what the process does; see `main`.
 """
 
+import functools
 import sys
 
 import torch
@@ -10,9 +11,11 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from dam.train import DAMTrainer
 from tests.architectures import small_sizes
+from tests.hostile import lossy
 from tests.train.tiny import ROWS, VOCABULARY, sum_reward, tiny_config
 
 PROMPTS = [{**row, "input_ids": [1, *row["input_ids"]] if n % 2 else row["input_ids"]} for n, row in enumerate(ROWS)]
+LOSSY = {"reward_workers": 1, "max_reward_failures": 0.9}
 HELD_OUT = [{"input_ids": [2, 0, 0, 0]}] * 5  # not as many for each process
 
 
@@ -93,6 +96,11 @@ def main(output, *cases):
             trainer = trained(f"{output}/whole", processes=processes)
         elif case == "resumed":
             trainer = trained(f"{output}/resumed", processes=processes, resume=f"{output}/whole/checkpoint-2")
+        elif case == "lossy":
+            trainer = trained(f"{output}/lossy", processes=processes, judge=lossy, **LOSSY)
+        elif case == "too_lossy":
+            judge = functools.partial(lossy, spare=rank == 0)  # only the other has something to keep
+            trainer = trained(f"{output}/too_lossy", processes=processes, judge=judge, reward_workers=1)
         elif case == "broken":
             trainer = trained(f"{output}/broken", processes=processes, judge=Judge(3 if rank == 1 else None))
         elif case == "unread":

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dam.train.progress import last_checkpoint
-from tests.train.process_run import told, trained
+from tests.hostile import lossy
+from tests.train.process_run import LOSSY, told, trained
 
 
 def launched(output, *cases):
@@ -22,11 +23,10 @@ def launched(output, *cases):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     output = tmp_path_factory.mktemp("processes")
-    done = launched(output, "whole", "resumed")
+    cases = ("whole", "resumed", "lossy")
+    done = launched(output, *cases)
     assert done.returncode == 0, done.stderr[-3000:]
-    return output, {
-        case: [torch.load(output / f"{case}-{rank}.pt") for rank in (0, 1)] for case in ("whole", "resumed")
-    }
+    return output, {case: [torch.load(output / f"{case}-{rank}.pt") for rank in (0, 1)] for case in cases}
 
 
 def assert_same_groups(ours, theirs):
@@ -44,9 +44,12 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(runs):
     assert first["logged"] == resumed["logged"]
 
 
-def test_two_processes_do_what_one_does(runs, tmp_path):
-    """Draws, groups and figures over all processes; gradients are summed in another order."""
-    one, (two, _) = told(trained(tmp_path)), runs[1]["whole"]
+@pytest.mark.parametrize(("case", "changes"), [("whole", {}), ("lossy", {"judge": lossy, **LOSSY})])
+def test_two_processes_do_what_one_does(runs, tmp_path, case, changes):
+    """Draws, groups and figures over all processes, of lost rewards too; gradients are summed in another order."""
+    one, (two, other) = told(trained(tmp_path, **changes)), runs[1][case]
+    assert torch.equal(two["weights"], other["weights"])
+    assert (max(entry.get("rewards/failed", 0.0) for entry in one["logged"]) > 0) == (case == "lossy")
     torch.testing.assert_close(one["weights"], two["weights"], rtol=0.0, atol=1e-6)
     for ours, theirs in zip(one["groups"], two["groups"], strict=True):
         padding = [int((group["attention_mask"] == 0).sum()) for group in (ours, theirs)]
@@ -84,3 +87,12 @@ def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path, case
     assert last is not None
     one = told(trained(tmp_path / "again", resume=last))
     torch.testing.assert_close(one["weights"], runs[1]["whole"][0]["weights"], rtol=0.0, atol=1e-6)
+
+
+def test_too_many_lost_rewards_end_all_and_the_process_that_has_some_keeps_its_rollouts(tmp_path):
+    done = launched(tmp_path, "too_lossy")
+    assert done.returncode != 0
+    kept = tmp_path / "too_lossy" / "failed_rollouts.pt"
+    message = "more than max_reward_failures, 0.1: 'lossy' error {} times, first: ValueError: no fours"
+    failed = torch.load(kept, weights_only=False)["failed"]
+    assert message.format(len(failed)) in done.stderr and f"are kept in {kept}" in done.stderr

@@ -24,7 +24,7 @@ def call(functions, weights=None, count=2, **columns):
         completions=[f"c{n}" for n in range(count)],
         completion_ids=[[n] for n in range(count)],
         columns=columns,
-    )
+    )[:2]
 
 
 def raises(**_):
