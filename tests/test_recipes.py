@@ -17,6 +17,7 @@ pytest.importorskip("datasets", reason="needs the package datasets")
 from dam import cli
 from dam.commands import train as job
 from dam.recipes.recipe import RecipeError, load, parsed, read, shipped
+from dam.recipes.small import small_sizes, with_vocabulary
 from dam.tasks import TASKS
 from tests.models import standins
 from tests.models.standins import dream, llada, llada2, sdar
@@ -130,6 +131,37 @@ def test_recipes_and_their_rows_are_installed():
     assert len(files) > 10
     for path in files:
         assert any(fnmatch.fnmatch(str(path.relative_to(EXAMPLES.parent)), pattern) for pattern in patterns), path
+
+
+# Of published configs, what says sizes.
+LLADA_8B = {
+    **{"d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "mlp_ratio": 4},
+    **{"vocab_size": 126464, "embedding_size": 126464, "init_device": "meta", "mask_token_id": 126336},
+}
+LLADA_2_MINI = {
+    **{"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "rotary_dim": 64},
+    **{"num_hidden_layers": 20, "intermediate_size": 5120, "moe_intermediate_size": 512, "num_experts": 256},
+    **{"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "num_shared_experts": 1, "first_k_dense_replace": 1},
+    **{"vocab_size": 157184, "layer_types": ["full_attention"] * 20},
+}
+
+
+def test_small_sizes_keep_what_goes_together():
+    small = {**LLADA_8B, **small_sizes(LLADA_8B)}
+    assert small["d_model"] % small["n_heads"] == 0 and small["n_kv_heads"] == small["n_heads"]
+    assert (small["embedding_size"], small["vocab_size"], small["init_device"]) == (126464, 126464, "cpu")
+    assert small["mlp_ratio"] == 4
+    tokenizer = job.characters_tokenizer()
+    ours = with_vocabulary(LLADA_8B, tokenizer)
+    assert ours["embedding_size"] == ours["vocab_size"] == len(tokenizer)
+    assert ours["mask_token_id"] == tokenizer.mask_token_id
+    small = {**LLADA_2_MINI, **small_sizes(LLADA_2_MINI)}
+    assert small["head_dim"] * small["num_attention_heads"] == small["hidden_size"]
+    assert small["num_key_value_heads"] == 1 and small["rotary_dim"] * 2 == small["head_dim"]
+    # A token's experts come from so many groups.
+    assert small["num_experts"] % small["n_group"] == 0
+    assert small["num_experts_per_tok"] <= small["topk_group"] * small["num_experts"] // small["n_group"]
+    assert small["layer_types"] == ["full_attention"] * small["num_hidden_layers"]
 
 
 # Reading
