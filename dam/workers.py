@@ -62,6 +62,11 @@ class Failure(NamedTuple):
     message: str
 
 
+def is_worker() -> bool:
+    """Whether this process is one of a pool's, whose calls have their limits already."""
+    return "dam_workers" in sys.modules  # by _SCRIPT
+
+
 class ServerError(RuntimeError):
     """The process that starts the workers cannot begin, or cannot fork: nothing that a call did."""
 

@@ -9,7 +9,8 @@ used.
 
 math-verify may hang, or take all memory, on an answer such as 9^{9^{9}}, and its own time limit works in the main
 thread only. So it runs in worker processes with limits of time and memory, which end it from outside. What has not been
-decided so is not correct, and counted: `unchecked`, in the log and in metrics.
+decided so is not correct, and counted: `unchecked`, in the log and in metrics. In a worker of another pool, as that of
+`DAMConfig(reward_workers=)`, it runs as part of the call, which has its limits already.
 
 math-verify is lenient, and what it takes for equal is equal here: 1+1 is 2, \frac{1}{3} is 0.333333 (six digits), 50\%
 is 50 and 0.5, x = 5 is 5, (3,4) is 3,4, units are passed over, and so is the base of 4210_5. A model that is paid for
@@ -26,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from dam.tasks import language
 from dam.tasks.answers import boxed, marked, text_of
-from dam.workers import Failure, Pool
+from dam.workers import Failure, Pool, is_worker
 
 # Bounds of an answer, before it is parsed.
 MAX_CHARACTERS = 400
@@ -157,6 +158,11 @@ class Math(language.LanguageTask):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_pool"}  # of this process only
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if is_worker():
+            _loaded()  # before the first call's time begins
+
     @functools.cached_property
     def _pool(self) -> Pool:
         return Pool(Compare(), **self._limits)
@@ -205,7 +211,8 @@ class Math(language.LanguageTask):
         unknown = list(dict.fromkeys(pair for pair in pairs if pair not in known))
         if unknown:
             _check_installed()
-            known |= dict(zip(unknown, self._pool.map(unknown), strict=True))
+            compared = [Compare()(*pair) for pair in unknown] if is_worker() else self._pool.map(unknown)
+            known |= dict(zip(unknown, compared, strict=True))
         self._known |= known
         for _ in range(len(self._known) - REMEMBERED):
             self._known.popitem(last=False)

@@ -252,7 +252,7 @@ def test_rewards_are_the_published_ones_as_the_trainer_calls_them(name):
     for message in (False, True):
         texts = [f"<reasoning>\n?\n</reasoning>\n<answer>\n{answer}\n</answer>" for answer in answers]
         completions = [[{"role": "assistant", "content": text}] if message else text for text in texts]
-        total, parts = total_reward(
+        total, parts, *_ = total_reward(
             task.rewards,
             task.reward_weights,
             prompts=[row["prompt"]] * 3,

@@ -11,7 +11,7 @@ import pytest
 
 from dam.tasks import math
 from dam.tasks.answers import TAIL
-from dam.workers import Failure
+from dam.workers import Failure, Pool
 from tests.tasks import hostile, verdicts
 
 
@@ -51,7 +51,7 @@ def test_parts_and_metrics(task):
     }
 
 
-class Pool:
+class Fake:
     """Stands for the workers: fails on 9s, and counts what it is asked."""
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Pool:
 
 def with_pool(**options):
     task = math.Math(**options)
-    task._pool = Pool()
+    task._pool = Fake()
     return task
 
 
@@ -105,6 +105,14 @@ def test_a_task_can_be_sent_to_other_processes():
     task = with_pool(seconds=3.0)
     sent = pickle.loads(pickle.dumps(task.correct))
     assert sent.__self__._limits == task._limits and "_pool" not in vars(sent.__self__)
+
+
+def test_a_worker_of_another_pool_has_no_pool_of_its_own():
+    columns = {"completions": [r"\boxed{0.5}", r"\boxed{3}"], "answer": [r"\frac{1}{2}"] * 2}
+    hangs = {"completions": [r"\boxed{9^{9^{9}}}"], "answer": ["5"]}
+    with Pool(math.Math().correct, workers=1, timeout=4.0) as pool:
+        right, failure = pool.map([columns, hangs])
+    assert right == [1.0, 0.0] and failure.kind == "timeout"
 
 
 def test_the_way_of_math_verify_that_evaluates_is_not_used(monkeypatch):
