@@ -173,30 +173,34 @@ def test_an_interrupt_ends_the_calls_and_leaves_the_pool_usable(pool):
 
 
 ENDLESS = """
-import importlib.util, sys
+import importlib.util, os, sys, time
 spec = importlib.util.spec_from_file_location("dam_workers", sys.argv[1])
 workers = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(workers)
 from tests import hostile
 pool = workers.Pool(hostile.misbehave, workers=1, timeout=None)
-print(pool._server._process.pid, flush=True)
+if (holder := os.fork()) == 0:
+    time.sleep(1000)
+print(pool._server._process.pid, holder, flush=True)
 pool.map([("child_and_hang", sys.argv[2])])
 """
 
 
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
-    """In the midst of a call, which has a child."""
+    """In the midst of a call, which has a child; though another, as of a data loader, holds what it had open."""
     mark = tmp_path / "child"
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", ENDLESS, workers.__file__, str(mark)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
     with running:
-        server = int(running.stdout.readline())
+        server, holder = map(int, running.stdout.readline().split())
         deadline = time.monotonic() + LONG
         while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
         running.kill()
-    assert ends(server) and ends(int(mark.read_text()))
+        ended = ends(server) and ends(int(mark.read_text()))
+        os.kill(holder, signal.SIGKILL)
+    assert ended
 
 
 def test_a_worker_imports_what_the_function_needs_only():

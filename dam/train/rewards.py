@@ -44,6 +44,10 @@ class Failed(NamedTuple):
     failure: Failure
 
 
+class _Answers(list[Any]):
+    """What an isolated function gives for each completion: a number, None, or a `Failure`."""
+
+
 class Rewarded(NamedTuple):
     """Of N completions; NaN where a function failed, in all of them."""
 
@@ -127,8 +131,8 @@ def _checked(values: Any, name: str, count: int) -> list[float]:
         raise RewardError(f"reward function {name!r} must return one value per completion, {count}; got {len(values)}")
     rewards = []
     for i, value in enumerate(values):
-        if value is None or isinstance(value, Failure):
-            rewards.append(math.nan)  # does not apply here, or failed
+        if value is None:
+            rewards.append(math.nan)  # does not apply here
             continue
         if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
             value = value.item()
@@ -161,8 +165,8 @@ def total_reward(
 
     A function is called as `function(prompts=..., completions=..., completion_ids=..., trainer_state=..., **columns)`
     and returns N numbers or truth values, as a list, or an array or tensor [N] or [N, 1]: None where it does not apply
-    (it then counts nothing, and its value is NaN), -inf where an outcome is forbidden, a `Failure` where it failed.
-    Async ones run side by side.
+    (it then counts nothing, and its value is NaN), -inf where an outcome is forbidden. Async ones run side by side.
+    Those that are isolated also have completions that they failed at.
 
     Raises:
         RewardError: names the function and what it did.
@@ -184,7 +188,11 @@ def total_reward(
     names = names_of(functions)
     returned = _returned(functions, names, arguments)
     for name, weight in zip(names, weights, strict=True):
-        values = torch.tensor(_checked(returned[name], name, count), dtype=torch.float64, device="cpu")
+        answers = returned[name]
+        if isinstance(answers, _Answers):
+            failed += [Failed(name, n, answer) for n, answer in enumerate(answers) if isinstance(answer, Failure)]
+            answers = [None if isinstance(answer, Failure) else answer for answer in answers]
+        values = torch.tensor(_checked(answers, name, count), dtype=torch.float64, device="cpu")
         known = ~torch.isnan(values)
         applies |= known
         if weight < 0 and bool((values == -torch.inf).any()):
@@ -192,8 +200,6 @@ def total_reward(
         if weight != 0:  # not 0 * -inf
             total += torch.where(known, weight * values, 0.0)
         parts[name] = values
-        of_function = returned[name] if isinstance(returned[name], list) else []
-        failed += [Failed(name, n, value) for n, value in enumerate(of_function) if isinstance(value, Failure)]
     lost = torch.zeros_like(applies)
     lost[[n for _, n, _ in failed]] = True
     for values in (total, *parts.values()):
@@ -238,7 +244,7 @@ def _isolated(function: RewardFunction, name: str, timeout: float | None, worker
     """
     if _is_async(function):
 
-        async def awaited(**arguments: Any) -> list[Any]:
+        async def awaited(**arguments: Any) -> _Answers:
             return _answers(await _awaited(function, _one_by_one(arguments), timeout), name)
 
         awaited.__name__ = name
@@ -251,7 +257,7 @@ def _isolated(function: RewardFunction, name: str, timeout: float | None, worker
             f"for: {error}"
         ) from error
 
-    def in_workers(**arguments: Any) -> list[Any]:
+    def in_workers(**arguments: Any) -> _Answers:
         return _answers(pool.map(_one_by_one(arguments)), name)
 
     in_workers.__name__ = name
@@ -280,7 +286,7 @@ async def _awaited(function: RewardFunction, calls: list[dict[str, Any]], timeou
     ]
 
 
-def _answers(answers: list[Any], name: str) -> list[Any]:
+def _answers(answers: list[Any], name: str) -> _Answers:
     """Of calls for one completion each, as what one call for all would return."""
 
     def of_one(answer: Any) -> Any:
@@ -292,7 +298,7 @@ def _answers(answers: list[Any], name: str) -> list[Any]:
             return Failure("answer", str(error))
         return None if math.isnan(value) else value
 
-    return [of_one(answer) for answer in answers]
+    return _Answers(of_one(answer) for answer in answers)
 
 
 class Rewards:

@@ -141,8 +141,8 @@ class DAMTrainer(BaseTrainer):
     time/training_share of the time since the last log, which add up to 1, tokens_per_second drawn by training's
     rollouts in that time, of all processes, and time/eta_seconds until the end.
 
-    With reward_timeout or reward_workers also rewards/failed, the fraction of completions that have no reward, which all
-    else that is logged leaves out, and rewards/failed_<kind> for each of `dam.workers.KINDS`; of an evaluation
+    With reward_timeout or reward_workers also rewards/failed, the fraction of completions that have no reward, which
+    all else that is logged leaves out, and rewards/failed_<kind> for each of `dam.workers.KINDS`; of an evaluation
     eval_rewards/failed.
 
     What is drawn for a trajectory depends on (args.seed, step, row of the dataset, number of the trajectory in its

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from dam.train import DAMTrainer, RewardError
 from dam.train.rewards import Rewards
 from dam.train.trainer import _in_place_of_dropped
+from dam.workers import Failure
 from tests.hostile import judge
 
 pytest.importorskip("dill")  # sends functions of this file by value, so that workers need not import torch
@@ -238,6 +239,8 @@ def test_a_hang_in_a_run_costs_its_completion_only(tmp_path):
     with pytest.raises(RewardError, match="raised KeyError"):
         rewarded(judge, ["raise"], tmp_path)
     assert os.path.exists(tmp_path / "failed_rollouts.pt")
+    with pytest.raises(RewardError, match="returned Failure"):  # a tuple of its own is no number
+        rewarded(lambda **_: [Failure("error", "")], ["well"], tmp_path)
 
 
 @pytest.mark.parametrize(
