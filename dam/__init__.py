@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from dam import decoding as decoding
     from dam import diagnostics as diagnostics
     from dam import divergences as divergences
+    from dam import lm_eval as lm_eval
     from dam import models as models
     from dam import plots as plots
+    from dam import recipes as recipes
     from dam import rollout as rollout
     from dam import tasks as tasks
     from dam import train as train
@@ -42,8 +44,10 @@ _SUBMODULES = (
     "decoding",
     "diagnostics",
     "divergences",
+    "lm_eval",
     "models",
     "plots",
+    "recipes",
     "rollout",
     "tasks",
     "train",

@@ -1,4 +1,4 @@
-"""The command line: dam sudoku, dam countdown, dam bench, dam info."""
+"""The command line: dam train, dam generate, dam eval, dam sudoku, dam countdown, dam bench, dam info."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import dam
 from dam.adjoint import ESTIMATORS, NORMALIZERS
 from dam.backends import choice, cpu, cuda, triton
+from dam.commands import parsers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="version, and which backends can run here")
     _add_sudoku(commands)
     _add_countdown(commands)
+    parsers.add(commands)
     # Its options are those of `python -m benchmarks`, which is not there where dam is only installed.
     bench = "measure the operations against their floors and their peers (in a checkout)"
     commands.add_parser("bench", help=bench, add_help=False)
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
+    if options.command in parsers.COMMANDS:
+        return parsers.run(options)
     return _run_of_a_task(options)
 
 

@@ -445,6 +445,65 @@ def log_prob_over_orders(
     )
 
 
+@torch.no_grad()
+def outcome_log_prob(
+    denoiser: Denoiser,
+    tokens: Tensor,  # [B, L]
+    outcome: Tensor,  # [B, L]
+    process: MaskedCTMC,
+    *,
+    orders: int,
+    attention_mask: Tensor | None = None,
+    steps: int | None = None,
+    block_length: int | None = None,
+    temperature: float | None = None,
+    decoding: Decoding | None = None,
+    seed: int,
+    row_ids: Tensor | None = None,  # [B]
+) -> Tensor:
+    """log p(outcome | order) of given outcomes by random orders of unmasking: float64 [B, orders], exact for each.
+
+    Its mean over orders bounds log p(outcome) from below in expectation, p being the law that the sampler draws by, a
+    mean over orders: it is the bound which masked diffusion models are trained by. logsumexp less log(orders) is a
+    tighter one, that tends to log p(outcome) as orders grow. Each order takes the network calls of a rollout.
+
+    Args:
+        denoiser: the model.
+        tokens: int64 [B, L], mask tokens where something was filled in.
+        outcome: int64 [B, L], what was.
+        process: names the mask token.
+        orders: M.
+        attention_mask, steps, block_length, temperature, decoding, row_ids: as for `rollout`; the decoding's order is
+            "random".
+        seed: of the orders, which depend on (seed, row id, number of the order, position from the end) only.
+
+    Raises:
+        ValueError: orders is below 1, decoding has another order than "random", or an outcome is none of its tokens.
+    """
+    if orders < 1:
+        raise ValueError(f"outcome_log_prob: orders must be at least 1; got {orders}")
+    decoding = given_decoding(decoding, temperature=temperature)
+    if decoding.order != "random":
+        raise ValueError(f'outcome_log_prob: orders are drawn as "random" draws them; got {decoding.order!r}')
+    masked = process.masked(tokens)
+    if outcome.shape != tokens.shape or bool(process.masked(outcome).any()) or bool((outcome != tokens)[~masked].any()):
+        raise ValueError("outcome_log_prob: outcome must be tokens with all masks filled in, and nothing else changed")
+    check_left_padding(denoiser, attention_mask)
+    blocks = blocks_for(denoiser, block_length)
+    block = None if blocks is None else blocks.numbers(tokens, attention_mask)
+    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
+    found = []
+    for number in range(orders):
+        uniform = _philox.uniform(seed, Use.OTHER_ORDER, row_ids, tokens.shape[1], sample=number).flip(1)
+        priority = torch.where(masked, uniform, torch.inf)
+        path = _planned(tokens, priority, masked.sum(dim=1), steps, block)
+        there = outcome.gather(1, path.position.clamp(min=0))
+        path = dataclasses.replace(path, final=outcome, token=torch.where(path.call >= 0, there, -1))
+        log_prob = jump_log_prob(denoiser, path, process, attention_mask=attention_mask, decoding=decoding)
+        found.append(log_prob.double().sum(dim=1))
+    return torch.stack(found, dim=1)
+
+
 def _reordered(
     trajectories: Trajectories,
     process: MaskedCTMC,

@@ -30,7 +30,10 @@ RANK = {
     "adjoint": 6,
     "train": 7,
     "tasks": 8,
-    "cli": 9,
+    "recipes": 8,
+    "commands": 9,
+    "lm_eval": 10,
+    "cli": 10,
 }
 LEAVES = {"plots": 0}
 # Within a part, a module imports modules of lower rank only; the first pattern that fits a name gives its rank. Of the
@@ -60,6 +63,8 @@ OPTIONAL = (
     "peft",
     "matplotlib",
     "tqdm",
+    "yaml",
+    "lm_eval",
     "rich",
     "safetensors",
     "datasets",
@@ -206,7 +211,13 @@ except AttributeError as error:
 
 
 def test_every_submodule_is_reachable():
-    submodules = {name.split(".")[0] for name in map(name_of, modules())} - {"__init__", "cli", "ops", "backends"}
+    submodules = {name.split(".")[0] for name in map(name_of, modules())} - {
+        "__init__",
+        "cli",
+        "commands",
+        "ops",
+        "backends",
+    }
     assert submodules - {"kernels"} == {*dam._SUBMODULES, "generators"}
 
 
@@ -244,6 +255,7 @@ try:
 except ImportError as error:
     print(error)
 assert dam.cli.main(["sudoku", "--output", "/dev/null/run"]) == 1
+assert dam.cli.main(["train", "tiny-countdown"]) == 1
 """
     done = run_without_extras(code)
     assert done.returncode == 0, done.stderr
@@ -252,7 +264,7 @@ assert dam.cli.main(["sudoku", "--output", "/dev/null/run"]) == 1
     assert "torch  available" in done.stdout
     assert done.stdout.count("pip install 'discrete-adjoint-matching[train]'") == 2
     assert done.stdout.count("pip install 'discrete-adjoint-matching[plot]'") == 1
-    assert done.stderr.startswith("dam sudoku: ")
+    assert done.stderr.startswith("dam sudoku: ") and "\ndam train: " in done.stderr
     assert "discrete-adjoint-matching[train]" in done.stderr
     assert "Traceback" not in done.stderr
 

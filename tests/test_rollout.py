@@ -7,7 +7,7 @@ from dam import decoding as decoding_module
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import Head
 from dam.ops.jump import jump
-from dam.rollout import ORDERS, Trajectories, jump_log_prob, rollout
+from dam.rollout import ORDERS, Trajectories, jump_log_prob, outcome_log_prob, rollout
 from tests import oracle
 
 N, V = 3, 3
@@ -214,3 +214,50 @@ def test_jump_log_prob_replays_a_trajectory():
 def test_bad_arguments_are_named(tokens, options, message):
     with pytest.raises(ValueError, match=message):
         rollout(MODEL, tokens, PROCESS, seed=0, **options)
+
+
+def test_outcomes_are_as_likely_by_every_order_as_by_their_law():
+    outcomes = oracle.sequences(N, V)
+    found = outcome_log_prob(MODEL, blank(len(outcomes)), outcomes, PROCESS, orders=4, seed=5)
+    expected = JOINT.flatten().log()[:, None].expand(-1, 4)
+    # log_prob is float64 of float64 logits.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("block_length", [None, 2])
+def test_outcomes_by_one_order_have_a_law_where_conditionals_agree_on_none(steps, block_length):
+    """Each order's probabilities add up to 1, orders differ, and a row's depend on its id only."""
+    model = oracle.perturbed(MODEL, 1.0, seed=3)
+    outcomes = oracle.sequences(N, V)
+    options = {"orders": 6, "seed": 5, "steps": steps, "block_length": block_length}
+    one_id = torch.full((len(outcomes),), 7)
+    found = outcome_log_prob(model, blank(len(outcomes)), outcomes, PROCESS, row_ids=one_id, **options)
+    torch.testing.assert_close(found.exp().sum(dim=0), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert float(found.std(dim=1).max()) > 0.01
+    alone = outcome_log_prob(model, blank(1), outcomes[5:6], PROCESS, row_ids=one_id[:1], **options)
+    torch.testing.assert_close(alone, found[5:6], rtol=0, atol=1e-9)
+
+
+def test_what_was_given_is_no_part_of_an_outcome():
+    tokens, outcome = blank(1), oracle.sequences(N, V)[13:14].clone()
+    tokens[0, 1] = outcome[0, 1]
+    marginal = JOINT.sum(dim=(0, 2))[outcome[0, 1]]
+    found = outcome_log_prob(MODEL, tokens, outcome, PROCESS, orders=2, seed=0)
+    expected = (JOINT[tuple(outcome[0])] / marginal).log().expand(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"orders": 0}, "orders must be at least 1"),
+        ({"decoding": decoding_module.Decoding("confidence")}, 'orders are drawn as "random" draws them'),
+        ({"outcome": torch.full((1, N), V)}, "outcome must be tokens with all masks filled in"),
+        ({"tokens": torch.tensor([[0, V, V]]), "outcome": torch.ones(1, N, dtype=torch.int64)}, "nothing else changed"),
+    ],
+)
+def test_what_is_no_outcome_is_refused(change, message):
+    given = {"tokens": blank(1), "outcome": torch.zeros(1, N, dtype=torch.int64), "orders": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        outcome_log_prob(MODEL, given.pop("tokens"), given.pop("outcome"), PROCESS, seed=0, **given)

@@ -33,6 +33,17 @@ _FAMILIES: dict[str, Family] = {
     "sdar_moe": SDAR,
 }
 
+# Classes of transformers that load the families' models, where it is not AutoModelForMaskedLM.
+_AUTO_CLASSES = {
+    **dict.fromkeys(("Dream", "llada", "lladamoe"), "AutoModel"),
+    **dict.fromkeys(("llada2_moe", "llada21_moe", "sdar", "sdar_moe"), "AutoModelForCausalLM"),
+}
+
+
+def auto_class(model_type: str | None) -> str:
+    """Name of the class of transformers that loads models of a type as their makers say (docs/models.md)."""
+    return _AUTO_CLASSES.get(model_type or "", "AutoModelForMaskedLM")
+
 
 def register(model_type: str, family: Family) -> None:
     """Makes `as_denoiser`, and with it the trainer, take models of a type by a family of your own, or another one.

@@ -150,7 +150,7 @@ def _as_dict(options: Options) -> dict[str, Any]:
 
 
 def _record(output: Path, options: Options, seconds: float) -> None:
-    _write_json(output / "run.json", {"options": _as_dict(options), "seconds": seconds})
+    write_json(output / "run.json", {"options": _as_dict(options), "seconds": seconds})
 
 
 def resumed_options(task: type[Task], output: Path, given: dict[str, Any]) -> Any:
@@ -236,7 +236,7 @@ def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool 
         "normalizer": options.normalizer,
         **task.facts(base_filled, filled),
     }
-    _write_json(output / "metrics.json", result)
+    write_json(output / "metrics.json", result)
     return result
 
 
@@ -248,10 +248,7 @@ def _claim(task: Task, output: Path, resume: bool) -> float:
             raise ValueError(f"nothing to resume: {output} holds no run of dam {task.name}")
         earlier = json.loads(record.read_text(encoding="utf-8"))
         asked = _as_dict(task.options)
-        changed = [name for name, value in earlier["options"].items() if asked[name] != value]
-        if changed:
-            listed = ", ".join(f"{name} {earlier['options'][name]!r} (now {asked[name]!r})" for name in changed)
-            raise ValueError(f"the run in {output} was started with other options: {listed}")
+        refuse_changes(earlier["options"], asked, f"the run in {output}")
     elif output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
     output.mkdir(parents=True, exist_ok=True)
@@ -261,6 +258,18 @@ def _claim(task: Task, output: Path, resume: bool) -> float:
         _record(output, task.options, 0.0)
         return 0.0
     return float(earlier["seconds"])
+
+
+def refuse_changes(earlier: dict[str, Any], asked: dict[str, Any], what: str) -> None:
+    """Options, of which those asked for now must be those of before.
+
+    Raises:
+        ValueError: lists what differs, of `what` was started earlier.
+    """
+    changed = [name for name in {**earlier, **asked} if asked.get(name) != earlier.get(name)]
+    if changed:
+        listed = ", ".join(f"{name} {earlier.get(name)!r} (now {asked.get(name)!r})" for name in changed)
+        raise ValueError(f"{what} was started with other options: {listed}")
 
 
 def config(task: Task, output: Path) -> DAMConfig:
@@ -318,7 +327,7 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """By renaming, so that a kill leaves the old file or the new one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

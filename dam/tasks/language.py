@@ -110,6 +110,12 @@ class LanguageTask(abc.ABC):
         Raises:
             ValueError: rows have different numbers of completions, or there are none.
         """
+        return self.metrics_by_row(completions, rows)[0]
+
+    def metrics_by_row(
+        self, completions: Sequence[Sequence[Any]], rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """`metrics`, and of those that are means over rows what each row has."""
         if len(completions) != len(rows) or not rows:
             raise ValueError(
                 f"metrics need completions of each row, one or more; got {len(completions)} of {len(rows)}"
@@ -120,10 +126,11 @@ class LanguageTask(abc.ABC):
         texts = [text_of(completion) for group in completions for completion in group]
         judged = self.judge(texts, [row for row in rows for _ in range(count)])
         right = [sum(judged.correct[start : start + count]) for start in range(0, len(texts), count)]
-        result = {"exact": sum(judged.correct) / len(texts)}
+        by_row = {"exact": [c / count for c in right]}
         for k in powers_of_two(count):
-            result[f"pass@{k}"] = sum(pass_at_k(count, c, k) for c in right) / len(rows)
-        return {**result, **judged.figures}
+            by_row[f"pass@{k}"] = [pass_at_k(count, c, k) for c in right]
+        means = {name: sum(values) / len(rows) for name, values in by_row.items()}
+        return {**means, "exact": sum(right) / len(texts), **judged.figures}, by_row
 
 
 def check_style(style: str) -> None:

@@ -14,6 +14,7 @@ from dam.models.denoiser import Denoiser, blocks_of
 from dam.models.sharding import is_placed
 from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
+from dam.train.adapters import check_targets
 
 DenoiserFactory = Callable[[nn.Module], Denoiser]
 
@@ -260,7 +261,8 @@ def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tu
         peft_config: of the adapter.
 
     Raises:
-        ValueError: arguments that do not go together.
+        ValueError: arguments that do not go together, or an adapter's targets are none, or the output layer by accident
+            (`dam.train.adapters.check_targets`).
         ImportError: PEFT is missing.
     """
     if peft_config is not None:
@@ -275,6 +277,7 @@ def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tu
             from peft import get_peft_model
         except ImportError as error:
             raise ImportError("peft_config needs peft: pip install 'discrete-adjoint-matching[peft]'") from error
+        check_targets(network, peft_config)
         network = get_peft_model(network, peft_config)
     if ref_model is None:
         if hasattr(network, "disable_adapter"):

@@ -46,8 +46,12 @@ def loaded(name: str, options: Mapping[str, Any]) -> Any:
     """
     given = dict(options)
     dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
-    key = "dtype" if _number(transformers.__version__) >= (4, 56) else "torch_dtype"
-    return AutoModelForMaskedLM.from_pretrained(name, **{key: dtype}, **given)
+    return AutoModelForMaskedLM.from_pretrained(name, **dtype_argument(dtype), **given)
+
+
+def dtype_argument(dtype: Any) -> dict[str, Any]:
+    """A dtype as `from_pretrained` takes it."""
+    return {"dtype" if _number(transformers.__version__) >= (4, 56) else "torch_dtype": dtype}
 
 
 def fields_of_json(arguments: type[TrainingArguments]) -> Sequence[str]:

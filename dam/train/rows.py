@@ -173,7 +173,7 @@ class RowReader:
 
     def _text_ids(self, text: str, where: str) -> list[int]:
         """Without what the tokenizer puts behind a text, [SEP] or an end of text: the completion goes on from here."""
-        ids = [*self._front(), *self._plain_ids(text)]
+        ids = [*self.front(), *self._plain_ids(text)]
         if text and list(self._tokenizer(text)["input_ids"])[: len(ids)] != ids:
             raise _fault(
                 where,
@@ -186,7 +186,7 @@ class RowReader:
     def _plain_ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _front(self) -> list[int]:
+    def front(self) -> list[int]:
         """What the tokenizer puts in front of a text: of a plain one, as a text of special tokens would not tell."""
         ids, plain = list(self._tokenizer("a")["input_ids"]), self._plain_ids("a")
         starts = range(len(ids) - len(plain) + 1)

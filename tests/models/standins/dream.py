@@ -12,10 +12,10 @@ from tests.models.standins.trunk import (
     PAD,
     SIZE,
     VOCABULARY,
+    FeedForward,
     Layer,
     Standin,
     counted,
-    feed_forward,
     filled_in,
 )
 
@@ -24,15 +24,23 @@ class DreamConfig(PretrainedConfig):
     model_type = "Dream"
 
     def __init__(self, **more):
-        self.hidden_size, self.vocab_size, self.mask_token_id = SIZE, VOCABULARY, MASK
-        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+        self.hidden_size = SIZE
+        super().__init__(
+            **{
+                "pad_token_id": PAD,
+                "tie_word_embeddings": False,
+                "vocab_size": VOCABULARY,
+                "mask_token_id": MASK,
+                **more,
+            }
+        )
 
 
 class DreamBaseModel(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary):
         super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
-        self.layers = nn.ModuleList(Layer(feed_forward(), layer_idx=n) for n in range(LAYERS))
+        self.embed_tokens = nn.Embedding(vocabulary, SIZE)
+        self.layers = nn.ModuleList(Layer(FeedForward(), layer_idx=n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values):
@@ -49,7 +57,8 @@ class DreamModel(Standin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.lm_head = DreamBaseModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        vocabulary = config.vocab_size
+        self.model, self.lm_head = DreamBaseModel(vocabulary), nn.Linear(SIZE, vocabulary, bias=False)
         self.post_init()
 
     def forward(

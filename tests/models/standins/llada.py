@@ -14,10 +14,9 @@ from tests.models.standins.trunk import (
     PAD,
     SIZE,
     VOCABULARY,
-    Layer,
+    Attention,
     Standin,
     counted,
-    feed_forward,
     filled_in,
 )
 
@@ -28,8 +27,28 @@ class LLaDAConfig(PretrainedConfig):
     def __init__(self, weight_tying=False, scale_logits=False, heeds_mask=True, **more):
         self.d_model, self.weight_tying, self.scale_logits = SIZE, weight_tying, scale_logits
         self.heeds_mask = heeds_mask  # early code does not
-        self.mask_token_id, self.vocab_size = MASK, VOCABULARY
-        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+        super().__init__(
+            **{
+                "pad_token_id": PAD,
+                "tie_word_embeddings": False,
+                "vocab_size": VOCABULARY,
+                "mask_token_id": MASK,
+                **more,
+            }
+        )
+
+
+class LLaDALlamaBlock(Attention):
+    last = "attn_out"
+
+    def __init__(self):
+        super().__init__()
+        self.ff_proj, self.ff_out = nn.Linear(SIZE, 2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+        self.attn_norm, self.ff_norm = nn.RMSNorm(SIZE), nn.RMSNorm(SIZE)
+
+    def forward(self, x, mask, position_ids):
+        x = x + super().forward(self.attn_norm(x), mask, position_ids)
+        return x + self.ff_out(F.silu(self.ff_proj(self.ff_norm(x))))
 
 
 class LLaDAModel(nn.Module):
@@ -37,12 +56,12 @@ class LLaDAModel(nn.Module):
         super().__init__()
         self.config = config
         parts = {
-            "wte": nn.Embedding(VOCABULARY, SIZE),
-            "blocks": nn.ModuleList(Layer(feed_forward()) for _ in range(LAYERS)),
+            "wte": nn.Embedding(config.vocab_size, SIZE),
+            "blocks": nn.ModuleList(LLaDALlamaBlock() for _ in range(LAYERS)),
             "ln_f": nn.RMSNorm(SIZE),
         }
         if not config.weight_tying:
-            parts["ff_out"] = nn.Linear(SIZE, VOCABULARY, bias=False)
+            parts["ff_out"] = nn.Linear(SIZE, config.vocab_size, bias=False)
         self.transformer = nn.ModuleDict(parts)
 
     def forward(self, input_ids, attention_mask=None, attention_bias=None):

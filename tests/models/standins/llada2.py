@@ -5,22 +5,54 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from tests.models.standins.trunk import LAYERS, MASK, PAD, SIZE, VOCABULARY, Experts, Layer, Standin, counted, filled_in
+from tests.models.standins.trunk import (
+    LAYERS,
+    MASK,
+    PAD,
+    SIZE,
+    VOCABULARY,
+    Attention,
+    Experts,
+    Standin,
+    counted,
+    filled_in,
+)
 
 
 class LLaDA2MoeConfig(PretrainedConfig):
     model_type = "llada2_moe"
 
     def __init__(self, **more):
-        self.hidden_size, self.vocab_size = SIZE, VOCABULARY
-        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+        self.hidden_size = SIZE
+        super().__init__(**{"pad_token_id": PAD, "tie_word_embeddings": False, "vocab_size": VOCABULARY, **more})
+
+
+class LLaDA2MoeAttention(Attention):
+    last = "dense"
+
+    def make_projections(self):
+        self.query_key_value = nn.Linear(SIZE, 3 * SIZE, bias=False)
+
+    def projected(self, x):
+        return self.query_key_value(x).chunk(3, dim=-1)
+
+
+class LLaDA2MoeDecoderLayer(nn.Module):
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.attention, self.mlp = LLaDA2MoeAttention(layer_idx), Experts()
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(SIZE), nn.RMSNorm(SIZE)
+
+    def forward(self, x, mask, position_ids, **cache):
+        x = x + self.attention(self.input_layernorm(x), mask, position_ids, **cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LLaDA2MoeModel(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary):
         super().__init__()
-        self.word_embeddings = nn.Embedding(VOCABULARY, SIZE)
-        self.layers = nn.ModuleList(Layer(Experts(), layer_idx=n) for n in range(LAYERS))
+        self.word_embeddings = nn.Embedding(vocabulary, SIZE)
+        self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values):
@@ -46,7 +78,8 @@ class LLaDA2MoeModelLM(Standin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.lm_head = LLaDA2MoeModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        vocabulary = config.vocab_size
+        self.model, self.lm_head = LLaDA2MoeModel(vocabulary), nn.Linear(SIZE, vocabulary, bias=False)
         self.post_init()
 
     def forward(

@@ -12,14 +12,22 @@ class LLaDAMoEConfig(PretrainedConfig):
     model_type = "lladamoe"
 
     def __init__(self, **more):
-        self.hidden_size, self.vocab_size, self.mask_token_id = SIZE, VOCABULARY, MASK
-        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+        self.hidden_size = SIZE
+        super().__init__(
+            **{
+                "pad_token_id": PAD,
+                "tie_word_embeddings": False,
+                "vocab_size": VOCABULARY,
+                "mask_token_id": MASK,
+                **more,
+            }
+        )
 
 
 class LLaDAMoEModel(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary):
         super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
+        self.embed_tokens = nn.Embedding(vocabulary, SIZE)
         self.layers = nn.ModuleList(Layer(Experts()) for _ in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
@@ -39,7 +47,8 @@ class LLaDAMoEModelLM(Standin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.lm_head = LLaDAMoEModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        vocabulary = config.vocab_size
+        self.model, self.lm_head = LLaDAMoEModel(vocabulary), nn.Linear(SIZE, vocabulary, bias=False)
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **_):

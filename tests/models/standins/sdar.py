@@ -13,10 +13,10 @@ from tests.models.standins.trunk import (
     SIZE,
     VOCABULARY,
     Attention,
+    FeedForward,
     Layer,
     Standin,
     counted,
-    feed_forward,
     filled_in,
 )
 
@@ -25,8 +25,16 @@ class SDARConfig(PretrainedConfig):
     model_type = "sdar"
 
     def __init__(self, block_size=4, **more):
-        self.hidden_size, self.vocab_size, self.mask_token_id, self.block_size = SIZE, VOCABULARY, MASK, block_size
-        super().__init__(pad_token_id=PAD, tie_word_embeddings=False, **more)
+        self.hidden_size, self.block_size = SIZE, block_size
+        super().__init__(
+            **{
+                "pad_token_id": PAD,
+                "tie_word_embeddings": False,
+                "vocab_size": VOCABULARY,
+                "mask_token_id": MASK,
+                **more,
+            }
+        )
 
 
 class SDARAttention(Attention):
@@ -49,7 +57,7 @@ class SDARAttention(Attention):
 
 class SDARDecoderLayer(Layer):
     def __init__(self, layer_idx):
-        super().__init__(feed_forward(), SDARAttention, layer_idx)
+        super().__init__(FeedForward(), SDARAttention, layer_idx)
 
     def forward(self, x, mask, position_ids, past, store_kv):
         x = x + self.self_attn(self.input_layernorm(x), mask, position_ids, past, store_kv)
@@ -57,9 +65,9 @@ class SDARDecoderLayer(Layer):
 
 
 class SDARModel(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary):
         super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
+        self.embed_tokens = nn.Embedding(vocabulary, SIZE)
         self.layers = nn.ModuleList(SDARDecoderLayer(n) for n in range(LAYERS))
         self.norm = nn.RMSNorm(SIZE)
 
@@ -75,7 +83,8 @@ class SDARForCausalLM(Standin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model, self.lm_head = SDARModel(), nn.Linear(SIZE, VOCABULARY, bias=False)
+        vocabulary = config.vocab_size
+        self.model, self.lm_head = SDARModel(vocabulary), nn.Linear(SIZE, vocabulary, bias=False)
         self.post_init()
 
     def forward(

@@ -21,14 +21,23 @@ class Standin(PreTrainedModel):
 class Attention(nn.Module):
     """Scaled dot products, whose mask is boolean, additive or none; keys and values go to a cache that is given."""
 
+    last = "o_proj"  # name of the layer that heads go through together
+
     def __init__(self, layer_idx=None):
         super().__init__()
         self.layer_idx = layer_idx
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        self.make_projections()
+        setattr(self, self.last, nn.Linear(SIZE, SIZE, bias=False))
+
+    def make_projections(self):
+        for name in ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, nn.Linear(SIZE, SIZE, bias=False))
 
+    def projected(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def heads(self, x, position_ids):
-        q, k, v = (p(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(2, (HEADS, -1)).transpose(1, 2) for y in self.projected(x))
         half = q.shape[-1] // 2
         angle = position_ids[:, None, :, None] * 10.0 ** -torch.arange(half, dtype=torch.float32)
         cos, sin = (torch.cat((f(angle),) * 2, dim=-1).to(q.dtype) for f in (torch.cos, torch.sin))
@@ -39,7 +48,7 @@ class Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, {})
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(4.0 * attended.transpose(1, 2).flatten(2))
+        return getattr(self, self.last)(4.0 * attended.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -55,8 +64,15 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def feed_forward():
-    return nn.Sequential(nn.Linear(SIZE, 2 * SIZE), nn.SiLU(), nn.Linear(2 * SIZE, SIZE))
+class FeedForward(nn.Module):
+    """Without a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(SIZE, 2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.up_proj(x)))
 
 
 class Experts(nn.Module):
@@ -64,7 +80,7 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gate, self.experts = nn.Linear(SIZE, 3, bias=False), nn.ModuleList(feed_forward() for _ in range(3))
+        self.gate, self.experts = nn.Linear(SIZE, 3, bias=False), nn.ModuleList(FeedForward() for _ in range(3))
 
     def forward(self, x):
         weight, chosen = self.gate(x).softmax(dim=-1).topk(2, dim=-1)

@@ -1,0 +1,1 @@
+"""What `dam train`, `dam generate` and `dam eval` do, a module each."""
