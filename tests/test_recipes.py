@@ -337,3 +337,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights(reference, tmp_path, monkeypa
     ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run", reference))
     assert ours == theirs
     assert cli.main(["train", "--resume", "--output", str(tmp_path / "run")]) == 0  # of what is done, the result
+
+
+def test_a_dry_run_leaves_the_folder_of_a_run_alone(tmp_path):
+    folder = tmp_path / "run"
+    recipe = load("tiny-countdown", [f"output={folder}"])
+    job.train(recipe, None, dry_run=True)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 4, "reward": 1.0}\n')
+    job.train(recipe, None, dry_run=True)
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 4, "reward": 1.0}\n'
+    with pytest.raises(ValueError, match="is not empty"):
+        job.train(recipe, folder, dry_run=True)
