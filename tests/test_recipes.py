@@ -350,3 +350,36 @@ def test_a_dry_run_leaves_the_folder_of_a_run_alone(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == '{"step": 4, "reward": 1.0}\n'
     with pytest.raises(ValueError, match="is not empty"):
         job.train(recipe, folder, dry_run=True)
+
+
+def test_metrics_of_an_evaluation_are_of_the_text_that_rewards_see(tmp_path, monkeypatch):
+    """With the token that ends it, which is text where it is no special one."""
+    stop = 30
+    recipe = load("tiny-countdown", overrides(**{"config.stop_token_ids": f"[{stop}]", "config.max_steps": 1}))
+    seen = {"rewards": [], "metrics": []}
+    task, metrics = type(TASKS["countdown"]), TASKS["countdown"].metrics
+
+    def correct(self, completions, **_):
+        seen["rewards"] += [each[-1]["content"] if isinstance(each, list) else each for each in completions]
+        return [0.0] * len(completions)
+
+    def judged(completions, rows):
+        seen["metrics"] += [text for group in completions for text in group]
+        seen["rewards"] = seen["rewards"][-len(seen["metrics"]) :]
+        return metrics(completions, rows)
+
+    monkeypatch.setattr(task, "correct", correct)
+    monkeypatch.setattr(TASKS["countdown"], "metrics", judged, raising=False)
+    # So that it comes up.
+    monkeypatch.setattr(job, "_random", functools.partial(_saying, job._random, stop))
+    job.train(recipe, tmp_path / "run")
+    assert seen["metrics"] and seen["metrics"] == seen["rewards"]
+    assert all(text == job.characters_tokenizer().decode([stop]) for text in seen["metrics"])
+
+
+def _saying(make, token, *arguments):
+    """A model whose bias makes it say one token."""
+    model = make(*arguments)
+    with torch.no_grad():
+        model.decoder.bias[token] = 1e3
+    return model

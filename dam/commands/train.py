@@ -266,7 +266,8 @@ def _metrics(task: LanguageTask, parts: _Parts, config: DAMConfig, samples: int,
     stop = config.stop_token_ids
     if stop is None:
         stop = [] if parts.tokenizer.eos_token_id is None else [parts.tokenizer.eos_token_id]
-    cut = [ids[: next((n for n, token in enumerate(ids) if token in stop), len(ids))] for ids in behind]
+    # With the token that ends it, as reward functions see it.
+    cut = [ids[: next((n for n, token in enumerate(ids, 1) if token in stop), len(ids))] for ids in behind]
     texts = parts.tokenizer.batch_decode(cut, skip_special_tokens=True)
     groups = [texts[start : start + samples] for start in range(0, len(texts), samples)]
     return task.metrics(groups, parts.eval_rows[::samples])
