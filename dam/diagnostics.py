@@ -197,6 +197,7 @@ class Finding(NamedTuple):
 
 # Entries of a log that one finding looks at, and bounds of what it takes for a fault.
 _WINDOW = 4
+_ENOUGH = 2 * _WINDOW  # before which a reward that has not risen says little
 _MOSTLY = 0.8
 _NOISE = 0.05
 _SHORT = 0.02
@@ -207,10 +208,10 @@ _FAR = 0.5
 def findings(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Why a run does not learn, as far as its log tells; none where it does, or where it is too early to say.
 
-    "constant reward": no group's trajectories have ever differed, from two entries on. "few groups tell": in more than
-    4 of 5 groups they do not, lately. And from four entries on, where the reward of the second half of them is not two
-    standard errors above the first's: "targets are noise", split_half below 0.05; "moves without learning", a KL of
-    paths above 0.5 nats; "stands still", one below 0.01. docs/learning.md has runs of each.
+    "constant reward": no group's trajectories have ever differed, from two entries on. Others only where the reward of
+    the second half of all entries is not two standard errors above the first's. "few groups tell": in more than 4 of 5
+    groups they do not, lately. And from eight entries on: "targets are noise", split_half below 0.05; "moves without
+    learning", a KL of paths above 0.5 nats; "stands still", one below 0.01 that has not doubled over the last entries.
 
     Args:
         history: what `DAMTrainer` logged (`trainer.state.log_history`), entry by entry.
@@ -232,6 +233,9 @@ def findings(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
                 "easy or too hard",
             )
         ]
+    rise = _rise(logged)
+    if rise > 2.0:
+        return []
     found = []
     if equal > _MOSTLY:
         found.append(
@@ -241,12 +245,9 @@ def findings(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
                 "easier prompts among the others, a reward with partial credit, or more num_generations",
             )
         )
-    if len(logged) < _WINDOW:
+    if len(logged) < _ENOUGH:
         return found
     agreement, step, kl = _means(last, "split_half"), _means(last, "tilt"), _means(last, "kl_path")
-    rise = _rise(logged)
-    if rise > 2.0:
-        return found
     if agreement < _NOISE:
         found.append(
             Finding(
@@ -265,7 +266,7 @@ def findings(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
                 "that weights of paths count for less beside the reward",
             )
         )
-    elif kl < _STILL:
+    elif kl < _STILL and not kl > 2 * _means(logged[-2 * _WINDOW : -_WINDOW], "kl_path"):
         found.append(
             Finding(
                 "stands still",

@@ -307,3 +307,27 @@ def test_intervals():
     error = math.sqrt((0.25**2 * 2 / 3) / 4)
     assert (low, high) == pytest.approx((0.5 - 1.96 * error, 0.5 + 1.96 * error), abs=1e-4)
     assert interval([0.5]) is None and interval([0.5, 0.5]) is None
+
+
+def test_prompts_are_cut_at_line_ends_only():
+    assert prompts_of("a\u2028b\r\nc\x0cd\n", "f") == [{"prompt": "a\u2028b"}, {"prompt": "c\x0cd"}]
+    assert prompts_of('{"prompt": "a\u2028b"}\n', "f") == [{"prompt": "a\u2028b"}]
+    assert prompts_of("[INST] a\n", "f") == [{"prompt": "[INST] a"}]
+    with pytest.raises(ValueError, match="f is one JSON list"):
+        prompts_of('[{"prompt": "a"},\n {"prompt": "b"}]', "f")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(folder, tmp_path):
+    given, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    given.write_bytes(b'\xef\xbb\xbf{"prompt": "1+1"}\n')
+    assert generated(folder, str(given), out) == 0
+    assert [line["prompt"] for line in lines(out)] == [[{"role": "user", "content": "1+1"}]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"), [("--limit", "-1", "limit must be at least 1"), ("--device", "nowhere", "no device")]
+)
+def test_what_cannot_be_right_is_refused(option, value, told, folder, prompts, tmp_path, capsys):
+    assert generated(folder, prompts, tmp_path / "out.jsonl", option, value) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

@@ -337,3 +337,49 @@ def test_a_stopped_run_goes_on_to_the_same_weights(reference, tmp_path, monkeypa
     ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run", reference))
     assert ours == theirs
     assert cli.main(["train", "--resume", "--output", str(tmp_path / "run")]) == 0  # of what is done, the result
+
+
+def test_a_dry_run_leaves_the_folder_of_a_run_alone(tmp_path):
+    folder = tmp_path / "run"
+    recipe = load("tiny-countdown", [f"output={folder}"])
+    job.train(recipe, None, dry_run=True)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 4, "reward": 1.0}\n')
+    job.train(recipe, None, dry_run=True)
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 4, "reward": 1.0}\n'
+    with pytest.raises(ValueError, match="is not empty"):
+        job.train(recipe, folder, dry_run=True)
+
+
+def test_metrics_of_an_evaluation_are_of_the_text_that_rewards_see(tmp_path, monkeypatch):
+    """With the token that ends it, which is text where it is no special one."""
+    stop = 30
+    recipe = load("tiny-countdown", overrides(**{"config.stop_token_ids": f"[{stop}]", "config.max_steps": 1}))
+    seen = {"rewards": [], "metrics": []}
+    task, metrics = type(TASKS["countdown"]), TASKS["countdown"].metrics
+
+    def correct(self, completions, **_):
+        seen["rewards"] += [each[-1]["content"] if isinstance(each, list) else each for each in completions]
+        return [0.0] * len(completions)
+
+    def judged(completions, rows):
+        seen["metrics"] += [text for group in completions for text in group]
+        seen["rewards"] = seen["rewards"][-len(seen["metrics"]) :]
+        return metrics(completions, rows)
+
+    monkeypatch.setattr(task, "correct", correct)
+    monkeypatch.setattr(TASKS["countdown"], "metrics", judged, raising=False)
+    # So that it comes up.
+    monkeypatch.setattr(job, "_random", functools.partial(_saying, job._random, stop))
+    job.train(recipe, tmp_path / "run")
+    assert seen["metrics"] and seen["metrics"] == seen["rewards"]
+    assert all(text == job.characters_tokenizer().decode([stop]) for text in seen["metrics"])
+
+
+def _saying(make, token, *arguments):
+    """A model whose bias makes it say one token."""
+    model = make(*arguments)
+    with torch.no_grad():
+        model.decoder.bias[token] = 1e3
+    return model

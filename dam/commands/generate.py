@@ -54,9 +54,12 @@ def prompts_of(text: str, where: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: names the line that is no such object; or there is no prompt.
     """
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not by splitlines, which also cuts at what may stand in a text, U+2028 for one.
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{where}: no prompts")
+    if _is_json_list(text):
+        raise ValueError(f"{where} is one JSON list: JSON objects, one a line, please")
     if not lines[0][1].lstrip().startswith("{"):
         return [{"prompt": line} for _, line in lines]
     rows = []
@@ -71,15 +74,24 @@ def prompts_of(text: str, where: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_json_list(text: str) -> bool:
+    try:
+        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
+    except json.JSONDecodeError:
+        return False
+
+
 def rows_of(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     """Rows of the prompts or of the task that a command line names."""
     if arguments.task is not None:
         task = task_of(arguments.task)
         return task.rows(arguments.source, split=arguments.split, limit=arguments.limit, style=arguments.style)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"limit must be at least 1; got {arguments.limit}")
     if arguments.prompts == "-":
         rows = prompts_of(sys.stdin.read(), "standard input")
     else:
-        rows = prompts_of(Path(arguments.prompts).read_text(encoding="utf-8"), arguments.prompts)
+        rows = prompts_of(Path(arguments.prompts).read_text(encoding="utf-8-sig"), arguments.prompts)
     chat = arguments.chat
     if chat is None:
         chat = bool(getattr(tokenizer, "chat_template", None))
@@ -94,9 +106,17 @@ def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def loaded(source: Source, device: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer, the former on a device, the first GPU unless named if there is one."""
-    tokenizer = source.tokenizer()
+    """Model and tokenizer, the former on a device, the first GPU unless named if there is one.
+
+    Raises:
+        ValueError: there is no such device, or as `Source.model`.
+    """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch raises either where it is built without that device
+        raise ValueError(f"there is no device {chosen!r} here: {error}") from error
+    tokenizer = source.tokenizer()
     return source.model().to(chosen), tokenizer
 
 

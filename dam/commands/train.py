@@ -59,8 +59,8 @@ def train(
         output: folder of the run; None takes the recipe's, or a new one in runs/, or with resume the newest one there.
         name: of new folders in runs/.
         resume: goes on with the run in `output`.
-        dry_run: a small model of the same class, with random weights, does two steps; into no folder unless one is
-            given.
+        dry_run: a small model of the same class, with random weights, does two steps; into no folder unless
+            `output` names one; the recipe's is that of its run.
 
     Raises:
         RecipeError, ValueError, OSError, ImportError: the recipe cannot be run here, or `output` holds something else;
@@ -71,10 +71,10 @@ def train(
     start = time.monotonic()
     task = task_of(recipe.task.name)
     recipe.training_config("unused")  # all arguments are right, and the processes know each other
-    given = str(output or recipe.output or "")
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
-            return _dry_run(recipe, task, Path(given or temporary))
+            return _dry_run(recipe, task, _unused(output) if output else Path(temporary))
+    given = str(output or recipe.output or "")
     folder = Path(given or together(lambda: str(_folder(name, resume)))[0])
     in_step(lambda: _claim(recipe, folder, resume) if PartialState().is_main_process else None)
     if (folder / "metrics.json").exists():
@@ -128,10 +128,19 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
     if resume:
         finetune.refuse_changes(_fixed(recorded(output)), _fixed(recipe), f"the run in {output}")
         return
+    _unused(output).mkdir(parents=True, exist_ok=True)
+    (output / RECORD).write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _unused(output: Path) -> Path:
+    """A folder that holds nothing yet.
+
+    Raises:
+        ValueError: it does.
+    """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECORD).write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
+    return output
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
@@ -257,7 +266,8 @@ def _metrics(task: LanguageTask, parts: _Parts, config: DAMConfig, samples: int,
     stop = config.stop_token_ids
     if stop is None:
         stop = [] if parts.tokenizer.eos_token_id is None else [parts.tokenizer.eos_token_id]
-    cut = [ids[: next((n for n, token in enumerate(ids) if token in stop), len(ids))] for ids in behind]
+    # With the token that ends it, as reward functions see it.
+    cut = [ids[: next((n for n, token in enumerate(ids, 1) if token in stop), len(ids))] for ids in behind]
     texts = parts.tokenizer.batch_decode(cut, skip_special_tokens=True)
     groups = [texts[start : start + samples] for start in range(0, len(texts), samples)]
     return task.metrics(groups, parts.eval_rows[::samples])

@@ -83,7 +83,13 @@ def _parsed(answer: str) -> tuple[ast.expr, int | None] | None:
     """An expression's tree, of numbers and the four operations only, and what it is said to equal."""
     if len(answer) > MAX_CHARACTERS:
         return None
-    text = _WRITES.sub(lambda match: _WRITTEN[match[0]], answer).strip().strip("$`").strip().removesuffix(".")
+    text = (
+        _WRITES.sub(lambda match: _WRITTEN[match[0]], answer)
+        .strip()
+        .removesuffix(".")
+        .strip("$` \t\r\n")
+        .removesuffix(".")
+    )
     text, equals, result = text.partition("=")
     if equals and not _RESULT.fullmatch(result.strip()):
         return None

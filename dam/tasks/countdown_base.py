@@ -261,6 +261,12 @@ def _waves(width: int) -> Tensor:
 STEPS, BATCH = 2000, 256
 
 
+def check_torch() -> None:
+    """Raises an ImportError where torch has no Muon, which `optimizers_of` takes."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"dam countdown needs torch 2.9 or later, for torch.optim.Muon; this is {torch.__version__}")
+
+
 def pretrained(
     folder: Path,
     seed: int,

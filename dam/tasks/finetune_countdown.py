@@ -63,6 +63,7 @@ class Countdown(front.Task):
 
     def __init__(self, options: Options):
         super().__init__(options)
+        countdown_base.check_torch()
         if options.pretraining_steps < 1:
             raise ValueError(f"pretraining_steps must be at least 1; got {options.pretraining_steps}")
         if options.reward not in REWARDS:

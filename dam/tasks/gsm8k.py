@@ -5,7 +5,7 @@ has a box; the last \boxed{...}; what follows the last ####, as in the data; the
 what evaluations without a format take (lm-evaluation-harness, `flexible-extract`; OpenCompass, as LLaDA).
 
 What is read as a number: 18, -18, +18, 1,234.50 (commas between groups of three only), .5, 3/4, \frac{3}{4} (\dfrac,
-\tfrac), 18 1/2; with any words and units around it, $ (\$18, -$18, $-18), percent signs, TeX's \text{...}, $...$,
+\tfrac), 18 1/2; with any words and units (m^2) around it, $ (\$18, -$18, $-18), percent signs, TeX's \text{...}, $...$,
 thousands as 1{,}234 or 1\,234, and a full stop behind it. Behind an equals sign what follows the last one counts.
 18.00 equals 18, 50% is 50 (its sign is a unit, as in the data), 0.5 is not.
 
@@ -40,6 +40,7 @@ _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+(?:\.
 _RATIO = re.compile(r"([0-9]+)/([0-9]+)")
 _GLUED = re.compile(r"[A-Za-z_]+[0-9]|[eE][-+]?[0-9]|\s*\^")  # 1e3, 0x1F, 2x3, 10^2
 _WORKED_OUT_LATER = re.compile(r"[0-9)]\s*(?:[-+*×÷·]|x(?=\s)|\s/|/\s)\s*[($]*[0-9.]|[0-9]\([0-9]")  # 9+9, 9 x 9, 9(9)
+_OF_A_UNIT = re.compile(r"[A-Za-z]\s*\}?\s*\^\{?$")  # what stands behind it in m^2, \text{ cm}^{3}
 _GAP = re.compile(r"\s+(?:and\s+)?")  # of 18 1/2
 
 
@@ -102,7 +103,7 @@ def _numbers(text: str) -> list[Fraction | None]:
         run = match[0].rstrip(".,")
         start, end = match.start(), match.start() + len(run)
         before, behind = text[max(start - 2, 0) : start], text[end : end + 40]
-        if before[-1:].isalpha() or before[-1:] == "_":
+        if before[-1:].isalpha() or before[-1:] == "_" or _OF_A_UNIT.search(text[max(start - 8, 0) : start]):
             continue
         sign = _sign(text, start)
         formula = before[-1:] == "^" or before == "^{" or _GLUED.match(behind)

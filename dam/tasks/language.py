@@ -130,6 +130,8 @@ class LanguageTask(abc.ABC):
         for k in powers_of_two(count):
             by_row[f"pass@{k}"] = [pass_at_k(count, c, k) for c in right]
         means = {name: sum(values) / len(rows) for name, values in by_row.items()}
+        for name in judged.figures:  # a task's own `exact` is another figure than the rows'
+            by_row.pop(name, None)
         return {**means, "exact": sum(right) / len(texts), **judged.figures}, by_row
 
 

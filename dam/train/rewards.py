@@ -332,7 +332,7 @@ class Rewards:
         )
         if not self.functions or not all(callable(f) for f in self.functions):
             raise TypeError("reward_funcs must be a function or a non-empty list of functions")
-        self._weights = weights or [1.0] * len(self.functions)
+        self._weights = [1.0] * len(self.functions) if weights is None else weights
         if len(self._weights) != len(self.functions):
             raise ValueError(
                 f"reward_weights must have one entry per reward function, {len(self.functions)}; "

@@ -96,3 +96,8 @@ def test_sizes_and_how_often_numbers_are_used():
     assert "at most once" in at_most.row(records[0])["prompt"][0]["content"]
     with pytest.raises(ValueError, match="closeness_scale"):
         Countdown(closeness_scale=0.0)
+
+
+@pytest.mark.parametrize("answer", ["$2+3$.", "$2+3.$", "`2+3`.", "$2+3=5$.", "$ 2+3 $", "2+3."])
+def test_a_full_stop_may_stand_on_either_side_of_what_is_around(answer):
+    assert check(f"<answer>{answer}</answer>", [2, 3], 5).correct

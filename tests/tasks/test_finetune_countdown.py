@@ -200,3 +200,10 @@ def test_on_a_terminal_frames_are_drawn_over_each_other(monkeypatch):
     state.is_local_process_zero = state.is_world_process_zero = True
     task.callbacks()[0].on_evaluate(None, state, None, model=model)
     assert terminal.getvalue().count(f"\x1b[{job.SHOWN}A") >= 1
+
+
+def test_a_torch_without_muon_is_refused_before_anything_is_made(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert cli.main([*SMALL, "--output", str(tmp_path / "run")]) == 1
+    assert "needs torch 2.9 or later" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dam.tasks import TASKS, language
+from dam.tasks import TASKS, language, sudoku_text
 from dam.tasks.answers import boxed, marked, tagged, text_of
 from dam.train.rewards import total_reward
 
@@ -313,3 +313,14 @@ def test_the_example_of_the_docs(tmp_path):
     names = {}
     exec(example.replace('"problems.jsonl"', repr(str(path))), names)
     assert names["figures"]["exact"] == 0.5 and names["figures"]["pass@2"] == 1.0
+
+
+def test_rows_have_no_figure_that_is_another_than_the_mean():
+    """Of a puzzle with several solutions an answer may solve it and not be the listed one."""
+    rows = [{"puzzle": "0" * 16, "solution": "1234341221434321"}]
+    other = "1234341243212143"
+    assert sudoku_text.grid_of(other) is not None
+    means, by_row = TASKS["sudoku_text"].metrics_by_row([[f"<answer>{other}</answer>"]], rows)
+    assert (means["exact"], means["solved"], means["pass@1"]) == (0.0, 1.0, 1.0)
+    for name, values in by_row.items():
+        assert means[name] == sum(values) / len(values)

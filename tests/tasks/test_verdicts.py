@@ -57,3 +57,15 @@ def test_sudoku():
 def test_there_are_five_hundred():
     lines = [*cases(verdicts.COUNTDOWN), *cases(verdicts.AT_MOST_ONCE)]
     assert len({*lines, *verdicts.GSM8K, *verdicts.MATH, *verdicts.SUDOKU}) >= 500
+
+
+@pytest.mark.parametrize("unit", ["m^2", r"\text{ cm}^2", "ft^{2}", r"\text{ m}^{3}", "m²", r"\mathrm{km}^2"])
+def test_the_exponent_of_a_unit_is_no_number(unit):
+    assert gsm8k.check(f"<answer>18 {unit}</answer>", "18").correct
+    assert not gsm8k.check(f"<answer>2 {unit}</answer>", "18").correct
+    assert gsm8k.check(f"That makes 18 {unit}", "18").correct
+
+
+@pytest.mark.parametrize("power", ["10^2", "{10}^2", "(5+5)^2", "10^{2}"])
+def test_a_power_of_a_number_is_none(power):
+    assert gsm8k.value_of(f"<answer>{power}</answer>") is None

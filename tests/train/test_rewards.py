@@ -187,3 +187,8 @@ def test_a_failure_is_told_where_its_rollouts_cannot_be_kept(tmp_path):
         outcomes = {"prompts": ["p", "q"], "completions": [], "completion_ids": [[1], [2]], "columns": columns}
         with pytest.raises(RewardError, match=rf"raised KeyError: 'answer'\. The rollouts of {kept}"):
             Rewards(raises, None, str(output))(outcomes, TrainerState(global_step=7), lambda ids: ids)
+
+
+def test_no_weights_are_not_weights_of_one():
+    with pytest.raises(ValueError, match="one entry per reward function, 1; got 0"):
+        Rewards(lambda completions, **_: [0.0] * len(completions), [], "unused")
