@@ -352,6 +352,15 @@ def test_a_dry_run_leaves_the_folder_of_a_run_alone(tmp_path):
         job.train(recipe, folder, dry_run=True)
 
 
+def test_what_cannot_begin_leaves_its_folder_to_the_mended_recipe(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        job.train(load("tiny-countdown", ["task.source=nothing.jsonl"]), folder)
+    assert list(folder.iterdir()) == []
+    job.train(load("tiny-countdown", overrides(**{"config.max_steps": 1})), folder)
+    assert (folder / "recipe.yaml").exists() and (folder / "metrics.json").exists()
+
+
 def test_metrics_of_an_evaluation_are_of_the_text_that_rewards_see(tmp_path, monkeypatch):
     """With the token that ends it, which is text where it is no special one."""
     stop = 30

@@ -84,6 +84,8 @@ def train(
     stop = StopOnSignal()
     parts = _parts(recipe, task)
     trainer = _trainer(recipe, task, parts, recipe.training_config(str(folder)), [stop])
+    if not resume:
+        in_step(lambda: _record(recipe, folder) if PartialState().is_main_process else None)
     trainer.train(resume_from_checkpoint=last_checkpoint(str(folder)) if resume else None)
     state = trainer.state
     if stop.stopped and state.global_step < state.max_steps:
@@ -129,6 +131,10 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
         finetune.refuse_changes(_fixed(recorded(output)), _fixed(recipe), f"the run in {output}")
         return
     _unused(output).mkdir(parents=True, exist_ok=True)
+
+
+def _record(recipe: Recipe, output: Path) -> None:
+    """Once model and rows are there: what cannot begin leaves an empty folder, which its mended recipe takes."""
     (output / RECORD).write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
 
 

@@ -6,6 +6,8 @@ import torch
 from dam.tasks import countdown
 from dam.tasks import countdown_base as base
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the base is trained by torch.optim.Muon")
+
 
 def read(lines):
     """Numbers, target and expression of each line, by its tokens alone."""

@@ -21,6 +21,7 @@ from dam.tasks import countdown, countdown_base, live
 from dam.tasks import finetune_countdown as job
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the base is trained by torch.optim.Muon")
 # A rollout is 4 problems of 8 trajectories; 6 rollouts of 2 steps, saved after every second one.
 SHRUNK = {"prompts": 4, "generations": 8, "iterations": 2, "evaluations": 3}
 SMALL = ("countdown", "--reward-calls", "192", "--pretraining-steps", "12", "--seed", "3")
