@@ -73,7 +73,7 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
     ("case", "error"),
     [
         ("broken", "RewardError: process 1 failed: RewardError: reward function 'Judge' raised ConnectionError"),
-        ("unread", "RuntimeError: process 1 failed: OSError: the disk is gone"),
+        pytest.param("unread", "RuntimeError: process 1 failed: OSError: the disk is gone", marks=pytest.mark.full),
     ],
 )
 def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path, case, error):
@@ -89,6 +89,7 @@ def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path, case
     torch.testing.assert_close(one["weights"], runs[1]["whole"][0]["weights"], rtol=0.0, atol=1e-6)
 
 
+@pytest.mark.full
 def test_too_many_lost_rewards_end_all_and_the_process_that_has_some_keeps_its_rollouts(tmp_path):
     done = launched(tmp_path, "too_lossy")
     assert done.returncode != 0

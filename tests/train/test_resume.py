@@ -185,10 +185,10 @@ def evaluations(trainer):
 @pytest.mark.parametrize(
     ("fails", "n", "step"),
     [
-        ("decoding", 2, 2),  # in the evaluation after step 2
+        pytest.param("decoding", 2, 2, marks=pytest.mark.full),  # in the evaluation after step 2
         ("decoding", 3, 2),  # in the rollout that follows
         ("printing", 2, 2),  # before that evaluation
-        ("printing", 3, 3),
+        pytest.param("printing", 3, 3, marks=pytest.mark.full),
         ("a row", 7, 2),  # of the fourth batch, which is read while the third is used
         ("a callback", 4, 4),
         ("metrics", 3, 6),  # after the last step
