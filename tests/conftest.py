@@ -1,4 +1,4 @@
-"""What several test files share: the choice of backend."""
+"""What several test files share: the choice of backend, and a thread for what is to be the same to the bit."""
 
 import os
 
@@ -46,3 +46,12 @@ def backend(request, monkeypatch):
         monkeypatch.setenv("DAM_LINEAR_FORM", form)
     with torch.device(device_of(name)), dam.backend(name):
         yield name
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in another order would be other sums in a process with other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -75,13 +75,8 @@ def main_killed_after(calls, arguments):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    # One thread: sums in another order would be other sums in a process with other threads.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def small(monkeypatch, one_thread):
     shrink(monkeypatch.setattr)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -47,12 +47,8 @@ def run_in_another_process(output):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def small(monkeypatch, one_thread):
     shrink(monkeypatch.setattr)
-    yield
-    torch.set_num_threads(threads)
 
 
 CODE = """
