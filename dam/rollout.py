@@ -491,14 +491,10 @@ def outcome_log_prob(
     check_left_padding(denoiser, attention_mask)
     blocks = blocks_for(denoiser, block_length)
     block = None if blocks is None else blocks.numbers(tokens, attention_mask)
-    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
+    stage = torch.zeros_like(tokens)
     found = []
     for number in range(orders):
-        uniform = _philox.uniform(seed, Use.OTHER_ORDER, row_ids, tokens.shape[1], sample=number).flip(1)
-        priority = torch.where(masked, uniform, torch.inf)
-        path = _planned(tokens, priority, masked.sum(dim=1), steps, block)
-        there = outcome.gather(1, path.position.clamp(min=0))
-        path = dataclasses.replace(path, final=outcome, token=torch.where(path.call >= 0, there, -1))
+        path = _by_order(tokens, outcome, process, number, steps, block, stage, seed, row_ids)
         log_prob = jump_log_prob(denoiser, path, process, attention_mask=attention_mask, decoding=decoding)
         found.append(log_prob.double().sum(dim=1))
     return torch.stack(found, dim=1)
@@ -513,18 +509,33 @@ def _reordered(
     seed: int,
     row_ids: Tensor | None,
 ) -> Trajectories:
-    """The same outcomes by another order, drawn uniformly; its log-probabilities are left 0."""
-    tokens = trajectories.initial
+    """The same outcomes by another order; its log-probabilities are left 0."""
+    stage = _stage(trajectories)
+    other = _by_order(trajectories.initial, trajectories.final, process, number, steps, block, stage, seed, row_ids)
+    jumps = (trajectories.call >= 0).sum(dim=1, keepdim=True)
+    _drop(other, torch.arange(other.call.shape[1], device=stage.device) >= jumps)
+    return other
+
+
+def _by_order(
+    tokens: Tensor,
+    outcome: Tensor,
+    process: MaskedCTMC,
+    number: int,
+    steps: int | None,
+    block: Tensor | None,
+    stage: Tensor,
+    seed: int,
+    row_ids: Tensor | None,
+) -> Trajectories:
+    """From tokens to an outcome by an order drawn uniformly within stages, int64 [B, L] from 0 to 2, one by one."""
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     uniform = _philox.uniform(seed, Use.OTHER_ORDER, row_ids, tokens.shape[1], sample=number).flip(1)
     masked = process.masked(tokens)
-    priority = uniform + _stage(trajectories)
-    other = _planned(tokens, torch.where(masked, priority, torch.inf), masked.sum(dim=1), steps, block, levels=3)
-    there = trajectories.final.gather(1, other.position.clamp(min=0))
-    other = dataclasses.replace(other, final=trajectories.final, token=torch.where(other.call >= 0, there, -1))
-    jumps = (trajectories.call >= 0).sum(dim=1, keepdim=True)
-    _drop(other, torch.arange(other.call.shape[1], device=tokens.device) >= jumps)
-    return other
+    priority = torch.where(masked, uniform + stage, torch.inf)
+    path = _planned(tokens, priority, masked.sum(dim=1), steps, block, levels=3)
+    there = outcome.gather(1, path.position.clamp(min=0))
+    return dataclasses.replace(path, final=outcome, token=torch.where(path.call >= 0, there, -1))
 
 
 def _stage(trajectories: Trajectories) -> Tensor:
