@@ -262,7 +262,7 @@ def outcomes(batch: dict[str, Any], final: Tensor, repeats: int, stop: Collectio
     prompts = [ids[kept].tolist() if prompt is None else prompt for prompt, ids, kept in given]
     completion_ids = []
     for filled, kept, start in zip(final, repeated(seen), repeated(batch["start"].tolist()), strict=True):
-        completion_ids.append(filled[kept].tolist() if start == length else _ended(filled[start:].tolist(), stop))
+        completion_ids.append(filled[kept].tolist() if start == length else ended(filled[start:].tolist(), stop))
     columns = {name: repeated(values) for name, values in batch["columns"].items()}
     return {
         "prompts": repeated(prompts),
@@ -272,7 +272,8 @@ def outcomes(batch: dict[str, Any], final: Tensor, repeats: int, stop: Collectio
     }
 
 
-def _ended(ids: list[int], stop: Collection[int]) -> list[int]:
+def ended(ids: list[int], stop: Collection[int]) -> list[int]:
+    """Up to the first token of `stop`, and with it."""
     end = next((n for n, token in enumerate(ids, 1) if token in stop), len(ids))
     return ids[:end]
 

@@ -60,9 +60,7 @@ def special_tokens(
         # Some configs say -1 where there is none.
         if known is not None and known != mask_token and 0 <= known < (known + 1 if ids is None else ids):
             pad_token = known
-    if stop is None:
-        end = getattr(tokenizer, "eos_token_id", None)
-        stop = () if end is None or end == mask_token else (end,)  # some have one token for both
+    stop = stop_tokens(stop, tokenizer, mask_token)
     vocabulary = _vocabulary(tokenizer)
     for token in suppress or ():
         if ids is not None and token >= ids:
@@ -80,6 +78,14 @@ def special_tokens(
                 f"stop_token_ids has {token}, which is never drawn: the tokenizer's ids are below {vocabulary}"
             )
     return SpecialTokens(mask_token, pad_token, tuple(stop), tuple(suppress or ()), vocabulary)
+
+
+def stop_tokens(given: Sequence[int] | None, tokenizer: Any, mask_token: int | None) -> Sequence[int]:
+    """Those that end a completion: given, or the tokenizer's end-of-text token."""
+    if given is not None:
+        return given
+    end = getattr(tokenizer, "eos_token_id", None)
+    return () if end is None or end == mask_token else (end,)  # some have one token for both
 
 
 def _vocabulary(tokenizer: Any) -> int | None:
