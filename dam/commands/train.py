@@ -27,8 +27,10 @@ from dam.tasks import TASKS, finetune
 from dam.tasks.language import LanguageTask
 from dam.train import DAMConfig, DAMTrainer, last_checkpoint
 from dam.train.callbacks import MetricsFile, StopOnSignal
+from dam.train.data import ended
 from dam.train.pretrained import Source, has_tokenizer
 from dam.train.processes import in_step, together
+from dam.train.tokens import stop_tokens
 
 RECORD = "recipe.yaml"
 # Arguments of `DAMConfig` that a run may be resumed with others of: they change neither draws nor steps.
@@ -73,7 +75,7 @@ def train(
     recipe.training_config("unused")  # all arguments are right, and the processes know each other
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
-            return _dry_run(recipe, task, _unused(output) if output else Path(temporary))
+            return _dry_run(recipe, task, finetune.unused(output) if output else Path(temporary))
     given = str(output or recipe.output or "")
     folder = Path(given or together(lambda: str(_folder(name, resume)))[0])
     in_step(lambda: _claim(recipe, folder, resume) if PartialState().is_main_process else None)
@@ -130,23 +132,12 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
     if resume:
         finetune.refuse_changes(_fixed(recorded(output)), _fixed(recipe), f"the run in {output}")
         return
-    _unused(output).mkdir(parents=True, exist_ok=True)
+    finetune.unused(output).mkdir(parents=True, exist_ok=True)
 
 
 def _record(recipe: Recipe, output: Path) -> None:
     """Once model and rows are there: what cannot begin leaves an empty folder, which its mended recipe takes."""
     (output / RECORD).write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
-
-
-def _unused(output: Path) -> Path:
-    """A folder that holds nothing yet.
-
-    Raises:
-        ValueError: it does.
-    """
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
-    return output
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
@@ -269,12 +260,9 @@ def _trainer(
 def _metrics(task: LanguageTask, parts: _Parts, config: DAMConfig, samples: int, prediction: Any) -> dict[str, float]:
     """The task's metrics of evaluation rows that were filled in, `samples` of each one after another."""
     behind = np.asarray(prediction.predictions)[:, -config.max_completion_length :].tolist()
-    stop = config.stop_token_ids
-    if stop is None:
-        stop = [] if parts.tokenizer.eos_token_id is None else [parts.tokenizer.eos_token_id]
+    stop = stop_tokens(config.stop_token_ids, parts.tokenizer, config.mask_token_id)
     # With the token that ends it, as reward functions see it.
-    cut = [ids[: next((n for n, token in enumerate(ids, 1) if token in stop), len(ids))] for ids in behind]
-    texts = parts.tokenizer.batch_decode(cut, skip_special_tokens=True)
+    texts = parts.tokenizer.batch_decode([ended(ids, stop) for ids in behind], skip_special_tokens=True)
     groups = [texts[start : start + samples] for start in range(0, len(texts), samples)]
     return task.metrics(groups, parts.eval_rows[::samples])
 

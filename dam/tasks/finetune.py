@@ -134,31 +134,41 @@ class Task(abc.ABC):
 class _Clock:
     """Seconds spent on a run, over all its parts."""
 
-    def __init__(self, output: Path, options: Options, start: float):
+    def __init__(self, output: Path, task: Task, start: float):
         self.earlier = 0.0
-        self._output, self._options, self._start = output, options, start
+        self._output, self._task, self._start = output, task, start
 
     def seconds(self) -> float:
         return self.earlier + time.monotonic() - self._start
 
     def record(self) -> None:
-        _record(self._output, self._options, self.seconds())
+        _record(self._output, self._task, self.seconds())
 
 
 def _as_dict(options: Options) -> dict[str, Any]:
     return dataclasses.asdict(options)  # type: ignore[call-overload]
 
 
-def _record(output: Path, options: Options, seconds: float) -> None:
-    write_json(output / "run.json", {"options": _as_dict(options), "seconds": seconds})
+def _record(output: Path, task: Task, seconds: float) -> None:
+    write_json(output / "run.json", {"task": task.name, "options": _as_dict(task.options), "seconds": seconds})
 
 
 def resumed_options(task: type[Task], output: Path, given: dict[str, Any]) -> Any:
     """The options that the run in `output` was started with, and those given now, which `finetune` compares."""
-    record = output / "run.json"
-    if not record.exists():
+    return task.options_type(**{**_recorded(task, output)["options"], **given})
+
+
+def _recorded(task: type[Task] | Task, output: Path) -> dict[str, Any]:
+    """What is recorded of the run in a folder.
+
+    Raises:
+        ValueError: it holds none of this task.
+    """
+    path = output / "run.json"
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if record.get("task") != task.name:
         raise ValueError(f"nothing to resume: {output} holds no run of dam {task.name}")
-    return task.options_type(**{**json.loads(record.read_text(encoding="utf-8"))["options"], **given})
+    return record
 
 
 def next_output(name: str, root: Path = Path("runs")) -> Path:
@@ -190,7 +200,7 @@ def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool 
     start = time.monotonic()
     task = task_type(options)
     plots.figure_class()
-    clock = _Clock(output, options, start)
+    clock = _Clock(output, task, start)
     clock.earlier = _claim(task, output, resume)
     if (output / "metrics.json").exists():
         result: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
@@ -242,22 +252,30 @@ def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool 
 
 def _claim(task: Task, output: Path, resume: bool) -> float:
     """Makes sure that `output` can be written and holds this run or none; returns the seconds already spent on it."""
-    record = output / "run.json"
+    seconds = 0.0
     if resume:
-        if not record.exists():
-            raise ValueError(f"nothing to resume: {output} holds no run of dam {task.name}")
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        asked = _as_dict(task.options)
-        refuse_changes(earlier["options"], asked, f"the run in {output}")
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
+        earlier = _recorded(task, output)
+        refuse_changes(earlier["options"], _as_dict(task.options), f"the run in {output}")
+        seconds = float(earlier["seconds"])
+    else:
+        unused(output)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output):
         pass  # fails here, before the work, where the folder cannot be written
     if not resume:
-        _record(output, task.options, 0.0)
-        return 0.0
-    return float(earlier["seconds"])
+        _record(output, task, seconds)
+    return seconds
+
+
+def unused(output: Path) -> Path:
+    """A folder that holds nothing yet.
+
+    Raises:
+        ValueError: it does.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
+    return output
 
 
 def refuse_changes(earlier: dict[str, Any], asked: dict[str, Any], what: str) -> None:
@@ -293,6 +311,12 @@ def config(task: Task, output: Path) -> DAMConfig:
         "data_seed": options.seed,
         "report_to": [],
         "bf16": False,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.99,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
         "disable_tqdm": True,  # replaced by RolloutProgress
     }
     return DAMConfig(output_dir=str(output), **{**values, **task.config()})

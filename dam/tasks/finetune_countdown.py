@@ -18,7 +18,7 @@ from torch import Tensor
 from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import MaskedLM
 from dam.rollout import Trajectories, rollout
-from dam.tasks import countdown, countdown_base, language
+from dam.tasks import countdown, countdown_base
 from dam.tasks import finetune as front
 from dam.tasks.live import Unmasking
 from dam.train.rewards import RewardFunction
@@ -69,8 +69,8 @@ class Countdown(front.Task):
         if options.reward not in REWARDS:
             raise ValueError(f"reward must be one of {', '.join(REWARDS)}; got {options.reward!r}")
         if options.problems is None:
-            self.problems = countdown.draw_problems(PROBLEMS, 0, held_out=True)
-            given = [(problem.numbers, problem.target) for problem in self.problems]
+            held_out = countdown.draw_problems(PROBLEMS, 0, held_out=True)
+            given = [(problem.numbers, problem.target) for problem in held_out]
         else:
             given = [(row["numbers"], row["target"]) for row in countdown.TASK.rows(options.problems)]
         self.without = countdown_base.excluded(given)
@@ -128,13 +128,6 @@ class Countdown(front.Task):
             "eval_temperature": 0.0,
             "eval_remasking": "confidence",
             "learning_rate": 5e-4,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.99,
-            "max_grad_norm": 1.0,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
         }
 
     def callbacks(self) -> list[Any]:
@@ -144,8 +137,8 @@ class Countdown(front.Task):
         return self._rolled_out(model, self.rows, temperature=0.0).final
 
     def metrics(self, final: Tensor) -> dict[str, float]:
-        verdicts = self._judged(self.rows, self._texts(final))
-        return {"greedy": sum(verdicts.correct) / len(self.rows), "greedy_closeness": verdicts.figures["closeness"]}
+        judged = countdown.TASK.judge(self._texts(final), self.rows)
+        return {"greedy": sum(judged.correct) / len(self.rows), "greedy_closeness": judged.figures["closeness"]}
 
     def sampled_metrics(self, model: Any) -> dict[str, float]:
         """By the sampler that training has, `SAMPLES` of each problem."""
@@ -177,10 +170,6 @@ class Countdown(front.Task):
 
     def _texts(self, final: Tensor) -> list[str]:
         return list(self.tokenizer.batch_decode(final[:, -countdown_base.COMPLETION :], skip_special_tokens=True))
-
-    @staticmethod
-    def _judged(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> language.Judged:
-        return countdown.TASK.judge(texts, rows)
 
     @staticmethod
     def report(result: dict[str, Any]) -> str:

@@ -78,13 +78,6 @@ class Sudoku(front.Task):
             "eval_remasking": "confidence",
             "mask_token_id": sudoku.BLANK,
             "learning_rate": 2e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.99,
-            "max_grad_norm": 1.0,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
         }
 
     def fill_in(self, model: Any) -> Tensor:

@@ -62,8 +62,6 @@ class Letters(front.Task):
             "replay_batch_size": 4,
             "learning_rate": 0.1,
             "mask_token_id": MASK,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
             "save_steps": 4,
         }
 

@@ -124,6 +124,13 @@ def test_an_error_comes_before_the_work(tmp_path, monkeypatch, capsys, arguments
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_run_of_another_task_is_not_resumed(tmp_path, capsys):
+    """Its options have other names."""
+    (tmp_path / "run.json").write_text(json.dumps({"task": "sudoku", "options": {"blanks": 8}, "seconds": 1.0}))
+    assert cli.main(["countdown", "--resume", "--output", str(tmp_path)]) == 1
+    assert f"nothing to resume: {tmp_path} holds no run of dam countdown" in capsys.readouterr().err
+
+
 def test_a_constant_reward_is_told(small, tmp_path):
     with pytest.warns(UserWarning, match="constant reward: all trajectories of every group have had one reward"):
         assert cli.main([*SMALL, "--reward", "constant", "--output", str(tmp_path / "run")]) == 0
