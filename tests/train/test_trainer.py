@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 
 import pytest
 import torch
@@ -399,6 +400,17 @@ def test_lengths_and_rewards_are_logged_by_trl_s_names(tmp_path):
     trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["frac_reward_zero_std"] == 1.0 and not any(name.startswith("completions/") for name in entry)
+
+
+def test_why_a_run_does_not_learn_is_told_once_a_run(tmp_path):
+    config = tiny_config(tmp_path, max_steps=4, num_iterations=1, logging_steps=1)
+    trainer = DAMTrainer(tiny_model(), lambda completion_ids, **_: [0.5] * len(completion_ids), config, ROWS)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.train()
+        (told,) = [str(warning.message) for warning in said if "constant reward" in str(warning.message)]
+        assert told.startswith("step 2, constant reward: ")
 
 
 class Counted(MaskedLM):
