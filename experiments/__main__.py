@@ -2,7 +2,7 @@
 
 The first three ask which estimator learns most from a reward call, by `estimators`; orders asks what keeps a run from
 p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
-`dam sudoku` runs.
+`dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STUDIES = {
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
-RUNS = "figures of finished `dam sudoku` runs"
+RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,11 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--name", default="orders", help="of the JSON (default: %(default)s)")
     add = on["runs"].add_argument
     add("runs", nargs="+", metavar="DIR", type=Path, help="folder of a run")
-    add("--puzzles", metavar="FILE", help="another puzzle file")
+    add("--task", choices=("sudoku", "countdown"), default="sudoku", help="of the runs (default: %(default)s)")
+    add("--puzzles", metavar="FILE", help="of Sudoku: another puzzle file")
+    add("--problems", metavar="FILE", help="of Countdown: other problems (default: those held out)")
     add("--json", metavar="FILE", type=Path, help="also write the figures")
     given = vars(parser.parse_args(arguments))
     if given["study"] == "runs":
-        return print_runs(given["runs"], given["puzzles"], given["json"])
+        return print_runs(given)
     for name in ("seeds", "processes"):
         if given[name] < 1:
             parser.error(f"--{name} must be at least 1; got {given[name]}")
@@ -105,14 +107,19 @@ def study(given: dict[str, Any]) -> int:
     return 0
 
 
-def print_runs(runs: Sequence[Path], puzzles: str | None, output: Path | None) -> int:
+def print_runs(given: dict[str, Any]) -> int:
     from dam.tasks.sudoku import read_puzzles
-    from experiments import sudoku  # needs transformers
+    from experiments import countdown, sudoku  # need transformers
 
-    text = json.dumps(sudoku.figures(runs, None if puzzles is None else read_puzzles(puzzles)), indent=2)
+    if given["task"] == "countdown":
+        figures = countdown.figures(given["runs"], given["problems"])
+    else:
+        puzzles = given["puzzles"]
+        figures = sudoku.figures(given["runs"], None if puzzles is None else read_puzzles(puzzles))
+    text = json.dumps(figures, indent=2)
     print(text)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
+    if given["json"] is not None:
+        given["json"].write_text(text + "\n", encoding="utf-8")
     return 0
 
 

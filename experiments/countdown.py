@@ -1,15 +1,18 @@
-"""When DAM does not learn: `dam countdown` with one setting after another changed, from the same base.
+"""Figures of finished `dam countdown` runs; and when DAM does not learn: runs with one setting after another changed.
 
-Each case is told by greedy and sampled shares of right answers, pass@16, and what `dam.diagnostics.findings` says of
-its log. Bases are kept in runs/, as making one takes longer than a case.
+Each such case starts from the same base, and is told by greedy and sampled shares of right answers, pass@16, and what
+`dam.diagnostics.findings` says of its log. Bases are kept in runs/, as making one takes longer than a case.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForMaskedLM
 from transformers.trainer_callback import PrinterCallback
 
 from dam import diagnostics
@@ -42,6 +45,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def figures(runs: Sequence[Path], problems: str | None) -> list[dict[str, Any]]:
+    """Of finished `dam countdown` runs, and how model and base do on other problems: a file's, or the held-out ones."""
+    task = Countdown(Options(problems=problems))
+    results = []
+    for run in runs:
+        result = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        del result["examples"]
+        result["null_arm"] = json.loads((run / "run.json").read_text(encoding="utf-8"))["options"]["null_arm"]
+        others = {name: evaluated(task, loaded(folder)) for name, folder in (("base", run / "base"), ("tuned", run))}
+        results.append({**result, "other_problems": {"problems": len(task.rows), **others}})
+    return results
+
+
+def evaluated(task: Countdown, model: Any) -> dict[str, float]:
+    return {**task.metrics(task.fill_in(model)), **task.sampled_metrics(model)}
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager")
+
+
 def base(seed: int) -> Any:
     """The base of all cases, made unless it is there."""
     task = Countdown(Options(seed=seed))
@@ -68,7 +92,7 @@ def task_of(name: str, calls: int, seed: int) -> Countdown:
 def run(calls: int, name: str, seed: int) -> dict[str, Any]:
     """Figures of a case and of its base, and of its log."""
     task, model = task_of(name, calls, seed), base(seed)
-    before = {**task.metrics(task.fill_in(model)), **task.sampled_metrics(model)}
+    before = evaluated(task, model)
     with tempfile.TemporaryDirectory() as output:
         trainer = DAMTrainer(
             model,
@@ -84,8 +108,7 @@ def run(calls: int, name: str, seed: int) -> dict[str, Any]:
     return {
         "settings": CASES[name],
         "base": before,
-        **task.metrics(task.fill_in(model)),
-        **task.sampled_metrics(model),
+        **evaluated(task, model),
         "findings": [finding._asdict() for finding in diagnostics.findings(logged)],
         "log": [{figure: entry[figure] for figure in kept if figure in entry} for entry in logged],
     }

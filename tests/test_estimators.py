@@ -412,6 +412,22 @@ def test_the_study_of_countdown(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "countdown-base-0" / "config.json").exists()
 
 
+def test_figures_of_finished_runs_of_countdown(tmp_path, capsys):
+    """A run that saved its base does on other problems as its base does."""
+    model = countdown_base.network(0)
+    for folder in (tmp_path / "run", tmp_path / "run" / "base"):
+        model.save_pretrained(folder)
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"greedy": 0.5, "examples": []}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"options": {"null_arm": True}}))
+    (tmp_path / "problems.jsonl").write_text('{"input": "1,2,3", "output": "6"}\n')
+    arguments = ["runs", str(tmp_path / "run"), "--task", "countdown", "--problems", str(tmp_path / "problems.jsonl")]
+    assert main(arguments) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    others = run.pop("other_problems")
+    assert run == {"greedy": 0.5, "null_arm": True} and others["problems"] == 1
+    assert others["base"] == others["tuned"] and {"greedy", "sampled", "pass@16"} <= others["base"].keys()
+
+
 def test_every_case_of_countdown_is_a_run_that_can_begin():
     for name in countdown.CASES:
         task = countdown.task_of(name, 16 * 1024, 0)
