@@ -230,8 +230,9 @@ def test_the_config_is_checked_by_itself():
 def test_a_recipe_is_what_its_record_says(tmp_path):
     recipe = load("sdar-4b-gsm8k", ["config.learning_rate=1e-5", "config.eval_strategy=no", "output=here"])
     assert recipe.config["learning_rate"] == 1e-5
-    job._claim(recipe, tmp_path / "run", False)
-    assert job.recorded(tmp_path / "run") == recipe
+    job._claim(recipe, tmp_path, False)
+    job._record(recipe, tmp_path)
+    assert job.recorded(tmp_path) == recipe
     assert read(recipe.as_dict()) == recipe
 
 
