@@ -45,7 +45,7 @@ def linear_log_prob(
     Returns:
         float32 like target (float64 for float64 hidden). The backward pass recomputes the logits. Extra memory
         of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (256
-        unless set); a 16-bit head that is trained accumulates its gradient in float32.
+        unless set); where a 16-bit head is trained by as much again as `linear_matching_loss` says.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -88,15 +88,14 @@ def chunked_backward(
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
     """Gradients of a head's tensors: the logits again, and their gradient in their place or beside them."""
-    gradients = _head.Gradients(head, needed)
+    gradients = _head.Gradients(head, needed, _head.held_for(head, needed, arrays=1, backend=backend))
     dtype = _head.gradient_dtype(head, backend)
-    columns = slice(0, head.weight.shape[0])
-    for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype):
+    for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype, held=gradients.held):
         for rows, logits, into in _head.blocks(head, part, memory[0], memory[-1]):
             _row_op._BACKWARD[backend](
                 grad[rows], logits, target[rows], log_escape[rows], exclude.part(rows), temperature, into
             )
-        gradients.add(part, columns, memory[-1])
+        gradients.add_rows(part, memory[-1])
     return gradients.finish()
 
 
@@ -130,8 +129,7 @@ def _cuda_backward(
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
-    """By rows, or by columns where the head is trained and the rows do not fit one chunk."""
-    if not _head.by_columns(head, needed, 1, _head.gradient_dtype(head, "cuda")):
+    if _head.form(head, needed, arrays=1, backend="cuda") != "columns":
         return chunked_backward("cuda", grad, head, target, log_escape, exclude, temperature, needed)
     pull = -grad.double() / temperature
     counted = _rows.drop_excluded(target, exclude) >= 0
