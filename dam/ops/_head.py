@@ -128,9 +128,9 @@ def _dtypes(head: Projection, arrays: int, gradient: torch.dtype | None, backend
     return [*dtypes, gradient]
 
 
-def _steps(length: int, bytes_per_step: int) -> list[slice]:
+def _steps(length: int, bytes_per_step: int, device: torch.device) -> list[slice]:
     """Parts whose arrays fit the workspace on a GPU: of equal size but the last, and whole blocks of a matmul."""
-    step = max(1, min(length, _rows.workspace_bytes() // max(1, bytes_per_step)))
+    step = max(1, min(length, _rows.workspace_bytes(device) // max(1, bytes_per_step)))
     if step < length:
         step -= step % next((block for block in (1024, 64) if step >= block), 1)
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
@@ -139,7 +139,9 @@ def _steps(length: int, bytes_per_step: int) -> list[slice]:
 def _row_parts(head: Projection, dtypes: list[torch.dtype], backend: str) -> list[slice]:
     """Chunks of rows whose arrays of these dtypes fit the workspace."""
     rows, bytes_per_row = head.hidden.shape[0], head.weight.shape[0] * sum(dtype.itemsize for dtype in dtypes)
-    return _steps(rows, bytes_per_row) if backend in _ON_GPU else list(_rows.chunks(rows, bytes_per_row))
+    if backend in _ON_GPU:
+        return _steps(rows, bytes_per_row, head.weight.device)
+    return list(_rows.chunks(rows, bytes_per_row))
 
 
 def chunks(
@@ -194,7 +196,7 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
     if len(parts) <= 1:
         return "rows"
     if dtype == weight.dtype != _rows.accumulator(weight.dtype):  # else nothing is added in another dtype, or converted
-        limit = max(_rows.workspace_bytes(), 4 * weight.numel())
+        limit = max(_rows.workspace_bytes(weight.device), 4 * weight.numel())
         if head.hidden.shape[0] * weight.shape[0] * dtype.itemsize <= limit:
             return "whole"
     return "columns" if backend == "cuda" and parts[0].stop < _MANY_ROWS else "rows"
@@ -214,7 +216,7 @@ def column_chunks(
     dtypes = _dtypes(head, arrays, gradient, "cuda")
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
     memory: list[Tensor] = []
-    for part in _steps(columns, rows * sum(dtype.itemsize for dtype in dtypes)):
+    for part in _steps(columns, rows * sum(dtype.itemsize for dtype in dtypes), head.weight.device):
         size = part.stop - part.start
         memory = memory or [head.weight.new_empty(rows * size, dtype=dtype) for dtype in dtypes]
         found = [array[: rows * size].view(rows, size) for array in memory]

@@ -44,8 +44,9 @@ def linear_log_prob(
 
     Returns:
         float32 like target (float64 for float64 hidden). The backward pass recomputes the logits. Extra memory
-        of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (256
-        unless set); where a 16-bit head is trained by as much again as `linear_matching_loss` says.
+        of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (unless
+        set 256, on a GPU 1.25% of its memory if that is more); where a 16-bit head is trained by as much again as
+        `linear_matching_loss` says.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -101,7 +102,7 @@ def chunked_backward(
 
 def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.launcher("linear_log_prob")(
-        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
+        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes(head.hidden.device)
     )
 
 

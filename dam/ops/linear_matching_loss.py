@@ -62,10 +62,11 @@ def linear_matching_loss(
 
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
-        gradients is bounded by the environment variable DAM_WORKSPACE_MB (256 unless set). Where a 16-bit head is
-        trained and its rows do not fit that, as much again as the larger of DAM_WORKSPACE_MB and 4 V D bytes: for the
-        gradient of all logits, 2 T V bytes in bfloat16 if that is no more, or the head's in float32; a GPU
-        takes the head in blocks instead of the latter, at the cost of a matmul. DAM_LINEAR_FORM chooses another way.
+        gradients is bounded by the environment variable DAM_WORKSPACE_MB (unless set 256, on a GPU 1.25% of its
+        memory if that is more). Where a 16-bit head is trained and its rows do not fit that, as much again as the
+        larger of DAM_WORKSPACE_MB and 4 V D bytes: for the gradient of all logits, 2 T V bytes in bfloat16, if that
+        is no more, or for the head's in float32; a GPU may take the head in blocks instead of the latter, at the
+        cost of a matmul. DAM_LINEAR_FORM chooses another way.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -214,7 +215,7 @@ def _triton(
         exclude,
         normalized,
         temperature,
-        workspace=_rows.workspace_bytes(),
+        workspace=_rows.workspace_bytes(head.hidden.device),
     )
     gradients = _linear.fused_gradients("linear_matching_loss", head, base, rows, temperature, needed)
     return loss if per_row else _row_op.total(loss, "triton"), *gradients

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close, assert_near, integers, normal, peak_bytes, product_slack, rounding, slow
 
 import dam
+from dam.kernels import forms
 from dam.ops import _head
 from dam.ops import linear_matching_loss as module
 
@@ -303,19 +304,28 @@ def test_which_form_the_gradient_of_a_trained_head_takes(monkeypatch):
         assert chosen(8192) == chosen(8192, trained=False) == form
 
 
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        ("both", "must be one of auto, fused, chunked, rows, whole, columns; got 'both'"),
-        ("columns", "=columns is no form of backend 'torch', which has chunked, rows, whole"),
-        ("fused", "=fused is no form of backend 'torch'"),
-    ],
-)
-def test_wrong_form(monkeypatch, form, message):
-    monkeypatch.setenv("DAM_LINEAR_FORM", form)
+def test_a_form_that_a_backend_lacks_leaves_the_choice_to_it(monkeypatch):
+    def asked(backend, form):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        return forms.asked(backend)
+
+    for backend in IMPLEMENTATIONS:
+        assert [asked(backend, form) for form in ("", "auto", "rows")] == [None, None, "rows"]
+        assert asked(backend, "fused") == ("fused" if backend == "triton" else None)
+        assert asked(backend, "columns") == ("columns" if backend == "cuda" else None)
+
+
+def test_wrong_form(backend, monkeypatch):
+    monkeypatch.setenv("DAM_LINEAR_FORM", "both")
     leaves, target, weight = inputs()
-    with dam.backend("torch"), pytest.raises(ValueError, match=f"DAM_LINEAR_FORM.*{message}"):
-        dam.linear_matching_loss(*leaves[:2], target, weight)
+    message = "DAM_LINEAR_FORM must be one of auto, fused, chunked, rows, whole, columns; got 'both'"
+    for call in (
+        lambda: dam.linear_matching_loss(*leaves[:2], target, weight),
+        lambda: dam.linear_log_prob(*leaves[:2], target),
+        lambda: dam.linear_jump(*leaves[:2]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
