@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 emulated = pytest.mark.skipif(not cuda.EMULATED, reason="a chip is what it is")
 on_gpu = pytest.mark.skipif(cuda.EMULATED, reason="needs a GPU")
 
-# Chips of the emulator: a row to a block, to clusters of 2 to 8, to blocks of two launches; many rows to a warp each.
+# Chips of the emulator: rows to a block each, or two, to clusters of 2 to 8, to blocks of two launches, to a warp each.
 CHIPS = [
     {"multiprocessors": 1, "clusters": True},
     {"multiprocessors": 5, "clusters": True},
@@ -34,6 +34,7 @@ CHIPS = [
     {"multiprocessors": 5, "clusters": False},
     {"multiprocessors": 108, "clusters": False},
     {"multiprocessors": 4, "clusters": True, "l2_bytes": 2**16},
+    {"multiprocessors": 1, "clusters": True, "l2_bytes": 2**16},  # with a base, the sums in a launch of their own
 ]
 
 
@@ -105,7 +106,9 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
     target[:, 1] = target[:, 0]
     of_loss = (target, grad, base, grad[:, 0], None, Excluded(), True, 0.7, True)
-    chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if cuda.EMULATED else [None]
+    chips = (
+        [{**chip, "order": order} for chip in (*CHIPS[:4], CHIPS[6]) for order in (0, 1)] if cuda.EMULATED else [None]
+    )
     for chip in chips:
         if chip is not None:
             cuda.kernels.pretend(**chip)
