@@ -45,8 +45,8 @@ def linear_log_prob(
     Returns:
         float32 like target (float64 for float64 hidden). The backward pass recomputes the logits. Extra memory
         of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (unless
-        set 256, on a GPU 1.25% of its memory if that is more); where a 16-bit head is trained by as much again as
-        `linear_matching_loss` says.
+        set 256, on a GPU 1.25% of its memory if that is more); where a 16-bit head is trained, with what
+        `linear_matching_loss` adds to it.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
