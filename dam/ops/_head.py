@@ -203,6 +203,14 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
     return "columns" if backend == "cuda" and parts[0].stop < _MANY_ROWS else "rows"
 
 
+def adds_chunks(head: Projection, needed: Needed, *, arrays: int, backend: str) -> bool:
+    """Whether the gradient of a trained head would be a sum over chunks of rows, one for each."""
+    if not needed[1] or form(head, needed, arrays=arrays, backend=backend) != "rows":
+        return False
+    dtypes = _dtypes(head, arrays, gradient_dtype(head, backend), backend)
+    return len(_row_parts(head, head.hidden.shape[0], dtypes, backend)) > 1
+
+
 def _held_rows(head: Projection, dtype: torch.dtype) -> int:
     """Rows of which "whole" holds the gradient of logits at a time, all or equal parts of them.
 

@@ -115,7 +115,7 @@ def _triton_backward(
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
-    if not _linear.fused("linear_log_prob", head, _linear.gradient_form(needed)):
+    if not _linear.fused("linear_log_prob", head, needed):
         return chunked_backward("triton", grad, head, target, log_escape, exclude, temperature, needed)
     rows = triton.launcher("linear_log_prob", "rows_of")(grad, target, log_escape, exclude, temperature)
     return _linear.fused_gradients("linear_log_prob", head, None, rows, temperature, needed)

@@ -200,7 +200,7 @@ def _triton(
     per_row: bool,
 ) -> tuple[Tensor, ...]:
     arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature)
-    if not _linear.fused("linear_matching_loss", head, _linear.gradient_form(needed) if any(needed) else "form"):
+    if not _linear.fused("linear_matching_loss", head, needed, 1 if base is None else 2):
         return chunked("triton", *arguments, needed, per_row)
     if row_scale is None:
         count = head.hidden.shape[0]

@@ -7,8 +7,9 @@ import torch
 from helpers import assert_close, assert_near, integers, normal, peak_bytes, product_slack, rounding, slow
 
 import dam
-from dam.kernels import forms
-from dam.ops import _head
+from dam.backends import choice
+from dam.kernels import configs, forms
+from dam.ops import _head, _linear
 from dam.ops import linear_matching_loss as module
 
 IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
@@ -307,6 +308,24 @@ def test_which_form_the_gradient_of_a_trained_head_takes(monkeypatch):
     for form in ("rows", "whole", "columns"):
         monkeypatch.setenv("DAM_LINEAR_FORM", form)
         assert chosen(8192) == chosen(8192, trained=False) == form
+
+
+@pytest.mark.skipif(choice.why_unavailable("triton") is not None, reason="Triton kernels cannot run here")
+def test_a_trained_head_is_fused_in_triton_only_where_chunks_would_be_added(monkeypatch):
+    monkeypatch.delenv("DAM_LINEAR_FORM", raising=False)
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "256")
+
+    def fused(rows, *, dtype=torch.bfloat16, trained=True):
+        hidden, weight = (torch.empty(n, 512, dtype=dtype, device="meta") for n in (rows, 126_464))
+        monkeypatch.setattr(configs, "device_name", lambda device: "a GPU")
+        return _linear.fused("linear_matching_loss", _head.Projection(hidden, weight), (True, trained, *[False] * 3))
+
+    assert not fused(100) and not fused(1024)  # one chunk; all held
+    assert not fused(8192)  # 1,024 rows held at a time
+    assert fused(8192, dtype=torch.float16) and not fused(8192, dtype=torch.float16, trained=False)
+    assert not fused(100, dtype=torch.float16)
+    monkeypatch.setenv("DAM_LINEAR_FORM", "fused")
+    assert fused(100)
 
 
 def test_a_form_that_a_backend_lacks_leaves_the_choice_to_it(monkeypatch):
