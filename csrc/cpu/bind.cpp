@@ -26,6 +26,12 @@ namespace dam {
 #define DAM_SET plain
 #include "isa.def"
 
+#if defined(DAM_HAVE_BFLOAT16)
+namespace avx512_bf16 {
+bool tiles_allowed();
+}
+#endif
+
 struct Set {
   const char* name;
   bool present;
@@ -69,6 +75,19 @@ static Set choose() {
 static const Set& chosen() {
   static const Set set = choose();
   return set;
+}
+
+// What this machine multiplies bfloat16 with, under the set in use, best first: names, and their numbers for `product`.
+static std::vector<std::pair<std::string, int>> instructions() {
+  std::vector<std::pair<std::string, int>> all;
+#if defined(DAM_HAVE_BFLOAT16)
+  if (chosen().name == std::string("avx512")) {
+    if (__builtin_cpu_supports("amx-bf16") && avx512_bf16::tiles_allowed()) all.emplace_back("amx", TILES);
+    if (__builtin_cpu_supports("avx512bf16")) all.emplace_back("avx512_bf16", PAIRS);
+  }
+#endif
+  all.emplace_back("float32", WIDENED);
+  return all;
 }
 
 namespace bind {
@@ -158,6 +177,9 @@ PYBIND11_MODULE(_cpu, module) {
       "Names of the instruction sets this machine can run, best first; DAM_CPU_ISA picks one.");
 
   dam::bind::add_ops(module);
+
+  module.def("instructions", &dam::instructions,
+             "Pairs of name and number: the instructions that `product` can multiply bfloat16 with here, best first.");
 
   module.def(
       "philox",

@@ -1,8 +1,9 @@
 """A language-model head applied to a chunk of rows at a time, and its gradients: what the linear_* ops share.
 
 The chunked form of a linear op is the library matmul over chunks of rows, followed by the row-wise op of the
-same backend; no [T, V] array ever exists. 16-bit operands are multiplied in float32, on a CPU a block of the
-vocabulary at a time, so that logits are not rounded to 16 bits and no float32 copy of the head is kept.
+same backend; no [T, V] array ever exists. Products of 16-bit operands are left in float32, so that logits are not
+rounded to 16 bits: on a CPU they are the C++ backend's own, or without it torch's, of blocks of the vocabulary that are
+converted, so that no float32 copy of the head is kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dam.backends import cpu
 from dam.kernels.projection import Projection
 from dam.ops import _checks, _rows, _softcap
 
@@ -189,7 +191,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return torch.mm(a, b, out=out)
     if a.dtype == b.dtype and a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    # Nothing in torch multiplies 16-bit numbers into float32 here.
+    # Nothing in torch multiplies 16-bit numbers into float32 on a CPU.
+    if _on_cpu(a, b.t(), out) and a.dtype == b.dtype:
+        return cpu.product(a, b.t(), out)
+    if _on_cpu(a, b, out) and _in_tiles(a, b):
+        return cpu.product_hidden(a, b, out)
     if b.stride(0) == 1:  # logits: a block of them at a time
         a = a.to(out.dtype)
         for part, block in _blocks(b.t()):
@@ -199,6 +205,17 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     for part, block in _blocks(b):
         out.addmm_(a[:, part].to(out.dtype), block)
     return out
+
+
+def _on_cpu(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether the C++ backend's products can take these arrays: in rows of one number after another."""
+    rows = all(x.stride(1) == 1 for x in (a, b, out))
+    return rows and a.device.type == "cpu" and out.dtype != torch.float64 and cpu.why_unavailable() is None
+
+
+def _in_tiles(gradient: Tensor, factor: Tensor) -> bool:
+    """Whether tiles multiply a gradient of logits with a factor of these."""
+    return gradient.dtype == torch.float32 and factor.dtype == torch.bfloat16 and cpu.has_tiles()
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -343,6 +360,9 @@ def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
         torch.mm(a, b, out=gradient)
         return
     if not whole and _add_product(a, b, gradient):
+        return
+    if _on_cpu(a.t(), b, gradient) and _in_tiles(a, b):
+        cpu.product_weight(a.t(), b, gradient)
         return
     step = max(1, 16 * _BLOCK_BYTES // (4 * max(1, *b.shape)))
     for at in range(0, gradient.shape[0], step):
