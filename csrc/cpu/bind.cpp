@@ -106,14 +106,14 @@ static void take(PyObject* x, Shape& member) {
   member = {item(0), item(1), static_cast<int>(item(2)), static_cast<int>(item(3))};
 }
 
-// An output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every array; in pages of 4 KB
-// the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are asked for. Only
-// where threads fill it one stretch each: those of a matmul would wait for each other's pages.
+// An output that is about to be filled. glibc's malloc maps memory anew for an array of 32 MB and more, and for smaller
+// ones after it gave some back; in pages of 4 KB the faults of the first touch then take several times as long as the
+// kernel, so pages of 2 MB are asked for.
 static void advise(const void* array, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = uintptr_t{1} << 21;
   const uintptr_t address = reinterpret_cast<uintptr_t>(array);
-  if (array && bytes >= LARGE) {
+  if (array && bytes >= 2 * static_cast<int64_t>(PAGE)) {
     const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
     madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
   }

@@ -353,7 +353,9 @@ void multiply_weight(const ProductWeightArgs& a) {
     interleave(a.hidden, k * ALONG, a.shape.rows, a.depth, steps * 2 * TILE_FLOATS, others + k * 2 * TILE_FLOATS);
   });
   uint32_t* const memory = others + blocks * steps * 2 * TILE_FLOATS;
-  parallel_for((a.shape.columns + PASSING - 1) / PASSING, a.shape.threads, 4, [&](int64_t pass, int worker) {
+  // A thread takes as much of the result as a page of 2 MB at a time, so that threads do not wait for each other's.
+  const int64_t together = 1 + (int64_t{2} << 20) / (PASSING * a.depth * 2);
+  parallel_for((a.shape.columns + PASSING - 1) / PASSING, a.shape.threads, together, [&](int64_t pass, int worker) {
     uint32_t* const parts = memory + worker * steps * 4 * TILE_FLOATS;
     const int64_t v = pass * PASSING, rows = smaller(PASSING, a.shape.columns - v);
     turn_parts(a, v, steps, parts);
