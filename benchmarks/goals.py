@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks.options import SIZES
 from dam.kernels import configs
 from dam.ops import _rows
@@ -157,7 +159,7 @@ def reached(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[G
             label = f"linear_matching_loss, {head} head{based}"
             goals.append(ratios(label, matmuls, of(label, MANY), of_floor, 1.08))
             if head == "frozen":
-                workspace = _rows.workspace_bytes() / 2**20
+                workspace = _rows.workspace_bytes(torch.device("cuda") if torch.cuda.is_available() else None) / 2**20
                 goals.append(
                     _judged(
                         label, f"<= {workspace:.0f} MB besides the gradients (DAM_WORKSPACE_MB)",

@@ -9,7 +9,6 @@ of single logits; `gradient_kernel` makes the logits again and stores their grad
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dam.kernels import configs, core
+from dam.kernels import configs, core, forms
 from dam.kernels import softcap as soft
 from dam.kernels.core import HALF, INF, NOWHERE, TILE
 from dam.kernels.excluded import Excluded
@@ -412,17 +411,11 @@ class Blocks(NamedTuple):
 
 
 def form_of(op: str, hidden: Tensor, columns: int, *, key: str = "form") -> str:
-    """How an op that contains the matmul runs: DAM_LINEAR_FORM if that is set, else what the table says.
-
-    Raises:
-        ValueError: DAM_LINEAR_FORM is neither "fused" nor "chunked".
-    """
-    asked = os.environ.get("DAM_LINEAR_FORM") or None
+    """How an op that contains the matmul runs, fused or chunked: as DAM_LINEAR_FORM says, else the table."""
+    asked = forms.asked("triton")
     if asked is None:
         return configs.lookup(op, hidden.device, hidden.element_size(), hidden.shape[0], columns)[key]
-    if asked not in ("fused", "chunked"):
-        raise ValueError(f"DAM_LINEAR_FORM must be fused or chunked; got {asked!r}")
-    return asked
+    return "fused" if asked == "fused" else "chunked"
 
 
 def blocks_of(op: str, hidden: Tensor, rows: int, columns: int) -> Blocks:

@@ -49,7 +49,7 @@ WITHIN = {
         "*": 3,
     },
     "kernels": {
-        **dict.fromkeys(("configs", "excluded", "launch", "projection"), 0),
+        **dict.fromkeys(("configs", "excluded", "forms", "launch", "projection"), 0),
         "core": 1,
         "softcap": 2,
         "linear_*": 4,

@@ -29,8 +29,9 @@ struct RowPlan {
   int split_tiles;  // tiles of each of them
   bool clustered;   // they are a cluster and do all in one launch; else the row's summaries are a launch of their own
   int64_t blocks;
+  bool apart = false;  // they are a launch of their own in any case
 
-  bool one_launch() const { return splits == 1 || clustered; }
+  bool one_launch() const { return !apart && (splits == 1 || clustered); }
 };
 
 // Largest power of two that is at most x; 1 for less.
@@ -41,9 +42,9 @@ constexpr int64_t power_of_two_below(int64_t x) {
 }
 
 // Rows of `row_bytes` bytes, all arrays counted, are read; `reread` says that they are read a second time, which should
-// be from the L2 cache.
+// be from the L2 cache; `long_ends` that much is done after the last tile of a row, when other rows should be read.
 inline RowPlan plan_rows(int64_t rows, int64_t columns, int64_t row_bytes, bool reread, int blocks_per_multiprocessor,
-                         const Chip& chip) {
+                         const Chip& chip, bool long_ends = false) {
   const int tiles = static_cast<int>(divided_up(columns, COLUMNS_PER_TILE));
   RowPlan plan{rows, tiles, WARPS_PER_BLOCK, 1, tiles, false, rows};
   // A warp for a row, where there are enough of them and none is long.
@@ -64,6 +65,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int64_t row_bytes, bool 
       const int64_t for_cache = divided_up(resident, at_once > 0 ? at_once : 1);
       if (for_cache > 1 && for_cache > splits && rows > at_once) splits = 2 * power_of_two_below(for_cache - 1);
     }
+    // Blocks that begin together end together, a few times: of two that share a row one goes on to another meanwhile.
+    if (long_ends && rows > resident && rows < 4 * resident) splits = splits > 2 ? splits : 2;
     splits = splits < most ? splits : most;
     plan.splits = static_cast<int>(power_of_two_below(splits < MOST_CLUSTERED ? splits : MOST_CLUSTERED));
     plan.clustered = plan.splits > 1;
@@ -75,6 +78,18 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int64_t row_bytes, bool 
   if (!plan.clustered) plan.splits = static_cast<int>(divided_up(tiles, plan.split_tiles));  // none without a tile
   plan.blocks = rows * plan.splits;
   return plan;
+}
+
+// For rows that are read twice with much to wait for in between. Where there are as many as blocks at once, what would
+// take clusters is two launches, each of which reads everything from memory at its full rate: on an H100 a cluster's
+// second read came from there too, and its blocks waited for each other (benchmarks/notes.md).
+inline RowPlan plan_two_passes(int64_t rows, int64_t columns, int64_t row_bytes, int blocks_per_multiprocessor,
+                               const Chip& chip) {
+  const RowPlan plan = plan_rows(rows, columns, row_bytes, true, blocks_per_multiprocessor, chip);
+  if (!plan.clustered || rows < int64_t{chip.multiprocessors} * blocks_per_multiprocessor) return plan;
+  RowPlan passes = plan_rows(rows, columns, row_bytes, false, blocks_per_multiprocessor, chip);
+  passes.apart = true;
+  return passes;
 }
 
 // Bytes of shared memory that a block of teams needs for their reductions.

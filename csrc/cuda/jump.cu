@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, WARPS == 1 ? BLOCKS_OF_SHOR
 void jump(const JumpArgs& a, Queue queue) {
   const OnDevice guard(queue.device);
   const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, a.shape.columns * element_bytes(a.shape.dtype), false,
-                                 BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device));
+                                 BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device), true);
   with_types(a.shape, plan, a.scale, [&](auto element, auto warps, auto scale) {
     const auto kernel = jump_kernel<decltype(element), decltype(scale), decltype(warps)::value>;
     if (a.samples <= SAMPLES_IN_ONE_LAUNCH) return launch_rows(kernel, plan, queue, a, scale);

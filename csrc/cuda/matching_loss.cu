@@ -1,4 +1,5 @@
-// matching_loss: the loss of each row in one read, and its gradient in a second. Contract: dam/ops/matching_loss.py.
+// matching_loss: the loss of each row in one read, and its gradient in a second, of many rows with a base in a launch of
+// its own. Contract: dam/ops/matching_loss.py.
 #include "rows.h"
 
 namespace dam {
@@ -204,8 +205,12 @@ void matching_loss(const MatchingLossArgs& asked, Queue queue) {
   MatchingLossArgs a = asked;
   const bool has_base = a.base.data != nullptr;
   const int64_t row_bytes = a.shape.columns * element_bytes(a.shape.dtype) * (has_base ? 2 : 1);
-  const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, row_bytes, a.gradient.data != nullptr,
-                                 has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device));
+  const Chip chip = chip_of(queue.device);
+  const RowPlan plan =
+      has_base && a.gradient.data
+          ? plan_two_passes(a.shape.rows, a.shape.columns, row_bytes, BLOCKS_WITH_BASE, chip)
+          : plan_rows(a.shape.rows, a.shape.columns, row_bytes, a.gradient.data != nullptr,
+                      has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR, chip);
   const int64_t part_bytes = plan.split_tiles * COLUMNS_PER_TILE * element_bytes(a.shape.dtype) * (has_base ? 2 : 1);
   const int64_t block_bytes =
       SHARED_BYTES / (has_base ? BLOCKS_WITH_BASE : BLOCKS_PER_MULTIPROCESSOR) - RESERVED_BYTES - TEAM_BYTES;

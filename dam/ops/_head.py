@@ -1,9 +1,9 @@
 """A language-model head applied to a chunk of rows at a time, and its gradients: what the linear_* ops share.
 
 The chunked form of a linear op is the library matmul over chunks of rows, followed by the row-wise op of the
-same backend; no [T, V] array ever exists. Products of 16-bit operands are left in float32, so that logits are not
-rounded to 16 bits: on a CPU they are the C++ backend's own, or without it torch's, of blocks of the vocabulary that are
-converted, so that no float32 copy of the head is kept.
+same backend; no [T, V] array of logits ever exists, and one of their gradient only where `form` says so. Products of
+16-bit operands are left in float32, so that logits are not rounded to 16 bits: on a CPU they are the C++ backend's own,
+or without it torch's, of blocks of the vocabulary that are converted, so that no float32 copy of the head is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dam.backends import cpu
+from dam.kernels import forms
 from dam.kernels.projection import Projection
 from dam.ops import _checks, _rows, _softcap
 
@@ -119,66 +120,105 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, buffer[: part.stop - start].copy_(weight[part])
 
 
-def _dtypes(weight: Tensor, arrays: int, gradient: torch.dtype | None, apart: bool) -> list[torch.dtype]:
+def _dtypes(head: Projection, arrays: int, gradient: torch.dtype | None, backend: str) -> list[torch.dtype]:
     """Of arrays of logits, and of their gradient if that does not take the place of the first."""
-    dtypes = [_rows.accumulator(weight.dtype)] * arrays
+    dtypes = [_rows.accumulator(head.weight.dtype)] * arrays
+    apart = head.softcap is not None and backend in _ON_GPU
     if gradient is None or (gradient == dtypes[0] and not apart):
         return dtypes
     return [*dtypes, gradient]
 
 
-def _steps(length: int, bytes_per_step: int) -> list[slice]:
+def _steps(length: int, bytes_per_step: int, device: torch.device) -> list[slice]:
     """Parts whose arrays fit the workspace on a GPU: of equal size but the last, and whole blocks of a matmul."""
-    step = max(1, min(length, _rows.workspace_bytes() // max(1, bytes_per_step)))
+    step = max(1, min(length, _rows.workspace_bytes(device) // max(1, bytes_per_step)))
     if step < length:
         step -= step % next((block for block in (1024, 64) if step >= block), 1)
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
+def _row_parts(head: Projection, dtypes: list[torch.dtype], backend: str) -> list[slice]:
+    """Chunks of rows whose arrays of these dtypes fit the workspace."""
+    rows, bytes_per_row = head.hidden.shape[0], head.weight.shape[0] * sum(dtype.itemsize for dtype in dtypes)
+    if backend in _ON_GPU:
+        return _steps(rows, bytes_per_row, head.weight.device)
+    return list(_rows.chunks(rows, bytes_per_row))
+
+
 def chunks(
-    head: Projection, *, arrays: int, backend: str, gradient: torch.dtype | None = None
+    head: Projection,
+    *,
+    arrays: int,
+    backend: str,
+    gradient: torch.dtype | None = None,
+    held: Tensor | None = None,  # [T, V]
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Chunks of rows, with `arrays` arrays [chunk, V] in the accumulator's dtype that serve one chunk after another.
 
     One more array follows for the gradient of the logits, if that has another dtype, or on a GPU goes on through a soft
-    cap and so needs the logits beside it; see `blocks`.
+    cap and so needs the logits beside it; see `blocks`. If `held`, the array of all that gradient, is given, then what
+    the gradient goes into, the last array or the first, is the chunk's rows of it.
     """
+    forms.asked(backend)  # an error at the first call, also of what has one form only
     weight = head.weight
-    rows, columns = head.hidden.shape[0], weight.shape[0]
-    dtypes = _dtypes(weight, arrays, gradient, head.softcap is not None and backend in _ON_GPU)
-    bytes_per_row = columns * sum(dtype.itemsize for dtype in dtypes)
-    if backend in _ON_GPU:
-        parts = iter(_steps(rows, bytes_per_row))
-    else:
-        parts = _rows.chunks(rows, bytes_per_row)
+    dtypes = _dtypes(head, arrays, gradient, backend)
+    at = len(dtypes) - 1 if len(dtypes) > arrays else 0  # of the gradient's array
+    own = dtypes if held is None else dtypes[:at] + dtypes[at + 1 :]
     memory: list[Tensor] = []
-    for part in parts:
+    for part in _row_parts(head, own, backend):
         size = part.stop - part.start
         if not memory:  # the first chunk is the largest
-            memory = [weight.new_empty(size, columns, dtype=dtype) for dtype in dtypes]
-        yield part, [array[:size] for array in memory]
+            memory = [weight.new_empty(size, weight.shape[0], dtype=dtype) for dtype in own]
+        found = [array[:size] for array in memory]
+        if held is not None:
+            found.insert(at, held[part])
+        yield part, found
 
 
-def by_columns(head: Projection, needed: Needed, arrays: int, gradient: torch.dtype) -> bool:
-    """Whether the gradient of a trained head should be made by columns of the logits on a GPU, not by rows.
+def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
+    """How the gradients of a head's tensors are made of that of the logits: as DAM_LINEAR_FORM says, else the fastest.
 
-    By rows, every chunk but a single one adds to a float32 gradient as large as the head; by columns each row of the
-    head gets its gradient in one product, but logits whose sums must be known first are computed twice.
+    "rows": of each chunk of rows as it comes; every chunk but a single one adds to a float32 gradient as large as the
+    head. "whole": chunks of rows write the gradient of all logits, [T, V] in `gradient_dtype`, and each tensor gets its
+    own in one product. "columns": so do chunks of columns, one for each, but logits whose sums must be known first are
+    computed twice; in CUDA only.
+
+    What "whole" holds is bounded by the workspace, or by the float32 gradient of the head that "rows" would take.
     """
-    columns = head.weight.shape[0]
-    dtypes = _dtypes(head.weight, arrays, gradient, head.softcap is not None)
-    rows = _steps(head.hidden.shape[0], columns * sum(dtype.itemsize for dtype in dtypes))
-    return needed[1] and len(rows) > 1 and rows[0].stop < _MANY_ROWS
+    asked = forms.asked(backend)
+    if not any(needed):
+        return "rows"
+    if asked in forms.OF_GRADIENTS:
+        return asked
+    if not needed[1]:
+        return "rows"
+    dtype, weight = gradient_dtype(head, backend), head.weight
+    parts = _row_parts(head, _dtypes(head, arrays, dtype, backend), backend)
+    if len(parts) <= 1:
+        return "rows"
+    # Else nothing is added in another dtype, or all that is held is converted before it is multiplied.
+    if weight.dtype != _rows.accumulator(weight.dtype) and (dtype == weight.dtype or backend == "cpu"):
+        limit = max(_rows.workspace_bytes(weight.device), 4 * weight.numel())
+        if head.hidden.shape[0] * weight.shape[0] * dtype.itemsize <= limit:
+            return "whole"
+    return "columns" if backend == "cuda" and parts[0].stop < _MANY_ROWS else "rows"
+
+
+def held_for(head: Projection, needed: Needed, *, arrays: int, backend: str) -> Tensor | None:
+    """Memory for the gradient of all logits, where the form holds it."""
+    if form(head, needed, arrays=arrays, backend=backend) != "whole":
+        return None
+    return head.weight.new_empty(head.hidden.shape[0], head.weight.shape[0], dtype=gradient_dtype(head, backend))
 
 
 def column_chunks(
     head: Projection, *, arrays: int, gradient: torch.dtype
 ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """Chunks of columns, with arrays [T, chunk] like those of `chunks`, the gradient's last; it may be the first."""
-    dtypes = _dtypes(head.weight, arrays, gradient, head.softcap is not None)
+    dtypes = _dtypes(head, arrays, gradient, "cuda")
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
     memory: list[Tensor] = []
-    for part in _steps(columns, rows * sum(dtype.itemsize for dtype in dtypes)):
+    for part in _steps(columns, rows * sum(dtype.itemsize for dtype in dtypes), head.weight.device):
         size = part.stop - part.start
         memory = memory or [head.weight.new_empty(rows * size, dtype=dtype) for dtype in dtypes]
         found = [array[: rows * size].view(rows, size) for array in memory]
@@ -297,10 +337,13 @@ Needed = tuple[bool, bool, bool, bool, bool]  # whether each tensor of a `Projec
 
 
 class Gradients:
-    """Gradients of a head's tensors, accumulated over chunks of the logits; empty where not needed."""
+    """Gradients of a head's tensors, accumulated over chunks of the logits; empty where not needed.
 
-    def __init__(self, head: Projection, needed: Needed):
-        self._head, self._needed = head, needed
+    Of all logits at once where their gradient is `held`, [T, V], which chunks of rows have filled by the end.
+    """
+
+    def __init__(self, head: Projection, needed: Needed, held: Tensor | None = None):
+        self._head, self._needed, self.held = head, needed, held
         self._gradients: list[Tensor | None] = [None] * 5
 
     def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
@@ -316,17 +359,17 @@ class Gradients:
             if factor is not None and (gradient := self._of(i, whole_rows)) is not None:
                 if not whole_rows and _add_product(grad_logits, factor[columns], gradient[rows]):
                     continue
-                shape = (grad_logits.shape[0], factor.shape[1])
-                total = _multiply(grad_logits, factor[columns], self._accumulators(shape))
-                _put(gradient[rows], total, whole_rows)
+                _put_rows(gradient[rows], grad_logits, factor[columns], whole_rows)
         for i, factor in ((1, head.hidden), (4, head.low_hidden)):
             if factor is not None and (gradient := self._of(i, whole_columns)) is not None:
                 _put_product(gradient[columns], grad_logits.t(), factor[rows], whole_columns)
         if (gradient := self._of(2, whole_columns)) is not None:
-            _put(gradient[columns], grad_logits.sum(dim=0, dtype=_rows.accumulator(gradient.dtype)), whole_columns)
+            _put(gradient[columns], _column_sums(grad_logits, _rows.accumulator(gradient.dtype)), whole_columns)
 
-    def _accumulators(self, shape: tuple[int, int]) -> Tensor:
-        return self._head.hidden.new_empty(shape, dtype=_rows.accumulator(self._head.hidden.dtype))
+    def add_rows(self, rows: slice, grad_logits: Tensor) -> None:
+        """The same for all columns of a chunk of rows; nothing yet, where it is a part of what is held."""
+        if self.held is None:
+            self.add(rows, slice(0, self._head.weight.shape[0]), grad_logits)
 
     def _of(self, i: int, whole: bool) -> Tensor | None:
         """Gradient of tensor i of the head, made when it is first asked for: zeros to add to, unless it comes whole."""
@@ -340,6 +383,9 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients in the dtype of the inputs."""
+        if self.held is not None:
+            rows, columns = (slice(0, size) for size in self.held.shape)
+            self.add(rows, columns, self.held)
         gradients = (self._of(i, False) for i in range(5))
         dtype = self._head.hidden.dtype
         # Outputs of an operator must not alias each other, so an empty tensor each.
@@ -347,11 +393,29 @@ class Gradients:
         return a, b, c, d, e
 
 
+def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over rows in `dtype`: a part at a time where torch makes a copy in it, as on a CPU."""
+    if x.dtype == dtype or x.is_cuda:
+        return x.sum(dim=0, dtype=dtype)
+    step = max(1, 16 * _BLOCK_BYTES // (dtype.itemsize * max(1, x.shape[0])))
+    return torch.cat([part.sum(dim=0, dtype=dtype) for part in x.split(step, dim=1)])
+
+
 def _put(gradient: Tensor, total: Tensor, whole: bool) -> None:
     if whole:
         gradient.copy_(total)
     else:
         gradient += total
+
+
+def _put_rows(gradient: Tensor, grad_logits: Tensor, factor: Tensor, whole: bool) -> None:
+    """grad_logits @ factor put into rows of a gradient, from the accumulator's dtype, by parts of many rows."""
+    size = factor.shape[1]
+    step = max(1, 16 * _BLOCK_BYTES // (4 * max(1, size)))
+    for at in range(0, gradient.shape[0], step):
+        part = slice(at, min(at + step, gradient.shape[0]))
+        total = factor.new_empty((part.stop - at, size), dtype=_rows.accumulator(factor.dtype))
+        _put(gradient[part], _multiply(grad_logits[part], factor, total), whole)
 
 
 def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:

@@ -91,7 +91,7 @@ def fused_gradients(
         dtype = _head.gradient_dtype(head, "triton")
         # By columns where the head is trained, so that each of its rows gets its gradient in one product.
         along, across = (columns, rows) if needed[1] else (rows, columns)
-        step = max(1, min(along, _rows.workspace_bytes() // (across * dtype.itemsize)))
+        step = max(1, min(along, _rows.workspace_bytes(head.hidden.device) // (across * dtype.itemsize)))
         step -= step % 128 if step > 128 else 0  # whole blocks of a matmul
         memory = head.hidden.new_empty(step * across, dtype=dtype)
         gradient, scale = triton.launcher("head", "gradient"), triton.launcher("core", "scale_of")(temperature)

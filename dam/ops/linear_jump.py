@@ -46,7 +46,8 @@ def linear_jump(
 
     Returns:
         Jump(target, log_prob, log_escape) as `jump` does. Not differentiable: see `linear_log_prob`.
-        Extra memory is bounded by the environment variable DAM_WORKSPACE_MB (256 unless set).
+        Extra memory is bounded by the environment variable DAM_WORKSPACE_MB (unless set 256, on a GPU 1.25% of its
+        memory if that is more).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range, or (with check)
@@ -98,7 +99,7 @@ def _chunked(
 
 def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
     return triton.launcher("linear_jump")(
-        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
+        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes(head.hidden.device)
     )
 
 

@@ -44,8 +44,9 @@ def linear_log_prob(
 
     Returns:
         float32 like target (float64 for float64 hidden). The backward pass recomputes the logits. Extra memory
-        of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (256
-        unless set); a 16-bit head that is trained accumulates its gradient in float32.
+        of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (unless
+        set 256, on a GPU 1.25% of its memory if that is more); where a 16-bit head is trained by as much again as
+        `linear_matching_loss` says.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -88,21 +89,20 @@ def chunked_backward(
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
     """Gradients of a head's tensors: the logits again, and their gradient in their place or beside them."""
-    gradients = _head.Gradients(head, needed)
+    gradients = _head.Gradients(head, needed, _head.held_for(head, needed, arrays=1, backend=backend))
     dtype = _head.gradient_dtype(head, backend)
-    columns = slice(0, head.weight.shape[0])
-    for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype):
+    for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype, held=gradients.held):
         for rows, logits, into in _head.blocks(head, part, memory[0], memory[-1]):
             _row_op._BACKWARD[backend](
                 grad[rows], logits, target[rows], log_escape[rows], exclude.part(rows), temperature, into
             )
-        gradients.add(part, columns, memory[-1])
+        gradients.add_rows(part, memory[-1])
     return gradients.finish()
 
 
 def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.launcher("linear_log_prob")(
-        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
+        head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes(head.hidden.device)
     )
 
 
@@ -130,8 +130,7 @@ def _cuda_backward(
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
-    """By rows, or by columns where the head is trained and the rows do not fit one chunk."""
-    if not _head.by_columns(head, needed, 1, _head.gradient_dtype(head, "cuda")):
+    if _head.form(head, needed, arrays=1, backend="cuda") != "columns":
         return chunked_backward("cuda", grad, head, target, log_escape, exclude, temperature, needed)
     pull = -grad.double() / temperature
     counted = _rows.drop_excluded(target, exclude) >= 0

@@ -62,9 +62,11 @@ def linear_matching_loss(
 
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
-        gradients is bounded by the environment variable DAM_WORKSPACE_MB (256 unless set); a 16-bit head that is
-        trained accumulates its gradient in float32, unless a GPU takes it in blocks of the head, which costs a
-        matmul more instead.
+        gradients is bounded by the environment variable DAM_WORKSPACE_MB (unless set 256, on a GPU 1.25% of its
+        memory if that is more). Where a 16-bit head is trained and its rows do not fit that, as much again as the
+        larger of DAM_WORKSPACE_MB and 4 V D bytes: for the gradient of all logits, 2 T V bytes in bfloat16, if that
+        is no more, or for the head's in float32; a GPU may take the head in blocks instead of the latter, at the
+        cost of a matmul. DAM_LINEAR_FORM chooses another way.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -147,14 +149,13 @@ def chunked(
     The loss is a sum over rows, or with `per_row` that of each, float64 [T].
     """
     rows = head.hidden.shape[0]
-    gradients = _head.Gradients(head, needed)
-    columns = slice(0, head.weight.shape[0])
+    dtype = _head.gradient_dtype(head, backend) if any(needed) else None
+    arrays = 1 if base is None else 2
+    gradients = _head.Gradients(head, needed, _head.held_for(head, needed, arrays=arrays, backend=backend))
     if row_scale is None:
         row_scale = head.hidden.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
     losses = head.hidden.new_zeros((rows,) if per_row else (), dtype=torch.float64)
-    dtype = _head.gradient_dtype(head, backend) if any(needed) else None
-    arrays = 1 if base is None else 2
-    for part, memory in _head.chunks(head, arrays=arrays, backend=backend, gradient=dtype):
+    for part, memory in _head.chunks(head, arrays=arrays, backend=backend, gradient=dtype, held=gradients.held):
         base_logits = None if base is None else _head.logits(base.part(part), memory[1])
         gradient = (memory[arrays] if len(memory) > arrays else memory[0]) if any(needed) else None
         row_losses = []
@@ -181,7 +182,7 @@ def chunked(
         else:
             losses += _row_op.total(loss, backend).to(_rows.accumulator(head.hidden.dtype))
         if gradient is not None:
-            gradients.add(part, columns, gradient)
+            gradients.add_rows(part, gradient)
     return losses, *gradients.finish()
 
 
@@ -214,7 +215,7 @@ def _triton(
         exclude,
         normalized,
         temperature,
-        workspace=_rows.workspace_bytes(),
+        workspace=_rows.workspace_bytes(head.hidden.device),
     )
     gradients = _linear.fused_gradients("linear_matching_loss", head, base, rows, temperature, needed)
     return loss if per_row else _row_op.total(loss, "triton"), *gradients
@@ -233,9 +234,9 @@ def _cuda(
     needed: _head.Needed,
     per_row: bool,
 ) -> tuple[Tensor, ...]:
-    """By rows; the gradient of a trained head in a second pass by columns, where the rows do not fit one chunk."""
+    """By rows; by columns the gradient is made in a second pass."""
     arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature)
-    if not _head.by_columns(head, needed, 1 if base is None else 2, _head.gradient_dtype(head, "cuda")):
+    if _head.form(head, needed, arrays=1 if base is None else 2, backend="cuda") != "columns":
         return chunked("cuda", *arguments, needed, per_row)
     rows = head.hidden.shape[0]
     shares = head.hidden.new_empty((rows, cuda.kernels.SHARES), dtype=torch.float32)

@@ -58,6 +58,32 @@ static void test_enough_rows_are_not_split(int64_t rows, int64_t columns, const 
   if (rows >= int64_t{chip.multiprocessors} * 4) EXPECT(plan.splits == 1);
 }
 
+// Rows of one to four waves of blocks, for a cluster of two each where they have tiles enough; others as without.
+static void test_long_ends_are_shared_by_two(int64_t rows, int64_t columns, const Chip& chip, bool reread) {
+  const RowPlan plan = plan_rows(rows, columns, columns * 2, false, 4, chip, true);
+  const RowPlan without = plan_rows(rows, columns, columns * 2, false, 4, chip);
+  const int64_t resident = int64_t{chip.multiprocessors} * 4;
+  if (chip.clusters && rows > resident && rows < 4 * resident && plan.tiles > WARPS_PER_BLOCK) {
+    EXPECT(plan.splits == 2 && plan.clustered && plan.one_launch());
+    EXPECT(2 * plan.split_tiles - plan.tiles <= 1);
+  } else {
+    EXPECT(plan.splits == without.splits && plan.clustered == without.clustered && plan.blocks == without.blocks);
+  }
+}
+
+// Two launches for as many rows as blocks at once, none of which waits for another; others as without.
+static void test_two_passes_are_two_launches_of_many_rows(int64_t rows, int64_t columns, const Chip& chip,
+                                                          bool reread) {
+  const RowPlan plan = plan_two_passes(rows, columns, columns * 4, 2, chip);
+  const RowPlan without = plan_rows(rows, columns, columns * 4, true, 2, chip);
+  if (without.clustered && rows >= int64_t{chip.multiprocessors} * 2) {
+    EXPECT(!plan.one_launch() && !plan.clustered && plan.splits == 1 && plan.blocks == rows);
+  } else {
+    EXPECT(plan.one_launch() == without.one_launch() && plan.splits == without.splits);
+    EXPECT(plan.clustered == without.clustered);
+  }
+}
+
 static void test_few_long_rows_are_split(const Chip& chip) {
   const int64_t columns = 262'144;
   const bool reread = false;
@@ -94,6 +120,8 @@ int main() {
           test_every_tile_of_every_row_has_one_team(rows, columns, chip, reread);
           test_blocks_that_wait_for_each_other_are_a_cluster(rows, columns, chip, reread);
           test_enough_rows_are_not_split(rows, columns, chip, reread);
+          test_long_ends_are_shared_by_two(rows, columns, chip, reread);
+          test_two_passes_are_two_launches_of_many_rows(rows, columns, chip, reread);
           ++count;
         }
       }
@@ -108,6 +136,10 @@ int main() {
   const bool reread = false;
   EXPECT(plan_rows(rows, columns, 2, reread, 4, chip).blocks == 0);
   EXPECT(plan_rows(rows, 126'464, 2, reread, 4, chip).blocks == 0);
+  // On an H100: jump at T = 1,024, and matching_loss with a base in bfloat16.
+  EXPECT(plan_rows(1024, 126'464, 2 * 126'464, false, 4, chip, true).splits == 2);
+  EXPECT(!plan_two_passes(8192, 126'464, 4 * 126'464, 2, chip).one_launch());
+  EXPECT(plan_two_passes(263, 126'464, 4 * 126'464, 2, chip).clustered);
   static_assert(power_of_two_below(1) == 1 && power_of_two_below(7) == 4 && power_of_two_below(8) == 8, "powers");
   std::printf("%d shapes\n", count);
   return 0;

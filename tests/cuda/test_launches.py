@@ -11,7 +11,7 @@ import torch
 import dam
 from dam.backends import address, choice, cuda
 from dam.kernels.excluded import Excluded
-from dam.ops import _formed_gradient, _head
+from dam.ops import _formed_gradient
 from dam.ops import jump as jump_op
 from dam.ops import log_prob as log_prob_op
 from dam.ops import matching_loss as matching_loss_op
@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 emulated = pytest.mark.skipif(not cuda.EMULATED, reason="a chip is what it is")
 on_gpu = pytest.mark.skipif(cuda.EMULATED, reason="needs a GPU")
 
-# Chips of the emulator: a row to a block, to clusters of 2 to 8, to blocks of two launches; many rows to a warp each.
+# Chips of the emulator: rows to a block each, or two, to clusters of 2 to 8, to blocks of two launches, to a warp each.
 CHIPS = [
     {"multiprocessors": 1, "clusters": True},
     {"multiprocessors": 5, "clusters": True},
@@ -34,6 +34,7 @@ CHIPS = [
     {"multiprocessors": 5, "clusters": False},
     {"multiprocessors": 108, "clusters": False},
     {"multiprocessors": 4, "clusters": True, "l2_bytes": 2**16},
+    {"multiprocessors": 1, "clusters": True, "l2_bytes": 2**16},  # with a base, the sums in a launch of their own
 ]
 
 
@@ -105,7 +106,9 @@ def test_a_gradient_may_take_the_place_of_the_logits():
     logits, base = normal(3, 20_000, seed=15), normal(3, 20_000, seed=18)
     target[:, 1] = target[:, 0]
     of_loss = (target, grad, base, grad[:, 0], None, Excluded(), True, 0.7, True)
-    chips = [{**chip, "order": order} for chip in CHIPS[:4] for order in (0, 1)] if cuda.EMULATED else [None]
+    chips = (
+        [{**chip, "order": order} for chip in (*CHIPS[:4], CHIPS[6]) for order in (0, 1)] if cuda.EMULATED else [None]
+    )
     for chip in chips:
         if chip is not None:
             cuda.kernels.pretend(**chip)
@@ -144,8 +147,8 @@ def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, norma
         options |= {"base_softcap": softcap}
     monkeypatch.setenv("DAM_WORKSPACE_MB", str(1100 * rows * (12 if based else 8) / 2**20))
 
-    def results(by_columns):
-        monkeypatch.setattr(_head, "by_columns", lambda *arguments: by_columns)
+    def results(form):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
         leaves = [x.clone().requires_grad_() for x in (*tensors, *lora)]
         head = {"bias": leaves[2], "lora": dam.LoRA(*leaves[3:], 0.7), "softcap": softcap}
         of_loss = {**options, "normalized": normalized, "temperature": 1.0 if normalized else 1.4}
@@ -154,28 +157,13 @@ def test_gradients_by_columns_are_those_by_rows(monkeypatch, dtype, based, norma
         value = (value.clamp(min=-99.0) * weight).sum()
         return loss.detach(), *(x for y in (loss, value) for x in torch.autograd.grad(y, leaves))
 
-    for a, b in zip(results(True), results(False), strict=True):
+    for a, b in zip(results("columns"), results("rows"), strict=True):
         # Sums of as many float32 products in another order; and a rounding to the inputs' dtype.
         rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[a.dtype]
         assert a.shape == b.shape
         assert_close(
             a.float(), b.float(), rtol=2.0**-16 + rounding, atol=(2.0**-17 + rounding / 16) * float(b.abs().max())
         )
-
-
-def test_a_trained_head_of_many_chunks_goes_by_columns(monkeypatch):
-    monkeypatch.delenv("DAM_WORKSPACE_MB", raising=False)
-
-    def chosen(rows, columns, trained=True):
-        hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, columns))
-        needed = (True, trained, False, False, False)
-        return _head.by_columns(_head.Projection(hidden, weight, None), needed, 1, torch.bfloat16)
-
-    assert chosen(8192, 126_464) and not chosen(8192, 126_464, trained=False)
-    assert not chosen(256, 126_464)  # one chunk
-    assert not chosen(8192, 32_768)  # few
-    monkeypatch.setenv("DAM_WORKSPACE_MB", "1024")
-    assert not chosen(8192, 126_464)
 
 
 def test_numbers_of_rows_may_have_any_dtype_and_stride():

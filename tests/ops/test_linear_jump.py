@@ -9,6 +9,7 @@ from helpers import P_VALUE, assert_close, integers, normal, peak_bytes, roundin
 
 import dam
 from dam.backends import choice
+from dam.ops import _rows
 from dam.ops import linear_jump as module
 
 IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
@@ -159,8 +160,19 @@ def test_compiled_equals_eager(backend):
 def test_wrong_form(monkeypatch):
     monkeypatch.setenv("DAM_LINEAR_FORM", "both")
     with torch.device(choice.DEVICE_TYPE["triton"]), dam.backend("triton"):
-        with pytest.raises(ValueError, match="DAM_LINEAR_FORM must be fused or chunked; got 'both'"):
+        with pytest.raises(ValueError, match=r"DAM_LINEAR_FORM must be one of .*; got 'both'"):
             dam.linear_jump(torch.zeros(3, 4), torch.zeros(5, 4))
+
+
+def test_the_workspace_grows_with_a_card(monkeypatch):
+    """1.25% of its memory, 256 MB at the least and without one, and what DAM_WORKSPACE_MB says."""
+    memory = {torch.device("cuda", 0): 80 * 2**30, torch.device("cuda", 1): 8 * 2**30}
+    monkeypatch.setattr(_rows, "_card", memory.__getitem__)
+    monkeypatch.delenv("DAM_WORKSPACE_MB", raising=False)
+    assert [_rows.workspace_bytes(card) for card in memory] == [2**30, 256 * 2**20]
+    assert _rows.workspace_bytes() == _rows.workspace_bytes(torch.device("cpu")) == 256 * 2**20
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "100")
+    assert {_rows.workspace_bytes(card) for card in memory} == {100 * 2**20}
 
 
 @pytest.mark.parametrize("workspace", ["-1", "0", "nan", "inf", "lots"])

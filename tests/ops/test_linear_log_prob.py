@@ -1,4 +1,6 @@
-"""linear_log_prob: `log_prob` on the head's logits and its gradients, without a [T, V] array."""
+"""linear_log_prob: `log_prob` on the head's logits and its gradients, without a [T, V] array of logits."""
+
+import os
 
 import pytest
 import torch
@@ -88,6 +90,43 @@ def test_small_workspace_changes_nothing(backend, monkeypatch):
     monkeypatch.setenv("DAM_WORKSPACE_MB", "0.03")
     for a, b in zip(run(), whole, strict=True):
         assert_close(a, b, rtol=2.0**-18, atol=2.0**-19 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_all_logits_may_be_held(backend, monkeypatch, dtype):
+    """By rows and whole, of several chunks: the same gradients."""
+    if os.environ.get("DAM_LINEAR_FORM") == "fused":
+        pytest.skip("a form of the library's matmul")
+    hidden, weight, bias, target = inputs(dtype=dtype, seed=60)
+    upstream = normal(*target.shape, seed=64)
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "0.03")
+
+    def run(form):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        return gradients(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b), (hidden, weight, bias), upstream)
+
+    for a, b in zip(run("whole"), run("rows"), strict=True):
+        # Sums of as many products of the same numbers in float32, in another order, and a rounding to the dtype.
+        rtol = 2 * rounding(a.dtype) + 2.0**-18
+        assert_close(a, b, rtol=rtol, atol=(2.0**-19 + rounding(a.dtype) / 8) * float(b.abs().max()))
+
+
+def test_what_is_held_takes_less_than_the_gradient_of_the_head_in_float32(backend, monkeypatch):
+    """2 T V bytes, 2 MB, where the head's gradient in float32 would be 8 MB beside its result of 4."""
+    if backend != "cuda":
+        pytest.skip("a form that is chosen where the gradient of logits stays in bfloat16")
+    hidden, weight, bias, target = inputs(256, 512, 4096, 1, dtype=torch.bfloat16, seed=40)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "1")
+    value = dam.linear_log_prob(hidden, weight, target, bias=bias)
+    peaks = {}
+    for form in ("auto", "rows"):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        peaks[form], _ = peak_bytes(lambda: torch.autograd.grad(value.sum(), leaves, retain_graph=True))
+    # Beside what is held: gradients of 4.3 MB, the workspace, 0.5 MB of dX in float32, copies of blocks of 4. By rows
+    # gradient and copies too, 8 MB in float32 and the sums that are added to it.
+    assert peaks["auto"] < (2 + 4.3 + 1 + 0.5 + 4) * 2**20
+    assert peaks["rows"] > (8 + 4.3) * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

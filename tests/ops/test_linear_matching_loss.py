@@ -1,4 +1,6 @@
-"""linear_matching_loss: `matching_loss` on the head's logits and its gradients, without a [T, V] array."""
+"""linear_matching_loss: `matching_loss` on the head's logits and its gradients, without a [T, V] array of logits."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ from helpers import assert_close, assert_near, integers, normal, peak_bytes, pro
 
 import dam
 from dam.backends import cpu
+from dam.kernels import forms
+from dam.ops import _head
 from dam.ops import linear_matching_loss as module
 
 IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
@@ -236,6 +240,93 @@ def test_memory_is_bounded_by_the_workspace(backend, monkeypatch, dtype, base):
     # On a CPU, which multiplies no bfloat16 into float32, also one of the gradient that the simulated kernels make.
     copied = backend != "torch" and slow(backend) and dtype == torch.bfloat16
     assert peak < (4 if copied else 2) * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("base", "softcap"), [(False, None), (True, 3.0)], ids=["", "base, capped"])
+def test_the_gradient_of_all_logits_may_be_held(backend, monkeypatch, dtype, base, softcap):
+    """By rows and whole, of several chunks: the same gradients, of the head, its bias and an adapter."""
+    if os.environ.get("DAM_LINEAR_FORM") == "fused":
+        pytest.skip("a form of the library's matmul")
+    leaves, target, weight = inputs(dtype=dtype, seed=160)
+    options = {**(base_of(dtype=dtype) if base else {}), "exclude": integers(-1, 1200, 30, seed=168)}
+    factors = normal(5, 20, seed=165, scale=0.3, dtype=dtype), normal(1200, 5, seed=166, scale=0.3, dtype=dtype)
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "0.1")
+
+    def gradients(form):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        added = count_of_additions(monkeypatch)
+        xs = [x.clone().requires_grad_() for x in (*leaves, *factors)]
+        lora = dam.LoRA(*xs[3:], 0.7)
+        loss = dam.linear_matching_loss(*xs[:2], target, weight, xs[2], lora=lora, softcap=softcap, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, xs)], len(added)
+
+    (ours, once), (expected, many) = gradients("whole"), gradients("rows")
+    assert once == 1 and many > 1
+    assert_close(ours[0], expected[0], rtol=2.0**-20, atol=2.0**-20)  # summed over other chunks
+    for a, b in zip(ours[1:], expected[1:], strict=True):
+        # Sums of as many products of the same numbers in float32, in another order, and a rounding to the dtype.
+        rtol = 2 * rounding(dtype) + 2.0**-16
+        assert_close(a.float(), b.float(), rtol=rtol, atol=(2.0**-17 + rounding(dtype) / 8) * float(b.abs().max()))
+
+
+def count_of_additions(monkeypatch):
+    """A list that gets an entry for every chunk whose gradient is multiplied on."""
+    added, add = [], _head.Gradients.add
+
+    def counted(self, *arguments):
+        added.append(arguments)
+        return add(self, *arguments)
+
+    monkeypatch.setattr(_head.Gradients, "add", counted)
+    return added
+
+
+def test_which_form_the_gradient_of_a_trained_head_takes(monkeypatch):
+    """Whole as long as what is held is no more than the head's gradient in float32, or than the workspace."""
+    monkeypatch.delenv("DAM_LINEAR_FORM", raising=False)
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "256")
+
+    def chosen(rows, columns=126_464, size=4096, *, dtype=torch.bfloat16, trained=True, backend="cuda"):
+        hidden, weight = (torch.empty(n, size, dtype=dtype, device="meta") for n in (rows, columns))
+        needed = (True, trained, False, False, False)
+        return _head.form(_head.Projection(hidden, weight, None), needed, arrays=1, backend=backend)
+
+    assert chosen(8192) == "whole" and chosen(8193) == "columns"  # T <= 2 D
+    assert chosen(8192, trained=False) == "rows"
+    assert chosen(256) == "rows"  # one chunk
+    assert chosen(2048, 40_000, 64) == "whole" and chosen(4096, 40_000, 64) == "rows"  # chunks of 1,024 rows
+    assert chosen(8192, dtype=torch.float32) == "columns"  # nothing is added in another dtype
+    assert chosen(8192, backend="triton") == "whole" and chosen(8193, backend="triton") == "rows"
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "4096")
+    assert chosen(16_384) == "whole"
+    for form in ("rows", "whole", "columns"):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        assert chosen(8192) == chosen(8192, trained=False) == form
+
+
+def test_a_form_that_a_backend_lacks_leaves_the_choice_to_it(monkeypatch):
+    def asked(backend, form):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        return forms.asked(backend)
+
+    for backend in IMPLEMENTATIONS:
+        assert [asked(backend, form) for form in ("", "auto", "rows")] == [None, None, "rows"]
+        assert asked(backend, "fused") == ("fused" if backend == "triton" else None)
+        assert asked(backend, "columns") == ("columns" if backend == "cuda" else None)
+
+
+def test_wrong_form(backend, monkeypatch):
+    monkeypatch.setenv("DAM_LINEAR_FORM", "both")
+    leaves, target, weight = inputs()
+    message = "DAM_LINEAR_FORM must be one of auto, fused, chunked, rows, whole, columns; got 'both'"
+    for call in (
+        lambda: dam.linear_matching_loss(*leaves[:2], target, weight),
+        lambda: dam.linear_log_prob(*leaves[:2], target),
+        lambda: dam.linear_jump(*leaves[:2]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)])
