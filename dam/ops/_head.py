@@ -204,6 +204,14 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
     return "columns" if backend == "cuda" and parts[0].stop < _MANY_ROWS else "rows"
 
 
+def keeps_logits(head: Projection, needed: Needed, backend: str) -> bool:
+    """Whether logits are few enough to be kept for a backward pass: half of a CPU's workspace, with their gradient."""
+    rows, columns = head.hidden.shape[0], head.weight.shape[0]
+    dtypes = (_rows.accumulator(head.weight.dtype), gradient_dtype(head, backend))
+    fit = rows * columns * sum(dtype.itemsize for dtype in dtypes) <= _rows.workspace_bytes() // 2
+    return any(needed) and fit and rows > 0
+
+
 def held_for(head: Projection, needed: Needed, *, arrays: int, backend: str) -> Tensor | None:
     """Memory for the gradient of all logits, where the form holds it."""
     if form(head, needed, arrays=arrays, backend=backend) != "whole":
