@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def digest() -> str:
+    """Of the code that is measured and that measures; a copy may be without git, and a commit says no changes."""
+    found = hashlib.sha256()
+    for folder in ("dam", "kernels", "csrc", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cpp", ".h", ".def"):
+                found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def why_not_installed() -> str | None:

@@ -111,8 +111,10 @@ def figures(record: Record, bandwidth: Mapping[str, float]) -> list[str]:
 # ---- goals
 
 
-def reached(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[Goal]:
-    """Every goal, with the figure that is farthest from it."""
+def reached(
+    records: Sequence[Record], bandwidth: Mapping[str, float], device: torch.device | None = None
+) -> list[Goal]:
+    """Every goal, with the figure that is farthest from it; `device` decides the workspace."""
 
     def of(label: str, least: float = 0, most: float = math.inf) -> list[Record]:
         return [r for r in records if r["label"] == label and least <= r["sizes"].get("rows", 0) <= most]
@@ -159,7 +161,7 @@ def reached(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[G
             label = f"linear_matching_loss, {head} head{based}"
             goals.append(ratios(label, matmuls, of(label, MANY), of_floor, 1.08))
             if head == "frozen":
-                workspace = _rows.workspace_bytes(torch.device("cuda") if torch.cuda.is_available() else None) / 2**20
+                workspace = _rows.workspace_bytes(device) / 2**20
                 goals.append(
                     _judged(
                         label, f"<= {workspace:.0f} MB besides the gradients (DAM_WORKSPACE_MB)",
@@ -217,12 +219,12 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 # ---- tables
 
 
-def tables(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:
+def tables(records: Sequence[Record], bandwidth: Mapping[str, float], device: torch.device | None = None) -> list[str]:
     """The tables of the summary, in Markdown."""
     lines = _absent(records) + _peers(records) + _fractions(records, bandwidth) + _linear(records, bandwidth)
     lines += ["## Goals", ""]
     met = {True: "yes", False: "NO", None: "-"}
-    rows = [(goal.what, goal.goal, goal.measured, met[goal.met]) for goal in reached(records, bandwidth)]
+    rows = [(goal.what, goal.goal, goal.measured, met[goal.met]) for goal in reached(records, bandwidth, device)]
     return [*lines, *markdown(("op", "goal", "measured, farthest from it", "met"), rows)]
 
 

@@ -1,4 +1,4 @@
-"""Measures the GPU table: python -m benchmarks gpu [--only OP,OP] [--budget SECONDS] [--no-tests] [--tune|--sanitize].
+"""Measures the GPU table: python -m benchmarks gpu [--minutes N] [--only OP,OP] [--no-tests] [--tune|--sanitize].
 
 Installs this checkout where it is not, with the CUDA kernels if there is an nvcc, runs the tests of both GPU backends,
 measures every operation against its floors and its peers, on the default backend ("dam") and in Triton ("dam, triton"),
@@ -27,16 +27,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dam
-from benchmarks import checkout, goals, harness, records, report, tune
+from benchmarks import accuracy, checkout, goals, harness, records, report, tune
+from benchmarks.agenda import Agenda
 from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
 from dam.backends import choice, triton
-from dam.kernels import configs
+from dam.kernels import configs, forms
 
 Function = Callable[[], object]
 
 PROG = "python -m benchmarks gpu"
 BUDGET, TESTS_LIMIT, SANITIZE_LIMIT = 450.0, 180.0, 400.0  # seconds
+TESTS_LEAST, SANITIZE_LEAST = 30.0, 120.0  # with fewer left they are not begun
+# What the longest case takes that is begun just before --minutes are over, and the plots.
+RESERVE = 40.0
 TESTS = ("tests/cuda", "tests/ops", "--ignore", "tests/cuda/test_build.py")
 # Of those, by name, in this order: what the other backends compute needs no GPU, and was tested elsewhere.
 TESTED = {"cuda": "cuda", "triton": "triton and not cuda"}
@@ -84,6 +88,21 @@ def plan() -> list[Item]:
     return items
 
 
+# What benchmarks/notes.md predicts and no run has shown yet, in the order of what it is worth.
+PREDICTED = (
+    ("linear_matching_loss", 8192),
+    ("matching_loss", 8192),
+    ("linear_log_prob", 8192),
+    ("jump", 1024),
+    ("matching_loss", 1024),
+    ("linear_jump", 4096),
+)
+
+
+def is_predicted(item: Item) -> bool:
+    return item.sizes.get("vocabulary") == LLADA and (item.op, item.sizes["rows"]) in PREDICTED
+
+
 @dataclasses.dataclass
 class Run:
     """Measurements of one run, and what failed or was left out."""
@@ -92,6 +111,7 @@ class Run:
     output: Path
     budget: float = math.inf  # seconds
     repeats: int = 7
+    accuracy_sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # other than those of accuracy.checks
     started: float = dataclasses.field(default_factory=time.monotonic)
     tests: str = "not run"
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -106,17 +126,29 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         self.facts = {**records.versions(), **self.machine.facts()}
 
-    def out_of_time(self) -> bool:
-        return time.monotonic() - self.started > self.budget
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.budget - (time.monotonic() - self.started)
 
-    def measure(self, items: Sequence[Item], bandwidth_bytes: int = 2**32) -> str:
+    def out_of_time(self) -> bool:
+        return self.left() < 0.0
+
+    def measure(
+        self,
+        items: Sequence[Item],
+        bandwidth_bytes: int = 2**32,
+        *,
+        done: Callable[[Item, list[dict[str, Any]]], None] = lambda item, records: None,
+        plots: bool = True,
+    ) -> str:
         """Measures the items, printing each; writes JSON, PNG and summary.md, whose text it returns.
 
-        JSON and summary.md are written after every item, for a run that is killed.
+        JSON and summary.md are written after every item, for a run that is killed; then `done` gets the item and its
+        records, if all its cases have one.
         """
         stopped = None
         if (reason := choice.why_unavailable("cuda")) is not None:
-            self.left_out.append(f"the CUDA kernels: {reason}")
+            self.left_out = [*dict.fromkeys([*self.left_out, f"the CUDA kernels: {reason}"])]
         with on_default(self.machine):
             self.bandwidth = bandwidths(self.machine, bandwidth_bytes)
             self.machine.free()
@@ -126,13 +158,20 @@ class Run:
                 if stopped is not None:
                     self.left_out.append(f"{described(item)}: {stopped}")
                     continue
+                before, missed = len(self.records), len(self.left_out) + len(self.failures)
                 self._measure(item)
+                if len(self.left_out) + len(self.failures) == missed:
+                    done(item, self.records[before:])
                 self.not_yet = [described(later) for later in items[n + 1 :]]
                 self._write(item.op)
                 self._write_summary()
                 if not self.machine.answers():
                     stopped = "the GPU no longer answers"
         self.not_yet = []
+        return self.finish() if plots else self._write_summary()
+
+    def finish(self) -> str:
+        """Plots, and the summary."""
         self._plot()
         return self._write_summary()
 
@@ -220,7 +259,7 @@ class Run:
     def _write_summary(self) -> str:
         text = self.summary()
         (self.output / "summary.md").write_text(text, encoding="utf-8")
-        reached = [goal._asdict() for goal in goals.reached(self.records, self.bandwidth)]
+        reached = [goal._asdict() for goal in goals.reached(self.records, self.bandwidth, self.machine.device)]
         result = {"bandwidth": self.bandwidth, "tests": self.tests, "goals": reached}
         lists = {"failures": self.failures, "left_out": self.left_out, "not_yet": self.not_yet}
         report.write_json(self.output / "summary.json", {**self.facts, **result, **lists})
@@ -251,7 +290,7 @@ class Run:
             f"A large copy moves {copy}, bytes read and bytes written counted; reading alone {read}.\n",
             *listed("Left out", self.left_out, most=20),
             *listed("Cut off before", self.not_yet, most=20),
-            *goals.tables(self.records, self.bandwidth),
+            *goals.tables(self.records, self.bandwidth, self.machine.device),
             f"tests: {self.tests}\n",
             *listed("FAILED", self.failures),
         ]
@@ -290,6 +329,17 @@ def on_triton(function: Function) -> Function:
     return call
 
 
+def in_form(form: str, function: Function) -> Function:
+    def call() -> object:
+        os.environ["DAM_LINEAR_FORM"] = form
+        try:
+            return function()
+        finally:
+            del os.environ["DAM_LINEAR_FORM"]  # that it was set is an error of the command
+
+    return call
+
+
 def chosen(case: harness.Case, item: Item) -> harness.Case:
     """The case with the functions that the item asks for, those of Triton and each of its forms of a linear op among
     them.
@@ -302,6 +352,8 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
         for form in goals.FORMS:
             form_of_triton = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
             functions[f"dam, {form}"] = on_triton(form_of_triton)
+        if default_backend() == "cuda" and "trained" in case.label:
+            functions |= {f"dam, {form}": in_form(form, call) for form in forms.OF_GRADIENTS}
     if default_backend() != "triton":
         for name, call in (*case.functions.items(), *case.on_gpu.items()):
             if name.startswith("dam"):
@@ -358,6 +410,81 @@ def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Se
     return status == 0, closing
 
 
+def in_minutes(run: Run, items: Sequence[Item], tests_limit: float) -> str:
+    """What is worth most first, until the budget is spent; what an earlier call has done is not done again.
+
+    Accuracy, the figures that were predicted, the CUDA kernels' tests, all other figures, Triton's tests, and what
+    compute-sanitizer finds. Returns the summary.
+    """
+    key = {"code": checkout.digest(), "gpu": run.facts["gpu"], "torch": torch.__version__, "repeats": run.repeats}
+    agenda = Agenda(run.output / "agenda.json", key)
+    run.records = [record for item in items if described(item) in agenda for record in agenda[described(item)]]
+    print(f"{len(agenda)} steps were done before", flush=True)
+    _check_accuracy(run, agenda)
+
+    def measure(some: Sequence[Item]) -> None:
+        waiting = [item for item in some if described(item) not in agenda]
+        run.measure(waiting, done=lambda item, found: agenda.add(described(item), found), plots=False)
+
+    predicted = [item for item in items if is_predicted(item)]
+    measure(sorted(predicted, key=lambda item: PREDICTED.index((item.op, item.sizes["rows"]))))
+    _test_once(run, agenda, "cuda", tests_limit)
+    measure([item for item in items if not is_predicted(item)])
+    _test_once(run, agenda, "triton", tests_limit)
+    _sanitize_once(run, agenda)
+    run.tests = "; ".join(agenda[name] for name in ("tests, cuda", "tests, triton") if name in agenda) or run.tests
+    return run.finish()
+
+
+def _sanitize_once(run: Run, agenda: Agenda) -> None:
+    if "sanitizer" in agenda:
+        return
+    if run.left() < SANITIZE_LEAST:
+        run.left_out.append("compute-sanitizer: too little time was left")
+        return
+    lines = sanitize(run.output, run.left())
+    print("\n".join(lines), flush=True)
+    bad = [line for line in lines if "FAILED" in line]
+    run.failures += bad
+    if not bad:
+        agenda.add("sanitizer", lines)
+
+
+def _check_accuracy(run: Run, agenda: Agenda) -> None:
+    if "accuracy" in agenda:
+        return
+    backends = [name for name in choice.FAST["cuda"] if choice.why_unavailable(name) is None]
+    found, before = [], len(run.failures)
+    try:
+        for check in accuracy.checks(run.machine.device, backends, **run.accuracy_sizes):
+            print(check, flush=True)
+            found.append({**check._asdict(), "passed": check.passed})
+            if not check.passed:
+                run.failures.append(str(check))
+    except Exception as error:
+        run.failures.append(f"accuracy, after {len(found)} checks: {harness.reason(error)}")
+    run.machine.free()
+    if len(run.failures) == before:
+        agenda.add("accuracy", found)
+    report.write_json(run.output / "accuracy.json", {**run.facts, "checks": found})
+
+
+def _test_once(run: Run, agenda: Agenda, name: str, limit: float) -> None:
+    """The tests of a backend, unless they have passed; with what time there is."""
+    if f"tests, {name}" in agenda or limit == 0.0:
+        return
+    limit = min(limit, run.left())
+    if limit < TESTS_LEAST:
+        run.left_out.append(f"tests of {name}: too little time was left")
+        return
+    passed, closing = run_tests(run.output / f"tests-{name}.txt", limit, (*TESTS, "-k", TESTED[name]))
+    print(f"tests of {name}: {closing}", flush=True)
+    if passed:
+        agenda.add(f"tests, {name}", f"{name}: {closing}")
+    else:
+        run.failures.append(f"tests of {name}: {closing} ({run.output})")
+
+
 def run_all_tests(output: Path, limit: float) -> tuple[bool, str]:
     """The same of the tests of each GPU backend, one after another within the limit."""
     began, passed, closings = time.monotonic(), True, []
@@ -400,12 +527,17 @@ def main(arguments: Sequence[str]) -> int:
         return _error("DAM_LINEAR_FORM is set, so no other form could be measured; nothing was measured")
     machine = Gpu()
     output = options.output or report.RESULTS / report.slug(machine.facts()["gpu"])
-    run = Run(machine, output, options.budget, options.repeats, started)
+    budget = options.budget if options.minutes is None else max(0.0, 60.0 * options.minutes - RESERVE)
+    run = Run(machine, output, budget, options.repeats, started=started)
     if options.sanitize:
         lines = sanitize(output, min(options.budget, SANITIZE_LIMIT))
         print("\n".join(lines), flush=True)
         return 1 if any("FAILED" in line for line in lines) else 0
-    if options.tune:
+    if options.minutes is not None:
+        text = in_minutes(
+            run, [item for item in plan() if item.op in options.only], options.tests_limit * options.tests
+        )
+    elif options.tune:
         text = run.tune([job for job in tune.jobs() if job.op in options.only])
     else:
         if options.tests:
@@ -433,6 +565,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--only", metavar="OP,OP", type=ops, default=list(configs.OPS), help="operations to measure (default: all)")
     add("--output", metavar="DIR", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
     add("--budget", metavar="SECONDS", type=float, default=BUDGET, help="begin nothing after it (default: %(default)g)")
+    add(
+        "--minutes",
+        metavar="N",
+        type=float,
+        help="by value, accuracy first; a second call goes on with what was left out",
+    )
     add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")
     add("--no-tests", dest="tests", action="store_false", help="leave out the tests")
     add("--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for them (default: %(default)g)")

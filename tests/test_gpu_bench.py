@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dam
-from benchmarks import checkout, goals, gpu, harness, machine, peers, records, tune
+from benchmarks import accuracy, checkout, goals, gpu, harness, machine, peers, records, tune
 from dam.backends import triton
 from dam.kernels import configs
 from tests.calls import public_ops
@@ -550,6 +550,78 @@ def test_tests_that_fail_fail_the_command(as_if_on_gpu, monkeypatch, tmp_path, c
     failed = capsys.readouterr().out.split("## FAILED")[1]
     assert "* tests: cuda: cuda ran; triton: triton and not cuda ran" in failed
     assert (tmp_path / "jump.json").exists()  # measuring went on
+
+
+def test_a_call_of_some_minutes_goes_on_where_the_last_one_ended(as_if_on_gpu, monkeypatch, tmp_path, capsys):
+    """Accuracy, what is predicted, tests, the rest; nothing twice, unless the code is another."""
+    items = [item("rate_ratio"), item("jump"), item("log_prob")]
+    monkeypatch.setattr(gpu, "is_predicted", lambda item: item.op == "jump")
+    monkeypatch.setattr(gpu, "PREDICTED", (("jump", 3),))
+    monkeypatch.setattr(gpu, "run_tests", lambda log, limit, options: (steps.append(log.stem) or True, "passed"))
+    monkeypatch.setattr(gpu, "sanitize", lambda output, limit: [steps.append("sanitizer") or "nothing found"])
+    monkeypatch.setattr(
+        gpu.accuracy, "checks", lambda *given, **sizes: [steps.append("accuracy") or accuracy.Check("x", 0.1, 1.0)]
+    )
+
+    def call(most):
+        """Of as many items as `most`, before the time is up."""
+        steps.clear()
+        run = gpu.Run(Machine(), tmp_path, budget=1e6, repeats=1)
+
+        def measured(self, item):
+            self.records.append(record(item.op))
+            steps.append(item.op)
+            if len([step for step in steps if step in configs.OPS]) == most:
+                self.budget = 0.0
+
+        monkeypatch.setattr(gpu.Run, "_measure", measured)
+        gpu.in_minutes(run, items, 180.0)
+        assert run.failures == []
+        return list(steps), [record["op"] for record in run.records], run.left_out
+
+    steps = []
+    first, records, left_out = call(2)
+    assert first == ["accuracy", "jump", "tests-cuda", "rate_ratio"] and records == ["jump", "rate_ratio"]
+    assert [line.split(":")[0] for line in left_out[-3:]] == [
+        "log_prob, T = 3, V = 20", "tests of triton", "compute-sanitizer",
+    ]  # fmt: skip
+    second, records, left_out = call(9)
+    assert second == ["log_prob", "tests-triton", "sanitizer"] and left_out == []
+    assert sorted(records) == ["jump", "log_prob", "rate_ratio"]
+    assert call(9)[0] == []
+    monkeypatch.setattr(checkout, "digest", lambda: "of other code")
+    assert call(9)[0] == ["accuracy", "jump", "tests-cuda", "rate_ratio", "log_prob", "tests-triton", "sanitizer"]
+
+
+def test_what_is_wrong_is_said_and_checked_again(as_if_on_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.accuracy, "checks", lambda *given, **sizes: [accuracy.Check("dX", math.nan, 1.0)])
+    arguments = ["--minutes", "8", "--no-tests", "--repeats", "1", "--only", "jump", "--output", str(tmp_path)]
+    for _ in range(2):
+        assert gpu.main(arguments) == 1
+        assert "WRONG: dX: nan of at most 1.00e+00" in capsys.readouterr().out.split("## FAILED")[1]
+
+
+@pytest.mark.skipif(gpu.choice.why_unavailable("cuda") is not None, reason="needs the emulator of CUDA")
+def test_accuracy_is_that_of_float64(monkeypatch):
+    """All checks hold in the emulator; with one row of a head's gradient wrong, its check does not."""
+    sizes = {"rows": 16, "vocabulary": 1500, "hidden": 16}
+
+    def failed():
+        return [c.what for c in accuracy.checks(torch.device("cpu"), ["cuda"], **sizes) if not c.passed]
+
+    assert failed() == []
+    finish = gpu.accuracy.dam.ops._head.Gradients.finish
+
+    def wrong(self):
+        found = finish(self)
+        if self._head.weight.dtype == torch.bfloat16 and self.held is not None:
+            found[1][700] *= 1.02
+        return found
+
+    monkeypatch.setattr(gpu.accuracy.dam.ops._head.Gradients, "finish", wrong)
+    assert failed() == [
+        f"linear_{op} cuda whole, gradients" for op in ("matching_loss", "matching_loss with base", "log_prob")
+    ]
 
 
 def test_the_command_sanitizes(as_if_on_gpu, monkeypatch, tmp_path, capsys):
