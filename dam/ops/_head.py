@@ -205,7 +205,12 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
 
 
 def keeps_logits(head: Projection, needed: Needed, backend: str) -> bool:
-    """Whether logits are few enough to be kept for a backward pass: half of a CPU's workspace, with their gradient."""
+    """Whether logits are few enough to be kept for a backward pass: with their gradient, half of a CPU's workspace.
+
+    Not where DAM_LINEAR_FORM asks for one of the gradient's forms, which compute them again.
+    """
+    if forms.asked(backend) in forms.OF_GRADIENTS:
+        return False
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
     dtypes = (_rows.accumulator(head.weight.dtype), gradient_dtype(head, backend))
     fit = rows * columns * sum(dtype.itemsize for dtype in dtypes) <= _rows.workspace_bytes() // 2
