@@ -241,6 +241,7 @@ for line in sys.stdin:
         os._exit(run_in_another_process(Path(line.strip())))
     print(process, file=tell, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=tell, flush=True)
+os._exit(0)
 """
 
 
