@@ -26,7 +26,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CPU, CUDA, EMULATOR = Path("csrc/cpu"), Path("csrc/cuda"), Path("csrc/emulator")
-KERNELS = sorted(str(path) for path in CPU.glob("*.cpp") if path.name != "bind.cpp")
+BFLOAT16 = CPU / "product_bfloat16.cpp"
+KERNELS = sorted(str(path) for path in CPU.glob("*.cpp") if path.name != "bind.cpp" and path != BFLOAT16)
 CUDA_KERNELS = sorted(str(path) for path in CUDA.glob("*.cu"))
 HEADERS = sorted(str(path) for kind in ("h", "def") for path in Path("csrc").glob(f"*/*.{kind}"))
 
@@ -35,6 +36,9 @@ ISA_FLAGS = {"plain": []}
 if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+
+# Of BFLOAT16 alone, which is in no set: its instructions are met where they are.
+BFLOAT16_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # The numerics use fused products where the set has them; nothing else may be reassociated.
@@ -60,13 +64,20 @@ class BuildExtensions(build_ext):
     def _build_cpu(self, output):
         flags, link = [*CPU_FLAGS, *sanitizer()], sanitizer()
         if not asked("DAM_NO_OPENMP"):
-            if self._compiles("-fopenmp", "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"):
+            if self._compiles(["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"):
                 flags += ["-fopenmp"]
                 # By soname only: the process shares the libgomp.so.1, hence the thread pool, that torch has loaded.
                 link += ["-fopenmp"]
             else:
                 print("dam: this compiler has no OpenMP; dam._cpu is built without threads", file=sys.stderr)
-        jobs = [("bind", str(CPU / "bind.cpp"), [*flags, *(["-DDAM_HAVE_X86"] if X86 else [])])]
+        if X86:
+            flags += ["-DDAM_HAVE_X86"]
+            if sys.platform == "linux" and self._compiles(BFLOAT16_FLAGS, "int main() {}\n"):
+                flags += ["-DDAM_HAVE_BFLOAT16"]
+        jobs = [("bind", str(CPU / "bind.cpp"), flags)]
+        if "-DDAM_HAVE_BFLOAT16" in flags:
+            isa_flags = [*ISA_FLAGS["avx512"], *BFLOAT16_FLAGS]
+            jobs += [("avx512_bf16", str(BFLOAT16), [*flags, *isa_flags, "-DDAM_ISA=avx512_bf16"])]
         for isa, isa_flags in ISA_FLAGS.items():
             jobs += [(isa, source, [*flags, *isa_flags, f"-DDAM_ISA={isa}"]) for source in KERNELS]
         self._link(self._objects(jobs), output, link)
@@ -130,13 +141,13 @@ class BuildExtensions(build_ext):
             objects, output, extra_postargs=arguments, target_lang="c++", build_temp=self.build_temp
         )
 
-    def _compiles(self, flag, program):
+    def _compiles(self, arguments, program):
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory) / "probe.cpp"
             source.write_text(program)
             try:
-                objects = self.compiler.compile([str(source)], output_dir=directory, extra_postargs=[flag])
-                self.compiler.link_executable(objects, str(Path(directory) / "probe"), extra_postargs=[flag])
+                objects = self.compiler.compile([str(source)], output_dir=directory, extra_postargs=arguments)
+                self.compiler.link_executable(objects, str(Path(directory) / "probe"), extra_postargs=arguments)
             except Exception:
                 return False
         return True

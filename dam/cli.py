@@ -54,7 +54,7 @@ def info() -> str:
 def _detail(backend: str) -> str:
     """What an available backend runs on."""
     if backend == "cpu":
-        return f", instruction set {cpu.isa()}, {torch.get_num_threads()} threads"
+        return f", instruction set {cpu.isa()}, bfloat16 by {cpu.instructions()}, {torch.get_num_threads()} threads"
     if backend == "triton":
         version = importlib.metadata.version("triton")
         where = "interpreted on the CPU" if triton.INTERPRETED else torch.cuda.get_device_name()

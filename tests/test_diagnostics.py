@@ -153,6 +153,8 @@ def history_of(rewards, **figures):
 
 FLAT = [0.30, 0.32, 0.31, 0.29, 0.31, 0.30, 0.32, 0.30]
 AT_ONCE = [0.25, 0.57, 0.60, 0.61, 0.67, 0.62, 0.62, 0.58, 0.73, 0.65, 0.58, 0.60, 0.70, 0.65, 0.72, 0.64]
+SOON = [0.30, 0.40, 0.64, 0.66, 0.52, 0.72, 0.48, 0.68]  # in a quarter of the run, where it then stays
+UNLUCKY = [0.26, 0.34, 0.30, 0.29, 0.31, 0.30, 0.32, 0.30]  # in its first entry only
 RISING = [0.30, 0.32, 0.35, 0.36, 0.40, 0.41, 0.44, 0.46]
 
 
@@ -172,6 +174,8 @@ RISING = [0.30, 0.32, 0.35, 0.36, 0.40, 0.41, 0.44, 0.46]
         (history_of(FLAT, kl_path=0.001, split_half=0.0), ["targets are noise", "stands still"]),
         (history_of(RISING, kl_path=2.0, split_half=0.0), []),  # it learns
         (history_of(AT_ONCE, kl_path=1.2), []),  # it has learned
+        (history_of(SOON, kl_path=1.2), []),
+        (history_of(UNLUCKY, kl_path=1.2), ["moves without learning"]),
         (history_of(FLAT[:7], kl_path=2.0, split_half=0.0), []),
         # As in the first steps of a run with a small learning rate, or one that is warmed up.
         (history_of(FLAT, kl_path=[1e-4 * n * n for n in range(8)]), []),

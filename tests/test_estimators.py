@@ -412,11 +412,18 @@ def test_the_study_of_countdown(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "countdown-base-0" / "config.json").exists()
 
 
-def test_figures_of_finished_runs_of_countdown(tmp_path, capsys):
-    """A run that saved its base does on other problems as its base does."""
-    model = countdown_base.network(0)
-    for folder in (tmp_path / "run", tmp_path / "run" / "base"):
+def test_figures_of_finished_runs_of_countdown(tmp_path, monkeypatch, capsys):
+    """Of what the run saved, and of its base by the same problems."""
+    evaluated, weights = countdown.evaluated, {}
+
+    def and_which(task, model):
+        return {**evaluated(task, model), "which": model.get_input_embeddings().weight[0, -1].item()}
+
+    monkeypatch.setattr(countdown, "evaluated", and_which)
+    for seed, (name, folder) in enumerate((("tuned", tmp_path / "run"), ("base", tmp_path / "run" / "base"))):
+        model = countdown_base.network(seed)
         model.save_pretrained(folder)
+        weights[name] = model.get_input_embeddings().weight[0, -1].item()
     (tmp_path / "run" / "metrics.json").write_text(json.dumps({"greedy": 0.5, "examples": []}))
     (tmp_path / "run" / "run.json").write_text(json.dumps({"options": {"null_arm": True}}))
     (tmp_path / "problems.jsonl").write_text('{"input": "1,2,3", "output": "6"}\n')
@@ -425,7 +432,8 @@ def test_figures_of_finished_runs_of_countdown(tmp_path, capsys):
     (run,) = json.loads(capsys.readouterr().out)
     others = run.pop("other_problems")
     assert run == {"greedy": 0.5, "null_arm": True} and others["problems"] == 1
-    assert others["base"] == others["tuned"] and {"greedy", "sampled", "pass@16"} <= others["base"].keys()
+    assert {name: others[name]["which"] for name in weights} == weights
+    assert all({"greedy", "sampled", "pass@16"} <= others[name].keys() for name in weights)
 
 
 def test_every_case_of_countdown_is_a_run_that_can_begin():

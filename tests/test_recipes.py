@@ -334,7 +334,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(reference, tmp_path, monkeypa
     assert "stopped after step 3 of 4" in capsys.readouterr().err
     assert run(tmp_path / "run", "--resume", "--set", "config.beta=1.0") == 1
     assert "was started with other options: config.beta 0.04 (now 1.0)" in capsys.readouterr().err
+    record = (tmp_path / "run" / "recipe.yaml").read_bytes()
     assert run(tmp_path / "run", "--resume", "--set", "config.logging_steps=2") == 0
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == record  # of how it was started
     ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run", reference))
     assert ours == theirs
     assert cli.main(["train", "--resume", "--output", str(tmp_path / "run")]) == 0  # of what is done, the result

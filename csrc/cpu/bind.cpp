@@ -26,6 +26,12 @@ namespace dam {
 #define DAM_SET plain
 #include "isa.def"
 
+#if defined(DAM_HAVE_BFLOAT16)
+namespace avx512_bf16 {
+bool tiles_allowed();
+}
+#endif
+
 struct Set {
   const char* name;
   bool present;
@@ -71,6 +77,19 @@ static const Set& chosen() {
   return set;
 }
 
+// What this machine multiplies bfloat16 with, under the set in use, best first: names, and their numbers for `product`.
+static std::vector<std::pair<std::string, int>> instructions() {
+  std::vector<std::pair<std::string, int>> all;
+#if defined(DAM_HAVE_BFLOAT16)
+  if (chosen().name == std::string("avx512")) {
+    if (__builtin_cpu_supports("amx-bf16") && avx512_bf16::tiles_allowed()) all.emplace_back("amx", TILES);
+    if (__builtin_cpu_supports("avx512bf16")) all.emplace_back("avx512_bf16", PAIRS);
+  }
+#endif
+  all.emplace_back("float32", WIDENED);
+  return all;
+}
+
 namespace bind {
 
 namespace py = pybind11;
@@ -87,14 +106,14 @@ static void take(PyObject* x, Shape& member) {
   member = {item(0), item(1), static_cast<int>(item(2)), static_cast<int>(item(3))};
 }
 
-// An output that is about to be filled. From 32 MB on glibc's malloc maps memory anew for every array; in pages of 4 KB
-// the faults of the first touch then take several times as long as the kernel, so pages of 2 MB are asked for. Only
-// where threads fill it one stretch each: those of a matmul would wait for each other's pages.
+// An output that is about to be filled. glibc's malloc maps memory anew for an array of 32 MB and more, and for smaller
+// ones after it gave some back; in pages of 4 KB the faults of the first touch then take several times as long as the
+// kernel, so pages of 2 MB are asked for.
 static void advise(const void* array, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = uintptr_t{1} << 21;
   const uintptr_t address = reinterpret_cast<uintptr_t>(array);
-  if (array && bytes >= LARGE) {
+  if (array && bytes >= 2 * static_cast<int64_t>(PAGE)) {
     const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
     madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
   }
@@ -158,6 +177,9 @@ PYBIND11_MODULE(_cpu, module) {
       "Names of the instruction sets this machine can run, best first; DAM_CPU_ISA picks one.");
 
   dam::bind::add_ops(module);
+
+  module.def("instructions", &dam::instructions,
+             "Pairs of name and number: the instructions that `product` can multiply bfloat16 with here, best first.");
 
   module.def(
       "philox",

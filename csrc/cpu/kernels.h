@@ -30,6 +30,28 @@ constexpr int64_t filter_scratch(int64_t radius) {  // doubles per thread
   return 2 * (FILTER_SEGMENT + FILTER_PADDING) + 2 * radius * FILTER_WIDTH;
 }
 
+// What multiplies 16-bit numbers: float32 instructions once they are widened, dot products of pairs, or tiles.
+enum Instructions : int { WIDENED = 0, PAIRS = 1, TILES = 2 };
+
+// Floats for the rows of hidden states, rearranged, and for the head's last ones in each thread.
+constexpr int64_t product_scratch(const Shape& shape, int64_t depth) {
+  return (shape.rows + 16) * (depth + 32) + shape.threads * 16 * (depth + 32) + 16;
+}
+constexpr int64_t whole_tiles(int64_t count) { return (count + 31) / 32 * 32; }
+// Sums; the gradient in two parts, and the head, of as many columns of the gradient as are multiplied at a time.
+constexpr int64_t HIDDEN_CHUNK = 256;
+constexpr int64_t product_hidden_scratch(const Shape& shape, int64_t depth) {
+  const int64_t rows = whole_tiles(shape.rows), wide = whole_tiles(depth);
+  return rows * wide + rows * HIDDEN_CHUNK + wide * HIDDEN_CHUNK / 2 + 16;
+}
+// The hidden states; and 32 columns of the gradient in two parts, of each thread.
+constexpr int64_t product_weight_scratch(const Shape& shape, int64_t depth) {
+  return whole_tiles(shape.rows) * (whole_tiles(depth) / 2 + shape.threads * 32) + 16;
+}
+inline float* cache_line_of(float* memory) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
+
 constexpr int64_t LARGE = int64_t{32} << 20;  // bytes of an array that no cache holds
 constexpr int64_t matrix_bytes(const Shape& shape) {
   return shape.rows * shape.columns * (shape.dtype == static_cast<int>(Dtype::float32) ? 4 : 2);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 from typing import Any
 
 import torch
@@ -34,3 +36,76 @@ def shape(x: Tensor) -> tuple[int, int, int, int]:
 def isa() -> str:
     """Instruction set that the kernels run with: avx512, avx2 or plain."""
     return kernels.isa()
+
+
+@functools.lru_cache(maxsize=1)
+def instructions() -> str:
+    """What multiplies 16-bit hidden states with a head: amx or avx512_bf16, of bfloat16, or float32.
+
+    The best that this machine has; the environment variable DAM_CPU_PRODUCT asks for one by name.
+
+    Raises:
+        RuntimeError: this machine does not have the instructions that are asked for.
+    """
+    here = [name for name, _ in kernels.instructions()]
+    wanted = os.environ.get("DAM_CPU_PRODUCT") or here[0]
+    if wanted not in here:
+        raise RuntimeError(f"DAM_CPU_PRODUCT must be one of {', '.join(here)} on this machine; got {wanted!r}")
+    return wanted
+
+
+def has_tiles() -> bool:
+    """Whether bfloat16 is multiplied by AMX."""
+    return kernels is not None and instructions() == "amx"
+
+
+def product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """hidden [T, D] @ weight [V, D]^T into float32 `out` [T, V], of 16-bit arrays, summed in float32.
+
+    By bfloat16's instructions numbers below 1.2e-38 count as 0. The result does not depend on the number of threads.
+    """
+    name = instructions() if hidden.dtype == torch.bfloat16 else "float32"
+    kernels.product(
+        shape=(hidden.shape[0], weight.shape[0], address.DTYPE_CODE[hidden.dtype], torch.get_num_threads()),
+        depth=hidden.shape[1],
+        instructions=dict(kernels.instructions())[name],
+        hidden=address.matrix(hidden),
+        weight=address.matrix(weight),
+        result=out.data_ptr(),
+        result_stride=out.stride(0),
+    )
+    return out
+
+
+def product_hidden(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """gradient float32 [T, V] @ weight bfloat16 [V, D] into float32 `out` [T, D], by tiles.
+
+    Each number of the gradient goes in as two of bfloat16, which leave out at most 2^-16 of it. A row's result depends
+    neither on the others nor on the number of threads.
+    """
+    kernels.product_hidden(
+        shape=(*gradient.shape, address.DTYPE_CODE[weight.dtype], torch.get_num_threads()),
+        depth=weight.shape[1],
+        gradient=address.matrix(gradient),
+        weight=address.matrix(weight),
+        result=out.data_ptr(),
+        result_stride=out.stride(0),
+    )
+    return out
+
+
+def product_weight(gradient: Tensor, hidden: Tensor, out: Tensor) -> Tensor:
+    """gradient float32 [T, V], transposed, @ hidden bfloat16 [T, D], by tiles, as `product_hidden` does.
+
+    Into bfloat16 `out` [V, D]; to a float32 one it is added.
+    """
+    kernels.product_weight(
+        shape=(*gradient.shape, address.DTYPE_CODE[hidden.dtype], torch.get_num_threads()),
+        depth=hidden.shape[1],
+        gradient=address.matrix(gradient),
+        hidden=address.matrix(hidden),
+        result=out.data_ptr(),
+        result_dtype=address.DTYPE_CODE[out.dtype],
+        result_stride=out.stride(0),
+    )
+    return out

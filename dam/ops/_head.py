@@ -1,9 +1,9 @@
 """A language-model head applied to a chunk of rows at a time, and its gradients: what the linear_* ops share.
 
 The chunked form of a linear op is the library matmul over chunks of rows, followed by the row-wise op of the
-same backend; no [T, V] array of logits ever exists, and one of their gradient only where `form` says so. 16-bit
-operands are multiplied in float32, on a CPU a block of the vocabulary at a time, so that logits are not rounded to 16
-bits and no float32 copy of the head is kept.
+same backend; no [T, V] array of logits ever exists, and one of their gradient only where `form` says so. Products of
+16-bit operands are left in float32, so that logits are not rounded to 16 bits: on a CPU they are the C++ backend's own,
+or without it torch's, of blocks of the vocabulary that are converted, so that no float32 copy of the head is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dam.backends import cpu
 from dam.kernels import forms
 from dam.kernels.projection import Projection
 from dam.ops import _checks, _rows, _softcap
@@ -196,9 +197,10 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
     parts = _row_parts(head, rows, _dtypes(head, arrays, dtype, backend), backend)
     if len(parts) <= 1:
         return "rows"
-    if dtype == weight.dtype != _rows.accumulator(weight.dtype):  # else nothing is added in another dtype, or converted
+    # Else nothing is added in another dtype, or all that is held is converted before it is multiplied.
+    if weight.dtype != _rows.accumulator(weight.dtype) and (dtype == weight.dtype or backend == "cpu"):
         held = _held_rows(head, dtype)
-        if held == rows or held >= max(_MANY_ROWS, 2 * parts[0].stop):
+        if held == rows or (backend in _ON_GPU and held >= max(_MANY_ROWS, 2 * parts[0].stop)):
             return "whole"
     return "columns" if backend == "cuda" and parts[0].stop < _MANY_ROWS else "rows"
 
@@ -225,6 +227,19 @@ def _held_rows(head: Projection, dtype: torch.dtype) -> int:
     most -= most % block
     each = -(-rows // -(-rows // most))
     return each + -each % block
+
+
+def keeps_logits(head: Projection, needed: Needed, backend: str) -> bool:
+    """Whether logits are few enough to be kept for a backward pass: with their gradient, half of a CPU's workspace.
+
+    Not where DAM_LINEAR_FORM asks for one of the gradient's forms, which compute them again.
+    """
+    if forms.asked(backend) in forms.OF_GRADIENTS:
+        return False
+    rows, columns = head.hidden.shape[0], head.weight.shape[0]
+    dtypes = (_rows.accumulator(head.weight.dtype), gradient_dtype(head, backend))
+    fit = rows * columns * sum(dtype.itemsize for dtype in dtypes) <= _rows.workspace_bytes() // 2
+    return any(needed) and fit and rows > 0
 
 
 def held_for(head: Projection, needed: Needed, *, arrays: int, backend: str) -> Tensor | None:
@@ -255,7 +270,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return torch.mm(a, b, out=out)
     if a.dtype == b.dtype and a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    # Nothing in torch multiplies 16-bit numbers into float32 here.
+    # Nothing in torch multiplies 16-bit numbers into float32 on a CPU.
+    if _on_cpu(a, b.t(), out) and a.dtype == b.dtype:
+        return cpu.product(a, b.t(), out)
+    if _on_cpu(a, b, out) and _in_tiles(a, b):
+        return cpu.product_hidden(a, b, out)
     if b.stride(0) == 1:  # logits: a block of them at a time
         a = a.to(out.dtype)
         for part, block in _blocks(b.t()):
@@ -265,6 +284,17 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     for part, block in _blocks(b):
         out.addmm_(a[:, part].to(out.dtype), block)
     return out
+
+
+def _on_cpu(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether the C++ backend's products can take these arrays: in rows of one number after another."""
+    rows = all(x.stride(1) == 1 for x in (a, b, out))
+    return rows and a.device.type == "cpu" and out.dtype != torch.float64 and cpu.why_unavailable() is None
+
+
+def _in_tiles(gradient: Tensor, factor: Tensor) -> bool:
+    """Whether tiles multiply a gradient of logits with a factor of these."""
+    return gradient.dtype == torch.float32 and factor.dtype == torch.bfloat16 and cpu.has_tiles()
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -436,6 +466,9 @@ def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
         torch.mm(a, b, out=gradient)
         return
     if not whole and _add_product(a, b, gradient):
+        return
+    if _on_cpu(a.t(), b, gradient) and _in_tiles(a, b):
+        cpu.product_weight(a.t(), b, gradient)
         return
     step = max(1, 16 * _BLOCK_BYTES // (4 * max(1, *b.shape)))
     for at in range(0, gradient.shape[0], step):

@@ -43,20 +43,21 @@ def capped(
 
 def differentiated(
     gradient: Tensor,  # in capped logits, contiguous, of any floating dtype; overwritten
-    capped_logits: Tensor,  # float32 or float64, contiguous; may be overwritten
+    capped_logits: Tensor,  # float32 or float64, contiguous
     softcap: float,
 ) -> Tensor:
     """`gradient` times the derivative of the cap. One in bfloat16, as on GPUs, is rounded a second time."""
     if _by_triton(capped_logits):
         return triton.launcher("softcap", "differentiate")(gradient, capped_logits, softcap)
-    size = step(capped_logits)
+    size = max(1, step(capped_logits) // 2)  # of two arrays
     cap = torch.tensor(softcap, dtype=capped_logits.dtype, device="cpu")
-    memory = capped_logits.new_empty(min(size, capped_logits.numel()))
+    memory = capped_logits.new_empty(2, min(size, capped_logits.numel()))
     pieces = zip(gradient.view(-1).split(size), capped_logits.view(-1).split(size), strict=True)
     for piece, z in pieces:
         # As (c - z) (c + z) / c^2, whose differences are exact near saturation.
-        below = torch.sub(cap, z, out=memory[: z.numel()])
-        piece.mul_(below.mul_(z.add_(softcap)).mul_(softcap**-2))
+        below = torch.sub(cap, z, out=memory[0, : z.numel()])
+        above = torch.add(z, cap, out=memory[1, : z.numel()])
+        piece.mul_(below.mul_(above).mul_(softcap**-2))
     return gradient
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dam.backends import choice, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _head, _linear, _op, _rows
+from dam.ops import _checks, _excluded, _head, _linear, _op, _rows, _softcap
 from dam.ops import log_prob as _row_op
 
 
@@ -43,10 +43,10 @@ def linear_log_prob(
         exclude, suppress, temperature: as for `log_prob`.
 
     Returns:
-        float32 like target (float64 for float64 hidden). The backward pass recomputes the logits. Extra memory
-        of either pass, beyond the gradients, is bounded by the environment variable DAM_WORKSPACE_MB (unless
-        set 256, on a GPU 1.25% of its memory if that is more); where a 16-bit head is trained, with what
-        `linear_matching_loss` adds to it.
+        float32 like target (float64 for float64 hidden). The backward pass computes the logits again, unless they are
+        few: logits that with their gradient take no more than half of DAM_WORKSPACE_MB are kept for it. Extra memory of
+        either pass, beyond the gradients, is bounded by that variable (unless set 256, on a GPU 1.25% of its memory if
+        that is more), with what `linear_matching_loss` adds where a 16-bit head is trained.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -59,7 +59,8 @@ def linear_log_prob(
     targets, never = _excluded.split(targets, excluded)
     temperature = _checks.temperature(op, temperature, zero=False)
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
-    value, log_escape = _linear_log_prob(*head, targets, *excluded, temperature, backend)
+    keep = backend in _KEEPS and _head.keeps_logits(head, _head.needed_of(head), backend)
+    value, log_escape, _ = _linear_log_prob(*head, targets, *excluded, temperature, keep, backend)
     return _excluded.with_never(value, never, log_escape).view(target.shape)
 
 
@@ -97,6 +98,27 @@ def chunked_backward(
                 grad[rows], logits, target[rows], log_escape[rows], exclude.part(rows), temperature, into
             )
         gradients.add_rows(part, memory[-1])
+    return gradients.finish()
+
+
+def kept_backward(
+    backend: str,
+    logits: Tensor,
+    grad: Tensor,
+    head: _head.Projection,
+    target: Tensor,
+    log_escape: Tensor,
+    exclude: Excluded,
+    temperature: float,
+    needed: _head.Needed,
+) -> tuple[Tensor, ...]:
+    """Gradients of a head's tensors from the logits of all rows, which stay as they are for another backward pass."""
+    gradients = _head.Gradients(head, needed)
+    into = torch.empty_like(logits, dtype=_head.gradient_dtype(head, backend))
+    _row_op._BACKWARD[backend](grad, logits, target, log_escape, exclude, temperature, into)
+    if head.softcap is not None:
+        _softcap.differentiated(into, logits, head.softcap)
+    gradients.add_rows(slice(0, logits.shape[0]), into)
     return gradients.finish()
 
 
@@ -157,6 +179,9 @@ _BACKWARD: dict[str, Callable[..., Any]] = {
 }
 
 
+_KEEPS = ("torch", "cpu", "cuda")  # Triton's forward pass leaves no logits in its fused form, and chunks in the other
+
+
 @_op.op("linear_log_prob")
 def _linear_log_prob(
     hidden: Tensor,
@@ -169,17 +194,30 @@ def _linear_log_prob(
     exclude: Tensor | None,
     suppressed: Tensor | None,
     temperature: float,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, log escape rates, and the logits if they are to be kept, else an empty tensor."""
     _checks.index_range("linear_log_prob", "target", target, weight.shape[0], backend)
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
-    return _IMPLEMENTATIONS[backend](head, target, Excluded(exclude, suppressed), temperature)
+    excluded = Excluded(exclude, suppressed)
+    kept = _kept(hidden, weight, keep)
+    if keep:
+        value, log_escape = _row_op._IMPLEMENTATIONS[backend](_head.logits(head, kept), target, excluded, temperature)
+    else:
+        value, log_escape = _IMPLEMENTATIONS[backend](head, target, excluded, temperature)
+    return value, log_escape, kept
+
+
+def _kept(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    shape = (hidden.shape[0], weight.shape[0]) if keep else (0, 0)
+    return hidden.new_empty(shape, dtype=_rows.accumulator(hidden.dtype))
 
 
 @_linear_log_prob.register_fake
-def _(hidden, weight, bias, low_hidden, low_weight, softcap, target, exclude, suppressed, temperature, backend):
-    return _row_op.outputs(hidden, target)
+def _(hidden, weight, bias, low_hidden, low_weight, softcap, target, exclude, suppressed, temperature, keep, backend):
+    return *_row_op.outputs(hidden, target), _kept(hidden, weight, keep)
 
 
 @_op.op("linear_log_prob_backward")
@@ -193,6 +231,7 @@ def _linear_log_prob_backward(
     softcap: float | None,
     target: Tensor,
     log_escape: Tensor,
+    logits: Tensor,
     exclude: Tensor | None,
     suppressed: Tensor | None,
     temperature: float,
@@ -200,7 +239,9 @@ def _linear_log_prob_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
-    return _BACKWARD[backend](grad, head, target, log_escape, Excluded(exclude, suppressed), temperature, needed)
+    kept = functools.partial(kept_backward, backend, logits)
+    backward: Callable[..., Any] = _BACKWARD[backend] if logits.numel() == 0 else kept
+    return backward(grad, head, target, log_escape, Excluded(exclude, suppressed), temperature, needed)
 
 
 @_linear_log_prob_backward.register_fake
@@ -214,6 +255,7 @@ def _(
     softcap,
     target,
     log_escape,
+    logits,
     exclude,
     suppressed,
     temperature,
@@ -224,22 +266,22 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    *head, ctx.softcap, target, exclude, suppressed, ctx.temperature, ctx.backend = inputs
-    _, log_escape = output
-    ctx.mark_non_differentiable(log_escape)
+    *head, ctx.softcap, target, exclude, suppressed, ctx.temperature, _, ctx.backend = inputs
+    _, log_escape, logits = output
+    ctx.mark_non_differentiable(log_escape, logits)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*head, target, log_escape, exclude, suppressed)
+    ctx.save_for_backward(*head, target, log_escape, logits, exclude, suppressed)
 
 
-def _backward(ctx, grad, _grad_log_escape):
+def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 11
-    *head, target, log_escape, exclude, suppressed = ctx.saved_tensors
+        return (None,) * 12
+    *head, target, log_escape, logits, exclude, suppressed = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:5])
     gradients = _linear_log_prob_backward(
-        grad, *head, ctx.softcap, target, log_escape, exclude, suppressed, ctx.temperature, needed, ctx.backend
+        grad, *head, ctx.softcap, target, log_escape, logits, exclude, suppressed, ctx.temperature, needed, ctx.backend
     )
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 6)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 
 _linear_log_prob.register_autograd(_backward, setup_context=_setup_context)

@@ -63,9 +63,9 @@ def linear_matching_loss(
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
         gradients is bounded by the environment variable DAM_WORKSPACE_MB (unless set 256, on a GPU 1.25% of its
-        memory if that is more). Where a 16-bit head is trained and its rows do not fit that, a GPU holds the gradient
-        of logits in bfloat16, 2 V bytes a row, up to the larger of DAM_WORKSPACE_MB and 4 V D bytes; the head's
-        gradient in float32, 4 V D, is accumulated if these are not all rows, and always where nothing is held.
+        memory if that is more). Where a 16-bit head is trained and its rows do not fit that, the gradient of
+        logits is held, 2 V bytes a row in bfloat16, 4 V in float32, up to the larger of DAM_WORKSPACE_MB and 4 V D
+        bytes; the head's gradient in float32, 4 V D, is accumulated if these are not all rows, or nothing is held.
         DAM_LINEAR_FORM chooses other ways.
 
     Raises:

@@ -25,13 +25,10 @@ def frames(trajectories: Trajectories, tokenizer: Any) -> Iterator[list[str]]:
         tokenizer: names tokens; what it takes for special is left out.
     """
     special = {*tokenizer.all_special_ids} - {tokenizer.mask_token_id}
-    for call in range(-1, int(trajectories.call.max()) + 1):
-        tokens = trajectories.initial.clone()
-        for row, (places, calls) in enumerate(zip(trajectories.position, trajectories.call, strict=True)):
-            filled = places[(calls >= 0) & (calls <= call)]
-            tokens[row, filled] = trajectories.final[row, filled]
-        if call == int(trajectories.call.max()):
-            tokens = trajectories.final
+    calls = trajectories.network_calls
+    for call in range(calls + 1):
+        # Behind the last one also what follows the end of a text, which no call filled in.
+        tokens = trajectories.states_before(call) if call < calls else trajectories.final
         yield [
             " ".join(
                 _HIDDEN if token == tokenizer.mask_token_id else tokenizer.decode([token])

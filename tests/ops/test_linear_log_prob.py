@@ -17,6 +17,7 @@ from helpers import (
 )
 
 import dam
+from dam.ops import _head
 from dam.ops import linear_log_prob as module
 
 IMPLEMENTATIONS = tuple(module._IMPLEMENTATIONS)
@@ -90,6 +91,32 @@ def test_small_workspace_changes_nothing(backend, monkeypatch):
     monkeypatch.setenv("DAM_WORKSPACE_MB", "0.03")
     for a, b in zip(run(), whole, strict=True):
         assert_close(a, b, rtol=2.0**-18, atol=2.0**-19 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_few_logits_are_kept_for_the_backward_pass(backend, monkeypatch, softcap):
+    """Then they are computed once, and gradients are those of logits that are computed again, any number of times."""
+    if backend not in module._KEEPS:
+        pytest.skip("computes them again in any case")
+    hidden, weight, bias, target = inputs(seed=66)
+    upstream, made, logits = normal(*target.shape, seed=67), [], _head._products
+    monkeypatch.setattr(_head, "_products", lambda *arguments: made.append(1) or logits(*arguments))
+
+    def run():
+        made.clear()
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+        value = dam.linear_log_prob(*leaves[:2], target, bias=leaves[2], softcap=softcap)
+        both = [torch.autograd.grad(value, leaves, upstream, retain_graph=again) for again in (True, False)]
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+        return value.detach(), *both[0]
+
+    kept = run()
+    assert len(made) == 1
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "0.03")
+    again = run()
+    assert len(made) > 3
+    for a, b in zip(kept, again, strict=True):
+        assert_close(a, b, rtol=2.0**-18, atol=2.0**-18 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -170,6 +197,7 @@ def test_only_what_requires_it_gets_a_gradient(backend, trained):
         None,
         target,
         torch.zeros(30, dtype=torch.float64),
+        torch.zeros(0, 0),
         None,
         None,
         1.0,
@@ -241,10 +269,12 @@ def test_opcheck(backend):
     hidden, weight, bias, target = inputs(4, 5, 30, seed=90)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     low = (normal(4, 3, seed=93).requires_grad_(), normal(30, 3, seed=94).requires_grad_())
-    torch.library.opcheck(module._linear_log_prob.overload, (*leaves, *low, 2.0, target, None, None, 1.0, backend))
+    torch.library.opcheck(
+        module._linear_log_prob.overload, (*leaves, *low, 2.0, target, None, None, 1.0, False, backend)
+    )
     excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
     torch.library.opcheck(
-        module._linear_log_prob.overload, (*leaves[:2], *[None] * 4, target, *excluding, 0.5, backend)
+        module._linear_log_prob.overload, (*leaves[:2], *[None] * 4, target, *excluding, 0.5, True, backend)
     )
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dam.ctmc import MaskedCTMC
+from dam.models import MaskedLM
 from dam.tasks import countdown
 from dam.tasks import countdown_base as base
 
@@ -66,6 +68,19 @@ def test_text_survives_the_tokenizer():
     assert tokenizer.decode(ids) == "3 100 25 = 7 ( 3 + 100 ) * 25"
     padded = tokenizer(["1 2 3 = 6", "1 2 = 3"], padding=True)
     assert padded["attention_mask"][1] == [0, 1, 1, 1, 1]
+
+
+def test_padding_teaches_nothing(monkeypatch):
+    """Lines of two numbers are padded on the left: what stands there changes no loss."""
+    monkeypatch.setattr(base, "PAIRS", 1.0)
+    tokenizer, model, lines = base.tokenizer(), base.network(0), base.corpus(16, [0, 5])
+    assert bool((lines.input_ids[:, 0] == tokenizer.pad_token_id).all())
+    process = MaskedCTMC(mask_token=tokenizer.mask_token_id, suppress=(tokenizer.pad_token_id,))
+    losses = []
+    for vector in (0.0, 10.0):
+        model.get_input_embeddings().weight.data[tokenizer.pad_token_id, ::2] = vector
+        losses.append(base._denoising_loss(MaskedLM(model), process, lines, [0, 5]).detach())
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 @pytest.mark.parametrize(("numbers", "target"), [([1, 2, 101], 5), ([1, 2, 3, 4], 5), ([1, 2, 3], 0)], ids=str)

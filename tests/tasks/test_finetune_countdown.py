@@ -1,6 +1,6 @@
 """`dam countdown`: the path of a language model, from text to text; runs that are killed go on to the same weights."""
 
-import functools
+import contextlib
 import io
 import json
 import os
@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerState
 
 from dam import cli
-from dam.tasks import countdown, countdown_base, live
+from dam.models import MaskedLM
+from dam.rollout import jump_log_prob
+from dam.tasks import countdown, countdown_base, finetune, live
 from dam.tasks import finetune_countdown as job
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the base is trained by torch.optim.Muon")
 # A rollout is 4 problems of 8 trajectories; 6 rollouts of 2 steps, saved after every second one.
 SHRUNK = {"prompts": 4, "generations": 8, "iterations": 2, "evaluations": 3}
+END = countdown_base.WORDS.index(countdown_base.END)
 SMALL = ("countdown", "--reward-calls", "192", "--pretraining-steps", "12", "--seed", "3")
 
 
@@ -50,58 +54,138 @@ def small(monkeypatch, one_thread):
     shrink(monkeypatch.setattr)
 
 
-CODE = """
-from pathlib import Path
-import sys
-from tests.tasks.test_finetune_countdown import run_in_another_process
-sys.exit(run_in_another_process(Path(sys.argv[1])))
-"""
+class Whole(NamedTuple):
+    """A run that nobody stopped."""
+
+    output: Path
+    written: str  # on the terminal
+    rewarded: list  # what its reward function was given: prompt, completion, numbers, target
 
 
-def started(output):
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, str(output)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def test_a_run(small, tmp_path, monkeypatch, capsys):
-    seen = []
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output, seen = tmp_path_factory.mktemp("whole") / "run", []
 
     def correct(prompts, completions, **columns):
         seen.extend(zip(prompts, completions, columns["numbers"], columns["target"], strict=True))
         return countdown.TASK.correct(completions=completions, **columns)
 
-    monkeypatch.setitem(job.REWARDS, "correct", correct)
-    assert cli.main([*SMALL, "--output", str(tmp_path / "run")]) == 0
-    out = capsys.readouterr().out
-    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as terminal:
+        shrink(patch.setattr)
+        patch.setitem(job.REWARDS, "correct", correct)
+        assert cli.main([*SMALL, "--output", str(output)]) == 0
+    torch.set_num_threads(threads)
+    return Whole(output, terminal.getvalue(), seen)
+
+
+def test_a_run(whole):
+    result = json.loads((whole.output / "metrics.json").read_text())
     for name in ("greedy", "sampled", "pass@4"):
         assert 0 <= result["base_" + name] <= 1 and 0 <= result[name] <= 1
     assert (result["problems"], result["reward_calls"]) == (12, 192)
-    assert "fine-tuned" in out and "step 4\n" in out
+    assert "fine-tuned" in whole.written and "step 4\n" in whole.written
     # Rewards see text as it is written, without special tokens; there are pairs among the prompts.
-    for prompt, completion, numbers, target in seen:
+    for prompt, completion, numbers, target in whole.rewarded:
         assert prompt == f"{' '.join(map(str, numbers))} = {target}"
         assert all(word in countdown_base.WORDS[4:] for word in completion.split())
-    assert {len(numbers) for _, _, numbers, _ in seen} == {2, 3}
+    assert {len(numbers) for _, _, numbers, _ in whole.rewarded} == {2, 3}
     # What was saved is a model and a tokenizer for whoever loads them.
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(whole.output)
+    model = AutoModelForMaskedLM.from_pretrained(whole.output)
     assert tokenizer.mask_token_id == model.config.mask_token_id and tokenizer.padding_side == "left"
 
 
-def test_no_problem_of_a_file_is_trained_on(tmp_path):
-    problems = [(problem.numbers, problem.target) for problem in countdown.draw_problems(64, 1)]
+def task_of(tmp_path, problems, **options):
+    """The task with problems of a file."""
     file = tmp_path / "problems.jsonl"
     lines = [{"input": ",".join(map(str, numbers)), "output": str(target)} for numbers, target in problems]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    task = job.Countdown(job.Options(problems=str(file)))
-    assert [(row["numbers"], row["target"]) for row in task.evaluation_rows()] == [(list(n), t) for n, t in problems]
-    trained = {(tuple(sorted(row["numbers"])), row["target"]) for row in task.training_rows()}
-    assert len(task.training_rows()) == 64 * 64 and not trained & countdown_base.excluded(problems)
+    return job.Countdown(job.Options(problems=str(file), **options))
+
+
+def test_no_problem_of_a_file_is_trained_on(tmp_path, monkeypatch):
+    """Of a file of all that would be, neither by the base nor from rewards, in whatever order the numbers are."""
+    every = [(row["numbers"], row["target"]) for row in job.Countdown(job.Options(reward_calls=4096)).training_rows()]
+    problems = [(numbers[::-1], target) for numbers, target in every]
+    task = task_of(tmp_path, problems, reward_calls=4096, pretraining_steps=7)
+    assert [(row["numbers"], row["target"]) for row in task.evaluation_rows()] == problems
+    trained = [(row["numbers"], row["target"]) for row in task.training_rows()]
+    assert [sum(len(numbers) == size for numbers, _ in trained) for size in (2, 3)] == [32, 224]
+    assert not countdown_base.excluded(trained) & countdown_base.excluded(problems)
+    monkeypatch.setattr(countdown_base, "pretrained", lambda *_, **given: given)
+    given = task.model(tmp_path)
+    assert (given["without"], given["steps"]) == (countdown_base.excluded(problems), 7)
+
+
+def logits_of(model, task, tokens):
+    """[L, V] of one row, of the tokens that may be drawn."""
+    never = [task.tokenizer.mask_token_id, task.tokenizer.pad_token_id, task.tokenizer.unk_token_id]
+    return model(input_ids=tokens[None]).logits[0].detach().index_fill(1, torch.tensor(never), -torch.inf)
+
+
+def test_evaluation_takes_the_likeliest_token_at_the_likeliest_place(tmp_path):
+    """By the model's own logits of each problem alone, without padding, up to its end."""
+    task, model = task_of(tmp_path, [([1, 2], 3), ([5, 6, 7], 18), ([5, 6, 8], 19)]), countdown_base.network(0)
+    pad, mask = task.tokenizer.pad_token_id, task.process.mask_token
+    model.get_input_embeddings().weight.data[pad, ::2] = 10.0
+    model.lm_head.bias.data[[pad, task.tokenizer.unk_token_id]] = 100.0
+    model.lm_head.bias.data[END] = 3.0
+    drawn = task._rolled_out(model, task.rows, temperature=0.0)
+    assert torch.equal(task.fill_in(model), drawn.final)
+    for row, final, log_prob in zip(task.rows, drawn.final, drawn.log_prob, strict=True):
+        prompt = task.tokenizer(row["prompt"], return_tensors="pt")["input_ids"][0]
+        tokens = torch.cat((prompt, torch.full((countdown_base.COMPLETION,), mask)))
+        expected = []
+        while mask in tokens[: tokens.tolist().index(END) if END in tokens else None]:
+            law = logits_of(model, task, tokens).log_softmax(dim=1)
+            law = law.masked_fill((tokens != mask)[:, None], -torch.inf)
+            place, token = divmod(int(law.argmax()), law.shape[1])
+            tokens[place] = token
+            expected.append(float(law.max()))
+        tokens[tokens == mask] = END
+        assert final[-len(tokens) :].tolist() == tokens.tolist()
+        assert log_prob[log_prob < 0].tolist() == pytest.approx(expected, rel=1e-4)  # float32 sums in other orders
+    assert bool((drawn.call < 0).any())  # behind an end
+    # Nor is anything else drawn in training.
+    assert finetune.config(task, tmp_path).suppress_tokens == [pad, task.tokenizer.unk_token_id]
+
+
+def test_samples_are_drawn_as_in_training(monkeypatch):
+    """From the model as it is, in an order that it has no part in; so many of each problem."""
+    monkeypatch.setattr(job, "PROBLEMS", 12)
+    monkeypatch.setattr(job, "SAMPLES", 4)
+    task, drawn = job.Countdown(job.Options()), []
+    roll_out = task._rolled_out
+    monkeypatch.setattr(
+        task, "_rolled_out", lambda *given, **named: drawn.append(roll_out(*given, **named)) or drawn[-1]
+    )
+    for model in map(countdown_base.network, (0, 1)):
+        task.sampled_metrics(model)
+        log_prob = jump_log_prob(MaskedLM(model), drawn[-1], task.process)
+        torch.testing.assert_close(drawn[-1].log_prob, log_prob)
+        first = zip(drawn[-1].initial, drawn[-1].position[:, 0], drawn[-1].token[:, 0], strict=True)
+        likeliest = [int(logits_of(model, task, row)[place].argmax()) == token for row, place, token in first]
+        assert sum(likeliest) < len(likeliest) / 2
+    there = (drawn[0].position >= 0) & (drawn[1].position >= 0)
+    assert torch.equal(drawn[0].position[there], drawn[1].position[there]) and int(there.sum()) > 48
+    prompts = task.tokenizer.batch_decode(drawn[0].initial, skip_special_tokens=True)
+    assert prompts == [row["prompt"] for row in task.rows for _ in range(4)]
+    # One right answer to the first problem and four to the second.
+    right = [countdown.draw_problems(12, 0, held_out=True)[n].solution for n in (0, 1)]
+    monkeypatch.setattr(task, "_texts", lambda final: [right[0], "", "", "1", *[right[1]] * 4, *[""] * 40])
+    assert task.sampled_metrics(model) == {"sampled": 5 / 48, "pass@4": 2 / 12, "answer": 5 / 48}
+
+
+def test_what_is_judged_is_the_text_in_front_of_its_end(tmp_path):
+    task = task_of(tmp_path, [([1, 2], 3), ([5, 6, 7], 18), ([5, 6, 7], 4)])
+    final = torch.full((3, countdown_base.PROMPT + countdown_base.COMPLETION), END)
+    for row, text in zip(final, ("1+2", "5+6+7", "5+6+7"), strict=True):
+        ids = task.tokenizer(text)["input_ids"]
+        row[countdown_base.PROMPT :][: len(ids)] = torch.tensor(ids)
+    assert task._texts(final) == ["1 + 2", "5 + 6 + 7", "5 + 6 + 7"]
+    assert task.metrics(final) == {"greedy": 2 / 3, "greedy_closeness": pytest.approx((1 + 1 + 10 / 24) / 3)}
 
 
 @pytest.mark.parametrize(
@@ -132,8 +216,9 @@ def test_a_run_of_another_task_is_not_resumed(tmp_path, capsys):
 
 
 def test_a_constant_reward_is_told(small, tmp_path):
+    shorter = ("--reward-calls", "64", "--pretraining-steps", "1", "--reward", "constant")
     with pytest.warns(UserWarning, match="constant reward: all trajectories of every group have had one reward"):
-        assert cli.main([*SMALL, "--reward", "constant", "--output", str(tmp_path / "run")]) == 0
+        assert cli.main([*SMALL, *shorter, "--output", str(tmp_path / "run")]) == 0
 
 
 def assert_same_weights(output, reference):
@@ -142,30 +227,76 @@ def assert_same_weights(output, reference):
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
-def until(condition, process):
-    while process.poll() is None and not condition():
-        time.sleep(0.005)
+# Imports all once, and runs what it is told to in processes of their own; tells of each its number and how it ended.
+RUNS = """
+import os, sys
+from pathlib import Path
+from tests.tasks.test_finetune_countdown import run_in_another_process
+
+tell = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        os._exit(run_in_another_process(Path(line.strip())))
+    print(process, file=tell, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=tell, flush=True)
+os._exit(0)
+"""
+
+
+class Runs:
+    def __init__(self, parent):
+        self._parent = parent
+
+    def start(self, output):
+        """The number of a process that runs, or goes on with, what `output` has."""
+        self._parent.stdin.write(f"{output}\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
+
+    def ended(self):
+        """Waits for the process that was started last; its exit code."""
+        return int(self._parent.stdout.readline())
+
+    def kill(self, output, condition, seconds=0.0):
+        """Starts a run, and kills it once a condition holds and some seconds are over."""
+        process = self.start(output)
+        while not condition():
+            time.sleep(0.005)
+            os.kill(process, 0)  # is still there
+        time.sleep(seconds)
+        os.kill(process, signal.SIGKILL)
+        assert self.ended() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def runs():
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as parent:
+        yield Runs(parent)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path):
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, runs, tmp_path):
     """While the base is trained, and while it is fine-tuned."""
-    assert started(tmp_path / "whole").wait() == 0
-    output = tmp_path / "part"
     for file in ("base/pretraining.pt", "checkpoint-4/trainer_state.json"):
-        process = started(output)
-        until((output / file).exists, process)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert not (output / "metrics.json").exists()
-    assert started(output).wait() == 0
-    assert_same_weights(output, tmp_path / "whole")
+        runs.kill(tmp_path, (tmp_path / file).exists)
+        assert not (tmp_path / "metrics.json").exists()
+    runs.start(tmp_path)
+    assert runs.ended() == 0
+    assert_same_weights(tmp_path, whole.output)
 
 
 @pytest.mark.full
-def test_a_run_that_was_killed_at_ten_random_moments(tmp_path):
+def test_a_run_that_was_killed_at_ten_random_moments(whole, runs, tmp_path):
     """By how far the run has come and a little later, as by the clock a busy machine would have other moments."""
-    assert started(tmp_path / "whole").wait() == 0
     draw = random.Random(0)
     files = [
         "base/pretraining.pt",
@@ -179,27 +310,33 @@ def test_a_run_that_was_killed_at_ten_random_moments(tmp_path):
         file, lines = draw.choice(
             [*((file, 0) for file in files), *(("metrics.jsonl", lines) for lines in range(1, 8))]
         )
-        process = started(output)
-        until(
-            lambda at=output / file, n=lines: at.exists() and (not n or len(at.read_text().splitlines()) >= n), process
+        runs.kill(
+            output,
+            lambda at=output / file, n=lines: at.exists() and (not n or len(at.read_text().splitlines()) >= n),
+            draw.uniform(0.0, 0.3),
         )
-        time.sleep(draw.uniform(0.0, 0.3))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert started(output).wait() == 0
-        assert_same_weights(output, tmp_path / "whole")
+        runs.start(output)
+        assert runs.ended() == 0
+        assert_same_weights(output, whole.output)
 
 
 def test_what_is_shown_of_a_completion_as_it_is_unmasked():
-    task = job.Countdown(job.Options())
-    model = countdown_base.network(0)
-    rolled_out = functools.partial(task._rolled_out, model, task.rows[:2])
-    pictures = list(live.frames(rolled_out(temperature=1.0), task.tokenizer))
-    assert pictures[0] == [f"{row['prompt']}{' ▒' * countdown_base.COMPLETION}" for row in task.rows[:2]]
-    hidden = [picture[0].count("▒") for picture in pictures]
-    assert hidden == sorted(hidden, reverse=True) and hidden[-1] == 0
-    final = task._texts(rolled_out(temperature=1.0).final)
-    assert pictures[-1] == [f"{row['prompt']} {text}" for row, text in zip(task.rows, final, strict=False)]
+    """Before its first token, then with one more at each call; in the end without what is behind its end."""
+    task, model = job.Countdown(job.Options()), countdown_base.network(0)
+    model.lm_head.bias.data[END] = 6.0
+    drawn = task._rolled_out(model, task.rows[:4], temperature=1.0)
+    pictures = list(live.frames(drawn, task.tokenizer))
+    assert len(pictures) == drawn.network_calls + 1
+    for row, filled in enumerate((drawn.call >= 0).sum(dim=1).tolist()):
+        for call, picture in enumerate(pictures[:-1]):
+            jumps = sorted(zip(drawn.position[row, :call].tolist(), drawn.token[row, :call].tolist(), strict=True))
+            words = [task.tokenizer.decode(token) for place, token in jumps if place >= 0 and token != END]
+            shown = picture[row].split()
+            assert shown.count("▒") == countdown_base.COMPLETION - min(call, filled)
+            assert " ".join(word for word in shown if word != "▒") == " ".join([task.rows[row]["prompt"], *words])
+    texts = task._texts(drawn.final)
+    assert pictures[-1] == [f"{row['prompt']} {text}" for row, text in zip(task.rows, texts, strict=False)]
+    assert len((drawn.call >= 0).sum(dim=1).unique()) > 1  # one ended before the others
 
 
 def test_on_a_terminal_frames_are_drawn_over_each_other(monkeypatch):
