@@ -566,7 +566,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--only", metavar="OP,OP", type=ops, default=list(configs.OPS), help="operations to measure (default: all)")
     add("--output", metavar="DIR", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
     add("--budget", metavar="SECONDS", type=float, default=BUDGET, help="begin nothing after it (default: %(default)g)")
-    add(
+    one = parser.add_mutually_exclusive_group().add_argument
+    one(
         "--minutes",
         metavar="N",
         type=float,
@@ -575,8 +576,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")
     add("--no-tests", dest="tests", action="store_false", help="leave out the tests")
     add("--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for them (default: %(default)g)")
-    add("--tune", action="store_true", help="instead: measure candidates for the table of kernels/configs.py")
-    add("--sanitize", action="store_true", help="instead: the tests of the CUDA kernels under compute-sanitizer")
+    one("--tune", action="store_true", help="instead: measure candidates for the table of kernels/configs.py")
+    one("--sanitize", action="store_true", help="instead: the tests of the CUDA kernels under compute-sanitizer")
     return parser.parse_args(arguments)
 
 
