@@ -661,6 +661,12 @@ def test_an_unknown_op_is_an_error_that_lists_what_there_is(capsys):
     assert "'jmup'" in (message := capsys.readouterr().err) and all(op in message for op in configs.OPS)
 
 
+def test_one_thing_at_a_time(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--minutes", "8", "--tune"])
+    assert "--tune: not allowed with argument --minutes" in capsys.readouterr().err
+
+
 class Replaced(Exception):
     """This process would have been replaced."""
 
