@@ -38,7 +38,7 @@ class Check(NamedTuple):
 
 
 def checks(
-    device: torch.device, backends: Sequence[str], *, rows: int = 512, vocabulary: int = 126_464, hidden: int = 256
+    device: torch.device, backends: Sequence[str], *, rows: int = 768, vocabulary: int = 126_464, hidden: int = 256
 ) -> Iterator[Check]:
     """One after another, so that a run that is cut off has what was found."""
     with torch.device(device):
@@ -98,15 +98,21 @@ def _forms_of(backend: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _form(name: str) -> Iterator[None]:
-    before = os.environ.get("DAM_LINEAR_FORM")
-    os.environ["DAM_LINEAR_FORM"] = name
+    """A form of a linear op, and so little memory that it takes several chunks, and holds two pieces."""
+    if not name:
+        yield
+        return
+    asked = {"DAM_LINEAR_FORM": name, "DAM_WORKSPACE_MB": "64"}
+    before = {key: os.environ.get(key) for key in asked}
+    os.environ.update(asked)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["DAM_LINEAR_FORM"]
-        else:
-            os.environ["DAM_LINEAR_FORM"] = before
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _with_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -40,6 +40,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
             on_gpu={}
             if based
             else {
+                "torch's linear cross entropy": of_packages(peers.torch_linear_cross_entropy),
                 "Liger's fused linear cross entropy": of_packages(peers.liger_linear_cross_entropy),
                 "quack's linear cross entropy": of_packages(peers.quack_linear_cross_entropy),
                 "cut cross entropy": of_packages(peers.cut_cross_entropy),

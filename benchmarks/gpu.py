@@ -83,6 +83,7 @@ def plan() -> list[Item]:
     items += [linear("linear_jump", t) for t in (16, 512, 8192)]
     items += [linear(op, t) for t in (64, 1024) for op in ("linear_log_prob", "linear_matching_loss")]
     items += [rows(op, t, LLADA) for t in (8, 4096, 32_768) for op in configs.ROW_OPS]
+    items += [linear("linear_matching_loss", 32_768)._replace(peers=False)]  # whose logits alone are 8.3 GB
     items += [linear("linear_jump", t, 151_936) for t in (64, 256, 1024, 4096, 1, 16, 128, 512, 8192)]
     items += [rows(op, t, v) for t in (4096, 64, 1, 8, 32_768) for v in others for op in configs.ROW_OPS]
     return items

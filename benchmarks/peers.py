@@ -167,6 +167,10 @@ def liger_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> 
     return LigerFusedLinearCrossEntropyLoss()(head, hidden, target[:, 0])
 
 
+def torch_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return F.linear_cross_entropy(hidden, head, target[:, 0])
+
+
 def quack_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 

@@ -44,7 +44,8 @@ FAMILY = dict.fromkeys(ROW_OPS, "rows") | dict.fromkeys(LINEAR_OPS, "linear")
 #   programs  fewer row blocks than this are split among programs along the vocabulary
 # linear: kernels that contain the matmul with the head.
 #   form      "fused": logits never leave the chip; "chunked": the library's matmul over chunks, and the row kernels
-#   frozen_form, trained_form  likewise of a gradient, which fused costs one matmul more, with a frozen or trained head
+#   frozen_form, trained_form  likewise of a gradient, which fused costs one matmul more, with a frozen or trained head;
+#             "once": chunked where each gradient is one product or few, fused where chunk after chunk would be added
 #   block_rows, block_columns, block_depth  the logits of a program, and its step along the hidden dimension
 #   group     row blocks that run one after another on the same block of the head
 #   chunk_mb  logits of a chunk, which should stay in the L2 cache
@@ -68,7 +69,7 @@ TABLE: tuple[Row, ...] = (
     Row("rows", {"elements": 8192, "programs": 512, "warps": 8, "stages": 1}),
     Row("rows", {"elements": 2048, "warps": 2}, rows=8),
     Row("rows", {"elements": 2**20, "programs": 1}, gpu=INTERPRETER),
-    Row("linear", {"form": "chunked", "frozen_form": "chunked", "trained_form": "fused"}),
+    Row("linear", {"form": "chunked", "frozen_form": "chunked", "trained_form": "once"}),
     Row("linear", {"chunk_mb": 32, "merge_rows": 1, "group": 8}),
     Row("linear", {"block_rows": 128, "block_columns": 128, "block_depth": 64, "warps": 8, "stages": 3}),
     Row("linear", {"block_rows": 64, "block_columns": 64, "block_depth": 32}, element_bytes=(4,)),

@@ -137,9 +137,9 @@ def _steps(length: int, bytes_per_step: int, device: torch.device) -> list[slice
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
-def _row_parts(head: Projection, dtypes: list[torch.dtype], backend: str) -> list[slice]:
-    """Chunks of rows whose arrays of these dtypes fit the workspace."""
-    rows, bytes_per_row = head.hidden.shape[0], head.weight.shape[0] * sum(dtype.itemsize for dtype in dtypes)
+def _row_parts(head: Projection, rows: int, dtypes: list[torch.dtype], backend: str) -> list[slice]:
+    """Chunks of so many rows whose arrays of these dtypes fit the workspace."""
+    bytes_per_row = head.weight.shape[0] * sum(dtype.itemsize for dtype in dtypes)
     if backend in _ON_GPU:
         return _steps(rows, bytes_per_row, head.weight.device)
     return list(_rows.chunks(rows, bytes_per_row))
@@ -151,13 +151,13 @@ def chunks(
     arrays: int,
     backend: str,
     gradient: torch.dtype | None = None,
-    held: Tensor | None = None,  # [T, V]
+    held: Tensor | None = None,  # [., V]
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Chunks of rows, with `arrays` arrays [chunk, V] in the accumulator's dtype that serve one chunk after another.
 
     One more array follows for the gradient of the logits, if that has another dtype, or on a GPU goes on through a soft
-    cap and so needs the logits beside it; see `blocks`. If `held`, the array of all that gradient, is given, then what
-    the gradient goes into, the last array or the first, is the chunk's rows of it.
+    cap and so needs the logits beside it; see `blocks`. If `held` is given, an array of that gradient for as many rows
+    at a time, then what the gradient goes into, the last array or the first, is the chunk's part of it.
     """
     forms.asked(backend)  # an error at the first call, also of what has one form only
     weight = head.weight
@@ -165,14 +165,17 @@ def chunks(
     at = len(dtypes) - 1 if len(dtypes) > arrays else 0  # of the gradient's array
     own = dtypes if held is None else dtypes[:at] + dtypes[at + 1 :]
     memory: list[Tensor] = []
-    for part in _row_parts(head, own, backend):
-        size = part.stop - part.start
-        if not memory:  # the first chunk is the largest
-            memory = [weight.new_empty(size, weight.shape[0], dtype=dtype) for dtype in own]
-        found = [array[:size] for array in memory]
-        if held is not None:
-            found.insert(at, held[part])
-        yield part, found
+    rows = head.hidden.shape[0]
+    most = rows if held is None else held.shape[0]
+    for first in range(0, rows, max(1, most)):
+        for piece in _row_parts(head, min(most, rows - first), own, backend):
+            size = piece.stop - piece.start
+            if not memory:  # the first chunk is the largest
+                memory = [weight.new_empty(size, weight.shape[0], dtype=dtype) for dtype in own]
+            found = [array[:size] for array in memory]
+            if held is not None:
+                found.insert(at, held[piece])
+            yield slice(first + piece.start, first + piece.stop), found
 
 
 def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
@@ -180,10 +183,8 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
 
     "rows": of each chunk of rows as it comes; every chunk but a single one adds to a float32 gradient as large as the
     head. "whole": chunks of rows write the gradient of all logits, [T, V] in `gradient_dtype`, and each tensor gets its
-    own in one product. "columns": so do chunks of columns, one for each, but logits whose sums must be known first are
-    computed twice; in CUDA only.
-
-    What "whole" holds is bounded by the workspace, or by the float32 gradient of the head that "rows" would take.
+    own in one product; or of as many rows at a time as may be held, which then are added. "columns": so do chunks of
+    columns, one for each, but logits whose sums must be known first are computed twice; in CUDA only.
     """
     asked = forms.asked(backend)
     if not any(needed):
@@ -192,16 +193,40 @@ def form(head: Projection, needed: Needed, *, arrays: int, backend: str) -> str:
         return asked
     if not needed[1]:
         return "rows"
-    dtype, weight = gradient_dtype(head, backend), head.weight
-    parts = _row_parts(head, _dtypes(head, arrays, dtype, backend), backend)
+    rows, dtype, weight = head.hidden.shape[0], gradient_dtype(head, backend), head.weight
+    parts = _row_parts(head, rows, _dtypes(head, arrays, dtype, backend), backend)
     if len(parts) <= 1:
         return "rows"
     # Else nothing is added in another dtype, or all that is held is converted before it is multiplied.
     if weight.dtype != _rows.accumulator(weight.dtype) and (dtype == weight.dtype or backend == "cpu"):
-        limit = max(_rows.workspace_bytes(weight.device), 4 * weight.numel())
-        if head.hidden.shape[0] * weight.shape[0] * dtype.itemsize <= limit:
+        held = _held_rows(head, dtype)
+        if held == rows or (backend in _ON_GPU and held >= max(_MANY_ROWS, 2 * parts[0].stop)):
             return "whole"
     return "columns" if backend == "cuda" and parts[0].stop < _MANY_ROWS else "rows"
+
+
+def adds_chunks(head: Projection, needed: Needed, *, arrays: int, backend: str) -> bool:
+    """Whether the gradient of a trained head would be a sum over chunks of rows, one for each."""
+    if not needed[1] or form(head, needed, arrays=arrays, backend=backend) != "rows":
+        return False
+    dtypes = _dtypes(head, arrays, gradient_dtype(head, backend), backend)
+    return len(_row_parts(head, head.hidden.shape[0], dtypes, backend)) > 1
+
+
+def _held_rows(head: Projection, dtype: torch.dtype) -> int:
+    """Rows of which "whole" holds the gradient of logits at a time, all or equal parts of them.
+
+    In as many bytes as the workspace, or as the head's gradient would take in float32.
+    """
+    rows, columns = head.hidden.shape[0], head.weight.shape[0]
+    limit = max(_rows.workspace_bytes(head.weight.device), 4 * head.weight.numel())
+    most = max(1, limit // (columns * dtype.itemsize))
+    if most >= rows:
+        return rows
+    block = 64 if most >= 64 else 1  # of a matmul
+    most -= most % block
+    each = -(-rows // -(-rows // most))
+    return each + -each % block
 
 
 def keeps_logits(head: Projection, needed: Needed, backend: str) -> bool:
@@ -218,10 +243,11 @@ def keeps_logits(head: Projection, needed: Needed, backend: str) -> bool:
 
 
 def held_for(head: Projection, needed: Needed, *, arrays: int, backend: str) -> Tensor | None:
-    """Memory for the gradient of all logits, where the form holds it."""
+    """Memory for the gradient of logits, where the form holds it."""
     if form(head, needed, arrays=arrays, backend=backend) != "whole":
         return None
-    return head.weight.new_empty(head.hidden.shape[0], head.weight.shape[0], dtype=gradient_dtype(head, backend))
+    dtype = gradient_dtype(head, backend)
+    return head.weight.new_empty(_held_rows(head, dtype), head.weight.shape[0], dtype=dtype)
 
 
 def column_chunks(
@@ -352,7 +378,8 @@ Needed = tuple[bool, bool, bool, bool, bool]  # whether each tensor of a `Projec
 class Gradients:
     """Gradients of a head's tensors, accumulated over chunks of the logits; empty where not needed.
 
-    Of all logits at once where their gradient is `held`, [T, V], which chunks of rows have filled by the end.
+    Where that of logits is `held`, [., V], what chunks of rows contribute is added when the array is full, or the rows
+    are at their end.
     """
 
     def __init__(self, head: Projection, needed: Needed, held: Tensor | None = None):
@@ -380,9 +407,14 @@ class Gradients:
             _put(gradient[columns], _column_sums(grad_logits, _rows.accumulator(gradient.dtype)), whole_columns)
 
     def add_rows(self, rows: slice, grad_logits: Tensor) -> None:
-        """The same for all columns of a chunk of rows; nothing yet, where it is a part of what is held."""
+        """The same for all columns of the next chunk of rows, which is a part of what is held."""
+        all_columns = slice(0, self._head.weight.shape[0])
         if self.held is None:
-            self.add(rows, slice(0, self._head.weight.shape[0]), grad_logits)
+            self.add(rows, all_columns, grad_logits)
+            return
+        size = (rows.stop - 1) % self.held.shape[0] + 1  # what of it is full
+        if size == self.held.shape[0] or rows.stop == self._head.hidden.shape[0]:
+            self.add(slice(rows.stop - size, rows.stop), all_columns, self.held[:size])
 
     def _of(self, i: int, whole: bool) -> Tensor | None:
         """Gradient of tensor i of the head, made when it is first asked for: zeros to add to, unless it comes whole."""
@@ -396,9 +428,6 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients in the dtype of the inputs."""
-        if self.held is not None:
-            rows, columns = (slice(0, size) for size in self.held.shape)
-            self.add(rows, columns, self.held)
         gradients = (self._of(i, False) for i in range(5))
         dtype = self._head.hidden.dtype
         # Outputs of an operator must not alias each other, so an empty tensor each.

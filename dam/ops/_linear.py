@@ -57,9 +57,13 @@ def gradients_by_columns(
 # the row-wise kernels follow
 
 
-def fused(op: str, head: _head.Projection, key: str) -> bool:
-    """Whether the table of kernel sizes chooses the fused form; `key` names the form, of values or of a gradient."""
-    return triton.launcher("head", "form_of")(op, head.hidden, head.weight.shape[0], key=key) == "fused"
+def fused(op: str, head: _head.Projection, needed: _head.Needed = (False,) * 5, arrays: int = 1) -> bool:
+    """Whether the table of kernel sizes chooses the fused form, of values or of the gradients that are needed."""
+    key = gradient_form(needed) if any(needed) else "form"
+    form = triton.launcher("head", "form_of")(op, head.hidden, head.weight.shape[0], key=key)
+    if form == "once":
+        return _head.adds_chunks(head, needed, arrays=arrays, backend="triton")
+    return form == "fused"
 
 
 def library(head: _head.Projection) -> Callable[[slice, slice, Tensor], Tensor]:

@@ -46,7 +46,7 @@ def linear_log_prob(
         float32 like target (float64 for float64 hidden). The backward pass computes the logits again, unless they are
         few: logits that with their gradient take no more than half of DAM_WORKSPACE_MB are kept for it. Extra memory of
         either pass, beyond the gradients, is bounded by that variable (unless set 256, on a GPU 1.25% of its memory if
-        that is more); where a 16-bit head is trained by as much again as `linear_matching_loss` says.
+        that is more), with what `linear_matching_loss` adds where a 16-bit head is trained.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -137,7 +137,7 @@ def _triton_backward(
     temperature: float,
     needed: _head.Needed,
 ) -> tuple[Tensor, ...]:
-    if not _linear.fused("linear_log_prob", head, _linear.gradient_form(needed)):
+    if not _linear.fused("linear_log_prob", head, needed):
         return chunked_backward("triton", grad, head, target, log_escape, exclude, temperature, needed)
     rows = triton.launcher("linear_log_prob", "rows_of")(grad, target, log_escape, exclude, temperature)
     return _linear.fused_gradients("linear_log_prob", head, None, rows, temperature, needed)

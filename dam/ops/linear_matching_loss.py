@@ -63,10 +63,10 @@ def linear_matching_loss(
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
         gradients is bounded by the environment variable DAM_WORKSPACE_MB (unless set 256, on a GPU 1.25% of its
-        memory if that is more). Where a 16-bit head is trained and its rows do not fit that, as much again as the
-        larger of DAM_WORKSPACE_MB and 4 V D bytes: for the gradient of all logits, 2 T V bytes in bfloat16, if that
-        is no more, or for the head's in float32; a GPU may take the head in blocks instead of the latter, at the
-        cost of a matmul. DAM_LINEAR_FORM chooses another way.
+        memory if that is more). Where a 16-bit head is trained and its rows do not fit that, the gradient of
+        logits is held, 2 V bytes a row in bfloat16, 4 V in float32, up to the larger of DAM_WORKSPACE_MB and 4 V D
+        bytes; the head's gradient in float32, 4 V D, is accumulated if these are not all rows, or nothing is held.
+        DAM_LINEAR_FORM chooses other ways.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -200,7 +200,7 @@ def _triton(
     per_row: bool,
 ) -> tuple[Tensor, ...]:
     arguments = (head, target, weight, base, base_weight, row_scale, exclude, normalized, temperature)
-    if not _linear.fused("linear_matching_loss", head, _linear.gradient_form(needed) if any(needed) else "form"):
+    if not _linear.fused("linear_matching_loss", head, needed, 1 if base is None else 2):
         return chunked("triton", *arguments, needed, per_row)
     if row_scale is None:
         count = head.hidden.shape[0]
