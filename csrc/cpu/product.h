@@ -3,8 +3,8 @@
 // A head is read where it lies and as it lies, once: what is rearranged is the hidden states, of which there are few.
 // Lanes go along their rows, a word of the head is every lane's, and a block of columns is turned when it is put down.
 //
-// Multiply is an instruction: a lane takes DEPTH products at a time, of a word that pack() makes of DEPTH elements of its
-// row (pack_last() of those that are left), and a word of the head's that all lanes share.
+// Multiply is an instruction: a lane takes DEPTH products at a time, of a word that pack() makes of DEPTH elements of
+// its row (pack_last() of those that are left), and a word of the head's that all lanes share.
 #pragma once
 
 #include "rows.h"
@@ -87,7 +87,9 @@ inline void fill_columns(const ProductArgs& a, const float* rows, int64_t first,
     for (int64_t d = 0; d < words; d += STAYS) {
       const int64_t some = smaller(STAYS, words - d);
       int64_t i = 0;
-      for (; i + SIDE <= columns; i += SIDE) add_words<Multiply, VECTORS, SIDE>(a, rows, d, some, v + i, sums + i * WIDTH);
+      for (; i + SIDE <= columns; i += SIDE) {
+        add_words<Multiply, VECTORS, SIDE>(a, rows, d, some, v + i, sums + i * WIDTH);
+      }
       for (; i < columns; ++i) add_words<Multiply, VECTORS, 1>(a, rows, d, some, v + i, sums + i * WIDTH);
     }
     for (int64_t t = 0; t < count; ++t) {

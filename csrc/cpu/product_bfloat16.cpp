@@ -59,8 +59,8 @@ static void turn_lines(__m512* lines) {
   exchange<1>(lines);
 }
 
-// Stores a tile [column][row] as rows of a result of up to `columns` columns. Past the caches whole lines need not be read
-// before they are written; what reads a large result finds none of it in them anyway.
+// Stores a tile [column][row] as rows of a result of up to `columns` columns. Past the caches whole lines need not be
+// read before they are written; what reads a large result finds none of it in them anyway.
 static void turn(const float* tile, float* result, int64_t stride, int64_t rows, int64_t columns, bool past_caches) {
   __m512 lines[16];
   for (int i = 0; i < 16; ++i) lines[i] = _mm512_load_ps(tile + 16 * i);
@@ -71,6 +71,21 @@ static void turn(const float* tile, float* result, int64_t stride, int64_t rows,
   }
   const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
   for (int64_t t = 0; t < rows; ++t) _mm512_mask_storeu_ps(result + t * stride, mask, lines[t]);
+}
+
+// The four tiles of sums, 0 to 3: one column or row of 16 after another.
+static void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+static void store_sums(float* sums) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + TILE_FLOATS, 64);
+  _tile_stored(2, sums + 2 * TILE_FLOATS, 64);
+  _tile_stored(3, sums + 3 * TILE_FLOATS, 64);
 }
 
 // The words of 16 rows from `first` on: tile after tile, zeros past the last row and past the depth.
@@ -116,10 +131,7 @@ static void fill_tiles(const ProductArgs& a, const HeadRows& head, const uint32_
   const int64_t tiles = (a.depth + ALONG - 1) / ALONG, rows = smaller(PASSING, a.shape.rows - first);
   const bool below = rows > SIDES;
   const uint8_t* const beside = head.data + SIDES * head.stride;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int64_t d = 0; d < tiles; ++d) {
     for (int64_t i = next.from; i < next.to; ++i) _mm_prefetch(next.data + i * head.stride + d * 64, _MM_HINT_T1);
     _tile_loadd(4, head.data + d * 64, head.stride);
@@ -134,15 +146,13 @@ static void fill_tiles(const ProductArgs& a, const HeadRows& head, const uint32_
     }
   }
   const bool past_caches = a.shape.rows * a.shape.columns >= SECOND_CACHE;
-  alignas(64) float sums[4][TILE_FLOATS];
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
+  alignas(64) float sums[4 * TILE_FLOATS];
+  store_sums(sums);
   for (int64_t down = 0; down < rows; down += SIDES) {
     for (int64_t across = 0; across < columns; across += SIDES) {
-      turn(sums[down / SIDES * 2 + across / SIDES], a.result + (first + down) * a.result_stride + column + across,
-           a.result_stride, smaller(SIDES, rows - down), smaller(SIDES, columns - across), past_caches);
+      turn(sums + (down / SIDES * 2 + across / SIDES) * TILE_FLOATS,
+           a.result + (first + down) * a.result_stride + column + across, a.result_stride,
+           smaller(SIDES, rows - down), smaller(SIDES, columns - across), past_caches);
     }
   }
 }
@@ -152,7 +162,7 @@ void multiply_tiles(const ProductArgs& a) {
   uint32_t* const words = reinterpret_cast<uint32_t*>(a.scratch);
   for (int64_t t = 0; t < rows; t += SIDES) rearrange_tiles(a, t, words + t * tiles * SIDES);
   uint8_t* const copies = reinterpret_cast<uint8_t*>(words + (rows + SIDES - 1) / SIDES * tiles * TILE_FLOATS);
-  const int64_t resident = PASSING * (RESIDENT / (PASSING * tiles * 64) > 1 ? RESIDENT / (PASSING * tiles * 64) : 1);
+  const int64_t staying = RESIDENT / (PASSING * tiles * 64), resident = PASSING * (staying > 1 ? staying : 1);
 
   parallel_for((a.shape.columns + GRAB - 1) / GRAB, a.shape.threads, 1, [&](int64_t grab, int worker) {
     uint8_t* const copy = copies + worker * PASSING * tiles * 64;
@@ -176,7 +186,7 @@ void multiply_tiles(const ProductArgs& a) {
   });
 }
 
-// ---- The gradients: of a float32 gradient of logits, in two bfloat16 parts, which leave 2^-17 of it out at the most.
+// ---- The gradients: of a float32 gradient of logits, in two bfloat16 parts, which leave out 2^-16 of it at the most.
 
 // The upper halves of floats, cut off, and in the upper halves what they leave of them, rounded; 0 of what is infinite.
 static u32 first_part(f32 x) { return bit_cast<u32>(x) & 0xFFFF0000u; }
@@ -205,7 +215,8 @@ static __m512i load_some(const bfloat16* x, int64_t count) {
 
 // Rows `from` to from + 32 of a matrix, pair by pair, as the tiles that others are multiplied with: of every 32 columns
 // two tiles, `apart` words from those of the next 32. Zeros past the last row and column.
-static void interleave(const Matrix& matrix, int64_t from, int64_t rows, int64_t columns, int64_t apart, uint32_t* out) {
+static void interleave(const Matrix& matrix, int64_t from, int64_t rows, int64_t columns, int64_t apart,
+                       uint32_t* out) {
   const u32 lane = iota<u32>();
   const u32 low = lane | (lane + 32) << 16, high = low + 0x00100010u;
   for (int64_t p = 0; p < SIDES; ++p) {
@@ -227,20 +238,17 @@ static void add_parts(const uint32_t* parts, int64_t apart, const uint32_t* othe
   for (int64_t k = 0; k < steps; ++k) {
     const uint32_t* const part = parts + k * 2 * TILE_FLOATS;
     _tile_loadd(6, others + k * 2 * TILE_FLOATS, 64);
-    _tile_loadd(4, part, 64);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, others + (k * 2 + 1) * TILE_FLOATS, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, part + TILE_FLOATS, 64);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_dpbf16ps(1, 5, 7);
-    if (!below) continue;
-    _tile_loadd(4, part + apart, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 4, 7);
-    _tile_loadd(5, part + apart + TILE_FLOATS, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    // The first parts of all, then the second: a sum is ready for the next product when three others have begun.
+    for (int i = 0; i < 2; ++i) {
+      _tile_loadd(4, part + i * TILE_FLOATS, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (!below) continue;
+      _tile_loadd(5, part + apart + i * TILE_FLOATS, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
 }
 
@@ -251,23 +259,20 @@ static void load_sums(const float* sums) {
   _tile_loadd(3, sums + 3 * TILE_FLOATS, 64);
 }
 
-static void store_sums(float* sums) {
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + TILE_FLOATS, 64);
-  _tile_stored(2, sums + 2 * TILE_FLOATS, 64);
-  _tile_stored(3, sums + 3 * TILE_FLOATS, 64);
-}
-
 static int64_t upward(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// Rows of the gradient of logits times the head: CHUNK columns of the first after another, so that as many rows of the
-// head, interleaved, stay in cache while all rows of the gradient are multiplied with them.
-void multiply_hidden(const ProductHiddenArgs& a) {
+// A block of the result whose sums stay in cache: HIDDEN_CHUNK columns of the gradient of logits after another, so that
+// as many rows of the head, interleaved, do too while all rows of the gradient are multiplied with them.
+static void fill_block(const ProductHiddenArgs& a) {
   const int64_t rows = a.shape.rows, columns = a.shape.columns, steps = HIDDEN_CHUNK / ALONG;
   const int64_t tall = upward(rows, PASSING), wide = upward(a.depth, ALONG);
   float* const sums = a.scratch;  // [wide / 32, tall / 32, 4 tiles]
+  std::memset(sums, 0, tall * wide * sizeof(float));
   uint32_t* const parts = reinterpret_cast<uint32_t*>(sums + tall * wide);
   uint32_t* const others = parts + tall * HIDDEN_CHUNK;
+  // Blocks of columns that a thread goes through with 32 rows, which stay in its first cache.
+  const int64_t blocks = wide / ALONG, share = blocks / (2 * a.shape.threads);
+  const int64_t group = share < 1 ? 1 : smaller(share, 16);
   for (int64_t from = 0; from < columns; from += HIDDEN_CHUNK) {
     const int64_t to = smaller(from + HIDDEN_CHUNK, columns), some = (to - from + ALONG - 1) / ALONG;
     parallel_for(rows, a.shape.threads, 8, [&](int64_t t, int) {
@@ -283,14 +288,16 @@ void multiply_hidden(const ProductHiddenArgs& a) {
     parallel_for(some, a.shape.threads, 1, [&](int64_t k, int) {
       interleave(a.weight, from + k * ALONG, columns, a.depth, steps * 2 * TILE_FLOATS, others + k * 2 * TILE_FLOATS);
     });
-    parallel_for(wide / ALONG, a.shape.threads, 1, [&](int64_t block, int) {
+    parallel_for((blocks + group - 1) / group, a.shape.threads, 1, [&](int64_t at, int) {
       configure_tiles();
       for (int64_t t = 0; t < rows; t += PASSING) {
-        float* const sum = sums + (block * (tall / PASSING) + t / PASSING) * 4 * TILE_FLOATS;
-        load_sums(sum);
-        add_parts(parts + t / SIDES * steps * 2 * TILE_FLOATS, steps * 2 * TILE_FLOATS,
-                  others + block * steps * 2 * TILE_FLOATS, some, rows - t > SIDES);
-        store_sums(sum);
+        for (int64_t block = at * group; block < smaller((at + 1) * group, blocks); ++block) {
+          float* const sum = sums + (block * (tall / PASSING) + t / PASSING) * 4 * TILE_FLOATS;
+          load_sums(sum);
+          add_parts(parts + t / SIDES * steps * 2 * TILE_FLOATS, steps * 2 * TILE_FLOATS,
+                    others + block * steps * 2 * TILE_FLOATS, some, rows - t > SIDES);
+          store_sums(sum);
+        }
       }
       _tile_release();
     });
@@ -303,6 +310,20 @@ void multiply_hidden(const ProductHiddenArgs& a) {
       std::memcpy(a.result + t * a.result_stride + d, sum, count * sizeof(float));
     }
   });
+}
+
+void multiply_hidden(const ProductHiddenArgs& a) {
+  for (int64_t t = 0; t < a.shape.rows; t += HIDDEN_ROWS) {
+    for (int64_t d = 0; d < a.depth; d += HIDDEN_WIDTH) {
+      ProductHiddenArgs block = a;
+      block.shape.rows = smaller(HIDDEN_ROWS, a.shape.rows - t);
+      block.depth = smaller(HIDDEN_WIDTH, a.depth - d);
+      block.gradient.data = matrix_row<float>(a.gradient, t);
+      block.weight.data = matrix_row<bfloat16>(a.weight, 0) + d;
+      block.result = a.result + t * a.result_stride + d;
+      fill_block(block);
+    }
+  }
 }
 
 // 32 columns of the gradient of logits as rows, in two parts: of every 32 rows two tiles, each in two parts.
@@ -353,24 +374,28 @@ void multiply_weight(const ProductWeightArgs& a) {
     interleave(a.hidden, k * ALONG, a.shape.rows, a.depth, steps * 2 * TILE_FLOATS, others + k * 2 * TILE_FLOATS);
   });
   uint32_t* const memory = others + blocks * steps * 2 * TILE_FLOATS;
+  const int64_t passes = (a.shape.columns + PASSING - 1) / PASSING;
   // A thread takes as much of the result as a page of 2 MB at a time, so that threads do not wait for each other's.
-  const int64_t together = 1 + (int64_t{2} << 20) / (PASSING * a.depth * 2);
-  parallel_for((a.shape.columns + PASSING - 1) / PASSING, a.shape.threads, together, [&](int64_t pass, int worker) {
-    uint32_t* const parts = memory + worker * steps * 4 * TILE_FLOATS;
-    const int64_t v = pass * PASSING, rows = smaller(PASSING, a.shape.columns - v);
-    turn_parts(a, v, steps, parts);
+  const int64_t together = 1 + (int64_t{2} << 20) / (WEIGHT_PASSES * PASSING * a.depth * 2);
+  parallel_for((passes + WEIGHT_PASSES - 1) / WEIGHT_PASSES, a.shape.threads, together, [&](int64_t at, int worker) {
+    uint32_t* const parts = memory + worker * WEIGHT_PASSES * steps * 4 * TILE_FLOATS;
+    const int64_t from = at * WEIGHT_PASSES, to = smaller(from + WEIGHT_PASSES, passes);
+    for (int64_t pass = from; pass < to; ++pass) {
+      turn_parts(a, pass * PASSING, steps, parts + (pass - from) * steps * 4 * TILE_FLOATS);
+    }
     configure_tiles();
     for (int64_t block = 0; block < blocks; ++block) {
-      alignas(64) float sums[4 * TILE_FLOATS];
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      add_parts(parts, steps * 2 * TILE_FLOATS, others + block * steps * 2 * TILE_FLOATS, steps, rows > SIDES);
-      store_sums(sums);
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* const low = sums + i / SIDES * 2 * TILE_FLOATS + i % SIDES * SIDES;
-        put_row(a, v + i, block * ALONG, low, low + TILE_FLOATS);
+      for (int64_t pass = from; pass < to; ++pass) {
+        const int64_t v = pass * PASSING, rows = smaller(PASSING, a.shape.columns - v);
+        alignas(64) float sums[4 * TILE_FLOATS];
+        zero_sums();
+        add_parts(parts + (pass - from) * steps * 4 * TILE_FLOATS, steps * 2 * TILE_FLOATS,
+                  others + block * steps * 2 * TILE_FLOATS, steps, rows > SIDES);
+        store_sums(sums);
+        for (int64_t i = 0; i < rows; ++i) {
+          const float* const low = sums + i / SIDES * 2 * TILE_FLOATS + i % SIDES * SIDES;
+          put_row(a, v + i, block * ALONG, low, low + TILE_FLOATS);
+        }
       }
     }
     _tile_release();
