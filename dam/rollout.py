@@ -14,7 +14,8 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import ORDERS as ORDERS
 from dam.decoding import Decoding, draw_tokens, given_decoding, token_log_prob
 from dam.models.attention import Blocks
-from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding, equal_rows
+from dam.models.equal_rows import distinct, given
 from dam.ops import _philox
 from dam.ops._philox import Use
 
@@ -153,6 +154,9 @@ def rollout(
     so far, and exp of the sum of `log_ratio` has mean 1 under the model and is the weight that gives the base's law of
     texts. Left out is a factor of mean 1, of jumps that nobody reads. One block in random order seldom ends
     early; blocks from left to right do.
+
+    Rows that are equal are run by the network once in each call, where the denoiser says that this changes nothing
+    (`Denoiser.equal_rows`): of K trajectories of one prompt those that stand at the same state, in the first call all.
 
     Args:
         denoiser: the model.
@@ -633,6 +637,10 @@ class _Network:
             raise ValueError(
                 "these trajectories do not go from block to block, as approximate_cache does: leave it out"
             )
+        # Rows can be equal later on only where some are at first.
+        initial = given(trajectories.initial, attention_mask)
+        some_equal = self._passes is None and len(distinct(initial).first) < len(initial)
+        self._once = some_equal and equal_rows(denoiser, trajectories.initial, attention_mask)
 
     def hidden_at(self, trajectories: Trajectories, chosen: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and jump indices of the chosen jumps, bool [B, S], and the hidden states [jumps, D] where they go.
@@ -643,13 +651,25 @@ class _Network:
         active, compact = torch.unique_consecutive(rows, return_inverse=True)
         position = trajectories.position[rows, at]
         if self._passes is None:
-            mask = None if self._attention_mask is None else self._attention_mask[active]
-            return rows, at, self._denoiser.hidden_states(states[active], mask)[compact, position]
+            return rows, at, self._of_sequences(active, states[active], compact, position)
         block, number = self._block[active], torch.empty_like(active)
         number[compact] = self._block[rows, position]
         begin, end = (block < number[:, None]).sum(dim=1), (block <= number[:, None]).sum(dim=1)
         hidden = self._passes.hidden_states(active, states[active], begin, end)
         return rows, at, hidden[compact, position - begin[compact]]
+
+    def _of_sequences(self, active: Tensor, states: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """Hidden states [jumps, D] at positions of the states [b, L] of active rows, by a call of the distinct ones.
+
+        A call in which all are is the last that is looked at: trajectories part, and looking makes a GPU wait.
+        """
+        mask = None if self._attention_mask is None else self._attention_mask[active]
+        if self._once:
+            first, of = distinct(given(states, mask))
+            self._once = len(first) < len(states)
+            if self._once:
+                states, mask, row = states[first], None if mask is None else mask[first], of[row]
+        return self._denoiser.hidden_states(states, mask)[row, position]
 
 
 class _Guided:
