@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.backends import choice, cuda, triton
+from dam.backends import choice, cuda, deferral, triton
 from dam.kernels.excluded import Excluded
 from dam.ops import _checks, _excluded, _head, _linear, _op, _rows
 from dam.ops import jump as _row_op
@@ -96,7 +96,7 @@ def _chunked(
     return *out, -1
 
 
-def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     return triton.launcher("linear_jump")(
         head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes()
     )
@@ -110,11 +110,11 @@ def _cuda(
     seed: Tensor,
     row_ids: Tensor | None,
     check: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     """Library matmuls over chunks of rows, with a draw after each; whether a row is bad is asked once, at the end."""
     rows = head.hidden.shape[0]
     out = _row_op.outputs(head.hidden, rows, num_samples)
-    first_bad = cuda.FirstBad(head.hidden, rows) if check else None
+    lowest_bad = cuda.lowest_bad(head.hidden, rows, check)
     key = cuda.seed(seed, head.hidden)
     ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
     for part, (memory,) in _head.chunks(head, arrays=1, backend="cuda"):
@@ -128,10 +128,10 @@ def _cuda(
             key,
             ids[part],
             (target, log_prob, log_escape),
-            first_bad,
+            lowest_bad,
             part.start,
         )
-    return *out, -1 if first_bad is None else first_bad.read()
+    return *out, cuda.unread(lowest_bad)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -163,6 +163,7 @@ def _linear_jump(
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     excluded = Excluded(exclude, suppressed)
     *drawn, bad = _IMPLEMENTATIONS[backend](head, excluded, temperature, num_samples, seed, row_ids, check)
+    bad = deferral.first_bad(bad, hidden.shape[0], _row_op.bad_later("linear_jump"))
     if bad >= 0:
         one = slice(bad, bad + 1)
         memory = hidden.new_empty((1, weight.shape[0]), dtype=_rows.accumulator(hidden.dtype))
