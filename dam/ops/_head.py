@@ -154,7 +154,7 @@ def chunks(
         size = part.stop - part.start
         if not memory:  # the first chunk is the largest
             memory = [weight.new_empty(size, columns, dtype=dtype) for dtype in dtypes]
-        yield part, [array[:size] for array in memory]
+        yield part, [array[:size] for array in memory] if size < memory[0].shape[0] else memory
 
 
 def by_columns(head: Projection, needed: Needed, arrays: int, gradient: torch.dtype) -> bool:

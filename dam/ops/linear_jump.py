@@ -77,23 +77,34 @@ def _chunked(
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     rows = head.hidden.shape[0]
-    ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
-    out = _row_op.outputs(head.hidden, rows, num_samples)
+    out: tuple[Tensor, Tensor, Tensor] | None = None
     for part, (memory,) in _head.chunks(head, arrays=1, backend=backend):
+        row_ids = _ids(row_ids, part, head.hidden)
         *drawn, bad = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
             exclude.part(part),
             temperature,
             num_samples,
             seed,
-            ids[part],
+            None if row_ids is None else _rows.part(row_ids, part),
             check,
         )
+        assert isinstance(bad, int)  # of backends that know at once
+        if part == slice(0, rows):
+            target, log_prob, log_escape = drawn
+            return target, log_prob, log_escape, bad
+        out = out or _row_op.outputs(head.hidden, rows, num_samples)
         for whole, piece in zip(out, drawn, strict=True):
             whole[part] = piece
         if bad >= 0:
             return *out, part.start + bad
-    return *out, -1
+    return *(out or _row_op.outputs(head.hidden, rows, num_samples)), -1
+
+
+def _ids(row_ids: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:
+    """Names of all rows' streams; None where a row op that sees them all, as `part` is all, counts them itself."""
+    rows = hidden.shape[0]
+    return torch.arange(rows, device=hidden.device) if row_ids is None and part != slice(0, rows) else row_ids
 
 
 def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
@@ -116,17 +127,17 @@ def _cuda(
     out = _row_op.outputs(head.hidden, rows, num_samples)
     lowest_bad = cuda.lowest_bad(head.hidden, rows, check)
     key = cuda.seed(seed, head.hidden)
-    ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
     for part, (memory,) in _head.chunks(head, arrays=1, backend="cuda"):
+        row_ids = _ids(row_ids, part, head.hidden)
         logits = _head.logits(head.part(part), memory)
-        target, log_prob, log_escape = (x[part] for x in out)
+        target, log_prob, log_escape = (_rows.part(x, part) for x in out)
         _row_op.cuda_draw(
             logits,
             exclude.part(part),
             temperature,
             num_samples,
             key,
-            ids[part],
+            None if row_ids is None else _rows.part(row_ids, part),
             (target, log_prob, log_escape),
             lowest_bad,
             part.start,
