@@ -35,16 +35,34 @@ def calls(rows: int, vocabulary: int, dtype: str, threads: int) -> dict[str, Cal
 
     import dam
     import dam._cpu  # type: ignore[import-not-found]
+    from dam.ctmc import MaskedCTMC
+    from dam.models import Head
+    from dam.rollout import rollout
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     logits, base = ((3 * torch.randn(rows, vocabulary)).to(getattr(torch, dtype)) for _ in range(2))
     target, weight, base_weight = torch.randint(vocabulary, (rows, 1)), torch.rand(rows, 1), torch.rand(rows)
     leaf = logits.clone().requires_grad_()
+    hidden, head = (torch.randn(size, 8).to(logits.dtype) for size in (rows, vocabulary))
+    state = hidden.clone().requires_grad_()
+    masks, process = torch.full((16, 64), 99), MaskedCTMC(mask_token=99)
+
+    class Free:
+        """A network that costs nothing."""
+
+        states, weight = torch.randn(16, 64, 8), torch.randn(100, 8)
+
+        def hidden_states(self, tokens: Any, attention_mask: Any = None) -> Any:
+            return self.states[: len(tokens)]
+
+        def head(self) -> Any:
+            return Head(self.weight, None)
+
     with_base = {"base_logits": base, "base_weight": base_weight}
 
-    def gradient(loss: Any) -> object:
-        return torch.autograd.grad(loss, leaf)
+    def gradient(loss: Any, of: Any = leaf) -> object:
+        return torch.autograd.grad(loss, of)
 
     return {
         "plain read of the logits": lambda: dam._cpu.read(logits.data_ptr(), logits.nbytes // 8, threads),
@@ -54,6 +72,11 @@ def calls(rows: int, vocabulary: int, dtype: str, threads: int) -> dict[str, Cal
         "rate_ratio": lambda: dam.rate_ratio(logits, base, target),
         "matching_loss": lambda: gradient(dam.matching_loss(leaf, target, weight)),
         "matching_loss with base": lambda: gradient(dam.matching_loss(leaf, target, weight, **with_base)),
+        "linear_jump, D = 8": lambda: dam.linear_jump(hidden, head, seed=1),
+        "linear_log_prob, D = 8": lambda: dam.linear_log_prob(hidden, head, target),
+        "linear_matching_loss, D = 8": lambda: gradient(dam.linear_matching_loss(state, head, target, weight), state),
+        "rollout, 16 x 64 calls": lambda: rollout(Free(), masks, process, seed=0),
+        "rollout with base, 16 x 64": lambda: rollout(Free(), masks, process, base=Free(), seed=0),
     }
 
 

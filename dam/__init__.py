@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dam import generators
 from dam.backends.choice import backend
+from dam.backends.deferral import deferred_checks
 from dam.ops._head import LoRA
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.backward_kolmogorov import backward_kolmogorov
@@ -63,6 +64,7 @@ __all__ = [
     "adjoint_weights",
     "backend",
     "backward_kolmogorov",
+    "deferred_checks",
     "entropy",
     "generators",
     "jump",

@@ -152,7 +152,7 @@ class Drawn(NamedTuple):
 
     token: Tensor  # int64 [T]
     log_prob: Tensor  # [T], float32 (float64 for float64 hidden states): of the token under the law it was drawn from
-    score: Tensor  # float64 [T]: by the orders of the model higher scores are filled first; else of no meaning
+    score: Tensor  # by the orders of the model float64 [T], higher scores are filled first; else of no meaning
 
 
 def draw_tokens(
@@ -179,7 +179,9 @@ def draw_tokens(
             seed=seed,
             row_ids=row_ids,
         )
-        return Drawn(drawn.target, drawn.log_prob, drawn.log_prob.double().exp())
+        return Drawn(
+            drawn.target, drawn.log_prob, drawn.log_prob.double().exp() if decoding.by_model else drawn.log_prob
+        )
     token, value = torch.empty_like(row_ids), hidden.new_empty(len(hidden), dtype=_rows.accumulator(hidden.dtype))
     score = hidden.new_empty(len(hidden), dtype=torch.float64)
     for part, logits in _logits(hidden, head, process, decoding):

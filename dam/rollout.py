@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dam.backends import deferral
 from dam.ctmc import MaskedCTMC
 from dam.decoding import ORDERS as ORDERS
-from dam.decoding import Decoding, draw_tokens, given_decoding, token_log_prob
+from dam.decoding import Decoding, Drawn, draw_tokens, given_decoding, token_log_prob
 from dam.models.attention import Blocks
-from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding, equal_rows
+from dam.models.equal_rows import distinct, given
 from dam.ops import _philox
+from dam.ops._head import Head
 from dam.ops._philox import Use
 
 
@@ -154,6 +157,9 @@ def rollout(
     texts. Left out is a factor of mean 1, of jumps that nobody reads. One block in random order seldom ends
     early; blocks from left to right do.
 
+    Rows that are equal are run by the network once in each call, where the denoiser says that this changes nothing
+    (`Denoiser.equal_rows`): of K trajectories of one prompt those that stand at the same state, in the first call all.
+
     Args:
         denoiser: the model.
         tokens: int64 [B, L], X_0: mask tokens where something is to be filled in.
@@ -244,42 +250,106 @@ def _fill(
         trajectories.base_log_prob = torch.zeros_like(trajectories.log_prob)
     if ends is not None:
         ends.cut(trajectories, call=-1)
-    begins, n = _first_call_of_block(trajectories, block), 0
-    while n < trajectories.network_calls:
-        # By an order of the model, everything still masked of the block is drawn, and the best of it kept.
-        drawn_now = (trajectories.call >= n) & (begins <= n) if decoding.by_model else trajectories.call == n
-        # Such a position is drawn in call after call, in each anew.
-        if n == 0 or decoding.by_model:
-            stream = _philox.ids(seed, Use.JUMP, row_ids, trajectories.final.shape[1], sample=n).flip(1)
-        rows, at, hidden = network.hidden_at(trajectories, drawn_now, trajectories.final)
+    # Whether a row could be sampled is read once, at the end: a GPU is not waited for at each call.
+    with deferral.deferred_checks():
+        if decoding.by_model:
+            _fill_by_model(denoiser, network, trajectories, process, decoding, block, ends, seed, row_ids)
+        else:
+            _fill_as_planned(denoiser, network, trajectories, process, decoding, ends, seed, row_ids, base, beside)
+
+
+def _fill_as_planned(
+    denoiser: Denoiser,
+    network: _Network | _Guided,
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    decoding: Decoding,
+    ends: _Ends | None,
+    seed: int,
+    row_ids: Tensor,
+    base: Denoiser | None,
+    beside: Denoiser | None,
+) -> None:
+    """By an order that does not depend on the model."""
+    stream = _stream(trajectories, seed, row_ids)
+    calls = _by_call(trajectories)
+    made: list[tuple[Tensor, ...]] = []
+    n = 0
+    while n < len(calls):
+        jumps = calls[n]
+        hidden = network.hidden_at(jumps, trajectories.final)
         if beside is not None:
             hidden, of_base = (part.contiguous() for part in hidden.chunk(2, dim=-1))
-        drawn = draw_tokens(
-            hidden,
-            denoiser.head(),
-            process,
-            decoding,
-            seed=seed,
-            row_ids=stream[rows, trajectories.position[rows, at]],
-        )
-        trajectories.token[rows, at] = drawn.token
-        trajectories.log_prob[rows, at] = drawn.log_prob.to(trajectories.log_prob.dtype)
+        where = stream[jumps.rows, jumps.position]
+        drawn = _drawn(hidden, denoiser.head(), process, decoding, seed, where)
+        trajectories.final[jumps.rows, jumps.position] = drawn.token
+        made.append((jumps.rows, jumps.at, drawn.token, drawn.log_prob))
         if beside is not None:
-            assert base is not None and trajectories.base_log_prob is not None
-            seen = token_log_prob(of_base, drawn.token, base.head(), process, decoding)
-            trajectories.base_log_prob[rows, at] = seen.to(trajectories.base_log_prob.dtype)
-        if decoding.by_model:
-            score = torch.zeros_like(trajectories.log_prob, dtype=torch.float64)
-            score[rows, at] = drawn.score
-            score = _best_first(trajectories, score, n, block)
-            if decoding.least_score is not None:
-                _all_above(trajectories, drawn_now, score >= decoding.least_score, n)
-                begins = _first_call_of_block(trajectories, block)
+            assert base is not None
+            made[-1] += (token_log_prob(of_base, drawn.token, base.head(), process, decoding),)
+        if ends is not None and ends.cut(trajectories, call=n):
+            calls = _by_call(trajectories)
+        n += 1
+    _enter(trajectories, ("token", "log_prob", *(() if beside is None else ("base_log_prob",))), made)
+
+
+def _fill_by_model(
+    denoiser: Denoiser,
+    network: _Network | _Guided,
+    trajectories: Trajectories,
+    process: MaskedCTMC,
+    decoding: Decoding,
+    block: Tensor | None,
+    ends: _Ends | None,
+    seed: int,
+    row_ids: Tensor,
+) -> None:
+    """By an order of the model: everything still masked of the block is drawn, and the best of it kept."""
+    begins, n = _first_call_of_block(trajectories, block), 0
+    while n < trajectories.network_calls:
+        candidates = (trajectories.call >= n) & (begins <= n)
+        jumps = _jumps(trajectories, candidates)
+        hidden = network.hidden_at(jumps, trajectories.final)
+        # Such a position is drawn in call after call, in each anew.
+        where = _stream(trajectories, seed, row_ids, call=n)[jumps.rows, jumps.position]
+        drawn = _drawn(hidden, denoiser.head(), process, decoding, seed, where)
+        _enter(trajectories, ("token", "log_prob"), [(jumps.rows, jumps.at, drawn.token, drawn.log_prob)])
+        score = torch.zeros_like(trajectories.log_prob, dtype=torch.float64)
+        score[jumps.rows, jumps.at] = drawn.score
+        score = _best_first(trajectories, score, n, block)
+        if decoding.least_score is not None:
+            _all_above(trajectories, candidates, score >= decoding.least_score, n)
+            begins = _first_call_of_block(trajectories, block)
         rows, at = torch.nonzero(trajectories.call == n, as_tuple=True)
         trajectories.final[rows, trajectories.position[rows, at]] = trajectories.token[rows, at]
         if ends is not None:
             ends.cut(trajectories, call=n)
         n += 1
+
+
+def _drawn(hidden: Tensor, head: Head, process: MaskedCTMC, decoding: Decoding, seed: int, row_ids: Tensor) -> Drawn:
+    """`draw_tokens`, and some token where there is none to draw, of which the check tells later.
+
+    The network's next call must not fail by it: no kernel runs any more on a GPU after an index out of range.
+    """
+    drawn = draw_tokens(hidden, head, process, decoding, seed=seed, row_ids=row_ids)
+    drawn.token.clamp_(0, head.weight.shape[0] - 1)
+    return drawn
+
+
+def _stream(trajectories: Trajectories, seed: int, row_ids: Tensor, call: int = 0) -> Tensor:
+    """Names of the streams that tokens are drawn from, int64 [B, L]."""
+    return _philox.ids(seed, Use.JUMP, row_ids, trajectories.final.shape[1], sample=call).flip(1)
+
+
+def _enter(trajectories: Trajectories, names: Sequence[str], made: Sequence[tuple[Tensor, ...]]) -> None:
+    """Writes what jumps have come to, by name, in place: of each network call rows and indices, and values."""
+    if not made:
+        return
+    rows, at, *values = (torch.cat(parts) for parts in zip(*made, strict=True))
+    for name, value in zip(names, values, strict=True):
+        into = getattr(trajectories, name)
+        into[rows, at] = value.to(into.dtype)
 
 
 class _Ends:
@@ -298,8 +368,8 @@ class _Ends:
         self._behind = torch.arange(masked.shape[1], device=masked.device) >= start.to(masked.device)[:, None]
         self._process = process
 
-    def cut(self, trajectories: Trajectories, call: int) -> None:
-        """Takes the jumps behind network call `call` from trajectories that have ended by it, in place."""
+    def cut(self, trajectories: Trajectories, call: int) -> bool:
+        """Takes the jumps behind network call `call` from trajectories that have ended by it, in place: whether any."""
         masked = self._process.masked(trajectories.final)
         stop = torch.isin(trajectories.final, self._stop) & self._behind
         # Positions in front of which, and at which, no mask stands.
@@ -307,7 +377,11 @@ class _Ends:
         end = trajectories.final.gather(1, stop.long().argmax(dim=1, keepdim=True))
         trajectories.final = torch.where(masked & ended, end, trajectories.final)
         trajectories.ended = ended[:, 0]
-        _drop(trajectories, ended & (trajectories.call > call))
+        behind = ended & (trajectories.call > call)
+        if not bool(behind.any()):
+            return False
+        _drop(trajectories, behind)
+        return True
 
 
 def _drop(trajectories: Trajectories, jumps: Tensor) -> None:
@@ -352,14 +426,17 @@ def jump_log_prob(
     Of its token; 0 where there is no jump. temperature, decoding and hide as for `rollout`.
     """
     decoding = given_decoding(decoding, temperature=temperature)
-    out = torch.zeros_like(trajectories.log_prob)
     network = _network(denoiser, trajectories, process, decoding, hide, attention_mask)
-    for n in range(trajectories.network_calls):
-        states = trajectories.states_before(n)
-        rows, at, hidden = network.hidden_at(trajectories, trajectories.call == n, states)
-        token = trajectories.token[rows, at]
-        out[rows, at] = token_log_prob(hidden, token, denoiser.head(), process, decoding).to(out.dtype)
-    return out
+    states = trajectories.initial.clone()
+    made = []
+    for jumps in _by_call(trajectories):
+        hidden = network.hidden_at(jumps, states)
+        token = trajectories.token[jumps.rows, jumps.at]
+        made.append((jumps.rows, jumps.at, token_log_prob(hidden, token, denoiser.head(), process, decoding)))
+        states[jumps.rows, jumps.position] = token
+    found = dataclasses.replace(trajectories, log_prob=torch.zeros_like(trajectories.log_prob))
+    _enter(found, ("log_prob",), made)
+    return found.log_prob
 
 
 def _beside(base: Denoiser, denoiser: Denoiser) -> Denoiser | None:
@@ -612,6 +689,43 @@ def _larger_first(call: Tensor, number: Tensor, made: Tensor) -> Tensor:
     return first_call + torch.where(place < bound, place // (share + 1), rest)
 
 
+class _Jumps(NamedTuple):
+    """The jumps of one network call, by row."""
+
+    rows: Tensor  # int64 [jumps]: which trajectories make them
+    at: Tensor  # int64 [jumps]: which of these trajectories' jumps they are
+    position: Tensor  # int64 [jumps]
+    active: Tensor  # int64 [b]: the rows that make one, rising
+    compact: Tensor  # int64 [jumps]: which of them each is in
+
+
+def _jumps(trajectories: Trajectories, chosen: Tensor) -> _Jumps:
+    """Those chosen, bool [B, S]."""
+    rows, at = torch.nonzero(chosen, as_tuple=True)
+    active, compact = torch.unique_consecutive(rows, return_inverse=True)
+    return _Jumps(rows, at, trajectories.position[rows, at], active, compact)
+
+
+def _by_call(trajectories: Trajectories) -> list[_Jumps]:
+    """The jumps of each network call, all at once: a GPU is waited for here, and not at each call."""
+    rows, at = torch.nonzero(trajectories.call >= 0, as_tuple=True)
+    call = trajectories.call[rows, at]
+    order = call.argsort(stable=True)
+    rows, at, call = rows[order], at[order], call[order]
+    opens = torch.ones_like(rows, dtype=torch.bool)
+    opens[1:] = (call.diff() != 0) | (rows.diff() != 0)  # the first jump of a row in a call
+    active, of = rows[opens], opens.long().cumsum(dim=0) - 1
+    calls = trajectories.network_calls
+    jumps, actives = (torch.bincount(some, minlength=calls) for some in (call, call[opens]))
+    compact = of - (actives.cumsum(dim=0) - actives)[call]
+    split, split_active = torch.stack((jumps, actives)).tolist()
+    parts = (x.split(split) for x in (rows, at, trajectories.position[rows, at], compact))
+    return [
+        _Jumps(rows, at, position, active, compact)
+        for rows, at, position, compact, active in zip(*parts, active.split(split_active), strict=True)
+    ]
+
+
 class _Network:
     """Hidden states of a denoiser along trajectories: of whole sequences, or where it offers them of blocks alone."""
 
@@ -633,23 +747,34 @@ class _Network:
             raise ValueError(
                 "these trajectories do not go from block to block, as approximate_cache does: leave it out"
             )
+        # Rows can be equal later on only where some are at first.
+        initial = given(trajectories.initial, attention_mask)
+        some_equal = self._passes is None and len(distinct(initial).first) < len(initial)
+        self._once = some_equal and equal_rows(denoiser, trajectories.initial, attention_mask)
 
-    def hidden_at(self, trajectories: Trajectories, chosen: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and jump indices of the chosen jumps, bool [B, S], and the hidden states [jumps, D] where they go.
-
-        Those of a row are in one block.
-        """
-        rows, at = torch.nonzero(chosen, as_tuple=True)
-        active, compact = torch.unique_consecutive(rows, return_inverse=True)
-        position = trajectories.position[rows, at]
+    def hidden_at(self, jumps: _Jumps, states: Tensor) -> Tensor:
+        """Hidden states [jumps, D] at states int64 [B, L] where jumps go; those of a row are in one block."""
+        rows, position, active, compact = jumps.rows, jumps.position, jumps.active, jumps.compact
         if self._passes is None:
-            mask = None if self._attention_mask is None else self._attention_mask[active]
-            return rows, at, self._denoiser.hidden_states(states[active], mask)[compact, position]
+            return self._of_sequences(active, states[active], compact, position)
         block, number = self._block[active], torch.empty_like(active)
         number[compact] = self._block[rows, position]
         begin, end = (block < number[:, None]).sum(dim=1), (block <= number[:, None]).sum(dim=1)
         hidden = self._passes.hidden_states(active, states[active], begin, end)
-        return rows, at, hidden[compact, position - begin[compact]]
+        return hidden[compact, position - begin[compact]]
+
+    def _of_sequences(self, active: Tensor, states: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """Hidden states [jumps, D] at positions of the states [b, L] of active rows, by a call of the distinct ones.
+
+        A call in which all are is the last that is looked at: trajectories part, and looking makes a GPU wait.
+        """
+        mask = None if self._attention_mask is None else self._attention_mask[active]
+        if self._once:
+            first, of = distinct(given(states, mask))
+            self._once = len(first) < len(states)
+            if self._once:
+                states, mask, row = states[first], None if mask is None else mask[first], of[row]
+        return self._denoiser.hidden_states(states, mask)[row, position]
 
 
 class _Guided:
@@ -683,13 +808,13 @@ class _Guided:
     def _hidden(self, states: Tensor) -> Tensor:
         return states.masked_fill(self._hide, self._mask_token)
 
-    def hidden_at(self, trajectories: Trajectories, chosen: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def hidden_at(self, jumps: _Jumps, states: Tensor) -> Tensor:
         """As `_Network.hidden_at`."""
-        rows, at, given = self._given.hidden_at(trajectories, chosen, states)
-        _, _, without = self._unguided.hidden_at(trajectories, chosen, self._hidden(states))
+        given = self._given.hidden_at(jumps, states)
+        without = self._unguided.hidden_at(jumps, self._hidden(states))
         wide = torch.promote_types(given.dtype, torch.float32)
         mixed = without.to(wide) + (self._scale + 1.0) * (given.to(wide) - without.to(wide))
-        return rows, at, mixed.to(given.dtype)
+        return mixed.to(given.dtype)
 
 
 def _one_block_after_another(trajectories: Trajectories, block: Tensor) -> bool:

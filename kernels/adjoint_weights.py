@@ -74,7 +74,7 @@ def weigh_groups_kernel(
     log_normalizer,  # [G]
     ess,  # [G]
     clipped,  # [G]
-    first_bad,  # int64
+    first_bad,  # int64, or None
     trajectories,  # G K
     groups,  # G
     size,  # K
@@ -96,7 +96,8 @@ def weigh_groups_kernel(
         bad = tl.where(l < INF, bad, tl.minimum(bad, (group * size)[:, None] + k[None, :]))
     top = tl.max(tops, 1)
     first = tl.min(tl.min(bad, 1), 0)
-    tl.atomic_min(first_bad, first, mask=first < trajectories)
+    if first_bad is not None:
+        tl.atomic_min(first_bad, first, mask=first < trajectories)
 
     # Relative to the largest first: at log weights of 10^16 and more, log K would be lost beside them.
     pivot = core.pivot(top)
@@ -136,7 +137,8 @@ def adjoint_weights(
     terminal_cost: Tensor,  # [G, K]
     escape_gap: Tensor | None,  # [G, K, S]
     clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | Tensor]:
     groups, size, steps = log_ratio.shape
     shapes = ((groups, size), (groups, size, steps + 1), (groups,), (groups,), (groups,))
     weight, log_path, log_normalizer, ess, clipped = (log_ratio.new_empty(x, dtype=torch.float32) for x in shapes)
@@ -171,7 +173,7 @@ def adjoint_weights(
 
     block_size = min(triton.next_power_of_2(size), values["weights"])
     block_groups = min(triton.next_power_of_2(max(groups, 1)), values["weights"] // block_size)
-    first_bad = torch.full((), groups * size, dtype=torch.int64, device=log_ratio.device)
+    first_bad = torch.full((), groups * size, dtype=torch.int64, device=log_ratio.device) if check else None
     launch(
         weigh_groups_kernel,
         (triton.cdiv(groups, block_groups),),
@@ -189,8 +191,7 @@ def adjoint_weights(
         GROUPS=block_groups,
         TRAJECTORIES=block_size,
     )
-    bad = int(first_bad)  # waits for the kernels
-    return weight, log_path, log_normalizer, ess, clipped, bad if bad < groups * size else -1
+    return weight, log_path, log_normalizer, ess, clipped, -1 if first_bad is None else first_bad
 
 
 def _unit_inner_stride(x: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ class Excluded(NamedTuple):
     suppressed: Tensor | None = None  # bool [V]; no target that an implementation is given is among them
 
     def part(self, rows: slice) -> Excluded:
-        """The same for some rows."""
-        return self if self.row is None else self._replace(row=self.row[rows])
+        """The same for some rows; itself where these are all."""
+        if self.row is None or rows == slice(0, self.row.shape[0]):
+            return self
+        return self._replace(row=self.row[rows])
 
     @property
     def arguments(self) -> dict[str, Any]:

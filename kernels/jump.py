@@ -330,10 +330,9 @@ class Draw:
             grid = (g.blocks * count, 1)
             launch(jump_kernel, grid, SUM=False, RACE=True, sample_blocks=count, **arguments, **g.options)
 
-    def bad_row(self) -> int:
-        """The first row that cannot be sampled, or -1; with check, waits for the device."""
-        bad = self.rows if self.first_bad is None else int(self.first_bad)
-        return bad if bad < self.rows else -1
+    def lowest_bad(self) -> int | Tensor:
+        """The first row that cannot be sampled, or `rows`: int64 [] on the device. Without a check -1."""
+        return -1 if self.first_bad is None else self.first_bad
 
 
 def outputs(like: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,7 +359,7 @@ def jump(
     seed: Tensor,
     row_ids: Tensor | None,  # [T]
     check: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     draw = Draw(logits, logits.shape[1], exclude, temperature, num_samples, seed, row_ids, check)
     draw.see(logits)
-    return draw.target, draw.log_prob, draw.log_escape, draw.bad_row()
+    return draw.target, draw.log_prob, draw.log_escape, draw.lowest_bad()

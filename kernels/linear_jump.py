@@ -131,8 +131,11 @@ def linear_jump(
     *,
     library: head.Library,
     workspace: int,  # bytes
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Its outputs and the first row that cannot be sampled, or -1. `library` writes logits of rows and columns."""
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+    """Its outputs and the first row that cannot be sampled, on the device. `library` writes logits of rows and columns.
+
+    The number of rows if there is none; -1 without a check.
+    """
     hidden, rows, columns = of.hidden, of.hidden.shape[0], of.weight.shape[0]
     config = configs.lookup("linear_jump", hidden.device, hidden.element_size(), rows, columns)
     bytes_per_block = 8 + 12 * num_samples
@@ -159,11 +162,15 @@ def linear_jump(
             for first, logits in head.chunked_logits(library, part, columns, limit, memory):
                 draw.see(logits, first)
         draws.append(draw)
+    if not check or rows == 0:
+        return *out, -1
+    if len(draws) == 1:
+        return *out, draws[0].lowest_bad()
+    found = []
     for part, draw in zip(parts, draws, strict=True):
-        bad = draw.bad_row()
-        if bad >= 0:
-            return *out, part.start + bad
-    return *out, -1
+        assert draw.first_bad is not None
+        found.append(torch.where(draw.first_bad < draw.rows, draw.first_bad + part.start, rows))
+    return *out, torch.stack(found).min()
 
 
 def _race_on_chip(of: Projection, draw: jump.Draw, merge_rows: int) -> None:

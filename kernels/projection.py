@@ -21,8 +21,10 @@ class Projection(NamedTuple):
     softcap: float | None = None  # after the tensors, so that a slice of five has them all
 
     def part(self, rows: slice, columns: slice = slice(None)) -> Projection:
-        """The same for some rows and columns of the logits."""
+        """The same for some rows and columns of the logits; itself where these are all, as slices cost a small call."""
         hidden, weight, bias, low_hidden, low_weight, softcap = self
+        if rows == slice(0, hidden.shape[0]) and columns in (slice(None), slice(0, weight.shape[0])):
+            return self
         return Projection(
             hidden[rows],
             weight[columns],

@@ -58,7 +58,7 @@ def _keeps(
 def tilt_to_ess_kernel(
     reward,  # [G, K]
     tilt,  # float64 [G]
-    first_bad,  # int64
+    first_bad,  # int64, or None
     entries,  # G K
     groups,  # G
     size,  # K
@@ -83,7 +83,8 @@ def tilt_to_ess_kernel(
         bad = tl.where(x < INF, bad, tl.minimum(bad, (group * size)[:, None] + k[None, :]))
     best = tl.max(tops, 1)
     first = tl.min(tl.min(bad, 1), 0)
-    tl.atomic_min(first_bad, first, mask=first < entries)
+    if first_bad is not None:
+        tl.atomic_min(first_bad, first, mask=first < entries)
 
     gaps = tl.full([GROUPS, TRAJECTORIES], INF, tl.float64)
     for start in range(0, size, TRAJECTORIES):
@@ -111,13 +112,14 @@ def tilt_to_ess(
     reward: Tensor,  # [G, K]
     ess: float,
     max_tilt: float,
-) -> tuple[Tensor, int]:
+    check: bool,
+) -> tuple[Tensor, int | Tensor]:
     tilt = reward.new_empty(reward.shape[:1], dtype=torch.float64)
     groups, size = reward.shape
     values = configs.lookup("tilt_to_ess", reward.device, reward.element_size(), groups, size)
     block_size = min(triton.next_power_of_2(size), values["elements"])
     block_groups = min(triton.next_power_of_2(max(groups, 1)), values["elements"] // block_size)
-    first_bad = torch.full((), groups * size, dtype=torch.int64, device=reward.device)
+    first_bad = torch.full((), groups * size, dtype=torch.int64, device=reward.device) if check else None
     launch(
         tilt_to_ess_kernel,
         (triton.cdiv(groups, block_groups),),
@@ -136,5 +138,4 @@ def tilt_to_ess(
         GROUPS=block_groups,
         TRAJECTORIES=block_size,
     )
-    bad = int(first_bad)  # waits for the kernel
-    return tilt, bad if bad < groups * size else -1
+    return tilt, -1 if first_bad is None else first_bad

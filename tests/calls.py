@@ -300,8 +300,8 @@ CALLS = [
 
 
 def public_ops() -> list[str]:
-    """Names of the ops that users have: what dam exports, but for types, the choice of a backend and a module."""
-    return sorted({name for name in dam.__all__ if name[0].islower()} - {"backend", "generators"})
+    """Names of the ops that users have: what dam exports, but for types, what is of their calls, and a module."""
+    return sorted({name for name in dam.__all__ if name[0].islower()} - {"backend", "deferred_checks", "generators"})
 
 
 def of(*families: str) -> list[Call]:

@@ -2,9 +2,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dam import decoding as decoding_module
+from dam import rollout as rollout_module
 from dam.ctmc import MaskedCTMC
+from dam.decoding import Drawn
 from dam.models.denoiser import Head
 from dam.ops.jump import jump
 from dam.rollout import ORDERS, Trajectories, jump_log_prob, outcome_log_prob, rollout
@@ -261,3 +264,54 @@ def test_what_is_no_outcome_is_refused(change, message):
     given = {"tokens": blank(1), "outcome": torch.zeros(1, N, dtype=torch.int64), "orders": 1, **change}
     with pytest.raises(ValueError, match=message):
         outcome_log_prob(MODEL, given.pop("tokens"), given.pop("outcome"), PROCESS, seed=0, **given)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: numbers that are read, and results whose size is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1]
+        by_mask = name.startswith("index.") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select") or name.startswith("_unique")
+        self.count += name.startswith("unique") or by_mask
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("base", [None, Equal()], ids=["alone", "with base"])
+def test_a_network_call_makes_nobody_wait(base, monkeypatch):
+    """Which jumps a call makes is known before the first one: reads are as many in 2 calls as in 16."""
+    zeros = lambda hidden: torch.zeros(len(hidden))  # noqa: E731
+    monkeypatch.setattr(
+        rollout_module, "draw_tokens", lambda hidden, *_, **__: Drawn(zeros(hidden).long(), zeros(hidden), None)
+    )
+    monkeypatch.setattr(rollout_module, "token_log_prob", lambda hidden, *_: zeros(hidden))
+    counts = []
+    for steps in (2, 16):
+        with Reads() as reads:
+            way = rollout(Equal(), torch.full((3, 16), 4096), MaskedCTMC(4096), base=base, steps=steps, seed=0)
+        assert way.network_calls == steps
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("stop_tokens", [[], [0, 1]])
+def test_the_jumps_of_each_call_are_those_that_the_trajectories_name(stop_tokens):
+    tokens = torch.full((40, 7), 3)
+    tokens[:20, :4], tokens[5] = 2, torch.tensor([3, 1, 1, 1, 1, 1, 1])
+    table = oracle.table(oracle.random_joint(7, V, seed=2))
+    way = rollout(table, tokens, PROCESS, steps=4, seed=3, stop_tokens=stop_tokens)
+    calls = rollout_module._by_call(way)
+    assert len(calls) == way.network_calls
+    for n, jumps in enumerate(calls):
+        rows, at = torch.nonzero(way.call == n, as_tuple=True)
+        assert torch.equal(jumps.rows, rows)
+        assert torch.equal(jumps.at, at)
+        assert torch.equal(jumps.position, way.position[rows, at])
+        assert torch.equal(jumps.active, rows.unique())
+        assert torch.equal(jumps.active[jumps.compact], rows)
+    nothing = dataclasses.replace(way, call=torch.full_like(way.call, -1))
+    assert rollout_module._by_call(nothing) == []

@@ -1,8 +1,8 @@
 """The CUDA backend: the extension dam._cuda, and how it takes tensors, on torch's current stream.
 
-Work memory comes from torch's allocator, and nothing waits for the device but where a result says that an argument was
-wrong; so calls can be captured in a CUDA graph. With DAM_EMULATE_CUDA=1 the same kernels run on CPU tensors, in
-dam._cuda_emulated.
+Work memory comes from torch's allocator, and nothing here waits for the device (dam.backends.deferral does, for what a
+kernel found wrong with its arguments); so calls can be captured in a CUDA graph. With DAM_EMULATE_CUDA=1 the same
+kernels run on CPU tensors, in dam._cuda_emulated.
 """
 
 from __future__ import annotations
@@ -64,16 +64,11 @@ def summaries(like: Tensor, arrays: int, rows: int) -> Tensor:
     return like.new_empty(kernels.summary_floats(arrays, rows, like.shape[1]), dtype=torch.float32)
 
 
-class FirstBad:
-    """The least index of what no result can be given for, found by kernels."""
+def lowest_bad(like: Tensor, count: int, check: bool) -> Tensor | None:
+    """Where kernels put the least index, of `count`, of what no result can be given for; None without a check."""
+    return torch.full((), count, dtype=torch.int64, device=like.device) if check else None
 
-    def __init__(self, like: Tensor, count: int):
-        self.count = count
-        self.lowest = torch.full((), count, dtype=torch.int64, device=like.device)
 
-    def read(self) -> int:
-        """The index, or -1. Waits for the kernels; under capture in a CUDA graph there is nothing to wait for."""
-        if not EMULATED and torch.cuda.is_current_stream_capturing():
-            return -1
-        bad = int(self.lowest)
-        return bad if bad < self.count else -1
+def unread(lowest: Tensor | None) -> int | Tensor:
+    """As `dam.backends.deferral.first_bad` takes it."""
+    return -1 if lowest is None else lowest

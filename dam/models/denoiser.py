@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.attention import Blocks, additive, allowed, padding, positions
+from dam.models.equal_rows import may_run_once, takes_any_rows
 from dam.models.output_layer import head_of
 from dam.models.padding import evaluating, takes_left_padding
 from dam.models.prefix import Passes, Prefix, has_caches, is_exact
@@ -36,6 +37,9 @@ class Denoiser(Protocol):
                         from left to right, with the keys and values of what is before them. It gives an object with
                         `hidden_states(rows, tokens, begin, end)`, `dam.models.prefix.Passes`, or None where
                         such passes are not to be had. Without it each call is of whole sequences, to the same result.
+        equal_rows      `equal_rows(tokens, attention_mask)`, of rows some of which are equal, tells whether those of a
+                        row depend on it alone: not on chance, the rows beside it, or its place among them.
+                        Rollouts then run one of rows that are equal. Without it each is run.
         beside          of a base: `beside(denoiser)` gives a denoiser whose hidden states are those of that model and
                         of this base, [B, L, 2 D], or None. So what both have in common is run once.
         approximate_cache  with `prefix_cache`: not None where its passes give another law than hidden_states. Rollouts
@@ -55,6 +59,12 @@ class Denoiser(Protocol):
 def blocks_of(denoiser: Any) -> Blocks | None:
     """The blocks that a denoiser's attention imposes, if it says so."""
     return getattr(denoiser, "blocks", None)
+
+
+def equal_rows(denoiser: Any, tokens: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether one of equal rows may be run for all of them, if the denoiser says so."""
+    tell = getattr(denoiser, "equal_rows", None)
+    return tell is not None and tell(tokens, attention_mask)
 
 
 def check_left_padding(denoiser: Any, attention_mask: Tensor | None) -> None:
@@ -80,6 +90,8 @@ _TAILS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _PADDED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 # Of models, likewise: whether block by block, with a cache, they give what they give in one pass.
 _CACHED: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+# Of models, likewise: whether a row gets what it gets whatever rows are beside it.
+_ONCE: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 ATTENTIONS = ("own", "full", "block-causal")
 
@@ -105,6 +117,9 @@ class MaskedLM:
     (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2
     divides the model, whose processes must run alike. With `approximate_cache` so do those of a model with full
     attention, or are refused: by another law than the model's (`dam.models.stale.StaleCache`).
+
+    Rows of a rollout that are equal are run once (`equal_rows`), if a trial before the first such rollout shows that
+    none gets anything else beside others. Not in training mode, nor where the model is compiled or FSDP2 divides it.
 
     A head that FSDP2 has divided is gathered each time it is asked for.
 
@@ -268,6 +283,7 @@ class MaskedLM:
         _TAILS.pop(self._inner, None)
         _PADDED.pop(self._inner, None)
         _CACHED.pop(self._inner, None)
+        _ONCE.pop(self._inner, None)
         with self._as_asked():
             self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
             if attention_mask is not None:
@@ -292,6 +308,22 @@ class MaskedLM:
             return before
         first = positions(hidden[..., 0], attention_mask) == 0
         return torch.where(first[..., None], hidden, before)
+
+    def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
+        """As `Denoiser` says; found out once, by a call of these rows and one of those of them that are distinct."""
+        if not takes_any_rows(self._inner) or not hasattr(self._inner, "get_input_embeddings"):
+            return False
+        known, way = _ONCE.setdefault(self._inner, {}), (self._way, self._adapter)
+        if way not in known:
+            with self._as_asked():
+                known[way] = may_run_once(
+                    lambda tokens, mask: self._last_states(self._inner, self._arguments(tokens, mask))[0],
+                    self._inner,
+                    tokens,
+                    attention_mask,
+                    self._inner.get_input_embeddings().weight.shape[0],
+                )
+        return known[way]
 
     @torch.no_grad()
     def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Passes | None:

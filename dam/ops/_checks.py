@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FEW = 64  # numbers that Python looks through as fast as an operation of torch is called
 LARGEST = sys.float_info.max  # read here: the compiler of torch 2.6 cannot
 
 
@@ -206,6 +207,12 @@ def index_range(op: str, name: str, value: Tensor | None, columns: int, backend:
     """
     if value is None or value.numel() == 0 or (value.device.type != "cpu" and backend != "torch"):
         return
-    low, high = (int(bound) for bound in torch.aminmax(value))
+    if value.dim() == 1 and value.stride(0) == 0:  # an int for all rows
+        low = high = int(value[0])
+    elif value.numel() <= _FEW:
+        numbers = value.flatten().tolist()
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = (int(bound) for bound in torch.aminmax(value))
     if low < -1 or high >= columns:
         raise ValueError(f"{op}: {name} must be -1 or in [0, {columns}); got {low if low < -1 else high}")

@@ -87,8 +87,10 @@ class Op:
             return self._differentiable.apply(*args)  # which refuses; the dispatcher would call the tangent 0
         if _transforms_active():
             return self.overload(*args)  # a tensor inside vmap does not say that the one around it requires a gradient
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return self._differentiable.apply(*args)
+        if torch.is_grad_enabled():
+            for x in args:  # not any(...): a generator costs a small call a microsecond
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return self._differentiable.apply(*args)
         with _BelowAutograd():
             return self.overload(*args)
 

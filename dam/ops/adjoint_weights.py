@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.backends import address, choice, cpu, cuda, triton
+from dam.backends import address, choice, cpu, cuda, deferral, triton
 from dam.ops import _checks, _op, _rows
 
 
@@ -28,6 +28,7 @@ def adjoint_weights(
     *,
     escape_gap: Tensor | None = None,  # [G, K, S]
     clip: float | None = None,
+    check: bool = True,
 ) -> AdjointWeights:
     """Accumulates path weights backward along each trajectory and normalises them over its group.
 
@@ -46,14 +47,17 @@ def adjoint_weights(
         escape_gap: model minus base escape rate, integrated over each step's time [G, K, S].
         clip: upper bound on l - log_normalizer, hence weights at most e^clip; the mean then falls below 1.
             None bounds nothing.
+        check: raise if there is a NaN, or a trajectory's l is +inf; on a GPU that waits for the result, or in
+            `dam.deferred_checks()` for all calls of a block at its end. With False what is returned of such a group is
+            unspecified.
 
     Returns:
         AdjointWeights(weight, log_path, log_normalizer, ess, clipped); clipped is the fraction of a group's
         trajectories that `clip` touched. float32 (float64 for float64 log_ratio). Not differentiable.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype or device, or holds a NaN, or a
-            trajectory's l is +inf.
+        ValueError, TypeError: an argument has the wrong shape, dtype or device, or (with check) holds a NaN, or a
+            trajectory's l is +inf; the message names the first such trajectory.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
     """
@@ -72,15 +76,17 @@ def adjoint_weights(
         escape_gap = escape_gap.detach()
     if clip is not None and not (isinstance(clip, (int, float)) and math.isfinite(clip)):
         raise ValueError(f"{op}: clip must be a finite number or None; got {clip!r}")
+    _checks.boolean(op, "check", check)
     backend = choice.choose(op, _IMPLEMENTATIONS, log_ratio)
     bound = None if clip is None else float(clip)
-    return AdjointWeights(*_adjoint_weights(log_ratio.detach(), terminal_cost.detach(), escape_gap, bound, backend))
+    given = log_ratio.detach(), terminal_cost.detach(), escape_gap, bound, check, backend
+    return AdjointWeights(*_adjoint_weights(*given))
 
 
 def _torch(
-    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, check: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """The five outputs and the first trajectory, as g * K + k, that has no weight, or -1; there it stops."""
+    """The five outputs and the first trajectory, as g * K + k, that has no weight, or -1; with check it stops there."""
     groups, size, steps = log_ratio.shape
     weight, log_path, log_normalizer, ess, clipped = outputs(log_ratio)
     for part in _rows.chunks(groups, size * (steps + 1) * _rows.REFERENCE_BYTES):
@@ -93,7 +99,7 @@ def _torch(
         # An outcome of cost +inf is forbidden whatever its path weight, so inf - inf cannot arise.
         log_weight = torch.where(cost == torch.inf, -torch.inf, path[..., 0] - cost)
         bad = torch.isnan(path[..., 0]) | torch.isnan(cost) | ~(log_weight < torch.inf)
-        if bool(bad.any()):
+        if check and bool(bad.any()):
             first = int(bad.flatten().nonzero()[0])
             return weight, log_path, log_normalizer, ess, clipped, part.start * size + first
         # Relative to the largest first: at log weights of 10^16 and more, log K would be lost beside them.
@@ -116,7 +122,7 @@ def _torch(
 
 
 def _cpu(
-    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, check: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     results = outputs(log_ratio)
     log_ratio, cost = _rows.unit_inner_stride(log_ratio), terminal_cost.double().contiguous()
@@ -139,19 +145,19 @@ def _cpu(
         ess=ess.data_ptr(),
         clipped=clipped.data_ptr(),
     )
-    return *results, bad
+    return *results, bad if check else -1
 
 
 def _cuda(
-    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, check: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | Tensor]:
     groups, size, steps = log_ratio.shape
     results = outputs(log_ratio)
     log_ratio = _rows.unit_inner_stride(log_ratio)
     gap = None if escape_gap is None else _rows.unit_inner_stride(escape_gap)
     log_weight = log_ratio.new_empty((groups, size), dtype=torch.float64)
     cost = address.readable(terminal_cost)
-    first_bad = cuda.FirstBad(log_ratio, groups * size)
+    lowest_bad = cuda.lowest_bad(log_ratio, groups * size, True)  # the kernel puts it somewhere in any case
     weight, log_path, log_normalizer, ess, clipped = results
     cuda.kernels.adjoint_weights(
         groups=groups,
@@ -168,10 +174,10 @@ def _cuda(
         log_normalizer=log_normalizer.data_ptr(),
         ess=ess.data_ptr(),
         clipped=clipped.data_ptr(),
-        first_bad=first_bad.lowest.data_ptr(),
+        first_bad=address.of(lowest_bad),
         where=cuda.where(log_ratio),
     )
-    return *results, first_bad.read()
+    return *results, cuda.unread(lowest_bad if check else None)
 
 
 _IMPLEMENTATIONS = {
@@ -194,11 +200,20 @@ def outputs(log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @_op.op("adjoint_weights")
 def _adjoint_weights(
-    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, backend: str
+    log_ratio: Tensor, terminal_cost: Tensor, escape_gap: Tensor | None, clip: float | None, check: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *results, bad = _IMPLEMENTATIONS[backend](log_ratio, terminal_cost, escape_gap, clip)
+    size = log_ratio.shape[1]
+    *results, bad = _IMPLEMENTATIONS[backend](log_ratio, terminal_cost, escape_gap, clip, check)
+
+    def later(bad: int) -> str:
+        return (
+            f"adjoint_weights: trajectory {bad % size} of group {bad // size} has no weight: its path or terminal_cost "
+            "holds a NaN, or its log weight is +inf"
+        )
+
+    bad = deferral.first_bad(bad, terminal_cost.numel(), later)
     if bad >= 0:
-        g, k = divmod(bad, log_ratio.shape[1])
+        g, k = divmod(bad, size)
         gain = log_ratio[g, k].double()
         if escape_gap is not None:
             gain = gain + escape_gap[g, k].double()
@@ -212,5 +227,5 @@ def _adjoint_weights(
 
 
 @_adjoint_weights.register_fake
-def _(log_ratio, terminal_cost, escape_gap, clip, backend):
+def _(log_ratio, terminal_cost, escape_gap, clip, check, backend):
     return outputs(log_ratio)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dam.backends import address, choice, cpu, cuda, triton
+from dam.backends import address, choice, cpu, cuda, deferral, triton
 from dam.kernels.excluded import Excluded
 from dam.ops import _checks, _excluded, _op, _philox, _rows
 
@@ -52,8 +52,9 @@ def jump(
         seed: 64-bit key of the random stream, an int or an int64 scalar tensor; None takes one from
             torch's default generator.
         row_ids: int64 [...], names each row's stream; 0 .. T-1 unless given.
-        check: raise if a row has a NaN, a +inf or nothing to reach; on a GPU that waits for the result. With
-            False such a row yields target -1 where nothing can be reached, and is unspecified otherwise.
+        check: raise if a row has a NaN, a +inf or nothing to reach; on a GPU that waits for the result, or in
+            `dam.deferred_checks()` for all calls of a block at its end. With False such a row yields target -1 where
+            nothing can be reached, and is unspecified otherwise.
 
     Returns:
         Jump(target, log_prob, log_escape), with the leading dimensions of logits. Not differentiable: see `log_prob`.
@@ -135,6 +136,13 @@ def raise_bad_row(op: str, row: int, logits: Tensor, exclude: Excluded) -> None:
     else:
         problem = "has no reachable destination: every allowed logit is -inf"
     raise ValueError(f"{op}: row {row} of the logits {problem} (check=False skips this test)")
+
+
+def bad_later(op: str) -> Callable[[int], str]:
+    """What `raise_bad_row` would say, of a row that is no longer there to be looked at."""
+    return lambda row: (
+        f"{op}: row {row} of the logits cannot be sampled: it holds a NaN or +inf, or every allowed logit is -inf"
+    )
 
 
 def reference_rows(
@@ -239,7 +247,7 @@ def cuda_draw(
     seed: tuple[int, int],
     row_ids: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor],  # contiguous
-    first_bad: cuda.FirstBad | None,
+    lowest_bad: Tensor | None,
     first_row: int = 0,
 ) -> None:
     summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
@@ -262,7 +270,7 @@ def cuda_draw(
         target=target.data_ptr(),
         log_prob=log_prob.data_ptr(),
         log_escape=log_escape.data_ptr(),
-        first_bad=0 if first_bad is None else first_bad.lowest.data_ptr(),
+        first_bad=address.of(lowest_bad),
         first_row=first_row,
         where=cuda.where(logits),
     )
@@ -276,11 +284,11 @@ def _cuda(
     seed: Tensor,
     row_ids: Tensor | None,
     check: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     out = outputs(logits, logits.shape[0], num_samples)
-    first_bad = cuda.FirstBad(logits, logits.shape[0]) if check else None
-    cuda_draw(logits, exclude, temperature, num_samples, cuda.seed(seed, logits), row_ids, out, first_bad)
-    return *out, -1 if first_bad is None else first_bad.read()
+    lowest_bad = cuda.lowest_bad(logits, logits.shape[0], check)
+    cuda_draw(logits, exclude, temperature, num_samples, cuda.seed(seed, logits), row_ids, out, lowest_bad)
+    return *out, cuda.unread(lowest_bad)
 
 
 _IMPLEMENTATIONS = {
@@ -308,6 +316,7 @@ def _jump(
     target, log_prob, log_escape, bad = _IMPLEMENTATIONS[backend](
         logits, excluded, temperature, num_samples, seed, row_ids, check
     )
+    bad = deferral.first_bad(bad, logits.shape[0], bad_later("jump"))
     if bad >= 0:
         one = slice(bad, bad + 1)
         raise_bad_row("jump", bad, logits[one], excluded.part(one))

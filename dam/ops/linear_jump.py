@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.backends import choice, cuda, triton
+from dam.backends import choice, cuda, deferral, triton
 from dam.kernels.excluded import Excluded
 from dam.ops import _checks, _excluded, _head, _linear, _op, _rows
 from dam.ops import jump as _row_op
@@ -78,26 +78,37 @@ def _chunked(
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     rows = head.hidden.shape[0]
-    ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
-    out = _row_op.outputs(head.hidden, rows, num_samples)
+    out: tuple[Tensor, Tensor, Tensor] | None = None
     for part, (memory,) in _head.chunks(head, arrays=1, backend=backend):
+        row_ids = _ids(row_ids, part, head.hidden)
         *drawn, bad = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
             exclude.part(part),
             temperature,
             num_samples,
             seed,
-            ids[part],
+            None if row_ids is None else _rows.part(row_ids, part),
             check,
         )
+        assert isinstance(bad, int)  # of backends that know at once
+        if part == slice(0, rows):
+            target, log_prob, log_escape = drawn
+            return target, log_prob, log_escape, bad
+        out = out or _row_op.outputs(head.hidden, rows, num_samples)
         for whole, piece in zip(out, drawn, strict=True):
             whole[part] = piece
         if bad >= 0:
             return *out, part.start + bad
-    return *out, -1
+    return *(out or _row_op.outputs(head.hidden, rows, num_samples)), -1
 
 
-def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+def _ids(row_ids: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:
+    """Names of all rows' streams; None where a row op that sees them all, as `part` is all, counts them itself."""
+    rows = hidden.shape[0]
+    return torch.arange(rows, device=hidden.device) if row_ids is None and part != slice(0, rows) else row_ids
+
+
+def _triton(head: _head.Projection, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     return triton.launcher("linear_jump")(
         head, *arguments, library=_linear.library(head), workspace=_rows.workspace_bytes(head.hidden.device)
     )
@@ -111,28 +122,28 @@ def _cuda(
     seed: Tensor,
     row_ids: Tensor | None,
     check: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
     """Library matmuls over chunks of rows, with a draw after each; whether a row is bad is asked once, at the end."""
     rows = head.hidden.shape[0]
     out = _row_op.outputs(head.hidden, rows, num_samples)
-    first_bad = cuda.FirstBad(head.hidden, rows) if check else None
+    lowest_bad = cuda.lowest_bad(head.hidden, rows, check)
     key = cuda.seed(seed, head.hidden)
-    ids = torch.arange(rows, device=head.hidden.device) if row_ids is None else row_ids
     for part, (memory,) in _head.chunks(head, arrays=1, backend="cuda"):
+        row_ids = _ids(row_ids, part, head.hidden)
         logits = _head.logits(head.part(part), memory)
-        target, log_prob, log_escape = (x[part] for x in out)
+        target, log_prob, log_escape = (_rows.part(x, part) for x in out)
         _row_op.cuda_draw(
             logits,
             exclude.part(part),
             temperature,
             num_samples,
             key,
-            ids[part],
+            None if row_ids is None else _rows.part(row_ids, part),
             (target, log_prob, log_escape),
-            first_bad,
+            lowest_bad,
             part.start,
         )
-    return *out, -1 if first_bad is None else first_bad.read()
+    return *out, cuda.unread(lowest_bad)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -164,6 +175,7 @@ def _linear_jump(
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     excluded = Excluded(exclude, suppressed)
     *drawn, bad = _IMPLEMENTATIONS[backend](head, excluded, temperature, num_samples, seed, row_ids, check)
+    bad = deferral.first_bad(bad, hidden.shape[0], _row_op.bad_later("linear_jump"))
     if bad >= 0:
         one = slice(bad, bad + 1)
         memory = hidden.new_empty((1, weight.shape[0]), dtype=_rows.accumulator(hidden.dtype))

@@ -68,15 +68,20 @@ def chunked(
     backend: str, head: _head.Projection, target: Tensor, exclude: Excluded, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Values and log escape rates by library matmuls over chunks of rows, with the row op after each."""
-    value, log_escape = _row_op.outputs(head.hidden, target)
+    rows, out = head.hidden.shape[0], None
     for part, (memory,) in _head.chunks(head, arrays=1, backend=backend):
-        value[part], log_escape[part] = _row_op._IMPLEMENTATIONS[backend](
+        found = _row_op._IMPLEMENTATIONS[backend](
             _head.logits(head.part(part), memory),
-            target[part],
+            _rows.part(target, part),
             exclude.part(part),
             temperature,
         )
-    return value, log_escape
+        if part == slice(0, rows):
+            return found
+        out = out or _row_op.outputs(head.hidden, target)
+        for whole, piece in zip(out, found, strict=True):
+            whole[part] = piece
+    return out or _row_op.outputs(head.hidden, target)
 
 
 def chunked_backward(
@@ -94,9 +99,8 @@ def chunked_backward(
     dtype = _head.gradient_dtype(head, backend)
     for part, memory in _head.chunks(head, arrays=1, backend=backend, gradient=dtype, held=gradients.held):
         for rows, logits, into in _head.blocks(head, part, memory[0], memory[-1]):
-            _row_op._BACKWARD[backend](
-                grad[rows], logits, target[rows], log_escape[rows], exclude.part(rows), temperature, into
-            )
+            pull, aim, escape = (_rows.part(x, rows) for x in (grad, target, log_escape))
+            _row_op._BACKWARD[backend](pull, logits, aim, escape, exclude.part(rows), temperature, into)
         gradients.add_rows(part, memory[-1])
     return gradients.finish()
 

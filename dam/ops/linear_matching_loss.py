@@ -162,11 +162,11 @@ def chunked(
         for some, logits, into in _head.blocks(head, part, memory[0], gradient):
             loss, _ = _row_op._IMPLEMENTATIONS[backend](
                 logits,
-                target[some],
-                weight[some],
+                _rows.part(target, some),
+                _rows.part(weight, some),
                 None if base_logits is None else base_logits[some.start - part.start : some.stop - part.start],
-                None if base_weight is None else base_weight[some],
-                row_scale[some],
+                None if base_weight is None else _rows.part(base_weight, some),
+                _rows.part(row_scale, some),
                 exclude.part(some),
                 normalized,
                 temperature,

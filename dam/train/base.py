@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dam.models.denoiser import Denoiser, blocks_of
+from dam.models.denoiser import Denoiser, blocks_of, equal_rows
 from dam.models.sharding import is_placed
 from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
@@ -175,6 +175,10 @@ class _AtFirst:
         with self._base.in_place():
             return self._denoiser.hidden_states(tokens, attention_mask)
 
+    def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
+        with self._base.in_place():
+            return equal_rows(self._denoiser, tokens, attention_mask)
+
     def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
         begin = getattr(self._denoiser, "prefix_cache", None)
         with self._base.in_place():
@@ -220,6 +224,9 @@ class _Beside:
         self._denoiser, self._at_first, self._base, self._trunk = denoiser, at_first, base, trunk
         self.head = denoiser.head
         self.left_padding = getattr(denoiser, "left_padding", True)
+
+    def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
+        return all(equal_rows(one, tokens, attention_mask) for one in (self._denoiser, self._at_first))
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:

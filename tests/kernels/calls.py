@@ -181,15 +181,15 @@ def adjoint_weights_of_groups():
     for dtype in DTYPES:
         for steps in (1, 256):
             gain, cost = torch.empty(64, 16, steps, dtype=dtype), torch.empty(64, 16)
-            adjoint_weights.adjoint_weights(gain, cost, None, None)
-            adjoint_weights.adjoint_weights(gain, cost, gain, 2.0)
-    adjoint_weights.adjoint_weights(ONE[None], ONE, None, None)
+            adjoint_weights.adjoint_weights(gain, cost, None, None, True)
+            adjoint_weights.adjoint_weights(gain, cost, gain, 2.0, True)
+    adjoint_weights.adjoint_weights(ONE[None], ONE, None, None, False)
 
 
 def tilts():
     for dtype, size in ((torch.float32, 16), (torch.float64, 16), (torch.float32, 1024)):
-        tilt_to_ess.tilt_to_ess(torch.empty(64, size, dtype=dtype), 4.0, 1.0)
-    tilt_to_ess.tilt_to_ess(ONE, 1.0, 1.0)
+        tilt_to_ess.tilt_to_ess(torch.empty(64, size, dtype=dtype), 4.0, 1.0, True)
+    tilt_to_ess.tilt_to_ess(ONE, 1.0, 1.0, False)
 
 
 def backward_kolmogorovs():

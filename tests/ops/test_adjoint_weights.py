@@ -165,7 +165,7 @@ def test_clip_bounds_the_weights(backend):
 def test_opcheck_and_compile(backend):
     log_ratio, cost, gap = normal(2, 3, 4, seed=17), normal(2, 3, seed=18), normal(2, 3, 4, seed=19)
     for args in ((log_ratio, cost, None, None), (log_ratio, cost, gap, 1.0), (log_ratio[:, :, :0], cost, None, None)):
-        torch.library.opcheck(module._adjoint_weights.overload, (*args, backend))
+        torch.library.opcheck(module._adjoint_weights.overload, (*args, True, backend))
     compiled = torch.compile(
         lambda x: dam.adjoint_weights(x, cost, escape_gap=gap, clip=1.0), fullgraph=True, backend="aot_eager"
     )

@@ -17,6 +17,8 @@ from helpers import (
 )
 
 import dam
+from dam.kernels.excluded import Excluded
+from dam.kernels.projection import Projection
 from dam.ops import _head
 from dam.ops import linear_log_prob as module
 
@@ -317,3 +319,18 @@ def test_wrong_arguments(arguments, error, message):
     good = {"hidden": torch.zeros(3, 4), "head_weight": torch.zeros(5, 4), "target": torch.arange(3)}
     with pytest.raises(error, match=f"^linear_log_prob: .*{message}"):
         dam.linear_log_prob(**{**good, **arguments})
+
+
+def test_parts_that_are_all_rows_are_what_they_are_parts_of():
+    """No view is made of them; fewer rows, and columns, are as ever."""
+    head = Projection(torch.randn(4, 3), torch.randn(5, 3), torch.randn(5), torch.randn(4, 2), torch.randn(5, 2), 2.0)
+    assert head.part(slice(0, 4)) is head
+    assert head.part(slice(0, 4), slice(0, 5)) is head
+    for rows, columns in ((slice(1, 4), slice(None)), (slice(0, 3), slice(0, 5)), (slice(0, 4), slice(0, 4))):
+        part = head.part(rows, columns)
+        assert torch.equal(part.hidden, head.hidden[rows]) and torch.equal(part.low_hidden, head.low_hidden[rows])
+        for name in ("weight", "bias", "low_weight"):
+            assert torch.equal(getattr(part, name), getattr(head, name)[columns])
+    excluded = Excluded(torch.tensor([1, -1, 0]), None)
+    assert excluded.part(slice(0, 3)) is excluded
+    assert excluded.part(slice(1, 3)).row.tolist() == [-1, 0]

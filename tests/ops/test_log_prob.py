@@ -270,3 +270,19 @@ def test_ties_at_a_tiny_temperature_and_infinite_rows(backend):
         torch.testing.assert_close(found, half, rtol=2.0**-22, atol=0.0)
     for bad in (INF, math.nan):
         assert bool(dam.log_prob(torch.tensor([[0.0, bad]]), torch.tensor([[0, 1]])).isnan().all())
+
+
+@pytest.mark.parametrize("rows", [3, 64, 65, 400])
+@pytest.mark.parametrize("index", [-2, 5])
+def test_an_index_out_of_range_is_found_among_few_and_among_many(rows, index):
+    """Few are looked through in Python, many by an operation, one for all rows once."""
+    target = torch.zeros(rows, dtype=torch.int64)
+    target[rows // 2] = index
+    for name, indices in (
+        ("target", {"target": target}),
+        ("exclude", {"target": torch.zeros_like(target), "exclude": target}),
+        ("exclude", {"target": torch.zeros_like(target), "exclude": torch.tensor(index).expand(rows)}),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be -1 or in \[0, 5\); got {index}"):
+            dam.log_prob(torch.zeros(rows, 5), **indices)
+    dam.log_prob(torch.zeros(rows, 5), torch.full((rows,), 4), exclude=torch.tensor(-1).expand(rows))

@@ -124,7 +124,7 @@ def test_no_groups(backend):
 
 def test_opcheck_and_compile(backend):
     reward = normal(3, 6, seed=4)
-    torch.library.opcheck(module._tilt_to_ess.overload, (reward, 2.0, 5.0, backend))
+    torch.library.opcheck(module._tilt_to_ess.overload, (reward, 2.0, 5.0, True, backend))
     compiled = torch.compile(lambda r: dam.tilt_to_ess(r, 2.0, max_tilt=5.0), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(reward), dam.tilt_to_ess(reward, 2.0, max_tilt=5.0))
 
