@@ -172,7 +172,7 @@ def chunks(
             size = piece.stop - piece.start
             if not memory:  # the first chunk is the largest
                 memory = [weight.new_empty(size, weight.shape[0], dtype=dtype) for dtype in own]
-            found = [array[:size] for array in memory] if size < memory[0].shape[0] else list(memory)
+            found = [_rows.part(array, slice(0, size)) for array in memory]
             if held is not None:
                 found.insert(at, held[piece])
             yield slice(first + piece.start, first + piece.stop), found
