@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import inspect
 import math
@@ -201,18 +200,6 @@ def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> Sequence[Tensor]:
     return torch.autograd.grad(loss(*leaves), leaves)
 
 
-@functools.cache
-def _multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies numbers of this dtype faster than float32 ones on this machine."""
-    timer = Timer()
-
-    def best(of: torch.dtype) -> float:
-        a, b = normal(64, 512, of), normal(2048, 512, of)
-        return min(timer(lambda: torch.mm(a, b.t())) for _ in range(5))
-
-    return best(dtype) < best(torch.float32)
-
-
 def bare_matmuls(
     states: Tensor,  # [T, D]
     head: Tensor,  # [V, D]
@@ -225,14 +212,15 @@ def bare_matmuls(
 
     Logits go into memory that is there already; gradients, which the op must return, into new arrays.
 
-    On a CPU in the inputs' dtype or in float32, whichever took less time just now: without instructions for 16-bit
-    products torch takes many times as long for them, which would be no floor.
+    On a CPU in float32, but bfloat16 where there are instructions for it: without these torch takes many times as long
+    for 16-bit products, which would be no floor.
 
     Args:
         logits: how often the logits of all rows are computed.
         states_gradient, head_gradient: whether the logits' gradient is carried on to either.
     """
-    if states.device.type == "cpu" and states.dtype != torch.float32 and not _multiplies_fast(states.dtype):
+    fast = states.dtype == torch.bfloat16 and cpu.instructions() != "float32"
+    if states.device.type == "cpu" and not fast:
         states, head = states.float(), head.float()
     product = states.new_empty(states.shape[0], head.shape[0])
     count, dtype = logits + states_gradient + head_gradient, str(states.dtype).removeprefix("torch.")
