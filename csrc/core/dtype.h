@@ -66,7 +66,7 @@ DAM_HD U narrow(F value, float16) {
   return (magnitude < 0x47800000u ? result : large) | ((bits >> 16) & 0x8000u);
 }
 
-// One number at a time; a device has instructions for it.
+// One number at a time; a device and Arm have instructions for it.
 
 template <class Element>
 DAM_HD float load_one(const Element* x) {
@@ -77,6 +77,9 @@ DAM_HD float load_one(const Element* x) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x->bits));
     return value;
+#elif defined(__aarch64__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    return bit_cast<__fp16>(x->bits);
 #endif
   } else {
     return widen<float>(uint32_t{x->bits}, Element{});
@@ -92,6 +95,9 @@ DAM_HD void store_one(Element* x, float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x->bits) : "f"(value));
   } else if constexpr (std::is_same_v<Element, bfloat16>) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x->bits) : "f"(value));
+#elif defined(__aarch64__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    x->bits = bit_cast<uint16_t>(static_cast<__fp16>(value));
 #endif
   } else {
     x->bits = static_cast<uint16_t>(narrow<uint32_t>(value, Element{}));

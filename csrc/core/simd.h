@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "config.h"
@@ -21,6 +23,12 @@ constexpr int REGISTER_BYTES = 64;
 constexpr int REGISTER_BYTES = 32;
 #else
 constexpr int REGISTER_BYTES = 16;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
 #endif
 
 constexpr int LANES = REGISTER_BYTES / 4;  // 32-bit lanes
@@ -58,6 +66,22 @@ DAM_HD void store(T* address, V value) {
   std::memcpy(address, &value, sizeof(V));
 }
 
+// Half a register's numbers, made a register's. On Arm GCC takes half of one through general registers.
+DAM_HD f64 load_wide(const float* x) {
+#if defined(__aarch64__)
+  return (f64)vcvt_f64_f32(vld1_f32(x));
+#else
+  return __builtin_convertvector(load<f32_narrow>(x), f64);
+#endif
+}
+DAM_HD u32 load_wide(const uint16_t* x) {
+#if defined(__aarch64__)
+  return (u32)vmovl_u16(vld1_u16(x));
+#else
+  return __builtin_convertvector(load<u16>(x), u32);
+#endif
+}
+
 // 0, 1, 2, ...
 template <class V>
 DAM_HD V iota() {
@@ -66,7 +90,7 @@ DAM_HD V iota() {
   return value;
 }
 
-// One instruction each; the compiler does not find it by itself.
+// One instruction each; the compiler does not find it by itself. Arm has none: its two say something else of a NaN.
 #if defined(__x86_64__)
 template <>
 DAM_HD f32 larger(f32 a, f32 b) {
@@ -119,6 +143,8 @@ DAM_HD u64 multiply_low(u64 a, uint32_t m) {
   return (u64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
   return (u64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (u64)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
   return (a & 0xFFFFFFFFu) * b;
 #endif

@@ -6,8 +6,6 @@ DAM_BEGIN
 
 // ---- Uniform and Absorbing: result = stays * terminal + one number per row
 
-static f64 load_wide(const float* x) { return __builtin_convertvector(load<f32_narrow>(x), f64); }
-
 static double sum_of(const float* x, int64_t count) {
   f64 lanes[UNROLL] = {};
   int64_t i = 0;

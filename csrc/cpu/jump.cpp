@@ -45,7 +45,7 @@ static int64_t race_tiles(const double* mass, int64_t count, Stream stream) {
 // The first of a tile's `count` tokens to arrive, rates relative to anything; zeros up to the tile's width.
 static int64_t race_tokens(const float* rate, int64_t count, int64_t tile, Stream stream) {
   constexpr int HALF = TILE / 2;
-  const auto rates = [&](int i) { return __builtin_convertvector(load<f32_narrow>(rate + i), f64); };
+  const auto rates = [&](int i) { return load_wide(rate + i); };
   Race race;
   for (int i = 0; i < HALF && i < count; i += WIDE) {
     const uint64_t index = static_cast<uint64_t>(tile) * HALF + i;

@@ -18,7 +18,7 @@ constexpr int64_t STAYS = 128;  // words of rows that stay in the first cache wh
 constexpr int FEW = 4;          // rows up to which lanes go along the depth instead
 
 // Vectors of rows that are summed side by side, as many as there are registers for.
-constexpr int WIDEST = REGISTER_BYTES == 64 ? 4 : 2;
+constexpr int WIDEST = REGISTERS == 32 ? 4 : 2;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -85,9 +85,12 @@ inline f32 load_lanes(const Element* x) {
 #else
     return (f32)_mm256_cvtph_ps((__m128i)load<u16>(x));
 #endif
+#elif defined(__aarch64__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    return (f32)vcvt_f32_f16((float16x4_t)load<u16>(x));
 #endif
   } else {
-    return widen<f32>(__builtin_convertvector(load<u16>(x), u32), Element{});
+    return widen<f32>(load_wide(&x->bits), Element{});
   }
 }
 
@@ -102,6 +105,9 @@ inline void store_lanes(Element* x, f32 value) {
 #else
     store(x, (u16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 #endif
+#elif defined(__aarch64__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    store(x, (u16)vcvt_f16_f32((float32x4_t)value));
 #endif
   } else {
     store(x, __builtin_convertvector(narrow<u32>(value, Element{}), u16));
