@@ -245,8 +245,8 @@ def groups(draw):
 @given(groups(), st.sampled_from([None, 0.0, 1.5]))
 def test_adjoint_weights_match_reference(group, clip):
     log_ratio, gap, cost = group
-    *exact, bad = adjoint_op._torch(log_ratio.double(), cost, None if gap is None else gap.double(), clip)
-    *results, bad_here = adjoint_op._cpu(log_ratio, cost, gap, clip)
+    *exact, bad = adjoint_op._torch(log_ratio.double(), cost, None if gap is None else gap.double(), clip, True)
+    *results, bad_here = adjoint_op._cpu(log_ratio, cost, gap, clip, True)
     assert bad == bad_here == -1
     for actual, expected in zip(results, exact, strict=True):
         assert actual.dtype == torch.float32
@@ -258,10 +258,10 @@ def test_a_large_log_path_is_that_of_its_groups():
     """Above 32 MB it is written past the caches; one group alone is not."""
     case = Case(1, 1, 0, torch.float32, "dense", 1.0, 5, "none", "", False)
     log_ratio, gap, cost = case.normal(2, 4099, 1100), case.normal(2, 4099, 1100), case.normal(2, 4099)
-    both = adjoint_op._cpu(log_ratio, cost, gap, None)
+    both = adjoint_op._cpu(log_ratio, cost, gap, None, True)
     assert both[1].nbytes > 2**25 and both[1][:1].nbytes < 2**25
     for g in range(2):
-        alone = adjoint_op._cpu(log_ratio[g : g + 1], cost[g : g + 1], gap[g : g + 1], None)
+        alone = adjoint_op._cpu(log_ratio[g : g + 1], cost[g : g + 1], gap[g : g + 1], None, True)
         for a, b in zip(both[:-1], alone[:-1], strict=True):
             assert torch.equal(a[g], b[0])
 
@@ -271,9 +271,9 @@ def test_adjoint_weights_name_the_first_bad_trajectory():
     log_ratio[170, 4, 1], log_ratio[250, 1, 0], cost[299, 0] = math.nan, math.inf, -math.inf
     for count in (1, 2):
         with threads(count):
-            assert adjoint_op._cpu(log_ratio, cost, None, None)[-1] == 170 * 9 + 4
+            assert adjoint_op._cpu(log_ratio, cost, None, None, True)[-1] == 170 * 9 + 4
             cost[60, 8] = math.nan
-            assert adjoint_op._cpu(log_ratio, cost, None, None)[-1] == 60 * 9 + 8
+            assert adjoint_op._cpu(log_ratio, cost, None, None, True)[-1] == 60 * 9 + 8
             cost[60, 8] = 0.0
 
 
@@ -281,8 +281,8 @@ def test_adjoint_weights_name_the_first_bad_trajectory():
 @given(groups(), st.floats(1, 20), st.sampled_from([0.0, 1e-3, 1.0, 1e6, 1e300]))
 def test_tilt_to_ess_matches_reference(group, ess, max_tilt):
     reward = -group[2].double()
-    exact, bad = tilt_op._torch(reward, min(ess, reward.shape[1]), max_tilt)
-    tilt, bad_here = tilt_op._cpu(reward, min(ess, reward.shape[1]), max_tilt)
+    exact, bad = tilt_op._torch(reward, min(ess, reward.shape[1]), max_tilt, True)
+    tilt, bad_here = tilt_op._cpu(reward, min(ess, reward.shape[1]), max_tilt, True)
     assert bad == bad_here == -1
     # The same bisection; exponentials that differ by 4e-15 move the tilt by about as much, and further where the ESS is
     # flat, as it is near tilt 0: there the ESS is the same to what such exponentials leave of it.
@@ -303,7 +303,7 @@ def test_tilt_to_ess_matches_reference(group, ess, max_tilt):
 def test_tilt_to_ess_at_the_ends_of_float64(reward, ess, max_tilt):
     """Neither bisection overflows or stops early: the ESS is `ess` at the result, where it passes through it."""
     x = torch.tensor([reward], dtype=torch.float64)
-    (exact, _), (tilt, _) = tilt_op._torch(x, ess, max_tilt), tilt_op._cpu(x, ess, max_tilt)
+    (exact, _), (tilt, _) = tilt_op._torch(x, ess, max_tilt, True), tilt_op._cpu(x, ess, max_tilt, True)
     torch.testing.assert_close(tilt, exact, rtol=1e-9, atol=0)
     above = torch.softmax(x * tilt * (1 - 1e-9), 1)
     assert float(1 / above.square().sum()) >= ess * (1 - 1e-9) and 0 < float(tilt) <= max_tilt
@@ -323,7 +323,7 @@ def test_tilt_to_ess_names_the_first_bad_reward():
     reward[170, 4], reward[250, 1] = math.nan, math.inf
     for count in (1, 2):
         with threads(count):
-            assert tilt_op._cpu(reward, 2.0, 1.0)[-1] == 170 * 7 + 4
+            assert tilt_op._cpu(reward, 2.0, 1.0, True)[-1] == 170 * 7 + 4
 
 
 def test_small_log_probabilities_keep_their_digits():
