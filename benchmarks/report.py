@@ -110,6 +110,7 @@ def measure(op: str, sizes: dict[str, int], dtype: str, given: argparse.Namespac
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "instruction_set": cpu.isa(),
+        "bfloat16": cpu.instructions(),  # what multiplies it
         "cases": [records.timed(record, measurement) for record, measurement in found],
     }
 

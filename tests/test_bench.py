@@ -206,7 +206,7 @@ def test_bench_prints_a_table_and_writes_json_and_png(tmp_path, capsys):
     (path,) = tmp_path.glob("jump-float32-rows-2-vocabulary-50*.json")
     result = json.loads(path.read_text())
     assert result["sizes"] == {"rows": 2, "vocabulary": 50}
-    for key in ("op", "dtype", "threads", "repeats", "dam", "torch", "cpu", "cores", "instruction_set"):
+    for key in ("op", "dtype", "threads", "repeats", "dam", "torch", "cpu", "cores", "instruction_set", "bfloat16"):
         assert result[key]
     (case,) = result["cases"]
     assert case["median_seconds"].keys() == {
