@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "config.h"
 #include "math.h"
 
@@ -66,7 +70,7 @@ DAM_HD U narrow(F value, float16) {
   return (magnitude < 0x47800000u ? result : large) | ((bits >> 16) & 0x8000u);
 }
 
-// One number at a time; a device and Arm have instructions for it.
+// One number at a time; a device, Arm and F16C have instructions for it.
 
 template <class Element>
 DAM_HD float load_one(const Element* x) {
@@ -80,6 +84,9 @@ DAM_HD float load_one(const Element* x) {
 #elif defined(__aarch64__)
   } else if constexpr (std::is_same_v<Element, float16>) {
     return bit_cast<__fp16>(x->bits);
+#elif defined(__F16C__)
+  } else if constexpr (std::is_same_v<Element, float16>) {
+    return _cvtsh_ss(x->bits);
 #endif
   } else {
     return widen<float>(uint32_t{x->bits}, Element{});
