@@ -46,6 +46,7 @@ def test_row_strides(backend, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # offsets that strides have tried; on a GPU, where no memory is untouched, the only such test
 def test_a_whole_array(backend):
     """The last rows of 2.2e9 elements, 4.3 GB, against the same rows alone; its gradient is as large."""
     if slow(backend):
