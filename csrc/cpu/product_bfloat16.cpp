@@ -106,13 +106,13 @@ struct HeadRows {
   int64_t stride;
 };
 
-// Up to 32 rows of the head from `column` on; copied, with zeros, where a tile would reach past their ends.
+// Up to 32 rows of the head from `column` on; copied, to memory that is zeros past the depth, where a tile would reach past
+// their ends.
 static HeadRows head_rows(const ProductArgs& a, int64_t column, int64_t columns, uint8_t* memory) {
   if (columns == PASSING && a.depth % ALONG == 0) {
     return {reinterpret_cast<const uint8_t*>(matrix_row<bfloat16>(a.weight, column)), a.weight.row_stride * 2};
   }
   const int64_t stride = (a.depth + ALONG - 1) / ALONG * 64;
-  std::memset(memory, 0, PASSING * stride);
   for (int64_t v = 0; v < columns; ++v) {
     std::memcpy(memory + v * stride, matrix_row<bfloat16>(a.weight, column + v), a.depth * 2);
   }
