@@ -106,8 +106,8 @@ struct HeadRows {
   int64_t stride;
 };
 
-// Up to 32 rows of the head from `column` on; copied, to memory that is zeros past the depth, where a tile would reach past
-// their ends.
+// Up to 32 rows of the head from `column` on; copied, to memory that is zeros past the depth, where a tile would reach
+// past their ends.
 static HeadRows head_rows(const ProductArgs& a, int64_t column, int64_t columns, uint8_t* memory) {
   if (columns == PASSING && a.depth % ALONG == 0) {
     return {reinterpret_cast<const uint8_t*>(matrix_row<bfloat16>(a.weight, column)), a.weight.row_stride * 2};
