@@ -72,7 +72,8 @@ class BuildExtensions(build_ext):
                 print("dam: this compiler has no OpenMP; dam._cpu is built without threads", file=sys.stderr)
         if X86:
             flags += ["-DDAM_HAVE_X86"]
-            if sys.platform == "linux" and self._compiles(BFLOAT16_FLAGS, "int main() {}\n"):
+            asks = 'int main() { return __builtin_cpu_supports("amx-bf16") + __builtin_cpu_supports("avx512bf16"); }\n'
+            if sys.platform == "linux" and self._compiles(BFLOAT16_FLAGS, asks):
                 flags += ["-DDAM_HAVE_BFLOAT16"]
         jobs = [("bind", str(CPU / "bind.cpp"), flags)]
         if "-DDAM_HAVE_BFLOAT16" in flags:
@@ -203,7 +204,7 @@ def ptxas_report(text):
 
 
 def extensions():
-    found = [Pybind11Extension("dam._cpu", [str(CPU / "bind.cpp"), *KERNELS], depends=HEADERS)]
+    found = [Pybind11Extension("dam._cpu", [str(CPU / "bind.cpp"), *KERNELS], depends=[*HEADERS, str(BFLOAT16)])]
     sources = [str(CUDA / "bind.cpp"), *CUDA_KERNELS]
     if os.environ.get("DAM_BUILD_CUDA") != "0":
         if find_nvcc() is not None:

@@ -33,9 +33,12 @@ constexpr int64_t filter_scratch(int64_t radius) {  // doubles per thread
 // What multiplies 16-bit numbers: float32 instructions once they are widened, dot products of pairs, or tiles.
 enum Instructions : int { WIDENED = 0, PAIRS = 1, TILES = 2 };
 
-// Floats for the rows of hidden states, rearranged, and for the head's last ones in each thread.
+// Floats for the hidden states of as many rows as are multiplied at a time, rearranged, and for the head's last rows in
+// each thread.
+constexpr int64_t PRODUCT_ROWS = 1024;
 constexpr int64_t product_scratch(const Shape& shape, int64_t depth) {
-  return (shape.rows + 16) * (depth + 32) + shape.threads * 16 * (depth + 32) + 16;
+  const int64_t rows = shape.rows < PRODUCT_ROWS ? shape.rows : PRODUCT_ROWS;
+  return (rows + 16) * (depth + 32) + shape.threads * 16 * (depth + 32) + 16;
 }
 constexpr int64_t whole_tiles(int64_t count) { return (count + 31) / 32 * 32; }
 // Of a block of the result: its sums; the gradient in two parts, and the head, of as many columns of the gradient as

@@ -24,7 +24,7 @@ struct Widened {
   static f32 add(f32 sum, f32 a, f32 b) { return sum + a * b; }
 };
 
-void product(const ProductArgs& a) {
+static void multiply_rows(const ProductArgs& a) {
 #if defined(DAM_MULTIPLIES_BFLOAT16)
   if (a.instructions == PAIRS) return avx512_bf16::multiply_pairs(a);
   if (a.instructions == TILES) return avx512_bf16::multiply_tiles(a);
@@ -33,6 +33,16 @@ void product(const ProductArgs& a) {
     multiply<Widened<bfloat16>>(a);
   } else {
     multiply<Widened<float16>>(a);
+  }
+}
+
+void product(const ProductArgs& a) {
+  for (int64_t t = 0; t < a.shape.rows; t += PRODUCT_ROWS) {
+    ProductArgs some = a;
+    some.shape.rows = smaller(PRODUCT_ROWS, a.shape.rows - t);
+    some.hidden.data = matrix_row<bfloat16>(a.hidden, t);  // or float16, as wide
+    some.result = a.result + t * a.result_stride;
+    multiply_rows(some);
   }
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dam.backends import address
 
 DEVICE_TYPE = "cpu"  # of the tensors that the kernels take
+_ROWS_AT_ONCE = 8192  # of a product over rows
 
 kernels: Any = None
 _IMPORT_ERROR: str | None = None
@@ -97,8 +98,16 @@ def product_hidden(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 def product_weight(gradient: Tensor, hidden: Tensor, out: Tensor) -> Tensor:
     """gradient float32 [T, V], transposed, @ hidden bfloat16 [T, D], by tiles, as `product_hidden` does.
 
-    Into bfloat16 `out` [V, D]; to a float32 one it is added.
+    Into bfloat16 `out` [V, D]; to a float32 one it is added. Work memory is some 2 D bytes a row: of many more rows
+    than columns it is bounded by parts of them, which are added in float32.
     """
+    rows, columns = gradient.shape
+    step = max(_ROWS_AT_ONCE, 2 * columns)
+    if rows > step:
+        total = out if out.dtype == torch.float32 else torch.zeros(out.shape, dtype=torch.float32, device="cpu")
+        for part in (slice(at, at + step) for at in range(0, rows, step)):
+            product_weight(gradient[part], hidden[part], total)
+        return out if total is out else out.copy_(total)
     kernels.product_weight(
         shape=(*gradient.shape, address.DTYPE_CODE[hidden.dtype], torch.get_num_threads()),
         depth=hidden.shape[1],

@@ -80,6 +80,40 @@ def test_a_product_of_signed_zeros_and_small_numbers(instructions):
     assert torch.equal(found.double(), hidden.double() @ weight.double().t())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_many_rows(dtype, monkeypatch):
+    """Of more than are multiplied at a time, also of another number at last; gradients are added up in float32."""
+    hidden, weight = matrix(2050, 40, seed=19, dtype=dtype), matrix(37, 40, seed=20, dtype=dtype)
+    found = filled(lambda out: cpu.product(hidden, weight, out), 2050, 37)
+    assert within(found, hidden, weight.t(), 41 * 2.0**-24)
+    if dtype == torch.bfloat16 and "amx" in INSTRUCTIONS:
+        monkeypatch.setattr(cpu, "_ROWS_AT_ONCE", 1000)
+        gradient = normal(2050, 37, seed=21)
+        added = filled(lambda out: cpu.product_weight(gradient, hidden, out), 37, 40, value=0.5)
+        narrow = filled(lambda out: cpu.product_weight(gradient, hidden, out), 37, 40, dtype=dtype)
+        assert within(added.double() - 0.5, gradient.t(), hidden, 2.0**-16 + 2052 * 2.0**-23, atol=2.0**-23)
+        error = rounding(dtype) * (gradient.t().double() @ hidden.double()).abs()
+        assert within(narrow, gradient.t(), hidden, 2.0**-15 + 2052 * 2.0**-23, atol=error)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts kilobytes as Linux does")
+def test_memory_of_many_rows_and_few_columns():
+    """By how much a call grows the process: 60,000 rows' states of 512 numbers would be 123 MB in float32."""
+    code = (
+        "import resource, torch, dam\n"
+        "torch.set_num_threads(1)\n"
+        "hidden, weight = torch.ones(60_000, 512, dtype=torch.bfloat16), torch.ones(64, 512, dtype=torch.bfloat16)\n"
+        "dam.linear_jump(hidden[:2], weight, seed=0)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "dam.linear_jump(hidden, weight, seed=0)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    environment = {**os.environ, "DAM_WORKSPACE_MB": "8"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    # Half the workspace, results of 1 MB, 2 of states that are rearranged, and as much again for allocators.
+    assert int(done.stdout) < 2 * (4 + 1 + 2) * 1024
+
+
 @pytest.mark.parametrize("rows", [3, 20, 70])
 def test_a_product_does_not_depend_on_threads(instructions, rows):
     hidden, weight = matrix(rows, 100, seed=5), matrix(1500, 100, seed=6)
