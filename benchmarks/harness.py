@@ -219,8 +219,7 @@ def bare_matmuls(
         logits: how often the logits of all rows are computed.
         states_gradient, head_gradient: whether the logits' gradient is carried on to either.
     """
-    fast = states.dtype == torch.bfloat16 and cpu.instructions() != "float32"
-    if states.device.type == "cpu" and not fast:
+    if states.device.type == "cpu" and not cpu.is_fast(states.dtype):
         states, head = states.float(), head.float()
     product = states.new_empty(states.shape[0], head.shape[0])
     count, dtype = logits + states_gradient + head_gradient, str(states.dtype).removeprefix("torch.")

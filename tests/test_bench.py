@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dam
 from benchmarks import __main__ as entry
-from benchmarks import builds, checkout, harness, memory, options, peers, records, report, side_by_side
+from benchmarks import builds, checkout, harness, memory, options, peers, products, records, report, side_by_side
 from dam import cli
 from dam.backends import cpu
 from dam.kernels import configs
@@ -454,3 +454,19 @@ def test_published_loops_run_beside_ours(calls):
         for loop in loops:
             factor = side_by_side.RUN[part, loop](side_by_side.Setting(sizes), calls)
             assert factor == (4 / calls if (part, loop) == ("rollout", "LLaDA, d1") else 1.0)
+
+
+def test_products_are_those_of_torch(monkeypatch, tmp_path):
+    """Each case's functions, which write to arrays of their own, give what torch's product in bfloat16 does."""
+    for case in products.cases(40, 70, 33):
+        expected = case.floor().clone()
+        slack = 2.0**-6 * float(expected.abs().max())
+        for function in case.functions.values():
+            # As far as the floor's rounding to bfloat16, and its inputs', of sums whose terms cancel.
+            helpers.assert_close(function(), expected, rtol=2.0**-6, atol=slack)
+    path = tmp_path / "products.json"
+    arguments = ["products", "--rows", "3", "--vocabulary", "9", "--hidden", "5", "--repeats", "1", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    products.main()
+    found = json.loads(path.read_text())
+    assert found["bfloat16"] == cpu.instructions() and "dam" in found["median_seconds"]["3 rows, logits"]

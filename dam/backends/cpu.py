@@ -39,7 +39,13 @@ def isa() -> str:
     return kernels.isa()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
+def _instructions() -> dict[str, int]:
+    """Names of what can multiply bfloat16 here, best first, and their numbers; asking the system takes a while."""
+    return dict(kernels.instructions())
+
+
+@functools.cache
 def instructions() -> str:
     """What multiplies 16-bit hidden states with a head: amx or avx512_bf16, of bfloat16, or float32.
 
@@ -48,11 +54,16 @@ def instructions() -> str:
     Raises:
         RuntimeError: this machine does not have the instructions that are asked for.
     """
-    here = [name for name, _ in kernels.instructions()]
-    wanted = os.environ.get("DAM_CPU_PRODUCT") or here[0]
+    here = _instructions()
+    wanted = os.environ.get("DAM_CPU_PRODUCT") or next(iter(here))
     if wanted not in here:
         raise RuntimeError(f"DAM_CPU_PRODUCT must be one of {', '.join(here)} on this machine; got {wanted!r}")
     return wanted
+
+
+def is_fast(dtype: torch.dtype) -> bool:
+    """Whether there are instructions for products of numbers of this 16-bit dtype."""
+    return dtype == torch.bfloat16 and instructions() != "float32"
 
 
 def has_tiles() -> bool:
@@ -60,16 +71,18 @@ def has_tiles() -> bool:
     return kernels is not None and instructions() == "amx"
 
 
-def product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def product(hidden: Tensor, weight: Tensor, out: Tensor, by: str | None = None) -> Tensor:
     """hidden [T, D] @ weight [V, D]^T into float32 `out` [T, V], of 16-bit arrays, summed in float32.
+
+    By the instructions of that name, else by `instructions()`; float16 always by float32's.
 
     By bfloat16's instructions numbers below 1.2e-38 count as 0. The result does not depend on the number of threads.
     """
-    name = instructions() if hidden.dtype == torch.bfloat16 else "float32"
+    name = (by or instructions()) if hidden.dtype == torch.bfloat16 else "float32"
     kernels.product(
         shape=(hidden.shape[0], weight.shape[0], address.DTYPE_CODE[hidden.dtype], torch.get_num_threads()),
         depth=hidden.shape[1],
-        instructions=dict(kernels.instructions())[name],
+        instructions=_instructions()[name],
         hidden=address.matrix(hidden),
         weight=address.matrix(weight),
         result=out.data_ptr(),

@@ -26,6 +26,9 @@ _ON_GPU = ("triton", "cuda")  # backends
 # Rows of a chunk from which on adding to the head's gradient costs less than computing the logits again: of each of its
 # entries 8 bytes at 3 TB/s, beside 2 operations a row at 760 TFLOP/s, as an H100 has them.
 _MANY_ROWS = 1024
+# Rows up to which the C++ backend's product by float32's instructions is faster on a CPU than converting the head for
+# torch's: of 128 it took 0.6 of that time, of 1,024 1.2 (benchmarks/products.py, AVX-512).
+_WIDENED_ROWS = 512
 # Whether a product of 16-bit numbers can be added to a float32 array: in torch 2.11 and later.
 _ADDS_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out") and tuple(map(int, torch.__version__.split(".")[:2])) >= (
     2,
@@ -271,7 +274,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if a.dtype == b.dtype and a.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
     # Nothing in torch multiplies 16-bit numbers into float32 on a CPU.
-    if _on_cpu(a, b.t(), out) and a.dtype == b.dtype:
+    if _on_cpu(a, b.t(), out) and a.dtype == b.dtype and (cpu.is_fast(a.dtype) or a.shape[0] <= _WIDENED_ROWS):
         return cpu.product(a, b.t(), out)
     if _on_cpu(a, b, out) and _in_tiles(a, b):
         return cpu.product_hidden(a, b, out)

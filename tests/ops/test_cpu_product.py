@@ -58,9 +58,8 @@ def test_product(dtype, shape, room, count):
     hidden = matrix(rows, depth, seed=1, dtype=dtype, room=room)
     weight = matrix(columns, depth, seed=2, dtype=dtype, room=room)
     for name in INSTRUCTIONS if dtype == torch.bfloat16 else ["float32"]:
-        with pytest.MonkeyPatch.context() as patch, threads(count):
-            patch.setattr(cpu, "instructions", lambda name=name: name)
-            found = filled(lambda out: cpu.product(hidden, weight, out), rows, columns)
+        with threads(count):
+            found = filled(functools.partial(cpu.product, hidden, weight, by=name), rows, columns)
         assert within(found, hidden, weight.t(), (depth + 1) * 2.0**-24), name
 
 
@@ -208,3 +207,16 @@ def test_a_set_without_bfloat16_has_no_instructions_for_it():
     environment = {**os.environ, "DAM_CPU_ISA": "plain"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "float32", done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_are_not_widened_number_by_number(monkeypatch, dtype):
+    """Converting the head once for all of them is faster; the logits are the same but for the order of sums."""
+    monkeypatch.setattr(cpu, "instructions", lambda: "float32")
+    calls, product = [], cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *arguments: calls.append(1) or product(*arguments))
+    hidden, weight = normal(513, 24, seed=22, dtype=dtype), normal(90, 24, seed=23, dtype=dtype)
+    head = dam.models.Head(weight, None)
+    few, many = head.logits(hidden[:512]), head.logits(hidden)
+    assert len(calls) == 1
+    assert within(many, hidden, weight.t(), 25 * 2.0**-24) and within(few, hidden[:512], weight.t(), 25 * 2.0**-24)
