@@ -37,7 +37,7 @@ if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
 
-# Of BFLOAT16 alone, which is in no set: its instructions are met where they are.
+# Of BFLOAT16 alone, which is compiled once, beside the sets, and called where the machine has these instructions.
 BFLOAT16_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
