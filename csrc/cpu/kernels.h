@@ -41,13 +41,13 @@ constexpr int64_t product_scratch(const Shape& shape, int64_t depth) {
   return (rows + 16) * (depth + 32) + shape.threads * 16 * (depth + 32) + 16;
 }
 constexpr int64_t whole_tiles(int64_t count) { return (count + 31) / 32 * 32; }
-// Of a block of the result: its sums; the gradient in two parts, and the head, of as many columns of the gradient as
-// are multiplied at a time.
-constexpr int64_t HIDDEN_ROWS = 256, HIDDEN_WIDTH = 1024, HIDDEN_CHUNK = 256;
+// Of a block of the result: its sums; the head, and in each thread 32 rows of the gradient in two parts, of as many
+// columns of the gradient as are multiplied at a time.
+constexpr int64_t HIDDEN_ROWS = 512, HIDDEN_WIDTH = 1024, HIDDEN_CHUNK = 192;
 constexpr int64_t product_hidden_scratch(const Shape& shape, int64_t depth) {
   const int64_t rows = shape.rows < HIDDEN_ROWS ? whole_tiles(shape.rows) : HIDDEN_ROWS;
   const int64_t wide = depth < HIDDEN_WIDTH ? whole_tiles(depth) : HIDDEN_WIDTH;
-  return rows * wide + rows * HIDDEN_CHUNK + wide * HIDDEN_CHUNK / 2 + 16;
+  return rows * wide + wide * HIDDEN_CHUNK / 2 + shape.threads * 32 * HIDDEN_CHUNK + 16;
 }
 // The hidden states; and of each thread as many times 32 columns of the gradient, in two parts, as they are multiplied
 // with one after another.

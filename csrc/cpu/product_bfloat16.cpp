@@ -233,9 +233,13 @@ static void interleave(const Matrix& matrix, int64_t from, int64_t rows, int64_t
   }
 }
 
-// Adds to four tiles of sums, 0 to 3, the products of `steps` times two tiles in two parts each with two tiles.
-static void add_parts(const uint32_t* parts, int64_t apart, const uint32_t* others, int64_t steps, bool below) {
+// Adds to four tiles of sums, 0 to 3, the products of `steps` times two tiles in two parts each with two tiles. Calls
+// ahead(k) before each step.
+template <class Ahead>
+static void add_parts(const uint32_t* parts, int64_t apart, const uint32_t* others, int64_t steps, bool below,
+                      Ahead ahead) {
   for (int64_t k = 0; k < steps; ++k) {
+    ahead(k);
     const uint32_t* const part = parts + k * 2 * TILE_FLOATS;
     _tile_loadd(6, others + k * 2 * TILE_FLOATS, 64);
     _tile_loadd(7, others + (k * 2 + 1) * TILE_FLOATS, 64);
@@ -259,52 +263,68 @@ static void load_sums(const float* sums) {
   _tile_loadd(3, sums + 3 * TILE_FLOATS, 64);
 }
 
-static int64_t upward(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+// Columns from `from` to `to` of up to 32 rows of the gradient of logits, in two parts: of 16 rows `steps` times two tiles
+// after those of the 16 before.
+static void split_rows(const ProductHiddenArgs& a, int64_t first, int64_t from, int64_t to, int64_t steps,
+                       uint32_t* parts) {
+  for (int64_t i = 0; i < smaller(PASSING, a.shape.rows - first); ++i) {
+    const float* const x = matrix_row<float>(a.gradient, first + i) + from;
+    uint32_t* out = parts + i / SIDES * steps * 2 * TILE_FLOATS + i % SIDES * LANES;
+    for (int64_t at = 0; at < to - from; at += ALONG, out += 2 * TILE_FLOATS) {
+      const f32 one = load_some(x + at, to - from - at), two = load_some(x + at + LANES, to - from - at - LANES);
+      _mm512_store_si512(out, upper_halves(first_part(one), first_part(two)));
+      _mm512_store_si512(out + TILE_FLOATS, upper_halves(second_part(one), second_part(two)));
+    }
+  }
+}
 
-// A block of the result whose sums stay in cache: HIDDEN_CHUNK columns of the gradient of logits after another, so that
-// as many rows of the head, interleaved, do too while all rows of the gradient are multiplied with them.
+// Asks for `count` floats, to the second cache.
+static void fetch(const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) _mm_prefetch(x + i, _MM_HINT_T1);
+}
+
+// A block of the result: HIDDEN_CHUNK columns of the gradient of logits after another, so that as many rows of the head,
+// interleaved, stay in a core's second cache while 32 rows of the gradient after another are multiplied with them.
+// What comes next is asked for meanwhile.
 static void fill_block(const ProductHiddenArgs& a) {
-  const int64_t rows = a.shape.rows, columns = a.shape.columns, steps = HIDDEN_CHUNK / ALONG;
-  const int64_t tall = upward(rows, PASSING), wide = upward(a.depth, ALONG);
-  float* const sums = a.scratch;  // [wide / 32, tall / 32, 4 tiles]
-  std::memset(sums, 0, tall * wide * sizeof(float));
-  uint32_t* const parts = reinterpret_cast<uint32_t*>(sums + tall * wide);
-  uint32_t* const others = parts + tall * HIDDEN_CHUNK;
-  // Blocks of columns that a thread goes through with 32 rows, which stay in its first cache.
-  const int64_t blocks = wide / ALONG, share = blocks / (2 * a.shape.threads);
-  const int64_t group = share < 1 ? 1 : smaller(share, 16);
+  constexpr int64_t STEPS = HIDDEN_CHUNK / ALONG, OTHERS = STEPS * 2 * TILE_FLOATS;
+  const int64_t rows = a.shape.rows, columns = a.shape.columns;
+  const int64_t groups = (rows + PASSING - 1) / PASSING, blocks = (a.depth + ALONG - 1) / ALONG;
+  float* const sums = a.scratch;  // [groups, blocks, 4 tiles]
+  std::memset(sums, 0, groups * blocks * 4 * TILE_FLOATS * sizeof(float));
+  uint32_t* const others = reinterpret_cast<uint32_t*>(sums + groups * blocks * 4 * TILE_FLOATS);
+  uint32_t* const memory = others + blocks * OTHERS;
+  // Of few rows a thread takes a part of the result's columns.
+  const int64_t shares = smaller(blocks, groups >= 2 * a.shape.threads ? 1 : 2 * a.shape.threads);
   for (int64_t from = 0; from < columns; from += HIDDEN_CHUNK) {
     const int64_t to = smaller(from + HIDDEN_CHUNK, columns), some = (to - from + ALONG - 1) / ALONG;
-    parallel_for(rows, a.shape.threads, 8, [&](int64_t t, int) {
-      const float* const x = matrix_row<float>(a.gradient, t) + from;
-      for (int64_t k = 0; k < some; ++k) {
-        const f32 one = load_some(x + k * ALONG, to - from - k * ALONG);
-        const f32 two = load_some(x + k * ALONG + LANES, to - from - k * ALONG - LANES);
-        uint32_t* const out = parts + (t / SIDES * steps + k) * 2 * TILE_FLOATS + t % SIDES * LANES;
-        _mm512_store_si512(out, upper_halves(first_part(one), first_part(two)));
-        _mm512_store_si512(out + TILE_FLOATS, upper_halves(second_part(one), second_part(two)));
-      }
-    });
     parallel_for(some, a.shape.threads, 1, [&](int64_t k, int) {
-      interleave(a.weight, from + k * ALONG, columns, a.depth, steps * 2 * TILE_FLOATS, others + k * 2 * TILE_FLOATS);
+      interleave(a.weight, from + k * ALONG, columns, a.depth, OTHERS, others + k * 2 * TILE_FLOATS);
     });
-    parallel_for((blocks + group - 1) / group, a.shape.threads, 1, [&](int64_t at, int) {
+    parallel_for(groups * shares, a.shape.threads, 1, [&](int64_t at, int worker) {
+      const int64_t group = at / shares, first = group * PASSING, end = (at % shares + 1) * blocks / shares;
+      uint32_t* const parts = memory + worker * 2 * OTHERS;
+      split_rows(a, first, from, to, STEPS, parts);
+      // The rows that are split next: the next ones, or the first ones further on.
+      const int64_t next = group + 1 < groups ? first + PASSING : 0, ahead = group + 1 < groups ? from : to;
       configure_tiles();
-      for (int64_t t = 0; t < rows; t += PASSING) {
-        for (int64_t block = at * group; block < smaller((at + 1) * group, blocks); ++block) {
-          float* const sum = sums + (block * (tall / PASSING) + t / PASSING) * 4 * TILE_FLOATS;
-          load_sums(sum);
-          add_parts(parts + t / SIDES * steps * 2 * TILE_FLOATS, steps * 2 * TILE_FLOATS,
-                    others + block * steps * 2 * TILE_FLOATS, some, rows - t > SIDES);
-          store_sums(sum);
+      for (int64_t block = at % shares * blocks / shares; block < end; ++block) {
+        float* const sum = sums + (group * blocks + block) * 4 * TILE_FLOATS;
+        if (const int64_t row = next + block % PASSING; row < rows) {
+          fetch(matrix_row<float>(a.gradient, row) + ahead, smaller(HIDDEN_CHUNK, columns - ahead));
         }
+        load_sums(sum);
+        add_parts(parts, OTHERS, others + block * OTHERS, some, rows - first > SIDES, [&](int64_t k) {
+          fetch(sum + 4 * TILE_FLOATS * (k + STEPS) / STEPS, 4 * TILE_FLOATS / STEPS + LANES);
+        });
+        store_sums(sum);
       }
       _tile_release();
     });
   }
   parallel_for(rows, a.shape.threads, 8, [&](int64_t t, int) {
     for (int64_t d = 0; d < a.depth; d += SIDES) {
-      const float* const sum = sums + (d / ALONG * (tall / PASSING) + t / PASSING) * 4 * TILE_FLOATS +
+      const float* const sum = sums + (t / PASSING * blocks + d / ALONG) * 4 * TILE_FLOATS +
                                (t % PASSING / SIDES * 2 + d % ALONG / SIDES) * TILE_FLOATS + t % SIDES * SIDES;
       const int64_t count = smaller(SIDES, a.depth - d);
       std::memcpy(a.result + t * a.result_stride + d, sum, count * sizeof(float));
@@ -390,7 +410,7 @@ void multiply_weight(const ProductWeightArgs& a) {
         alignas(64) float sums[4 * TILE_FLOATS];
         zero_sums();
         add_parts(parts + (pass - from) * steps * 4 * TILE_FLOATS, steps * 2 * TILE_FLOATS,
-                  others + block * steps * 2 * TILE_FLOATS, steps, rows > SIDES);
+                  others + block * steps * 2 * TILE_FLOATS, steps, rows > SIDES, [](int64_t) {});
         store_sums(sums);
         for (int64_t i = 0; i < rows; ++i) {
           const float* const low = sums + i / SIDES * 2 * TILE_FLOATS + i % SIDES * SIDES;
