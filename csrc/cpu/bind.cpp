@@ -14,6 +14,7 @@
 
 #include "../python/arguments.h"
 #include "kernels.h"
+#include "pages.h"
 
 namespace dam {
 
@@ -108,12 +109,13 @@ static void take(PyObject* x, Shape& member) {
 
 // An output that is about to be filled. glibc's malloc maps memory anew for an array of 32 MB and more, and for smaller
 // ones after it gave some back; in pages of 4 KB the faults of the first touch then take several times as long as the
-// kernel, so pages of 2 MB are asked for.
+// kernel, so pages of 2 MB are asked for, where they do not go back to a host as soon as they are free.
 static void advise(const void* array, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = uintptr_t{1} << 21;
   const uintptr_t address = reinterpret_cast<uintptr_t>(array);
-  if (array && bytes >= 2 * static_cast<int64_t>(PAGE)) {
+  static const bool scarce = memory_goes_back();
+  if (array && bytes >= 2 * static_cast<int64_t>(PAGE) && !scarce) {
     const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
     madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
   }
@@ -180,6 +182,9 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def("instructions", &dam::instructions,
              "Pairs of name and number: the instructions that `product` can multiply bfloat16 with here, best first.");
+
+  module.def("memory_goes_back", &dam::memory_goes_back, "devices"_a = dam::VIRTIO_DEVICES,
+             "Whether this machine's free memory goes back to a host, by the balloon device in that folder.");
 
   module.def(
       "philox",

@@ -24,7 +24,6 @@ void multiply_pairs(const ProductArgs& a) { multiply<Pairs>(a); }
 
 constexpr int SIDES = 16, ALONG = 32, TILE_FLOATS = 256;
 constexpr int64_t PASSING = 2 * SIDES;  // columns, and rows, of the four tiles that are summed side by side
-constexpr int64_t SECOND_CACHE = 1 << 19;  // floats of a result that it does not hold
 constexpr int64_t RESIDENT = 1 << 20;   // bytes of rows that stay in a core's second cache while columns pass by
 
 struct alignas(64) TileShapes {
@@ -145,14 +144,13 @@ static void fill_tiles(const ProductArgs& a, const HeadRows& head, const uint32_
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  const bool past_caches = a.shape.rows * a.shape.columns >= SECOND_CACHE;
   alignas(64) float sums[4 * TILE_FLOATS];
   store_sums(sums);
   for (int64_t down = 0; down < rows; down += SIDES) {
     for (int64_t across = 0; across < columns; across += SIDES) {
       turn(sums + (down / SIDES * 2 + across / SIDES) * TILE_FLOATS,
            a.result + (first + down) * a.result_stride + column + across, a.result_stride,
-           smaller(SIDES, rows - down), smaller(SIDES, columns - across), past_caches);
+           smaller(SIDES, rows - down), smaller(SIDES, columns - across), a.stream);
     }
   }
 }
@@ -376,8 +374,8 @@ static void put_row(const ProductWeightArgs& a, int64_t row, int64_t column, con
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(high), _mm512_load_ps(low));
     bfloat16* const out = static_cast<bfloat16*>(a.result) + at;
     const __mmask32 mask = static_cast<__mmask32>(count >= ALONG ? ~0u : (1u << count) - 1);
-    if (count >= ALONG && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);  // a head's gradient is larger than the caches
+    if (a.stream && count >= ALONG && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);
     } else {
       _mm512_mask_storeu_epi16(out, mask, both);
     }

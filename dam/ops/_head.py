@@ -167,15 +167,19 @@ def chunks(
     dtypes = _dtypes(head, arrays, gradient, backend)
     at = len(dtypes) - 1 if len(dtypes) > arrays else 0  # of the gradient's array
     own = dtypes if held is None else dtypes[:at] + dtypes[at + 1 :]
-    memory: list[Tensor] = []
-    rows = head.hidden.shape[0]
-    most = rows if held is None else held.shape[0]
-    for first in range(0, rows, max(1, most)):
-        for piece in _row_parts(head, min(most, rows - first), own, backend):
-            size = piece.stop - piece.start
-            if not memory:  # the first chunk is the largest
-                memory = [weight.new_empty(size, weight.shape[0], dtype=dtype) for dtype in own]
-            found = [_rows.part(array, slice(0, size)) for array in memory]
+    rows, columns = head.hidden.shape[0], weight.shape[0]
+    most = max(1, rows if held is None else held.shape[0])
+    pieces = [
+        (first, piece)
+        for first in range(0, rows, most)
+        for piece in _row_parts(head, min(most, rows - first), own, backend)
+    ]
+    if not pieces:
+        return
+    largest = pieces[0][1].stop
+    with _rows.work_arrays((largest, columns), own, weight.device) as memory:
+        for first, piece in pieces:
+            found = [_rows.part(array, slice(0, piece.stop - piece.start)) for array in memory]
             if held is not None:
                 found.insert(at, held[piece])
             yield slice(first + piece.start, first + piece.stop), found

@@ -118,11 +118,12 @@ def kept_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of a head's tensors from the logits of all rows, which stay as they are for another backward pass."""
     gradients = _head.Gradients(head, needed)
-    into = torch.empty_like(logits, dtype=_head.gradient_dtype(head, backend))
-    _row_op._BACKWARD[backend](grad, logits, target, log_escape, exclude, temperature, into)
-    if head.softcap is not None:
-        _softcap.differentiated(into, logits, head.softcap)
-    gradients.add_rows(slice(0, logits.shape[0]), into)
+    dtype = _head.gradient_dtype(head, backend)
+    with _rows.work_arrays((logits.shape[0], logits.shape[1]), [dtype], logits.device) as (into,):
+        _row_op._BACKWARD[backend](grad, logits, target, log_escape, exclude, temperature, into)
+        if head.softcap is not None:
+            _softcap.differentiated(into, logits, head.softcap)
+        gradients.add_rows(slice(0, logits.shape[0]), into)
     return gradients.finish()
 
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/pages.h"
 #include "../../csrc/cpu/rows.h"
 
 namespace dam {

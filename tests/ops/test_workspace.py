@@ -1,0 +1,146 @@
+"""Work memory of the linear ops on a CPU: who has it, how long it is kept, and pages that may be asked for."""
+
+import importlib
+import threading
+
+import pytest
+import torch
+
+import dam
+from dam.ops import _head, _rows
+
+ROWS, COLUMNS = 64, 16384  # 4 MB of logits
+kernels = importlib.import_module("dam._cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    _rows.release_workspace()
+    yield
+    _rows.release_workspace()
+
+
+def kept():
+    return [memory.numel() for memory in _rows._kept]
+
+
+def arguments(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, 16, generator=g).to(dtype)
+    weight = torch.randn(COLUMNS, 16, generator=g).to(dtype)
+    return hidden, weight, torch.randint(COLUMNS, (ROWS,), generator=g)
+
+
+def test_a_call_takes_what_the_one_before_left():
+    hidden, weight, target = arguments()
+    dam.linear_log_prob(hidden, weight, target)
+    assert kept() == [4 * ROWS * COLUMNS]
+    before = _rows._kept[0].data_ptr()
+    dam.linear_jump(hidden[:32], weight, seed=1)  # of fewer rows: serves as it is
+    assert kept() == [4 * ROWS * COLUMNS] and _rows._kept[0].data_ptr() == before
+    dam.linear_log_prob(torch.cat((hidden, hidden)), weight, torch.cat((target, target)))
+    assert kept() == [8 * ROWS * COLUMNS]  # the larger one, and no other
+
+
+def test_arrays_are_apart_and_aligned():
+    with _rows.work_arrays((3, 100_001), [torch.float32, torch.bfloat16, torch.float64], torch.device("cpu")) as arrays:
+        assert [(x.dtype, x.shape) for x in arrays] == [
+            (dtype, (3, 100_001)) for dtype in (torch.float32, torch.bfloat16, torch.float64)
+        ]
+        assert all(x.data_ptr() % 64 == 0 and x.is_contiguous() for x in arrays)
+        for value, x in enumerate(arrays):
+            x.fill_(value)
+        assert all((x == value).all() for value, x in enumerate(arrays))
+
+
+def test_two_calls_at_a_time_do_not_share():
+    device, shape = torch.device("cpu"), (ROWS, COLUMNS)
+    with _rows.work_arrays(shape, [torch.float32], device) as (one,):
+        with _rows.work_arrays(shape, [torch.float32], device) as (other,):
+            assert one.data_ptr() != other.data_ptr()
+    assert kept() == [4 * ROWS * COLUMNS]
+
+
+def test_threads_get_the_results_of_calls_one_after_another():
+    hidden, weight, target = arguments()
+    wanted = [dam.linear_log_prob(hidden + i, weight, target) for i in range(4)]
+    found: list = [None] * 4
+
+    def call(i):
+        for _ in range(20):
+            found[i] = dam.linear_log_prob(hidden + i, weight, target)
+            if not torch.equal(found[i], wanted[i]):
+                return
+
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_no_more_is_kept_than_the_bound(monkeypatch):
+    hidden, weight, target = arguments()
+    dam.linear_log_prob(hidden, weight, target)
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "2")
+    dam.linear_log_prob(hidden, weight, target)  # in chunks; what is there is larger than may be kept now
+    assert kept() == []
+    dam.linear_log_prob(hidden, weight, target)
+    assert len(kept()) == 1 and kept()[0] <= 2 * 2**20
+
+
+def test_small_calls_keep_nothing():
+    hidden, weight, target = arguments()
+    dam.linear_log_prob(hidden[:2], weight, target[:2])
+    assert kept() == []
+
+
+def test_memory_of_inference_mode_serves_later_calls():
+    hidden, weight, target = arguments()
+    with torch.inference_mode():
+        dam.linear_log_prob(hidden, weight, target)
+    first = kept()
+    weight.requires_grad_()
+    dam.linear_log_prob(hidden, weight, target).sum().backward()
+    assert first and kept() and weight.grad is not None
+
+
+def test_an_error_gives_it_back():
+    head = _head.checked("test", *arguments()[:2], None)
+    with pytest.raises(RuntimeError, match="of a reward"):
+        for _ in _head.chunks(head, arrays=1, backend="cpu"):
+            raise RuntimeError("of a reward")
+    assert kept() == [4 * ROWS * COLUMNS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_stay_as_they_are_when_the_next_call_comes(dtype):
+    hidden, weight, target = arguments(dtype)
+    hidden.requires_grad_()
+    value = dam.linear_log_prob(hidden, weight, target)
+    first = value.clone()
+    value.sum().backward()
+    assert hidden.grad is not None
+    gradient = hidden.grad.clone()
+    dam.linear_jump(-2 * hidden.detach(), weight, seed=3)
+    assert torch.equal(value, first) and torch.equal(hidden.grad, gradient)
+
+
+def test_pages_where_free_memory_goes_back_to_a_host(tmp_path):
+    def device(name, identity, features):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "device").write_text(identity + "\n")
+        (folder / "features").write_text(features + "\n")
+
+    def goes_back():
+        return kernels.memory_goes_back(devices=str(tmp_path))
+
+    assert not kernels.memory_goes_back(devices=str(tmp_path / "nowhere"))
+    device("virtio0", "0x0001", "1" * 64)  # a network card
+    assert not goes_back()
+    device("virtio1", "0x0005", "01100001" + "0" * 56)  # a balloon without reports of free pages
+    assert not goes_back()
+    device("virtio2", "0x0005", "01100101" + "0" * 56)
+    assert goes_back()
