@@ -207,7 +207,7 @@ def _linear_log_prob(
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     excluded = Excluded(exclude, suppressed)
-    kept = _kept(hidden, weight, keep)
+    kept = _rows.lent_array(_kept_shape(hidden, weight, keep), _rows.accumulator(hidden.dtype), hidden.device)
     if keep:
         value, log_escape = _row_op._IMPLEMENTATIONS[backend](_head.logits(head, kept), target, excluded, temperature)
     else:
@@ -215,14 +215,14 @@ def _linear_log_prob(
     return value, log_escape, kept
 
 
-def _kept(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
-    shape = (hidden.shape[0], weight.shape[0]) if keep else (0, 0)
-    return hidden.new_empty(shape, dtype=_rows.accumulator(hidden.dtype))
+def _kept_shape(hidden: Tensor, weight: Tensor, keep: bool) -> tuple[int, int]:
+    return (hidden.shape[0], weight.shape[0]) if keep else (0, 0)
 
 
 @_linear_log_prob.register_fake
 def _(hidden, weight, bias, low_hidden, low_weight, softcap, target, exclude, suppressed, temperature, keep, backend):
-    return *_row_op.outputs(hidden, target), _kept(hidden, weight, keep)
+    kept = hidden.new_empty(_kept_shape(hidden, weight, keep), dtype=_rows.accumulator(hidden.dtype))
+    return *_row_op.outputs(hidden, target), kept
 
 
 @_op.op("linear_log_prob_backward")

@@ -21,6 +21,8 @@ def nothing_kept():
 
 
 def kept():
+    """Bytes of each piece that the next call finds."""
+    _rows._collect()
     return [memory.numel() for memory in _rows._kept]
 
 
@@ -39,7 +41,7 @@ def test_a_call_takes_what_the_one_before_left():
     dam.linear_jump(hidden[:32], weight, seed=1)  # of fewer rows: serves as it is
     assert kept() == [4 * ROWS * COLUMNS] and _rows._kept[0].data_ptr() == before
     dam.linear_log_prob(torch.cat((hidden, hidden)), weight, torch.cat((target, target)))
-    assert kept() == [8 * ROWS * COLUMNS]  # the larger one, and no other
+    assert kept() == [4 * ROWS * COLUMNS, 8 * ROWS * COLUMNS]
 
 
 def test_arrays_are_apart_and_aligned():
@@ -58,7 +60,7 @@ def test_two_calls_at_a_time_do_not_share():
     with _rows.work_arrays(shape, [torch.float32], device) as (one,):
         with _rows.work_arrays(shape, [torch.float32], device) as (other,):
             assert one.data_ptr() != other.data_ptr()
-    assert kept() == [4 * ROWS * COLUMNS]
+    assert kept() == [4 * ROWS * COLUMNS] * 2
 
 
 def test_threads_get_the_results_of_calls_one_after_another():
@@ -85,9 +87,24 @@ def test_no_more_is_kept_than_the_bound(monkeypatch):
     dam.linear_log_prob(hidden, weight, target)
     monkeypatch.setenv("DAM_WORKSPACE_MB", "2")
     dam.linear_log_prob(hidden, weight, target)  # in chunks; what is there is larger than may be kept now
-    assert kept() == []
-    dam.linear_log_prob(hidden, weight, target)
-    assert len(kept()) == 1 and kept()[0] <= 2 * 2**20
+    assert kept() and sum(kept()) <= 2 * 2**20
+
+
+def test_logits_that_a_backward_pass_keeps_are_lent_as_long_as_it_may_come():
+    hidden, weight, target = arguments()
+    hidden.requires_grad_()
+    logits = (hidden.detach() @ weight.t()).double()
+    probabilities = torch.softmax(logits, dim=1)
+    wanted = (torch.nn.functional.one_hot(target, COLUMNS) - probabilities) @ weight.double()
+
+    value = dam.linear_log_prob(hidden, weight, target)
+    assert kept() == []  # they have it
+    dam.linear_jump(-3 * hidden.detach(), weight, seed=1)  # takes another piece
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(value.sum(), hidden, retain_graph=True)
+        assert (gradient - wanted).abs().max() < 1e-4  # sums of 16,384 float32 products of size 1e-4
+    del value
+    assert kept() == [4 * ROWS * COLUMNS] * 2  # theirs, and their gradient's, which was the other call's
 
 
 def test_small_calls_keep_nothing():
