@@ -7,6 +7,7 @@ from dam import generators
 from dam.backends.choice import backend
 from dam.backends.deferral import deferred_checks
 from dam.ops._head import LoRA
+from dam.ops._memory import release_workspace
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
 from dam.ops.backward_kolmogorov import backward_kolmogorov
 from dam.ops.entropy import entropy
@@ -74,6 +75,7 @@ __all__ = [
     "log_prob",
     "matching_loss",
     "rate_ratio",
+    "release_workspace",
     "tilt_to_ess",
 ]
 

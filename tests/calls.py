@@ -301,7 +301,10 @@ CALLS = [
 
 def public_ops() -> list[str]:
     """Names of the ops that users have: what dam exports, but for types, what is of their calls, and a module."""
-    return sorted({name for name in dam.__all__ if name[0].islower()} - {"backend", "deferred_checks", "generators"})
+    return sorted(
+        {name for name in dam.__all__ if name[0].islower()}
+        - {"backend", "deferred_checks", "generators", "release_workspace"}
+    )
 
 
 def of(*families: str) -> list[Call]:

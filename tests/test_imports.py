@@ -42,11 +42,12 @@ WITHIN = {
     "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
     "ops": {
         **dict.fromkeys(("_checks", "_op", "_philox", "_rows", "_softcap"), 0),
-        **dict.fromkeys(("_formed_gradient", "_head", "_excluded"), 1),
-        "_linear": 2,
-        "entropy": 2,
-        "linear_*": 4,
-        "*": 3,
+        "_memory": 1,
+        **dict.fromkeys(("_formed_gradient", "_head", "_excluded"), 2),
+        "_linear": 3,
+        "entropy": 3,
+        "linear_*": 5,
+        "*": 4,
     },
     "kernels": {
         **dict.fromkeys(("configs", "excluded", "forms", "launch", "projection"), 0),

@@ -18,7 +18,7 @@ from torch import Tensor
 from dam.backends import cpu
 from dam.kernels import forms
 from dam.kernels.projection import Projection
-from dam.ops import _checks, _rows, _softcap
+from dam.ops import _checks, _memory, _rows, _softcap
 
 # Of the vocabulary rows that are converted at a time: of 0.5 to 128 MB, 4 MB were fastest on a CPU with 32 MB of cache.
 _BLOCK_BYTES = 4 * 2**20
@@ -177,7 +177,7 @@ def chunks(
     if not pieces:
         return
     largest = pieces[0][1].stop
-    with _rows.work_arrays((largest, columns), own, weight.device) as memory:
+    with _memory.work_arrays((largest, columns), own, weight.device) as memory:
         for first, piece in pieces:
             found = [_rows.part(array, slice(0, piece.stop - piece.start)) for array in memory]
             if held is not None:

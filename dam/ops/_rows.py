@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import functools
 import math
 import os
-import threading
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,15 +15,6 @@ from dam.kernels.excluded import Excluded
 # Of a card's memory, for linear ops: chunks of rows long enough that a product reads the head in less time than it
 # computes. On 80 GB 1.0 GB, 1,024 rows of 126,464 logits, where 256 MB are 320.
 _SHARE_OF_CARD = 0.0125
-_LINE = 64  # bytes of a cache line
-# Of work memory on a CPU, from which on it is kept for the next call. What is given back to the system is mapped and
-# zeroed anew: 64 MB for 512 rows of 32,768 logits took 7 ms beside a product of 45, or in a virtual machine that gives
-# unused memory back to its host 170. Below, malloc keeps it by itself.
-_KEPT_FROM = 2**20
-_kept: list[Tensor] = []  # pieces of memory that no call has, by size
-# What was given back since they were last looked at: a garbage collection may do so at any time, also in _collect().
-_returned: collections.deque[Tensor] = collections.deque()
-_keeping = threading.Lock()
 
 
 def workspace_bytes(device: torch.device | None = None) -> int:
@@ -72,67 +59,6 @@ def chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
     step = max(1, workspace_bytes() // (2 * max(1, bytes_per_row)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-@contextlib.contextmanager
-def work_arrays(shape: tuple[int, int], dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[list[Tensor]]:
-    """Uninitialised arrays [shape] of these dtypes, for as long as the context lasts: nothing may refer to them later.
-
-    On a CPU their memory stays for the next call, `workspace_bytes()` of it at the most.
-    """
-    starts = [0]
-    for dtype in dtypes:
-        nbytes = math.prod(shape) * dtype.itemsize
-        starts.append(starts[-1] + nbytes + -nbytes % _LINE)
-    if device.type != "cpu" or starts[-1] < _KEPT_FROM:
-        yield [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
-        return
-    memory = _memory(starts[-1])
-    try:
-        yield [
-            memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for start, dtype in zip(starts, dtypes, strict=False)
-        ]
-    finally:
-        _returned.append(memory)
-
-
-def lent_array(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised array for as long as anything refers to it; on a CPU its memory is then kept as that above."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < _KEPT_FROM:
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = _memory(nbytes)
-    lent = memory.numpy()[:nbytes]  # which the tensor's storage refers to until it is freed
-    weakref.finalize(lent, _returned.append, memory).atexit = False
-    return torch.from_numpy(lent).view(dtype).view(shape)
-
-
-def _memory(nbytes: int) -> Tensor:
-    """The smallest piece that is kept and large enough, or a new one."""
-    with _keeping:
-        _collect()
-        for i, memory in enumerate(_kept):
-            if memory.numel() >= nbytes:
-                return _kept.pop(i)
-    with torch.inference_mode(False):  # which later calls may not be in
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-
-
-def _collect() -> None:
-    """Adds what was given back, and keeps as many of the largest pieces as may be."""
-    while _returned:
-        _kept.append(_returned.popleft())
-    _kept.sort(key=Tensor.numel)
-    while _kept and sum(map(Tensor.numel, _kept)) > workspace_bytes():
-        del _kept[0]
-
-
-def release_workspace() -> None:
-    """Gives back the work memory that the linear ops keep between calls on a CPU."""
-    with _keeping:
-        _returned.clear()
-        _kept.clear()
 
 
 # float64 copies of a row alive at once in the reference's loops, generously counted.

@@ -47,7 +47,7 @@ def linear_jump(
     Returns:
         Jump(target, log_prob, log_escape) as `jump` does. Not differentiable: see `linear_log_prob`.
         Extra memory is bounded by the environment variable DAM_WORKSPACE_MB (unless set 256, on a GPU 1.25% of its
-        memory if that is more).
+        memory if that is more). On a CPU it is kept for the next call, until `dam.release_workspace()`.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range, or (with check)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dam.backends import choice, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _head, _linear, _op, _rows, _softcap
+from dam.ops import _checks, _excluded, _head, _linear, _memory, _op, _rows, _softcap
 from dam.ops import log_prob as _row_op
 
 
@@ -46,7 +46,8 @@ def linear_log_prob(
         float32 like target (float64 for float64 hidden). The backward pass computes the logits again, unless they are
         few: logits that with their gradient take no more than half of DAM_WORKSPACE_MB are kept for it. Extra memory of
         either pass, beyond the gradients, is bounded by that variable (unless set 256, on a GPU 1.25% of its memory if
-        that is more), with what `linear_matching_loss` adds where a 16-bit head is trained.
+        that is more), with what `linear_matching_loss` adds where a 16-bit head is trained; on a CPU it
+        is kept as `linear_jump` says.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -119,7 +120,7 @@ def kept_backward(
     """Gradients of a head's tensors from the logits of all rows, which stay as they are for another backward pass."""
     gradients = _head.Gradients(head, needed)
     dtype = _head.gradient_dtype(head, backend)
-    with _rows.work_arrays((logits.shape[0], logits.shape[1]), [dtype], logits.device) as (into,):
+    with _memory.work_arrays((logits.shape[0], logits.shape[1]), [dtype], logits.device) as (into,):
         _row_op._BACKWARD[backend](grad, logits, target, log_escape, exclude, temperature, into)
         if head.softcap is not None:
             _softcap.differentiated(into, logits, head.softcap)
@@ -207,7 +208,7 @@ def _linear_log_prob(
     _checks.index_range("linear_log_prob", "exclude", exclude, weight.shape[0], backend)
     head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, softcap)
     excluded = Excluded(exclude, suppressed)
-    kept = _rows.lent_array(_kept_shape(hidden, weight, keep), _rows.accumulator(hidden.dtype), hidden.device)
+    kept = _memory.lent_array(_kept_shape(hidden, weight, keep), _rows.accumulator(hidden.dtype), hidden.device)
     if keep:
         value, log_escape = _row_op._IMPLEMENTATIONS[backend](_head.logits(head, kept), target, excluded, temperature)
     else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dam
-from dam.ops import _head, _rows
+from dam.ops import _head, _memory
 
 ROWS, COLUMNS = 64, 16384  # 4 MB of logits
 kernels = importlib.import_module("dam._cpu")
@@ -15,15 +15,15 @@ kernels = importlib.import_module("dam._cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    _rows.release_workspace()
+    dam.release_workspace()
     yield
-    _rows.release_workspace()
+    dam.release_workspace()
 
 
 def kept():
     """Bytes of each piece that the next call finds."""
-    _rows._collect()
-    return [memory.numel() for memory in _rows._kept]
+    _memory._collect()
+    return [memory.numel() for memory in _memory._kept]
 
 
 def arguments(dtype=torch.float32):
@@ -37,15 +37,17 @@ def test_a_call_takes_what_the_one_before_left():
     hidden, weight, target = arguments()
     dam.linear_log_prob(hidden, weight, target)
     assert kept() == [4 * ROWS * COLUMNS]
-    before = _rows._kept[0].data_ptr()
+    before = _memory._kept[0].data_ptr()
     dam.linear_jump(hidden[:32], weight, seed=1)  # of fewer rows: serves as it is
-    assert kept() == [4 * ROWS * COLUMNS] and _rows._kept[0].data_ptr() == before
+    assert kept() == [4 * ROWS * COLUMNS] and _memory._kept[0].data_ptr() == before
     dam.linear_log_prob(torch.cat((hidden, hidden)), weight, torch.cat((target, target)))
     assert kept() == [4 * ROWS * COLUMNS, 8 * ROWS * COLUMNS]
 
 
 def test_arrays_are_apart_and_aligned():
-    with _rows.work_arrays((3, 100_001), [torch.float32, torch.bfloat16, torch.float64], torch.device("cpu")) as arrays:
+    with _memory.work_arrays(
+        (3, 100_001), [torch.float32, torch.bfloat16, torch.float64], torch.device("cpu")
+    ) as arrays:
         assert [(x.dtype, x.shape) for x in arrays] == [
             (dtype, (3, 100_001)) for dtype in (torch.float32, torch.bfloat16, torch.float64)
         ]
@@ -57,8 +59,8 @@ def test_arrays_are_apart_and_aligned():
 
 def test_two_calls_at_a_time_do_not_share():
     device, shape = torch.device("cpu"), (ROWS, COLUMNS)
-    with _rows.work_arrays(shape, [torch.float32], device) as (one,):
-        with _rows.work_arrays(shape, [torch.float32], device) as (other,):
+    with _memory.work_arrays(shape, [torch.float32], device) as (one,):
+        with _memory.work_arrays(shape, [torch.float32], device) as (other,):
             assert one.data_ptr() != other.data_ptr()
     assert kept() == [4 * ROWS * COLUMNS] * 2
 
