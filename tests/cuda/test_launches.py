@@ -303,6 +303,37 @@ def test_calls_are_part_of_a_graph():
 
 
 @on_gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_every_replay_of_a_captured_jump_draws_anew(name):
+    logits, head = torch.zeros(512, 5000), torch.zeros(5000, 16)
+    graph = torch.cuda.CUDAGraph()
+    with dam.backend(name):
+        calls = lambda: (dam.jump(logits), dam.linear_jump(logits[:, :16], head))  # noqa: E731
+        calls()  # what torch and the driver load at first use
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = calls()
+    drawn = []
+    for _ in range(2):
+        graph.replay()
+        drawn.append([x.target.clone() for x in captured])
+    assert all(float((a == b).float().mean()) < 0.1 for a, b in zip(*drawn, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_unchecked_call_does_not_wait(name):
+    logits = torch.zeros(64, 5000)
+    with dam.backend(name):
+        for mode in ("default", "error"):  # the first loads
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                dam.jump(logits, suppress=[3, 7], exclude=5, check=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
 def test_calls_run_on_the_current_stream():
     """Behind what that stream is at: a slow fill of the logits."""
     logits = torch.zeros(64, 100_000)
