@@ -43,6 +43,18 @@ def judged_name(record: Record, backend: str = "dam") -> str:
     return unchecked if unchecked in record["median_seconds"] else backend
 
 
+def seeded(backend: str) -> str:
+    """The function that takes its seed on the GPU, so that a graph need not draw one first."""
+    return f"{backend}, check=False, seed on the GPU"
+
+
+def of_copy_in_graph(record: Record, backend: str = "dam") -> float | None:
+    """Time of a copy of as many bytes over that of a call, both of many in one CUDA graph; None where not measured."""
+    seconds = record.get("graph", {}).get("seconds", {})
+    name = next((name for name in (seeded(backend), judged_name(record, backend)) if name in seconds), None)
+    return None if name is None else seconds[record["floor_name"]] / seconds[name]
+
+
 def judged(record: Record, backend: str = "dam") -> float:
     """Its seconds."""
     return record["median_seconds"][judged_name(record, backend)]
@@ -97,6 +109,10 @@ def figures(record: Record, bandwidth: Mapping[str, float]) -> list[str]:
         lines.append(f"{fraction(record, bandwidth):.1%} of the copy's bandwidth, {moved / 1e6:.1f} MB")
     if (extra := extra_bytes(record)) is not None:
         lines.append(f"{extra / 2**20:.1f} MB besides its results")
+    if graph := record.get("graph"):
+        told = [f"{name} {1e3 * t:.4f} ms" for name, t in graph["seconds"].items()]
+        told += [f"{name}: {why}" for name, why in graph["absent"].items()]
+        lines.append(f"each of {graph['calls']} in one CUDA graph: {', '.join(told)}")
     for name, parts in record["parts"].items():
         words = {"kernel_seconds": "kernels", "replay_seconds": "graph replay", "call_seconds": "a call in a loop"}
         told = [
@@ -140,6 +156,15 @@ def reached(
             found = [r for r in having(name, of(label, 0, VERY_FEW)) if best_peer(r) is not None]
             text = f"no slower than the best peer for T <= {VERY_FEW}"
             goals.append(ratios(f"{label}{suffix}", text, found, lambda r, n=name: judged(r, n) / best_peer(r), NOISE))
+    for label in reading:
+        for name, suffix in (("dam", ""), (TRITON, ", triton")):
+            found = [r for r in of(label, FEW, MANY) if of_copy_in_graph(r, name) is not None]
+            text = f">= 0.90 of copies of as many bytes, many in one CUDA graph, {FEW} <= T <= {MANY:,}"
+            goals.append(
+                _judged(
+                    f"{label}{suffix}", text, found, lambda r, n=name: of_copy_in_graph(r, n) or 0.0, 0.9, atmost=False
+                )
+            )
     both = "forward and backward"
     others = (f"log_prob, {both}", f"matching_loss, {both}", f"matching_loss with base, {both}")
     goals += [bandwidths(label, None, "of the copy's bandwidth", MANY) for label in others]
@@ -221,7 +246,8 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 
 def tables(records: Sequence[Record], bandwidth: Mapping[str, float], device: torch.device | None = None) -> list[str]:
     """The tables of the summary, in Markdown."""
-    lines = _absent(records) + _peers(records) + _fractions(records, bandwidth) + _linear(records, bandwidth)
+    lines = _absent(records) + _peers(records) + _fractions(records, bandwidth) + _graphs(records)
+    lines += _linear(records, bandwidth)
     lines += ["## Goals", ""]
     met = {True: "yes", False: "NO", None: "-"}
     rows = [(goal.what, goal.goal, goal.measured, met[goal.met]) for goal in reached(records, bandwidth, device)]
@@ -282,6 +308,25 @@ def _fractions(records: Sequence[Record], bandwidth: Mapping[str, float]) -> lis
         return []
     title = "## Fraction of the copy's bandwidth (of its kernels alone)"
     return [title, "", *markdown(("op", "function", "T", *(f"V = {v:,}" for v in vocabularies)), rows)]
+
+
+def _graphs(records: Sequence[Record]) -> list[str]:
+    rows = [
+        (
+            r["label"],
+            name,
+            f"{r['sizes']['rows']:,}",
+            f"{1e3 * t:.4g}",
+            f"{r['graph']['seconds'][r['floor_name']] / t:.2f}",
+        )
+        for r in records
+        if r.get("graph")
+        for name, t in r["graph"]["seconds"].items()
+    ]
+    if not rows:
+        return []
+    header = ("op", "function", "T", "ms a call", "time of a copy over it")
+    return ["## Many calls in one CUDA graph", "", *markdown(header, rows)]
 
 
 def _linear(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:

@@ -47,6 +47,8 @@ TESTED = {"cuda": "cuda", "triton": "triton and not cuda"}
 WORKERS = 12
 LLADA = 126_464
 VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
+# Calls that a CUDA graph holds: of inputs that together are many times the L2 cache, and not more than these.
+GRAPH_BYTES, GRAPH_CALLS = 2**28, 64
 COPY, TRITON = "copy of as many bytes", goals.TRITON
 
 
@@ -58,6 +60,7 @@ class Item(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     peers: bool = True
     compiled: bool = False  # also the peers of torch.compile, each of which takes seconds for every size
+    graph: bool = False  # also many calls in one CUDA graph
 
 
 def plan() -> list[Item]:
@@ -66,7 +69,8 @@ def plan() -> list[Item]:
     def rows(op: str, count: int, vocabulary: int) -> Item:
         # Peers hold several float32 or float64 arrays [T, V]: at 32,768 rows the memory would go to them.
         peers, compiled = count < 32_768, vocabulary == LLADA and count == 8192
-        return Item(op, {"rows": count, "vocabulary": vocabulary}, peers=peers, compiled=compiled)
+        graph = vocabulary == LLADA and count in (64, 1024)
+        return Item(op, {"rows": count, "vocabulary": vocabulary}, peers=peers, compiled=compiled, graph=graph)
 
     def linear(op: str, count: int, vocabulary: int = LLADA) -> Item:
         compiled = op == "linear_jump" and vocabulary == LLADA and count in (64, 256, 4096)
@@ -95,6 +99,7 @@ PREDICTED = (
     ("matching_loss", 8192),
     ("linear_log_prob", 8192),
     ("jump", 1024),
+    ("jump", 64),
     ("matching_loss", 1024),
     ("linear_jump", 4096),
 )
@@ -249,7 +254,31 @@ class Run:
             "flops": flops,  # of the floor
             "table_form": table_form(item, case.label, self.machine.device),
             "parts": parts,
+            "graph": self._graph(item, case, record["moved_bytes"], measured) if item.graph else {},
         }
+
+    def _graph(self, item: Item, case: harness.Case, nbytes: int, measured: harness.Measurement) -> dict[str, Any]:
+        """Seconds of a call of each function, many in one CUDA graph, or why there are none.
+
+        Each on inputs of its own, so that none finds in the L2 cache what it reads; of functions whose calls are short.
+        """
+        calls = min(GRAPH_CALLS, max(4, -(-GRAPH_BYTES // nbytes)))
+        cases = []
+        for _ in range(calls):
+            with torch.device(self.machine.device):
+                made = harness.cases_of(item.op)(item.dtype, **item.sizes)
+            (one,) = (one for one in made if one.label == case.label)
+            cases.append(dataclasses.replace(chosen(one, item), floor=copying(nbytes, self.machine.device)))
+        seconds, absent = {}, {}
+        for name in (name for name, t in measured.median_seconds.items() if t < SHORT_CALL):
+            functions = [{COPY: one.floor, **one.functions, **one.compiled}[name] for one in cases]
+            try:
+                if self.machine.waits(functions[0]):
+                    raise RuntimeError("a call that waits for the GPU cannot be captured")
+                seconds[name] = self.machine.graph_seconds(functions)
+            except Exception as error:
+                absent[name] = harness.reason(error)
+        return {"calls": calls, "seconds": seconds, "absent": absent}
 
     def _write(self, op: str) -> None:
         records = [record for record in self.records if record["op"] == op]

@@ -121,6 +121,43 @@ def test_few_rows_are_compared_with_the_best_peer():
     assert many["jump, triton"].measured == "not measured"
 
 
+class OfGraphs(Machine):
+    """Notes of which logits the calls of each graph are."""
+
+    def __init__(self):
+        self.graphs, self.called = [], []
+
+    def graph_seconds(self, functions):
+        self.called.clear()
+        for function in functions:
+            function()
+        self.graphs.append((len(functions), len(set(self.called))))
+        return 1.0
+
+
+def test_calls_of_one_graph_have_inputs_of_their_own(monkeypatch, tmp_path):
+    of_graphs, jump = OfGraphs(), dam.jump
+    monkeypatch.setattr(dam, "jump", lambda x, **options: of_graphs.called.append(x.data_ptr()) or jump(x, **options))
+    monkeypatch.setattr(gpu, "GRAPH_CALLS", 3)
+    monkeypatch.setattr(gpu, "SHORT_CALL", math.inf)
+    run = gpu.Run(of_graphs, tmp_path, repeats=1)
+    text = run.measure([item("jump")._replace(graph=True)], 2**10)
+    (found,) = run.records
+    ours = {goals.seeded("dam"), goals.seeded(goals.TRITON), "dam, check=False", "dam"}
+    assert ours | {gpu.COPY, "LLaDA's step"} <= found["graph"]["seconds"].keys() and found["graph"]["calls"] == 3
+    assert of_graphs.graphs.count((3, 3)) >= len(ours) and {calls for calls, _ in of_graphs.graphs} == {3}
+    assert "## Many calls in one CUDA graph" in text and run.failures == []
+
+
+def test_a_call_that_waits_is_in_no_graph(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "GRAPH_CALLS", 1)
+    monkeypatch.setattr(Machine, "waits", lambda self, function: True, raising=False)
+    run = gpu.Run(Machine(), tmp_path, repeats=1)
+    run.measure([item("rate_ratio")._replace(graph=True)], 2**10)
+    graph = run.records[0]["graph"]
+    assert graph["seconds"] == {} and "cannot be captured" in graph["absent"]["dam"]
+
+
 def test_goals_are_about_the_unchecked_call_where_there_is_one():
     """Peers check nothing, and a check waits for the GPU."""
     functions = {"dam": 9.0, "dam, check=False": 1.05, "dam, triton": 9.0, "dam, triton, check=False": 2.0}
@@ -320,7 +357,7 @@ def test_inputs_larger_than_the_memory_are_left_out(monkeypatch, tmp_path):
     assert "tried to allocate 1 TB" in run.left_out[0]
 
 
-def record(label, *, rows=1024, dam=1.0, floor=1.0, moved=100, flops=0, kernels=None, extra=None, **others):
+def record(label, *, rows=1024, dam=1.0, floor=1.0, moved=100, flops=0, kernels=None, extra=None, graph=None, **others):
     return {
         "op": label.split(",")[0],
         "label": label,
@@ -334,6 +371,7 @@ def record(label, *, rows=1024, dam=1.0, floor=1.0, moved=100, flops=0, kernels=
         "parts": {} if kernels is None else {"dam": {"kernel_seconds": kernels}},
         "absent": {},
         "table_form": "fused",
+        "graph": {} if graph is None else {"calls": 4, "seconds": graph, "absent": {}},
     }
 
 
@@ -369,6 +407,17 @@ def test_a_goal_is_met_when_every_size_meets_it(monkeypatch, op, goal, good, bad
     assert reached(record(op, **good)).met is True
     assert reached(record(op, **good), record(op, **bad)).met is False
     assert "1 of 2 sizes" in reached(record(op, **good), record(op, **bad)).measured
+
+
+def test_a_goal_of_graphs_is_about_the_copy_in_one():
+    def reached(**graph):
+        found = goals.reached([record("jump", rows=64, dam=1.0, graph=graph)], BANDWIDTH)
+        (one,) = (g for g in found if g.what == "jump" and "in one CUDA graph" in g.goal)
+        return one.met
+
+    assert reached(floor=0.91, dam=1.0) is True and reached(floor=0.89, dam=1.0) is False
+    assert reached(floor=0.91, dam=1.2, **{goals.seeded("dam"): 1.0}) is True
+    assert reached() is None
 
 
 def test_the_fastest_form_of_each_size_is_named():
@@ -747,6 +796,33 @@ def test_another_checkout_is_not_this_one(monkeypatch, tmp_path):
     assert checkout.why_not_installed() is None
     monkeypatch.setattr(checkout, "ROOT", tmp_path)
     assert "is not of this checkout" in checkout.why_not_installed()
+
+
+def test_calls_of_a_graph_are_captured_once_and_share_its_time(monkeypatch):
+    order = []
+
+    class Graph:
+        def replay(self):
+            order.append("replay")
+
+    @contextlib.contextmanager
+    def captured(graph):
+        order.append("capture")
+        yield
+        order.append("end")
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            pass
+
+    for name, value in {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    timer = machine.Gpu.__new__(machine.Gpu)
+    monkeypatch.setattr(machine.Gpu, "__call__", lambda self, function: function() or 8.0)
+    assert timer.graph_seconds([lambda: order.append("a"), lambda: order.append("b")]) == 4.0
+    assert order == ["a", "b", "capture", "a", "b", "end", *5 * ["replay"]]
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
