@@ -52,7 +52,8 @@ def of_copy_in_graph(record: Record, backend: str = "dam") -> float | None:
     """Time of a copy of as many bytes over that of a call, both of many in one CUDA graph; None where not measured."""
     seconds = record.get("graph", {}).get("seconds", {})
     name = next((name for name in (seeded(backend), judged_name(record, backend)) if name in seconds), None)
-    return None if name is None else seconds[record["floor_name"]] / seconds[name]
+    copy = seconds.get(record["floor_name"])
+    return None if name is None or copy is None else copy / seconds[name]
 
 
 def judged(record: Record, backend: str = "dam") -> float:
@@ -311,18 +312,13 @@ def _fractions(records: Sequence[Record], bandwidth: Mapping[str, float]) -> lis
 
 
 def _graphs(records: Sequence[Record]) -> list[str]:
-    rows = [
-        (
-            r["label"],
-            name,
-            f"{r['sizes']['rows']:,}",
-            f"{1e3 * t:.4g}",
-            f"{r['graph']['seconds'][r['floor_name']] / t:.2f}",
-        )
-        for r in records
-        if r.get("graph")
-        for name, t in r["graph"]["seconds"].items()
-    ]
+    rows = []
+    for r in (r for r in records if r.get("graph")):
+        seconds = r["graph"]["seconds"]
+        copy = seconds.get(r["floor_name"])
+        for name, t in seconds.items():
+            cells = (f"{1e3 * t:.4g}", "-" if copy is None else f"{copy / t:.2f}")
+            rows.append((r["label"], name, f"{r['sizes']['rows']:,}", *cells))
     if not rows:
         return []
     header = ("op", "function", "T", "ms a call", "time of a copy over it")

@@ -73,7 +73,8 @@ def plan() -> list[Item]:
         return Item(op, {"rows": count, "vocabulary": vocabulary}, peers=peers, compiled=compiled, graph=graph)
 
     def linear(op: str, count: int, vocabulary: int = LLADA) -> Item:
-        compiled = op == "linear_jump" and vocabulary == LLADA and count in (64, 256, 4096)
+        sizes = {"linear_jump": (64, 256, 4096), "linear_matching_loss": (1024,)}
+        compiled = vocabulary == LLADA and count in sizes.get(op, ())
         return Item(op, {"rows": count, "vocabulary": vocabulary, "hidden": 4096}, compiled=compiled)
 
     others = [v for v in VOCABULARIES if v != LLADA]
@@ -563,6 +564,8 @@ def main(arguments: Sequence[str]) -> int:
         lines = sanitize(output, min(options.budget, SANITIZE_LIMIT))
         print("\n".join(lines), flush=True)
         return 1 if any("FAILED" in line for line in lines) else 0
+    if options.wheels is not None:
+        run.left_out += [f"a package to compare with: {why}" for why in checkout.install_wheels(options.wheels)]
     if options.minutes is not None:
         text = in_minutes(
             run, [item for item in plan() if item.op in options.only], options.tests_limit * options.tests
@@ -604,6 +607,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")
     add("--no-tests", dest="tests", action="store_false", help="leave out the tests")
+    add("--wheels", metavar="DIR", type=Path, help="install the wheels in it first: those of peers.txt")
     add("--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for them (default: %(default)g)")
     one("--tune", action="store_true", help="instead: measure candidates for the table of kernels/configs.py")
     one("--sanitize", action="store_true", help="instead: the tests of the CUDA kernels under compute-sanitizer")

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
+import scipy.stats
 import torch
 
 import dam
@@ -151,9 +153,10 @@ def test_calls_of_one_graph_have_inputs_of_their_own(monkeypatch, tmp_path):
 
 def test_a_call_that_waits_is_in_no_graph(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "GRAPH_CALLS", 1)
+    monkeypatch.setattr(gpu, "SHORT_CALL", math.inf)
     monkeypatch.setattr(Machine, "waits", lambda self, function: True, raising=False)
     run = gpu.Run(Machine(), tmp_path, repeats=1)
-    run.measure([item("rate_ratio")._replace(graph=True)], 2**10)
+    assert "in one CUDA graph" in run.measure([item("rate_ratio")._replace(graph=True)], 2**10)
     graph = run.records[0]["graph"]
     assert graph["seconds"] == {} and "cannot be captured" in graph["absent"]["dam"]
 
@@ -289,8 +292,11 @@ def test_a_function_of_dam_that_fails_fails_the_run(monkeypatch, tmp_path):
     text = run.measure([item("rate_ratio"), item("jump")], 2**10)
     assert run.failures == [
         "rate_ratio, T = 3, V = 20, rate_ratio: ValueError: broken kernel",
-        "jump, T = 3, V = 20, jump, dam, triton, check=False: ValueError: broken kernel",
-        "jump, T = 3, V = 20, jump, dam, check=False: ValueError: broken kernel",
+        *(
+            f"jump, T = 3, V = 20, jump, {name}: ValueError: broken kernel"
+            for backend in (goals.TRITON, "dam")
+            for name in (f"{backend}, check=False", goals.seeded(backend))
+        ),
     ]
     assert all(f"* {failure}" in text[text.index("## FAILED") :] for failure in run.failures)
     assert [record["op"] for record in run.records] == ["jump"]  # the rest is measured
@@ -417,7 +423,7 @@ def test_a_goal_of_graphs_is_about_the_copy_in_one():
 
     assert reached(floor=0.91, dam=1.0) is True and reached(floor=0.89, dam=1.0) is False
     assert reached(floor=0.91, dam=1.2, **{goals.seeded("dam"): 1.0}) is True
-    assert reached() is None
+    assert reached() is reached(dam=1.0) is None  # nor without a copy to compare with
 
 
 def test_the_fastest_form_of_each_size_is_named():
@@ -790,6 +796,42 @@ def test_tests_that_are_cut_off_are_named(tmp_path):
 
 def test_tests_that_no_time_is_left_for_fail(tmp_path):
     assert gpu.run_all_tests(tmp_path, 0.0) == (False, "cuda: no time was left; triton: no time was left")
+
+
+def wheel(folder, name, version="1.0"):
+    """A wheel of an empty module."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_wheels_of_peers_are_installed_one_by_one(monkeypatch, tmp_path):
+    """Into a folder of their own here; one that is broken is named, and keeps no other out."""
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "installed"))
+    assert checkout.install_wheels(tmp_path) == [f"no wheels in {tmp_path}"]
+    (tmp_path / "a_broken-1.0-py3-none-any.whl").write_text("no archive")
+    wheel(tmp_path, "peer_of_dam")
+    (failed,) = checkout.install_wheels(tmp_path)
+    assert failed.startswith("a_broken-1.0-py3-none-any.whl: ERROR")
+    assert (tmp_path / "installed" / "peer_of_dam.py").exists()
+
+
+def test_flash_sampling_draws_from_the_softmax():
+    """The law of each row, rows of another state among them, in more than one block of rows and of tokens."""
+    rows, columns, depth = 300, 200, 16
+    generator = torch.Generator().manual_seed(3)
+    states, head = (torch.randn(n, depth, generator=generator) for n in (2, columns))
+    hidden = states.repeat_interleave(rows, dim=0)
+    drawn = peers.flash_sampling(hidden.bfloat16(), (0.5 * head).bfloat16())
+    p = torch.softmax(states.bfloat16().double() @ (0.5 * head).bfloat16().double().t(), dim=1)
+    for state, tokens in enumerate(drawn.view(2, rows)):
+        counts, expected = torch.bincount(tokens, minlength=columns).double(), rows * p[state]
+        common = expected > 5
+        pooled = lambda x, common=common: torch.cat([x[common], x[~common].sum()[None]])  # noqa: E731
+        assert scipy.stats.chisquare(pooled(counts), pooled(expected)).pvalue > 1e-6
 
 
 def test_another_checkout_is_not_this_one(monkeypatch, tmp_path):
