@@ -103,6 +103,7 @@ PREDICTED = (
     ("jump", 64),
     ("matching_loss", 1024),
     ("linear_jump", 4096),
+    ("backward_kolmogorov", 1024),
 )
 
 
@@ -352,9 +353,9 @@ def on_default(machine: Machine) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if by_default else dam.backend(backend)
 
 
-def on_triton(function: Function) -> Function:
+def on_backend(backend: str, function: Function) -> Function:
     def call() -> object:
-        with dam.backend("triton"):
+        with dam.backend(backend):
             return function()
 
     return call
@@ -382,13 +383,15 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
         call = functions["dam"]
         for form in goals.FORMS:
             form_of_triton = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
-            functions[f"dam, {form}"] = on_triton(form_of_triton)
+            functions[f"dam, {form}"] = on_backend("triton", form_of_triton)
         if default_backend() == "cuda" and "trained" in case.label:
             functions |= {f"dam, {form}": in_form(form, call) for form in forms.OF_GRADIENTS}
+    if item.op == "backward_kolmogorov" and default_backend() == "cuda":  # whose default on a lattice is Triton
+        functions["dam, cuda"] = on_backend("cuda", functions["dam"])
     if default_backend() != "triton":
         for name, call in (*case.functions.items(), *case.on_gpu.items()):
             if name.startswith("dam"):
-                functions[name.replace("dam", TRITON, 1)] = on_triton(call)
+                functions[name.replace("dam", TRITON, 1)] = on_backend("triton", call)
     if not item.compiled:
         compiled = {name: f for name, f in compiled.items() if "compiled" not in name}
     if not item.peers:

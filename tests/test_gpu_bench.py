@@ -163,10 +163,10 @@ def test_a_call_that_waits_is_in_no_graph(monkeypatch, tmp_path):
 
 def test_goals_are_about_the_unchecked_call_where_there_is_one():
     """Peers check nothing, and a check waits for the GPU."""
-    functions = {"dam": 9.0, "dam, check=False": 1.05, "dam, triton": 9.0, "dam, triton, check=False": 2.0}
+    functions = {"dam": 9.0, "dam, check=False": 1.02, "dam, triton": 9.0, "dam, triton, check=False": 2.0}
     found = {g.what: g for g in goals.reached([record("jump", **functions)], BANDWIDTH) if "90%" in g.goal}
     assert found["jump"].met is True and found["jump, triton"].measured.startswith("0.5 ")
-    found = {g.what: g for g in goals.reached([record("linear_jump", **functions)], BANDWIDTH) if "1.08x" in g.goal}
+    found = {g.what: g for g in goals.reached([record("linear_jump", **functions)], BANDWIDTH) if "1.03x" in g.goal}
     assert found["linear_jump"].met is True
 
 
@@ -388,18 +388,21 @@ BANDWIDTH = {"copy": 100.0, "read": 200.0}
     ("op", "goal", "good", "bad"),
     (
         ("jump", "90%", {"dam": 1 / 0.91}, {"dam": 1 / 0.89}),
-        ("linear_jump", "1.08x", {"dam": 1.07}, {"dam": 1.09}),
+        ("matching_loss with base, forward and backward", "90%", {"dam": 1 / 0.91}, {"dam": 1 / 0.89}),
+        ("linear_jump", "1.03x", {"dam": 1.02}, {"dam": 1.04}),
         ("linear_jump", "1.10x", {"rows": 64, "dam": 0.54}, {"rows": 1, "dam": 0.56}),
         (
             "linear_jump",
-            "in between",
+            "never behind",
             {"rows": 128, "dam, fused": 1.0, "matmul, dam.jump": 1.5},
             {"rows": 512, "dam, fused": 1.5, "matmul, dam.jump": 0.9},
         ),
-        ("linear_matching_loss, frozen head", "1.08x", {"dam": 1.07}, {"dam": 1.09}),
-        ("linear_matching_loss, trained head, with base", "1.08x", {"dam": 1.07}, {"dam": 1.09}),
+        ("linear_matching_loss, frozen head", "1.05x", {"dam": 1.04}, {"dam": 1.06}),
+        ("linear_matching_loss, trained head, with base", "1.05x", {"dam": 1.04}, {"dam": 1.06}),
         ("linear_matching_loss, frozen head", "256 MB", {"extra": 2**28}, {"extra": 2**28 + 1}),
         ("backward_kolmogorov, uniform", "one read", {"dam": 1.49}, {"dam": 1.51}),
+        ("backward_kolmogorov, square lattice", "0.50", {"dam": 1.99}, {"dam": 2.01}),
+        ("adjoint_weights", "0.80", {"dam": 1.24}, {"dam": 1.26}),
     ),
 )
 def test_a_goal_is_met_when_every_size_meets_it(monkeypatch, op, goal, good, bad):
