@@ -100,9 +100,12 @@ def test_each_name_stands_for_its_backend():
     seen = []
     case = harness.Case("", "floor", dict, {"dam": lambda: seen.append(gpu.choice._requested)})
     with gpu.on_default(Machine()):
-        for name, function in gpu.chosen(case, item("linear_jump")).functions.items():
-            function()
-            assert seen.pop() == ("cuda" if name == "dam" else "triton"), name
+        for op in ("linear_jump", "backward_kolmogorov"):  # the default of the latter is Triton in part
+            functions = gpu.chosen(case, item(op)).functions
+            assert ("dam, cuda" in functions) == (op == "backward_kolmogorov")
+            for name, function in functions.items():
+                function()
+                assert seen.pop() == ("cuda" if name in ("dam", "dam, cuda") else "triton"), name
 
 
 def test_without_the_cuda_kernels_the_run_says_so(monkeypatch, tmp_path):
