@@ -1,5 +1,7 @@
 // backward_kolmogorov: the closed forms, and the walk along one dimension of a lattice. Contract:
 // dam/ops/backward_kolmogorov.py.
+#include <type_traits>
+
 #include "rows.h"
 
 namespace dam {
@@ -202,7 +204,9 @@ constexpr int BAND_SOURCES = 256;   // of a line that lie in shared memory at a 
 constexpr int BAND_BLOCKS = 3;      // on a multiprocessor
 
 static_assert(WARPS_PER_BLOCK * WARP_OF_POINTS * WARP_OF_LINES == BAND_POINTS * BAND_LINES, "warps share a block");
-static_assert(RING > LATER * (WARP_BLOCKS - 1) && BAND_SOURCES % (RING * DEEP) == 0, "the ring's places are fixed");
+static_assert(RING > LATER * (WARP_BLOCKS - 1) && BAND_SOURCES % (RING * DEEP) == 0 &&
+                  WARP_OF_POINTS % (RING * DEEP) == 0,
+              "the ring's places are fixed");
 
 struct Band {
   int reach, steps, sources, chunk;  // chunk: sources at a time
@@ -251,7 +255,7 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BAND_BLOCKS)
   const int64_t first_line = block_of_grid() / tiles * BAND_LINES;
   const int64_t row_lines = a.columns / a.length, lines = a.rows * row_lines;
   const int thread = thread_of_block(), lane = thread % WARP;
-  const int warp = shuffle(thread / WARP, 0);  // so that the compiler knows it to be the same for all lanes
+  const int warp = thread / WARP;
   const int length = static_cast<int>(a.length), cycle = a.periodic ? length : 2 * length;
   if (thread < BAND_LINES) {
     const int64_t line = first_line + thread;
@@ -304,14 +308,14 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BAND_BLOCKS)
     sync_block();
     if (idle) continue;
     const double* const here = old + lane % DEEP * band.source_stride + (my_lines + lane / DEEP) * band.line_stride;
-    const int end = (start + count) / DEEP;
-    for (int group = start / DEEP; group < end; group += RING) {
-      if (group + RING <= mine || group >= mine + my_steps) continue;
+    // RING steps from `group` on. OPENS: the first of mine; ENDS: some may lie past the end of a point's band.
+    const auto multiply = [&](int group, auto opens, auto ends) {
+      constexpr bool OPENS = decltype(opens)::value, ENDS = decltype(ends)::value;
 #pragma unroll
       for (int i = 0; i < RING; ++i) {
         const int step = group + i - mine;
-        if (step < 0 || step >= my_steps || group + i >= end) continue;
-        if (step < band.steps) ring[i] = weights[step * WARP + lane];
+        if (ENDS && step >= my_steps) continue;
+        if (!ENDS || step < band.steps) ring[i] = weights[step * WARP + lane];
         double right[WARP_COLUMNS];
 #pragma unroll
         for (int c = 0; c < WARP_COLUMNS; ++c) {
@@ -319,14 +323,25 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, BAND_BLOCKS)
         }
 #pragma unroll
         for (int p = 0; p < WARP_BLOCKS; ++p) {
-          const int of_block = step - LATER * p;
-          if (of_block < 0 || of_block >= band.steps) continue;
+          if (OPENS && i < LATER * p) continue;
+          if (ENDS && (step < LATER * p || step - LATER * p >= band.steps)) continue;
 #pragma unroll
           for (int c = 0; c < WARP_COLUMNS; ++c) {
             if (c > 0 && half) continue;
             add_product(sums[p][c], ring[(i - LATER * p) & (RING - 1)], right[c]);
           }
         }
+      }
+    };
+    const int end = (start + count) / DEEP;
+    for (int group = start / DEEP; group < end; group += RING) {
+      if (group < mine || group >= mine + my_steps) continue;
+      if (group + RING > mine + band.steps) {
+        multiply(group, std::false_type{}, std::true_type{});
+      } else if (group == mine) {
+        multiply(group, std::true_type{}, std::false_type{});
+      } else {
+        multiply(group, std::false_type{}, std::false_type{});
       }
     }
   }
