@@ -447,27 +447,43 @@ def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Se
 def in_minutes(run: Run, items: Sequence[Item], tests_limit: float) -> str:
     """What is worth most first, until the budget is spent; what an earlier call has done is not done again.
 
-    Accuracy, the figures that were predicted, the CUDA kernels' tests, all other figures, Triton's tests, and what
-    compute-sanitizer finds. Returns the summary.
+    Accuracy, the figures that were predicted without what others take, the CUDA kernels' tests, the same beside others,
+    whose compilers may take minutes, all other figures, Triton's tests, and what compute-sanitizer finds. Returns the
+    summary.
     """
     key = {"code": checkout.digest(), "gpu": run.facts["gpu"], "torch": torch.__version__, "repeats": run.repeats}
     agenda = Agenda(run.output / "agenda.json", key)
-    run.records = [record for item in items if described(item) in agenda for record in agenda[described(item)]]
+    predicted = sorted(filter(is_predicted, items), key=lambda item: PREDICTED.index((item.op, item.sizes["rows"])))
+    alone = [item._replace(peers=False, compiled=False) for item in predicted if item.peers]
+    for item in (*alone, *items):
+        _take(run, agenda[_step(item)] if _step(item) in agenda else [])
     print(f"{len(agenda)} steps were done before", flush=True)
     _check_accuracy(run, agenda)
 
-    def measure(some: Sequence[Item]) -> None:
-        waiting = [item for item in some if described(item) not in agenda]
-        run.measure(waiting, done=lambda item, found: agenda.add(described(item), found), plots=False)
+    def done(item: Item, found: list[dict[str, Any]]) -> None:
+        agenda.add(_step(item), found)
+        _take(run, found)
 
-    predicted = [item for item in items if is_predicted(item)]
-    measure(sorted(predicted, key=lambda item: PREDICTED.index((item.op, item.sizes["rows"]))))
+    def measure(some: Sequence[Item]) -> None:
+        run.measure([item for item in some if _step(item) not in agenda], done=done, plots=False)
+
+    measure([item for item in alone if described(item) not in agenda])
     _test_once(run, agenda, "cuda", tests_limit)
-    measure([item for item in items if not is_predicted(item)])
+    measure([*predicted, *(item for item in items if not is_predicted(item))])
     _test_once(run, agenda, "triton", tests_limit)
     _sanitize_once(run, agenda)
     run.tests = "; ".join(agenda[name] for name in ("tests, cuda", "tests, triton") if name in agenda) or run.tests
     return run.finish()
+
+
+def _step(item: Item) -> str:
+    return described(item) if item.peers else f"{described(item)}, alone"
+
+
+def _take(run: Run, found: Sequence[dict[str, Any]]) -> None:
+    """Puts records in the place of those of the same cases, of an item that was measured alone before."""
+    cases = [(record["label"], record["sizes"]) for record in found]
+    run.records = [*(r for r in run.records if (r["label"], r["sizes"]) not in cases), *found]
 
 
 def _sanitize_once(run: Run, agenda: Agenda) -> None:

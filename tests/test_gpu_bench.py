@@ -630,28 +630,31 @@ def test_a_call_of_some_minutes_goes_on_where_the_last_one_ended(as_if_on_gpu, m
         run = gpu.Run(Machine(), tmp_path, budget=1e6, repeats=1)
 
         def measured(self, item):
-            self.records.append(record(item.op))
-            steps.append(item.op)
-            if len([step for step in steps if step in configs.OPS]) == most:
+            self.records.append(record(item.op, dam=2.0 if item.peers else 1.0))
+            steps.append(item.op if item.peers else f"{item.op} alone")
+            if len([step for step in steps if step.split()[0] in configs.OPS]) == most:
                 self.budget = 0.0
 
         monkeypatch.setattr(gpu.Run, "_measure", measured)
         gpu.in_minutes(run, items, 180.0)
         assert run.failures == []
-        return list(steps), [record["op"] for record in run.records], run.left_out
+        found = {record["op"]: record["median_seconds"]["dam"] for record in run.records}
+        assert len(found) == len(run.records)
+        return list(steps), found, run.left_out
 
     steps = []
     first, records, left_out = call(2)
-    assert first == ["accuracy", "jump", "tests-cuda", "rate_ratio"] and records == ["jump", "rate_ratio"]
-    assert [line.split(":")[0] for line in left_out[-3:]] == [
-        "log_prob, T = 3, V = 20", "tests of triton", "compute-sanitizer",
+    assert first == ["accuracy", "jump alone", "tests-cuda", "jump"] and records == {"jump": 2.0}  # not both
+    assert [line.split(":")[0] for line in left_out[-4:]] == [
+        "rate_ratio, T = 3, V = 20", "log_prob, T = 3, V = 20", "tests of triton", "compute-sanitizer",
     ]  # fmt: skip
     second, records, left_out = call(9)
-    assert second == ["log_prob", "tests-triton", "sanitizer"] and left_out == []
-    assert sorted(records) == ["jump", "log_prob", "rate_ratio"]
+    assert second == ["rate_ratio", "log_prob", "tests-triton", "sanitizer"] and left_out == []
+    assert records.keys() == {"jump", "log_prob", "rate_ratio"}
     assert call(9)[0] == []
     monkeypatch.setattr(checkout, "digest", lambda: "of other code")
-    assert call(9)[0] == ["accuracy", "jump", "tests-cuda", "rate_ratio", "log_prob", "tests-triton", "sanitizer"]
+    assert call(1)[:2] == (["accuracy", "jump alone"], {"jump": 1.0})
+    assert call(9)[0] == ["tests-cuda", "jump", "rate_ratio", "log_prob", "tests-triton", "sanitizer"]
 
 
 def test_what_is_wrong_is_said_and_checked_again(as_if_on_gpu, monkeypatch, tmp_path, capsys):
