@@ -232,16 +232,17 @@ struct BandMemory {
   int position[BAND_POINTS + 2 * (FEW_TAPS + DEEP)];                // on the line, of each source
 };
 
-// Whether a walk is such a band, and its line short enough for int.
-bool is_band(const WalkArgs& a) {
-  const int64_t cycle = a.periodic ? a.length : 2 * a.length;
-  return !a.taps && 2 * a.radius + 1 <= cycle && cycle <= (int64_t{1} << 30);
-}
-
 int64_t band_bytes(const Band& band) {
   const int64_t by_source = int64_t{band.chunk} * (BAND_LINES + DEEP), by_line = int64_t{BAND_LINES} * band.line_stride;
   const int64_t sources = by_source > by_line ? by_source : by_line;
   return static_cast<int64_t>(sizeof(BandMemory)) + (int64_t{band.steps} * WARP + sources) * 8;
+}
+
+// Whether a walk is such a band, its line short enough for int, and its weights few enough for every chip's block.
+bool is_band(const WalkArgs& a) {
+  constexpr int64_t MOST_BYTES = 96 * 1024;  // of shared memory: 99 kB on 8.6 and 8.9
+  const int64_t cycle = a.periodic ? a.length : 2 * a.length;
+  return !a.taps && 2 * a.radius + 1 <= cycle && cycle <= (int64_t{1} << 30) && band_bytes(band_of(a)) <= MOST_BYTES;
 }
 
 template <class Source, class Result>

@@ -294,7 +294,7 @@ def walked(x, length, inner, periodic, weights, *, few):
 def test_a_walk_on_tensor_cores_is_that_of_the_ordinary_units(length, inner, periodic):
     """Weights in memory are the latter's. Up to the radii that go round, and with more sources than fit at a time."""
     most = (length - 1) // 2 if periodic else (2 * length - 1) // 2
-    for radius in sorted({0, min(1, most), min(9, most), most}):
+    for radius in sorted({0, min(1, most), min(9, most), min(100, most), most}):
         weights = (torch.arange(radius + 1, dtype=torch.float64, device="cpu") / -5).exp().tolist()
         x = normal(3, 2 * length * inner, seed=70, dtype=torch.float64).abs() + 1e-3
         found, expected = (walked(x, length, inner, periodic, weights, few=few)[0] for few in (True, False))
