@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 import dam
-from benchmarks import harness, peers
+from benchmarks import goals, harness, peers
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
     logits = harness.logits(rows, vocabulary, dtype)
+    seed = torch.zeros((), dtype=torch.int64)
     return [
         harness.Case(
             "jump",
@@ -24,6 +25,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
             {"compiled Gumbel race": lambda: peers.compiled(peers.gumbel_race)(logits)},
             {
                 "dam, check=False": lambda: dam.jump(logits, check=False),
+                goals.seeded("dam"): lambda: dam.jump(logits, check=False, seed=seed),
                 "flashinfer's sampling_from_logits": lambda: peers.flashinfer_sample(logits),
             },
             (logits,),

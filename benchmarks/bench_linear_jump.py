@@ -23,6 +23,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464, hidd
                 "bare matmul, logits in float32": lambda: torch.mm(states, head.t(), out_dtype=torch.float32),
                 "matmul, dam.jump": lambda: dam.jump(states @ head.t(), check=False),
                 "matmul, compiled Gumbel race": lambda: peers.compiled(peers.gumbel_race)(states @ head.t()),
+                "FlashSampling, restated": lambda: peers.flash_sampling(states, head),
                 "matmul, flashinfer's sampling_from_logits": lambda: peers.flashinfer_sample(states @ head.t()),
             },
             reads=(states, head),

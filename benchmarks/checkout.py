@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -64,6 +65,21 @@ def install() -> None:
     done = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-20:]))
+
+
+def install_wheels(folder: Path) -> list[str]:
+    """Installs every wheel of a folder, without network and without what they need; why some could not be."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        return [f"no wheels in {folder}"]
+    failed = []
+    for wheel in wheels:  # one by one: a wheel that does not fit this Python must not keep the others out
+        options = ("--no-index", "--no-deps", "--disable-pip-version-check", str(wheel))
+        done = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
+        if done.returncode != 0:
+            failed.append(f"{wheel.name}: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+    importlib.invalidate_caches()
+    return failed
 
 
 def ensure_installed(module: str, arguments: Sequence[str]) -> str | None:

@@ -43,6 +43,19 @@ def judged_name(record: Record, backend: str = "dam") -> str:
     return unchecked if unchecked in record["median_seconds"] else backend
 
 
+def seeded(backend: str) -> str:
+    """The function that takes its seed on the GPU, so that a graph need not draw one first."""
+    return f"{backend}, check=False, seed on the GPU"
+
+
+def of_copy_in_graph(record: Record, backend: str = "dam") -> float | None:
+    """Time of a copy of as many bytes over that of a call, both of many in one CUDA graph; None where not measured."""
+    seconds = record.get("graph", {}).get("seconds", {})
+    name = next((name for name in (seeded(backend), judged_name(record, backend)) if name in seconds), None)
+    copy = seconds.get(record["floor_name"])
+    return None if name is None or copy is None else copy / seconds[name]
+
+
 def judged(record: Record, backend: str = "dam") -> float:
     """Its seconds."""
     return record["median_seconds"][judged_name(record, backend)]
@@ -97,6 +110,10 @@ def figures(record: Record, bandwidth: Mapping[str, float]) -> list[str]:
         lines.append(f"{fraction(record, bandwidth):.1%} of the copy's bandwidth, {moved / 1e6:.1f} MB")
     if (extra := extra_bytes(record)) is not None:
         lines.append(f"{extra / 2**20:.1f} MB besides its results")
+    if graph := record.get("graph"):
+        told = [f"{name} {1e3 * t:.4f} ms" for name, t in graph["seconds"].items()]
+        told += [f"{name}: {why}" for name, why in graph["absent"].items()]
+        lines.append(f"each of {graph['calls']} in one CUDA graph: {', '.join(told)}")
     for name, parts in record["parts"].items():
         words = {"kernel_seconds": "kernels", "replay_seconds": "graph replay", "call_seconds": "a call in a loop"}
         told = [
@@ -140,26 +157,36 @@ def reached(
             found = [r for r in having(name, of(label, 0, VERY_FEW)) if best_peer(r) is not None]
             text = f"no slower than the best peer for T <= {VERY_FEW}"
             goals.append(ratios(f"{label}{suffix}", text, found, lambda r, n=name: judged(r, n) / best_peer(r), NOISE))
+    for label in reading:
+        for name, suffix in (("dam", ""), (TRITON, ", triton")):
+            found = [r for r in of(label, FEW, MANY) if of_copy_in_graph(r, name) is not None]
+            text = f">= 0.90 of copies of as many bytes, many in one CUDA graph, {FEW} <= T <= {MANY:,}"
+            goals.append(
+                _judged(
+                    f"{label}{suffix}", text, found, lambda r, n=name: of_copy_in_graph(r, n) or 0.0, 0.9, atmost=False
+                )
+            )
     both = "forward and backward"
-    others = (f"log_prob, {both}", f"matching_loss, {both}", f"matching_loss with base, {both}")
-    goals += [bandwidths(label, None, "of the copy's bandwidth", MANY) for label in others]
-    matmuls = "<= 1.08x of the bare matmuls"
+    goals.append(bandwidths(f"log_prob, {both}", None, "of the copy's bandwidth", MANY))
+    for label in (f"matching_loss, {both}", f"matching_loss with base, {both}"):
+        goals.append(bandwidths(label, 0.9, copy, MANY))
+    matmuls, alone = "<= 1.05x of the bare matmuls", "<= 1.03x of the bare matmul"
     goals += [
-        ratios("linear_jump", f"{matmuls} from T = {MANY:,}", of("linear_jump", MANY), of_floor, 1.08),
+        ratios("linear_jump", f"{alone} from T = {MANY:,}", of("linear_jump", MANY), of_floor, 1.03),
         ratios(
             "linear_jump", f"<= 1.10x of reading the weight for T <= {FEW}", of("linear_jump", 0, FEW),
             lambda r: of_reading(r, bandwidth), 1.10,
         ),
         ratios(
-            "linear_jump", "in between: never behind fused, or matmul and a sampler",
-            [r for r in of("linear_jump", FEW + 1, MANY - 1) if rivals(r)],
+            "linear_jump", "never behind fused, or matmul and a sampler",
+            [r for r in of("linear_jump") if rivals(r)],
             lambda r: judged(r) / min(rivals(r)), NOISE,
         ),
     ]  # fmt: skip
     for head in ("frozen", "trained"):
         for based in ("", ", with base"):
             label = f"linear_matching_loss, {head} head{based}"
-            goals.append(ratios(label, matmuls, of(label, MANY), of_floor, 1.08))
+            goals.append(ratios(label, matmuls, of(label, MANY), of_floor, 1.05))
             if head == "frozen":
                 workspace = _rows.workspace_bytes(device) / 2**20
                 goals.append(
@@ -169,18 +196,18 @@ def reached(
                         lambda r: (extra_bytes(r) or 0) / 2**20, workspace, atmost=True, unit=" MB",
                     )
                 )  # fmt: skip
-    for part in ("forward", f"{both}, frozen head", f"{both}, trained head"):
-        label = f"linear_log_prob, {part}"
+    label = "linear_log_prob, forward"
+    goals.append(ratios(label, f"{alone} from T = {MANY:,}", of(label, MANY), of_floor, 1.03))
+    for label in (f"linear_log_prob, {both}, {head} head" for head in ("frozen", "trained")):
         goals.append(ratios(label, "of the bare matmuls", of(label, MANY), of_floor, None))
-    # With half as many bytes again, one more read or write of the state, a call could not reach two thirds.
-    once = "one read and one write of the state: > 2/3 of the copy's bandwidth"
-    goals += [
-        bandwidths(label, 2 / 3, once)
-        for label in (
-            "adjoint_weights", "adjoint_weights with escape_gap", "backward_kolmogorov, uniform",
-            "backward_kolmogorov, square lattice",
-        )
-    ]  # fmt: skip
+    for least, labels in (
+        (0.8, ("adjoint_weights", "adjoint_weights with escape_gap")),
+        # With half as many bytes again, one more read or write of the state, it could not reach two thirds.
+        (2 / 3, ("backward_kolmogorov, uniform",)),
+        (0.5, ("backward_kolmogorov, square lattice",)),
+    ):
+        text = f"one read and one write: >= {least:.2f} of the copy's bandwidth"
+        goals += [bandwidths(label, least, text) for label in labels]
     return goals
 
 
@@ -221,7 +248,8 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 
 def tables(records: Sequence[Record], bandwidth: Mapping[str, float], device: torch.device | None = None) -> list[str]:
     """The tables of the summary, in Markdown."""
-    lines = _absent(records) + _peers(records) + _fractions(records, bandwidth) + _linear(records, bandwidth)
+    lines = _absent(records) + _peers(records) + _fractions(records, bandwidth) + _graphs(records)
+    lines += _linear(records, bandwidth)
     lines += ["## Goals", ""]
     met = {True: "yes", False: "NO", None: "-"}
     rows = [(goal.what, goal.goal, goal.measured, met[goal.met]) for goal in reached(records, bandwidth, device)]
@@ -282,6 +310,20 @@ def _fractions(records: Sequence[Record], bandwidth: Mapping[str, float]) -> lis
         return []
     title = "## Fraction of the copy's bandwidth (of its kernels alone)"
     return [title, "", *markdown(("op", "function", "T", *(f"V = {v:,}" for v in vocabularies)), rows)]
+
+
+def _graphs(records: Sequence[Record]) -> list[str]:
+    rows = []
+    for r in (r for r in records if r.get("graph")):
+        seconds = r["graph"]["seconds"]
+        copy = seconds.get(r["floor_name"])
+        for name, t in seconds.items():
+            cells = (f"{1e3 * t:.4g}", "-" if copy is None else f"{copy / t:.2f}")
+            rows.append((r["label"], name, f"{r['sizes']['rows']:,}", *cells))
+    if not rows:
+        return []
+    header = ("op", "function", "T", "ms a call", "time of a copy over it")
+    return ["## Many calls in one CUDA graph", "", *markdown(header, rows)]
 
 
 def _linear(records: Sequence[Record], bandwidth: Mapping[str, float]) -> list[str]:

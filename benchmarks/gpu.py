@@ -47,6 +47,8 @@ TESTED = {"cuda": "cuda", "triton": "triton and not cuda"}
 WORKERS = 12
 LLADA = 126_464
 VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
+# Calls that a CUDA graph holds: of inputs that together are many times the L2 cache, and not more than these.
+GRAPH_BYTES, GRAPH_CALLS = 2**28, 64
 COPY, TRITON = "copy of as many bytes", goals.TRITON
 
 
@@ -58,6 +60,7 @@ class Item(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     peers: bool = True
     compiled: bool = False  # also the peers of torch.compile, each of which takes seconds for every size
+    graph: bool = False  # also many calls in one CUDA graph
 
 
 def plan() -> list[Item]:
@@ -66,10 +69,12 @@ def plan() -> list[Item]:
     def rows(op: str, count: int, vocabulary: int) -> Item:
         # Peers hold several float32 or float64 arrays [T, V]: at 32,768 rows the memory would go to them.
         peers, compiled = count < 32_768, vocabulary == LLADA and count == 8192
-        return Item(op, {"rows": count, "vocabulary": vocabulary}, peers=peers, compiled=compiled)
+        graph = vocabulary == LLADA and count in (64, 1024)
+        return Item(op, {"rows": count, "vocabulary": vocabulary}, peers=peers, compiled=compiled, graph=graph)
 
     def linear(op: str, count: int, vocabulary: int = LLADA) -> Item:
-        compiled = op == "linear_jump" and vocabulary == LLADA and count in (64, 256, 4096)
+        sizes = {"linear_jump": (64, 256, 4096), "linear_matching_loss": (1024,)}
+        compiled = vocabulary == LLADA and count in sizes.get(op, ())
         return Item(op, {"rows": count, "vocabulary": vocabulary, "hidden": 4096}, compiled=compiled)
 
     others = [v for v in VOCABULARIES if v != LLADA]
@@ -95,8 +100,10 @@ PREDICTED = (
     ("matching_loss", 8192),
     ("linear_log_prob", 8192),
     ("jump", 1024),
+    ("jump", 64),
     ("matching_loss", 1024),
     ("linear_jump", 4096),
+    ("backward_kolmogorov", 1024),
 )
 
 
@@ -249,7 +256,31 @@ class Run:
             "flops": flops,  # of the floor
             "table_form": table_form(item, case.label, self.machine.device),
             "parts": parts,
+            "graph": self._graph(item, case, record["moved_bytes"], measured) if item.graph else {},
         }
+
+    def _graph(self, item: Item, case: harness.Case, nbytes: int, measured: harness.Measurement) -> dict[str, Any]:
+        """Seconds of a call of each function, many in one CUDA graph, or why there are none.
+
+        Each on inputs of its own, so that none finds in the L2 cache what it reads; of functions whose calls are short.
+        """
+        calls = min(GRAPH_CALLS, max(4, -(-GRAPH_BYTES // nbytes)))
+        cases = []
+        for _ in range(calls):
+            with torch.device(self.machine.device):
+                made = harness.cases_of(item.op)(item.dtype, **item.sizes)
+            (one,) = (one for one in made if one.label == case.label)
+            cases.append(dataclasses.replace(chosen(one, item), floor=copying(nbytes, self.machine.device)))
+        seconds, absent = {}, {}
+        for name in (name for name, t in measured.median_seconds.items() if t < SHORT_CALL):
+            functions = [{COPY: one.floor, **one.functions, **one.compiled}[name] for one in cases]
+            try:
+                if self.machine.waits(functions[0]):
+                    raise RuntimeError("a call that waits for the GPU cannot be captured")
+                seconds[name] = self.machine.graph_seconds(functions)
+            except Exception as error:
+                absent[name] = harness.reason(error)
+        return {"calls": calls, "seconds": seconds, "absent": absent}
 
     def _write(self, op: str) -> None:
         records = [record for record in self.records if record["op"] == op]
@@ -322,9 +353,9 @@ def on_default(machine: Machine) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if by_default else dam.backend(backend)
 
 
-def on_triton(function: Function) -> Function:
+def on_backend(backend: str, function: Function) -> Function:
     def call() -> object:
-        with dam.backend("triton"):
+        with dam.backend(backend):
             return function()
 
     return call
@@ -352,13 +383,15 @@ def chosen(case: harness.Case, item: Item) -> harness.Case:
         call = functions["dam"]
         for form in goals.FORMS:
             form_of_triton = tune.with_values(item.op, dict.fromkeys(tune.FORM_KEYS, form), call)
-            functions[f"dam, {form}"] = on_triton(form_of_triton)
+            functions[f"dam, {form}"] = on_backend("triton", form_of_triton)
         if default_backend() == "cuda" and "trained" in case.label:
             functions |= {f"dam, {form}": in_form(form, call) for form in forms.OF_GRADIENTS}
+    if item.op == "backward_kolmogorov" and default_backend() == "cuda":  # whose default on a lattice is Triton
+        functions["dam, cuda"] = on_backend("cuda", functions["dam"])
     if default_backend() != "triton":
         for name, call in (*case.functions.items(), *case.on_gpu.items()):
             if name.startswith("dam"):
-                functions[name.replace("dam", TRITON, 1)] = on_triton(call)
+                functions[name.replace("dam", TRITON, 1)] = on_backend("triton", call)
     if not item.compiled:
         compiled = {name: f for name, f in compiled.items() if "compiled" not in name}
     if not item.peers:
@@ -414,27 +447,43 @@ def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Se
 def in_minutes(run: Run, items: Sequence[Item], tests_limit: float) -> str:
     """What is worth most first, until the budget is spent; what an earlier call has done is not done again.
 
-    Accuracy, the figures that were predicted, the CUDA kernels' tests, all other figures, Triton's tests, and what
-    compute-sanitizer finds. Returns the summary.
+    Accuracy, the figures that were predicted without what others take, the CUDA kernels' tests, the same beside others,
+    whose compilers may take minutes, all other figures, Triton's tests, and what compute-sanitizer finds. Returns the
+    summary.
     """
     key = {"code": checkout.digest(), "gpu": run.facts["gpu"], "torch": torch.__version__, "repeats": run.repeats}
     agenda = Agenda(run.output / "agenda.json", key)
-    run.records = [record for item in items if described(item) in agenda for record in agenda[described(item)]]
+    predicted = sorted(filter(is_predicted, items), key=lambda item: PREDICTED.index((item.op, item.sizes["rows"])))
+    alone = [item._replace(peers=False, compiled=False) for item in predicted if item.peers]
+    for item in (*alone, *items):
+        _take(run, agenda[_step(item)] if _step(item) in agenda else [])
     print(f"{len(agenda)} steps were done before", flush=True)
     _check_accuracy(run, agenda)
 
-    def measure(some: Sequence[Item]) -> None:
-        waiting = [item for item in some if described(item) not in agenda]
-        run.measure(waiting, done=lambda item, found: agenda.add(described(item), found), plots=False)
+    def done(item: Item, found: list[dict[str, Any]]) -> None:
+        agenda.add(_step(item), found)
+        _take(run, found)
 
-    predicted = [item for item in items if is_predicted(item)]
-    measure(sorted(predicted, key=lambda item: PREDICTED.index((item.op, item.sizes["rows"]))))
+    def measure(some: Sequence[Item]) -> None:
+        run.measure([item for item in some if _step(item) not in agenda], done=done, plots=False)
+
+    measure([item for item in alone if described(item) not in agenda])
     _test_once(run, agenda, "cuda", tests_limit)
-    measure([item for item in items if not is_predicted(item)])
+    measure([*predicted, *(item for item in items if not is_predicted(item))])
     _test_once(run, agenda, "triton", tests_limit)
     _sanitize_once(run, agenda)
     run.tests = "; ".join(agenda[name] for name in ("tests, cuda", "tests, triton") if name in agenda) or run.tests
     return run.finish()
+
+
+def _step(item: Item) -> str:
+    return described(item) if item.peers else f"{described(item)}, alone"
+
+
+def _take(run: Run, found: Sequence[dict[str, Any]]) -> None:
+    """Puts records in the place of those of the same cases, of an item that was measured alone before."""
+    cases = [(record["label"], record["sizes"]) for record in found]
+    run.records = [*(r for r in run.records if (r["label"], r["sizes"]) not in cases), *found]
 
 
 def _sanitize_once(run: Run, agenda: Agenda) -> None:
@@ -534,6 +583,8 @@ def main(arguments: Sequence[str]) -> int:
         lines = sanitize(output, min(options.budget, SANITIZE_LIMIT))
         print("\n".join(lines), flush=True)
         return 1 if any("FAILED" in line for line in lines) else 0
+    if options.wheels is not None:
+        run.left_out += [f"a package to compare with: {why}" for why in checkout.install_wheels(options.wheels)]
     if options.minutes is not None:
         text = in_minutes(
             run, [item for item in plan() if item.op in options.only], options.tests_limit * options.tests
@@ -575,6 +626,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--repeats", metavar="N", type=int, default=7, help="calls of each function (default: %(default)s)")
     add("--no-tests", dest="tests", action="store_false", help="leave out the tests")
+    add("--wheels", metavar="DIR", type=Path, help="install the wheels in it first: those of peers.txt")
     add("--tests-limit", metavar="SECONDS", type=float, default=TESTS_LIMIT, help="for them (default: %(default)g)")
     one("--tune", action="store_true", help="instead: measure candidates for the table of kernels/configs.py")
     one("--sanitize", action="store_true", help="instead: the tests of the CUDA kernels under compute-sanitizer")

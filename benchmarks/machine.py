@@ -7,7 +7,7 @@ import gc
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,16 @@ class Machine(harness.Timer):
     def parts(self, function: Function) -> dict[str, float | bool | str]:
         """More figures of a short call, or for each the reason why there is none."""
         return {}
+
+    def waits(self, function: Function) -> bool:
+        """Whether the call waits for the GPU, to look at a result."""
+        return False
+
+    def graph_seconds(self, functions: Sequence[Function]) -> float:
+        """Seconds of each of the calls, one after another without the host: the median of replaying them as one CUDA
+        graph.
+        """
+        return self.first(lambda: [function() for function in functions]) / len(functions)
 
     def free(self) -> None:
         """Gives back what nothing refers to any more."""
@@ -115,7 +125,6 @@ class Gpu(Machine):
         return found
 
     def waits(self, function: Function) -> bool:
-        """Whether the call waits for the GPU, to look at a result."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             function()
@@ -143,15 +152,20 @@ class Gpu(Machine):
 
     def replay_seconds(self, function: Function) -> float:
         """Median seconds of replaying the call as a CUDA graph."""
+        return self.graph_seconds([function])
+
+    def graph_seconds(self, functions: Sequence[Function]) -> float:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()  # what is set up by a first call on a stream must not be captured
+            for function in functions:
+                function()  # what is set up by a first call on a stream must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            function()
-        return statistics.median(self(graph.replay) for _ in range(5))
+            for function in functions:
+                function()
+        return statistics.median(self(graph.replay) for _ in range(5)) / len(functions)
 
     def call_seconds(self, function: Function) -> float:
         """Seconds per call of 20 calls in a row, by the CPU's clock: what a loop that does nothing else takes."""

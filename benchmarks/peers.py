@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,22 @@ def cdtm_loss(logits: Tensor, target: Tensor, weight: Tensor, base_logits: Tenso
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight[:, 0] * F.cross_entropy(logits.float(), target[:, 0], reduction="none")).mean()
+
+
+def linear_weighted_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return weighted_cross_entropy(hidden @ head.t(), target, weight)
+
+
+def linear_cdtm_loss(
+    hidden: Tensor,
+    head: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    base_hidden: Tensor,
+    base_head: Tensor,
+    base_weight: Tensor,
+) -> Tensor:
+    return cdtm_loss(hidden @ head.t(), target, weight, base_hidden @ base_head.t(), base_weight)
 
 
 def adjoint_weights(
@@ -162,9 +179,34 @@ def liger_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def liger_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """What its users get by default: products by the library, row by row kernels between them, CuTe's on Hopper."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(head, hidden, target[:, 0])
+
+
+def liger_triton_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """The same with its Triton kernels, which were the only ones before release 0.8."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+
+    if not getattr(Function, "supports_inner_impl_dispatch", False):
+        return Function.apply(hidden, head, target[:, 0])[0]
+    defaults = (None, None, -100, 0.0, 0.0, "mean", None, False, None, False, False, False)  # from bias to predictions
+    return Function.apply(hidden, head, target[:, 0], *defaults, "nvidia-triton", None)[0]
+
+
+def liger_hopper_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """Its CuTe kernels for Hopper, GEMMs included, which hold all logits; with a head that is trained."""
+    from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as sm90
+
+    return sm90.liger_fused_linear_cross_entropy_sm90(hidden, head, target[:, 0])
+
+
+def liger_cutile_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """Its cuTile kernels beside the library's products."""
+    from liger_kernel.ops.cutile.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+
+    return Function.apply(hidden, head, target[:, 0])[0]
 
 
 def torch_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
@@ -172,12 +214,37 @@ def torch_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> 
 
 
 def quack_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """Chunks of rows, and the gradient of their logits."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return chunked_linear_cross_entropy(hidden, head, target[:, 0])
+    # From release 0.6 on it takes the other form by itself, where that can be had.
+    named = inspect.signature(chunked_linear_cross_entropy).parameters
+    options = {"use_scaled_exp": False} if "use_scaled_exp" in named else {}
+    return chunked_linear_cross_entropy(hidden, head, target[:, 0], **options)
+
+
+def quack_scaled_exp_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """Logits once, as scaled exponentials in bfloat16, of which no gradient is formed."""
+    from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy
+
+    return scaled_exp_linear_cross_entropy(hidden, head, target[:, 0])
+
+
+def fla_linear_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """flash-linear-attention's. What the diffusion models call their own is this with a weight for each row."""
+    from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
+
+    return fused_linear_cross_entropy_loss(hidden, target[:, 0], head)
 
 
 def cut_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(hidden, head, target[:, 0], reduction=reduction)
+
+
+def flash_sampling(hidden: Tensor, head: Tensor) -> Tensor:
+    """No package: restated in `benchmarks.flash_sampling`, which needs Triton."""
+    from benchmarks.flash_sampling import sample
+
+    return sample(hidden, head)

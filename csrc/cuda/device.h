@@ -56,6 +56,15 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
 // Whether it holds for any lane of the warp.
 __device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(0xFFFFFFFFu, holds); }
 
+// Adds to [8, 8] sums of the warp the product of [8, 4] and [4, 8] numbers, on the tensor cores, rounded as float64's
+// fused multiply-adds are. A lane has of the left ones that in row lane / 4 and column lane % 4, of the right ones that
+// in row lane % 4 and column lane / 4, and the sums in row lane / 4 and columns 2 (lane % 4) and the next.
+__device__ __forceinline__ void add_product(double (&sums)[2], double left, double right) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(sums[0]), "+d"(sums[1])
+      : "d"(left), "d"(right));
+}
+
 // 16 aligned bytes. ONCE: they are not read again, and may leave the caches first.
 template <bool ONCE>
 __device__ __forceinline__ Packed<16> load_packed(const void* address) {

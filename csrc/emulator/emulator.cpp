@@ -104,7 +104,7 @@ struct State {
   const std::function<void()>* kernel = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Barrier> barriers;    // of the cluster, of its blocks, of their warps
-  std::vector<uint64_t> exchanged;  // two for each lane, in turn
+  std::vector<uint64_t> exchanged;  // two pairs for each lane, in turn
   std::vector<uint64_t> exchanges;  // how many each lane has made
   int threads = 0, blocks = 0;
   int running = -1;
@@ -252,13 +252,29 @@ void wait_for_all(Scope scope) {
   if (state.error) throw Stopped{};
 }
 
-uint64_t exchange(uint64_t bits, int lane) {
+// What each lane brings, after all have brought theirs: two words of each.
+static const uint64_t* bring(uint64_t first, uint64_t second) {
   const int self = state.running;
-  // In turn: a lane may bring its next value while others still read this one, but not the one after.
+  // In turn: a lane may bring its next words while others still read these, but not those after.
   const uint64_t turn = state.exchanges[self]++ & 1;
-  state.exchanged[2 * self + turn] = bits;
+  state.exchanged[4 * self + 2 * turn] = first;
+  state.exchanged[4 * self + 2 * turn + 1] = second;
   wait_for_all(Scope::warp);
-  return state.exchanged[2 * (self / WARP * WARP + lane) + turn];
+  return &state.exchanged[4 * (self / WARP * WARP) + 2 * turn];
+}
+
+uint64_t exchange(uint64_t bits, int lane) { return bring(bits, 0)[4 * lane]; }
+
+void add_product(double (&sums)[2], double left, double right) {
+  const int lane = state.running % WARP;
+  const uint64_t* const brought = bring(bit_cast<uint64_t>(left), bit_cast<uint64_t>(right));
+  for (int i = 0; i < 2; ++i) {
+    for (int k = 0; k < 4; ++k) {
+      const auto of_row = bit_cast<double>(brought[4 * (lane / 4 * 4 + k)]);
+      const auto of_column = bit_cast<double>(brought[4 * ((lane % 4 * 2 + i) * 4 + k) + 1]);
+      sums[i] = std::fma(of_row, of_column, sums[i]);
+    }
+  }
 }
 
 void run(int64_t blocks, int threads, int64_t shared_bytes, int64_t cluster, const std::function<void()>& kernel) {
@@ -276,7 +292,7 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, int64_t cluster, con
     std::memset(shared, 0xFF, cluster * shared_bytes);
     state.fibers.assign(count, Fiber{});
     state.barriers.assign(1 + cluster + count / WARP, Barrier{});
-    state.exchanged.assign(2 * count, 0);
+    state.exchanged.assign(4 * count, 0);
     state.exchanges.assign(count, 0);
     for (int i = 0; i < count; ++i) {
       Fiber& fiber = state.fibers[i];

@@ -44,6 +44,8 @@ void wait_for_all(Scope scope);
 
 // Exchanges 8 bytes within the warp: the value that `lane` brings.
 uint64_t exchange(uint64_t bits, int lane);
+// As add_product of device.h.
+void add_product(double (&sums)[2], double left, double right);
 
 }  // namespace emulator
 
@@ -87,6 +89,8 @@ inline bool any_of_warp(bool holds) {
   for (int mask = WARP / 2; mask > 0; mask /= 2) holds |= shuffle_xor(holds, mask);
   return holds;
 }
+
+inline void add_product(double (&sums)[2], double left, double right) { emulator::add_product(sums, left, right); }
 
 // As a chip does, which has no unaligned access.
 void check(bool condition, const char* message);

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+GPU = "cuda"  # type of the devices that a host waits for
+
 
 class _Unread(NamedTuple):
     lowest: Tensor  # int64 [] on the device
@@ -69,6 +71,15 @@ def _problem(unread: list[_Unread]) -> ValueError | None:
     return None
 
 
+def is_captured(x: Tensor) -> bool:
+    """Whether calls on a tensor are being captured in a CUDA graph: nothing runs that could be waited for, and what the
+    host hands over is the same in every replay.
+    """
+    if x.device.type != GPU or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def first_bad(lowest: int | Tensor, entries: int, message: Callable[[int], str]) -> int:
     """The first of so many entries that no result can be given for, or -1: also where that is not to be known yet.
 
@@ -78,8 +89,8 @@ def first_bad(lowest: int | Tensor, entries: int, message: Callable[[int], str])
     """
     if isinstance(lowest, int):
         return lowest
-    if lowest.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return -1  # nothing runs that could be waited for
+    if is_captured(lowest):
+        return -1
     if _state.unread is not None:
         _state.unread.append(_Unread(lowest, entries, message))
         return -1

@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
+from dam.backends import deferral
 from dam.kernels.excluded import Excluded
 from dam.ops import _checks, _op
 
@@ -42,7 +43,7 @@ def _suppressed(
                 raise ValueError(f"{op}: suppress must hold ids in [0, {columns}); got {v}")
         if not ids:
             return None
-        value = torch.tensor(ids, dtype=torch.int64, device=reference.device)
+        value = _sent(op, ids, reference)
     _checks.same_device(op, "suppress", value, reference)
     if value.dtype == torch.bool:
         if value.shape != (columns,):
@@ -53,6 +54,18 @@ def _suppressed(
     if value.dim() != 1:
         raise ValueError(f"{op}: suppress must be ids of shape [S], the same for all rows; got {list(value.shape)}")
     return _mask_of(value, columns, op)
+
+
+def _sent(op: str, ids: list[int], reference: Tensor) -> Tensor:
+    """int64 [S] on the device of `reference`, without waiting for it."""
+    if reference.device.type != deferral.GPU or torch.compiler.is_compiling():
+        return torch.tensor(ids, dtype=torch.int64, device=reference.device)
+    if deferral.is_captured(reference):
+        raise ValueError(
+            f"{op}: suppress is ids of the host, which a CUDA graph would read again whenever it runs: capture the "
+            "call with a tensor on the GPU"
+        )
+    return torch.tensor(ids, dtype=torch.int64, device="cpu").pin_memory().to(reference.device, non_blocking=True)
 
 
 @_op.op("suppressed")

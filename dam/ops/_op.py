@@ -72,7 +72,7 @@ class Op:
         library = _libraries[name] = torch.library.Library("dam", "FRAGMENT")
         library.define(name + _schema(function), tags=(_COMPLIANT,))
         library.impl(name, function, "CompositeExplicitAutograd")
-        self.name = f"dam::{name}"
+        self.name, self.function = f"dam::{name}", function
         self.overload = getattr(torch.ops.dam, name).default
         self._library = library
         self._backward: Callable = self._refuse

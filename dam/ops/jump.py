@@ -50,7 +50,8 @@ def jump(
             log_prob and log_escape at temperature 1.
         num_samples: independent draws per row.
         seed: 64-bit key of the random stream, an int or an int64 scalar tensor; None takes one from
-            torch's default generator.
+            torch's default generator. Captured in a CUDA graph every replay draws with a new one if it is None (from
+            the GPU's generator), with what a tensor on the GPU then holds, and else with the same.
         row_ids: int64 [...], names each row's stream; 0 .. T-1 unless given.
         check: raise if a row has a NaN, a +inf or nothing to reach; on a GPU that waits for the result, or in
             `dam.deferred_checks()` for all calls of a block at its end. With False such a row yields target -1 where
@@ -105,12 +106,10 @@ def sampling_arguments(
             raise TypeError(f"{op}: a seed tensor must hold one int64; got {seed.dtype} {list(seed.shape)}")
         return temperature, num_samples, seed.reshape(()), row_ids
     if seed is None:
-        return (
-            temperature,
-            num_samples,
-            torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"),
-            row_ids,
-        )
+        # In a CUDA graph one of the host's would be the same in every replay.
+        where = reference.device if deferral.is_captured(reference) else "cpu"
+        drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where)
+        return temperature, num_samples, drawn, row_ids
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:

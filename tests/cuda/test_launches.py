@@ -265,6 +265,50 @@ def test_an_index_out_of_range_is_not_read():
             jump_op._cuda(logits, Excluded(torch.tensor([3, bad])), 1.0, 1, torch.tensor(1), None, False)
 
 
+def walked(x, length, inner, periodic, weights, *, few):
+    """One walk of float64 rows along lines of so many points, with weights that go with the launch or lie in memory."""
+    result, not_finite = torch.empty_like(x), torch.zeros(len(x), dtype=torch.int32)
+    taps = torch.tensor(weights, dtype=torch.float64)
+    cuda.kernels.walk(
+        rows=len(x),
+        columns=x.shape[1],
+        length=length,
+        inner=inner,
+        periodic=periodic,
+        taps=0 if few else taps.data_ptr(),
+        few_taps=weights if few else [],
+        radius=len(weights) - 1,
+        source=address.matrix(x),
+        source_dtype=address.DTYPE_CODE[x.dtype],
+        result=result.data_ptr(),
+        result_is_double=True,
+        not_finite=not_finite.data_ptr(),
+        where=cuda.where(x),
+    )
+    return result, not_finite
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 7, 33, 130, 300])
+def test_a_walk_on_tensor_cores_is_that_of_the_ordinary_units(length, inner, periodic):
+    """Weights in memory are the latter's. Up to the radii that go round, and with more sources than fit at a time."""
+    most = (length - 1) // 2 if periodic else (2 * length - 1) // 2
+    for radius in sorted({0, min(1, most), min(9, most), min(100, most), most}):
+        weights = (torch.arange(radius + 1, dtype=torch.float64, device="cpu") / -5).exp().tolist()
+        x = normal(3, 2 * length * inner, seed=70, dtype=torch.float64).abs() + 1e-3
+        found, expected = (walked(x, length, inner, periodic, weights, few=few)[0] for few in (True, False))
+        # Non-negative numbers, each sum of at most 2 radius + 1 roundings.
+        assert_close(found, expected, rtol=(2 * radius + 2) * 2.0**-52)
+
+
+@pytest.mark.parametrize("inner", [1, 40])
+def test_a_walk_on_tensor_cores_marks_the_rows_that_are_not_finite(inner):
+    x = normal(4, 50 * inner, seed=71, dtype=torch.float64)
+    x[1, 7], x[3, -1] = math.nan, INF
+    assert walked(x, 50, inner, True, [0.5, 0.25], few=True)[1].tolist() == [0, 1, 0, 1]
+
+
 # ---- on a GPU
 
 
@@ -300,6 +344,37 @@ def test_calls_are_part_of_a_graph():
         graph.replay()
         torch.cuda.synchronize()
         assert same(captured, results())
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_every_replay_of_a_captured_jump_draws_anew(name):
+    logits, head = torch.zeros(512, 5000), torch.zeros(5000, 16)
+    graph = torch.cuda.CUDAGraph()
+    with dam.backend(name):
+        calls = lambda: (dam.jump(logits), dam.linear_jump(logits[:, :16], head))  # noqa: E731
+        calls()  # what torch and the driver load at first use
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = calls()
+    drawn = []
+    for _ in range(2):
+        graph.replay()
+        drawn.append([x.target.clone() for x in captured])
+    assert all(float((a == b).float().mean()) < 0.1 for a, b in zip(*drawn, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_unchecked_call_does_not_wait(name):
+    logits = torch.zeros(64, 5000)
+    with dam.backend(name):
+        for mode in ("default", "error"):  # the first loads
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                dam.jump(logits, suppress=[3, 7], exclude=5, check=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu
