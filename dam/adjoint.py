@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser, check_left_padding
+from dam.models.denoiser import Denoiser, check_left_padding, hidden_at
 from dam.ops import _philox
 from dam.ops._philox import Use
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
@@ -473,10 +473,11 @@ def estimator_loss(
     Source: So et al., arXiv 2602.07132, Eq. 14.
     """
     check_left_padding(denoiser, attention_mask)
-    hidden, head = denoiser.hidden_states(targets.states, attention_mask), denoiser.head()
+    hidden = hidden_at(denoiser, targets.states, attention_mask, targets.row, targets.position)
+    head = denoiser.head()
     scale = targets.weight.new_full(targets.row.shape, gradient_scale / max(1, targets.states.shape[0]))
     scaled = linear_matching_loss(
-        hidden[targets.row, targets.position],
+        hidden,
         target=targets.target,
         weight=targets.weight,
         **head.arguments(hidden.dtype),
