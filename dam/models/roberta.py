@@ -42,7 +42,7 @@ class PreNormRoberta(MaskedLM):
 
     def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
         """As `Denoiser` says."""
-        if not self._takes_own_pass(tokens):
+        if len(row) == 0 or not self._takes_own_pass(tokens):
             return self.hidden_states(tokens, attention_mask)[row, position]
         tail = self._tail(self._output_layer(), tokens[:1], None if attention_mask is None else attention_mask[:1])
         if attention_mask is not None:
@@ -88,8 +88,8 @@ class _Read(NamedTuple):
     """Positions of sequences [B, L] that are read, each once."""
 
     flat: Tensor  # int64 [u]: row * L + position of each, rising
-    positions: Tensor  # int64 [B, P]: row * L + position of those of each row, and of others where it has fewer
-    place: Tensor  # int64 [u]: where each is among these, row * P + number
+    table: Tensor  # int64 [B, P]: those of each row, and its first position in place of what it has fewer
+    place: Tensor  # int64 [u]: where each is in there, row * P + number
     of: Tensor  # int64 [n]: which of them each one is that was asked for
 
 
@@ -98,12 +98,15 @@ def _read(shape: torch.Size, row: Tensor, position: Tensor) -> _Read:
     rows, length = shape
     used = torch.zeros(shape, dtype=torch.bool)
     used[row, position] = True
-    most = int(used.sum(dim=1).max())
+    counted = used.cumsum(dim=1)
+    most = int(counted[:, -1].max())
     flat = used.flatten().nonzero()[:, 0]
-    number = (used.cumsum(dim=1) - 1).flatten()[flat]
-    first = (~used).long().argsort(dim=1, stable=True)[:, :most]
-    of = (used.flatten().cumsum(dim=0) - 1)[row * length + position]
-    return _Read(flat, first + length * torch.arange(rows)[:, None], flat // length * most + number, of)
+    place = flat // length * most + counted.flatten()[flat] - 1
+    table = (length * torch.arange(rows)).repeat_interleave(most)
+    table[place] = flat
+    number = torch.zeros_like(counted).flatten()
+    number[flat] = torch.arange(len(flat))
+    return _Read(flat, table.view(rows, most), place, number[row * length + position])
 
 
 def _states_at(model: Any, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def _states_at(model: Any, tokens: Tensor, attention_mask: Tensor | None, row: T
         x, qkv = _behind_attention(layer, _attended(own, query, key, value, hidden), x), None
     own, read = last.attention.self, _read(tokens.shape, row, position)
     normed = last.attention.LayerNorm(x)
-    query = own.query(F.embedding(read.positions, normed.flatten(0, 1)))
+    query = own.query(F.embedding(read.table, normed.flatten(0, 1)))
     key, value = _side_by_side(normed, own.key, own.value).chunk(2, dim=-1)
     found = F.embedding(read.place, _attended(own, query, key, value, hidden).flatten(0, 1))
     at = body.LayerNorm(_behind_attention(last, found, F.embedding(read.flat, x.flatten(0, 1))))
@@ -136,7 +139,8 @@ def _embedded(embeddings: Any, tokens: Tensor, attention: Any) -> tuple[Tensor, 
     """
     pad, places = embeddings.padding_idx, embeddings.position_embeddings.num_embeddings
     pairs = embeddings.word_embeddings.num_embeddings * places
-    if attention is None or 2 * pairs > tokens.numel():
+    too_long = tokens.shape[1] + pad + 1 > places  # which the model refuses
+    if attention is None or 2 * pairs > tokens.numel() or too_long:
         return embeddings(input_ids=tokens), None
     shown = (tokens != pad).long()
     pair = tokens * places + shown.cumsum(dim=1) * shown + pad

@@ -117,6 +117,21 @@ def test_pairs_of_token_and_place_are_looked_up_where_they_are_fewer_than_tokens
     assert sizes == [3 * LENGTH, VOCABULARY * PLACES]
 
 
+def test_nothing_is_read(passes):
+    model, (tokens, mask) = model_of().train(), states_of(5)
+    found = PreNormRoberta(model).hidden_at(tokens, mask, torch.zeros(0).long(), torch.zeros(0).long())
+    found.sum().backward()
+    assert found.shape == (0, 16) and not passes
+
+
+def test_sequences_that_are_too_long_are_refused_as_the_model_does():
+    denoiser = PreNormRoberta(model_of())
+    denoiser.hidden_at(states_of(64)[0], None, *READ["any"](64))
+    tokens = torch.full((64, PLACES - PAD), 3)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        denoiser.hidden_at(tokens, None, *READ["any"](64))
+
+
 def hooked(model):
     model.roberta_prelayernorm.encoder.layer[1].register_forward_hook(lambda *_: None)
 
