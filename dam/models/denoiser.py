@@ -39,7 +39,7 @@ class Denoiser(Protocol):
                         such passes are not to be had. Without it each call is of whole sequences, to the same result.
         equal_rows      `equal_rows(tokens, attention_mask)`, of rows some of which are equal, tells whether those of a
                         row depend on it alone: not on chance, the rows beside it, or its place among them.
-                        Rollouts then run one of rows that are equal. Without it each is run.
+                        Rollouts and the loss then run one of rows that are equal. Without it each is run.
         hidden_at       `hidden_at(tokens, attention_mask, row, position)`: hidden states [n, D] at positions [n] of
                         rows [n], those of hidden_states to rounding. Rollouts and the loss then ask for the
                         positions that they read, elsewhere a last layer need not run. Without it: hidden_states.

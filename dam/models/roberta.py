@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dam.models.attention import additive
 from dam.models.denoiser import MaskedLM, check_left_padding
 from dam.models.padding import evaluating, is_rounding
-from dam.models.tail import is_compiled
 
 # Of models: whether a trial has shown that the pass of our own gives what theirs does.
 _AGREES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -39,6 +38,10 @@ class PreNormRoberta(MaskedLM):
     def compare(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         _AGREES.pop(self._inner, None)
         super().compare(tokens, attention_mask)
+
+    def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
+        """As `MaskedLM`; in the pass of our own no row's numbers hang on others, in training mode either."""
+        return self._takes_own_pass(tokens) or super().equal_rows(tokens, attention_mask)
 
     def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
         """As `Denoiser` says."""
@@ -75,13 +78,14 @@ class PreNormRoberta(MaskedLM):
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes what its class does, in numbers of one kind, and nothing else is done where it runs."""
-    if not type(module).__module__.startswith(_PLAIN) or "forward" in vars(module) or is_compiled(module):
+    own = vars(module)  # looked into by itself: this runs for each module in each call
+    if not type(module).__module__.startswith(_PLAIN) or "forward" in own or module._compiled_call_impl is not None:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    if module.training and (getattr(module, "gradient_checkpointing", False) or getattr(module, "p", 0.0) > 0.0):
+    if module.training and (own.get("gradient_checkpointing", False) or own.get("p", 0.0) > 0.0):
         return False
-    return all(p is None or p.dtype in (torch.float32, torch.float64) for p in module._parameters.values())
+    return all(p is None or p.dtype in (torch.float32, torch.float64) for p in own["_parameters"].values())
 
 
 class _Read(NamedTuple):

@@ -219,6 +219,32 @@ def test_a_rollout_draws_the_same(decoding, passes):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_runs_equal_states_once_in_training_mode_too(padded, passes):
+    """The loss and its gradient are those of all states, each run by the model."""
+    model, (tokens, mask) = model_of().train(), states_of(4, padded)
+    of = torch.tensor([2, 0, 2, 1, 0, 2])
+    states, mask = tokens[of], mask[of]
+    row, position = torch.nonzero(states == MASK, as_tuple=True)
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(2, VOCABULARY, (len(row), 1), generator=generator)
+    weight = torch.rand(len(row), 1, generator=generator, dtype=torch.float64)
+    targets = MatchingTargets(states, torch.zeros_like(of), row, position, target, weight)
+    once, each = (estimator_loss(cls(model), targets, PROCESS, mask) for cls in (PreNormRoberta, MaskedLM))
+    assert [len(given[1]) for given in passes] == [3, 3]  # the trial, and the pass
+    used = [p for name, p in model.named_parameters() if "pooler" not in name]
+    torch.testing.assert_close(once, each, rtol=1e-12, atol=0)
+    for one, other in zip(*(torch.autograd.grad(loss, used) for loss in (once, each)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_rows_of_a_model_that_drops_are_not_run_once():
+    model, (tokens, mask) = model_of(), states_of(4)
+    dropping(model)
+    assert not PreNormRoberta(model).equal_rows(tokens, mask)
+    assert PreNormRoberta(model_of().train()).equal_rows(tokens, mask)
+
+
 class Places:
     """A denoiser that has hidden states at positions only; knows which it was asked for."""
 
