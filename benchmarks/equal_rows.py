@@ -10,6 +10,7 @@ One thread; time is of this process' CPU, so that other work on the machine does
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -27,18 +28,34 @@ from dam.rollout import Trajectories, rollout
 from dam.tasks import finetune_sudoku, sudoku
 
 
-def alternating(run: Callable[[], Any], repeats: int) -> tuple[dict[str, float], list[Any]]:
-    """Median seconds of both ways, their ratio, and what the last run of each gave."""
-    times: dict[str, list[float]] = {"once": [], "each": []}
+def alternating(
+    run: Callable[[], Any], repeats: int, owner: type, method: str, ways: dict[str, Any]
+) -> tuple[dict[str, float], list[Any]]:
+    """Median seconds of two ways, their ratio, second to first, and what the last run of each gave.
+
+    Args:
+        run: what is timed.
+        repeats: pairs.
+        owner, method: what makes the difference.
+        ways: by name, what stands for the method.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         results = []
-        for name, kept in (("once", MaskedLM.equal_rows), ("each", lambda *_: False)):
-            with mock.patch.object(MaskedLM, "equal_rows", kept):
+        for name, kept in ways.items():
+            with mock.patch.object(owner, method, kept):
                 start = time.process_time()
                 results.append(run())
                 times[name].append(time.process_time() - start)
-    ratio = statistics.median(each / once for once, each in zip(*times.values(), strict=True))
+    ratio = statistics.median(second / first for first, second in zip(*times.values(), strict=True))
     return {**{f"seconds, {name}": statistics.median(each) for name, each in times.items()}, "ratio": ratio}, results
+
+
+def shortened(reward_calls: int) -> dict[str, Any]:
+    """A `dam sudoku` of so many reward calls; its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = finetune_sudoku.Options(reward_calls=reward_calls)
+        return finetune_sudoku.finetune(Path(folder) / "run", options)
 
 
 def main() -> None:
@@ -57,17 +74,13 @@ def main() -> None:
         return rollout(model, tokens, process, base=base, seed=0)
 
     drawn()  # the trial
-    figures, (once, each) = alternating(drawn, args.repeats)
+    difference = (MaskedLM, "equal_rows", {"once": MaskedLM.equal_rows, "each": lambda *_: False})
+    figures, (once, each) = alternating(drawn, args.repeats, *difference)
     for name in ("final", "log_prob", "base_log_prob"):
         figures[f"largest difference of {name}"] = float((getattr(once, name) - getattr(each, name)).abs().max())
     if args.reward_calls:
-
-        def trained() -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder:
-                options = finetune_sudoku.Options(reward_calls=args.reward_calls)
-                return finetune_sudoku.finetune(Path(folder) / "run", options)
-
-        found, (once, each) = alternating(trained, max(1, args.repeats // 3))
+        trained = functools.partial(shortened, args.reward_calls)
+        found, (once, each) = alternating(trained, max(1, args.repeats // 3), *difference)
         figures |= {f"dam sudoku: {name}": value for name, value in found.items()}
         figures |= {f"dam sudoku: {name}, once and each": (once[name], each[name]) for name in ("solved", "cells")}
     for name, value in figures.items():

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser, check_left_padding
+from dam.models.denoiser import Denoiser, check_left_padding, equal_rows, hidden_at
+from dam.models.equal_rows import distinct, given
 from dam.ops import _philox
 from dam.ops._philox import Use
 from dam.ops.adjoint_weights import AdjointWeights, adjoint_weights
@@ -460,6 +461,8 @@ def estimator_loss(
 ) -> Tensor:
     """The matching loss of `targets` under the model: the mean over states of their weighted cross-entropies.
 
+    States that are equal are run once, where the denoiser says that this changes nothing (`Denoiser.equal_rows`).
+
     Args:
         denoiser: the model.
         targets: of an estimator.
@@ -473,10 +476,15 @@ def estimator_loss(
     Source: So et al., arXiv 2602.07132, Eq. 14.
     """
     check_left_padding(denoiser, attention_mask)
-    hidden, head = denoiser.hidden_states(targets.states, attention_mask), denoiser.head()
+    states, row = targets.states, targets.row
+    if equal_rows(denoiser, states, attention_mask):
+        first, of = distinct(given(states, attention_mask))
+        states, row = states[first], of[row]
+        attention_mask = None if attention_mask is None else attention_mask[first]
+    hidden, head = hidden_at(denoiser, states, attention_mask, row, targets.position), denoiser.head()
     scale = targets.weight.new_full(targets.row.shape, gradient_scale / max(1, targets.states.shape[0]))
     scaled = linear_matching_loss(
-        hidden[targets.row, targets.position],
+        hidden,
         target=targets.target,
         weight=targets.weight,
         **head.arguments(hidden.dtype),

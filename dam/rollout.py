@@ -15,7 +15,7 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import ORDERS as ORDERS
 from dam.decoding import Decoding, Drawn, draw_tokens, given_decoding, token_log_prob
 from dam.models.attention import Blocks
-from dam.models.denoiser import Denoiser, blocks_of, check_left_padding, equal_rows
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding, equal_rows, hidden_at
 from dam.models.equal_rows import distinct, given
 from dam.ops import _philox
 from dam.ops._head import Head
@@ -774,7 +774,7 @@ class _Network:
             self._once = len(first) < len(states)
             if self._once:
                 states, mask, row = states[first], None if mask is None else mask[first], of[row]
-        return self._denoiser.hidden_states(states, mask)[row, position]
+        return hidden_at(self._denoiser, states, mask, row, position)
 
 
 class _Guided:

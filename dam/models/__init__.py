@@ -9,6 +9,7 @@ from dam.models.dream import Dream
 from dam.models.families import as_denoiser, register
 from dam.models.llada import LLaDA
 from dam.models.llada2 import LLaDA2
+from dam.models.roberta import PreNormRoberta
 from dam.models.sdar import SDAR
 from dam.ops._head import Head
 
@@ -24,6 +25,7 @@ __all__ = [
     "LLaDA",
     "LLaDA2",
     "MaskedLM",
+    "PreNormRoberta",
     "Tabular",
     "as_denoiser",
     "blocks_of",

@@ -39,7 +39,10 @@ class Denoiser(Protocol):
                         such passes are not to be had. Without it each call is of whole sequences, to the same result.
         equal_rows      `equal_rows(tokens, attention_mask)`, of rows some of which are equal, tells whether those of a
                         row depend on it alone: not on chance, the rows beside it, or its place among them.
-                        Rollouts then run one of rows that are equal. Without it each is run.
+                        Rollouts and the loss then run one of rows that are equal. Without it each is run.
+        hidden_at       `hidden_at(tokens, attention_mask, row, position)`: hidden states [n, D] at positions [n] of
+                        rows [n], those of hidden_states to rounding. Rollouts and the loss then ask for the
+                        positions that they read, elsewhere a last layer need not run. Without it: hidden_states.
         beside          of a base: `beside(denoiser)` gives a denoiser whose hidden states are those of that model and
                         of this base, [B, L, 2 D], or None. So what both have in common is run once.
         approximate_cache  with `prefix_cache`: not None where its passes give another law than hidden_states. Rollouts
@@ -65,6 +68,17 @@ def equal_rows(denoiser: Any, tokens: Tensor, attention_mask: Tensor | None) -> 
     """Whether one of equal rows may be run for all of them, if the denoiser says so."""
     tell = getattr(denoiser, "equal_rows", None)
     return tell is not None and tell(tokens, attention_mask)
+
+
+def hidden_at(
+    denoiser: Denoiser, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor
+) -> Tensor:
+    """Hidden states [n, D] at positions of rows, int64 [n] each, as the denoiser offers them."""
+    offered = getattr(denoiser, "hidden_at", None)
+    if offered is None:
+        return denoiser.hidden_states(tokens, attention_mask)[row, position]
+    found: Tensor = offered(tokens, attention_mask, row, position)
+    return found
 
 
 def check_left_padding(denoiser: Any, attention_mask: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from dam.models.diffusion_gemma import DiffusionGemma
 from dam.models.dream import Dream
 from dam.models.llada import LLaDA
 from dam.models.llada2 import LLaDA2
+from dam.models.roberta import PreNormRoberta
 from dam.models.sdar import SDAR
 
 # Makes a denoiser of a model, or of what wraps it; keyword `adapter` as `as_denoiser`, and options of its own.
@@ -29,6 +30,7 @@ _FAMILIES: dict[str, Family] = {
     "lladamoe": LLaDA,
     "llada2_moe": LLaDA2,
     "llada21_moe": LLaDA2,
+    "roberta-prelayernorm": PreNormRoberta,
     "sdar": SDAR,
     "sdar_moe": SDAR,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import MaskedLM
+from dam.models.families import as_denoiser
 from dam.rollout import Trajectories, rollout
 from dam.tasks import countdown, countdown_base
 from dam.tasks import finetune as front
@@ -158,7 +158,7 @@ class Countdown(front.Task):
         blank = torch.full((len(rows), countdown_base.COMPLETION), self.process.mask_token)
         model.eval()
         return rollout(
-            MaskedLM(model),
+            as_denoiser(model),
             torch.cat((encoded["input_ids"], blank), dim=1),
             self.process,
             attention_mask=torch.cat((encoded["attention_mask"], torch.ones_like(blank)), dim=1),

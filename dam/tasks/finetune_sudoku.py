@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import MaskedLM
+from dam.models.families import as_denoiser
 from dam.rollout import rollout
 from dam.tasks import finetune as front
 from dam.tasks import sudoku
@@ -115,7 +115,7 @@ def fill_in(model: Any, puzzles: sudoku.Puzzles) -> Tensor:
     """The model's completions: likeliest token, most confident cell first. Deterministic."""
     model.eval()
     process = MaskedCTMC(mask_token=sudoku.BLANK)
-    return rollout(MaskedLM(model), puzzles.puzzle, process, temperature=0.0, order="confidence", seed=0).final
+    return rollout(as_denoiser(model), puzzles.puzzle, process, temperature=0.0, order="confidence", seed=0).final
 
 
 def _example(puzzle: Tensor, before: Tensor, after: Tensor) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dam.models.denoiser import Denoiser, blocks_of, equal_rows
+from dam.models.denoiser import Denoiser, blocks_of, equal_rows, hidden_at
 from dam.models.sharding import is_placed
 from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
@@ -174,6 +174,11 @@ class _AtFirst:
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         with self._base.in_place():
             return self._denoiser.hidden_states(tokens, attention_mask)
+
+    @torch.no_grad()
+    def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
+        with self._base.in_place():
+            return hidden_at(self._denoiser, tokens, attention_mask, row, position)
 
     def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
         with self._base.in_place():

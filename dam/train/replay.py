@@ -24,6 +24,8 @@ def stacked_groups(groups: list[Group], pad_token: int) -> Group:
     def padded(name: str, group: Group) -> Tensor:
         value = group[name]
         missing = length - group["final"].shape[-1]
+        if missing == 0 and (name not in jumps or value.shape[-1] == jumps[name]):
+            return value
         if name in _SEQUENCES:
             return F.pad(value, (missing, 0), value=0 if name == "attention_mask" else pad_token)
         if name in jumps:
@@ -72,8 +74,14 @@ class ReplayBuffer:
         return chosen.repeat(-(-share * parts // len(chosen)))[: share * parts].view(parts, share)
 
     def batch(self, places: Tensor) -> Group:
-        """The groups at these places [G], stacked."""
-        return stacked_groups([self._groups[place] for place in places.tolist()], self.pad_token)
+        """The groups at these places [G], stacked; some may be the same."""
+        distinct, of = places.unique(return_inverse=True)
+        groups = stacked_groups([self._groups[place] for place in distinct.tolist()], self.pad_token)
+        return {name: value[of] for name, value in groups.items()}
+
+    def weights(self, places: Tensor) -> Tensor:
+        """The weights [G, K] of the groups at these places [G]."""
+        return torch.stack([self._groups[place]["weight"] for place in places.tolist()])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to continue exactly."""

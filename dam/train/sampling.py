@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
-from dam.models.denoiser import Denoiser, MaskedLM, blocks_of, equal_rows
+from dam.models.denoiser import Denoiser, MaskedLM, blocks_of, equal_rows, hidden_at
 from dam.models.sharding import is_fsdp
 from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
 from dam.train.base import Base, DenoiserFactory
@@ -27,6 +27,9 @@ class _InBlocks:
         self.blocks = blocks_of(model)
         self.left_padding = getattr(base, "left_padding", True)
         self._base = base
+
+    def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
+        return hidden_at(self._base, tokens, attention_mask, row, position)
 
     def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
         return equal_rows(self._base, tokens, attention_mask)

@@ -583,7 +583,7 @@ class DAMTrainer(BaseTrainer):
         places = replay.choose(args.replay_batch_size, parts, generator)
         if args.draw_outcomes is None:
             return replay.batch(places[part]), torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
-        weight = replay.batch(places.flatten())["weight"]
+        weight = replay.weights(places.flatten())
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
         names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
         chosen = drawn[names]
