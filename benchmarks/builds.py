@@ -69,17 +69,18 @@ class Build:
 
 
 def measure(
-    builds: dict[str, Build], repeats: int, *, fill: float = 0.0, cpu_time: bool = False
+    builds: dict[str, Build], repeats: int, *, only: str = "", fill: float = 0.0, cpu_time: bool = False
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each call by each build, of every repeat.
+    """Seconds of each call by each build, of every repeat: of all calls, or of those with `only` in their names.
 
     Of two measurements in a row the second counts, as caches then hold alike. A measurement is of as many calls in a
     row as take `fill` seconds, at least one.
     """
     first = next(iter(builds.values()))
-    seconds: dict[str, dict[str, list[float]]] = {name: {build: [] for build in builds} for name in first.calls}
-    number = {name: max(1, math.ceil(fill / first.seconds(name))) for name in first.calls}
-    names, order, shuffle = list(first.calls), list(builds), random.Random(0).shuffle
+    names = [name for name in first.calls if only in name or name == FLOOR]
+    seconds: dict[str, dict[str, list[float]]] = {name: {build: [] for build in builds} for name in names}
+    number = {name: max(1, math.ceil(fill / first.seconds(name))) for name in names}
+    order, shuffle = list(builds), random.Random(0).shuffle
     for _ in range(repeats):
         shuffle(names)
         for name in names:
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=harness.DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", metavar="TEXT", default="", help="calls with TEXT in their names")
     parser.add_argument("--python", metavar="PATH", default=sys.executable, help="interpreter of this checkout's build")
     parser.add_argument("--fill", metavar="S", type=float, default=0.0, help="time calls in a row that take S seconds")
     parser.add_argument("--cpu-time", action="store_true", help="the CPU's time, which other work does not lengthen")
@@ -135,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         builds["dam"] = Build(checkout.ROOT, settings, options.python)
         torches = " -> ".join(build.versions["torch"] for build in builds.values())
         print(f"{sizes}, medians of {options.repeats}, torch {torches}")
-        found = measure(builds, options.repeats, fill=options.fill, cpu_time=options.cpu_time)
+        found = measure(builds, options.repeats, only=options.only, fill=options.fill, cpu_time=options.cpu_time)
     finally:
         for build in builds.values():
             build.close()
