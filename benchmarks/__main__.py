@@ -1,7 +1,8 @@
 """The one entry of the benchmarks: python -m benchmarks [op ...] | gpu | builds [--help].
 
 With the names of operations, or none for all, it measures them on the CPU against their floors and their peers, as
-`dam bench` does; gpu measures them on a GPU, and builds two builds of the C++ kernels beside each other.
+`dam bench` does; gpu measures them on a GPU, and builds two builds of the C++ kernels, or two releases of torch, beside
+each other.
 """
 
 from __future__ import annotations

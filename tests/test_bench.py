@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -425,8 +426,13 @@ def test_records_of_pytest_benchmark(tmp_path):
 
 
 def test_two_builds_run_side_by_side(tmp_path, capsys):
-    """Each under its own checkout's code, here a copy of this one that has lost its link to the kernels."""
-    before = tmp_path / "before"
+    """Each under its own checkout's code, here a copy of this one that has lost its link to the kernels, and its own
+    interpreter, here this one with another torch.
+    """
+    before, python = tmp_path / "before", tmp_path / "python"
+    (tmp_path / "sitecustomize.py").write_text("import torch; torch.__version__ = '9.9.9'")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     for folder in ("dam", "kernels"):
         shutil.copytree(checkout.ROOT / folder, before / folder, symlinks=True, ignore=shutil.ignore_patterns("data"))
     (before / "dam" / "kernels").unlink()
@@ -434,6 +440,7 @@ def test_two_builds_run_side_by_side(tmp_path, capsys):
     choice = "    backend = choice.choose("
     source.write_text(source.read_text().replace(choice, f"    __import__('time').sleep(0.05)\n{choice}", 1))
     arguments = ["--rows", "2", "--vocabulary", "64", "--repeats", "1", "--json", str(tmp_path / "builds.json")]
+    arguments += ["--threads", "1", "--python", str(python)]
     assert builds.main([str(before), *arguments]) == 0
     assert "jump" in capsys.readouterr().out
     found = json.loads((tmp_path / "builds.json").read_text())
@@ -442,8 +449,58 @@ def test_two_builds_run_side_by_side(tmp_path, capsys):
     # The code that was changed is the one that ran as "before", and nowhere else.
     assert cases["jump"]["before"] > 0.05
     assert found["instruction_set"] == cpu.isa() and found["rows"] == 2
+    torches = {build: versions["torch"] for build, versions in found["builds"].items()}
+    assert torches == {"before": torch.__version__, "dam": "9.9.9"}
+    assert {re.match(r"\w+", name)[0] for name in cases} >= {*public_ops(), "rollout"}
     with pytest.raises(FileNotFoundError, match="build it there first"):
         builds.main([str(tmp_path), *arguments])
+    with pytest.raises(SystemExit):
+        builds.main([str(before), "--cpu-time", "--threads", "2"])
+    assert "--cpu-time is the sum of all threads' times" in capsys.readouterr().err
+
+
+def test_builds_take_turns_and_calls_fill_the_time():
+    """A ratio's two times are of one repeat, each the second of two in a row, of as many calls as fill the time."""
+    asked = []
+
+    class Slow:
+        """A build whose calls take 3 ms of the clock and, in the n-th measurement, n ms of the CPU."""
+
+        def __init__(self, name):
+            self.calls, self.name, self.number = [builds.FLOOR, "jump", "torch"], name, 0
+
+        def seconds(self, call, number=1, *, cpu_time=False):
+            asked.append((self.name, call, number))
+            self.number += 1
+            return 1e-3 * self.number if cpu_time else 3e-3
+
+    seconds = builds.measure({"before": Slow("before"), "dam": Slow("dam")}, 20, only="jump", fill=8e-3, cpu_time=True)
+    assert asked[:2] == [("before", builds.FLOOR, 1), ("before", "jump", 1)]  # tell how many fill the time
+    rest = asked[2:]
+    assert {number for *_, number in rest} == {3} and len(rest) == 2 * 2 * 2 * 20
+    assert rest[::2] == rest[1::2]
+    # Both builds' times of a call come right after each other, either first.
+    assert all(one[1] == other[1] and one[0] != other[0] for one, other in zip(rest[::4], rest[2::4], strict=True))
+    assert {name for name, *_ in rest[::4]} == {"before", "dam"}
+    assert all(len(times) == 20 for of in seconds.values() for times in of.values())
+    kept = sorted(round(1e3 * time) for of in seconds.values() for time in of["dam"])
+    assert kept == list(range(2, 81, 2))  # every second one
+
+
+def test_the_interval_of_a_median():
+    """It holds the distribution's median in 95 of 100 samples, as a binomial number of values lies below."""
+    assert builds.median_and_interval([5.0]) == (5.0, 5.0, 5.0)
+    for n in (11, 31, 101):
+        median, low, high = builds.median_and_interval(list(range(n))[::-1])
+        assert median == (n - 1) / 2 and low + high == n - 1
+        outside = 2 * sum(math.comb(n, k) for k in range(low + 1)) / 2**n
+        assert 0.01 < outside < 0.05
+    seconds = {"before": [1.0, 2.0, 4.0], "dam": [2.0, 3.0, 3.0]}
+    assert builds.compared(seconds) == {
+        "median_seconds": {"before": 2.0, "dam": 3.0},
+        "ratio": 1.5,  # of the ratios 2, 1.5 and 0.75
+        "ratio_interval": [0.75, 2.0],
+    }
 
 
 @pytest.mark.parametrize("calls", [3, 4])

@@ -1,5 +1,6 @@
 """`make test-versions`, short of installing anything."""
 
+import re
 from pathlib import Path
 
 from tests import versions
@@ -29,6 +30,13 @@ def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch):
 
     monkeypatch.setenv("TORCH_VERSIONS", "2.6.0 2.7.0")
     assert results(good, good) == 0 and results(good, bad) == 1
+
+
+def test_what_is_left_out():
+    """Whatever has a mark: each says why a run may do without it, and with them one here would take hours."""
+    pyproject = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+    marks = re.findall(r'"(\w+): ', pyproject.partition("markers = [")[2].partition("]")[0])
+    assert marks and versions.SELECTION[:2] == ("-m", " and ".join(f"not {mark}" for mark in marks))
 
 
 def test_what_a_release_of_transformers_is_tried_with(monkeypatch):

@@ -44,8 +44,8 @@ OF_ITS_TIME = {
     "5.0.0": ("1.12.0", "0.18.1"),
 }
 RECOMMENDED = ("4.53.3", "4.57.6")  # in docs/models.md, for the published code of models
-# test_rooms.py is about the checkout.
-SELECTION = ("-m", "not slow", "-k", "not triton and not cuda", "--ignore", "tests/ops/test_rooms.py")
+# What is marked slow or full would take hours; test_rooms.py is about the checkout.
+SELECTION = ("-m", "not slow and not full", "-k", "not triton and not cuda", "--ignore", "tests/ops/test_rooms.py")
 
 # Run where the tests are, in a folder without dam: the wheel is what is imported, and its C++ kernels run: their tests
 # would be skipped otherwise.
