@@ -52,6 +52,11 @@ def linear_log_prob(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
     """
     op = "linear_log_prob"
+    if suppress is None and lora is None and _op.at_once(hidden, head_weight, bias, target, exclude):
+        logits = _head.at_once(hidden, head_weight, bias, softcap)
+        found = None if logits is None else _row_op.at_once(logits, target, exclude, temperature)
+        if found is not None:
+            return found
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
     head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     targets = _checks.target(op, target, lead, hidden)

@@ -52,6 +52,10 @@ def rate_ratio(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
     """
+    if suppress is None and _op.at_once(logits, base_logits, target, exclude):
+        found = cpu.kernels.rate_ratio(logits=logits, exclude=exclude, suppressed=0, base=base_logits, target=target)
+        if found is not None:
+            return RateRatio(*found)
     x, lead = _checks.rows("rate_ratio", "logits", logits, "V")
     base, _ = _checks.rows("rate_ratio", "base_logits", base_logits, "V")
     _checks.like("rate_ratio", "base_logits", base_logits, "logits", logits)
@@ -76,19 +80,12 @@ def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Exclude
 
 
 def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:
-    log_ratio, escape_gap = outputs(logits, target)
     target = target.contiguous()
     suppressed = address.bits(exclude.suppressed)
-    cpu.kernels.rate_ratio(
-        shape=cpu.shape(logits),
-        logits=address.matrix(logits),
-        base=address.matrix(base_logits),
-        exclude=address.indices(exclude.row),
-        suppressed=address.of(suppressed),
-        target=target.data_ptr(),
-        targets=target.shape[1],
-        log_ratio=log_ratio.data_ptr(),
-        escape_gap=escape_gap.data_ptr(),
+    log_ratio, escape_gap = cpu.taken(
+        cpu.kernels.rate_ratio(
+            logits=logits, exclude=exclude.row, suppressed=address.of(suppressed), base=base_logits, target=target
+        )
     )
     return log_ratio, escape_gap
 
