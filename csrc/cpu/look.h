@@ -33,13 +33,13 @@ inline py::object found(PyObject* x) {
 
 // torch's own objects, which live as long as the process.
 struct Torch {
-  PyObject *float32, *bfloat16, *float16, *float64, *int64, *tensor, *parameter, *threads, *grad_enabled;
+  PyObject *float32, *bfloat16, *float16, *float64, *int64, *boolean, *tensor, *parameter, *threads, *grad_enabled;
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
     const auto get = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
     float32 = get("float32"), bfloat16 = get("bfloat16"), float16 = get("float16"), float64 = get("float64");
-    int64 = get("int64"), tensor = get("Tensor"), threads = get("get_num_threads"), grad_enabled = get("is_grad_enabled");
+    int64 = get("int64"), boolean = get("bool"), tensor = get("Tensor"), threads = get("get_num_threads"), grad_enabled = get("is_grad_enabled");
     parameter = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
   }
 };
@@ -62,28 +62,44 @@ inline int64_t whole(PyObject* x) {
   return value;
 }
 
-// Of one or two dimensions; sizes and strides that are not there are 1.
+using Sizes = std::vector<int64_t>;
+
 struct Array {
   void* data;
   PyObject* dtype;
-  Py_ssize_t dimensions;
-  int64_t size[2], stride[2];
+  Sizes sizes, strides;
 
-  explicit Array(PyObject* x) {
-    const py::object shape = attribute(x, DAM_NAME(shape)), strides = method(x, DAM_NAME(stride));
-    require(PyTuple_Check(shape.ptr()) && PyTuple_Check(strides.ptr()));
-    dimensions = PyTuple_GET_SIZE(shape.ptr());
-    require(1 <= dimensions && dimensions <= 2 && PyTuple_GET_SIZE(strides.ptr()) == dimensions);
-    for (int i = 0; i < 2; ++i) {
-      size[i] = i < dimensions ? whole(PyTuple_GET_ITEM(shape.ptr(), i)) : 1;
-      stride[i] = i < dimensions ? whole(PyTuple_GET_ITEM(strides.ptr(), i)) : 1;
-    }
+  explicit Array(PyObject* x) : sizes(numbers(attribute(x, DAM_NAME(shape)))), strides(numbers(method(x, DAM_NAME(stride)))) {
+    require(sizes.size() == strides.size());
     dtype = attribute(x, DAM_NAME(dtype)).ptr();  // one of the objects above, or of others that live as long
     data = reinterpret_cast<void*>(whole(method(x, DAM_NAME(data_ptr)).ptr()));
   }
 
-  bool is_matrix() const { return dimensions == 2 && size[1] >= 1 && (stride[1] == 1 || size[1] == 1); }
-  bool contiguous() const { return (stride[1] == 1 || size[1] <= 1) && (stride[0] == size[1] || size[0] <= 1); }
+  // Entries of the first dimensions, and how far one is from the next; Unfit where that varies.
+  struct Run {
+    int64_t count, stride;
+  };
+  Run run(size_t dimensions) const {
+    Run found{1, 0};
+    for (size_t i = dimensions; i-- > 0;) {
+      if (sizes[i] == 1) continue;
+      require(found.count <= 1 || strides[i] == found.stride * found.count);
+      if (found.count == 1) found.stride = strides[i];
+      found.count *= sizes[i];
+    }
+    return found;
+  }
+
+  // Rows of at least one number, each beside the next.
+  bool has_rows() const { return !sizes.empty() && sizes.back() >= 1 && (strides.back() == 1 || sizes.back() == 1); }
+
+ private:
+  static Sizes numbers(const py::object& x) {
+    require(PyTuple_Check(x.ptr()));
+    Sizes all(PyTuple_GET_SIZE(x.ptr()));
+    for (size_t i = 0; i < all.size(); ++i) all[i] = whole(PyTuple_GET_ITEM(x.ptr(), i));
+    return all;
+  }
 };
 
 inline int code_of(PyObject* dtype) {  // of core/dtype.h, or -1
@@ -96,22 +112,24 @@ class Call {
   void rows(PyObject* x, Shape& shape, Matrix& member) {
     const Array array(x);
     const int dtype = code_of(array.dtype);
-    require(array.is_matrix() && dtype >= 0);
-    shape = {array.size[0], array.size[1], dtype, static_cast<int>(whole(call(torch->threads).ptr()))};
-    member = {array.data, array.stride[0]};
+    require(array.has_rows() && dtype >= 0);
+    const Array::Run run = array.run(array.sizes.size() - 1);
+    shape = {run.count, array.sizes.back(), dtype, static_cast<int>(whole(call(torch->threads).ptr()))};
+    member = {array.data, run.stride};
     like_ = x, dtype_ = array.dtype, shape_ = shape;
+    of_rows = Sizes(array.sizes.begin(), array.sizes.end() - 1);
   }
   void like(PyObject* x, Matrix& member) {
     const Array array(x);
-    require(array.is_matrix() && array.dtype == dtype_ && array.size[0] == shape_.rows && array.size[1] == shape_.columns);
-    member = {array.data, array.stride[0]};
+    require(array.has_rows() && array.dtype == dtype_ && array.sizes == followed_by(shape_.columns));
+    member = {array.data, array.run(of_rows.size()).stride};
   }
   void per_row(PyObject* x, Indices& member) {
     member = {nullptr, 0};
     if (x == Py_None) return;
     const Array array(x);
-    require(array.dimensions == 1 && array.dtype == torch->int64 && array.size[0] == shape_.rows);
-    member = {static_cast<const int64_t*>(array.data), array.stride[0]};
+    require(array.dtype == torch->int64 && array.sizes == of_rows);
+    member = {static_cast<const int64_t*>(array.data), array.run(of_rows.size()).stride};
   }
   // Of each row, or of all: a column, or -1 for none.
   void column(PyObject* x, Indices& member) {
@@ -126,14 +144,39 @@ class Call {
     in_range(column_);
     member = {column_ == -1 ? nullptr : &column_, 0};
   }
-  // int64 [T] or [T, J], columns or -1.
+  // Columns that are left out in every row: None, a list or tuple of them, or bool [V]. A bit each, up to whole tiles.
+  void bits(PyObject* x, const uint8_t*& member) {
+    member = nullptr;
+    const bool is_list = PyList_Check(x), is_empty = is_list && PyList_GET_SIZE(x) == 0;
+    if (x == Py_None || is_empty || (PyTuple_Check(x) && PyTuple_GET_SIZE(x) == 0)) return;
+    bits_.assign((shape_.columns + 1023) / 1024 * 128, 0);
+    const auto leave_out = [&](int64_t v) { bits_[v / 8] |= static_cast<uint8_t>(1 << v % 8); };
+    if (is_list || PyTuple_Check(x)) {
+      const Py_ssize_t count = PySequence_Fast_GET_SIZE(x);
+      for (Py_ssize_t i = 0; i < count; ++i) {
+        const int64_t v = whole(PySequence_Fast_GET_ITEM(x, i));
+        require(0 <= v && v < shape_.columns);
+        leave_out(v);
+      }
+    } else {
+      const Array mask(x);
+      require(mask.dtype == torch->boolean && mask.sizes == Sizes{shape_.columns} && mask.has_rows());
+      for (int64_t v = 0; v < shape_.columns; ++v) {
+        if (static_cast<const bool*>(mask.data)[v]) leave_out(v);
+      }
+    }
+    member = bits_.data();
+  }
+  // int64 [...] or [..., J], columns or -1.
   void targets(PyObject* x, const int64_t*& member, int64_t& count) {
     const Array array(x);
-    require(array.dtype == torch->int64 && array.contiguous() && array.size[0] == shape_.rows);
-    member = static_cast<const int64_t*>(array.data), count = array.size[1];
-    for (int64_t i = 0; i < shape_.rows * count; ++i) in_range(member[i]);
-    of_targets = {array.size[0]};
-    if (array.dimensions == 2) of_targets.push_back(count);
+    const bool one = array.sizes == of_rows;
+    count = one ? 1 : array.sizes.empty() ? 0 : array.sizes.back();
+    require(array.dtype == torch->int64 && (one || array.sizes == followed_by(count)));
+    const Array::Run run = array.run(array.sizes.size());
+    require(run.count <= 1 || run.stride == 1);
+    member = static_cast<const int64_t*>(array.data), of_targets = array.sizes;
+    for (int64_t i = 0; i < run.count; ++i) in_range(member[i]);
   }
   void temperature(PyObject* x, double& member) {
     require(PyFloat_Check(x) || is_int(x));
@@ -149,8 +192,7 @@ class Call {
   void samples(PyObject* x, int64_t& member) {
     member = whole(x);
     require(1 <= member && member < int64_t{1} << 24);
-    of_samples = {shape_.rows};
-    if (member > 1) of_samples.push_back(member);
+    of_samples = member > 1 ? followed_by(member) : of_rows;
   }
   // Of 64 bits, with a sign or without.
   void seed(PyObject* x, uint64_t& member) {
@@ -168,9 +210,7 @@ class Call {
     member = all;
   }
 
-  using Sizes = std::vector<int64_t>;
-  Sizes of_rows() const { return {shape_.rows}; }
-  Sizes of_targets, of_samples;
+  Sizes of_rows, of_targets, of_samples;  // of results
 
   // A new array on the device of the rows.
   template <class T>
@@ -179,16 +219,23 @@ class Call {
     PyObject* const dtype = std::is_same_v<T, int64_t> ? torch->int64
                             : std::is_same_v<T, float> ? torch->float32
                                                        : torch->float64;
-    PyObject* arguments[4] = {like_};
-    py::object held[2];
+    constexpr size_t MOST = 8;
     const size_t count = sizes.size();
+    require(count <= MOST);
+    PyObject* arguments[MOST + 3] = {like_};
+    py::object held[MOST + 1];
     for (size_t i = 0; i < count; ++i) {
       held[i] = py::reinterpret_steal<py::object>(PyLong_FromLongLong(sizes[i]));
       arguments[1 + i] = held[i].ptr();
     }
-    arguments[1 + count] = dtype;
+    if (count == 0) {  // which must be said
+      held[0] = py::tuple();
+      arguments[1] = held[0].ptr();
+    }
+    const size_t positional = 1 + (count == 0 ? 1 : count);
+    arguments[positional] = dtype;
     static PyObject* const names = PyTuple_Pack(1, DAM_NAME(dtype));
-    PyObject* const array = PyObject_VectorcallMethod(DAM_NAME(new_empty), arguments, 1 + count, names);
+    PyObject* const array = PyObject_VectorcallMethod(DAM_NAME(new_empty), arguments, positional, names);
     if (!array) throw py::error_already_set();
     made_.push_back(py::reinterpret_steal<py::object>(array));
     return static_cast<T*>(reinterpret_cast<void*>(whole(method(array, DAM_NAME(data_ptr)).ptr())));
@@ -205,11 +252,17 @@ class Call {
   }
 
  private:
+  Sizes followed_by(int64_t size) const {
+    Sizes sizes = of_rows;
+    sizes.push_back(size);
+    return sizes;
+  }
   void in_range(int64_t column) const { require(-1 <= column && column < shape_.columns); }
 
   PyObject *like_ = nullptr, *dtype_ = nullptr;
   Shape shape_{};
   int64_t column_ = -1;
+  std::vector<uint8_t> bits_;
   std::vector<py::object> made_;
 };
 
@@ -230,6 +283,11 @@ inline bool among(const std::vector<uint64_t>& all, const py::object& keys) {
   return false;
 }
 
+inline bool is_number(PyObject* x) {  // or nothing, or a text
+  const PyTypeObject* const type = Py_TYPE(x);
+  return x == Py_None || type == &PyLong_Type || type == &PyFloat_Type || type == &PyBool_Type || type == &PyUnicode_Type;
+}
+
 // 0: no; 1: yes; 2: it would also record the call for a gradient.
 inline int ordinary(PyObject* const* arguments, Py_ssize_t count) {
   if (!watch.keys_of || !among(watch.no_modes, call(watch.keys_of_thread))) return 0;
@@ -238,18 +296,14 @@ inline int ordinary(PyObject* const* arguments, Py_ssize_t count) {
   bool recorded = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const x = arguments[i];
-    PyTypeObject* const type = Py_TYPE(x);
-    if (x == Py_None || type == &PyLong_Type || type == &PyFloat_Type || type == &PyBool_Type || type == &PyUnicode_Type) {
-      continue;
-    }
-    if (PyList_CheckExact(x)) {
-      const Py_ssize_t size = PyList_GET_SIZE(x);
-      for (Py_ssize_t k = 0; k < size; ++k) {
-        if (!PyBool_Check(PyList_GET_ITEM(x, k))) return 0;
+    if (is_number(x)) continue;
+    if (PyList_CheckExact(x) || PyTuple_CheckExact(x)) {
+      for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(x); ++k) {
+        if (!is_number(PySequence_Fast_GET_ITEM(x, k))) return 0;
       }
       continue;
     }
-    const PyObject* const kind = reinterpret_cast<PyObject*>(type);
+    const PyObject* const kind = reinterpret_cast<PyObject*>(Py_TYPE(x));
     if (kind != torch->tensor && kind != torch->parameter) return 0;
     const py::object keys = found(PyObject_CallOneArg(watch.keys_of, x));
     if (!among(watch.plain, keys)) return 0;
@@ -261,11 +315,12 @@ inline int ordinary(PyObject* const* arguments, Py_ssize_t count) {
 // Whether a head [V, D] and a bias [V] fit hidden states [T, D], all of a dtype that the kernels take.
 inline bool is_head(PyObject* hidden, PyObject* weight, PyObject* bias) {
   const Array states(hidden), head(weight);
-  require(states.is_matrix() && head.is_matrix() && head.size[0] >= 1 && states.size[1] == head.size[1]);
+  require(states.has_rows() && head.has_rows() && states.sizes.size() == 2 && head.sizes.size() == 2);
   require(code_of(states.dtype) >= 0 && states.dtype == head.dtype);
+  require(head.sizes[0] >= 1 && states.sizes[1] == head.sizes[1]);
   if (bias == Py_None) return true;
   const Array of_columns(bias);
-  return of_columns.dimensions == 1 && of_columns.dtype == head.dtype && of_columns.size[0] == head.size[0];
+  return of_columns.dtype == head.dtype && of_columns.sizes == Sizes{head.sizes[0]};
 }
 
 }  // namespace look

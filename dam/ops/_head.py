@@ -111,7 +111,7 @@ def checked(
 
 
 def at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor | None:
-    """The logits of an `_op.at_once` call, where its tensors fit and the C++ backend makes them in one chunk; else None."""
+    """The logits of an `_op.at_once` call where its tensors fit and few logits are made, in one chunk; else None."""
     if softcap is not None or not cpu.kernels.is_head(hidden, weight, bias):
         return None
     rows, columns = hidden.shape[0], weight.shape[0]

@@ -72,7 +72,7 @@ def ordinary(*args: Any) -> int:
 
     Nothing of torch's sees what an op's function is then called without: neither modes, subclasses nor a profiler.
     """
-    if cpu.kernels is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or cpu.kernels is None:
         return 0
     return cpu.kernels.ordinary(*args) or 0
 
@@ -82,8 +82,7 @@ def at_once(*args: Any) -> bool:
 
     The kernel looks at its arguments and returns None if one does not fit; then the checks find what that is.
     """
-    return choice.is_free() and ordinary(*args) == 1
-
+    return ordinary(*args) == 1 and choice.is_free()
 
 
 def _schema(function: Callable) -> str:
@@ -110,8 +109,8 @@ class Op:
     torch.library.custom_op puts several calls of Python around each of its ops, and an autograd kernel that costs more
     than a small op itself. Here the dispatcher calls the function, and the gradient of an eager call comes from an
     autograd.Function; what traces calls, and pays once, gets the op with an autograd kernel by the same formulas. An
-    op without `register_autograd` refuses a gradient. Calls take positional arguments, all of them. An `ordinary` one on
-    a CPU is a call of the function.
+    op without `register_autograd` refuses a gradient. An `ordinary` call on a CPU is one of the function itself. Calls
+    take positional arguments, all of them.
     """
 
     def __init__(self, name: str, function: Callable):

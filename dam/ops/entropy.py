@@ -42,8 +42,8 @@ def entropy(
 
     Source: Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
-    if suppress is None and _op.at_once(logits, exclude):
-        found = cpu.kernels.entropy(logits=logits, exclude=exclude, suppressed=0, temperature=temperature)
+    if _op.at_once(logits, exclude, suppress):
+        found = cpu.kernels.entropy(logits=logits, exclude=exclude, suppressed=suppress, temperature=temperature)
         if found is not None:
             return found[0]
     x, lead = _checks.rows("entropy", "logits", logits, "V")
@@ -95,11 +95,8 @@ def _torch_backward(
 
 
 def _cpu(logits: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
-    suppressed = address.bits(exclude.suppressed)
     value, log_escape = cpu.taken(
-        cpu.kernels.entropy(
-            logits=logits, exclude=exclude.row, suppressed=address.of(suppressed), temperature=temperature
-        )
+        cpu.kernels.entropy(logits=logits, exclude=exclude.row, suppressed=exclude.suppressed, temperature=temperature)
     )
     return value, log_escape
 

@@ -65,9 +65,9 @@ def jump(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 1; random stream: `dam.ops._philox`.
     """
-    if suppress is None and _op.at_once(logits, exclude, seed, row_ids):
+    if _op.at_once(logits, exclude, suppress, seed, row_ids):
         seed = random_seed() if seed is None else seed
-        found = at_once(logits, exclude, temperature, num_samples, seed, row_ids, check)
+        found = at_once(logits, exclude, suppress, temperature, num_samples, seed, row_ids, check)
         if found is not None:
             return found
     logits, lead = _checks.rows("jump", "logits", logits, "V")
@@ -127,6 +127,7 @@ def random_seed() -> Tensor:
 def at_once(
     logits: Tensor,
     exclude: int | Tensor,
+    suppress: Tensor | Sequence[int] | None,
     temperature: float,
     num_samples: int,
     seed: int | Tensor,
@@ -137,7 +138,7 @@ def at_once(
     found = cpu.kernels.jump(
         logits=logits,
         exclude=exclude,
-        suppressed=0,
+        suppressed=suppress,
         row_ids=row_ids,
         temperature=temperature,
         num_samples=num_samples,
@@ -251,12 +252,11 @@ def _cpu(
     row_ids: Tensor | None,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    suppressed = address.bits(exclude.suppressed)
     target, log_prob, log_escape, bad_row = cpu.taken(
         cpu.kernels.jump(
             logits=logits,
             exclude=exclude.row,
-            suppressed=address.of(suppressed),
+            suppressed=exclude.suppressed,
             row_ids=row_ids,
             temperature=temperature,
             num_samples=num_samples,

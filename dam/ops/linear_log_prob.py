@@ -52,7 +52,7 @@ def linear_log_prob(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
     """
     op = "linear_log_prob"
-    if suppress is None and lora is None and _op.at_once(hidden, head_weight, bias, target, exclude):
+    if lora is None and _excluded.is_nothing(suppress) and _op.at_once(hidden, head_weight, bias, target, exclude):
         logits = _head.at_once(hidden, head_weight, bias, softcap)
         found = None if logits is None else _row_op.at_once(logits, target, exclude, temperature)
         if found is not None:

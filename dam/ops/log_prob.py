@@ -75,7 +75,7 @@ def log_prob(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
     """
-    if suppress is None and entropy is False and _op.at_once(logits, target, exclude):
+    if entropy is False and _excluded.is_nothing(suppress) and _op.at_once(logits, target, exclude):
         found = at_once(logits, target, exclude, temperature)
         if found is not None:
             return found
@@ -96,7 +96,7 @@ def log_prob(
 def at_once(logits: Tensor, target: Tensor, exclude: int | Tensor, temperature: float) -> Tensor | None:
     """What `log_prob` returns, by the C++ kernel; None where an argument does not fit."""
     found = cpu.kernels.log_prob(
-        logits=logits, exclude=exclude, suppressed=0, temperature=temperature, target=target
+        logits=logits, exclude=exclude, suppressed=None, temperature=temperature, target=target
     )
     return None if found is None else found[0]
 
@@ -142,15 +142,13 @@ def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape:
 
 
 def _cpu(logits: Tensor, target: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
-    target = target.contiguous()
-    suppressed = address.bits(exclude.suppressed)
     value, log_escape = cpu.taken(
         cpu.kernels.log_prob(
             logits=logits,
             exclude=exclude.row,
-            suppressed=address.of(suppressed),
+            suppressed=exclude.suppressed,
             temperature=temperature,
-            target=target,
+            target=target.contiguous(),
         )
     )
     return value, log_escape
