@@ -66,7 +66,8 @@ def linear_log_prob(
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     keep = backend in _KEEPS and _head.keeps_logits(head, _head.needed_of(head), backend)
     value, log_escape, _ = _linear_log_prob(*head, targets, *excluded, temperature, keep, backend)
-    return _excluded.with_never(value, never, log_escape).view(target.shape)
+    value = _excluded.with_never(value, never, log_escape)
+    return value if value.shape == target.shape else value.view(target.shape)  # a view is one more node for autograd
 
 
 def chunked(

@@ -90,7 +90,8 @@ def log_prob(
     backend = choice.choose("log_prob", _IMPLEMENTATIONS, logits)
     targets, never = _excluded.split(targets, excluded)
     value, log_escape = _log_prob(logits, targets, *excluded, temperature, backend)
-    return _excluded.with_never(value, never, log_escape).view(target.shape)
+    value = _excluded.with_never(value, never, log_escape)
+    return value if value.shape == target.shape else value.view(target.shape)  # a view is one more node for autograd
 
 
 def at_once(logits: Tensor, target: Tensor, exclude: int | Tensor, temperature: float) -> Tensor | None:
