@@ -118,11 +118,8 @@ def at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     forms.asked("cpu")  # an error at the first call
     if rows * columns > _FEW or 8 * rows * columns > _rows.workspace_bytes():
         return None
-    if hidden.dtype == torch.float32:
-        out = torch.mm(hidden, weight.t())
-        return out if bias is None else out.add_(bias)
-    out = torch.empty((rows, columns), dtype=torch.float32, device="cpu")
-    _products(Projection(hidden, weight, bias), out)
+    out = hidden.new_empty((rows, columns), dtype=torch.float32)
+    _products(Projection(hidden, weight, bias), out)  # as in an op, into an array that autocast leaves alone
     return out
 
 
