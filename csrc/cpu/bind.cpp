@@ -200,10 +200,10 @@ static PyObject* ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   return guarded([&] { return PyLong_FromLong(look::ordinary(arguments, count)); });
 }
 
-static PyObject* is_head(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+static PyObject* takes_head(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] {
     look::require(count == 3);
-    return PyBool_FromLong(look::is_head(arguments[0], arguments[1], arguments[2]));
+    return PyBool_FromLong(look::takes_head(arguments[0], arguments[1], arguments[2]));
   });
 }
 
@@ -219,9 +219,10 @@ static void add_functions(py::module_& module) {
       method("ordinary", ordinary, METH_FASTCALL,
              "ordinary(*arguments): whether torch's dispatcher would do nothing with a call of an op but call its "
              "function: 1; 2: but record it for a gradient; 0: no. None: an argument cannot be looked at."),
-      method("is_head", is_head, METH_FASTCALL,
-             "is_head(hidden, weight, bias): whether these are hidden states [T, D], a head [V, D] and None or [V], of "
-             "one dtype that the kernels take and unit inner stride; None: one cannot be looked at."),
+      method("takes_head", takes_head, METH_FASTCALL,
+             "takes_head(hidden, weight, bias): whether these are hidden states [T, D], a head [V, D] and None or [V], of "
+             "one dtype that the kernels take and unit inner stride, with few logits, and no variable asks for other ways; "
+             "None: one cannot be looked at."),
       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(module.ptr(), all) != 0) throw py::error_already_set();
 }

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <type_traits>
 #include <vector>
 
@@ -312,12 +313,15 @@ inline int ordinary(PyObject* const* arguments, Py_ssize_t count) {
   return recorded && call(torch->grad_enabled).ptr() == Py_True ? 2 : 1;
 }
 
-// Whether a head [V, D] and a bias [V] fit hidden states [T, D], all of a dtype that the kernels take.
-inline bool is_head(PyObject* hidden, PyObject* weight, PyObject* bias) {
+// Whether a head [V, D] and a bias [V] fit hidden states [T, D], all of a dtype that the kernels take; and their logits
+// are made in one chunk, so few that Python's part of a call counts, and no variable asks for other ways.
+inline bool takes_head(PyObject* hidden, PyObject* weight, PyObject* bias) {
+  constexpr int64_t FEW = 1 << 20;
+  require(!std::getenv("DAM_LINEAR_FORM") && !std::getenv("DAM_WORKSPACE_MB"));
   const Array states(hidden), head(weight);
   require(states.has_rows() && head.has_rows() && states.sizes.size() == 2 && head.sizes.size() == 2);
   require(code_of(states.dtype) >= 0 && states.dtype == head.dtype);
-  require(head.sizes[0] >= 1 && states.sizes[1] == head.sizes[1]);
+  require(head.sizes[0] >= 1 && states.sizes[1] == head.sizes[1] && states.sizes[0] <= FEW / head.sizes[0]);
   if (bias == Py_None) return true;
   const Array of_columns(bias);
   return of_columns.dtype == head.dtype && of_columns.sizes == Sizes{head.sizes[0]};

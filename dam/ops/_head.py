@@ -29,7 +29,6 @@ _MANY_ROWS = 1024
 # Rows up to which the C++ backend's product by float32's instructions is faster on a CPU than converting the head for
 # torch's: of 128 it took 0.6 of that time, of 1,024 1.2 (benchmarks/products.py, AVX-512).
 _WIDENED_ROWS = 512
-_FEW = 2**20  # logits of a call before its checks: of more these do not count
 # Whether a product of 16-bit numbers can be added to a float32 array: in torch 2.11 and later.
 _ADDS_PRODUCTS = hasattr(torch.ops.aten.addmm, "dtype_out") and tuple(map(int, torch.__version__.split(".")[:2])) >= (
     2,
@@ -112,13 +111,9 @@ def checked(
 
 def at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor | None:
     """The logits of an `_op.at_once` call where its tensors fit and few logits are made, in one chunk; else None."""
-    if softcap is not None or not cpu.kernels.is_head(hidden, weight, bias):
+    if softcap is not None or not cpu.kernels.takes_head(hidden, weight, bias):
         return None
-    rows, columns = hidden.shape[0], weight.shape[0]
-    forms.asked("cpu")  # an error at the first call
-    if rows * columns > _FEW or 8 * rows * columns > _rows.workspace_bytes():
-        return None
-    out = hidden.new_empty((rows, columns), dtype=torch.float32)
+    out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
     _products(Projection(hidden, weight, bias), out)  # as in an op, into an array that autocast leaves alone
     return out
 
