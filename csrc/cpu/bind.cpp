@@ -220,9 +220,9 @@ static void add_functions(py::module_& module) {
              "ordinary(*arguments): whether torch's dispatcher would do nothing with a call of an op but call its "
              "function: 1; 2: but record it for a gradient; 0: no. None: an argument cannot be looked at."),
       method("takes_head", takes_head, METH_FASTCALL,
-             "takes_head(hidden, weight, bias): whether these are hidden states [T, D], a head [V, D] and None or [V], of "
-             "one dtype that the kernels take and unit inner stride, with few logits, and no variable asks for other ways; "
-             "None: one cannot be looked at."),
+             "takes_head(hidden, weight, bias): whether these are hidden states [T, D], a head [V, D] and None or [V], "
+             "of one dtype that the kernels take and unit inner stride, with few logits, and no variable asks for other "
+             "ways; None: one does not fit."),
       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(module.ptr(), all) != 0) throw py::error_already_set();
 }

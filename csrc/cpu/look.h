@@ -1,5 +1,5 @@
-// How dam._cpu looks at torch's tensors and makes new ones: by Python's interface, so that it is built without torch and
-// for every release of it. What is not such as a kernel takes it is Unfit; what is wrong with it dam.ops says.
+// How dam._cpu looks at torch's tensors and makes new ones: by Python's interface, so that it is built without torch
+// and for every release of it. What is not such as a kernel takes it is Unfit; what is wrong with it dam.ops says.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -40,7 +40,8 @@ struct Torch {
     const py::module_ torch = py::module_::import("torch");
     const auto get = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
     float32 = get("float32"), bfloat16 = get("bfloat16"), float16 = get("float16"), float64 = get("float64");
-    int64 = get("int64"), boolean = get("bool"), tensor = get("Tensor"), threads = get("get_num_threads"), grad_enabled = get("is_grad_enabled");
+    int64 = get("int64"), boolean = get("bool"), tensor = get("Tensor");
+    threads = get("get_num_threads"), grad_enabled = get("is_grad_enabled");
     parameter = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
   }
 };
@@ -70,7 +71,8 @@ struct Array {
   PyObject* dtype;
   Sizes sizes, strides;
 
-  explicit Array(PyObject* x) : sizes(numbers(attribute(x, DAM_NAME(shape)))), strides(numbers(method(x, DAM_NAME(stride)))) {
+  explicit Array(PyObject* x)
+      : sizes(numbers(attribute(x, DAM_NAME(shape)))), strides(numbers(method(x, DAM_NAME(stride)))) {
     require(sizes.size() == strides.size());
     dtype = attribute(x, DAM_NAME(dtype)).ptr();  // one of the objects above, or of others that live as long
     data = reinterpret_cast<void*>(whole(method(x, DAM_NAME(data_ptr)).ptr()));
@@ -286,7 +288,8 @@ inline bool among(const std::vector<uint64_t>& all, const py::object& keys) {
 
 inline bool is_number(PyObject* x) {  // or nothing, or a text
   const PyTypeObject* const type = Py_TYPE(x);
-  return x == Py_None || type == &PyLong_Type || type == &PyFloat_Type || type == &PyBool_Type || type == &PyUnicode_Type;
+  return x == Py_None || type == &PyLong_Type || type == &PyFloat_Type || type == &PyBool_Type ||
+         type == &PyUnicode_Type;
 }
 
 // 0: no; 1: yes; 2: it would also record the call for a gradient.

@@ -86,7 +86,8 @@ class Call {
   // Raises for an argument that was not asked for.
   void finish() const {
     for (int i = 0; i < given_; ++i) {
-      if (!arguments_[i].taken) throw py::type_error(std::string(op_) + "() has no argument " + text(arguments_[i].name));
+      const Argument& argument = arguments_[i];
+      if (!argument.taken) throw py::type_error(std::string(op_) + "() has no argument " + text(argument.name));
     }
   }
 
