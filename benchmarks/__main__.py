@@ -1,8 +1,8 @@
-"""The one entry of the benchmarks: python -m benchmarks [op ...] | gpu | builds [--help].
+"""The one entry of the benchmarks: python -m benchmarks [op ...] | gpu | builds | calls [--help].
 
 With the names of operations, or none for all, it measures them on the CPU against their floors and their peers, as
-`dam bench` does; gpu measures them on a GPU, and builds two builds of the C++ kernels, or two releases of torch, beside
-each other.
+`dam bench` does; gpu measures them on a GPU, builds two builds of the C++ kernels, or two releases of torch, beside
+each other, and calls what a call of few numbers costs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import builds
 
         return builds.main(rest)
+    if command == "calls":
+        from benchmarks import calls
+
+        return calls.main(rest)
     from benchmarks import report
 
     return report.main(arguments, PROG)

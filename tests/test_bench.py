@@ -1,6 +1,7 @@
 """`python -m benchmarks`: every case runs, its functions compute the same, and records say what was measured."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dam
 from benchmarks import __main__ as entry
-from benchmarks import builds, checkout, harness, memory, options, peers, products, records, report, side_by_side
+from benchmarks import builds, calls, checkout, harness, memory, options, peers, products, records, report, side_by_side
 from dam import cli
 from dam.backends import cpu
 from dam.kernels import configs
@@ -305,7 +306,7 @@ def test_both_front_ends_measure_the_sizes_and_dtypes_that_are_asked_for(main, t
 
 
 def test_one_entry_has_every_command(capsys):
-    own = {(): "--no-peers", ("gpu",): "--sanitize", ("builds",): "BEFORE"}
+    own = {(): "--no-peers", ("gpu",): "--sanitize", ("builds",): "BEFORE", ("calls",): "--loop"}
     for command, option in own.items():
         with pytest.raises(SystemExit) as stop:
             entry.main([*command, "--help"])
@@ -437,8 +438,8 @@ def test_two_builds_run_side_by_side(tmp_path, capsys):
         shutil.copytree(checkout.ROOT / folder, before / folder, symlinks=True, ignore=shutil.ignore_patterns("data"))
     (before / "dam" / "kernels").unlink()
     source = before / "dam" / "ops" / "jump.py"
-    choice = "    backend = choice.choose("
-    source.write_text(source.read_text().replace(choice, f"    __import__('time').sleep(0.05)\n{choice}", 1))
+    first = "    if _op.at_once("
+    source.write_text(source.read_text().replace(first, f"    __import__('time').sleep(0.05)\n{first}", 1))
     arguments = ["--rows", "2", "--vocabulary", "64", "--repeats", "1", "--json", str(tmp_path / "builds.json")]
     arguments += ["--threads", "1", "--python", str(python)]
     assert builds.main([str(before), *arguments]) == 0
@@ -501,6 +502,32 @@ def test_the_interval_of_a_median():
         "ratio": 1.5,  # of the ratios 2, 1.5 and 0.75
         "ratio_interval": [0.75, 2.0],
     }
+
+
+def test_calls_of_few_numbers_are_measured(tmp_path, capsys, monkeypatch):
+    """Every one, of the CPU's time; and what is timed is the call that is named."""
+    path = tmp_path / "calls.json"
+    arguments = ["--rows", "2", "--vocabulary", "5", "--hidden", "3", "--repeats", "3", "--loop", "2"]
+    assert entry.main(["calls", *arguments, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    of = calls.functions(2, 5, 3, torch.float32)
+    assert (
+        found["median_cpu_seconds"].keys() == of.keys() and found["rows"] == 2 and found["instruction_set"] == cpu.isa()
+    )
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in f"\n{shown}" for name in of)
+    clock = [0.0]
+    monkeypatch.setattr(calls.time, "process_time", lambda: clock[0])
+    took = {name: 1.0 + n for n, name in enumerate(of)}
+
+    def spend(name):
+        clock[0] += took[name]
+
+    assert calls.measure({name: functools.partial(spend, name) for name in of}, 3, 2) == took
+    for name, call in of.items():
+        shapes = [x.shape for x in harness.tensors(call())]
+        gradient = (2, 3) if name.startswith("linear") else (2, 5)
+        assert shapes == [gradient] if name.endswith("with gradient") else shapes
 
 
 @pytest.mark.parametrize("calls", [3, 4])

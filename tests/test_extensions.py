@@ -14,23 +14,38 @@ CSRC = Path(__file__).parent.parent / "csrc"
 def rate_ratio(backend):
     """The arguments of a small call."""
     x, target = torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64)
-    results = torch.empty(2, 1), torch.empty(2)
+    if backend is cpu:
+        return {"logits": x, "exclude": -1, "suppressed": None, "base": x, "target": target}, ()
+    results, summaries = (torch.empty(2, 1), torch.empty(2)), cuda.summaries(x, 2 * cuda.kernels.ROW_SUMMARIES, 2)
     arguments = {
-        "shape": backend.shape(x),
+        "shape": cuda.shape(x),
         "logits": address.matrix(x),
         "base": address.matrix(x),
         "exclude": address.indices(None),
         "suppressed": address.of(None),
+        "target": address.targets(target),
+        "summaries": summaries.data_ptr(),
         "log_ratio": results[0].data_ptr(),
         "escape_gap": results[1].data_ptr(),
+        "where": cuda.where(x),
+    }
+    return arguments, (x, target, summaries, *results)
+
+
+def entropy_backward(backend):
+    """Those of a call that both take as addresses."""
+    x, numbers, gradient = torch.zeros(2, 3), torch.zeros(2, dtype=torch.float64), torch.empty(2, 3)
+    arguments = {
+        "shape": backend.shape(x),
+        "logits": address.matrix(x),
+        "exclude": address.indices(None),
+        "suppressed": address.of(None),
+        **dict.fromkeys(("entropy", "log_escape", "total", "slope"), numbers.data_ptr()),
     }
     if backend is cpu:
-        arguments |= {"target": target.data_ptr(), "targets": 1}
-    else:
-        summaries = cuda.summaries(x, 2 * cuda.kernels.ROW_SUMMARIES, 2)
-        arguments |= {"target": address.targets(target), "summaries": summaries.data_ptr(), "where": cuda.where(x)}
-        results = (*results, summaries)
-    return arguments, (x, target, *results)
+        return arguments | {"temperature": 1.0, "gradient": gradient.data_ptr()}, (x, numbers, gradient)
+    others = {"scale": 1.0, "gradient": address.matrix(gradient), "where": cuda.where(x)}
+    return arguments | others, (x, numbers, gradient)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -90,8 +105,44 @@ def test_taps_that_do_not_fit_their_radius_are_refused():
 
 
 def test_an_argument_of_another_kind_is_refused(extension):
-    arguments, _held = rate_ratio(extension)
+    arguments, _held = entropy_backward(extension)
+    extension.kernels.entropy_backward(**arguments)
     with pytest.raises(TypeError, match="must be a tuple of 2 integers"):
-        extension.kernels.rate_ratio(**{**arguments, "logits": arguments["escape_gap"]})
+        extension.kernels.entropy_backward(**{**arguments, "logits": arguments["slope"]})
     with pytest.raises(TypeError):
-        extension.kernels.rate_ratio(**{**arguments, "escape_gap": 0.5})
+        extension.kernels.entropy_backward(**{**arguments, "slope": 0.5})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"logits": torch.zeros(2, 3, dtype=torch.float64)},
+        {"logits": torch.zeros(3, 2).t()},
+        {"logits": torch.zeros(2, 0)},
+        {"logits": 7},
+        {"base": torch.zeros(2, 4)},
+        {"base": torch.zeros(2, 3, dtype=torch.bfloat16)},
+        {"base": None},
+        {"exclude": 3},
+        {"exclude": -2},
+        {"exclude": True},
+        {"exclude": torch.tensor([0, 3])},
+        {"exclude": torch.zeros(3, dtype=torch.int64)},
+        {"exclude": torch.zeros(2, dtype=torch.int32)},
+        {"suppressed": [3]},
+        {"suppressed": [False]},
+        {"suppressed": torch.zeros(2, dtype=torch.bool)},
+        {"target": torch.zeros(2, 1)},
+        {"target": torch.zeros(3, 1, dtype=torch.int64)},
+        {"target": torch.full((2, 1), 3)},
+        {"target": torch.full((2, 1), -2)},
+        {"target": torch.zeros(2, 2, dtype=torch.int64).t()},
+    ],
+    ids=str,
+)
+def test_a_kernel_that_looks_does_nothing_with_what_does_not_fit(wrong):
+    if (reason := choice.why_unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    arguments, _ = rate_ratio(cpu)
+    assert [tuple(x.shape) for x in cpu.kernels.rate_ratio(**arguments)] == [(2, 1), (2,)]
+    assert cpu.kernels.rate_ratio(**{**arguments, **wrong}) is None

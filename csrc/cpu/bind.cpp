@@ -14,6 +14,7 @@
 
 #include "../python/arguments.h"
 #include "kernels.h"
+#include "look.h"
 #include "pages.h"
 
 namespace dam {
@@ -123,9 +124,52 @@ static void advise(const void* array, int64_t bytes) {
   (void)array, (void)bytes;
 }
 
-// The ops; their keyword arguments are the members of ops.def that Python gives.
-static void add_ops(py::module_& module) {
+// What a kernel returns, as Python has it; nothing of one that returns nothing.
+template <class Result, class Args>
+static py::object result_of(Result (*kernel)(const Args&), const Args& a) {
+  if constexpr (std::is_void_v<Result>) {
+    const py::gil_scoped_release release;
+    kernel(a);
+    return py::object();
+  } else {
+    Result result;
+    {
+      const py::gil_scoped_release release;
+      result = kernel(a);
+    }
+    return py::reinterpret_steal<py::object>(PyLong_FromLongLong(result));
+  }
+}
+
+// What `body` returns, or null with its error set; None where it finds something unfit.
+template <class Body>
+static PyObject* guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const look::Unfit&) {
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// The ops; their keyword arguments are the members of ops.def that Python gives. Functions of Python's own interface, as
+// pybind11 puts a microsecond around each of its own.
+namespace functions {
 #define TAKES(type, name) take(call[DAM_NAME(name)], a.name);
+#define ROWS(shape, name) looked.rows(call[DAM_NAME(name)], a.shape, a.name);
+#define TARGETS(name, count) looked.targets(call[DAM_NAME(name)], a.name, a.count);
+#define LOOKS(type, name, as) looked.as(call[DAM_NAME(name)], a.name);
+#define MAKES(type, name, sizes) a.name = looked.make<type>(sizes);
 #define READS(type, name) take(call[DAM_NAME(name)], a.name);
 #define FILLS(type, name) take(call[DAM_NAME(name)], a.name);
 #define FILLS_LARGE(type, name, bytes) \
@@ -139,20 +183,50 @@ static void add_ops(py::module_& module) {
   a.name.length = scratch_length(a.shape.columns);                                                             \
   const std::unique_ptr<double[]> name##_memory(new double[a.shape.threads * SCRATCH_ARRAYS * a.name.length]); \
   a.name.data = name##_memory.get();
-#define OP(name, Name, result, does, members)      \
-  module.def(                                      \
-      #name,                                       \
-      [](const py::kwargs& arguments) -> result {  \
-        const Kernels& kernels = chosen().kernels; \
-        python::Call call(#name, arguments);       \
-        Name##Args a{};                            \
-        members;                                   \
-        call.finish();                             \
-        const py::gil_scoped_release release;      \
-        return kernels.name(a);                    \
-      },                                           \
-      does);
+#define OP(name, Name, result, does, members)                                                            \
+  static PyObject* name(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {    \
+    return guarded([&] {                                                                                 \
+      const Kernels& kernels = chosen().kernels;                                                         \
+      python::Call call(#name, values, positional, names);                                               \
+      [[maybe_unused]] look::Call looked;                                                                \
+      Name##Args a{};                                                                                    \
+      members;                                                                                           \
+      call.finish();                                                                                     \
+      return looked.results(result_of(kernels.name, a));                                                 \
+    });                                                                                                  \
+  }
 #include "ops.def"
+}  // namespace functions
+
+static PyObject* ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&] { return PyLong_FromLong(look::ordinary(arguments, count)); });
+}
+
+static PyObject* takes_head(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&] {
+    look::require(count == 3);
+    return PyBool_FromLong(look::takes_head(arguments[0], arguments[1], arguments[2]));
+  });
+}
+
+template <class Function>
+static PyMethodDef method(const char* name, Function* function, int flags, const char* does) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), flags, does};
+}
+
+static void add_functions(py::module_& module) {
+#define OP(name, Name, result, does, members) method(#name, functions::name, METH_FASTCALL | METH_KEYWORDS, does),
+  static PyMethodDef all[] = {
+#include "ops.def"
+      method("ordinary", ordinary, METH_FASTCALL,
+             "ordinary(*arguments): whether torch's dispatcher would do nothing with a call of an op but call its "
+             "function: 1; 2: but record it for a gradient; 0: no. None: an argument cannot be looked at."),
+      method("takes_head", takes_head, METH_FASTCALL,
+             "takes_head(hidden, weight, bias): whether these are hidden states [T, D], a head [V, D] and None or [V], "
+             "of one dtype that the kernels take and unit inner stride, with few logits, and no variable asks for other "
+             "ways; None: one does not fit."),
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(module.ptr(), all) != 0) throw py::error_already_set();
 }
 
 }  // namespace bind
@@ -162,9 +236,10 @@ PYBIND11_MODULE(_cpu, module) {
   namespace py = pybind11;
   using namespace py::literals;
   module.doc() =
-      "C++ kernels on the CPU. The ops take keyword arguments, the members that csrc/cpu/ops.def lists. Arrays are "
-      "addresses, or tuples of an address (0: absent) and strides in elements; shape is (rows, columns, dtype, "
-      "threads), dtype is 0 float32, 1 bfloat16, 2 float16. Nothing is checked here; dam.ops checks.";
+      "C++ kernels on the CPU. The ops take keyword arguments, the members that csrc/cpu/ops.def lists. Those that "
+      "take logits as a tensor look at it and the others, return new tensors, and None where one does not fit. To others "
+      "arrays are addresses, or tuples of an address (0: absent) and strides in elements; shape is (rows, columns, "
+      "dtype, threads), dtype is 0 float32, 1 bfloat16, 2 float16. These check nothing; dam.ops checks.";
 
   module.def("isa", [] { return dam::chosen().name; }, "Name of the instruction set in use.");
   module.def(
@@ -178,7 +253,18 @@ PYBIND11_MODULE(_cpu, module) {
       },
       "Names of the instruction sets this machine can run, best first; DAM_CPU_ISA picks one.");
 
-  dam::bind::add_ops(module);
+  dam::look::torch = new dam::look::Torch;
+  dam::bind::add_functions(module);
+  module.def(
+      "watch",
+      [](py::object keys_of, py::object keys_of_thread, py::object function_modes, py::object profiled,
+         py::object forward_ad, std::vector<uint64_t> plain, std::vector<uint64_t> no_modes) {
+        dam::look::watch = {keys_of.release().ptr(),    keys_of_thread.release().ptr(), function_modes.release().ptr(),
+                            profiled.release().ptr(),   forward_ad.release().ptr(),     std::move(plain),
+                            std::move(no_modes)};
+      },
+      "keys_of"_a, "keys_of_thread"_a, "function_modes"_a, "profiled"_a, "forward_ad"_a, "plain"_a, "no_modes"_a,
+      "Tells `ordinary` where torch keeps what it looks at, and which keys of a tensor and of a thread are ordinary.");
 
   module.def("instructions", &dam::instructions,
              "Pairs of name and number: the instructions that `product` can multiply bfloat16 with here, best first.");

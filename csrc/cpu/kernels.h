@@ -66,6 +66,14 @@ constexpr int64_t matrix_bytes(const Shape& shape) {
 
 // struct JumpArgs and so on.
 #define TAKES(type, name) type name;
+#define ROWS(shape, name) \
+  Shape shape;            \
+  Matrix name;
+#define TARGETS(name, count) \
+  const int64_t* name;       \
+  int64_t count;
+#define LOOKS(type, name, as) type name;
+#define MAKES(type, name, sizes) type* name;
 #define READS(type, name) const type* name;
 #define FILLS(type, name) type* name;
 #define FILLS_LARGE(type, name, bytes) type* name;

@@ -60,36 +60,53 @@ inline void take(PyObject* x, Cube& member) {
 // The keyword arguments of one call.
 class Call {
  public:
-  Call(const char* op, const py::kwargs& arguments) : op_(op), arguments_(arguments.ptr()) {}
+  Call(const char* op, const py::kwargs& arguments) : op_(op) {
+    PyObject *name, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(arguments.ptr(), &at, &name, &value);) add(name, value);
+  }
+  // As a function of METH_FASTCALL | METH_KEYWORDS gets them: values, and the names of those that have one.
+  Call(const char* op, PyObject* const* values, Py_ssize_t positional, PyObject* names) : op_(op) {
+    if (positional != 0) throw py::type_error(std::string(op_) + "() takes named arguments only");
+    const Py_ssize_t count = names ? PyTuple_GET_SIZE(names) : 0;
+    for (Py_ssize_t i = 0; i < count; ++i) add(PyTuple_GET_ITEM(names, i), values[i]);
+  }
 
   // The argument of this name, which is interned.
   PyObject* operator[](PyObject* name) {
-    PyObject* const value = PyDict_GetItemWithError(arguments_, name);
-    if (!value) throw py::type_error(std::string(op_) + "() is missing the argument " + text(name));
-    if (taken_ == MOST) throw std::logic_error("an op with more members than python::Call has room for");
-    names_[taken_++] = name;
-    return value;
+    for (int i = 0; i < given_; ++i) {  // most are given in the order in which they are taken
+      Argument& argument = arguments_[(taken_ + i) % given_];
+      if (argument.name != name && PyUnicode_Compare(argument.name, name) != 0) continue;
+      ++taken_;
+      argument.taken = true;
+      return argument.value;
+    }
+    throw py::type_error(std::string(op_) + "() is missing the argument " + text(name));
   }
 
   // Raises for an argument that was not asked for.
   void finish() const {
-    if (PyDict_GET_SIZE(arguments_) == taken_) return;
-    PyObject *name, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(arguments_, &at, &name, &value);) {
-      bool known = false;
-      for (int i = 0; i < taken_; ++i) known = known || PyUnicode_Compare(names_[i], name) == 0;
-      if (!known) throw py::type_error(std::string(op_) + "() has no argument " + text(name));
+    for (int i = 0; i < given_; ++i) {
+      const Argument& argument = arguments_[i];
+      if (!argument.taken) throw py::type_error(std::string(op_) + "() has no argument " + text(argument.name));
     }
   }
 
  private:
-  static constexpr int MOST = 32;  // members of an op
+  static constexpr int MOST = 32;  // arguments of an op
   static std::string text(PyObject* name) { return py::cast<std::string>(py::handle(name)); }
 
+  struct Argument {
+    PyObject *name, *value;
+    bool taken;
+  };
+  void add(PyObject* name, PyObject* value) {
+    if (given_ == MOST) throw py::type_error(std::string(op_) + "() has fewer arguments");
+    arguments_[given_++] = {name, value, false};
+  }
+
   const char* op_;
-  PyObject* arguments_;
-  PyObject* names_[MOST];
-  int taken_ = 0;
+  Argument arguments_[MOST];
+  int given_ = 0, taken_ = 0;
 };
 
 }  // namespace python

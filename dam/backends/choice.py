@@ -64,6 +64,11 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+def is_free() -> bool:
+    """Whether a CPU tensor that no backend is asked for by name goes to the C++ kernels, if the op has one."""
+    return _requested is None and cpu.why_unavailable() is None
+
+
 def _reason_against(
     name: str, op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor, float64: bool
 ) -> str | None:

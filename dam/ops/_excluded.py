@@ -26,6 +26,11 @@ def checked(
     )
 
 
+def is_nothing(suppress: object) -> bool:
+    """Whether it leaves out no destination, as far as can be told without looking into tensors."""
+    return suppress is None or (isinstance(suppress, (list, tuple)) and not suppress)
+
+
 def _suppressed(
     op: str, value: Tensor | Sequence[int] | Set[int] | None, columns: int, reference: Tensor
 ) -> Tensor | None:

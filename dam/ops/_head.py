@@ -109,6 +109,15 @@ def checked(
     return Projection(hidden, weight, bias, low_hidden, lora.b, softcap)
 
 
+def at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor | None:
+    """The logits of an `_op.at_once` call where its tensors fit and few logits are made, in one chunk; else None."""
+    if softcap is not None or not cpu.kernels.takes_head(hidden, weight, bias):
+        return None
+    out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+    _products(Projection(hidden, weight, bias), out)  # as in an op, into an array that autocast leaves alone
+    return out
+
+
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of a head in the accumulator's dtype, each valid until the next one is taken."""
     dtype = _rows.accumulator(weight.dtype)

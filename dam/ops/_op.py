@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dam.backends import choice, cpu
+
 
 def _private(name: str) -> Any:
     """What torch has under a name below `torch` that it does not promise to keep.
@@ -35,8 +37,52 @@ _BelowAutograd = _private("_C._AutoDispatchBelowAutograd")
 _destroy = _private("library.Library._destroy")
 _COMPLIANT = _private("Tag.pt2_compliant_tag")
 _private("autograd.forward_ad._current_level")  # changes, so calls read it where it is
+_keys_of = _private("_C._dispatch_keys")
+_keys_of_thread = _private("_C._dispatch_tls_local_include_set")
+_function_modes = _private("_C._len_torch_function_stack")
+_profiled = _private("_C._autograd._profiler_enabled")
+_KeySet, _Key = _private("_C.DispatchKeySet"), _private("_C.DispatchKey")
 
 _libraries: dict[str, torch.library.Library] = {}
+
+
+def _keys(*names: str) -> int:
+    keys = _KeySet(getattr(_Key, names[0]))
+    for name in names[1:]:
+        keys |= _KeySet(getattr(_Key, name))
+    return keys.raw_repr()
+
+
+if cpu.kernels is not None:
+    # Of a dense tensor on the CPU that is not named, a view to be negated, a transform's or the like; and of a thread
+    # without modes, transforms or a tracer. Those of autograd lack in inference mode.
+    cpu.kernels.watch(
+        keys_of=_keys_of,
+        keys_of_thread=_keys_of_thread,
+        function_modes=_function_modes,
+        profiled=_profiled,
+        forward_ad=forward_ad,
+        plain=[_keys("CPU", "AutocastCPU"), _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")],
+        no_modes=[_keys("BackendSelect"), _keys("BackendSelect", "ADInplaceOrView")],
+    )
+
+
+def ordinary(*args: Any) -> int:
+    """1 if torch's dispatcher would do nothing with a call but call the op's function; 2 if also record it; else 0.
+
+    Nothing of torch's sees what an op's function is then called without: neither modes, subclasses nor a profiler.
+    """
+    if torch.compiler.is_compiling() or cpu.kernels is None:
+        return 0
+    return cpu.kernels.ordinary(*args) or 0
+
+
+def at_once(*args: Any) -> bool:
+    """Whether an op's C++ kernel may be called before its checks: an ordinary call, and no backend asked for by name.
+
+    The kernel looks at its arguments and returns None if one does not fit; then the checks find what that is.
+    """
+    return ordinary(*args) == 1 and choice.is_free()
 
 
 def _schema(function: Callable) -> str:
@@ -63,7 +109,8 @@ class Op:
     torch.library.custom_op puts several calls of Python around each of its ops, and an autograd kernel that costs more
     than a small op itself. Here the dispatcher calls the function, and the gradient of an eager call comes from an
     autograd.Function; what traces calls, and pays once, gets the op with an autograd kernel by the same formulas. An
-    op without `register_autograd` refuses a gradient. Calls take positional arguments, all of them.
+    op without `register_autograd` refuses a gradient. An `ordinary` call on a CPU is one of the function itself. Calls
+    take positional arguments, all of them.
     """
 
     def __init__(self, name: str, function: Callable):
@@ -81,6 +128,12 @@ class Op:
         self._differentiable = _autograd_function(self)
 
     def __call__(self, *args: Any) -> Any:
+        kind = ordinary(*args)
+        if kind == 2:
+            return self._differentiable.apply(*args)
+        if kind == 1:
+            with _BelowAutograd():
+                return self.function(*args)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.overload(*args)
         if self._setup_context is not None and forward_ad._current_level >= 0:
@@ -115,7 +168,7 @@ class Op:
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
     def forward(ctx, *inputs):
         with _BelowAutograd():
-            output = op.overload(*inputs)
+            output = (op.function if ordinary(*inputs) else op.overload)(*inputs)
         op._keep(ctx, inputs, output)
         return output
 

@@ -42,6 +42,10 @@ def entropy(
 
     Source: Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
+    if _op.at_once(logits, exclude, suppress):
+        found = cpu.kernels.entropy(logits=logits, exclude=exclude, suppressed=suppress, temperature=temperature)
+        if found is not None:
+            return found[0]
     x, lead = _checks.rows("entropy", "logits", logits, "V")
     excluded = _excluded.checked("entropy", exclude, suppress, lead, x.shape[1], x)
     temperature = _checks.temperature("entropy", temperature, zero=False)
@@ -91,16 +95,8 @@ def _torch_backward(
 
 
 def _cpu(logits: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
-    value, log_escape = outputs(logits)
-    suppressed = address.bits(exclude.suppressed)
-    cpu.kernels.entropy(
-        shape=cpu.shape(logits),
-        logits=address.matrix(logits),
-        exclude=address.indices(exclude.row),
-        suppressed=address.of(suppressed),
-        temperature=temperature,
-        entropy=value.data_ptr(),
-        log_escape=log_escape.data_ptr(),
+    value, log_escape = cpu.taken(
+        cpu.kernels.entropy(logits=logits, exclude=exclude.row, suppressed=exclude.suppressed, temperature=temperature)
     )
     return value, log_escape
 

@@ -66,6 +66,11 @@ def jump(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 1; random stream: `dam.ops._philox`.
     """
+    if _op.at_once(logits, exclude, suppress, seed, row_ids):
+        seed = random_seed(logits) if seed is None else seed
+        found = at_once(logits, exclude, suppress, temperature, num_samples, seed, row_ids, check)
+        if found is not None:
+            return found
     logits, lead = _checks.rows("jump", "logits", logits, "V")
     excluded = _excluded.checked("jump", exclude, suppress, lead, logits.shape[1], logits)
     _checks.boolean("jump", "check", check)
@@ -106,16 +111,45 @@ def sampling_arguments(
             raise TypeError(f"{op}: a seed tensor must hold one int64; got {seed.dtype} {list(seed.shape)}")
         return temperature, num_samples, seed.reshape(()), row_ids
     if seed is None:
-        # In a CUDA graph one of the host's would be the same in every replay.
-        where = reference.device if deferral.is_captured(reference) else "cpu"
-        drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where)
-        return temperature, num_samples, drawn, row_ids
+        return temperature, num_samples, random_seed(reference), row_ids
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must fit in 64 bits; got {seed}")
     signed = seed - 2**64 if seed >= 2**63 else seed
     return temperature, num_samples, torch.tensor(signed, dtype=torch.int64, device="cpu"), row_ids
+
+
+def random_seed(reference: Tensor) -> Tensor:
+    """From torch's default generator; in a CUDA graph from the GPU's, as the host's would be one for all replays."""
+    where = reference.device if deferral.is_captured(reference) else "cpu"
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where)
+
+
+def at_once(
+    logits: Tensor,
+    exclude: int | Tensor,
+    suppress: Tensor | Sequence[int] | None,
+    temperature: float,
+    num_samples: int,
+    seed: int | Tensor,
+    row_ids: Tensor | None,
+    check: bool,
+) -> Jump | None:
+    """What `jump` returns, by the C++ kernel; None where an argument does not fit, or a row cannot be sampled."""
+    found = cpu.kernels.jump(
+        logits=logits,
+        exclude=exclude,
+        suppressed=suppress,
+        row_ids=row_ids,
+        temperature=temperature,
+        num_samples=num_samples,
+        seed=int(seed) if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1 else seed,
+    )
+    if found is None or not isinstance(check, bool):
+        return None
+    target, log_prob, log_escape, bad_row = found
+    return Jump(target, log_prob, log_escape) if bad_row < 0 or not check else None
 
 
 def as_jump(drawn: tuple[Tensor, Tensor, Tensor], num_samples: int, lead: torch.Size) -> Jump:
@@ -220,22 +254,19 @@ def _cpu(
     row_ids: Tensor | None,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    target, log_prob, log_escape = outputs(logits, logits.shape[0], num_samples)
-    suppressed = address.bits(exclude.suppressed)
-    bad_row = cpu.kernels.jump(
-        shape=cpu.shape(logits),
-        logits=address.matrix(logits),
-        exclude=address.indices(exclude.row),
-        suppressed=address.of(suppressed),
-        row_ids=address.indices(row_ids),
-        temperature=temperature,
-        num_samples=num_samples,
-        seed=int(seed) % 2**64,
-        target=target.data_ptr(),
-        log_prob=log_prob.data_ptr(),
-        log_escape=log_escape.data_ptr(),
+    target, log_prob, log_escape, bad_row = cpu.taken(
+        cpu.kernels.jump(
+            logits=logits,
+            exclude=exclude.row,
+            suppressed=exclude.suppressed,
+            row_ids=row_ids,
+            temperature=temperature,
+            num_samples=num_samples,
+            seed=int(seed),
+        )
     )
-    return target, log_prob, log_escape, bad_row if check else -1
+    shape = (logits.shape[0], num_samples)
+    return target.view(shape), log_prob.view(shape), log_escape, bad_row if check else -1
 
 
 def cuda_draw(

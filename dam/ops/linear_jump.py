@@ -54,6 +54,13 @@ def linear_jump(
             a row cannot be sampled; the message names the first such row.
     """
     op = "linear_jump"
+    if lora is None and _op.at_once(hidden, head_weight, bias, exclude, suppress, seed, row_ids):
+        seed = _row_op.random_seed(hidden) if seed is None else seed
+        logits = _head.at_once(hidden, head_weight, bias, softcap)
+        if logits is not None:
+            found = _row_op.at_once(logits, exclude, suppress, temperature, num_samples, seed, row_ids, check)
+            if found is not None:
+                return found
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
     head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     excluded = _excluded.checked(op, exclude, suppress, lead, head_weight.shape[0], hidden)

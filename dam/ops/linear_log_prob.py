@@ -53,6 +53,11 @@ def linear_log_prob(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
     """
     op = "linear_log_prob"
+    if lora is None and _excluded.is_nothing(suppress) and _op.at_once(hidden, head_weight, bias, target, exclude):
+        logits = _head.at_once(hidden, head_weight, bias, softcap)
+        found = None if logits is None else _row_op.at_once(logits, target, exclude, temperature)
+        if found is not None:
+            return found
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
     head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     targets = _checks.target(op, target, lead, hidden)
@@ -62,7 +67,8 @@ def linear_log_prob(
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
     keep = backend in _KEEPS and _head.keeps_logits(head, _head.needed_of(head), backend)
     value, log_escape, _ = _linear_log_prob(*head, targets, *excluded, temperature, keep, backend)
-    return _excluded.with_never(value, never, log_escape).view(target.shape)
+    value = _excluded.with_never(value, never, log_escape)
+    return value if value.shape == target.shape else value.view(target.shape)  # a view is one more node for autograd
 
 
 def chunked(

@@ -75,6 +75,10 @@ def log_prob(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
     """
+    if entropy is False and _excluded.is_nothing(suppress) and _op.at_once(logits, target, exclude):
+        found = at_once(logits, target, exclude, temperature)
+        if found is not None:
+            return found
     logits, lead = _checks.rows("log_prob", "logits", logits, "V")
     targets = _checks.target("log_prob", target, lead, logits)
     excluded = _excluded.checked("log_prob", exclude, suppress, lead, logits.shape[1], logits)
@@ -86,7 +90,16 @@ def log_prob(
     backend = choice.choose("log_prob", _IMPLEMENTATIONS, logits)
     targets, never = _excluded.split(targets, excluded)
     value, log_escape = _log_prob(logits, targets, *excluded, temperature, backend)
-    return _excluded.with_never(value, never, log_escape).view(target.shape)
+    value = _excluded.with_never(value, never, log_escape)
+    return value if value.shape == target.shape else value.view(target.shape)  # a view is one more node for autograd
+
+
+def at_once(logits: Tensor, target: Tensor, exclude: int | Tensor, temperature: float) -> Tensor | None:
+    """What `log_prob` returns, by the C++ kernel; None where an argument does not fit."""
+    found = cpu.kernels.log_prob(
+        logits=logits, exclude=exclude, suppressed=None, temperature=temperature, target=target
+    )
+    return None if found is None else found[0]
 
 
 def _torch(logits: Tensor, target: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
@@ -130,19 +143,14 @@ def reference_rows_backward(grad: Tensor, x: Tensor, target: Tensor, log_escape:
 
 
 def _cpu(logits: Tensor, target: Tensor, exclude: Excluded, temperature: float) -> tuple[Tensor, Tensor]:
-    value, log_escape = outputs(logits, target)
-    target = target.contiguous()
-    suppressed = address.bits(exclude.suppressed)
-    cpu.kernels.log_prob(
-        shape=cpu.shape(logits),
-        logits=address.matrix(logits),
-        exclude=address.indices(exclude.row),
-        suppressed=address.of(suppressed),
-        temperature=temperature,
-        target=target.data_ptr(),
-        targets=target.shape[1],
-        log_prob=value.data_ptr(),
-        log_escape=log_escape.data_ptr(),
+    value, log_escape = cpu.taken(
+        cpu.kernels.log_prob(
+            logits=logits,
+            exclude=exclude.row,
+            suppressed=exclude.suppressed,
+            temperature=temperature,
+            target=target.contiguous(),
+        )
     )
     return value, log_escape
 

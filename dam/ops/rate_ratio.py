@@ -52,6 +52,10 @@ def rate_ratio(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
     """
+    if _excluded.is_nothing(suppress) and _op.at_once(logits, base_logits, target, exclude):
+        found = at_once(logits, base_logits, target, exclude)
+        if found is not None:
+            return found
     x, lead = _checks.rows("rate_ratio", "logits", logits, "V")
     base, _ = _checks.rows("rate_ratio", "base_logits", base_logits, "V")
     _checks.like("rate_ratio", "base_logits", base_logits, "logits", logits)
@@ -65,6 +69,12 @@ def rate_ratio(
     return RateRatio(log_ratio.view(target.shape), _rows.unflattened(escape_gap, lead))
 
 
+def at_once(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: int | Tensor) -> RateRatio | None:
+    """What `rate_ratio` returns, by the C++ kernel; None where an argument does not fit."""
+    found = cpu.kernels.rate_ratio(logits=logits, exclude=exclude, suppressed=None, base=base_logits, target=target)
+    return None if found is None else RateRatio(*found)
+
+
 def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:
     log_ratio, escape_gap = outputs(logits, target)
     for part in _rows.chunks(logits.shape[0], 2 * logits.shape[1] * _rows.REFERENCE_BYTES):
@@ -76,19 +86,14 @@ def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Exclude
 
 
 def _cpu(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:
-    log_ratio, escape_gap = outputs(logits, target)
-    target = target.contiguous()
-    suppressed = address.bits(exclude.suppressed)
-    cpu.kernels.rate_ratio(
-        shape=cpu.shape(logits),
-        logits=address.matrix(logits),
-        base=address.matrix(base_logits),
-        exclude=address.indices(exclude.row),
-        suppressed=address.of(suppressed),
-        target=target.data_ptr(),
-        targets=target.shape[1],
-        log_ratio=log_ratio.data_ptr(),
-        escape_gap=escape_gap.data_ptr(),
+    log_ratio, escape_gap = cpu.taken(
+        cpu.kernels.rate_ratio(
+            logits=logits,
+            exclude=exclude.row,
+            suppressed=exclude.suppressed,
+            base=base_logits,
+            target=target.contiguous(),
+        )
     )
     return log_ratio, escape_gap
 

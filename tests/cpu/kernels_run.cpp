@@ -21,6 +21,10 @@ static const Kernels kernels = tables::plain();
 
 // run(args): the kernel, with what follows from the arguments and with its work memory, as the bindings call it.
 #define TAKES(type, name)
+#define ROWS(shape, name)
+#define TARGETS(name, count)
+#define LOOKS(type, name, as)
+#define MAKES(type, name, sizes)
 #define READS(type, name)
 #define FILLS(type, name)
 #define FILLS_LARGE(type, name, bytes)

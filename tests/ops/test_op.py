@@ -182,6 +182,10 @@ def lambda_of(factor):
         "library.Library._destroy",
         "Tag.pt2_compliant_tag",
         "autograd.forward_ad._current_level",
+        "_C._dispatch_keys",
+        "_C._dispatch_tls_local_include_set",
+        "_C._len_torch_function_stack",
+        "_C._autograd._profiler_enabled",
     ],
 )
 def test_a_private_name_of_torch_that_is_gone_is_an_error(name):
