@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -38,14 +39,15 @@ def work_arrays(shape: tuple[int, int], dtypes: Sequence[torch.dtype], device: t
     if device.type != "cpu" or starts[-1] < _KEPT_FROM:
         yield [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
         return
-    memory = _memory(starts[-1])
+    most = _rows.workspace_bytes()
+    memory = _memory(starts[-1], most)
     try:
         yield [
             memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for start, dtype in zip(starts, dtypes, strict=False)
         ]
     finally:
-        _returned.append(memory)
+        _give_back(memory, most)
 
 
 def lent_array(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,16 +55,17 @@ def lent_array(shape: tuple[int, int], dtype: torch.dtype, device: torch.device)
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < _KEPT_FROM:
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = _memory(nbytes)
+    most = _rows.workspace_bytes()
+    memory = _memory(nbytes, most)
     lent = memory.numpy()[:nbytes]  # which the tensor's storage refers to until it is freed
-    weakref.finalize(lent, _returned.append, memory).atexit = False
+    weakref.finalize(lent, _give_back, memory, most).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
 
 
-def _memory(nbytes: int) -> Tensor:
-    """The smallest piece that is kept and large enough, or a new one."""
+def _memory(nbytes: int, most: int) -> Tensor:
+    """The smallest piece that is kept and large enough, or a new one; `most` bytes stay kept."""
     with _keeping:
-        _collect()
+        _collect(most)
         for i, memory in enumerate(_kept):
             if memory.numel() >= nbytes:
                 return _kept.pop(i)
@@ -70,12 +73,26 @@ def _memory(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-def _collect() -> None:
-    """Adds what was given back, and keeps as many of the largest pieces as may be."""
+def _give_back(memory: Tensor, most: int) -> None:
+    """Keeps it for the next call, if that may be.
+
+    At once: of logits that many values kept, all are given back together, and no other call need follow. Whoever has
+    the lock meanwhile, it may be this thread as it collects garbage, or the next call looks at it.
+    """
+    _returned.append(memory)
+    if _keeping.acquire(blocking=False):
+        try:
+            _collect(most)
+        finally:
+            _keeping.release()
+
+
+def _collect(most: int) -> None:
+    """Adds what was given back, and keeps as many of the largest pieces as `most` bytes allow."""
     while _returned:
         _kept.append(_returned.popleft())
     _kept.sort(key=Tensor.numel)
-    while _kept and sum(map(Tensor.numel, _kept)) > _rows.workspace_bytes():
+    while _kept and sum(map(Tensor.numel, _kept)) > most:
         del _kept[0]
 
 
@@ -84,3 +101,14 @@ def release_workspace() -> None:
     with _keeping:
         _returned.clear()
         _kept.clear()
+
+
+def _start_anew() -> None:
+    """In the child of a fork: another thread may have had the lock, and is not there to release it."""
+    global _keeping
+    _keeping = threading.Lock()
+    release_workspace()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
