@@ -21,8 +21,9 @@ _LINE = 64  # bytes of a cache line
 # unused memory back to its host 170. Below, malloc keeps it by itself.
 _KEPT_FROM = 2**20
 _kept: list[Tensor] = []  # pieces of memory that no call has, by size
-# What was given back since they were last looked at: a garbage collection may do so at any time, also in _collect().
-_returned: collections.deque[Tensor] = collections.deque()
+_returned: collections.deque[Tensor] = collections.deque()  # what was given back since they were last looked at
+# Of who looks at them. Nobody waits for it, but takes new memory, or leaves it to the next to look: garbage collections
+# and signals may call anything here in the middle of anything, in the same thread.
 _keeping = threading.Lock()
 
 
@@ -64,11 +65,14 @@ def lent_array(shape: tuple[int, int], dtype: torch.dtype, device: torch.device)
 
 def _memory(nbytes: int, most: int) -> Tensor:
     """The smallest piece that is kept and large enough, or a new one; `most` bytes stay kept."""
-    with _keeping:
-        _collect(most)
-        for i, memory in enumerate(_kept):
-            if memory.numel() >= nbytes:
-                return _kept.pop(i)
+    if _keeping.acquire(blocking=False):
+        try:
+            kept = _collect(most)
+            for i, memory in enumerate(kept):
+                if memory.numel() >= nbytes:
+                    return kept.pop(i)
+        finally:
+            _keeping.release()
     with torch.inference_mode(False):  # which later calls may not be in
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
@@ -76,8 +80,7 @@ def _memory(nbytes: int, most: int) -> Tensor:
 def _give_back(memory: Tensor, most: int) -> None:
     """Keeps it for the next call, if that may be.
 
-    At once: of logits that many values kept, all are given back together, and no other call need follow. Whoever has
-    the lock meanwhile, it may be this thread as it collects garbage, or the next call looks at it.
+    At once: of logits that many values kept, all are given back together, and no other call need follow.
     """
     _returned.append(memory)
     if _keeping.acquire(blocking=False):
@@ -87,20 +90,23 @@ def _give_back(memory: Tensor, most: int) -> None:
             _keeping.release()
 
 
-def _collect(most: int) -> None:
-    """Adds what was given back, and keeps as many of the largest pieces as `most` bytes allow."""
-    while _returned:
-        _kept.append(_returned.popleft())
-    _kept.sort(key=Tensor.numel)
-    while _kept and sum(map(Tensor.numel, _kept)) > most:
-        del _kept[0]
+def _collect(most: int) -> list[Tensor]:
+    """What is kept, with what was given back: as many of the largest pieces as `most` bytes allow."""
+    kept = _kept
+    with contextlib.suppress(IndexError):  # at the end: whether there is one more cannot be asked before
+        while True:
+            kept.append(_returned.popleft())
+    kept.sort(key=Tensor.numel)
+    while kept and sum(map(Tensor.numel, kept)) > most:
+        del kept[0]
+    return kept
 
 
 def release_workspace() -> None:
     """Gives back the work memory that the linear ops keep between calls on a CPU."""
-    with _keeping:
-        _returned.clear()
-        _kept.clear()
+    global _kept
+    _returned.clear()
+    _kept = []  # another list: a call that is in the middle of the one before goes on with that
 
 
 def _start_anew() -> None:

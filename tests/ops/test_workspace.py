@@ -1,5 +1,6 @@
 """Work memory of the linear ops on a CPU: who has it, how long it is kept, and pages that may be asked for."""
 
+import collections
 import importlib
 import os
 import signal
@@ -120,6 +121,38 @@ def test_logits_that_many_values_kept_are_no_more_than_the_bound_once_these_are_
     assert kept() == [4 * ROWS * COLUMNS] * 4 and not _memory._returned
     with pytest.raises(ValueError, match="got 'nothing'"):
         dam.linear_jump(hidden.detach(), weight, seed=1)
+
+
+def test_a_call_in_the_middle_of_another_does_not_wait_for_it(monkeypatch):
+    """As from __del__ in a garbage collection, or from a signal's handler: at any place, here where pieces are sized.
+
+    It gets memory of its own; and when it releases what is kept, what the other goes on with is not kept either.
+    """
+    device, shape, inside = torch.device("cpu"), (ROWS, COLUMNS), []
+
+    class Returned(collections.deque):
+        def popleft(self):
+            memory = super().popleft()
+            if not inside:
+                inside.append(memory)
+                with _memory.work_arrays(shape, [torch.float32], device) as (other,):
+                    inside.append(other)
+                dam.release_workspace()
+            return memory
+
+    def call():
+        with _memory.work_arrays(shape, [torch.float32], device):
+            pass
+
+    monkeypatch.setattr(_memory, "_returned", Returned())
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    memory, other = inside
+    assert memory.data_ptr() != other.data_ptr() and kept() == []
+    call()
+    assert kept() == [4 * ROWS * COLUMNS]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
