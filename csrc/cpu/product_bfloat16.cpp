@@ -105,8 +105,8 @@ struct HeadRows {
   int64_t stride;
 };
 
-// Up to 32 rows of the head from `column` on; copied, to memory that is zeros past the depth, where a tile would reach
-// past their ends.
+// Up to 32 rows of the head from `column` on; copied, with zeros past the depth, where a tile would reach past their ends.
+// Not left to be zeros: states of rows that were multiplied before lay there, and zero times a NaN is one.
 static HeadRows head_rows(const ProductArgs& a, int64_t column, int64_t columns, uint8_t* memory) {
   if (columns == PASSING && a.depth % ALONG == 0) {
     return {reinterpret_cast<const uint8_t*>(matrix_row<bfloat16>(a.weight, column)), a.weight.row_stride * 2};
@@ -114,6 +114,7 @@ static HeadRows head_rows(const ProductArgs& a, int64_t column, int64_t columns,
   const int64_t stride = (a.depth + ALONG - 1) / ALONG * 64;
   for (int64_t v = 0; v < columns; ++v) {
     std::memcpy(memory + v * stride, matrix_row<bfloat16>(a.weight, column + v), a.depth * 2);
+    std::memset(memory + v * stride + a.depth * 2, 0, stride - a.depth * 2);
   }
   return {memory, stride};
 }

@@ -71,6 +71,15 @@ def test_a_product_takes_infinite_numbers_as_they_are(instructions):
     torch.testing.assert_close(found, hidden.float() @ weight.float().t(), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+def test_rows_that_are_not_numbers_do_not_reach_those_multiplied_after_them(instructions):
+    """1,024 rows go at a time, in the same work memory: what fills up a tile is zeros each time."""
+    hidden, weight = matrix(1030, 5, seed=24), matrix(40, 5, seed=25)
+    wanted = filled(lambda out: cpu.product(hidden, weight, out), 1030, 40)
+    hidden[:1024] = math.nan
+    found = filled(lambda out: cpu.product(hidden, weight, out), 1030, 40)
+    assert torch.equal(found[1024:], wanted[1024:])
+
+
 def test_a_product_of_signed_zeros_and_small_numbers(instructions):
     """Words of two numbers are moved as they are, and not as the float32 numbers that their bits would be."""
     hidden = torch.tensor([[0.0, -0.0, 1.0], [2.0**-100, -0.0, -1.0]] * 4, dtype=torch.bfloat16)

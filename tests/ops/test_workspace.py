@@ -1,6 +1,9 @@
 """Work memory of the linear ops on a CPU: who has it, how long it is kept, and pages that may be asked for."""
 
+import collections
 import importlib
+import os
+import signal
 import threading
 
 import pytest
@@ -22,7 +25,6 @@ def nothing_kept():
 
 def kept():
     """Bytes of each piece that the next call finds."""
-    _memory._collect()
     return [memory.numel() for memory in _memory._kept]
 
 
@@ -107,6 +109,66 @@ def test_logits_that_a_backward_pass_keeps_are_lent_as_long_as_it_may_come():
         assert (gradient - wanted).abs().max() < 1e-4  # sums of 16,384 float32 products of size 1e-4
     del value
     assert kept() == [4 * ROWS * COLUMNS] * 2  # theirs, and their gradient's, which was the other call's
+
+
+def test_logits_that_many_values_kept_are_no_more_than_the_bound_once_these_are_gone(monkeypatch):
+    """Also if no other call follows; and a bound that has become invalid meanwhile is the next call's error."""
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "17")
+    hidden, weight, target = arguments()
+    values = [dam.linear_log_prob(hidden.requires_grad_(), weight, target) for _ in range(6)]
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "nothing")
+    values.clear()
+    assert kept() == [4 * ROWS * COLUMNS] * 4 and not _memory._returned
+    with pytest.raises(ValueError, match="got 'nothing'"):
+        dam.linear_jump(hidden.detach(), weight, seed=1)
+
+
+def test_a_call_in_the_middle_of_another_does_not_wait_for_it(monkeypatch):
+    """As from __del__ in a garbage collection, or from a signal's handler: at any place, here where pieces are sized.
+
+    It gets memory of its own; and when it releases what is kept, what the other goes on with is not kept either.
+    """
+    device, shape, inside = torch.device("cpu"), (ROWS, COLUMNS), []
+
+    class Returned(collections.deque):
+        def popleft(self):
+            memory = super().popleft()
+            if not inside:
+                inside.append(memory)
+                with _memory.work_arrays(shape, [torch.float32], device) as (other,):
+                    inside.append(other)
+                dam.release_workspace()
+            return memory
+
+    def call():
+        with _memory.work_arrays(shape, [torch.float32], device):
+            pass
+
+    monkeypatch.setattr(_memory, "_returned", Returned())
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    memory, other = inside
+    assert memory.data_ptr() != other.data_ptr() and kept() == []
+    call()
+    assert kept() == [4 * ROWS * COLUMNS]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process")  # of newer Pythons: where threads run, which the parent may have
+def test_a_child_of_a_fork_does_not_wait_for_a_thread_that_is_not_there():
+    device, shape = torch.device("cpu"), (ROWS, COLUMNS)
+    with _memory._keeping:  # as another thread may have it
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            try:
+                with _memory.work_arrays(shape, [torch.float32], device):
+                    os._exit(0 if kept() == [] else 1)
+            finally:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_small_calls_keep_nothing():
