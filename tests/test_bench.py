@@ -21,7 +21,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dam
 from benchmarks import __main__ as entry
-from benchmarks import builds, calls, checkout, harness, memory, options, peers, products, records, report, side_by_side
+from benchmarks import (
+    builds,
+    calls,
+    checkout,
+    harness,
+    memory,
+    options,
+    pages,
+    peers,
+    products,
+    records,
+    report,
+    side_by_side,
+    steps,
+)
 from dam import cli
 from dam.backends import cpu
 from dam.kernels import configs
@@ -528,6 +542,35 @@ def test_calls_of_few_numbers_are_measured(tmp_path, capsys, monkeypatch):
         shapes = [x.shape for x in harness.tensors(call())]
         gradient = (2, 3) if name.startswith("linear") else (2, 5)
         assert shapes == [gradient] if name.endswith("with gradient") else shapes
+
+
+def test_steps_of_a_rollout_are_measured(monkeypatch):
+    """Each as often as it has steps, so that a step and a network's call are compared."""
+    of = steps.functions(2)
+    drawn = of["a step"][0]()
+    assert drawn.final.shape == (2, steps.STEPS) and of["Sudoku's model"][0]().shape[0] == 2
+    clock, made = [0.0], Counter()
+    monkeypatch.setattr(steps.time, "process_time", lambda: clock[0])
+
+    def spend(name, seconds):
+        made[name] += 1
+        clock[0] += seconds
+
+    of_each = {"rollout": (32.0, 64), "call": (2.0, 1)}  # seconds of the CPU, steps
+    spent = {name: (functools.partial(spend, name, took), number) for name, (took, number) in of_each.items()}
+    assert steps.measure(spent, 3) == {"rollout": 0.5, "call": 2.0}
+    assert made == {"rollout": 4, "call": 4 * 64}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise of Linux")
+@pytest.mark.parametrize("large", [False, True])
+def test_new_memory_is_written_whole(large, monkeypatch):
+    written = []
+    fill = pages.ctypes.memset
+    monkeypatch.setattr(
+        pages.ctypes, "memset", lambda view, value, size: (fill(view, value, size), written.append(size))
+    )
+    assert pages.milliseconds(4 * 2**20, large) > 0 and written == [4 * 2**20]
 
 
 @pytest.mark.parametrize("calls", [3, 4])
