@@ -57,19 +57,21 @@ def lent_array(shape: tuple[int, int], dtype: torch.dtype, device: torch.device)
     if device.type != "cpu" or nbytes < _KEPT_FROM:
         return torch.empty(shape, dtype=dtype, device=device)
     most = _rows.workspace_bytes()
-    memory = _memory(nbytes, most)
+    memory = _memory(nbytes, most, 2 * nbytes)  # as it may be held for long
     lent = memory.numpy()[:nbytes]  # which the tensor's storage refers to until it is freed
     weakref.finalize(lent, _give_back, memory, most).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
 
 
-def _memory(nbytes: int, most: int) -> Tensor:
-    """The smallest piece that is kept and large enough, or a new one; `most` bytes stay kept."""
+def _memory(nbytes: int, most: int, largest: int | None = None) -> Tensor:
+    """The smallest piece that is kept and large enough, and not too large, or a new one; `most` bytes stay kept."""
     if _keeping.acquire(blocking=False):
         try:
             kept = _collect(most)
             for i, memory in enumerate(kept):
                 if memory.numel() >= nbytes:
+                    if largest is not None and memory.numel() > largest:
+                        break
                     return kept.pop(i)
         finally:
             _keeping.release()

@@ -12,7 +12,7 @@ import torch
 import dam
 from dam.ops import _head, _memory
 
-ROWS, COLUMNS = 64, 16384  # 4 MB of logits
+ROWS, COLUMNS = 64, 32768  # 8 MB of logits: more than a call before its checks makes
 kernels = importlib.import_module("dam._cpu")
 
 
@@ -106,14 +106,14 @@ def test_logits_that_a_backward_pass_keeps_are_lent_as_long_as_it_may_come():
     dam.linear_jump(-3 * hidden.detach(), weight, seed=1)  # takes another piece
     for _ in range(2):
         (gradient,) = torch.autograd.grad(value.sum(), hidden, retain_graph=True)
-        assert (gradient - wanted).abs().max() < 1e-4  # sums of 16,384 float32 products of size 1e-4
+        assert (gradient - wanted).abs().max() < 1e-4  # sums of 32,768 float32 products of size 1e-4
     del value
     assert kept() == [4 * ROWS * COLUMNS] * 2  # theirs, and their gradient's, which was the other call's
 
 
 def test_logits_that_many_values_kept_are_no_more_than_the_bound_once_these_are_gone(monkeypatch):
     """Also if no other call follows; and a bound that has become invalid meanwhile is the next call's error."""
-    monkeypatch.setenv("DAM_WORKSPACE_MB", "17")
+    monkeypatch.setenv("DAM_WORKSPACE_MB", "33")
     hidden, weight, target = arguments()
     values = [dam.linear_log_prob(hidden.requires_grad_(), weight, target) for _ in range(6)]
     monkeypatch.setenv("DAM_WORKSPACE_MB", "nothing")
@@ -169,6 +169,19 @@ def test_a_child_of_a_fork_does_not_wait_for_a_thread_that_is_not_there():
             finally:
                 os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_value_does_not_hold_memory_of_a_much_larger_call():
+    device = torch.device("cpu")
+    with _memory.work_arrays((8 * ROWS, COLUMNS), [torch.float32], device):
+        pass
+    lent = _memory.lent_array((ROWS, COLUMNS), torch.float32, device)
+    assert kept() == [32 * ROWS * COLUMNS]  # still there for others
+    del lent
+    assert kept() == [4 * ROWS * COLUMNS, 32 * ROWS * COLUMNS]
+    again = _memory.lent_array((ROWS // 2 + 1, COLUMNS), torch.float32, device)  # of half the size and more: the same
+    assert kept() == [32 * ROWS * COLUMNS]
+    del again
 
 
 def test_small_calls_keep_nothing():
