@@ -269,7 +269,7 @@ static void show_product(const std::string& name, int dtype, int64_t rows, int64
   }
   Filled<float> result(rows * columns);
   run(ProductArgs{{rows, columns, dtype, 1}, depth, WIDENED, {hidden.data(), depth + ROOM},
-                  {weight.data(), depth + ROOM}, columns, result.data(), {}, {}});
+                  {weight.data(), depth + ROOM}, columns, result.data(), {}, {}, {}});
   result.show(name + "/product/" + std::to_string(rows));
 }
 
