@@ -30,7 +30,8 @@ class PreNormRoberta(MaskedLM):
     queries, keys and values are looked up where there are fewer pairs of token and position than tokens, others are one
     product, and attention is torch's fused one. Numbers are those of the model's own pass up to rounding, gradients
     too; a trial before the first pass compares. With adapters, hooks, a wrapper, autocast, torch.compile, dropout that
-    is on or checkpoints of gradients, all is run by the model.
+    is on or checkpoints of gradients, all is run by the model; so it is where a class made of this one has hidden_states
+    of its own.
 
     Args: as for `MaskedLM`.
     """
@@ -60,6 +61,8 @@ class PreNormRoberta(MaskedLM):
         model = self.model
         if model is not self._inner or type(model).__name__ != "RobertaPreLayerNormForMaskedLM":
             return False
+        if getattr(self.hidden_states, "__func__", None) is not PreNormRoberta.hidden_states:
+            return False  # a class made of this one, or someone else, says what they are
         if self._attention != "own" or self._shift or not self._adapter or model.config.is_decoder:
             return False
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

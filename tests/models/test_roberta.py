@@ -71,6 +71,20 @@ def test_it_is_the_family_of_its_class():
     assert type(as_denoiser(model_of())) is PreNormRoberta
 
 
+def test_hidden_states_that_another_class_makes_are_read_where_that_makes_them(passes):
+    class Doubled(PreNormRoberta):
+        def hidden_states(self, tokens, attention_mask=None):
+            return 2 * super().hidden_states(tokens, attention_mask)
+
+    model, (tokens, mask) = model_of(), states_of(3)
+    row, position = READ["any"](3)
+    wanted = 2 * PreNormRoberta(model).hidden_states(tokens, mask)[row, position]
+    assert torch.equal(Doubled(model).hidden_at(tokens, mask, row, position), wanted) and not passes
+    patched = PreNormRoberta(model)
+    patched.hidden_states = lambda *given: 2 * PreNormRoberta.hidden_states(patched, *given)
+    assert torch.equal(patched.hidden_at(tokens, mask, row, position), wanted) and not passes
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("rows", [3, 64])  # in 64 there are more tokens than pairs of token and place
 @pytest.mark.parametrize("layers", [1, 3])
