@@ -30,8 +30,8 @@ class PreNormRoberta(MaskedLM):
     queries, keys and values are looked up where there are fewer pairs of token and position than tokens, others are one
     product, and attention is torch's fused one. Numbers are those of the model's own pass up to rounding, gradients
     too; a trial before the first pass compares. With adapters, hooks, a wrapper, autocast, torch.compile, dropout that
-    is on or checkpoints of gradients, all is run by the model; so it is where a class made of this one has hidden_states
-    of its own.
+    is on or checkpoints of gradients, all is run by the model; so it is where a class made of this one has its own
+    hidden_states.
 
     Args: as for `MaskedLM`.
     """
@@ -52,7 +52,7 @@ class PreNormRoberta(MaskedLM):
         if attention_mask is not None:
             self._try_padding(tokens, attention_mask)
             check_left_padding(self, attention_mask)
-        if tail.shift or not self._try_own_pass(tokens, attention_mask, row, position):
+        if not self._try_own_pass(tokens, attention_mask, row, position):
             return self.hidden_states(tokens, attention_mask)[row, position]
         return tail.hidden_states(_states_at(self.model, tokens, attention_mask, row, position))
 

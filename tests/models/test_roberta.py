@@ -9,8 +9,10 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
 from dam.models import Head, MaskedLM, PreNormRoberta, as_denoiser
 from dam.models import roberta as module
+from dam.models.denoiser import hidden_at
 from dam.rollout import rollout
 from dam.train.base import InitialParameters
+from dam.train.sampling import _InBlocks
 
 MASK, PAD, VOCABULARY, LENGTH, PLACES = 0, 1, 7, 6, 10
 PROCESS = MaskedCTMC(mask_token=MASK)
@@ -298,3 +300,12 @@ def test_a_base_of_first_parameters_runs_them(passes):
             parameter.mul_(1.1)
     torch.testing.assert_close(base.hidden_at(tokens, mask, row, position), before, rtol=0, atol=1e-12)
     assert passes and not torch.allclose(PreNormRoberta(model).hidden_at(tokens, mask, row, position), before)
+
+
+def test_a_base_in_the_blocks_of_a_model_is_read_as_itself(passes):
+    base, (tokens, mask) = PreNormRoberta(model_of()), states_of(3)
+    row, position = READ["any"](3)
+    wanted = base.hidden_at(tokens, mask, row, position)
+    before = len(passes)
+    inside = _InBlocks(base, PreNormRoberta(model_of()))
+    assert torch.equal(hidden_at(inside, tokens, mask, row, position), wanted) and len(passes) == before + 1

@@ -96,12 +96,17 @@ def test_products_of_many_rows(dtype, monkeypatch):
     assert within(found, hidden, weight.t(), 41 * 2.0**-24)
     if dtype == torch.bfloat16 and "amx" in INSTRUCTIONS:
         monkeypatch.setattr(cpu, "_ROWS_AT_ONCE", 1000)
+        call, at_once = cpu.kernels.product_weight, []
+        monkeypatch.setattr(
+            cpu.kernels, "product_weight", lambda **given: (at_once.append(given["shape"][0]), call(**given))
+        )
         gradient = normal(2050, 37, seed=21)
         added = filled(lambda out: cpu.product_weight(gradient, hidden, out), 37, 40, value=0.5)
         narrow = filled(lambda out: cpu.product_weight(gradient, hidden, out), 37, 40, dtype=dtype)
         assert within(added.double() - 0.5, gradient.t(), hidden, 2.0**-16 + 2052 * 2.0**-23, atol=2.0**-23)
         error = rounding(dtype) * (gradient.t().double() @ hidden.double()).abs()
         assert within(narrow, gradient.t(), hidden, 2.0**-15 + 2052 * 2.0**-23, atol=error)
+        assert at_once == [1000, 1000, 50] * 2  # so work memory does not grow with rows
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts kilobytes as Linux does")

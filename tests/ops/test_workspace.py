@@ -195,6 +195,7 @@ def test_memory_of_inference_mode_serves_later_calls():
     with torch.inference_mode():
         dam.linear_log_prob(hidden, weight, target)
     first = kept()
+    assert not any(memory.is_inference() for memory in _memory._kept)  # which may not be written to outside
     weight.requires_grad_()
     dam.linear_log_prob(hidden, weight, target).sum().backward()
     assert first and kept() and weight.grad is not None
