@@ -21,7 +21,7 @@ from torch import Tensor, nn
 _BUCKETS = 8  # sums of hidden states that are compared
 # Of a bucket's root sum of squares: rounding to bfloat16 moves a sum by less than a hundredth, other states by about 1.
 _TOLERANCE = 0.05
-_ROOM = 2**16  # words of another rank beyond those expected that are still read
+_ROOM = 2**22  # words of another rank beyond those expected that are still read
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch before 2.13
 
 
@@ -95,7 +95,7 @@ def _sharded_dim(op: str, name: str, tensor: Any, dim: int | None) -> int | None
     """The mesh dimension along which a DTensor is divided, None where it is whole on every rank."""
     from torch.distributed.tensor import Replicate, Shard
 
-    wanted = None if dim is None else dim % tensor.dim()
+    wanted = None if dim is None else dim % max(tensor.dim(), 1)
     found = []
     for i, placement in enumerate(tensor.placements):
         if type(placement) is Shard and placement.dim == wanted:
@@ -244,7 +244,7 @@ def _gathered(call: Call, shards: Shards, words: Tensor) -> Tensor:
             _all_gather(out, words, group=shards.group)
             return out.view(size, length)
         # gloo ends the process that gets a longer message than it waits for, before anyone can be told why; with room
-        # for more, ranks that made another call are found by the header.
+        # for more, ranks that made another call are found by the header. What nothing is written to takes no memory.
         room, rank = 2 * length + _ROOM, shards.rank
         received, sent = ([n * (other != rank) for other in range(size)] for n in (room, length))
         out = words.new_empty((size - 1) * room)

@@ -284,11 +284,12 @@ def of_rows(
     Raises:
         ValueError, TypeError: one does not fit, whatever the other ranks have.
     """
-    shards = _group.shards_of(op, "logits", logits, -1, group)
-    base = _same_kind(op, "base_logits", base_logits, "logits", logits, -1)
+    _checks.floating(op, "logits", logits)
     here = _group.local_of(op, "logits", logits, -1)
     assert here is not None
     x, lead = _checks.rows(op, "logits", here, "V", least=0)
+    shards = _group.shards_of(op, "logits", logits, -1, group)
+    base = _same_kind(op, "base_logits", base_logits, "logits", logits, -1)
     if base is not None:
         _checks.like(op, "base_logits", base, "logits", here)
         base = _checks.rows(op, "base_logits", base, "V", least=0)[0].detach()
@@ -312,11 +313,12 @@ def of_head(
     Raises:
         ValueError, TypeError: one does not fit, whatever the other ranks have.
     """
-    shards = _group.shards_of(op, "head_weight", head.weight, 0, group)
+    _checks.floating(op, "head_weight", head.weight)
     local = _group.local_of(op, "hidden", hidden, None)
     assert local is not None
     x, lead = _checks.rows(op, "hidden", local, "D")
     projection = _projection(op, x, head, head.weight, ("hidden", "head_weight", "bias", "softcap"))
+    shards = _group.shards_of(op, "head_weight", head.weight, 0, group)
     of_base = None
     if base is not None and base_hidden is not None:
         local = _group.local_of(op, "base_hidden", base_hidden, None)

@@ -266,7 +266,7 @@ def _torch(
     """Loss of each row, float64 [T], and gradient, which is written to `into`, if given; it may be the logits."""
     rows, columns = logits.shape
     losses, grad = outputs(logits, with_grad, into)
-    scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float32) if row_scale is None else row_scale
+    scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64) if row_scale is None else row_scale
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
         ex = exclude.part(part)
