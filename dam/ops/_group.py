@@ -62,7 +62,7 @@ class Shards(NamedTuple):
 
 
 def is_asked(group: Any, tensor: object) -> bool:
-    """Whether an op is to be made over a group: one of several ranks was given, or what has the columns is a DTensor."""
+    """Whether an op is to be made over a group: one of several ranks is given, or what has columns is a DTensor."""
     if isinstance(group, dist.ProcessGroup) and group.size() == 1:
         group = None
     return group is not None or is_dtensor(tensor)

@@ -10,7 +10,7 @@ RUN = "tests.ops.group_run"
 @pytest.mark.parametrize("count", [2, 3])
 def test_values_gradients_and_draws_are_those_of_one_rank(count, tmp_path):
     """To rounding, and draws to the bit, wherever columns are divided; targets on both sides of each rank's end."""
-    ranks.succeed(RUN, count, tmp_path, "equal", "dtensors")
+    ranks.succeed(RUN, count, tmp_path, "equal", "rounded_once", "dtensors")
 
 
 @pytest.mark.parametrize("case", ["equal_cuda", "equal_triton"])
