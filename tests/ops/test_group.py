@@ -7,33 +7,20 @@ from tests import ranks
 RUN = "tests.ops.group_run"
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_values_gradients_and_draws_are_those_of_one_rank(count, tmp_path):
-    """To rounding, and draws to the bit, wherever columns are divided; targets on both sides of each rank's end."""
-    ranks.succeed(RUN, count, tmp_path, "equal", "rounded_once", "dtensors")
+def test_two_ranks_say_what_one_does(tmp_path):
+    """Values and gradients to rounding and draws to the bit, wherever columns are divided, 10^5 draws of each op among
+    them; one collective each way, of sizes that no vocabulary changes, and no array of more than a rank's share."""
+    ranks.succeed(RUN, 2, tmp_path, "equal", "rounded_once", "many_draws", "wire", "shares", "compiled", "dtensors")
 
 
-@pytest.mark.parametrize("case", ["equal_cuda", "equal_triton"])
-def test_every_backend_shares_columns(case, tmp_path):
-    ranks.succeed(RUN, 2, tmp_path, case)
+def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
+    """And calls that differ are told apart on every rank."""
+    cases = ("equal", "rounded_once", "many_draws", "dtensors", "disagree", "argues", "other_maps")
+    ranks.succeed(RUN, 3, tmp_path, *cases)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_hundred_thousand_draws_are_equal_to_the_bit(count, tmp_path):
-    ranks.succeed(RUN, count, tmp_path, "many_draws")
-
-
-def test_what_goes_over_the_wire_and_what_is_allocated(tmp_path):
-    """One collective each way, of sizes that no vocabulary or width changes; no array of more than a rank's share."""
-    ranks.succeed(RUN, 2, tmp_path, "wire", "shares")
-
-
-def test_calls_that_differ_are_told_apart_on_every_rank(tmp_path):
-    ranks.succeed(RUN, 3, tmp_path, "disagree", "argues", "other_maps")
-
-
-def test_compiled_code_calls_them(tmp_path):
-    ranks.succeed(RUN, 2, tmp_path, "compiled")
+def test_every_backend_shares_columns(tmp_path):
+    ranks.succeed(RUN, 2, tmp_path, "equal_cuda", "equal_triton")
 
 
 @pytest.mark.parametrize("case", ["killed", "raises"])
