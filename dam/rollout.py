@@ -185,7 +185,7 @@ def rollout(
         stop_tokens: tokens that end a row.
         start: int64 [B], position from which on they do; each row's first mask unless given.
         least_calls: network calls to make at least, the last ones of one row and to no purpose: for processes among
-            which a model is divided, that must make as many as each other (`planned_calls`). Not with stop_tokens.
+            which a model is divided, that must make as many as each other (`planned_calls`).
         seed: of the order and the tokens: what is drawn at a position depends on (seed, row id, position, states) only,
             not on the batch. Positions count from the end, so padding in front changes no draw.
         row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
@@ -204,8 +204,6 @@ def rollout(
     for name, value in (("steps", steps), ("block_length", block_length)):
         if value is not None and value < 1:
             raise ValueError(f"rollout: {name} must be at least 1; got {value}")
-    if least_calls and (len(stop_tokens) > 0 or decoding.threshold is not None):
-        raise ValueError("rollout: least_calls goes without stop_tokens and threshold, by which rows take fewer calls")
     if steps is not None and decoding.threshold is not None:
         raise ValueError(f"rollout: a threshold tells how many positions a call fills: leave out steps={steps}")
     masked = process.masked(tokens)
@@ -264,7 +262,7 @@ def planned_calls(
     steps: int | None = None,
     block_length: int | None = None,
 ) -> int:
-    """Network calls that `rollout` makes of these rows at most: all of them without stop_tokens and a threshold.
+    """Network calls that `rollout` makes of these rows, without stop_tokens and a threshold; with them at most so many.
 
     Arguments as for `rollout`. No draw changes it, and the network is not called.
     """
@@ -338,7 +336,7 @@ def _fill_as_planned(
             assert base is not None
             made[-1] += (token_log_prob(of_base, drawn.token, base.head(), process, decoding),)
         if ends is not None and ends.cut(trajectories, call=n):
-            calls = _by_call(trajectories)
+            calls = _by_call(trajectories, least_calls)
         n += 1
     _enter(trajectories, ("token", "log_prob", *(() if beside is None else ("base_log_prob",))), made)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from dam.train.rewards import Outcomes, RewardError, refuse_reserved
 from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, TokenRow, is_conversation
 
-
 _OUTLINED = 64  # rows of a dataset that processes compare
 
 

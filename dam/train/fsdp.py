@@ -118,7 +118,7 @@ def load_whole_weights(model: Any, checkpoint: str) -> None:
             f"{checkpoint!r} is of an adapter that was trained without FSDP and cannot be resumed with it: resume "
             "without FSDP, or begin a new run from the adapter (PeftModel.from_pretrained(..., is_trainable=True))"
         )
-    weights = {}
+    weights: dict[str, Any] = {}
     if PartialState().is_main_process:
         from transformers.modeling_utils import load_state_dict
 

@@ -75,7 +75,7 @@ class Lifelines:
             ) from error
         if not connected:
             warnings.warn(
-                "no connection to the first process: of one that fails this one learns by the collectives' timeout only",
+                "no connection to the first process: of one that fails this one learns by the timeout of collectives",
                 stacklevel=2,
             )
         if threading.current_thread() is threading.main_thread():

@@ -128,13 +128,11 @@ class Sampler:
         """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole.
 
         Where from_base, bool [B], says so the base draws; log_prob stays that of the model, base_log_prob the base's.
-        Rows of a model that FSDP2 divides are filled in to the end, and by as many calls as in the process that needs
-        most of them, since its processes must make as many.
+        Of a model that FSDP2 divides each process makes as many calls as the one that may need most, since they must
+        make as many: the last ones to no purpose.
         """
         by_threshold = decoding is not None and decoding.threshold is not None
         least_calls = self._calls(model, tokens, attention_mask)
-        if _is_divided(model):
-            stop_tokens = ()
 
         def drawn(rows: Tensor, drawer: Denoiser, other: Denoiser | None) -> list[Trajectories]:
             return [

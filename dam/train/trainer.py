@@ -19,7 +19,13 @@ from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, SaveStrategy, speed_metrics
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    PredictionOutput,
+    SaveStrategy,
+    speed_metrics,
+)
 
 from dam import diagnostics
 from dam.adjoint import (
@@ -199,7 +205,7 @@ class DAMTrainer(BaseTrainer):
             output_dir/failed_rollouts.pt.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
-    can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes, when one
+    can be resumed, to the same result; but not in the middle of an update of the weights. When one of several processes
     fails alone or is killed, all end, and what each raises says which and why (`dam.train.lifelines`); the checkpoint
     is then the first process's, or where FSDP or DeepSpeed divide the model the last one that was saved.
 
@@ -294,6 +300,7 @@ class DAMTrainer(BaseTrainer):
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
         self._network = network
+        self._alone = False  # whether this process saves a checkpoint without the others
         with precision_of(args):
             super().__init__(
                 model=network,
@@ -585,16 +592,21 @@ class DAMTrainer(BaseTrainer):
     def _replayed(self) -> tuple[Group, Tensor]:
         """This micro-step's and process's share of the groups of a step, and what names the draws of each, int64 [G].
 
-        With draw_outcomes a group is one outcome, drawn from all of the step.
+        With draw_outcomes a group is one outcome, drawn from all of the step. Where groups are fewer than parts would
+        share equally, parts are filled up with some that count for nothing there: the step is that of one part.
         """
         args, replay = self.args, self.progress.replay
         parts = args.gradient_accumulation_steps * args.world_size
         part = self.progress.micro_step % args.gradient_accumulation_steps * args.world_size + args.process_index
         generator = self._generator(_Draw.REPLAY)
         places = replay.choose(args.replay_batch_size, parts, generator)
+        distinct = len(places.unique())  # the first ones
         if args.draw_outcomes is None:
-            return replay.batch(places[part]), torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
-        weight = replay.weights(places.flatten())
+            names = torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
+            groups = replay.batch(places[part])
+            groups["weight"] = groups["weight"] * ((names < distinct)[:, None] * (places.numel() / distinct))
+            return groups, names
+        weight = replay.weights(places.flatten()[:distinct])
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
         names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
         chosen = drawn[names]
@@ -802,7 +814,8 @@ class DAMTrainer(BaseTrainer):
             return
         load = fsdp.load_whole_optimizer if self.is_fsdp_enabled else fsdp.load_divided_optimizer
         load(self.model, self.optimizer, checkpoint)
-        self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+        scheduled: Any = self.lr_scheduler
+        scheduled.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
@@ -834,13 +847,19 @@ class DAMTrainer(BaseTrainer):
         self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
         strategy = self.args.save_strategy
         try:
+            self._alone = alone
             if alone:
-                self.args.save_strategy = SaveStrategy.NO  # others wait for all, at a checkpoint that may be the best
+                self.args.save_strategy = SaveStrategy.NO  # by others all wait for each other where one may be the best
             self._save_checkpoint(self.model, trial=None)
         except Exception as error:  # the error that ends the run is the one to raise
             warnings.warn(f"no checkpoint of step {step} could be saved: {type(error).__name__}: {error}", stacklevel=2)
         finally:
-            self.args.save_strategy = strategy
+            self._alone, self.args.save_strategy = False, strategy
+
+    def store_flos(self) -> None:
+        """As `Trainer.store_flos`, which sums over processes; what this one counts waits for the next checkpoint."""
+        if not self._alone:
+            super().store_flos()
 
     def _load_best_model(self) -> None:
         self._update.step = self.state.global_step  # from here on the weights are those of another step
