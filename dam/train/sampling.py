@@ -14,9 +14,10 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
 from dam.models.denoiser import Denoiser, MaskedLM, blocks_of, equal_rows, hidden_at
 from dam.models.sharding import is_fsdp
-from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
+from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, planned_calls, rollout
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
+from dam.train.processes import together
 
 
 class _InBlocks:
@@ -91,6 +92,20 @@ class Sampler:
             if isinstance(denoiser, MaskedLM):
                 denoiser.compare(tokens, attention_mask)
 
+    def _calls(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> int:
+        """Network calls that every process makes of a piece, where they must make as many; else 0."""
+        if not _is_divided(model):
+            return 0
+        denoiser, args = self._denoiser(model), self._args
+        steps, length = args.diffusion_steps, args.block_length
+        return max(
+            together(
+                lambda: planned_calls(
+                    denoiser, tokens, self._process, attention_mask=attention_mask, steps=steps, block_length=length
+                )
+            )
+        )
+
     def _pieces(self, rows: int) -> Iterator[slice]:
         size = self._args.rollout_batch_size
         return (slice(start, start + size) for start in range(0, rows, size))
@@ -113,11 +128,11 @@ class Sampler:
         """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole.
 
         Where from_base, bool [B], says so the base draws; log_prob stays that of the model, base_log_prob the base's.
-        Rows of a model that FSDP2 divides are filled in to the end, as its processes must make as many network calls.
+        Of a model that FSDP2 divides each process makes as many calls as the one that may need most, since they must
+        make as many: the last ones to no purpose.
         """
         by_threshold = decoding is not None and decoding.threshold is not None
-        if _is_divided(model):
-            stop_tokens = ()
+        least_calls = self._calls(model, tokens, attention_mask)
 
         def drawn(rows: Tensor, drawer: Denoiser, other: Denoiser | None) -> list[Trajectories]:
             return [
@@ -133,6 +148,7 @@ class Sampler:
                     decoding=decoding,
                     stop_tokens=stop_tokens,
                     start=None if start is None else start[part],
+                    least_calls=least_calls,
                     seed=seed,
                     row_ids=row_ids[part],
                 )
@@ -163,6 +179,7 @@ class Sampler:
         temperature: float,
     ) -> PathLogProbs:
         """`dam.rollout.log_prob_over_orders` in pieces of rollout_batch_size, whose draws are those of the whole."""
+        least_calls = self._calls(model, trajectories.initial, attention_mask)
         pieces = [
             log_prob_over_orders(
                 self._denoiser(model),
@@ -174,6 +191,7 @@ class Sampler:
                 steps=self._args.diffusion_steps,
                 block_length=self._args.block_length,
                 temperature=temperature,
+                least_calls=least_calls,
                 seed=seed,
                 row_ids=row_ids[part],
             )
