@@ -17,7 +17,7 @@ from dam.models.equal_rows import may_run_once, takes_any_rows
 from dam.models.output_layer import head_of
 from dam.models.padding import evaluating, takes_left_padding
 from dam.models.prefix import Passes, Prefix, has_caches, is_exact
-from dam.models.sharding import check_sharding, is_fsdp, tied_to
+from dam.models.sharding import check_sharding, settle, shape_of, tied_to, waits_for_others
 from dam.models.stale import StaleCache
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
@@ -128,14 +128,15 @@ class MaskedLM:
     where positions are absolute (BERT's): rows that are padded so are then refused.
 
     Of a model with "block-causal" attention that takes `past_key_values`, rollouts run only the block that they are at
-    (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2
-    divides the model, whose processes must run alike. With `approximate_cache` so do those of a model with full
+    (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2 or
+    ZeRO-3 divides the model, whose processes must run alike. With `approximate_cache` so do those of a model with full
     attention, or are refused: by another law than the model's (`dam.models.stale.StaleCache`).
 
     Rows of a rollout that are equal are run once (`equal_rows`), if a trial before the first such rollout shows that
-    none gets anything else beside others. Not in training mode, nor where the model is compiled or FSDP2 divides it.
+    none gets anything else beside others. Not in training mode, nor where the model is compiled, or FSDP2 or ZeRO-3
+    divides it.
 
-    A head that FSDP2 has divided is gathered each time it is asked for.
+    A head that FSDP2 or DeepSpeed's ZeRO-3 has divided is gathered each time it is asked for.
 
     Args:
         model: takes `input_ids` and `attention_mask`; and `position_ids`, `use_cache` and a mask [B, 1, L, L] for
@@ -190,7 +191,10 @@ class MaskedLM:
         self._attention, self._shift = attention, shift
         self.model: Any = model
         # DistributedDataParallel and its like keep the model in .module; the forward pass must go through them.
-        self._inner: Any = model if hasattr(model, "get_output_embeddings") else getattr(model, "module", model)
+        # DeepSpeed's engine hands on the model's methods besides.
+        inner = getattr(model, "module", None)
+        wrapped = not hasattr(type(model), "get_output_embeddings") and hasattr(inner, "get_output_embeddings")
+        self._inner: Any = inner if wrapped else model
         if not callable(getattr(self._inner, "get_output_embeddings", None)):
             raise TypeError(f"model must have get_output_embeddings(); {type(model).__name__} has none")
         self._adapter = adapter
@@ -200,6 +204,7 @@ class MaskedLM:
         if layer is None:
             raise TypeError(f"get_output_embeddings() of {type(self._inner).__name__} gives no linear layer")
         check_sharding(layer, self._inner)
+        settle(self._inner)
         return layer
 
     @contextlib.contextmanager
@@ -265,7 +270,7 @@ class MaskedLM:
         In all processes alike, as FSDP's must all run: that of the config is tried where no row is padded.
         """
         known = _PADDED.setdefault(self._inner, {})
-        ids = self._inner.get_input_embeddings().weight.shape[0]
+        ids = shape_of(self._inner.get_input_embeddings().weight)[0]
         pad = getattr(getattr(self._inner, "config", None), "pad_token_id", None)
         if pad is None or not 0 <= pad < ids:  # some say -1 where there is none
             pad = 0
@@ -311,7 +316,7 @@ class MaskedLM:
                 self._try_padding(tokens, attention_mask)
                 check_left_padding(self, attention_mask)
             hidden, output = self._last_states(self.model, self._arguments(tokens, attention_mask))
-        return self._shifted(tail.hidden_states(tied_to(hidden, output, self._inner)), attention_mask)
+        return self._shifted(tail.hidden_states(tied_to(hidden, output, self.model)), attention_mask)
 
     def _shifted(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Hidden states at the positions that they predict; a row's first token is predicted where it is."""
@@ -335,7 +340,7 @@ class MaskedLM:
                     self._inner,
                     tokens,
                     attention_mask,
-                    self._inner.get_input_embeddings().weight.shape[0],
+                    shape_of(self._inner.get_input_embeddings().weight)[0],
                 )
         return known[way]
 
@@ -372,8 +377,8 @@ class MaskedLM:
             return "it is in training mode"
         if not has_caches():
             return "transformers is missing"
-        if any(is_fsdp(module) for module in self._inner.modules()):
-            return "FSDP2 divides it, and its processes must run alike"
+        if waits_for_others(self._inner):
+            return "FSDP2 or ZeRO-3 divides it, and its processes must run alike"
         model = getattr(self._inner, "_orig_mod", self._inner)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if "past_key_values" not in inspect.signature(model.forward).parameters:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import brought_here, whole
+from dam.models.sharding import brought_here, shape_of, whole
 from dam.ops._head import Head, LoRA
 
 # Rows of a head whose sum with an adapter's product is formed at a time, for its norms.
@@ -28,7 +28,7 @@ def head_of(layer: Any) -> Head:
     adapted = getattr(layer, "token_adapter", layer)  # inside a wrapper of PEFT's
     if not hasattr(adapted, "base_layer"):
         weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
+        if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2:
             raise TypeError(f"the output layer, {type(layer).__name__}, is no linear layer: it has no matrix `weight`")
         with brought_here(layer):
             weight, bias = layer.weight, getattr(layer, "bias", None)

@@ -14,10 +14,15 @@ if torch.distributed.is_available():
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter that FSDP2 has divided, gathered from all processes; others as they are.
+    """A parameter that FSDP2 or DeepSpeed's ZeRO-3 has divided, gathered from all processes; others as they are.
 
-    Its gradient is the mean over processes, as FSDP's are, and each keeps its part.
+    Its gradient is the mean over processes, as theirs are, and each keeps its part.
     """
+    if is_partitioned(parameter):
+        with _gathered(parameter):
+            if parameter.requires_grad and torch.is_grad_enabled():
+                return _OfPartitions.apply(parameter)
+            return parameter.detach()
     if not is_divided(parameter):
         return parameter
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
@@ -29,6 +34,73 @@ def whole(parameter: Tensor) -> Tensor:
 
 def is_divided(parameter: Tensor) -> bool:
     return torch.distributed.is_available() and isinstance(parameter, DTensor)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has divided a parameter, be it gathered just now or not."""
+    return getattr(parameter, "ds_id", None) is not None
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of all of a parameter: of one that ZeRO-3 has divided nothing is in its place between its uses."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+def waits_for_others(model: nn.Module) -> bool:
+    """Whether a forward pass of one process waits for those of others, as FSDP2 or ZeRO-3 divides the model."""
+    return any(is_fsdp(module) for module in model.modules()) or any(map(is_partitioned, model.parameters()))
+
+
+@contextlib.contextmanager
+def _gathered(parameter: Any) -> Iterator[None]:
+    """Context manager: a parameter that ZeRO-3 has divided has its values."""
+    if parameter.ds_status.name == "INFLIGHT":
+        raise RuntimeError("a parameter is read while ZeRO-3 fetches it: settle the model first")
+    if parameter.ds_status.name == "AVAILABLE":  # a persistent one, or one that is to be used again soon
+        yield
+        return
+    parameter.all_gather()
+    try:
+        yield
+    finally:
+        parameter.partition()
+
+
+class _OfPartitions(torch.autograd.Function):
+    """The values of a parameter that ZeRO-3 has gathered, so that their gradient is added to that of the parameter.
+
+    DeepSpeed reduces that, and puts each process's part where its optimizer takes it, when autograd has added up all
+    that a backward pass gives the parameter; a tied embedding's too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Any) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        parameter, gradient = ctx.parameter, gradient.contiguous()
+        if parameter.ds_status.name == "NOT_AVAILABLE":
+            # Autograd adds to a gradient of the shape that its parameter has at that time; no values are read.
+            parameter.data = gradient
+
+            def added(parameter: Any) -> None:
+                handle.remove()
+                if parameter.ds_status.name == "NOT_AVAILABLE":
+                    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+            handle = parameter.register_post_accumulate_grad_hook(added)
+        return gradient
+
+
+def settle(model: nn.Module) -> None:
+    """Waits for parameters that ZeRO-3 is fetching, for what it takes to be the model's next layers."""
+    for module in model.modules():
+        fetched = getattr(module, "ds_inflight_param_registry", None)
+        while fetched:
+            fetched.pop(next(iter(fetched))).wait()
 
 
 @contextlib.contextmanager
@@ -63,17 +135,12 @@ def is_placed(model: nn.Module) -> bool:
 
 
 def check_sharding(layer: nn.Module, model: nn.Module) -> None:
-    """That a head can be read: it is all here, or divided by FSDP2.
+    """That a head can be read: it is all here, or divided by FSDP2 or ZeRO-3.
 
     Raises:
         ValueError: it is divided by something else.
     """
     for name, parameter in layer.named_parameters():
-        if getattr(parameter, "ds_id", None) is not None and parameter.numel() == 0:
-            raise ValueError(
-                f"{name} of the output layer is partitioned by DeepSpeed's ZeRO-3 and not here outside of its forward "
-                "pass: use stage 2, or FSDP2"
-            )
         if is_divided(parameter) and not any(is_fsdp(module) for module in model.modules()):
             raise ValueError(
                 f"{name} of the output layer is a DTensor, divided by tensor parallelism: leave the output layer out "
@@ -84,9 +151,13 @@ def check_sharding(layer: nn.Module, model: nn.Module) -> None:
 def tied_to(hidden: Tensor, output: Any, model: nn.Module) -> Tensor:
     """Hidden states whose gradient passes by what `model` returned, which is of no positions, where FSDP2 divides it.
 
-    FSDP2 gathers the parameters of a unit for the backward pass when that comes to what the unit returned.
+    FSDP2 gathers the parameters of a unit for the backward pass when that comes to what the unit returned; DeepSpeed,
+    of any stage, begins a backward pass there.
+
+    Args:
+        model: as it was called.
     """
-    if not torch.is_grad_enabled() or not any(is_fsdp(module) for module in model.modules()):
+    if not torch.is_grad_enabled() or not (is_deepspeed(model) or any(is_fsdp(module) for module in model.modules())):
         return hidden
     for tensor in _tensors(output):
         if tensor.requires_grad and tensor.numel() == 0:
@@ -106,3 +177,8 @@ def is_fsdp(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
+
+
+def is_deepspeed(model: nn.Module) -> bool:
+    """Whether a model is DeepSpeed's engine around one. DeepSpeed itself need not be there."""
+    return any(each.__module__ == "deepspeed.runtime.engine" for each in type(model).__mro__)

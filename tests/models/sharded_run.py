@@ -19,6 +19,7 @@ from dam.rollout import rollout
 from tests.architectures import small_sizes
 
 MASK, VOCABULARY = 0, 9
+RATE = 0.1  # of steps of plain gradient descent
 PROCESS = MaskedCTMC(MASK)
 
 
