@@ -95,6 +95,51 @@ class _OfPartitions(torch.autograd.Function):
         return gradient
 
 
+@contextlib.contextmanager
+def partitions_of(model: nn.Module, values: Mapping[Any, Tensor]) -> Iterator[None]:
+    """Context manager: parameters that ZeRO-3 has divided have other values, of which each process holds its part.
+
+    Args:
+        model: the one that they are of.
+        values: by parameter, of its whole shape.
+
+    Raises:
+        ValueError: parts are kept twice, or not in memory.
+    """
+    own = {}
+    try:
+        _let_go(model, values)
+        for parameter, value in values.items():
+            own[parameter] = parameter.ds_tensor.data
+            parameter.ds_tensor.data = _part(parameter, value)
+        yield
+    finally:
+        _let_go(model, own)
+        for parameter, data in own.items():
+            parameter.ds_tensor.data = data
+
+
+def _let_go(model: nn.Module, parameters: Mapping[Any, Tensor]) -> None:
+    """Of gathered values, so that they are gathered anew."""
+    settle(model)
+    for parameter in parameters:
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+
+
+def _part(parameter: Any, value: Tensor) -> Tensor:
+    """The part of a value that this process would hold, were it that of the parameter; of equal size in all of them."""
+    held = parameter.ds_tensor
+    if getattr(parameter, "ds_secondary_tensor", None) is not None or held.status.name != "AVAILABLE":
+        raise ValueError(
+            "the base cannot take the place of parameters that ZeRO-3 keeps twice (zero_hpz_partition_size) or on NVMe "
+            "(offload_param): leave that out, or pass ref_model"
+        )
+    rank, size = torch.distributed.get_rank(parameter.ds_process_group), held.numel()
+    part = value.reshape(-1)[rank * size : (rank + 1) * size]
+    return nn.functional.pad(part, (0, size - len(part))).to(held)
+
+
 def settle(model: nn.Module) -> None:
     """Waits for parameters that ZeRO-3 is fetching, for what it takes to be the model's next layers."""
     for module in model.modules():
