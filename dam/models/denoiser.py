@@ -17,7 +17,16 @@ from dam.models.equal_rows import may_run_once, takes_any_rows
 from dam.models.output_layer import head_of
 from dam.models.padding import evaluating, takes_left_padding
 from dam.models.prefix import Passes, Prefix, has_caches, is_exact
-from dam.models.sharding import check_sharding, settle, shape_of, tied_to, waits_for_others
+from dam.models.sharding import (
+    check_sharding,
+    here,
+    is_divided,
+    is_shared_by_rows,
+    settle,
+    shape_of,
+    tied_to,
+    waits_for_others,
+)
 from dam.models.stale import StaleCache
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
@@ -136,7 +145,8 @@ class MaskedLM:
     none gets anything else beside others. Not in training mode, nor where the model is compiled, or FSDP2 or ZeRO-3
     divides it.
 
-    A head that FSDP2 or DeepSpeed's ZeRO-3 has divided is gathered each time it is asked for.
+    A head that FSDP2 or DeepSpeed's ZeRO-3 has divided is gathered each time it is asked for. One that tensor
+    parallelism divides by rows of the vocabulary stays where it is: a DTensor, which the operations take.
 
     Args:
         model: takes `input_ids` and `attention_mask`; and `position_ids`, `use_cache` and a mask [B, 1, L, L] for
@@ -235,7 +245,7 @@ class MaskedLM:
         return _TAILS.setdefault(self._inner, weakref.WeakKeyDictionary()).setdefault(layer, {})
 
     def _head_of(self, layer: nn.Module) -> Head:
-        return head_of(layer)
+        return head_of(layer, in_place=is_shared_by_rows(layer, self._inner))
 
     def _arguments(self, tokens: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         """What the model is called with."""
@@ -439,7 +449,8 @@ class MaskedLM:
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given.append(args[0])
-            return (args[0][:, :0], *args[1:])
+            # Of no positions DTensor knows no product.
+            return (args[0][:1, :1] if is_divided(args[0]) else args[0][:, :0], *args[1:])
 
         handle = self._output_layer().register_forward_pre_hook(keep)
         try:
@@ -447,7 +458,7 @@ class MaskedLM:
         finally:
             handle.remove()
         check_calls(self._inner, given, arguments[self._predicted])
-        return given[0], output
+        return here(given[0]), output
 
     def head(self) -> Head:
         with self._as_asked():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -180,17 +180,67 @@ def is_placed(model: nn.Module) -> bool:
 
 
 def check_sharding(layer: nn.Module, model: nn.Module) -> None:
-    """That a head can be read: it is all here, or divided by FSDP2 or ZeRO-3.
+    """That a head can be read: it is all here, or divided by FSDP2, by ZeRO-3 or by rows of the vocabulary.
 
     Raises:
-        ValueError: it is divided by something else.
+        ValueError: it is divided otherwise.
     """
+    if not is_shared_by_rows(layer, model):
+        return
+    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+        raise ValueError(
+            "an adapter is on the output layer, which tensor parallelism divides: leave that layer out of its "
+            "target_modules, or out of the plan (tp_plan)"
+        )
     for name, parameter in layer.named_parameters():
-        if is_divided(parameter) and not any(is_fsdp(module) for module in model.modules()):
+        placements = parameter.placements if is_divided(parameter) else ()  # type: ignore[attr-defined]
+        by_rows = [each for each in placements if type(each) is Shard and each.dim == 0]
+        if len(by_rows) != 1 or not all(isinstance(each, (Shard, Replicate)) for each in placements):
             raise ValueError(
-                f"{name} of the output layer is a DTensor, divided by tensor parallelism: leave the output layer out "
-                "of the plan (tp_plan), so that each process has it whole, or divide the model by FSDP2"
+                f"{name} of the output layer is divided by tensor parallelism with placements {list(placements)}, not "
+                "by rows of the vocabulary: plan that layer as ColwiseParallel, leave it out of the plan (tp_plan), so "
+                "that each process has it whole, or divide the model by FSDP2"
             )
+
+
+def is_shared_by_rows(layer: nn.Module, model: nn.Module) -> bool:
+    """Whether tensor parallelism divides an output layer, whose rows the operations then take where they are."""
+    return any(map(is_divided, layer.parameters())) and not any(map(is_fsdp, model.modules()))
+
+
+def here(states: Tensor) -> Tensor:
+    """Hidden states that a layer which tensor parallelism divides is given, as a tensor of this process.
+
+    Raises:
+        ValueError: this process has a part of them.
+    """
+    if not is_divided(states):
+        return states
+    if not all(isinstance(each, Replicate) for each in states.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"hidden states are divided before the output layer, {states.placements}: plan it with "  # type: ignore[attr-defined]
+            "input_layouts=Replicate()"
+        )
+    return states.to_local()  # type: ignore[attr-defined]
+
+
+def as_given(states: Tensor, given: Tensor) -> Tensor:
+    """Other hidden states as the layer was given its own."""
+    if not is_divided(given):
+        return states
+    return DTensor.from_local(states, given.device_mesh, given.placements, run_check=False)  # type: ignore[attr-defined]
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, slice]:
+    """Rows of a tensor that this process has of those that processes share, and which these are; else all."""
+    if not is_divided(tensor):
+        return tensor, slice(0, tensor.shape[0])
+    mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    dim = next(n for n, each in enumerate(places) if isinstance(each, Shard))
+    each = -(-tensor.shape[0] // mesh.size(dim))  # as torch.chunk divides
+    local = tensor.to_local()  # type: ignore[attr-defined]
+    first = min(mesh.get_local_rank(dim) * each, tensor.shape[0])
+    return local, slice(first, first + local.shape[0])
 
 
 def tied_to(hidden: Tensor, output: Any, model: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import brought_here, settle, shape_of, whole
+from dam.models.sharding import as_given, brought_here, here, is_divided, own_rows, settle, shape_of, whole
 from dam.models.softcap import candidates, capped, centred
 from dam.ops._head import Head
 
@@ -56,6 +56,11 @@ class Tail(NamedTuple):
             holder = model.get_submodule(module)
             with brought_here(holder):
                 outside = whole(getattr(holder, name)).reshape(-1)
+            if is_divided(head.weight):
+                raise ValueError(
+                    f"{self.bias} is added behind the output layer, whose rows tensor parallelism divides: leave that "
+                    "layer out of the plan (tp_plan)"
+                )
             bias = outside if bias is None else bias + outside
         return head._replace(bias=bias, softcap=self.softcap)
 
@@ -72,8 +77,8 @@ class Probe:
         self.dtype = torch.float32  # of the numbers that it gave
 
     def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self.given.append(args[0])
-        return (self.hidden()[None], *args[1:])
+        self.given.append(here(args[0]))
+        return (as_given(self.hidden()[None], args[0]), *args[1:])
 
     def hidden(self) -> Tensor:
         """What the layer is given instead, [POSITIONS, D], from the end: padding is on the left."""
@@ -302,6 +307,12 @@ def _check_product(layer: nn.Module, head: Head, hidden: Tensor, outputs: Tensor
     Raises:
         ValueError: it is not.
     """
+    (weight, own), bias = own_rows(head.weight), None if head.bias is None else own_rows(head.bias)[0]
+    if len(weight) == 0:  # all of them are other processes'
+        return
+    if len(outputs.T) == len(head.weight):  # else the layer gives this process's own only
+        outputs = outputs[:, own]
+    head = head._replace(weight=weight, bias=bias)
     ours = head.logits(hidden).to(outputs.dtype)
     if len(ours.T) != len(outputs.T):
         raise TypeError(

@@ -67,7 +67,7 @@ def main(output):
                 found[f"own unit {own}, resharded {again}, tied {tied}"] = seen(network, rank)
     other = model(False)
     layer = other.cls.predictions.decoder
-    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
     try:
         MaskedLM(other).head()
     except ValueError as error:

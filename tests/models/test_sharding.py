@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dam.models import MaskedLM
+from tests import ranks
 from tests.models.sharded_run import RATE, model
 
 # Of 2.6 FSDP2 needs a GPU, and torch.compile cannot trace the masks of the transformers of today.
@@ -23,7 +24,7 @@ def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert "is a DTensor, divided by tensor parallelism: leave the output layer out" in found.pop("refused")
+        assert "not by rows of the vocabulary: plan that layer as ColwiseParallel" in found.pop("refused")
         whole = {tied: found.pop(f"whole {tied}") for tied in (False, True)}
         assert len(found) == 6
         for name, seen in found.items():
@@ -32,6 +33,21 @@ def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
             # Gradients are summed over processes in another order.
             torch.testing.assert_close(seen["loss"], expected["loss"], rtol=1e-6, atol=0.0)
             torch.testing.assert_close(seen["gradients"], expected["gradients"], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@recent
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_a_head_whose_rows_tensor_parallelism_divides_stays_where_it_is(tmp_path, count):
+    """Draws, losses and gradients of the whole one: of 9 rows, of which the last process has fewer, or none."""
+    ranks.succeed("tests.models.tensor_run", count, tmp_path)
+    for rank in range(count):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        whole = found.pop("whole")
+        assert len(found) == 2
+        for name, seen in found.items():
+            assert torch.equal(seen["final"], whole["final"]), name
+            torch.testing.assert_close(seen["loss"], whole["loss"], rtol=1e-6, atol=0.0)
+            torch.testing.assert_close(seen["gradients"], whole["gradients"], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_head_divided_by_zero_3_is_that_of_the_whole_model(tmp_path):
