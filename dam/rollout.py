@@ -141,7 +141,6 @@ def rollout(
     hide: Tensor | None = None,  # bool [B, L]
     stop_tokens: Sequence[int] = (),
     start: Tensor | None = None,  # [B]
-    least_calls: int = 0,
     seed: int,
     row_ids: Tensor | None = None,  # [B]
 ) -> Trajectories:
@@ -184,8 +183,6 @@ def rollout(
             attention_mask hides, unless given. Each network call is then two passes.
         stop_tokens: tokens that end a row.
         start: int64 [B], position from which on they do; each row's first mask unless given.
-        least_calls: network calls to make at least, the last ones of one row and to no purpose: for processes among
-            which a model is divided, that must make as many as each other (`planned_calls`).
         seed: of the order and the tokens: what is drawn at a position depends on (seed, row id, position, states) only,
             not on the batch. Positions count from the end, so padding in front changes no draw.
         row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
@@ -225,53 +222,12 @@ def rollout(
     block = None if blocks is None else blocks.numbers(tokens, attention_mask)
     trajectories = _planned(tokens, priority, count, steps, block)
     beside = None if base is None or decoding.by_model or decoding.guidance else _beside(base, denoiser)
-    _fill(
-        denoiser,
-        trajectories,
-        process,
-        decoding,
-        block,
-        ends,
-        hide,
-        attention_mask,
-        least_calls,
-        seed,
-        row_ids,
-        base,
-        beside,
-    )
+    _fill(denoiser, trajectories, process, decoding, block, ends, hide, attention_mask, seed, row_ids, base, beside)
     if base is not None and beside is None:
         trajectories.base_log_prob = jump_log_prob(
-            base,
-            trajectories,
-            process,
-            attention_mask=attention_mask,
-            decoding=decoding,
-            hide=hide,
-            least_calls=least_calls,
+            base, trajectories, process, attention_mask=attention_mask, decoding=decoding, hide=hide
         )
     return trajectories
-
-
-def planned_calls(
-    denoiser: Denoiser,
-    tokens: Tensor,  # [B, L]
-    process: MaskedCTMC,
-    *,
-    attention_mask: Tensor | None = None,  # [B, L]
-    steps: int | None = None,
-    block_length: int | None = None,
-) -> int:
-    """Network calls that `rollout` makes of these rows, without stop_tokens and a threshold; with them at most so many.
-
-    Arguments as for `rollout`. No draw changes it, and the network is not called.
-    """
-    masked = process.masked(tokens)
-    place = torch.arange(tokens.shape[1], dtype=torch.float64, device=tokens.device) / tokens.shape[1]
-    blocks = blocks_for(denoiser, block_length)
-    block = None if blocks is None else blocks.numbers(tokens, attention_mask)
-    count = masked.sum(dim=1).clamp(min=1)
-    return _planned(tokens, torch.where(masked, place, torch.inf), count, steps, block).network_calls
 
 
 def _fill(
@@ -283,7 +239,6 @@ def _fill(
     ends: _Ends | None,
     hide: Tensor | None,
     attention_mask: Tensor | None,
-    least_calls: int,
     seed: int,
     row_ids: Tensor,
     base: Denoiser | None,
@@ -298,11 +253,9 @@ def _fill(
     # Whether a row could be sampled is read once, at the end: a GPU is not waited for at each call.
     with deferral.deferred_checks():
         if decoding.by_model:
-            _fill_by_model(denoiser, network, trajectories, process, decoding, block, ends, least_calls, seed, row_ids)
+            _fill_by_model(denoiser, network, trajectories, process, decoding, block, ends, seed, row_ids)
         else:
-            _fill_as_planned(
-                denoiser, network, trajectories, process, decoding, ends, least_calls, seed, row_ids, base, beside
-            )
+            _fill_as_planned(denoiser, network, trajectories, process, decoding, ends, seed, row_ids, base, beside)
 
 
 def _fill_as_planned(
@@ -312,7 +265,6 @@ def _fill_as_planned(
     process: MaskedCTMC,
     decoding: Decoding,
     ends: _Ends | None,
-    least_calls: int,
     seed: int,
     row_ids: Tensor,
     base: Denoiser | None,
@@ -320,7 +272,7 @@ def _fill_as_planned(
 ) -> None:
     """By an order that does not depend on the model."""
     stream = _stream(trajectories, seed, row_ids)
-    calls = _by_call(trajectories, least_calls)
+    calls = _by_call(trajectories)
     made: list[tuple[Tensor, ...]] = []
     n = 0
     while n < len(calls):
@@ -336,7 +288,7 @@ def _fill_as_planned(
             assert base is not None
             made[-1] += (token_log_prob(of_base, drawn.token, base.head(), process, decoding),)
         if ends is not None and ends.cut(trajectories, call=n):
-            calls = _by_call(trajectories, least_calls)
+            calls = _by_call(trajectories)
         n += 1
     _enter(trajectories, ("token", "log_prob", *(() if beside is None else ("base_log_prob",))), made)
 
@@ -349,7 +301,6 @@ def _fill_by_model(
     decoding: Decoding,
     block: Tensor | None,
     ends: _Ends | None,
-    least_calls: int,
     seed: int,
     row_ids: Tensor,
 ) -> None:
@@ -374,9 +325,6 @@ def _fill_by_model(
         if ends is not None:
             ends.cut(trajectories, call=n)
         n += 1
-    for _ in range(n, least_calls):
-        network.hidden_at(_no_jumps(trajectories), trajectories.final)
-        denoiser.head()
 
 
 def _drawn(hidden: Tensor, head: Head, process: MaskedCTMC, decoding: Decoding, seed: int, row_ids: Tensor) -> Drawn:
@@ -472,17 +420,16 @@ def jump_log_prob(
     temperature: float | None = None,
     decoding: Decoding | None = None,
     hide: Tensor | None = None,
-    least_calls: int = 0,
 ) -> Tensor:
     """Log-probability [B, S] of each jump of `trajectories` under another model that sampled in the same steps.
 
-    Of its token; 0 where there is no jump. temperature, decoding, hide and least_calls as for `rollout`.
+    Of its token; 0 where there is no jump. temperature, decoding and hide as for `rollout`.
     """
     decoding = given_decoding(decoding, temperature=temperature)
     network = _network(denoiser, trajectories, process, decoding, hide, attention_mask)
     states = trajectories.initial.clone()
     made = []
-    for jumps in _by_call(trajectories, least_calls):
+    for jumps in _by_call(trajectories):
         hidden = network.hidden_at(jumps, states)
         token = trajectories.token[jumps.rows, jumps.at]
         made.append((jumps.rows, jumps.at, token_log_prob(hidden, token, denoiser.head(), process, decoding)))
@@ -528,7 +475,6 @@ def log_prob_over_orders(
     temperature: float | None = None,
     decoding: Decoding | None = None,
     hide: Tensor | None = None,
-    least_calls: int = 0,
     seed: int,
     row_ids: Tensor | None = None,  # [B]
 ) -> PathLogProbs:
@@ -545,7 +491,7 @@ def log_prob_over_orders(
         base: its base.
         trajectories: of `rollout` in random order, with `base=`.
         orders: M, the trajectory's own among them.
-        attention_mask, steps, block_length, temperature, decoding, hide, least_calls, row_ids: as given to `rollout`.
+        attention_mask, steps, block_length, temperature, decoding, hide, row_ids: as given to `rollout`.
         seed: of the other orders; they depend on (seed, row id, number of the order, position from the end) only, and
             share no draw with `rollout` under the same seed.
 
@@ -562,17 +508,14 @@ def log_prob_over_orders(
         raise ValueError("log_prob_over_orders: pass base= to rollout; these trajectories lack the base's")
     blocks = blocks_for(denoiser, block_length, base)
     block = None if blocks is None else blocks.numbers(trajectories.initial, attention_mask)
-    given: dict[str, Any] = {
-        "attention_mask": attention_mask,
-        "decoding": decoding,
-        "hide": hide,
-        "least_calls": least_calls,
-    }
     paths = [(trajectories.log_prob, trajectories.base_log_prob)]
     for n in range(1, orders):
         other = _reordered(trajectories, process, n, steps, block, seed, row_ids)
         paths.append(
-            tuple(jump_log_prob(one, other, process, **given) for one in (denoiser, base))  # type: ignore[arg-type]
+            tuple(  # type: ignore[arg-type]
+                jump_log_prob(one, other, process, attention_mask=attention_mask, decoding=decoding, hide=hide)
+                for one in (denoiser, base)
+            )
         )
     return PathLogProbs(
         *(torch.stack([p.double().sum(dim=1) for p in each], dim=1) for each in zip(*paths, strict=True))
@@ -763,17 +706,8 @@ def _jumps(trajectories: Trajectories, chosen: Tensor) -> _Jumps:
     return _Jumps(rows, at, trajectories.position[rows, at], active, compact)
 
 
-def _no_jumps(trajectories: Trajectories) -> _Jumps:
-    """Of a network call, of one row, that fills in nothing."""
-    none = torch.zeros(0, dtype=torch.int64, device=trajectories.final.device)
-    return _Jumps(rows=none, at=none, position=none, active=none.new_zeros(1), compact=none)
-
-
-def _by_call(trajectories: Trajectories, least: int = 0) -> list[_Jumps]:
-    """The jumps of each network call, all at once: a GPU is waited for here, and not at each call.
-
-    Of `least` calls at least: those beyond have none.
-    """
+def _by_call(trajectories: Trajectories) -> list[_Jumps]:
+    """The jumps of each network call, all at once: a GPU is waited for here, and not at each call."""
     rows, at = torch.nonzero(trajectories.call >= 0, as_tuple=True)
     call = trajectories.call[rows, at]
     order = call.argsort(stable=True)
@@ -786,11 +720,10 @@ def _by_call(trajectories: Trajectories, least: int = 0) -> list[_Jumps]:
     compact = of - (actives.cumsum(dim=0) - actives)[call]
     split, split_active = torch.stack((jumps, actives)).tolist()
     parts = (x.split(split) for x in (rows, at, trajectories.position[rows, at], compact))
-    made = [
+    return [
         _Jumps(rows, at, position, active, compact)
         for rows, at, position, compact, active in zip(*parts, active.split(split_active), strict=True)
     ]
-    return made + [_no_jumps(trajectories)] * (least - len(made))
 
 
 class _Network:

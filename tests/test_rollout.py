@@ -7,18 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dam import decoding as decoding_module
 from dam import rollout as rollout_module
 from dam.ctmc import MaskedCTMC
-from dam.decoding import Decoding, Drawn
+from dam.decoding import Drawn
 from dam.models.denoiser import Head
 from dam.ops.jump import jump
-from dam.rollout import (
-    ORDERS,
-    Trajectories,
-    jump_log_prob,
-    log_prob_over_orders,
-    outcome_log_prob,
-    planned_calls,
-    rollout,
-)
+from dam.rollout import ORDERS, Trajectories, jump_log_prob, outcome_log_prob, rollout
 from tests import oracle
 
 N, V = 3, 3
@@ -323,64 +315,3 @@ def test_the_jumps_of_each_call_are_those_that_the_trajectories_name(stop_tokens
         assert torch.equal(jumps.active[jumps.compact], rows)
     nothing = dataclasses.replace(way, call=torch.full_like(way.call, -1))
     assert rollout_module._by_call(nothing) == []
-
-
-class Counted:
-    """A denoiser that counts what is asked of it."""
-
-    def __init__(self, denoiser):
-        self._denoiser, self.calls, self.heads = denoiser, 0, 0
-
-    def hidden_states(self, tokens, attention_mask=None):
-        self.calls += 1
-        return self._denoiser.hidden_states(tokens, attention_mask)
-
-    def head(self):
-        self.heads += 1
-        return self._denoiser.head()
-
-
-@pytest.mark.parametrize("order", ["random", "confidence"])
-@pytest.mark.parametrize("steps", [None, 2])
-def test_calls_beyond_those_that_rows_need_change_nothing(order, steps):
-    """As processes make them among which a model is divided, of the model and of its base, in the same order."""
-    tokens = blank(6)
-    tokens[:, 0] = 1  # two masks
-    alone = rollout(MODEL, tokens, PROCESS, base=BASE, order=order, steps=steps, seed=5)
-    assert planned_calls(MODEL, tokens, PROCESS, steps=steps) == alone.network_calls == 2
-    model, base = Counted(MODEL), Counted(BASE)
-    more = rollout(model, tokens, PROCESS, base=base, order=order, steps=steps, least_calls=5, seed=5)
-    assert model.calls == model.heads == base.calls == base.heads == 5
-    for name in ("final", "position", "call", "log_prob", "base_log_prob"):
-        assert torch.equal(getattr(alone, name), getattr(more, name))
-    if order == "random":
-        given = {"orders": 3, "steps": steps, "seed": 5}
-        expected = log_prob_over_orders(MODEL, BASE, alone, PROCESS, **given)
-        model, base = Counted(MODEL), Counted(BASE)
-        found = log_prob_over_orders(model, base, more, PROCESS, least_calls=5, **given)
-        assert model.calls == base.calls == 2 * 5
-        assert torch.equal(found.log_prob, expected.log_prob)
-
-
-def test_planned_calls_are_those_of_blocks_too():
-    tokens = blank(2, length=6)
-    tokens[0, :2] = 1
-    for steps in (None, 2, 3, 4):
-        for block_length in (None, 2, 4):
-            table = oracle.table(oracle.random_joint(6, V, seed=2))
-            ran = rollout(table, tokens, PROCESS, steps=steps, block_length=block_length, seed=1)
-            planned = planned_calls(table, tokens, PROCESS, steps=steps, block_length=block_length)
-            assert planned == ran.network_calls
-
-
-def test_as_many_calls_are_made_where_rows_end_early():
-    given = {"base": BASE, "decoding": Decoding(order="left-to-right"), "stop_tokens": [0, 1, 2], "seed": 1}
-    alone = rollout(MODEL, blank(4), PROCESS, **given)
-    assert alone.network_calls == 1
-    model, base = Counted(MODEL), Counted(BASE)
-    more = rollout(
-        model, blank(4), PROCESS, **{**given, "base": base}, least_calls=planned_calls(MODEL, blank(4), PROCESS)
-    )
-    assert model.calls == base.calls == N
-    for name in ("final", "position", "call", "log_prob", "base_log_prob", "ended"):
-        assert torch.equal(getattr(alone, name), getattr(more, name))

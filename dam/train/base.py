@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.denoiser import Denoiser, blocks_of, equal_rows, hidden_at
-from dam.models.sharding import is_divided, is_fsdp, is_placed
+from dam.models.sharding import is_divided, is_fsdp, is_partitioned, is_placed, partitions_of, shape_of
 from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
 from dam.train.adapters import check_targets
@@ -27,8 +27,8 @@ class Base(Protocol):
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         """The base as a `Denoiser`; `model` is the trained one, `factory` makes a denoiser of a module."""
 
-    def to(self, device: torch.device) -> None:
-        """Moves what the base keeps."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Moves what the base keeps; to a dtype, where the trained model will be of it."""
 
 
 class ReferenceModel:
@@ -50,14 +50,14 @@ class ReferenceModel:
                 f"ref_model shares {len(shared)} parameters with the model ({shared[0]}, ...), which would be frozen "
                 "with it: give it a copy (copy.deepcopy), or leave ref_model out"
             )
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
-        return factory(self._model)
+        return factory(self.model)
 
-    def to(self, device: torch.device) -> None:
-        if not is_placed(self._model):
-            self._model.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        if not is_placed(self.model):
+            self.model.to(device=device, dtype=dtype)
 
 
 # Of the copy that is the base of a model without an adapter, on each device.
@@ -98,6 +98,7 @@ class InitialParameters:
 
     def __init__(self, model: nn.Module):
         copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._model = model
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -124,7 +125,7 @@ class InitialParameters:
             )
         return _AtFirst(factory(model), self, units)
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """They follow the model's."""
 
     @contextlib.contextmanager
@@ -151,11 +152,11 @@ class InitialParameters:
                     part.copy_(own)
 
     def different(self) -> list[nn.Module]:
-        """Modules whose parameters are others now than at first."""
+        """Modules whose parameters are others now than at first, or may be, where ZeRO-3 has divided them."""
         return [
             module
             for module, _, parameter in self._places
-            if not torch.equal(self._copies[parameter].to(parameter), parameter)
+            if is_partitioned(parameter) or not torch.equal(self._copies[parameter].to(parameter), parameter)
         ]
 
     @contextlib.contextmanager
@@ -166,12 +167,16 @@ class InitialParameters:
             ValueError: the model's parameters are others now.
         """
         for module, name, parameter in self._places:
-            kept = self._copies[parameter]
-            if getattr(module, name, None) is not parameter or kept.shape != parameter.shape:
+            if getattr(module, name, None) is not parameter or self._copies[parameter].shape != shape_of(parameter):
                 raise ValueError(
                     f"a trainable parameter, {name} of {type(module).__name__}, was replaced or divided after the "
-                    "trainer was made, as DeepSpeed's stage 3 does: the base cannot be put in its place; pass ref_model"
+                    "trainer was made: the base cannot be put in its place; pass ref_model"
                 )
+        if any(map(is_partitioned, self._copies)):
+            with partitions_of(self._model, {parameter: kept.data for parameter, kept in self._copies.items()}):
+                yield
+            return
+        for parameter, kept in self._copies.items():
             kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
         try:
             for module, name, parameter in self._places:

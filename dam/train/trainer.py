@@ -84,6 +84,7 @@ from dam.train.sampling import Sampler
 from dam.train.terminal import show
 from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
+from dam.train.zero import check_checkpoint, check_whole, check_zero
 
 # Entries of a group that has one for each of its trajectories.
 _OF_TRAJECTORIES = ("final", "weight", "first", "position", "call")
@@ -260,6 +261,9 @@ class DAMTrainer(BaseTrainer):
             stays=[isinstance(function, RewardModel) for function in functions],
         )
         self.reward_funcs = self._rewards.functions
+        check_whole("model", [network])
+        check_whole("ref_model", [] if ref_model is None else [ref_model])
+        check_whole("reward model", [each.model for each in functions if isinstance(each, RewardModel)])
         limits = limits_of(network)
         own = denoiser(network)  # raises where the model does not fit
         if hasattr(own, "canvas_length"):
@@ -327,13 +331,25 @@ class DAMTrainer(BaseTrainer):
         self._timing = Timing(waiter(self.args.device))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RolloutProgress())
-        base.to(self.args.device)
+        base.to(self.args.device, self._dtype_of_engine())
         move(self.reward_funcs, self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's, and FSDP2 on a CPU too."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = fsdp.prepare_plugin(self.accelerator, self.args, self._network)
+
+    def _dtype_of_engine(self) -> torch.dtype | None:
+        """What DeepSpeed makes of the model's weights; None without it, or where it leaves them.
+
+        Raises:
+            ValueError: what DeepSpeed is told does not fit.
+        """
+        if not self.is_deepspeed_enabled:
+            return None
+        config: Any = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        check_zero(config, self.args.max_grad_norm)
+        return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else None
 
     def _precision(self) -> Any:
         """Context manager: the precision that accelerate has put around the trained model's forward pass.
@@ -395,7 +411,11 @@ class DAMTrainer(BaseTrainer):
     def _compare(self, batch: dict[str, Any]) -> None:
         """What the model and its base say with what is trained and sampled: once, when a run starts."""
         if not self._compared:
-            self.sampler.compare(self.model, batch["input_ids"], batch["attention_mask"])
+            tokens, attention_mask = batch["input_ids"], batch["attention_mask"]
+            if self.sampler.is_divided(self.model):  # so that processes try the same, whichever has rows to pad
+                tokens, attention_mask = tokens.clone(), attention_mask.clone()
+                tokens[:, 0], attention_mask[:, 0] = self.progress.replay.pad_token, 0
+            self.sampler.compare(self.model, tokens, attention_mask)
             if self._lengths_differ:  # so that some are padded, if not in this batch
                 padded = F.pad(batch["attention_mask"], (1, 0))
                 for model in (self._denoiser(self.model), self.sampler.base(self.model)):
@@ -406,6 +426,8 @@ class DAMTrainer(BaseTrainer):
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
+        masks = int(self.process.masked(batch["input_ids"]).sum(dim=1).max())
+        in_step(lambda: self.args.check_steps(masks))
         with self._timing.part("rollout"):
             given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
@@ -522,7 +544,6 @@ class DAMTrainer(BaseTrainer):
         """A group of rewarded trajectories for each prompt of this process."""
         args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
-        args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
         # Re-masked outcomes are states of the exact chain only where all of them was drawn.
         exact = self._of_exact_chain(tokens)
@@ -759,6 +780,8 @@ class DAMTrainer(BaseTrainer):
             raise ValueError("no parameter of the model is trainable")
         agree(self._what_runs(resume_from_checkpoint or None))
         self._check_datasets()
+        if resume_from_checkpoint:
+            self._check_parts(str(resume_from_checkpoint))
         self.progress.clear()
         self._timing.clear()
         self._told.clear()
@@ -784,6 +807,14 @@ class DAMTrainer(BaseTrainer):
             "checkpoint": os.path.basename(str(checkpoint)),
             **{name: outline(dataset) for name, dataset in rows.items()},
         }
+
+    def _check_parts(self, checkpoint: str) -> None:
+        """That as many processes saved a checkpoint as DeepSpeed needs."""
+        if not self.is_deepspeed_enabled:
+            return check_checkpoint(checkpoint, None)
+        config: Any = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        universal = config.get("checkpoint", {}).get("load_universal", False)
+        return check_checkpoint(checkpoint, self.args.world_size, universal)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model has its averaged weights, where there are such."""

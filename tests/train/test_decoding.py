@@ -165,18 +165,3 @@ def test_outcomes_that_are_re_masked_are_drawn_whole(tmp_path, monkeypatch):
     trainer = DAMTrainer(rotary_model(), sum_reward, config, PROMPTS[:4])
     trainer.train()
     assert all(bool((found.call >= 0).all()) for found in calls.found)
-
-
-def test_processes_of_a_divided_model_make_as_many_calls(tmp_path, monkeypatch):
-    """Where rows end early too, the same as elsewhere; a threshold is refused, before the first update."""
-    monkeypatch.setattr(MaskedLM, "equal_rows", lambda *_: False)
-    expected, _, few = evaluated(tmp_path, monkeypatch)
-    monkeypatch.setattr(sampling, "is_fsdp", lambda module: True)
-    seen, _, calls = evaluated(tmp_path, monkeypatch)
-    assert seen == expected and any(len(ids) < 6 for ids in seen)
-    assert len(few.rows) < len(calls.rows) == 6 * len(calls.found)
-    config = tiny_config(tmp_path, eval_remasking="confidence", eval_threshold=0.9)
-    trainer = DAMTrainer(rotary_model(), sum_reward, config, ROWS)
-    with pytest.raises(ValueError, match="FSDP2 divides a model must make as many as each other: leave it out"):
-        trainer.train()
-    assert trainer.state.global_step == 0
