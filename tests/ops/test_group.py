@@ -1,8 +1,11 @@
 """Ops over vocabularies whose columns the ranks of a process group share: what one rank with all of them says."""
 
 import pytest
+import torch
 
+from dam.ops import _group
 from tests import ranks
+from tests.ops.helpers import normal
 
 RUN = "tests.ops.group_run"
 
@@ -30,6 +33,24 @@ def test_what_goes_over_the_wire_and_what_is_allocated(tmp_path):
 
 def test_calls_that_differ_are_told_apart_on_every_rank(tmp_path):
     ranks.succeed(RUN, 3, tmp_path, "disagree", "argues", "other_maps")
+
+
+def test_unusual_tensors_rows_and_backward_passes(tmp_path):
+    ranks.succeed(RUN, 2, tmp_path, "wrapped", "kept", "edges")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hidden_states_that_differ_by_rounding_pass(dtype):
+    """Also of many rows that are alike, whose sums 16 bits do not hold; other rows do not."""
+    common, apart = normal(1, 64, seed=0).abs() + 1.0, 0.3 * normal(20_000, 64, seed=1)
+    states = common + apart
+    first = _group._sums_of(states.to(dtype))
+    assert first.isfinite().all()
+    bound = _group._TOLERANCE * first[-1]
+    rounded = _group._sums_of((states * (1 + 2**-9 * normal(20_000, 64, seed=2))).to(dtype))
+    assert (rounded - first)[:-1].abs().max() < 0.5 * bound
+    others = _group._sums_of((common + apart.flip(0)).to(dtype))
+    assert (others - first)[:-1].abs().max() > 2 * bound
 
 
 def test_compiled_code_calls_them(tmp_path):
