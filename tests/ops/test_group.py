@@ -1,16 +1,22 @@
 """Ops over vocabularies whose columns the ranks of a process group share: what one rank with all of them says."""
 
 import pytest
+import torch
 
+from dam.ops import _group
 from tests import ranks
+from tests.ops.helpers import normal
 
 RUN = "tests.ops.group_run"
+UNUSUAL = ("wrapped", "kept", "edges")  # tensors, backward passes, rows
 
 
 def test_two_ranks_say_what_one_does(tmp_path):
     """Values and gradients to rounding and draws to the bit, wherever columns are divided, 10^5 draws of each op among
     them; one collective each way, of sizes that no vocabulary changes, and no array of more than a rank's share."""
-    ranks.succeed(RUN, 2, tmp_path, "equal", "rounded_once", "many_draws", "wire", "shares", "compiled", "dtensors")
+    ranks.succeed(
+        RUN, 2, tmp_path, "equal", "rounded_once", "many_draws", "dtensors", "wire", "shares", "compiled", *UNUSUAL
+    )
 
 
 def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
@@ -21,6 +27,20 @@ def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
 
 def test_every_backend_shares_columns(tmp_path):
     ranks.succeed(RUN, 2, tmp_path, "equal_cuda", "equal_triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hidden_states_that_differ_by_rounding_pass(dtype):
+    """Also of many rows that are alike, whose sums 16 bits do not hold; other rows do not."""
+    common, apart = normal(1, 64, seed=0).abs() + 1.0, 0.3 * normal(20_000, 64, seed=1)
+    states = common + apart
+    first = _group._sums_of(states.to(dtype))
+    assert first.isfinite().all()
+    bound = _group._TOLERANCE * first[-1]
+    rounded = _group._sums_of((states * (1 + 2**-9 * normal(20_000, 64, seed=2))).to(dtype))
+    assert (rounded - first)[:-1].abs().max() < 0.5 * bound
+    others = _group._sums_of((common + apart.flip(0)).to(dtype))
+    assert (others - first)[:-1].abs().max() > 2 * bound
 
 
 @pytest.mark.parametrize("case", ["killed", "raises"])
