@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from dam.models import MaskedLM
+from dam.models import MaskedLM, sharding
 from tests.models.sharded_run import model
 
 # Of 2.6 FSDP2 needs a GPU, and torch.compile cannot trace the masks of the transformers of today.
@@ -32,6 +33,28 @@ def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
             # Gradients are summed over processes in another order.
             torch.testing.assert_close(seen["loss"], expected["loss"], rtol=1e-6, atol=0.0)
             torch.testing.assert_close(seen["gradients"], expected["gradients"], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_part_that_cpu_offload_keeps_on_the_host_is_gathered_where_the_others_are(monkeypatch):
+    """A stand-in for FSDP2's parameter under CPUOffloadPolicy, which takes a GPU."""
+    at = []
+
+    class Part:
+        device, device_mesh = torch.device("cpu"), types.SimpleNamespace(device_type="cuda", ndim=1)
+
+        def to(self, device):
+            at.append(device)
+            return self
+
+        def full_tensor(self, grad_placements):
+            at.append("gathered")
+            return torch.ones(2)
+
+    monkeypatch.setattr(sharding, "is_divided", lambda parameter: True)
+    assert torch.equal(sharding.whole(Part()), torch.ones(2))
+    Part.device = torch.device("cuda")
+    sharding.whole(Part())
+    assert at == ["cuda", "gathered", "gathered"]
 
 
 def test_a_head_that_zero_3_has_taken_away_is_refused():
