@@ -3,8 +3,9 @@
 Goes to verl/trainer/ppo/dam_loss.py of DARE (README.md here; `install.py` puts it there). It needs `dam` with its extra
 `train`, and of verl nothing: a batch is anything with `batch`, tensors by name, `non_tensor_batch` and `meta_info`.
 
-Not run here: anything of DARE, verl, Ray or a GPU. Run here, by tests/examples/test_dare.py: these functions, on a CPU,
-on batches of the shapes that DARE at commit 83ae8a3 hands over.
+Not run here: DARE's trainer and workers, Ray, more than one process, a GPU. Run here on a CPU: these functions, by
+tests/examples/test_dare.py on batches of the shapes that DARE at commit 83ae8a3 hands over, and by
+tests/examples/dare_itself.py on DARE's own DataProto.
 
 The method is `dam.train.DAMTrainer`'s, by the same functions, on the newest batch: estimator "posterior", normalizer
 "group". Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Alg. 1.

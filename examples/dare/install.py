@@ -5,7 +5,7 @@
 Where a place is not found once, as in another version of DARE than commit 83ae8a3, nothing is changed and the message
 says which; README.md here says what each branch does, to add it by hand.
 
-Run here: on DARE at that commit, whose files compiled afterwards. Not run here: DARE.
+Run here: on DARE at that commit, whose files compiled afterwards (tests/examples/dare_itself.py). Not run here: DARE.
 """
 
 from __future__ import annotations
