@@ -3,9 +3,9 @@
 Goes to verl/workers/actor/dam_actor.py of DARE (README.md here; `install.py` puts it there), which takes the place of
 verl/workers/actor/llada_dp_actor_*.py where algorithm.name is "dam".
 
-Not run here: DARE's trainer and workers, Ray, FSDP2 under verl, more than one process, a GPU. Run here on a CPU: this
-file, by tests/examples/test_dare.py behind the interfaces of DARE at commit 83ae8a3 that dare_interfaces.py there
-records, and by dare_itself.py on DARE's own DataProto and modelling code of LLaDA and Dream, small and random.
+Not run here: DARE's trainer and workers, Ray, a GPU. Run here on a CPU: this file, by tests/examples/test_dare.py behind
+the interfaces of DARE at commit 83ae8a3 that dare_interfaces.py there records, in one process and under FSDP2 in two,
+and by dare_itself.py on DARE's own DataProto and modelling code of LLaDA and Dream, small and random.
 
 Facts of DARE that it goes by (verl 0.3.1.dev inside):
     compute_log_prob(data, calculate_entropy) returns (entropy, log_probs, loss_per_sample), [B, R] each, and is called
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from verl.trainer.ppo.dam_loss import CALL, WEIGHT, Law, matching_loss, response_log_prob
 from verl.utils.device import get_torch_device
 from verl.workers.actor import DataParallelPPOActor
@@ -97,7 +98,7 @@ class DLLMDataParallelPPOActor(DataParallelPPOActor):  # by this name DARE's wor
                     share.backward()
                     whole += float(share.detach())
                 metrics["actor/dam_loss"].append(whole)
-                metrics["actor/grad_norm"].append(float(self._optimizer_step().detach()))
+                metrics["actor/grad_norm"].append(_number(self._optimizer_step()))
         self.actor_optimizer.zero_grad()
         return metrics
 
@@ -127,6 +128,12 @@ def _check(config: Any, module: torch.nn.Module) -> None:
 def _parts(count: int, size: int, start: int = 0) -> Iterator[slice]:
     """Slices of `size` rows, of `count` from `start` on; the last may be smaller."""
     return (slice(at, min(at + size, start + count)) for at in range(start, start + count, size))
+
+
+def _number(norm: Tensor) -> float:
+    """A norm, which under FSDP2 each process may have a part of."""
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(whole.detach())
 
 
 def _rank() -> int:

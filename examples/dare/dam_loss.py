@@ -3,7 +3,7 @@
 Goes to verl/trainer/ppo/dam_loss.py of DARE (README.md here; `install.py` puts it there). It needs `dam` with its extra
 `train`, and of verl nothing: a batch is anything with `batch`, tensors by name, `non_tensor_batch` and `meta_info`.
 
-Not run here: DARE's trainer and workers, Ray, more than one process, a GPU. Run here on a CPU: these functions, by
+Not run here: DARE's trainer and workers, Ray, a GPU. Run here on a CPU: these functions, by
 tests/examples/test_dare.py on batches of the shapes that DARE at commit 83ae8a3 hands over, and by
 tests/examples/dare_itself.py on DARE's own DataProto.
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import subprocess
+import sys
 import types
 
 import numpy as np
@@ -336,6 +337,41 @@ def test_an_update_asks_the_output_layer_for_no_logits(dare):
     actor.compute_log_prob(data=batch)
     actor.update_policy(data=batch)
     assert len(seen) == 3 * 2 + 3 and set(seen) == {0}  # three micro-batches of two calls each, and three of the update
+
+
+@pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="FSDP2 needs a GPU before 2.7")
+def test_two_processes_that_fsdp2_divides_a_model_among_do_what_one_does(dare, tmp_path):
+    """Rollouts to the token, log-probabilities, loss, norm and update to rounding; each process has half the rows."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*command, "tests.examples.dare_run", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=RECIPE.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model = rotary_model()
+    batch = drawn(dare, model)
+    batch.meta_info |= {"micro_batch_size": 12, "use_dynamic_bsz": False}
+    for name in ("responses", "unmask_call"):
+        assert torch.equal(torch.cat((first[name], second[name])), batch.batch[name]), name
+    actor = dare.actor.DLLMDataParallelPPOActor(actor_config(), model, torch.optim.SGD(model.parameters(), lr=0.1))
+    _, log_prob, _ = actor.compute_log_prob(batch)
+    of_both = torch.cat((first["old_log_probs"], second["old_log_probs"]))
+    torch.testing.assert_close(of_both, log_prob, rtol=0, atol=1e-6)
+    batch.batch["path_weight"] = torch.linspace(0.2, 2.0, 12)
+    torch.manual_seed(7)
+    metrics = actor.update_policy(batch)
+    mean = (first["metrics"]["actor/dam_loss"][0] + second["metrics"]["actor/dam_loss"][0]) / 2
+    assert metrics["actor/dam_loss"][0] == pytest.approx(mean, rel=1e-5)
+    for found in (first, second):
+        assert found["metrics"]["actor/grad_norm"] == [pytest.approx(metrics["actor/grad_norm"][0], rel=1e-4)]
+        for (name, value), old in zip(model.named_parameters(), rotary_model().parameters(), strict=True):
+            step, own = value - old, found["parameters"][name] - old
+            torch.testing.assert_close(own, step, rtol=1e-3, atol=1e-7, msg=lambda told, name=name: f"{name}: {told}")
 
 
 # What is refused
