@@ -3,9 +3,9 @@
 Goes to verl/workers/actor/dam_actor.py of DARE (README.md here; `install.py` puts it there), which takes the place of
 verl/workers/actor/llada_dp_actor_*.py where algorithm.name is "dam".
 
-Not run here: DARE's trainer and workers, Ray, a GPU. Run here on a CPU: this file, by tests/examples/test_dare.py behind
-the interfaces of DARE at commit 83ae8a3 that dare_interfaces.py there records, in one process and under FSDP2 in two,
-and by dare_itself.py on DARE's own DataProto and modelling code of LLaDA and Dream, small and random.
+Not run here: DARE's trainer and workers, Ray, a GPU. Run here on a CPU: this file, by tests/examples/test_dare.py
+behind the interfaces of DARE at commit 83ae8a3 that dare_interfaces.py there records, in one process and under FSDP2 in
+two, and by dare_itself.py on DARE's own DataProto and modelling code of LLaDA and Dream, small and random.
 
 Facts of DARE that it goes by (verl 0.3.1.dev inside):
     compute_log_prob(data, calculate_entropy) returns (entropy, log_probs, loss_per_sample), [B, R] each, and is called

@@ -5,9 +5,9 @@ rollouts of Hugging Face models (rollout.name=hf). Those unmask where the model 
 the model: sums of their log-probabilities are no weights of paths. Here the order is random, which costs quality of
 single samples and makes the weights right.
 
-Not run here: DARE's trainer and workers, Ray, a GPU. Run here on a CPU: this file, by tests/examples/test_dare.py behind
-the interfaces of DARE at commit 83ae8a3 that dare_interfaces.py there records, in one process and under FSDP2 in two,
-and by dare_itself.py on DARE's own DataProto and modelling code of LLaDA and Dream, small and random.
+Not run here: DARE's trainer and workers, Ray, a GPU. Run here on a CPU: this file, by tests/examples/test_dare.py
+behind the interfaces of DARE at commit 83ae8a3 that dare_interfaces.py there records, in one process and under FSDP2 in
+two, and by dare_itself.py on DARE's own DataProto and modelling code of LLaDA and Dream, small and random.
 
 Facts of DARE that it goes by: prompts are padded on the left to one length; generate_sequences gives rollout.n
 responses for each prompt, one after another, one where meta_info has validate; the trainer adds what is returned to its
