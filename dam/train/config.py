@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.adjoint import ESTIMATORS, NORMALIZERS, step_limits
 from dam.decoding import ORDERS, Decoding, check_decoding
 from dam.train import grpo
 from dam.train.releases import fields_of_json, precision_of, read_json
@@ -562,10 +562,4 @@ class DAMConfig(TrainingArguments):
 
         As full_tilt_from says.
         """
-        if self.full_tilt_from is None:
-            return self.target_ess, self.max_tilt
-        if done >= self.full_tilt_from:
-            return None, 1.0
-        share = done / self.full_tilt_from
-        ess = None if self.target_ess is None else self.target_ess + share * (1.0 - self.target_ess)
-        return ess, self.max_tilt + share * (1.0 - self.max_tilt)
+        return step_limits(done, ess=self.target_ess, max_tilt=self.max_tilt, full_tilt_from=self.full_tilt_from)
