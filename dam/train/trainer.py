@@ -33,6 +33,7 @@ from dam.adjoint import (
     without_ended,
 )
 from dam.ctmc import MaskedCTMC
+from dam.engines import RolloutEngine
 from dam.models.denoiser import blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
@@ -186,6 +187,9 @@ class DAMTrainer(BaseTrainer):
             option of its family, `functools.partial(dam.models.as_denoiser, block_length=8)`. A model of
             your own that has hidden_states() and head() needs none, and is taken at its word: it has no other logits
             to be compared with.
+        rollout_engine: draws the trajectories of training that the model draws, as `dam.engines.SGLangEngine` by a
+            server; unless given this process does. It is sent the weights before each rollout. The base's
+            log-probabilities, its own trajectories, and evaluation stay in this process.
 
     Raises:
         ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
@@ -193,6 +197,7 @@ class DAMTrainer(BaseTrainer):
         RewardError: a reward function misbehaves in training, or, with reward_timeout or reward_workers, does so at
             more than max_reward_failures of a rollout; or a completion cannot be decoded. The rollouts are written to
             output_dir/failed_rollouts.pt.
+        EngineError: rollout_engine did not take the weights, is gone, or answers too late or something else.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
     can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes one that
@@ -220,6 +225,7 @@ class DAMTrainer(BaseTrainer):
         ref_model: nn.Module | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         denoiser: DenoiserFactory = as_denoiser,
+        rollout_engine: RolloutEngine | None = None,
         **others: Any,
     ):
         grpo.refuse(others, grpo.TRAINER, "GRPOTrainer", type(self).__name__)
@@ -280,7 +286,7 @@ class DAMTrainer(BaseTrainer):
         if args.disable_dropout:
             _without_dropout(network)
         _check_dtype(network)
-        self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
+        self.sampler = Sampler(denoiser, self.process, args, base, self._precision, rollout_engine)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._seen: Outcomes = {}  # what reward functions saw of this process's last rollout
         self._failed: list[Failed] = []  # where they failed
@@ -389,6 +395,7 @@ class DAMTrainer(BaseTrainer):
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
         with self._timing.part("rollout"):
+            self.sampler.send(self.model, self.state.global_step)
             given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
         if self._rewards.isolated:
@@ -528,6 +535,7 @@ class DAMTrainer(BaseTrainer):
                 masks,
                 seed=seed,
                 row_ids=row_ids,
+                served=True,
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
