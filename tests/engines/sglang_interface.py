@@ -3,7 +3,7 @@
     python -m tests.engines.sglang_interface sglang-0.5.23-*.whl
 
 says where a wheel differs. `SIGNATURES` and `LINES` are facts copied from it (Apache-2.0); the classes are written anew
-from what those of the same names do, and tests/engines/test_sglang_wheel.py compares them with the wheel's own.
+from what those of the same names do. Where DAM_ENGINE_WHEELS names a folder with the wheel, tests run on its own too.
 """
 
 import ast
@@ -200,6 +200,14 @@ class FINISH_MATCHED_TOKEN:
 
     def to_json(self):
         return {"type": "stop", "matched": self.matched}
+
+
+class FINISH_LENGTH:
+    def __init__(self, length):
+        self.length = length
+
+    def to_json(self):
+        return {"type": "length", "length": self.length}
 
 
 class FINISH_ABORT:

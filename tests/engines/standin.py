@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 import dam.engines
 from tests.engines import sglang_interface as interface
+from tests.engines import sglang_wheel
 from tests.models.standins import SDARForCausalLM
 from tests.models.standins.sdar import SDARConfig, block_mask
 
@@ -38,13 +40,13 @@ def algorithm_file():
 
 
 class Request:
-    """SGLang's Req, as far as an algorithm and the loop below go."""
+    """SGLang's Req, as far as an algorithm and the scheduler below go."""
 
     def __init__(self, rid, input_ids, params, config):
         self.rid, self.origin_input_ids, self.output_ids = rid, list(input_ids), []
         self.sampling_params, self.dllm_config = interface.SamplingParams(**params), config
         self.customized_info = self.to_finish = self.finished_reason = None
-        self.offset, self.incomplete, self.algo_state = 0, None, None
+        self.offset, self.incomplete, self.dllm_algo_state = 0, None, None
 
     @property
     def block(self):
@@ -53,30 +55,58 @@ class Request:
         known = self.origin_input_ids + self.output_ids + [self.dllm_config.mask_id] * size
         return self.incomplete or known[self.offset : self.offset + size]
 
+    @property
+    def in_prompt(self):
+        return self.offset + self.dllm_config.block_size <= len(self.origin_input_ids)
+
+    def finished(self):
+        return self.finished_reason is not None
+
     def take(self, tokens):
         """A block that is done: what is behind the prompt is put out."""
         new = tokens[max(0, len(self.origin_input_ids) - self.offset) :]
         self.offset += len(tokens)
         self.output_ids += new
-        if not new:
-            return
-        if self.to_finish is not None:
+        if new and self.to_finish is not None:
             self.finished_reason, self.to_finish = self.to_finish, None
-        elif len(self.output_ids) >= self.sampling_params.max_new_tokens:
-            length = self.sampling_params.max_new_tokens
-            self.output_ids = self.output_ids[:length]
-            self.finished_reason = types.SimpleNamespace(to_json=lambda: {"type": "length", "length": length})
+        elif new and len(self.output_ids) >= self.sampling_params.max_new_tokens:
+            self.finished_reason = interface.FINISH_LENGTH(self.sampling_params.max_new_tokens)
+
+
+class Scheduler:
+    def __init__(self, config):
+        self.config = config
+
+    def take(self, requests, result):
+        """What a network call, or a block, has come to."""
+        _, new, lengths, states, _ = result
+        for n, request in enumerate(requests):
+            if lengths is not None and lengths[n] == 0:
+                request.incomplete, request.dllm_algo_state = new[n], states[n]
+                continue
+            request.incomplete = request.dllm_algo_state = None
+            tokens = new[n] if new else request.block  # none of blocks that were given
+            given = self.config.block_size - len(tokens)
+            request.take(request.block[:given] + list(map(int, tokens)))
 
 
 class Engine:
-    """Model, scheduler and algorithm."""
+    """Model, scheduler and algorithm; of SGLang's own classes where a wheel is given."""
 
-    def __init__(self, mask, fdfo, block_size=4):
-        self.config = interface.DllmConfig("DAMRollout", {}, block_size, mask, 64, fdfo)
-        self.algorithm = algorithm_file().Algorithm(self.config)
+    def __init__(self, mask, fdfo, wheel=None, block_size=4):
+        given = ("DAMRollout", {}, block_size, mask, 64, fdfo)
+        if wheel is None:
+            interface.install()
+            self.config, self.request, scheduler = interface.DllmConfig(*given), Request, Scheduler
+            algorithm = algorithm_file().Algorithm
+        else:
+            algorithm = sglang_wheel.install(wheel, tempfile.mkdtemp())["DAMRollout"]
+            self.config = sys.modules["sglang.srt.dllm.config"].DllmConfig(*given)
+            self.request, scheduler = sglang_wheel.classes()
+        self.algorithm, self.scheduler = algorithm(self.config), scheduler(self.config)
         torch.manual_seed(99)
         self.model = SDARForCausalLM(SDARConfig(block_size=block_size)).eval()
-        self.version, self.calls = "default", 0
+        self.version = "default"
         self._context = {}  # tokens in front of the block of each request that is run
 
     def generate(self, requests):
@@ -85,31 +115,20 @@ class Engine:
             error = type(self.algorithm).validate_request(request)
             if error is not None:
                 raise ValueError(error)
-        while running := [request for request in requests if request.finished_reason is None]:
-            # Blocks of prompts go first.
-            size = self.config.block_size
-            prompts = [r for r in running if r.offset + size <= len(r.origin_input_ids)]
-            self._round(prompts or running)
+        while running := [request for request in requests if not request.finished()]:
+            self._round([request for request in running if request.in_prompt] or running)
 
     def _round(self, requests):
         size = self.config.block_size
         positions = [range(r.offset, r.offset + size) for r in requests]
         batch = interface.ForwardBatch([r.rid for r in requests], [r.block for r in requests], positions)
-        self._context = {r.rid: (r.origin_input_ids + r.output_ids)[: r.offset] for r in requests}
-        states = [r.algo_state for r in requests] if self.config.first_done_first_out_mode else None
-        _, new, lengths, states, _ = self.algorithm.run(self, batch, states)
-        blocks = batch.input_ids.view(-1, size).tolist()
-        for n, request in enumerate(requests):
-            if lengths is not None and lengths[n] == 0:
-                request.incomplete, request.algo_state = new[n], states[n]
-                continue
-            request.incomplete = request.algo_state = None
-            request.take(blocks[n])
+        self._context = {r.rid: [*r.origin_input_ids, *r.output_ids][: r.offset] for r in requests}
+        states = [r.dllm_algo_state for r in requests] if self.config.first_done_first_out_mode else None
+        self.scheduler.take(requests, self.algorithm.run(self, batch, states))
 
     @torch.no_grad()
     def forward(self, batch, pp_proxy_tensors=None):
         """Logits of each request's block, behind what is in front of it: as a model runner gives them."""
-        self.calls += 1
         size, logits = self.config.block_size, []
         for rid, block in zip(batch.rids, batch.input_ids.view(-1, size).tolist(), strict=True):
             tokens = torch.tensor([self._context[rid] + block])
@@ -140,7 +159,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self._answer({"dllm_algorithm": type(self.engine.algorithm).__name__, "calls": self.engine.calls})
+        self._answer({"dllm_algorithm": type(self.engine.algorithm).__name__})
 
     def do_POST(self):
         given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -171,7 +190,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(3)
         try:
             requests = [
-                Request(f"request-{n}-{time.monotonic_ns()}", ids, params, self.engine.config)
+                self.engine.request(f"request-{n}-{time.monotonic_ns()}", ids, params, self.engine.config)
                 for n, (ids, params) in enumerate(zip(given["input_ids"], given["sampling_params"], strict=True))
             ]
             self.engine.generate(requests)
@@ -209,17 +228,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         told["weight_versions"] = [{"version": self.engine.version, "start": 0, "end": len(request.output_ids)}]
         for key, entries in (request.customized_info or {}).items():
             told[key] = entries[: len(request.output_ids)]
-        return {"text": "", "output_ids": request.output_ids, "meta_info": told}
+        return {"text": "", "output_ids": list(request.output_ids), "meta_info": told}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--mask", type=int, required=True)
     parser.add_argument("--fdfo", action="store_true")
+    parser.add_argument("--wheel", help="SGLang's, of whose own files the scheduler is made")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    interface.install()
-    Handler.engine = Engine(given.mask, given.fdfo)
+    Handler.engine = Engine(given.mask, given.fdfo, given.wheel)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     # Ends with whoever started it.

@@ -18,6 +18,8 @@ from dam.decoding import Decoding
 from dam.engines import EngineError, InProcess, Prompts, SGLangEngine, StaleWeights, served_parameters
 from dam.models import as_denoiser
 from dam.train import DAMTrainer
+from tests.engines import sglang_interface as interface
+from tests.engines import sglang_wheel
 from tests.models.standins import SDARForCausalLM
 from tests.models.standins.sdar import SDARConfig
 from tests.models.standins.trunk import MASK, PAD
@@ -113,10 +115,22 @@ def test_draws_are_those_of_this_process(server, tmp_path, law):
         assert bool((expected.call == -1).any())
 
 
-def test_draws_depend_on_no_other_row_and_on_no_scheduling(tmp_path):
-    """By a server that goes through blocks in step, of one row alone as of all."""
+WHEEL = sglang_wheel.found()
+OWN = pytest.param("--wheel", marks=[pytest.mark.full, pytest.mark.skipif(WHEEL is None, reason="no wheel of SGLang")])
+
+
+@pytest.mark.skipif(WHEEL is None, reason="no wheel of SGLang: DAM_ENGINE_WHEELS names no folder that has it")
+@pytest.mark.full
+def test_the_wheel_is_as_recorded():
+    assert interface.differences(WHEEL) == []
+
+
+@pytest.mark.parametrize("own", [None, OWN])
+@pytest.mark.parametrize("fdfo", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_draws_depend_on_no_other_row_and_on_no_scheduling(tmp_path, own, fdfo):
+    """By a server that goes through blocks in step, of one row alone as of all; and by SGLang's own scheduling."""
     network, asked = model(), prompts(stop_tokens=(STOP, 7, 9), steps=7)
-    with served() as server:
+    with served(*["--fdfo"] * fdfo, *([] if own is None else [own, str(WHEEL)])) as server:
         engine = engine_of(server, tmp_path)
         engine.update(served_parameters(network), 1)
         whole = engine.rollout(asked)
