@@ -6,6 +6,7 @@
 from dam.engines.contract import EngineError, Prompts, RolloutEngine, StaleWeights
 from dam.engines.in_process import InProcess
 from dam.engines.sglang_client import SGLangEngine
+from dam.engines.vllm_client import VLLMCanvasEngine
 from dam.engines.weights import served_parameters
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "RolloutEngine",
     "SGLangEngine",
     "StaleWeights",
+    "VLLMCanvasEngine",
     "served_parameters",
 ]

@@ -24,6 +24,15 @@ CONTRACT = 1  # of what a request says and a record holds: client and server mus
 KEY = "dam"  # of the contract in what a request says, and of the records in an answer
 
 
+def check_contract(given: Mapping[str, Any]) -> None:
+    """Raises ValueError: a request was made by a release whose requests say something else."""
+    if given.get(KEY) != CONTRACT:
+        raise ValueError(
+            f"the request is of contract {given.get(KEY)!r} and this server's dam of {CONTRACT}: install one release "
+            "of discrete-adjoint-matching in both environments"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """How a row is to be drawn, in numbers and lists of numbers, which JSON keeps: as parameters of a request."""
@@ -66,11 +75,7 @@ class Request:
     @classmethod
     def of_parameters(cls, given: Mapping[str, Any]) -> Request:
         """Raises ValueError, TypeError: they are those of another contract, or no request's."""
-        if given.get(KEY) != CONTRACT:
-            raise ValueError(
-                f"the request is of contract {given.get(KEY)!r} and this server's dam of {CONTRACT}: install one "
-                "release of discrete-adjoint-matching in both environments"
-            )
+        check_contract(given)
         prefix = f"{KEY}_"
         fields = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

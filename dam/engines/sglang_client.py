@@ -9,7 +9,6 @@ import http.client
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dam.engines.contract import EngineError, Prompts, StaleWeights, checked
 from dam.engines.rows import KEY, Request
+from dam.engines.weights import write_weights
 from dam.models.attention import padding
 from dam.models.denoiser import Denoiser
 from dam.rollout import Ends, Trajectories
@@ -82,15 +82,11 @@ class SGLangEngine:
         self._version = None  # until they are there, nothing is right
         if parameters is not None:
             self._check_server()
-            folder = os.path.join(self._weights, f"version-{version}")
-            _write(parameters, folder, self._dtype)
+            folder = write_weights(parameters, self._weights, version, self._dtype)
             told = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
             answer = self._ask("POST", "/update_weights_from_disk", told)
             if not isinstance(answer, dict) or not answer.get("success"):
                 raise EngineError(f"{self.url} did not take the weights of version {version}: {_short(answer)}")
-            for other in os.listdir(self._weights):
-                if other.startswith("version-") and other != os.path.basename(folder):
-                    shutil.rmtree(os.path.join(self._weights, other), ignore_errors=True)
         self._version = str(version)
 
     def rollout(self, prompts: Prompts, base: Denoiser | None = None) -> Trajectories:
@@ -177,17 +173,6 @@ class SGLangEngine:
             return json.loads(text)
         except ValueError:
             raise EngineError(f"{self.url}{path} answered no JSON: {_short(text)}") from None
-
-
-def _write(parameters: Iterable[tuple[str, Tensor]], folder: str, dtype: torch.dtype | None) -> None:
-    """Into folder/model.safetensors."""
-    from safetensors.torch import save_file
-
-    tensors = {name: value.to("cpu", dtype or value.dtype).contiguous() for name, value in parameters}
-    if not tensors:
-        raise ValueError("there are no parameters to send")
-    os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
 def _rows(prompts: Prompts, block_length: int) -> tuple[list[list[int]], list[Request]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +39,28 @@ def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             plain, added = found
             value = whole(parameter.detach())
             yield plain, value if added is None else value + added.to(value)
+
+
+def write_weights(
+    parameters: Iterable[tuple[str, Tensor]], folder: str, version: int, dtype: torch.dtype | None
+) -> str:
+    """Writes parameters to folder/version-<version>/model.safetensors, and removes earlier versions there.
+
+    Returns:
+        The folder of the version.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: value.to("cpu", dtype or value.dtype).contiguous() for name, value in parameters}
+    if not tensors:
+        raise ValueError("there are no parameters to send")
+    place = os.path.join(folder, f"version-{version}")
+    os.makedirs(place, exist_ok=True)
+    save_file(tensors, os.path.join(place, "model.safetensors"), metadata={"format": "pt"})
+    for other in os.listdir(folder):
+        if other.startswith("version-") and other != os.path.basename(place):
+            shutil.rmtree(os.path.join(folder, other), ignore_errors=True)
+    return place
 
 
 def _unwrapped(model: Any) -> Any:

@@ -119,17 +119,17 @@ LINES = {
 }
 
 
-def differences(wheel):
+def differences(wheel, root=ROOT, recorded=SIGNATURES, lines=LINES):
     """Where a wheel is not what is recorded, as text."""
     found = []
     with zipfile.ZipFile(wheel) as archive:
-        for path in {**SIGNATURES, **LINES}:
-            tree = ast.parse(archive.read(ROOT + path))
+        for path in {**recorded, **lines}:
+            tree = ast.parse(archive.read(root + path))
             signatures, text = _signatures(tree), ast.unparse(tree)
-            for name, expected in SIGNATURES.get(path, {}).items():
+            for name, expected in recorded.get(path, {}).items():
                 if signatures.get(name) != expected:
                     found.append(f"{path}: {name}({signatures.get(name)}), recorded as ({expected})")
-            found += [f"{path}: no {line!r}" for line in LINES.get(path, ()) if line not in text]
+            found += [f"{path}: no {line!r}" for line in lines.get(path, ()) if line not in text]
     return found
 
 

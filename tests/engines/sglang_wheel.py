@@ -6,9 +6,6 @@ takes a block that is done. Stubs are model runner, memory, metrics and the rest
 
 import array
 import importlib
-import importlib.abc
-import importlib.machinery
-import os
 import pathlib
 import shutil
 import sys
@@ -17,6 +14,7 @@ import zipfile
 
 import dam.engines
 from tests.engines import sglang_interface as interface
+from tests.engines.stubs import Stubs
 
 _FOLDER = "sglang/srt/dllm/"
 _GIVEN = {
@@ -29,40 +27,6 @@ _GIVEN = {
 }
 
 
-def found():
-    """The wheel of the recorded version, in the folder that DAM_ENGINE_WHEELS names; None where there is none."""
-    folder = os.environ.get("DAM_ENGINE_WHEELS")
-    wheels = sorted(pathlib.Path(folder).glob(f"sglang-{interface.VERSION}-*.whl")) if folder else []
-    return wheels[0] if wheels else None
-
-
-class _Stub(types.ModuleType):
-    """Has whatever is imported from it, as classes of nothing."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        made = type(name, (), {"__init__": lambda self, *_, **__: None})
-        setattr(self, name, made)
-        return made
-
-
-class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Whatever of sglang is not in the folder, which comes before."""
-
-    def find_spec(self, name, path=None, target=None):
-        own = name.split(".")[0] in ("sglang", "msgspec")
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if own else None
-
-    def create_module(self, spec):
-        module = _Stub(spec.name)
-        vars(module).update(_GIVEN.get(spec.name, {}))
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
 def install(wheel, folder):
     """Unpacks the dllm folder, puts our algorithm's file into it as a user does, and has all of it imported from there.
 
@@ -73,7 +37,7 @@ def install(wheel, folder):
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith(_FOLDER)])
     place = pathlib.Path(folder) / _FOLDER
     shutil.copy(pathlib.Path(dam.engines.__file__).parent / "sglang_dllm.py", place / "algorithm")
-    sys.meta_path.append(_Stubs())
+    sys.meta_path.append(Stubs(("sglang", "msgspec"), _GIVEN))
     for name in ("sglang", "sglang.srt"):
         importlib.import_module(name)
     dllm = sys.modules["sglang.srt.dllm"] = types.ModuleType("sglang.srt.dllm")

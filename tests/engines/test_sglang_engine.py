@@ -19,7 +19,7 @@ from dam.engines import EngineError, InProcess, Prompts, SGLangEngine, StaleWeig
 from dam.models import as_denoiser
 from dam.train import DAMTrainer
 from tests.engines import sglang_interface as interface
-from tests.engines import sglang_wheel
+from tests.engines.stubs import wheel_of
 from tests.models.standins import SDARForCausalLM
 from tests.models.standins.sdar import SDARConfig
 from tests.models.standins.trunk import MASK, PAD
@@ -115,7 +115,7 @@ def test_draws_are_those_of_this_process(server, tmp_path, law):
         assert bool((expected.call == -1).any())
 
 
-WHEEL = sglang_wheel.found()
+WHEEL = wheel_of("sglang", interface.VERSION)
 OWN = pytest.param("--wheel", marks=[pytest.mark.full, pytest.mark.skipif(WHEEL is None, reason="no wheel of SGLang")])
 
 
