@@ -17,13 +17,10 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
 from dam.engines import EngineError, InProcess, Prompts, SGLangEngine, StaleWeights, served_parameters
 from dam.models import as_denoiser
-from dam.train import DAMTrainer
 from tests.engines import sglang_interface as interface
+from tests.engines.process_run import Judge, misbehave, model, trainer_of
 from tests.engines.stubs import wheel_of
-from tests.models.standins import SDARForCausalLM
-from tests.models.standins.sdar import SDARConfig
 from tests.models.standins.trunk import MASK, PAD
-from tests.train.tiny import sum_reward, tiny_config
 
 STOP = 5
 
@@ -36,9 +33,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def misbehaves(self, how):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        connection.request("POST", "/misbehave", json.dumps({"how": how}))
-        connection.getresponse().read()
+        misbehave(self.url, how)
 
     def close(self):
         self.process.stdin.close()
@@ -58,11 +53,6 @@ def served(*options):
 def server():
     with served("--fdfo") as started:
         yield started
-
-
-def model(seed=0):
-    torch.manual_seed(seed)
-    return SDARForCausalLM(SDARConfig()).eval()
 
 
 def engine_of(server, folder, **more):
@@ -232,16 +222,6 @@ def test_what_a_server_cannot_draw_is_refused_before_it_is_asked(server, tmp_pat
         engine.rollout(prompts(tokens=tokens, process=process))
 
 
-ROWS = [{"input_ids": [1 + n % 3, 2, 4 + n % 2, 1, 6] + 7 * [MASK]} for n in range(8)]
-
-
-def trainer_of(output, judge=sum_reward, engine=None):
-    config = tiny_config(
-        output, mask_token_id=MASK, diffusion_steps=5, max_steps=3, num_iterations=1, optim="sgd", learning_rate=0.05
-    )
-    return DAMTrainer(model(), judge, config, ROWS, rollout_engine=engine)
-
-
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory):
     trainer = trainer_of(tmp_path_factory.mktemp("in-process"))
@@ -266,22 +246,9 @@ def test_a_trainer_ends_as_one_that_draws_in_its_own_process(server, tmp_path, i
     assert not torch.allclose(trainer.model.lm_head.weight, model().lm_head.weight, atol=1e-3)
 
 
-class Judge:
-    """Has a server go away between two rollouts."""
-
-    def __init__(self, server):
-        self.server, self.calls = server, 0
-
-    def __call__(self, **given):
-        self.calls += 1
-        if self.calls == 1:
-            self.server.misbehaves("die")
-        return sum_reward(**given)
-
-
 def test_a_server_that_dies_ends_a_run_that_can_be_resumed(tmp_path, in_process):
     with served("--fdfo") as server:
-        trainer = trainer_of(tmp_path / "run", Judge(server), engine_of(server, tmp_path / "weights"))
+        trainer = trainer_of(tmp_path / "run", Judge(server.url), engine_of(server, tmp_path / "weights"))
         with pytest.raises(EngineError, match=r"/generate: the server is (not there|gone)"):
             trainer.train()
     assert trainer.state.global_step == 1
@@ -289,6 +256,42 @@ def test_a_server_that_dies_ends_a_run_that_can_be_resumed(tmp_path, in_process)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
     assert_ended_as(resumed, in_process)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_server_and_end_together_when_it_dies(tmp_path, in_process):
+    """The first sends the weights, both draw with them; what is drawn is what one process draws."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with served("--fdfo") as server:
+        start = time.monotonic()
+        done = subprocess.run(
+            [*command, "-m", "tests.engines.process_run", str(tmp_path), server.url],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name, parameter in in_process.model.state_dict().items():
+        for rank in ranks:
+            torch.testing.assert_close(rank["weights"][name], parameter, rtol=0.0, atol=2e-5)
+    for one, other in zip(ranks[0]["groups"], in_process.progress.replay.state_dict()["groups"], strict=True):
+        assert torch.equal(one["final"], other["final"]) and torch.equal(one["call"], other["call"])
+    assert all("the server is " in rank["error"] and rank["step"] == 1 for rank in ranks), [r["error"] for r in ranks]
+    assert time.monotonic() - start < 300.0
+
+
+def test_a_request_of_another_is_drawn_from_the_models_own_law_or_refused(server):
+    def asked(**params):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        body = json.dumps({"input_ids": [[1, 2, 3]], "sampling_params": [{"max_new_tokens": 4, **params}]})
+        connection.request("POST", "/generate", body)
+        return json.loads(connection.getresponse().read())
+
+    (answer,) = asked()
+    assert len(answer["output_ids"]) == 5 and MASK not in answer["output_ids"] and "dam" not in answer["meta_info"]
+    for name, value in (("top_p", 0.9), ("top_k", 5), ("repetition_penalty", 1.1), ("regex", "a+")):
+        assert f"leave out {name}" in asked(**{name: value})["error"]["message"]
 
 
 def test_a_server_that_is_late_is_not_waited_for(server, tmp_path):
