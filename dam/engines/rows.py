@@ -59,7 +59,7 @@ class Request:
         if self.length % self.block_length:
             raise ValueError(
                 f"a server fills whole blocks of {self.block_length}: a sequence of {self.length} tokens, prompt and "
-                "completion, ends inside one. Pad prompts so that both are a whole number of blocks"
+                "completion, ends inside one. DAMConfig(whole_blocks=True) has completions end with a block"
             )
 
     @property

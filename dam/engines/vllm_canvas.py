@@ -82,9 +82,7 @@ class CanvasSampler(diffusion_gemma.DiffusionSampler):  # type: ignore[misc]
         if input_batch.num_draft_tokens == 0 or not ours:
             return super().__call__(logits, input_batch, draft_logits)
         if len(ours) < int((widths > 0).sum()):
-            raise RuntimeError(
-                "requests of dam.engines and others are in one batch: give each a server"
-            )
+            raise RuntimeError("requests of dam.engines and others are in one batch: give each a server")
         if len(ours) < count:
             self._finish_prefills(input_batch, np.flatnonzero(widths == 0))
         return self._stepped(logits, input_batch, ours, slots, widths)

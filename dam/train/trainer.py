@@ -34,7 +34,7 @@ from dam.adjoint import (
 )
 from dam.ctmc import MaskedCTMC
 from dam.engines import RolloutEngine
-from dam.models.denoiser import blocks_of, check_left_padding
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train import grpo
@@ -110,9 +110,9 @@ class DAMTrainer(BaseTrainer):
     trajectories went through, as with block_length: estimator "posterior" and normalizer "group".
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
-    `prompt`, to which `max_completion_length` masks are appended: a string, token ids, or a conversation, messages
-    {"role": ..., "content": ...} that go through the tokenizer's chat template. An `attention_mask` of token ids is
-    kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
+    `prompt`, to which `max_completion_length` masks are appended, and with `whole_blocks` some more: a string, token
+    ids, or a conversation, messages {"role": ..., "content": ...} that go through the tokenizer's chat template. An
+    `attention_mask` of token ids is kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
     `labels` may be anything; integers, one for each token (behind a prompt, for the completion's first ones), also go
     to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of `datasets` on disk, are looked
     through before the first step (`dam.train.data.check_rows` says what that costs); rows of others when they come. An
@@ -274,7 +274,8 @@ class DAMTrainer(BaseTrainer):
         )
         self.process = MaskedCTMC(tokens.mask, suppress=tokens.suppress, vocabulary=tokens.vocabulary)
         self._stop = tokens.stop
-        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
+        multiple = _multiple(args, own)
+        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template, multiple)
         self._denoiser = denoiser
         self._in_blocks = args.block_length is not None
         if blocks_of(own) is not None:
@@ -905,6 +906,22 @@ class DAMTrainer(BaseTrainer):
             metrics.update({f"{prefix}_{k}": v for k, v in found.items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _multiple(args: DAMConfig, denoiser: Denoiser) -> int:
+    """What prompt and completion together are a multiple of.
+
+    Raises:
+        ValueError: whole blocks are asked for of a model that has none, counted from the sequence's start.
+    """
+    blocks = blocks_of(denoiser)
+    if not args.whole_blocks:
+        return 1
+    if blocks is None or blocks.origin != "sequence":
+        raise ValueError(
+            "whole_blocks is for models whose attention has blocks from the sequence's start (SDAR, LLaDA 2)"
+        )
+    return blocks.length
 
 
 def _own(of_orders: Tensor, kept: Tensor, drawn_by_model: int) -> Tensor:

@@ -18,7 +18,7 @@ from tests.models.standins.sdar import SDARConfig
 from tests.models.standins.trunk import MASK
 from tests.train.tiny import sum_reward, tiny_config
 
-ROWS = [{"input_ids": [1 + n % 3, 2, 4 + n % 2, 1, 6] + 7 * [MASK]} for n in range(8)]
+ROWS = [{"prompt": [1 + n % 3, 2, 4 + n % 2, 1, 6, 2, 7][: 3 + n % 5]} for n in range(8)]
 
 
 def model(seed=0):
@@ -29,6 +29,7 @@ def model(seed=0):
 def trainer_of(output, judge=sum_reward, engine=None, processes=1):
     config = tiny_config(
         output, prompts=2 // processes, replay_batch_size=4 // processes, mask_token_id=MASK, diffusion_steps=5,
+        max_completion_length=5, whole_blocks=True,
         max_steps=3, num_iterations=1, optim="sgd", learning_rate=0.05, ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip
     return DAMTrainer(model(), judge, config, ROWS, rollout_engine=engine)

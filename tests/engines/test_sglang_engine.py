@@ -17,10 +17,12 @@ from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
 from dam.engines import EngineError, InProcess, Prompts, SGLangEngine, StaleWeights, served_parameters
 from dam.models import as_denoiser
+from dam.train import DAMTrainer
 from tests.engines import sglang_interface as interface
 from tests.engines.process_run import Judge, misbehave, model, trainer_of
 from tests.engines.stubs import wheel_of
 from tests.models.standins.trunk import MASK, PAD
+from tests.train.tiny import sum_reward, tiny_config, tiny_model
 
 STOP = 5
 
@@ -244,6 +246,12 @@ def test_a_trainer_ends_as_one_that_draws_in_its_own_process(server, tmp_path, i
     trainer.train()
     assert_ended_as(trainer, in_process)
     assert not torch.allclose(trainer.model.lm_head.weight, model().lm_head.weight, atol=1e-3)
+
+
+def test_whole_blocks_of_a_model_that_has_none_are_refused(tmp_path):
+    config = tiny_config(tmp_path, whole_blocks=True)
+    with pytest.raises(ValueError, match="whole_blocks is for models whose attention has blocks"):
+        DAMTrainer(tiny_model(), sum_reward, config, [{"prompt": [1]}])
 
 
 def test_a_server_that_dies_ends_a_run_that_can_be_resumed(tmp_path, in_process):
