@@ -112,11 +112,12 @@ class DAMTrainer(BaseTrainer):
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
     `prompt`, to which `max_completion_length` masks are appended, and with `whole_blocks` some more: a string, token
     ids, or a conversation, messages {"role": ..., "content": ...} that go through the tokenizer's chat template. An
-    `attention_mask` of token ids is kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
-    `labels` may be anything; integers, one for each token (behind a prompt, for the completion's first ones), also go
-    to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of `datasets` on disk, are looked
-    through before the first step (`dam.train.data.check_rows` says what that costs); rows of others when they come. An
-    iterable dataset is read by one process and no workers, pass after pass, each row once a pass; set max_steps.
+    `attention_mask` of token ids is kept. All other columns go to the reward functions, and must not have the names of
+    what these are given besides. `labels` may be anything; integers, one for each token (behind a prompt, for the
+    completion's first ones), also go to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of
+    `datasets` on disk, are looked through before the first step (`dam.train.data.check_rows` says what that costs);
+    rows of others when they come. An iterable dataset is read by one process and no workers, pass after pass, each row
+    once a pass; set max_steps.
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
