@@ -27,6 +27,7 @@ RANK = {
     "rollout": 5,
     "canvas": 5,
     "diagnostics": 6,
+    "engines": 6,
     "adjoint": 6,
     "train": 7,
     "tasks": 8,
@@ -71,6 +72,8 @@ OPTIONAL = (
     "datasets",
     "dill",
     "math_verify",
+    "sglang",
+    "vllm",
 )
 
 

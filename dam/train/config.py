@@ -241,6 +241,13 @@ class DAMConfig(TrainingArguments):
             "at, as fewer calls than masks do."
         },
     )
+    whole_blocks: bool = field(
+        default=False,
+        metadata={
+            "help": "Append as many more masks to a prompt as take it to the end of a block of the model's attention "
+            "(SDAR, LLaDA 2), as the model's own generation and serving engines fill the last block whole."
+        },
+    )
     eval_redraw: bool = field(
         default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
     )

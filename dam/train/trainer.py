@@ -40,7 +40,8 @@ from dam.adjoint import (
     without_ended,
 )
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import blocks_of, check_left_padding
+from dam.engines import RolloutEngine
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train import fsdp, grpo
@@ -120,13 +121,14 @@ class DAMTrainer(BaseTrainer):
     trajectories went through, as with block_length: estimator "posterior" and normalizer "group".
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
-    `prompt`, to which `max_completion_length` masks are appended: a string, token ids, or a conversation, messages
-    {"role": ..., "content": ...} that go through the tokenizer's chat template. An `attention_mask` of token ids is
-    kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
-    `labels` may be anything; integers, one for each token (behind a prompt, for the completion's first ones), also go
-    to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of `datasets` on disk, are looked
-    through before the first step (`dam.train.data.check_rows` says what that costs); rows of others when they come. An
-    iterable dataset is read by one process and no workers, pass after pass, each row once a pass; set max_steps.
+    `prompt`, to which `max_completion_length` masks are appended, and with `whole_blocks` some more: a string, token
+    ids, or a conversation, messages {"role": ..., "content": ...} that go through the tokenizer's chat template. An
+    `attention_mask` of token ids is kept. All other columns go to the reward functions, and must not have the names of
+    what these are given besides. `labels` may be anything; integers, one for each token (behind a prompt, for the
+    completion's first ones), also go to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of
+    `datasets` on disk, are looked through before the first step (`dam.train.data.check_rows` says what that costs);
+    rows of others when they come. An iterable dataset is read by one process and no workers, pass after pass, each row
+    once a pass; set max_steps.
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
@@ -197,6 +199,9 @@ class DAMTrainer(BaseTrainer):
             option of its family, `functools.partial(dam.models.as_denoiser, block_length=8)`. A model of
             your own that has hidden_states() and head() needs none, and is taken at its word: it has no other logits
             to be compared with.
+        rollout_engine: draws the trajectories of training that the model draws, as `dam.engines.SGLangEngine` by a
+            server; unless given this process does. It is sent the weights before each rollout. The base's
+            log-probabilities, its own trajectories, and evaluation stay in this process.
 
     Raises:
         ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
@@ -204,6 +209,7 @@ class DAMTrainer(BaseTrainer):
         RewardError: a reward function misbehaves in training, or, with reward_timeout or reward_workers, does so at
             more than max_reward_failures of a rollout; or a completion cannot be decoded. The rollouts are written to
             output_dir/failed_rollouts.pt.
+        EngineError: rollout_engine did not take the weights, is gone, or answers too late or something else.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
     can be resumed, to the same result; but not in the middle of an update of the weights. When one of several processes
@@ -232,6 +238,7 @@ class DAMTrainer(BaseTrainer):
         ref_model: nn.Module | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         denoiser: DenoiserFactory = as_denoiser,
+        rollout_engine: RolloutEngine | None = None,
         **others: Any,
     ):
         grpo.refuse(others, grpo.TRAINER, "GRPOTrainer", type(self).__name__)
@@ -283,7 +290,8 @@ class DAMTrainer(BaseTrainer):
         )
         self.process = MaskedCTMC(tokens.mask, suppress=tokens.suppress, vocabulary=tokens.vocabulary)
         self._stop = tokens.stop
-        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
+        multiple = _multiple(args, own)
+        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template, multiple)
         self._denoiser = denoiser
         self._in_blocks = args.block_length is not None
         if blocks_of(own) is not None:
@@ -295,7 +303,7 @@ class DAMTrainer(BaseTrainer):
         if args.disable_dropout:
             _without_dropout(network)
         _check_dtype(network)
-        self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
+        self.sampler = Sampler(denoiser, self.process, args, base, self._precision, rollout_engine)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._seen: Outcomes = {}  # what reward functions saw of this process's last rollout
         self._failed: list[Failed] = []  # where they failed
@@ -429,6 +437,7 @@ class DAMTrainer(BaseTrainer):
         masks = int(self.process.masked(batch["input_ids"]).sum(dim=1).max())
         in_step(lambda: self.args.check_steps(masks))
         with self._timing.part("rollout"):
+            self.sampler.send(self.model, self.state.global_step)
             given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
         if self._rewards.isolated:
@@ -567,6 +576,7 @@ class DAMTrainer(BaseTrainer):
                 masks,
                 seed=seed,
                 row_ids=row_ids,
+                served=True,
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
@@ -1022,6 +1032,22 @@ class DAMTrainer(BaseTrainer):
             metrics.update({f"{prefix}_{k}": v for k, v in found.items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _multiple(args: DAMConfig, denoiser: Denoiser) -> int:
+    """What prompt and completion together are a multiple of.
+
+    Raises:
+        ValueError: whole blocks are asked for of a model that has none, counted from the sequence's start.
+    """
+    blocks = blocks_of(denoiser)
+    if not args.whole_blocks:
+        return 1
+    if blocks is None or blocks.origin != "sequence":
+        raise ValueError(
+            "whole_blocks is for models whose attention has blocks from the sequence's start (SDAR, LLaDA 2)"
+        )
+    return blocks.length
 
 
 def _own(of_orders: Tensor, kept: Tensor, drawn_by_model: int) -> Tensor:
