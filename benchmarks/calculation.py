@@ -93,7 +93,7 @@ def seconds(cost: Cost, size: Size, rates: Rates) -> float:
 
 
 # Of dam's exchange: numbers of 8 bytes, a header and so many of each row (dam.ops._group).
-HEADER = 25
+HEADER = 61
 NUMBERS: dict[str, Callable[[int], int]] = {
     "linear_log_prob": lambda slots: 1 + slots,  # log escape rate, logits of the targets
     "linear_matching_loss": lambda slots: 3 + slots,  # and two of the base's
