@@ -16,6 +16,7 @@ import time
 import traceback
 
 import torch
+import torch._dynamo
 from peft import LoraConfig
 
 from dam.train import DAMTrainer
@@ -105,7 +106,8 @@ def ran(output, processes=1, resume=None, **given):
     trainer.save_model(f"{output}/model")
     weights = {name: each.detach() for name, each in whole(trainer.model.named_parameters()).items()}
     found = {"weights": weights, **told_besides(trainer)}
-    return found | {"seen": seen[:replayed], "class": type(trainer.model).__name__}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return found | {"seen": seen[:replayed], "class": type(trainer.model).__name__, "graphs": graphs}
 
 
 def settings(case):
@@ -145,6 +147,8 @@ def work(output, case, rank):
         trainer.train()
     if name == "busy":  # with something that is no collective
         return run_with(output, case, judge=Judge(7, dies if fails else functools.partial(time.sleep, 60)))
+    if name == "compiled":
+        return run(torch_compile=True, torch_compile_backend="aot_eager")
     assert not name, case
     return run()
 

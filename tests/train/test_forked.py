@@ -16,7 +16,7 @@ from tests.train.process_run import model
 pytestmark = pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="needs torch 2.7")
 LIMIT = 30.0  # seconds in which every process ends when one has failed
 
-RUNS = ["ddp-3", "fsdp-2", "fsdp-3-from-fsdp-2", "ddp-2-from-fsdp-2", "fsdp-2-from-ddp-3"]
+RUNS = ["ddp-3", "fsdp-2", "fsdp-3-from-fsdp-2", "ddp-2-from-fsdp-2", "fsdp-2-from-ddp-3", "fsdp-2-compiled"]
 LORA = ["fsdp-2-lora", "fsdp-3-from-fsdp-2-lora"]
 
 
@@ -75,6 +75,7 @@ def test_ten_steps_are_those_of_one_process(runs, one, case):
         assert found["reward_calls"] == one["reward_calls"] == 10 * GROUPS * 8
         assert found["eval_reward"] == pytest.approx(one["eval_reward"])
         assert found["class"].startswith("FSDP") == case.startswith("fsdp")
+        assert (found["graphs"] > 0) == case.endswith("compiled")
 
 
 @pytest.mark.parametrize("case", LORA)
@@ -94,6 +95,16 @@ def test_each_process_rewards_whole_groups_of_its_own(runs, one, case):
     assert sorted(name for seen in of_each for name in seen) == sorted(one["seen"])
     for seen in of_each:
         assert all(len(set(seen[n : n + 8])) == 1 for n in range(0, len(seen), 8))
+
+
+@pytest.mark.parametrize("case", ["fsdp-2", "fsdp-3-from-fsdp-2"])
+def test_processes_of_a_divided_model_share_the_replay_buffer(runs, case):
+    of_each = [["final" in group for group in found["groups"]] for found in runs[1][case]]
+    keepers = [sum(kept) for kept in zip(*of_each, strict=True)]
+    assert keepers == [1] * 2 * GROUPS and {sum(kept) for kept in of_each} == {2 * GROUPS // len(of_each)}
+    first, *others = runs[1][case]
+    for ours, theirs in zip(first["groups"], others[0]["groups"], strict=True):
+        assert torch.equal(ours["weight"], theirs["weight"])
 
 
 @pytest.mark.parametrize("case", ["ddp-3", "fsdp-2", "fsdp-2-lora"])
