@@ -65,7 +65,7 @@ class Lifelines:
         Raises:
             RuntimeError: another has ended before the run began.
         """
-        if self._state.num_processes == 1:
+        if self._state.num_processes == 1 or not dist.is_initialized():
             return
         try:
             connected = self._serve() if self._state.process_index == 0 else self._connect()
@@ -160,12 +160,13 @@ class Lifelines:
     def leave(self, failure: BaseException) -> None:
         """Says why this process ends, and waits for the others to have said so: a launcher ends all once one is gone.
 
-        Before, its collectives are broken off, for which others may wait.
+        Before, its collectives are broken off, for which others may wait, unless all fail together.
         """
         if self._state.num_processes == 1:
             return
         print(f"process {self._state.process_index} ends: {failure}", file=sys.stderr, flush=True)
-        _break_off()
+        if not is_shared(failure):
+            _break_off()
         if self._state.process_index == 0:
             self._have_left(0)
         else:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from dam.train.progress import last_checkpoint
-from tests.train.forked_run import GROUPS, ran, settings
+from tests.train.forked_run import GROUPS, by_paths, ran, settings
 from tests.train.process_run import model
 
 # FSDP2 needs a GPU in torch 2.6.
@@ -18,6 +18,8 @@ LIMIT = 30.0  # seconds in which every process ends when one has failed
 
 RUNS = ["ddp-3", "fsdp-2", "fsdp-3-from-fsdp-2", "ddp-2-from-fsdp-2", "fsdp-2-from-ddp-3", "fsdp-2-compiled"]
 LORA = ["fsdp-2-lora", "fsdp-3-from-fsdp-2-lora"]
+PATHS = ["fsdp-2-paths"]
+OTHERS = ["ddp-1", "ddp-2", "ddp-2-from-ddp-1", "ddp-3-from-ddp-2", "fsdp-2-from-ddp-1", "fsdp-3-paths", "ddp-3-paths"]
 
 
 def forked(output, *cases):
@@ -31,10 +33,8 @@ def printed(output, case, rank):
     return (output / f"{case}-{rank}.txt").read_text()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    output = tmp_path_factory.mktemp("forked")
-    ended = forked(output, *RUNS, *LORA)
+def found_in(output, *cases):
+    ended = forked(output, *cases)
     for case in ended:
         processes = range(settings(case)[1])
         assert ended[case]["statuses"] == [0] * len(processes), printed(output, case, 0)[-3000:]
@@ -44,8 +44,23 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return found_in(tmp_path_factory.mktemp("forked"), *RUNS, *LORA, *PATHS)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return found_in(tmp_path_factory.mktemp("forked"), *OTHERS)
+
+
+@pytest.fixture(scope="module")
 def one(tmp_path_factory):
     return ran(str(tmp_path_factory.mktemp("one")))
+
+
+@pytest.fixture(scope="module")
+def one_by_paths(tmp_path_factory):
+    return ran(str(tmp_path_factory.mktemp("one")), **by_paths())
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +91,23 @@ def test_ten_steps_are_those_of_one_process(runs, one, case):
         assert found["eval_reward"] == pytest.approx(one["eval_reward"])
         assert found["class"].startswith("FSDP") == case.startswith("fsdp")
         assert (found["graphs"] > 0) == case.endswith("compiled")
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_ten_steps_at_states_of_paths_are_those_of_one_process(runs, one_by_paths, case):
+    """Of rows that end early, single outcomes of a buffer that processes share."""
+    assert one_by_paths["logged"][0]["completions/clipped_ratio"] < 0.9
+    for found in runs[1][case]:
+        assert_same(found["weights"], one_by_paths["weights"])
+        assert_same_log(found["logged"], one_by_paths["logged"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", OTHERS)
+def test_so_are_those_of_other_numbers(others, one, one_by_paths, case):
+    expected = one_by_paths if case.endswith("paths") else one
+    for found in others[1][case]:
+        assert_same(found["weights"], expected["weights"])
 
 
 @pytest.mark.parametrize("case", LORA)
