@@ -80,7 +80,8 @@ class Lifelines:
             )
         if threading.current_thread() is threading.main_thread():
             self._main = threading.get_ident()
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            # None is of a handler that Python has not set, and cannot set again.
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal) or signal.SIG_DFL
         threading.Thread(target=self._watch, daemon=True, name="dam lifelines").start()
 
     def _serve(self) -> bool:
@@ -107,7 +108,7 @@ class Lifelines:
                 if server.fileno() < 0:
                     return
                 continue
-            if said.get("token") == token:
+            if isinstance(said, dict) and said.get("token") == token:
                 self._lines[said["process"]] = _kept_alive(line)
 
     def _connect(self) -> bool:
@@ -152,6 +153,8 @@ class Lifelines:
         assert self._cause is not None
         process, why = self._cause
         if process == self._state.process_index or isinstance(error, OtherProcessError):
+            return error
+        if not isinstance(error, Exception):  # an interrupt, of all processes as a rule
             return error
         other = OtherProcessError(f"process {process} failed: {why}")
         other.__cause__ = error

@@ -16,10 +16,12 @@ from tests.train.process_run import model
 pytestmark = pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="needs torch 2.7")
 LIMIT = 30.0  # seconds in which every process ends when one has failed
 
-RUNS = ["ddp-3", "fsdp-2", "fsdp-3-from-fsdp-2", "ddp-2-from-fsdp-2", "fsdp-2-from-ddp-3", "fsdp-2-compiled"]
-LORA = ["fsdp-2-lora", "fsdp-3-from-fsdp-2-lora"]
-PATHS = ["fsdp-2-paths"]
-OTHERS = ["ddp-1", "ddp-2", "ddp-2-from-ddp-1", "ddp-3-from-ddp-2", "fsdp-2-from-ddp-1", "fsdp-3-paths", "ddp-3-paths"]
+RUNS = ["ddp-3", "fsdp-2", "fsdp-3-from-fsdp-2"]
+LORA, PATHS = ["fsdp-2-lora"], ["fsdp-2-paths"]
+OTHERS = [
+    *("fsdp-2-from-ddp-3", "ddp-2-from-fsdp-2", "fsdp-2-compiled", "fsdp-3-from-fsdp-2-lora"),
+    *("ddp-1", "ddp-2", "ddp-2-from-ddp-1", "ddp-3-from-ddp-2", "fsdp-2-from-ddp-1", "fsdp-3-paths", "ddp-3-paths"),
+]
 
 
 def forked(output, *cases):
@@ -49,8 +51,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    return found_in(tmp_path_factory.mktemp("forked"), *OTHERS)
+def others(runs):
+    return found_in(runs[0], *OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,6 @@ def test_ten_steps_are_those_of_one_process(runs, one, case):
         assert found["reward_calls"] == one["reward_calls"] == 10 * GROUPS * 8
         assert found["eval_reward"] == pytest.approx(one["eval_reward"])
         assert found["class"].startswith("FSDP") == case.startswith("fsdp")
-        assert (found["graphs"] > 0) == case.endswith("compiled")
 
 
 @pytest.mark.parametrize("case", PATHS)
@@ -104,10 +105,12 @@ def test_ten_steps_at_states_of_paths_are_those_of_one_process(runs, one_by_path
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", OTHERS)
-def test_so_are_those_of_other_numbers(others, one, one_by_paths, case):
-    expected = one_by_paths if case.endswith("paths") else one
+def test_so_are_those_of_other_numbers_and_kinds(others, one, one_lora, one_by_paths, case):
+    expected = one_by_paths if case.endswith("paths") else one_lora if case.endswith("lora") else one
     for found in others[1][case]:
         assert_same(found["weights"], expected["weights"])
+        assert_same_log(found["logged"], expected["logged"])
+        assert (found["graphs"] > 0) == case.endswith("compiled")
 
 
 @pytest.mark.parametrize("case", LORA)
@@ -166,13 +169,16 @@ FAILURES = {
     "ddp-3-killed": (KILLED, 6),
     "fsdp-3-killed": (KILLED, 5),
     "ddp-2-ill": (ILL, 6),
+    "ddp-2-rows": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
+}
+MORE = {
     "fsdp-2-ill": (ILL, 5),
     "ddp-3-busy": (KILLED, 6),
     "ddp-2-early": ("another process ended before the run began", None),
-    "ddp-2-rows": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
     "ddp-2-shuffled": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
     "fsdp-2-arguments": ("processes 0 and 1 do not do the same run, seed: 42 and 43; beta: 0.1 and 0.2", None),
 }
+FAILED = [*FAILURES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)]
 
 
 @pytest.fixture(scope="module")
@@ -181,22 +187,36 @@ def failures(tmp_path_factory):
     return output, forked(output, *FAILURES)
 
 
-@pytest.mark.parametrize("case", FAILURES)
-def test_a_process_that_fails_ends_all_with_the_cause(failures, case):
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    output = tmp_path_factory.mktemp("failures")
+    return output, forked(output, *MORE)
+
+
+@pytest.fixture
+def failure(request, case):
+    """Where the case was run, how it ended, the cause, and the step of its checkpoint."""
+    output, ended = request.getfixturevalue("failures" if case in FAILURES else "more")
+    return output, ended[case], *(FAILURES | MORE)[case]
+
+
+@pytest.mark.parametrize("case", FAILED)
+def test_a_process_that_fails_ends_all_with_the_cause(failure, case):
     """Each of the others says why, at once."""
-    output, ended = failures
-    cause, _ = FAILURES[case]
-    statuses = ended[case]["statuses"]
+    output, ended, cause, _ = failure
+    statuses = ended["statuses"]
     assert statuses[1] == (-9 if cause is KILLED else 1) and 0 not in statuses
-    assert ended[case]["seconds"] < LIMIT
+    assert ended["seconds"] < LIMIT
     for rank in range(settings(case)[1]):
         if rank != 1:
             assert cause in printed(output, case, rank)
 
 
-@pytest.mark.parametrize("case", [case for case, (_, step) in FAILURES.items() if step])
-def test_what_is_left_of_it_goes_on_in_one_process(failures, one, tmp_path, case):
+@pytest.mark.parametrize("case", FAILED)
+def test_what_is_left_of_it_goes_on_in_one_process(failure, one, tmp_path, case):
     """Under DDP from the step that failed, by the first process alone; else from the last checkpoint."""
-    last = last_checkpoint(str(failures[0] / case))
-    assert last == f"{failures[0]}/{case}/checkpoint-{FAILURES[case][1]}"
-    assert_same(ran(str(tmp_path), resume=last)["weights"], one["weights"])
+    output, _, _, step = failure
+    last = last_checkpoint(str(output / case))
+    assert last == (None if step is None else f"{output}/{case}/checkpoint-{step}")
+    if last is not None:
+        assert_same(ran(str(tmp_path), resume=last)["weights"], one["weights"])

@@ -68,6 +68,8 @@ def test_the_first_failure_is_the_cause(other):
     failure = lines.failure(lost)
     assert isinstance(failure, OtherProcessError) and str(failure) == "process 1 failed: ValueError: theirs"
     assert failure.__cause__ is lost
+    stopped = KeyboardInterrupt()
+    assert lines.failure(stopped) is stopped
 
 
 def test_a_failure_elsewhere_interrupts_what_is_done_here(other):
