@@ -35,9 +35,10 @@ def prepare_plugin(accelerator: Any, args: Any, model: nn.Module) -> bool:
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
+    version = getattr(plugin, "fsdp_version", 1)  # releases of accelerate before the second
+    if version != 2:
         raise ValueError(
-            f"FSDP version {plugin.fsdp_version} keeps parameters in flat pieces, of which the output layer cannot be "
+            f"FSDP version {version} keeps parameters in flat pieces, of which the output layer cannot be "
             "read: set fsdp_version: 2 in accelerate's configuration file (examples/accelerate/fsdp2.yaml), or "
             "fsdp_config={'version': 2}"
         )
