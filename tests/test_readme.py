@@ -9,8 +9,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/grpo.md",
+    "docs/processes.md",
     "docs/tasks.md",
     "examples/dare/README.md",
+    "examples/accelerate/README.md",
     "benchmarks/README.md",
     "benchmarks/notes.md",
     "experiments/README.md",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
 _MODEL, _OPTIMIZER = "pytorch_model_fsdp", "optimizer"  # accelerate's names of what is in a checkpoint
@@ -35,15 +35,40 @@ def prepare_plugin(accelerator: Any, args: Any, model: nn.Module) -> bool:
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
+    version = getattr(plugin, "fsdp_version", 1)  # releases of accelerate before the second
+    if version != 2:
         raise ValueError(
-            f"FSDP version {plugin.fsdp_version} keeps parameters in flat pieces, of which the output layer cannot be "
+            f"FSDP version {version} keeps parameters in flat pieces, of which the output layer cannot be "
             "read: set fsdp_version: 2 in accelerate's configuration file (examples/accelerate/fsdp2.yaml), or "
             "fsdp_config={'version': 2}"
         )
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _units(model)
+    _compile_units(accelerator.state.dynamo_plugin, plugin.transformer_cls_names_to_wrap, model)
     return True
+
+
+def _compile_units(dynamo: Any, units: list[str] | None, model: nn.Module) -> None:
+    """What torch_compile asks for: each unit is compiled, and accelerate has nothing left to compile.
+
+    It would compile the model as a whole, in which hooks of FSDP2 and of the output layer were then not seen.
+
+    Raises:
+        ValueError: there are no units, or the model was compiled as a whole.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("with FSDP2 give the model as it is, and torch_compile=True, which compiles its layers")
+    if dynamo.backend == DynamoBackend.NO:
+        return
+    modules = [module for module in model.modules() if type(module).__name__ in (units or ())]
+    if not modules:
+        raise ValueError(
+            f"torch_compile with FSDP2 compiles its units, and {type(model).__name__} names none: set "
+            "fsdp_transformer_layer_cls_to_wrap, or leave torch_compile out"
+        )
+    for module in modules:
+        module.compile(**dynamo.to_kwargs())
+    dynamo.backend = DynamoBackend.NO
 
 
 def _units(model: Any) -> list[str] | None:

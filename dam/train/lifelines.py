@@ -65,7 +65,7 @@ class Lifelines:
         Raises:
             RuntimeError: another has ended before the run began.
         """
-        if self._state.num_processes == 1:
+        if self._state.num_processes == 1 or not dist.is_initialized():
             return
         try:
             connected = self._serve() if self._state.process_index == 0 else self._connect()
@@ -80,7 +80,8 @@ class Lifelines:
             )
         if threading.current_thread() is threading.main_thread():
             self._main = threading.get_ident()
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            # None is of a handler that Python has not set, and cannot set again.
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal) or signal.SIG_DFL
         threading.Thread(target=self._watch, daemon=True, name="dam lifelines").start()
 
     def _serve(self) -> bool:
@@ -107,7 +108,7 @@ class Lifelines:
                 if server.fileno() < 0:
                     return
                 continue
-            if said.get("token") == token:
+            if isinstance(said, dict) and said.get("token") == token:
                 self._lines[said["process"]] = _kept_alive(line)
 
     def _connect(self) -> bool:
@@ -153,6 +154,8 @@ class Lifelines:
         process, why = self._cause
         if process == self._state.process_index or isinstance(error, OtherProcessError):
             return error
+        if not isinstance(error, Exception):  # an interrupt, of all processes as a rule
+            return error
         other = OtherProcessError(f"process {process} failed: {why}")
         other.__cause__ = error
         return other
@@ -160,12 +163,13 @@ class Lifelines:
     def leave(self, failure: BaseException) -> None:
         """Says why this process ends, and waits for the others to have said so: a launcher ends all once one is gone.
 
-        Before, its collectives are broken off, for which others may wait.
+        Before, its collectives are broken off, for which others may wait, unless all fail together.
         """
         if self._state.num_processes == 1:
             return
         print(f"process {self._state.process_index} ends: {failure}", file=sys.stderr, flush=True)
-        _break_off()
+        if not is_shared(failure):
+            _break_off()
         if self._state.process_index == 0:
             self._have_left(0)
         else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
@@ -46,6 +48,22 @@ def together(work: Callable[[], _T]) -> list[_T]:
     """What `work` gives on each process, in their order, on all of them; raises as `in_step` does."""
     given = in_step(work)
     return [given] if PartialState().num_processes == 1 else gather_object([given])
+
+
+def exchanged(given: Sequence[Any]) -> list[Any]:
+    """What each process has given this one; called by all processes alike.
+
+    Args:
+        given: for each process, in their order.
+    """
+    state = PartialState()
+    parts = [torch.frombuffer(bytearray(pickle.dumps(each)), dtype=torch.uint8) for each in given]
+    sizes = torch.tensor([len(part) for part in parts], device=state.device)
+    theirs = torch.empty_like(sizes)
+    dist.all_to_all_single(theirs, sizes)
+    found = torch.empty(int(theirs.sum()), dtype=torch.uint8, device=state.device)
+    dist.all_to_all_single(found, torch.cat(parts).to(state.device), theirs.tolist(), sizes.tolist())
+    return [pickle.loads(part.cpu().numpy().tobytes()) for part in found.split(theirs.tolist())]
 
 
 def each_in_step(batches: Iterable[_T]) -> Iterator[_T]:

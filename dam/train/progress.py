@@ -12,9 +12,10 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dam.train.replay import ReplayBuffer
+from dam.train.replay import ReplayBuffer, merged
 
 _STATE = "dam_state.pt"
+_PART = "dam_replay_{}.pt"  # where processes share the replay buffer, of each the groups that it keeps
 
 
 class Progress:
@@ -87,12 +88,20 @@ class Progress:
         self.replay.load_state_dict(state["replay"])
         self.evaluation_due = state["evaluation_due"]
 
-    def save(self, folder: str) -> None:
-        """Into a checkpoint, which is not whole until the trainer's state is written too."""
+    def save(self, folder: str, process: int = 0, processes: int = 1) -> None:
+        """Into a checkpoint, which is not whole until the trainer's state is written too.
+
+        Where processes share the replay buffer all call this, each of which saves its part.
+        """
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(os.path.join(folder, TRAINER_STATE_NAME)):
-            os.remove(os.path.join(folder, TRAINER_STATE_NAME))
-        torch.save(self.state_dict(), os.path.join(folder, _STATE))
+        state = self.state_dict()
+        if self.replay.is_shared:
+            torch.save(state["replay"]["groups"], os.path.join(folder, _PART.format(process)))
+            state["replay"] = {"parts": processes}
+        if process == 0:
+            if os.path.exists(os.path.join(folder, TRAINER_STATE_NAME)):
+                os.remove(os.path.join(folder, TRAINER_STATE_NAME))
+            torch.save(state, os.path.join(folder, _STATE))
 
     def load(self, checkpoint: str, num_generations: int, on_paths: bool) -> None:
         """From a checkpoint, to go on with groups of that many trajectories, with their paths or without.
@@ -103,6 +112,9 @@ class Progress:
         if not _is_whole(checkpoint):
             raise ValueError(f"{checkpoint!r} is no whole DAMTrainer checkpoint")
         state = torch.load(os.path.join(checkpoint, _STATE), weights_only=True)
+        if "parts" in state["replay"]:
+            parts = [os.path.join(checkpoint, _PART.format(n)) for n in range(state["replay"]["parts"])]
+            state["replay"] = {"groups": merged([torch.load(path, weights_only=True) for path in parts])}
         sizes = {len(group["weight"]) for group in state["replay"]["groups"]}
         if not sizes <= {num_generations}:
             raise ValueError(
@@ -119,7 +131,9 @@ class Progress:
         for group in state["replay"]["groups"]:
             # Of a checkpoint that does not tell: at their own states paths are right whatever drew them.
             group.setdefault("exact", torch.tensor(not on_paths))
-        self.load_state_dict(state)
+        groups = state["replay"]["groups"]
+        self.load_state_dict({**state, "replay": {"groups": []}})
+        self.replay.load_whole(groups)
 
 
 def last_checkpoint(output_dir: str) -> str | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dam.train.processes import exchanged
 
 Group = dict[str, Tensor]
 
@@ -56,13 +59,37 @@ class ReplayBuffer:
             raise ValueError(f"capacity must be at least 1 group; got {capacity}")
         self._groups: collections.deque[Group] = collections.deque(maxlen=capacity)
         self.pad_token = pad_token
+        self._process, self._processes = 0, 1
+        self._added = 0
+
+    def share(self, process: int, processes: int) -> None:
+        """From here on each of several processes keeps its part of the groups, and of all others their weights.
+
+        Args:
+            process: this one.
+            processes: that have the same groups added, in the same order.
+        """
+        self._process, self._processes = process, processes
+
+    @property
+    def is_shared(self) -> bool:
+        return self._processes > 1
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def extend(self, batch: Group) -> None:
         """Adds groups given as tensors with a leading group dimension."""
-        self._groups.extend(unstacked(batch))
+        self._add(unstacked(batch))
+
+    def _add(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            owner = self._added % self._processes
+            self._added += 1
+            if self.is_shared:
+                kept = group if owner == self._process else {"weight": group["weight"]}
+                group = {**kept, "owner": torch.tensor(owner)}
+            self._groups.append(group)
 
     def choose(self, size: int, parts: int, generator: torch.Generator) -> Tensor:
         """Places of `size` groups for each of `parts` equal parts, int64 [parts, share], drawn without replacement.
@@ -73,20 +100,51 @@ class ReplayBuffer:
         share = -(-len(chosen) // parts)
         return chosen.repeat(-(-share * parts // len(chosen)))[: share * parts].view(parts, share)
 
-    def batch(self, places: Tensor) -> Group:
-        """The groups at these places [G], stacked; some may be the same."""
+    def batch(self, places: Tensor, of_each: Sequence[Tensor] = ()) -> Group:
+        """The groups at these places [G], stacked; some may be the same.
+
+        Args:
+            places: int64 [G].
+            of_each: where processes share the groups, the places that each of them asks for, this one's among them.
+        """
         distinct, of = places.unique(return_inverse=True)
-        groups = stacked_groups([self._groups[place] for place in distinct.tolist()], self.pad_token)
-        return {name: value[of] for name, value in groups.items()}
+        if self.is_shared:
+            found = self._fetched(distinct.tolist(), of_each)
+        else:
+            found = [self._groups[place] for place in distinct.tolist()]
+        return {name: value[of] for name, value in stacked_groups(found, self.pad_token).items()}
+
+    def _fetched(self, places: list[int], of_each: Sequence[Tensor]) -> list[Group]:
+        """Groups at distinct places, rising, from the processes that keep them."""
+        owner = [int(group["owner"]) for group in self._groups]
+        mine = [[self._groups[n] for n in asked.unique().tolist() if owner[n] == self._process] for asked in of_each]
+        found = [iter(groups) for groups in exchanged(mine)]
+        return [_without_owner(next(found[owner[n]])) for n in places]
 
     def weights(self, places: Tensor) -> Tensor:
         """The weights [G, K] of the groups at these places [G]."""
         return torch.stack([self._groups[place]["weight"] for place in places.tolist()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to continue exactly."""
-        return {"groups": list(self._groups)}
+        """Everything that `load_state_dict` needs to continue exactly; where groups are shared, this process's part."""
+        return {"groups": list(self._groups), "added": self._added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._groups.clear()
         self._groups.extend(state["groups"])
+        self._added = state.get("added", len(self._groups))
+
+    def load_whole(self, groups: Sequence[Group]) -> None:
+        """Groups with all that they hold, of which this process keeps its part."""
+        self._groups.clear()
+        self._added = 0
+        self._add(groups)
+
+
+def merged(parts: Sequence[Sequence[Group]]) -> list[Group]:
+    """Groups whole again, from the parts of all processes that shared them."""
+    return [_without_owner(versions[int(versions[0]["owner"])]) for versions in zip(*parts, strict=True)]
+
+
+def _without_owner(group: Group) -> Group:
+    return {name: value for name, value in group.items() if name != "owner"}

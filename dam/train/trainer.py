@@ -336,6 +336,8 @@ class DAMTrainer(BaseTrainer):
                 raise ValueError("ema_decay does not go with FSDP or DeepSpeed, whose parameters are divided: set None")
             self._average = WeightAverage(network, args.ema_decay)
             self.add_callback(self._average)
+        if self.is_fsdp_enabled:  # else each process has all that the first needs to save a checkpoint alone
+            self.progress.replay.share(args.process_index, args.world_size)
         self._timing = Timing(waiter(self.args.device))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RolloutProgress())
@@ -433,7 +435,7 @@ class DAMTrainer(BaseTrainer):
     # Training
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
+        """Rollouts of all processes, rewarded, weighted and put into the replay buffer, the same on each or shared."""
         masks = int(self.process.masked(batch["input_ids"]).sum(dim=1).max())
         in_step(lambda: self.args.check_steps(masks))
         with self._timing.part("rollout"):
@@ -632,16 +634,17 @@ class DAMTrainer(BaseTrainer):
         generator = self._generator(_Draw.REPLAY)
         places = replay.choose(args.replay_batch_size, parts, generator)
         distinct = len(places.unique())  # the first ones
+        of_all = slice(part - args.process_index, part - args.process_index + args.world_size)  # parts, in this pass
         if args.draw_outcomes is None:
             names = torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
-            groups = replay.batch(places[part])
+            groups = replay.batch(places[part], list(places[of_all]))
             groups["weight"] = groups["weight"] * ((names < distinct)[:, None] * (places.numel() / distinct))
             return groups, names
         weight = replay.weights(places.flatten()[:distinct])
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
         names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
-        chosen = drawn[names]
-        groups = replay.batch(places.flatten()[chosen // weight.shape[1]])
+        chosen, wanted = drawn[names], places.flatten()[drawn.view(parts, -1) // weight.shape[1]]
+        groups = replay.batch(wanted[part], list(wanted[of_all]))
         member = (chosen % weight.shape[1])[:, None]
         for name in ("final", "position", "call"):
             if name in groups:
@@ -909,12 +912,15 @@ class DAMTrainer(BaseTrainer):
             self._average.forget()  # those of the best step are loaded
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = os.path.join(self._get_output_dir(trial=trial), name)
-            self.progress.save(folder)
-            if self._average is not None:
-                self._average.save(folder)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = os.path.join(self._get_output_dir(trial=trial), name)
+        save = functools.partial(self.progress.save, folder, self.args.process_index, self.args.world_size)
+        if self.progress.replay.is_shared:
+            in_step(save)  # all parts are written before what makes a checkpoint whole
+        elif self.args.should_save:
+            save()
+        if self.args.should_save and self._average is not None:
+            self._average.save(folder)
         # Writes the trainer's state last, and only then removes older checkpoints.
         super()._save_checkpoint(model, trial)
 

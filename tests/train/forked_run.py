@@ -16,6 +16,7 @@ import time
 import traceback
 
 import torch
+import torch._dynamo
 from peft import LoraConfig
 
 from dam.train import DAMTrainer
@@ -24,6 +25,7 @@ from tests.train.tiny import sum_reward, tiny_config
 
 # Of other numbers of masks, so that trajectories take other numbers of network calls, and of other lengths.
 ROWS = [{"input_ids": [1 + n % 3] * (1 + n % 2) + [0] * (1 + n % 4), "name": n} for n in range(24)]
+PROMPTS = [{"prompt": [1 + n % 3] * (1 + n % 2), "name": n} for n in range(24)]
 GROUPS = 6  # of a step, which 1, 2 and 3 processes share
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -92,6 +94,12 @@ def trainer_of(output, processes=1, *, rows=ROWS, judge=None, network=None, lora
     return DAMTrainer(network or model(), judge or Judge(), config, rows, ROWS[:5], peft_config=adapter)
 
 
+def by_paths(processes=1):
+    """Arguments of a run whose rows end early, and that trains at single states of their paths."""
+    blocks = {"stop_token_ids": [4, 5], "max_completion_length": 4, "block_length": 2}
+    return {"rows": PROMPTS, **blocks, "draw_outcomes": 24 // processes}
+
+
 def whole(parameters):
     return {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in parameters}
 
@@ -105,7 +113,8 @@ def ran(output, processes=1, resume=None, **given):
     trainer.save_model(f"{output}/model")
     weights = {name: each.detach() for name, each in whole(trainer.model.named_parameters()).items()}
     found = {"weights": weights, **told_besides(trainer)}
-    return found | {"seen": seen[:replayed], "class": type(trainer.model).__name__}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return found | {"seen": seen[:replayed], "class": type(trainer.model).__name__, "graphs": graphs}
 
 
 def settings(case):
@@ -145,6 +154,10 @@ def work(output, case, rank):
         trainer.train()
     if name == "busy":  # with something that is no collective
         return run_with(output, case, judge=Judge(7, dies if fails else functools.partial(time.sleep, 60)))
+    if name == "paths":
+        return run(**by_paths(processes))
+    if name == "compiled":
+        return run(torch_compile=True, torch_compile_backend="aot_eager")
     assert not name, case
     return run()
 

@@ -4,6 +4,8 @@ Writes what it ends with to OUTPUT/CASE-RANK.pt. CASE names what the process doe
 """
 
 import functools
+import os
+import signal
 import sys
 
 import torch
@@ -27,14 +29,16 @@ def model():
 
 
 class Judge:
-    """Fails in one process, at a call."""
+    """Fails in one process, at a call, or takes the process with it."""
 
-    def __init__(self, fails_at=None):
-        self.fails_at, self.calls = fails_at, 0
+    def __init__(self, fails_at=None, kills=False):
+        self.fails_at, self.kills, self.calls = fails_at, kills, 0
 
     def __call__(self, **arguments):
         self.calls += 1
         if self.calls == self.fails_at:
+            if self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise ConnectionError("the judge is away")
         return sum_reward(**arguments)
 
@@ -93,8 +97,6 @@ def told_besides(trainer):
 
 
 def main(output, *cases):
-    import os
-
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for case in cases:
         if case == "whole":
@@ -108,6 +110,10 @@ def main(output, *cases):
             trainer = trained(f"{output}/too_lossy", processes=processes, judge=judge, reward_workers=1)
         elif case == "broken":
             trainer = trained(f"{output}/broken", processes=processes, judge=Judge(3 if rank == 1 else None))
+        elif case == "killed":
+            trainer = trained(
+                f"{output}/killed", processes=processes, judge=Judge(3 if rank == 1 else None, kills=True)
+            )
         elif case == "unread":
             trainer = trained(f"{output}/unread", processes=processes, rows=FailsToRead(rank == 1))
         else:

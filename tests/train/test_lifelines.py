@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ROWS, sum_reward, tiny_config, tiny_model
 
-from dam.train import DAMTrainer, fsdp
+from dam.train import DAMTrainer
 from dam.train import lifelines as lifelines_module
 from dam.train import processes as processes_module
 from dam.train.data import outline
@@ -68,6 +68,8 @@ def test_the_first_failure_is_the_cause(other):
     failure = lines.failure(lost)
     assert isinstance(failure, OtherProcessError) and str(failure) == "process 1 failed: ValueError: theirs"
     assert failure.__cause__ is lost
+    stopped = KeyboardInterrupt()
+    assert lines.failure(stopped) is stopped
 
 
 def test_a_failure_elsewhere_interrupts_what_is_done_here(other):
@@ -85,25 +87,6 @@ def test_a_failure_elsewhere_interrupts_what_is_done_here(other):
         lines.failure(OtherProcessError("gone"))
         lines.close()
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_fsdp_of_the_first_version_is_refused(tmp_path):
-    class Accelerator:
-        class state:
-            class fsdp_plugin:
-                fsdp_version, transformer_cls_names_to_wrap = 1, None
-
-    with pytest.raises(ValueError, match="set fsdp_version: 2 in accelerate's configuration file"):
-        fsdp.prepare_plugin(Accelerator, tiny_config(tmp_path), tiny_model())
-
-
-def test_what_holds_the_input_embeddings_is_no_unit_of_its_own():
-    """accelerate makes them one, and cannot divide them twice."""
-    from tests.train.process_run import model
-
-    network = model()
-    assert "ModernBertEmbeddings" in network._no_split_modules
-    assert fsdp._units(network) == ["ModernBertEncoderLayer"]
 
 
 def test_groups_that_cannot_be_shared_equally_count_as_in_one_part(tmp_path):

@@ -73,6 +73,7 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
     ("case", "error"),
     [
         ("broken", "RewardError: process 1 failed: RewardError: reward function 'Judge' raised ConnectionError"),
+        pytest.param("killed", "process 1 failed: it stopped without a word: it was killed", marks=pytest.mark.full),
         pytest.param("unread", "RuntimeError: process 1 failed: OSError: the disk is gone", marks=pytest.mark.full),
     ],
 )

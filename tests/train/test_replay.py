@@ -1,9 +1,12 @@
 """The replay buffer: what it keeps, what it draws, and that groups of different length meet in one batch."""
 
+import threading
+
 import pytest
 import torch
 
 from dam.train import ReplayBuffer
+from dam.train.replay import merged
 
 PAD = 9
 
@@ -107,3 +110,54 @@ def test_its_state_survives_a_file(tmp_path):
 def test_capacity_must_be_positive():
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         ReplayBuffer(0, PAD)
+
+
+class Processes:
+    """Three, as threads, that give each other what they ask for."""
+
+    def __init__(self, monkeypatch):
+        self.barrier, self.given = threading.Barrier(3), {}
+        monkeypatch.setattr("dam.train.replay.exchanged", self.exchanged)
+
+    def exchanged(self, given):
+        here = int(threading.current_thread().name)
+        self.given[here] = given
+        self.barrier.wait(timeout=10)
+        found = [self.given[process][here] for process in range(3)]
+        self.barrier.wait(timeout=10)
+        return found
+
+    def each(self, work):
+        found = {}
+        threads = [
+            threading.Thread(target=lambda n=n: found.update({n: work(n)}), name=str(n), daemon=True) for n in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=20)
+        return [found[n] for n in range(3)]
+
+
+def test_processes_that_share_the_groups_find_those_of_one(monkeypatch):
+    """Asked for at any place, again, and after older ones have gone; each keeps a third, and all the weights."""
+    processes = Processes(monkeypatch)
+    buffers = [ReplayBuffer(6, PAD) for _ in range(4)]
+    for n, buffer in enumerate(buffers[:3]):
+        buffer.share(n, 3)
+    for buffer in buffers:
+        buffer.extend(batch(list(range(5)), 4))
+        buffer.extend(batch([5, 6], 3))
+    alone = buffers[3]
+    wanted = torch.tensor([[5, 0, 5], [1, 2, 3], [4, 4, 0]])
+    found = processes.each(lambda n: buffers[n].batch(wanted[n], list(wanted)))
+    for n, groups in enumerate(found):
+        expected = alone.batch(wanted[n])
+        assert groups.keys() == expected.keys()
+        assert all(torch.equal(groups[name], expected[name]) for name in expected)
+        assert sum("final" in group for group in buffers[n].state_dict()["groups"]) == 2
+        assert torch.equal(buffers[n].weights(torch.arange(6)), alone.weights(torch.arange(6)))
+    whole = merged([buffer.state_dict()["groups"] for buffer in buffers[:3]])
+    again = ReplayBuffer(6, PAD)
+    again.load_whole(whole)
+    assert held(again) == held(alone) == [1, 2, 3, 4, 5, 6]
