@@ -62,6 +62,7 @@ OPTIONAL = (
     "transformers",
     "accelerate",
     "peft",
+    "deepspeed",
     "matplotlib",
     "tqdm",
     "yaml",
