@@ -29,8 +29,8 @@ test-versions:
 	$(PYTHON) -m tests.versions
 
 lint: install-dev
-	$(BIN)/ruff check dam kernels tests benchmarks experiments setup.py
-	$(BIN)/ruff format --check dam kernels tests benchmarks experiments setup.py
+	$(BIN)/ruff check dam kernels tests benchmarks experiments examples setup.py
+	$(BIN)/ruff format --check dam kernels tests benchmarks experiments examples setup.py
 	$(BIN)/mypy
 
 $(BIN)/python:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dam import decoding as decoding
     from dam import diagnostics as diagnostics
     from dam import divergences as divergences
+    from dam import engines as engines
     from dam import lm_eval as lm_eval
     from dam import models as models
     from dam import plots as plots
@@ -46,6 +47,7 @@ _SUBMODULES = (
     "decoding",
     "diagnostics",
     "divergences",
+    "engines",
     "lm_eval",
     "models",
     "plots",

@@ -126,6 +126,25 @@ def tilted_weights(
     return (_left_out(weights, clip) if leave_one_out else weights), step
 
 
+def step_limits(
+    done: float, *, ess: float | None, max_tilt: float, full_tilt_from: float | None
+) -> tuple[float | None, float]:
+    """`ess` and `max_tilt` for `tilted_weights` once a fraction `done` of a run is over, which is to end at h = 1.
+
+    Args:
+        done: in [0, 1].
+        ess, max_tilt: at the start; None is no limit.
+        full_tilt_from: the fraction from which on steps go all the way: until then max_tilt rises to 1 and ess falls to
+            1 linearly. None keeps both as they are.
+    """
+    if full_tilt_from is None:
+        return ess, max_tilt
+    if done >= full_tilt_from:
+        return None, 1.0
+    share = done / full_tilt_from
+    return None if ess is None else ess + share * (1.0 - ess), max_tilt + share * (1.0 - max_tilt)
+
+
 def _of_kept(
     log_ratio: Tensor,
     reward: Tensor,

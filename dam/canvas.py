@@ -25,9 +25,11 @@ from dam.models.canvas import CanvasDenoiser
 from dam.ops import _philox
 from dam.ops._head import Head
 from dam.ops._philox import Use
+from dam.ops.jump import jump
 from dam.ops.linear_jump import linear_jump
 from dam.ops.linear_log_prob import linear_log_prob
 from dam.ops.linear_matching_loss import linear_matching_loss
+from dam.ops.log_prob import log_prob
 
 
 @dataclasses.dataclass
@@ -116,7 +118,7 @@ def rollout(
     _check(denoiser, process)
     row_ids = _philox.row_ids_of(prompt.shape[:1], prompt.device, row_ids)
     conditioned = denoiser.conditioned(prompt, attention_mask)
-    states, log_probs = [_uniform_tokens(process, seed, row_ids, length, 0)], []
+    states, log_probs = [first_canvas(process, length, seed=seed, row_ids=row_ids)], []
     # log_prob at temperature 0 is by convention that at temperature 1, as for jump.
     for n in range(steps):
         before = states[-1]
@@ -130,8 +132,7 @@ def rollout(
             row_ids=_philox.ids(seed, Use.JUMP, row_ids, length, sample=n),
         ).target
         bridge = _Bridge.between(process, times[n], times[n + 1])
-        uniform = _philox.uniform(seed, Use.THINNING, row_ids, length, sample=n)
-        after = bridge.draw(before, data, uniform, _uniform_tokens(process, seed, row_ids, length, n + 1))
+        after = _after(process, bridge, before, data, n, seed, row_ids)
         log_probs.append(_log_prob(hidden, head, before, after, bridge, temperature or 1.0).sum(dim=1))
         states.append(after)
     paths = CanvasPaths(times.to(prompt.device), torch.stack(states, dim=1), torch.stack(log_probs, dim=1))
@@ -140,6 +141,56 @@ def rollout(
             base, prompt, paths, process, attention_mask=attention_mask, temperature=temperature
         )
     return paths
+
+
+def first_canvas(process: UniformCTMC, length: int, *, seed: int, row_ids: Tensor) -> Tensor:
+    """The uniform noise that trajectories begin with, int64 [B, length], as of `rollout`."""
+    return _uniform_tokens(process, seed, row_ids, length, 0)
+
+
+class Step(NamedTuple):
+    """What becomes of canvases in one step."""
+
+    canvas: Tensor  # int64 [B, C]
+    log_prob: Tensor  # float64 [B, C]: log P of what becomes of each position, a jump or a stay
+
+
+@torch.no_grad()
+def step(
+    logits: Tensor,  # [B, C, V]
+    canvas: Tensor,  # [B, C]
+    process: UniformCTMC,
+    number: int,
+    *,
+    steps: int,
+    temperature: float = 1.0,
+    seed: int,
+    row_ids: Tensor,  # [B]
+) -> Step:
+    """Step `number`, from 0 on, of the chain that `rollout` draws, by logits that another has made of the model.
+
+    For a server, whose sampler is given logits: the draws of `rollout` from equal ones, and no further array of
+    [B, C, V].
+
+    Args:
+        logits: of the data, at these canvases: the head's, after its soft cap.
+        canvas: int64 [B, C], X at the step's first time.
+        process, steps, temperature, seed, row_ids: as for `rollout`.
+
+    Raises:
+        ValueError, TypeError: as `dam.jump`, or steps is below 1.
+    """
+    times = step_times(process, steps)
+    bridge = _Bridge.between(process, times[number], times[number + 1])
+    data = jump(
+        logits,
+        temperature=temperature,
+        seed=seed,
+        row_ids=_philox.ids(seed, Use.JUMP, row_ids, canvas.shape[1], sample=number),
+    ).target
+    after = _after(process, bridge, canvas, data, number, seed, row_ids)
+    value = log_prob(logits, torch.stack((canvas, after), dim=2), temperature=temperature or 1.0)
+    return Step(after, _of_bridge(bridge, value, canvas, after))
 
 
 @torch.no_grad()
@@ -263,12 +314,17 @@ def posterior_loss(
     )
 
 
-def _check(denoiser: CanvasDenoiser, process: UniformCTMC) -> None:
+def check_process(process: UniformCTMC) -> None:
+    """Raises TypeError: the process is none of a canvas."""
     if not isinstance(process, UniformCTMC) or process.predicts != "data":
         raise TypeError(
             f'the process of a canvas must be a UniformCTMC with predicts="data"; got {process!r}: other noise has '
             "another bridge"
         )
+
+
+def _check(denoiser: CanvasDenoiser, process: UniformCTMC) -> None:
+    check_process(process)
     rows = denoiser.head().weight.shape[0]
     if process.size != rows:
         raise ValueError(
@@ -334,5 +390,19 @@ def _log_prob(hidden: Tensor, head: Head, before: Tensor, after: Tensor, bridge:
         **head.arguments(hidden.dtype),
         temperature=temperature,
     )
+    return _of_bridge(bridge, value, before, after)
+
+
+def _of_bridge(bridge: _Bridge, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """log P(x_s^i | x_t), float64 [B, C], of log p(X_1^i) at what it was and what it is, [B, C, 2]."""
     log_before, log_after = value.double().clamp(max=0.0).unbind(dim=2)  # of rounding above 0
     return bridge.log_prob(log_before, log_after, before == after)
+
+
+def _after(
+    process: UniformCTMC, bridge: _Bridge, before: Tensor, data: Tensor, n: int, seed: int, row_ids: Tensor
+) -> Tensor:
+    """Canvases after step n, whose data was drawn."""
+    length = before.shape[1]
+    uniform = _philox.uniform(seed, Use.THINNING, row_ids, length, sample=n)
+    return bridge.draw(before, data, uniform, _uniform_tokens(process, seed, row_ids, length, n + 1))

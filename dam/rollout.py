@@ -207,20 +207,15 @@ def rollout(
     count = masked.sum(dim=1)
     if bool((count == 0).any()):
         raise ValueError(f"rollout: row {int((count == 0).nonzero()[0])} of tokens has no mask token to fill in")
-    ends = _Ends(stop_tokens, start, masked, process) if len(stop_tokens) > 0 else None
+    ends = Ends(stop_tokens, start, masked, process) if len(stop_tokens) > 0 else None
 
     blocks = blocks_for(denoiser, block_length, base)
     for model in (denoiser, base):
         check_left_padding(model, attention_mask)
 
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
-    if decoding.order == "left-to-right":
-        place = torch.arange(tokens.shape[1], dtype=torch.float64, device=tokens.device) / tokens.shape[1]
-        priority = torch.where(masked, place, torch.inf)
-    else:
-        priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
     block = None if blocks is None else blocks.numbers(tokens, attention_mask)
-    trajectories = _planned(tokens, priority, count, steps, block)
+    trajectories = plan(tokens, process, decoding.order, steps, block, seed=seed, row_ids=row_ids)
     beside = None if base is None or decoding.by_model or decoding.guidance else _beside(base, denoiser)
     _fill(denoiser, trajectories, process, decoding, block, ends, hide, attention_mask, seed, row_ids, base, beside)
     if base is not None and beside is None:
@@ -230,13 +225,40 @@ def rollout(
     return trajectories
 
 
+def plan(
+    tokens: Tensor,  # [B, L]
+    process: MaskedCTMC,
+    order: str,
+    steps: int | None,
+    block: Tensor | None,  # [B, L]
+    *,
+    seed: int,
+    row_ids: Tensor,  # [B]
+) -> Trajectories:
+    """Trajectories before anything is drawn: where each jump goes, and by which network call.
+
+    By an order that depends on the model, which sorts them anew, the calls alone. Of tokens it counts where masks are.
+
+    Args:
+        tokens, process, order, steps, seed, row_ids: as for `rollout`.
+        block: int64 [B, L], numbers of the blocks that are filled one after another; None is one block.
+    """
+    masked = process.masked(tokens)
+    if order == "left-to-right":
+        place = torch.arange(tokens.shape[1], dtype=torch.float64, device=tokens.device) / tokens.shape[1]
+        priority = torch.where(masked, place, torch.inf)
+    else:
+        priority = process.jump_times(tokens, seed=seed, row_ids=row_ids)
+    return _planned(tokens, priority, masked.sum(dim=1), steps, block)
+
+
 def _fill(
     denoiser: Denoiser,
     trajectories: Trajectories,
     process: MaskedCTMC,
     decoding: Decoding,
     block: Tensor | None,
-    ends: _Ends | None,
+    ends: Ends | None,
     hide: Tensor | None,
     attention_mask: Tensor | None,
     seed: int,
@@ -264,14 +286,14 @@ def _fill_as_planned(
     trajectories: Trajectories,
     process: MaskedCTMC,
     decoding: Decoding,
-    ends: _Ends | None,
+    ends: Ends | None,
     seed: int,
     row_ids: Tensor,
     base: Denoiser | None,
     beside: Denoiser | None,
 ) -> None:
     """By an order that does not depend on the model."""
-    stream = _stream(trajectories, seed, row_ids)
+    stream = streams(seed, row_ids, trajectories.final.shape[1])
     calls = _by_call(trajectories)
     made: list[tuple[Tensor, ...]] = []
     n = 0
@@ -300,7 +322,7 @@ def _fill_by_model(
     process: MaskedCTMC,
     decoding: Decoding,
     block: Tensor | None,
-    ends: _Ends | None,
+    ends: Ends | None,
     seed: int,
     row_ids: Tensor,
 ) -> None:
@@ -311,7 +333,7 @@ def _fill_by_model(
         jumps = _jumps(trajectories, candidates)
         hidden = network.hidden_at(jumps, trajectories.final)
         # Such a position is drawn in call after call, in each anew.
-        where = _stream(trajectories, seed, row_ids, call=n)[jumps.rows, jumps.position]
+        where = streams(seed, row_ids, trajectories.final.shape[1], call=n)[jumps.rows, jumps.position]
         drawn = _drawn(hidden, denoiser.head(), process, decoding, seed, where)
         _enter(trajectories, ("token", "log_prob"), [(jumps.rows, jumps.at, drawn.token, drawn.log_prob)])
         score = torch.zeros_like(trajectories.log_prob, dtype=torch.float64)
@@ -337,9 +359,12 @@ def _drawn(hidden: Tensor, head: Head, process: MaskedCTMC, decoding: Decoding, 
     return drawn
 
 
-def _stream(trajectories: Trajectories, seed: int, row_ids: Tensor, call: int = 0) -> Tensor:
-    """Names of the streams that tokens are drawn from, int64 [B, L]."""
-    return _philox.ids(seed, Use.JUMP, row_ids, trajectories.final.shape[1], sample=call).flip(1)
+def streams(seed: int, row_ids: Tensor, length: int, call: int = 0) -> Tensor:
+    """Names of the streams that `dam.jump` draws tokens from under `seed`, int64 [B, L], of rows int64 [B].
+
+    By an order that depends on the model those of a network call; else of all calls, as a position is drawn once.
+    """
+    return _philox.ids(seed, Use.JUMP, row_ids, length, sample=call).flip(1)
 
 
 def _enter(trajectories: Trajectories, names: Sequence[str], made: Sequence[tuple[Tensor, ...]]) -> None:
@@ -352,8 +377,12 @@ def _enter(trajectories: Trajectories, names: Sequence[str], made: Sequence[tupl
         into[rows, at] = value.to(into.dtype)
 
 
-class _Ends:
-    """Where rows end: at a stop token, from a position on, with no mask in front of it."""
+class Ends:
+    """Where rows end: at a stop token, from a position on, with no mask in front of it.
+
+    Raises:
+        ValueError: such a token is never drawn, or `start` is none.
+    """
 
     def __init__(self, stop_tokens: Sequence[int], start: Tensor | None, masked: Tensor, process: MaskedCTMC):
         never = {process.mask_token, *process.suppress}

@@ -27,6 +27,7 @@ RANK = {
     "rollout": 5,
     "canvas": 5,
     "diagnostics": 6,
+    "engines": 6,
     "adjoint": 6,
     "train": 7,
     "tasks": 8,
@@ -41,8 +42,8 @@ LEAVES = {"plots": 0}
 WITHIN = {
     "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
     "ops": {
-        **dict.fromkeys(("_checks", "_group", "_op", "_philox", "_rows", "_softcap"), 0),
-        **dict.fromkeys(("_gradient", "_memory"), 1),
+        **dict.fromkeys(("_checks", "_op", "_philox", "_rows", "_softcap"), 0),
+        **dict.fromkeys(("_gradient", "_group", "_memory"), 1),
         **dict.fromkeys(("_formed_gradient", "_head", "_excluded"), 2),
         **dict.fromkeys(("_linear", "_parallel", "entropy"), 3),
         "log_prob": 4,
@@ -72,6 +73,8 @@ OPTIONAL = (
     "datasets",
     "dill",
     "math_verify",
+    "sglang",
+    "vllm",
 )
 
 

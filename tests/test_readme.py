@@ -10,6 +10,7 @@ PAGES = (
     "README.md",
     "docs/grpo.md",
     "docs/tasks.md",
+    "examples/dare/README.md",
     "benchmarks/README.md",
     "benchmarks/notes.md",
     "experiments/README.md",

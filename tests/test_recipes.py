@@ -6,7 +6,9 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -395,3 +397,20 @@ def _saying(make, token, *arguments):
     with torch.no_grad():
         model.decoder.bias[token] = 1e3
     return model
+
+
+def test_metrics_are_of_whole_completions_however_long_each_is():
+    """As with `whole_blocks`, which appends more masks to some prompts than to others."""
+    inputs = np.array([[-100, 3, 0, 0, 0], [4, 3, 2, 0, 0]])
+    filled_in = np.array([[-100, 3, 7, 8, 9], [4, 3, 2, 8, 6]])
+    tokenizer = SimpleNamespace(eos_token_id=8, batch_decode=lambda ids, skip_special_tokens: ids)
+    task = SimpleNamespace(metrics=lambda groups, rows: {"seen": groups})
+    config = SimpleNamespace(max_completion_length=2, stop_token_ids=None, mask_token_id=0)
+    found = job._metrics(
+        task,
+        SimpleNamespace(tokenizer=tokenizer, eval_rows=[{}, {}]),
+        config,
+        1,
+        SimpleNamespace(predictions=filled_in, inputs=inputs),
+    )
+    assert found == {"seen": [[[7, 8]], [[8]]]}

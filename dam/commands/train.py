@@ -259,7 +259,9 @@ def _trainer(
 
 def _metrics(task: LanguageTask, parts: _Parts, config: DAMConfig, samples: int, prediction: Any) -> dict[str, float]:
     """The task's metrics of evaluation rows that were filled in, `samples` of each one after another."""
-    behind = np.asarray(prediction.predictions)[:, -config.max_completion_length :].tolist()
+    filled_in = np.asarray(prediction.predictions)
+    starts = (np.asarray(prediction.inputs) != filled_in).argmax(axis=1)  # of completions: masks are never drawn
+    behind = [ids[start:].tolist() for ids, start in zip(filled_in, starts, strict=True)]
     stop = stop_tokens(config.stop_token_ids, parts.tokenizer, config.mask_token_id)
     # With the token that ends it, as reward functions see it.
     texts = parts.tokenizer.batch_decode([ended(ids, stop) for ids in behind], skip_special_tokens=True)

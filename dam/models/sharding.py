@@ -26,6 +26,8 @@ def whole(parameter: Tensor) -> Tensor:
     if not is_divided(parameter):
         return parameter
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    if parameter.device.type != mesh.device_type:  # FSDP2's CPUOffloadPolicy brings it there in forward passes only
+        parameter = parameter.to(mesh.device_type)
     gathered = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
     if gathered.requires_grad:
         gathered.register_hook(lambda gradient: gradient / mesh.size())

@@ -132,8 +132,10 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
     finally:
         for handle in handles:
             handle.remove()
-        for bias, before in zip(biases.values(), trainable, strict=True):
+        here = dict(model.named_parameters())  # other objects where FSDP2 has gathered them for the pass
+        for (name, bias), before in zip(biases.items(), trainable, strict=True):
             bias.requires_grad_(before)
+            here.get(name, bias).requires_grad_(before)
     return tail
 
 

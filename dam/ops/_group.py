@@ -17,10 +17,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_BUCKETS = 8  # sums of hidden states that are compared
-# Of a bucket's root sum of squares: rounding to bfloat16 moves a sum by less than a hundredth, other states by about 1.
+from dam.ops import _rows
+
+_BUCKETS = 8  # sums of hidden states, or of other numbers of rows, that are compared
+# Of a bucket's root sum of squares: rounding to bfloat16 moves a sum by two hundredths at most, other data by about 1.
 _TOLERANCE = 0.05
+_KINDS = 6  # of such numbers, at most
+# Of splitmix64 (Steele et al., Fast Splittable Pseudorandom Number Generators, 2014), as int64.
+_PLACE, _MIX = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
 _ROOM = 2**22  # words of another rank beyond those expected that are still read
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch before 2.13
 
@@ -62,7 +68,7 @@ class Shards(NamedTuple):
 
 
 def is_asked(group: Any, tensor: object) -> bool:
-    """Whether an op is to be made over a group: one of several ranks was given, or what has the columns is a DTensor."""
+    """Whether an op is to be made over a group: one of several ranks is given, or what has columns is a DTensor."""
     if isinstance(group, dist.ProcessGroup) and group.size() == 1:
         group = None
     return group is not None or is_dtensor(tensor)
@@ -87,13 +93,59 @@ def local_of(op: str, name: str, tensor: Tensor | None, dim: int | None) -> Tens
     Raises:
         ValueError: the DTensor lies otherwise.
     """
-    if tensor is None or not is_dtensor(tensor):
-        return tensor
-    _sharded_dim(op, name, tensor, dim)
-    return tensor.to_local()  # type: ignore[attr-defined]
+    if tensor is None:
+        return None
+    if not is_dtensor(tensor):
+        return _plain(op, name, tensor)
+    mesh_dim = sharded_dim(op, name, tensor, dim)
+    local = tensor.to_local()  # type: ignore[attr-defined]
+    if mesh_dim is not None and dim is not None:
+        starts = _chunks(tensor, dim, mesh_dim)
+        rank = tensor.device_mesh.get_coordinate()[mesh_dim]  # type: ignore[attr-defined]
+        if local.shape[dim] != starts[rank + 1] - starts[rank]:
+            raise ValueError(
+                f"{op}: a DTensor {name} must be divided as torch.chunk divides: of {tensor.shape[dim]} this rank must "
+                f"have {starts[rank + 1] - starts[rank]}; got {local.shape[dim]}. Give other parts as plain tensors, "
+                "with group"
+            )
+    return _plain(op, name, local)
 
 
-def _sharded_dim(op: str, name: str, tensor: Any, dim: int | None) -> int | None:
+def _chunks(tensor: Any, dim: int, mesh_dim: int) -> tuple[int, ...]:
+    """Where the parts of a DTensor begin along a dimension, and their end."""
+    size, total = tensor.device_mesh.size(mesh_dim), tensor.shape[dim]
+    each = -(-total // size)  # as torch.chunk divides
+    return tuple(min(rank * each, total) for rank in range(size + 1))
+
+
+def _plain(op: str, name: str, tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its numbers, as kernels read it, which see no more than an address.
+
+    Raises:
+        TypeError: it is a wrapper around other tensors, of no kind that is known.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+        if not isinstance(tensor, AsyncCollectiveTensor):
+            raise TypeError(f"{op}: {name} must be a plain tensor or a DTensor; got {type(tensor).__name__}")
+        tensor = _Waited.apply(tensor)
+    return tensor.resolve_neg()
+
+
+class _Waited(torch.autograd.Function):
+    """What a collective brings, once it is there. Views of it would be as it is, still to come."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.trigger_wait().detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def sharded_dim(op: str, name: str, tensor: Any, dim: int | None) -> int | None:
     """The mesh dimension along which a DTensor is divided, None where it is whole on every rank."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -123,15 +175,17 @@ def shards_of(op: str, name: str, tensor: Tensor, dim: int, group: Any) -> Shard
         TypeError, ValueError: group is no process group that this rank is in, or is not the DTensor's.
     """
     if is_dtensor(tensor):
-        mesh_dim = _sharded_dim(op, name, tensor, dim)
+        mesh_dim = sharded_dim(op, name, tensor, dim)
+        assert mesh_dim is not None
         mesh = tensor.device_mesh  # type: ignore[attr-defined]
         of_mesh = mesh.get_group(mesh_dim)
         if group is not None and group is not of_mesh:
             raise ValueError(f"{op}: {name} is a DTensor, which has a group of its own: leave group out")
-        size, total = mesh.size(mesh_dim), tensor.shape[dim]
-        each = -(-total // size)  # as torch.chunk divides
-        starts = tuple(min(rank * each, total) for rank in range(size + 1))
-        return Shards(of_mesh, dist.get_rank(of_mesh), starts, is_known=True)
+        place: list[Any] = list(mesh.get_coordinate())
+        rank, place[mesh_dim] = place[mesh_dim], slice(None)
+        if mesh.mesh[tuple(place)].tolist() != dist.get_process_group_ranks(of_mesh):
+            raise ValueError(f"{op}: the mesh of a DTensor {name} must have ranks in the order of their group's")
+        return Shards(of_mesh, rank, _chunks(tensor, dim, mesh_dim), is_known=True)
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a torch.distributed process group; got {type(group).__name__}")
     rank = dist.get_rank(group)
@@ -151,14 +205,14 @@ class Call(NamedTuple):
     slots: int  # targets or samples of a row
     settings: tuple[Any, ...]  # numbers and names
     indices: tuple[Tensor | None, ...]  # integers that are the same
-    states: tuple[Tensor, ...] = ()  # hidden states, the same up to rounding
+    numbers: tuple[tuple[str, Tensor | None], ...] = ()  # of rows [T, .], the same up to rounding, with their names
 
 
-# Of a header: integers, and then of each of two kinds of hidden states `_BUCKETS` sums and their size.
+# Of a header: integers, and then of each kind of numbers of rows `_BUCKETS` sums and their size.
 _FIELDS = ("op", "rows", "targets or samples of a row", "columns", "shard map", "settings", "indices, seed or row_ids")
 _COLUMNS, _MAP = _FIELDS.index("columns"), _FIELDS.index("shard map")
 _HASHED = ("op", "settings", "indices, seed or row_ids")
-_STATES = 2 * (_BUCKETS + 1)
+_SUMS = _KINDS * (_BUCKETS + 1)
 
 
 def exchanged(call: Call, shards: Shards, make: Callable[[Shards], Tensor]) -> tuple[Shards, Tensor]:
@@ -174,7 +228,7 @@ def exchanged(call: Call, shards: Shards, make: Callable[[Shards], Tensor]) -> t
     while True:
         numbers = make(shards)
         gathered = _gathered(call, shards, torch.cat((_header(call, shards, numbers.device), _as_words(numbers))))
-        header, body = gathered[:, : len(_FIELDS) + _STATES], gathered[:, len(_FIELDS) + _STATES :]
+        header, body = gathered.split([len(_FIELDS) + _SUMS, gathered.shape[1] - len(_FIELDS) - _SUMS], dim=1)
         found = body.contiguous().view(torch.float64).view(shards.size, *numbers.shape)
         if shards.is_known and numbers.is_cuda:
             # Not read by the host, which would wait.
@@ -218,22 +272,29 @@ def _header(call: Call, shards: Shards, device: torch.device) -> Tensor:
         if x is not None:
             # Sums of int64 wrap, which is as good a checksum; of an index that all rows share one is enough.
             words = (x[:1] if x.dim() == 1 and x.stride(0) == 0 else x).reshape(-1).to(device, torch.int64)
-            places = torch.arange(words.shape[0], device=device)
-            mixed = mixed * 1_000_003 + ((words + n + 1) * (2 * places + 1)).sum()
-    states = [_sums_of(x) for x in call.states]
-    states += [torch.zeros(_BUCKETS + 1, dtype=torch.float64, device=device)] * (2 - len(states))
-    return torch.cat((fields, mixed, _as_words(torch.cat(states))))
+            words = words + torch.arange(1, words.shape[0] + 1, device=device) * _PLACE
+            words = (words ^ words >> 30) * _MIX
+            mixed = mixed * 1_000_003 + (words ^ words >> 27).sum() + n + 1
+    sums = torch.zeros((_KINDS, _BUCKETS + 1), dtype=torch.float64, device=device)
+    for n, (_, numbers_of_rows) in enumerate(call.numbers):
+        if numbers_of_rows is not None:
+            sums[n] = _sums_of(numbers_of_rows)
+    return torch.cat((fields, mixed, _as_words(sums)))
 
 
 def _sums_of(states: Tensor) -> Tensor:
-    """Sums over parts of hidden states [T, D], float64 [_BUCKETS], and the size of what such a sum is of."""
+    """Sums over parts of numbers of rows [T, D], float64 [_BUCKETS], and the size of what such a sum is of."""
     rows, width = states.shape
-    states = states.detach()
-    # In the order of rows, too.
-    weights = torch.arange(rows, device=states.device) % 7 + 1
-    sums = (weights.to(states.dtype) @ states).double() if rows else states.new_zeros(width, dtype=torch.float64)
+    states, dtype = states.detach(), _rows.accumulator(states.dtype)
+    # In the order of rows, too. Not in 16 bits, in which sums of many rows overflow, or are rounded by more than those
+    # of ranks may differ.
+    weights = (torch.arange(rows, device=states.device) % 7 + 1).to(dtype)
+    sums = torch.zeros(width, dtype=torch.float64, device=states.device)
+    with torch.autocast(states.device.type, enabled=False):
+        for part in _rows.chunks(rows, width * dtype.itemsize):
+            sums += weights[part] @ states[part].to(dtype)
     sums = torch.nn.functional.pad(sums, (0, -width % _BUCKETS)).view(-1, _BUCKETS).sum(dim=0)
-    size = torch.linalg.vector_norm(states, dtype=torch.float64 if states.dtype == torch.float64 else torch.float32)
+    size = torch.linalg.vector_norm(states, dtype=dtype)
     return torch.cat((sums, size.double().view(1) * (20 / _BUCKETS) ** 0.5))  # 20: the mean of the squared weights
 
 
@@ -266,13 +327,13 @@ def _failed(call: Call, shards: Shards, error: RuntimeError) -> RuntimeError:
 
 
 def _are_alike(header: Tensor) -> Tensor:
-    """Whether ranks agree with the first on each field but their columns, bool [ranks, .]."""
+    """Whether ranks agree with the first on each field but their columns, and kind of numbers; bool [ranks, .]."""
     fields = [i for i in range(len(_FIELDS)) if i not in (_COLUMNS, _MAP)]
-    states = header[:, len(_FIELDS) :].contiguous().view(torch.float64).view(header.shape[0], 2, -1)
-    sums, size = states[..., :_BUCKETS], states[..., _BUCKETS:]
+    kinds = header[:, len(_FIELDS) :].contiguous().view(torch.float64).view(header.shape[0], _KINDS, -1)
+    sums, size = kinds[..., :_BUCKETS], kinds[..., _BUCKETS:]
     # False for NaN: what is not a number is left to the op.
     apart = (sums - sums[:1]).abs() > _TOLERANCE * torch.maximum(size, size[:1])
-    return torch.cat((header[:, fields] == header[:1, fields], ~apart.flatten(1)), dim=1)
+    return torch.cat((header[:, fields] == header[:1, fields], ~apart.any(dim=2)), dim=1)
 
 
 def _compare(call: Call, rows: list[list[int]], header: Tensor) -> None:
@@ -283,11 +344,13 @@ def _compare(call: Call, rows: list[list[int]], header: Tensor) -> None:
             continue
         told = "differ" if field in _HASHED else "; ".join(f"{x} on rank {rank}" for rank, x in enumerate(values))
         raise ValueError(f"{call.op}: the ranks of the group made different calls: {field}: {told}")
-    if not bool(_are_alike(header).all()):
-        raise ValueError(
-            f"{call.op}: the ranks of the group made different calls: hidden differs. Each rank must have the same "
-            "rows and other columns of the head; of data that is divided among ranks each needs the whole head"
-        )
+    alike = _are_alike(header)[:, -_KINDS:].all(dim=0).tolist()
+    for (name, _), is_alike in zip(call.numbers, alike, strict=False):
+        if not is_alike:
+            raise ValueError(
+                f"{call.op}: the ranks of the group made different calls: {name} differs. Each rank must have the same "
+                "rows and other columns of the head; of data that is divided among ranks each needs the whole head"
+            )
 
 
 def summed(op: str, shards: Shards, partial: Tensor) -> Tensor:

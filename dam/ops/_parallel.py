@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dam.backends import choice
 from dam.kernels.excluded import Excluded
@@ -32,13 +31,24 @@ class _Rows(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that have a gradient."""
         return (self.logits,)
 
-    def holding(self, tensors: Sequence[Any]) -> _Rows:
-        return self._replace(logits=tensors[0])
+    @property
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """All of them, as a backward pass needs them."""
+        return (self.logits, self.base)
+
+    def holding(self, kept: Sequence[Any]) -> _Rows:
+        logits, base = kept
+        return self._replace(logits=logits, base=base)
 
     @property
-    def states(self) -> tuple[Tensor, ...]:
+    def settings(self) -> tuple[bool, ...]:
+        return (self.base is not None,)
+
+    @property
+    def states(self) -> tuple[tuple[str, Tensor | None], ...]:
         return ()
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -66,14 +76,32 @@ class _OfHead(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.head[:5]
 
-    def holding(self, tensors: Sequence[Any]) -> _OfHead:
-        hidden, weight, bias, low_hidden, low_weight = tensors
-        return self._replace(head=_head.Projection(hidden, weight, bias, low_hidden, low_weight, self.head.softcap))
+    @property
+    def kept(self) -> tuple[Tensor | None, ...]:
+        return (*self.head[:5], *(() if self.base is None else self.base[:3]))
+
+    def holding(self, kept: Sequence[Any]) -> _OfHead:
+        hidden, weight, bias, low_hidden, low_weight = kept[:5]
+        head = _head.Projection(hidden, weight, bias, low_hidden, low_weight, self.head.softcap)
+        base = self.base
+        if base is not None:
+            hidden, weight, bias = kept[5:]
+            base = base._replace(hidden=hidden, weight=weight, bias=bias)
+        return self._replace(head=head, base=base)
 
     @property
-    def states(self) -> tuple[Tensor, ...]:
+    def settings(self) -> tuple[Any, ...]:
         """What every rank must have alike."""
-        return (self.head.hidden, *(() if self.base is None else (self.base.hidden,)))
+        return tuple(
+            None if part is None else (part.softcap, *(x is not None for x in part[:5]))
+            for part in (self.head, self.base)
+        )
+
+    @property
+    def states(self) -> tuple[tuple[str, Tensor | None], ...]:
+        """The same, up to rounding."""
+        base = None if self.base is None else self.base.hidden
+        return ("hidden", self.head.hidden), ("lora.a, or lora.scale,", self.head.low_hidden), ("base_hidden", base)
 
     @property
     def _arrays(self) -> int:
@@ -190,6 +218,7 @@ class Call(NamedTuple):
         settings: tuple[Any, ...] = (),
         targets: Tensor | None = None,
         more: tuple[Tensor | None, ...] = (),
+        weights: tuple[tuple[str, Tensor | None], ...] = (),  # of rows, [T] or [T, J], with their names
     ) -> tuple[_group.Shards, Tensor]:
         """`_group.exchanged`; what depends on the size of the vocabulary is checked here, once it is certain."""
         row, mask, ids = self.left_out
@@ -197,9 +226,9 @@ class Call(NamedTuple):
             self.op,
             self.rows,
             slots,
-            (self.temperature, str(self.reference.dtype), self.needed, *settings),
+            (self.temperature, str(self.reference.dtype), self.needed, self.source.settings, *settings),
             (targets, row, mask, ids, *more),
-            self.source.states,
+            (*self.source.states, *((name, x if x is None or x.dim() == 2 else x[:, None]) for name, x in weights)),
         )
         shards, gathered = _group.exchanged(call, self.shards, make)
         columns = shards.vocabulary
@@ -258,15 +287,43 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, run, *tensors):
         value, ctx.shards, ctx.asked = run()
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
+        # Tensors are kept where torch frees them, or puts them elsewhere, and nowhere else.
+        kept = call.source.kept
+        ctx.call = call._replace(source=call.source.holding((None,) * len(kept)))
+        ctx.save_for_backward(*kept)
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        call = ctx.call._replace(source=ctx.call.source.holding(ctx.saved_tensors))
-        return None, None, *call.gradients(ctx.shards, *ctx.asked(grad), ctx.needs_input_grad[2:])
+        kept = ctx.saved_tensors
+        call = ctx.call._replace(source=ctx.call.source.holding(kept))
+        with torch.no_grad():
+            found = call.gradients(ctx.shards, *ctx.asked(grad), ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():
+            found = tuple(None if x is None else _Once.apply(call.op, x, grad, *kept) for x in found)
+        return None, None, *found
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that has none, of what it depends on."""
+
+    @staticmethod
+    def forward(ctx, op, gradient, *depends_on):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op}: over a group its gradient has no gradient")
+
+
+def log_escape_of(gathered: Tensor) -> Tensor:
+    """log_escape of the vocabulary, float64 [T], of those of each rank's columns [ranks, T].
+
+    NaN for +inf: a rate beside which every other one would count 0 has no distribution, as on one rank.
+    """
+    found = torch.logsumexp(gathered, dim=0)
+    return torch.where(found == torch.inf, torch.nan, found)
 
 
 def of_rows(
@@ -363,7 +420,9 @@ def _same_kind(op: str, name: str, tensor: Tensor | None, other_name: str, other
             f"{op}: {name} and {other_name} must both be DTensors, divided alike, or both what this rank has"
         )
     if _group.is_dtensor(tensor):
-        alike = tensor.device_mesh == other.device_mesh  # type: ignore[attr-defined]
+        alike = tensor.device_mesh == other.device_mesh and (  # type: ignore[attr-defined]
+            _group.sharded_dim(op, name, tensor, dim) == _group.sharded_dim(op, other_name, other, dim)
+        )
         if not alike or tensor.shape[dim] != other.shape[dim]:
             raise ValueError(f"{op}: {name} must be divided as {other_name} is, on the same mesh")
     return _group.local_of(op, name, tensor, dim)

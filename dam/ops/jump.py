@@ -396,7 +396,7 @@ def over_group(
         candidates = gathered[..., 1:].view(shards.size, call.rows, _CANDIDATES, num_samples, 4).transpose(1, 2)
         chosen = _chosen(shards, candidates.flatten(0, 1), greedy=temperature == 0.0)
         target = chosen[..., 2].long()
-        log_prob = torch.where(target < 0, -torch.inf, chosen[..., 3] - log_escape[:, None])
+        log_prob = torch.where(target < 0, -torch.inf, (chosen[..., 3] - log_escape[:, None]).clamp(max=0.0))
         drawn = (target, log_prob.to(call.dtype), log_escape.to(call.dtype))
         if check:
             bad = ~(log_escape.abs() < torch.inf)
@@ -481,12 +481,11 @@ def _torch_part(
     row_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
-    found = []
+    target, arrival, log_escape = _part_outputs(logits, num_samples)
     for part in _rows.chunks(rows, (columns + num_samples * min(columns, _philox.TILE)) * _rows.REFERENCE_BYTES):
         x = _rows.allowed(logits[part], exclude.part(part)).div_(temperature or 1.0)
-        target, arrival = _raced(x, temperature == 0.0, num_samples, seed, row_ids[part], first_tile)
-        found.append((target, arrival, torch.logsumexp(x, dim=1)))
-    target, arrival, log_escape = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        target[part], arrival[part] = _raced(x, temperature == 0.0, num_samples, seed, row_ids[part], first_tile)
+        log_escape[part] = torch.logsumexp(x, dim=1)
     return target, arrival, log_escape
 
 

@@ -82,6 +82,7 @@ def log_prob(
     if _group.is_asked(group, logits):
         if entropy is not False:
             raise ValueError("log_prob: entropy is not given over a group: leave it out")
+        temperature = _checks.temperature("log_prob", temperature, zero=False)
         call = _parallel.of_rows("log_prob", group, _IMPLEMENTATIONS, logits, exclude, suppress, temperature)
         return over_group(call, target)
     if entropy is False and _excluded.is_nothing(suppress) and _op.at_once(logits, target, exclude):
@@ -252,6 +253,7 @@ def log_escape_of(backend: str, logits: Tensor, exclude: Excluded, temperature: 
 def over_group(call: _parallel.Call, target: Tensor) -> Tensor:
     """log_prob of the columns that the ranks of a group have, like target."""
     targets = _checks.target(call.op, target, call.lead, call.reference)
+    temperature = call.temperature
 
     def make(shards: _group.Shards) -> Tensor:
         """[T, 1 + J]: log_escape of these columns, logits of the targets among them."""
@@ -266,15 +268,16 @@ def over_group(call: _parallel.Call, target: Tensor) -> Tensor:
 
     def run() -> tuple[Tensor, _group.Shards, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         shards, gathered = call.exchanged(make, targets.shape[1], targets=targets)
-        log_escape = torch.logsumexp(gathered[..., 0], dim=0)
+        log_escape = _parallel.log_escape_of(gathered[..., 0])
         counted = call.left_out.counted(targets)
         x = torch.where(counted, shards.of_owner(gathered[..., 1:], targets), -torch.inf)
-        value = torch.where(targets < 0, 0.0, x - log_escape[:, None]).to(call.dtype)
+        # Never above 0, where the sum over ranks is rounded down.
+        value = torch.where(targets < 0, 0.0, (x - log_escape[:, None]).clamp(max=0.0)).to(call.dtype)
 
         def asked(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            pull = torch.where(counted, grad.double() / -call.temperature, 0.0)
+            pull = torch.where(counted, grad.double() / -temperature, 0.0)
             rate = _gradient.Rate(pull.sum(dim=1), torch.zeros_like(log_escape), log_escape)
-            return targets.where(counted, -1), pull, _gradient.shares_of(rate, None, call.temperature)
+            return targets.where(counted, -1), pull, _gradient.shares_of(rate, None, temperature)
 
         return value, shards, asked
 

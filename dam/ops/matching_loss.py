@@ -139,7 +139,8 @@ def over_group(
     if scale is None:
         scale = reference.new_full((call.rows,), 1.0 / max(call.rows, 1), dtype=torch.float64)
     of_base = None if base_weight is None else _checks.vector(op, "base_weight", base_weight, call.lead, reference)
-    row_scale, slots = scale.double(), target.shape[1]
+    weights = (("weight", weight), ("base_weight", of_base), ("row_scale", row_scale))
+    row_scale, slots, temperature = scale.double(), target.shape[1], call.temperature
 
     def make(shards: _group.Shards) -> Tensor:
         """[T, 3 + J]: log_escape of these columns and of the base's, the base's mean logit, the targets' logits."""
@@ -156,8 +157,8 @@ def over_group(
         return found
 
     def run() -> tuple[Tensor, _group.Shards, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-        shards, gathered = call.exchanged(make, slots, (normalized, reduction), target)
-        log_escape, base_escape = (torch.logsumexp(gathered[..., i], dim=0) for i in (0, 1))
+        shards, gathered = call.exchanged(make, slots, (normalized, reduction), target, weights=weights)
+        log_escape, base_escape = (_parallel.log_escape_of(gathered[..., i]) for i in (0, 1))
         counted = call.left_out.counted(target)
         w = torch.where(counted, weight.double(), 0.0)
         loss = _loss_at_targets(shards.of_owner(gathered[..., 3:], target), target, w, log_escape, normalized)
@@ -174,14 +175,14 @@ def over_group(
         value = (loss if reduction == "none" else total(loss, backend)).to(call.dtype)
 
         def asked(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            slope = grad.double() * row_scale / call.temperature
+            slope = grad.double() * row_scale / temperature
             nothing = torch.zeros_like(slope)
             factor = slope * total_weight if normalized else slope
             model = _gradient.Rate(factor, nothing if normalized else log_escape, log_escape)
             base = None
             if of_base is not None:
                 base = _gradient.Rate(slope * base_factor, nothing if normalized else base_escape, base_escape)
-            shares = _gradient.shares_of(model, base, call.temperature)
+            shares = _gradient.shares_of(model, base, temperature)
             return target.where(counted, -1), slope[:, None] * w, shares
 
         return value, shards, asked

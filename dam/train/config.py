@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from dam.adjoint import ESTIMATORS, NORMALIZERS
+from dam.adjoint import ESTIMATORS, NORMALIZERS, step_limits
 from dam.decoding import ORDERS, Decoding, check_decoding
 from dam.train import grpo
 from dam.train.releases import fields_of_json, precision_of, read_json
@@ -24,6 +24,11 @@ _DECODING = {
     "top_p": "eval_top_p",
     "guidance": "eval_guidance",
 }
+# Arguments that may be others in each process of a run: where it is, and where and how it writes.
+OF_ONE_PROCESS = (
+    *("local_rank", "output_dir", "logging_dir", "run_name", "report_to", "log_level", "log_level_replica"),
+    *("disable_tqdm", "hub_token", "push_to_hub_token"),
+)
 
 
 @dataclasses.dataclass
@@ -234,6 +239,13 @@ class DAMConfig(TrainingArguments):
             "help": "Fill blocks of this many positions from left to right; None is one block, or where the model's "
             "attention has blocks (dam.models.as_denoiser) these. Trains at the states that the network was called "
             "at, as fewer calls than masks do."
+        },
+    )
+    whole_blocks: bool = field(
+        default=False,
+        metadata={
+            "help": "Append as many more masks to a prompt as take it to the end of a block of the model's attention "
+            "(SDAR, LLaDA 2), as the model's own generation and serving engines fill the last block whole."
         },
     )
     eval_redraw: bool = field(
@@ -557,10 +569,4 @@ class DAMConfig(TrainingArguments):
 
         As full_tilt_from says.
         """
-        if self.full_tilt_from is None:
-            return self.target_ess, self.max_tilt
-        if done >= self.full_tilt_from:
-            return None, 1.0
-        share = done / self.full_tilt_from
-        ess = None if self.target_ess is None else self.target_ess + share * (1.0 - self.target_ess)
-        return ess, self.max_tilt + share * (1.0 - self.max_tilt)
+        return step_limits(done, ess=self.target_ess, max_tilt=self.max_tilt, full_tilt_from=self.full_tilt_from)

@@ -27,8 +27,9 @@ def _alike(kind: Kind, note: str, *names: str) -> dict[str, Entry]:
 
 
 _VLLM = (
-    "rollouts fill in masked positions in this process; vLLM decodes from left to right: leave it out. "
-    "rollout_batch_size sets how many trajectories share a network call"
+    "rollouts fill in masked positions, and vLLM decodes from left to right: leave it out. They are made in this "
+    "process, where rollout_batch_size sets how many trajectories share a network call, or by "
+    "DAMTrainer(rollout_engine=)"
 )
 _NO_ENTROPY = (
     "a bonus of entropy, or a choice of tokens by it, has another optimum than p*: leave it out; a larger beta keeps "

@@ -37,6 +37,7 @@ class RowReader:
         tokenizer: of text and conversations; None where there are none.
         limits: ids and length that the model takes.
         chat_template_kwargs: passed to the tokenizer's apply_chat_template.
+        multiple: of which prompt and masks are one together, by more masks; without what is hidden on the left.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class RowReader:
         tokenizer: Any = None,
         limits: Limits | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        multiple: int = 1,
     ):
         self._mask_token, self._max_completion_length, self._tokenizer = mask_token, max_completion_length, tokenizer
-        self._limits = limits or Limits()
+        self._limits, self._multiple = limits or Limits(), multiple
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def read(self, row: Any, where: str, *, tokenize: bool = True) -> TokenRow:
@@ -84,8 +86,10 @@ class RowReader:
                 )
             mask = self._attention_mask(row, ids, where, "prompt")
             start = len(ids)
-            ids = [*ids, *[self._mask_token] * self._max_completion_length]
-            mask = [*mask, *[1] * self._max_completion_length]
+            hidden = mask.index(1) if 1 in mask else len(mask)
+            count = self._max_completion_length
+            count += -(len(ids) - hidden + count) % self._multiple
+            ids, mask = [*ids, *[self._mask_token] * count], [*mask, *[1] * count]
         else:
             raise ValueError(f"{where} needs input_ids or prompt; this one has {sorted(map(str, row))}")
         if self._limits.positions is not None and len(ids) > self._limits.positions:

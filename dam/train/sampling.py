@@ -1,8 +1,9 @@
-"""Prompts to trajectories, in this process. A serving engine will take the place of `Sampler`: by its methods."""
+"""Prompts to trajectories: in this process, or by an engine that serves the model."""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from dam.ctmc import MaskedCTMC
-from dam.decoding import Decoding
+from dam.decoding import Decoding, given_decoding
+from dam.engines import InProcess, Prompts, RolloutEngine, served_parameters
 from dam.models.denoiser import Denoiser, MaskedLM, blocks_of, equal_rows, hidden_at
 from dam.models.sharding import waits_for_others
-from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
+from dam.rollout import PathLogProbs, Trajectories, jump_log_prob, log_prob_over_orders
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
+from dam.train.processes import in_step, together
 from dam.train.turns import in_turns
 
 
@@ -45,6 +48,7 @@ class Sampler:
         args: steps, blocks and trajectories per network call of a rollout.
         base: the base model.
         precision: makes the context in which networks run, such as autocast.
+        engine: draws the model's trajectories of training; None draws them in this process.
     """
 
     def __init__(
@@ -54,9 +58,11 @@ class Sampler:
         args: DAMConfig,
         base: Base,
         precision: Callable[[], AbstractContextManager[Any]],
+        engine: RolloutEngine | None = None,
     ):
         self._denoiser, self._process, self._args = denoiser, process, args
-        self._base, self._precision = base, precision
+        self._base, self._precision, self._engine = base, precision, engine
+        self._run: int | None = None  # names this run's weights, on all processes alike
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -103,6 +109,22 @@ class Sampler:
         size = self._args.rollout_batch_size
         return (slice(start, start + size) for start in range(0, rows, size))
 
+    def send(self, model: nn.Module, step: int) -> None:
+        """Sends the engine, if there is one, the model's weights, which are those of a step; called by all processes.
+
+        Raises:
+            EngineError: it did not take them; on all processes, as `in_step` says.
+        """
+        engine = self._engine
+        if engine is None:
+            return
+        if self._run is None:
+            self._run = together(lambda: secrets.randbits(31))[0]
+        version = self._run << 32 | step
+        # Gathered before anything can fail in one process alone.
+        parameters = list(served_parameters(model))
+        in_step(lambda: engine.update(parameters if self._args.process_index == 0 else None, version))
+
     def rollout(
         self,
         model: nn.Module,
@@ -111,6 +133,7 @@ class Sampler:
         *,
         seed: int,
         row_ids: Tensor,
+        served: bool = False,
         base: bool = False,
         from_base: Tensor | None = None,
         decoding: Decoding | None = None,
@@ -121,39 +144,52 @@ class Sampler:
         """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole.
 
         Where from_base, bool [B], says so the base draws; log_prob stays that of the model, base_log_prob the base's.
+        What the model draws is drawn by the engine, if there is one, where `served`: by the weights of the last `send`.
         """
         by_threshold = decoding is not None and decoding.threshold is not None
-
-        def drawn(rows: Tensor, drawer: Denoiser, other: Denoiser | None) -> list[Trajectories]:
-            return [
-                rollout(
-                    drawer,
-                    tokens[part],
-                    self._process,
-                    base=other,
-                    attention_mask=attention_mask[part],
-                    steps=None if by_threshold else self._args.diffusion_steps,
-                    block_length=self._args.block_length,
-                    temperature=temperature,
-                    decoding=decoding,
-                    stop_tokens=stop_tokens,
-                    start=None if start is None else start[part],
-                    seed=seed,
-                    row_ids=row_ids[part],
-                )
-                for part in (rows[piece] for piece in self._pieces(len(rows)))
-            ]
-
+        prompts = Prompts(
+            tokens,
+            self._process,
+            seed,
+            row_ids,
+            attention_mask,
+            steps=None if by_threshold else self._args.diffusion_steps,
+            block_length=self._args.block_length,
+            decoding=given_decoding(decoding, temperature=temperature),
+            stop_tokens=tuple(stop_tokens),
+            start=start,
+        )
+        size = self._args.rollout_batch_size
         everything = torch.arange(len(tokens), device=tokens.device)
         with self._denoisers(model, tokens, attention_mask) as (denoiser, reference):
+            engine = self._engine if served and self._engine is not None else InProcess(denoiser, size)
             if from_base is None:
-                return Trajectories.concatenate(drawn(everything, denoiser, reference if base else None))
+                return self._drawn(engine, prompts, reference if base else None)
             mine, others = everything[~from_base], everything[from_base]
-            pieces = drawn(mine, denoiser, reference)
+            pieces = [self._drawn(engine, prompts[mine], reference)] if len(mine) else []
             if len(others):
                 drawer = reference if blocks_of(reference) == blocks_of(denoiser) else _InBlocks(reference, denoiser)
-                pieces += [piece.exchanged() for piece in drawn(others, drawer, denoiser)]
+                pieces.append(InProcess(drawer, size).rollout(prompts[others], denoiser).exchanged())
             return Trajectories.concatenate(pieces)[torch.cat((mine, others)).argsort()]
+
+    def _drawn(self, engine: RolloutEngine, prompts: Prompts, base: Denoiser | None) -> Trajectories:
+        """By the engine; with the base's log-probabilities, whether it has these or not."""
+        way = engine.rollout(prompts, base)
+        if base is None or way.base_log_prob is not None:
+            return way
+        mask = prompts.attention_mask
+        pieces = [
+            jump_log_prob(
+                base,
+                way[part],
+                prompts.process,
+                attention_mask=None if mask is None else mask[part],
+                decoding=prompts.decoding,
+            )
+            for part in self._pieces(len(prompts))
+        ]
+        way.base_log_prob = torch.cat(pieces)
+        return way
 
     def over_orders(
         self,

@@ -17,8 +17,15 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    PredictionOutput,
+    SaveStrategy,
+    speed_metrics,
+)
 
 from dam import diagnostics
 from dam.adjoint import (
@@ -33,15 +40,16 @@ from dam.adjoint import (
     without_ended,
 )
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import blocks_of, check_left_padding
+from dam.engines import RolloutEngine
+from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
-from dam.train import grpo
+from dam.train import fsdp, grpo
 from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
 from dam.train.completions import Completions
-from dam.train.config import DAMConfig
+from dam.train.config import OF_ONE_PROCESS, DAMConfig
 from dam.train.data import (
     Collator,
     NumberedRows,
@@ -52,9 +60,11 @@ from dam.train.data import (
     is_stream,
     label_ids,
     outcomes,
+    outline,
     stacked,
 )
-from dam.train.processes import each_in_step, in_step, is_shared, together
+from dam.train.lifelines import Lifelines
+from dam.train.processes import agree, each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.releases import BaseTrainer, loaded, precision_of
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
@@ -67,6 +77,7 @@ from dam.train.rewards import (
     RewardFunction,
     Rewards,
     failure_figures,
+    names_of,
     told_failures,
 )
 from dam.train.rows import RowReader
@@ -110,13 +121,14 @@ class DAMTrainer(BaseTrainer):
     trajectories went through, as with block_length: estimator "posterior" and normalizer "group".
 
     The dataset has a column `input_ids`, token ids with the mask token wherever something is to be filled in, or
-    `prompt`, to which `max_completion_length` masks are appended: a string, token ids, or a conversation, messages
-    {"role": ..., "content": ...} that go through the tokenizer's chat template. An `attention_mask` of token ids is
-    kept. All other columns go to the reward functions, and must not have the names of what these are given besides.
-    `labels` may be anything; integers, one for each token (behind a prompt, for the completion's first ones), also go
-    to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of `datasets` on disk, are looked
-    through before the first step (`dam.train.data.check_rows` says what that costs); rows of others when they come. An
-    iterable dataset is read by one process and no workers, pass after pass, each row once a pass; set max_steps.
+    `prompt`, to which `max_completion_length` masks are appended, and with `whole_blocks` some more: a string, token
+    ids, or a conversation, messages {"role": ..., "content": ...} that go through the tokenizer's chat template. An
+    `attention_mask` of token ids is kept. All other columns go to the reward functions, and must not have the names of
+    what these are given besides. `labels` may be anything; integers, one for each token (behind a prompt, for the
+    completion's first ones), also go to `compute_metrics`, -100 where a row has none. Datasets in memory, and those of
+    `datasets` on disk, are looked through before the first step (`dam.train.data.check_rows` says what that costs);
+    rows of others when they come. An iterable dataset is read by one process and no workers, pass after pass, each row
+    once a pass; set max_steps.
 
     A completion ends with the first of `stop_token_ids`, the tokenizer's end-of-text token unless given: what follows
     is neither decoded nor rewarded, and trained on only in states that do not show the end yet
@@ -187,6 +199,9 @@ class DAMTrainer(BaseTrainer):
             option of its family, `functools.partial(dam.models.as_denoiser, block_length=8)`. A model of
             your own that has hidden_states() and head() needs none, and is taken at its word: it has no other logits
             to be compared with.
+        rollout_engine: draws the trajectories of training that the model draws, as `dam.engines.SGLangEngine` by a
+            server; unless given this process does. It is sent the weights before each rollout. The base's
+            log-probabilities, its own trajectories, and evaluation stay in this process.
 
     Raises:
         ValueError, TypeError: bad arguments, a model whose law they do not fit, or a bad row, which is named with its
@@ -194,10 +209,12 @@ class DAMTrainer(BaseTrainer):
         RewardError: a reward function misbehaves in training, or, with reward_timeout or reward_workers, does so at
             more than max_reward_failures of a rollout; or a completion cannot be decoded. The rollouts are written to
             output_dir/failed_rollouts.pt.
+        EngineError: rollout_engine did not take the weights, is gone, or answers too late or something else.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
-    can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes one that
-    fails in the network's own work, out of memory for one, leaves the last checkpoint that was saved: saving needs all.
+    can be resumed, to the same result; but not in the middle of an update of the weights. When one of several processes
+    fails alone or is killed, all end, and what each raises says which and why (`dam.train.lifelines`); the checkpoint
+    is then the first process's, or where FSDP or DeepSpeed divide the model the last one that was saved.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Alg. 1; estimators in `dam.adjoint`.
     """
@@ -221,6 +238,7 @@ class DAMTrainer(BaseTrainer):
         ref_model: nn.Module | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         denoiser: DenoiserFactory = as_denoiser,
+        rollout_engine: RolloutEngine | None = None,
         **others: Any,
     ):
         grpo.refuse(others, grpo.TRAINER, "GRPOTrainer", type(self).__name__)
@@ -272,7 +290,8 @@ class DAMTrainer(BaseTrainer):
         )
         self.process = MaskedCTMC(tokens.mask, suppress=tokens.suppress, vocabulary=tokens.vocabulary)
         self._stop = tokens.stop
-        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template)
+        multiple = _multiple(args, own)
+        self._reader = RowReader(tokens.mask, args.max_completion_length, processing_class, limits, template, multiple)
         self._denoiser = denoiser
         self._in_blocks = args.block_length is not None
         if blocks_of(own) is not None:
@@ -284,7 +303,7 @@ class DAMTrainer(BaseTrainer):
         if args.disable_dropout:
             _without_dropout(network)
         _check_dtype(network)
-        self.sampler = Sampler(denoiser, self.process, args, base, self._precision)
+        self.sampler = Sampler(denoiser, self.process, args, base, self._precision, rollout_engine)
         self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._seen: Outcomes = {}  # what reward functions saw of this process's last rollout
         self._failed: list[Failed] = []  # where they failed
@@ -292,6 +311,8 @@ class DAMTrainer(BaseTrainer):
         self._told: set[str] = set()  # names of findings
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
+        self._network = network
+        self._alone = False  # whether this process saves a checkpoint without the others
         with precision_of(args):
             super().__init__(
                 model=network,
@@ -321,6 +342,11 @@ class DAMTrainer(BaseTrainer):
             self.add_callback(RolloutProgress())
         base.to(self.args.device, self._dtype_of_engine())
         move(self.reward_funcs, self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, and FSDP2 on a CPU too."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = fsdp.prepare_plugin(self.accelerator, self.args, self._network)
 
     def _dtype_of_engine(self) -> torch.dtype | None:
         """What DeepSpeed makes of the model's weights; None without it, or where it leaves them.
@@ -412,6 +438,7 @@ class DAMTrainer(BaseTrainer):
         masks = int(self.process.masked(batch["input_ids"]).sum(dim=1).max())
         in_step(lambda: self.args.check_steps(masks))
         with self._timing.part("rollout"):
+            self.sampler.send(self.model, self.state.global_step)
             given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
         if self._rewards.isolated:
@@ -550,6 +577,7 @@ class DAMTrainer(BaseTrainer):
                 masks,
                 seed=seed,
                 row_ids=row_ids,
+                served=True,
                 base=True,
                 from_base=from_base,
                 temperature=args.temperature,
@@ -596,16 +624,21 @@ class DAMTrainer(BaseTrainer):
     def _replayed(self) -> tuple[Group, Tensor]:
         """This micro-step's and process's share of the groups of a step, and what names the draws of each, int64 [G].
 
-        With draw_outcomes a group is one outcome, drawn from all of the step.
+        With draw_outcomes a group is one outcome, drawn from all of the step. Where groups are fewer than parts would
+        share equally, parts are filled up with some that count for nothing there: the step is that of one part.
         """
         args, replay = self.args, self.progress.replay
         parts = args.gradient_accumulation_steps * args.world_size
         part = self.progress.micro_step % args.gradient_accumulation_steps * args.world_size + args.process_index
         generator = self._generator(_Draw.REPLAY)
         places = replay.choose(args.replay_batch_size, parts, generator)
+        distinct = len(places.unique())  # the first ones
         if args.draw_outcomes is None:
-            return replay.batch(places[part]), torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
-        weight = replay.weights(places.flatten())
+            names = torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
+            groups = replay.batch(places[part])
+            groups["weight"] = groups["weight"] * ((names < distinct)[:, None] * (places.numel() / distinct))
+            return groups, names
+        weight = replay.weights(places.flatten()[:distinct])
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
         names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
         chosen = drawn[names]
@@ -729,13 +762,34 @@ class DAMTrainer(BaseTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+
+        Raises:
+            OtherProcessError: another process has failed; it says which and why.
+        """
+        lifelines = Lifelines()
+        lifelines.begin()
+        try:
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException as error:
+            failure = lifelines.failure(error)
+            if isinstance(failure, Exception):
+                self._save_before(failure)
+            lifelines.leave(failure)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            lifelines.close()
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("no parameter of the model is trainable")
+        agree(self._what_runs(resume_from_checkpoint or None))
         self._check_datasets()
         if resume_from_checkpoint:
             self._check_parts(str(resume_from_checkpoint))
@@ -748,14 +802,22 @@ class DAMTrainer(BaseTrainer):
             check_average(str(resume_from_checkpoint), self.args.ema_decay)
             if self._average is not None:
                 self._average.load(str(resume_from_checkpoint))
-        try:
-            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-        except Exception as error:
-            self._save_before(error)
-            raise
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         if self._average is not None:
             self._average.finish()
         return result
+
+    def _what_runs(self, checkpoint: str | bool | None) -> dict[str, Any]:
+        """All that must be the same in every process, by name."""
+        given: Any = self.eval_dataset
+        evaluated = given if isinstance(given, dict) else {"": given}
+        rows = {"train_dataset": self.train_dataset, **{f"eval_dataset {n}".strip(): d for n, d in evaluated.items()}}
+        return {
+            **{name: value for name, value in self.args.to_dict().items() if name not in OF_ONE_PROCESS},
+            "reward functions": ", ".join(names_of(self.reward_funcs)),
+            "checkpoint": os.path.basename(str(checkpoint)),
+            **{name: outline(dataset) for name, dataset in rows.items()},
+        }
 
     def _check_parts(self, checkpoint: str) -> None:
         """That as many processes saved a checkpoint as DeepSpeed needs."""
@@ -768,8 +830,9 @@ class DAMTrainer(BaseTrainer):
     def _part_steps(self) -> None:
         """Once DeepSpeed has loaded a checkpoint."""
         if self.is_deepspeed_enabled:
-            given: Any = self.deepspeed.optimizer
-            with_own_steps(getattr(given, "optimizer", given))  # in stage 0 the optimizer itself
+            engine: Any = self.deepspeed
+            # In stage 0 it is the optimizer itself.
+            with_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model has its averaged weights, where there are such."""
@@ -777,8 +840,31 @@ class DAMTrainer(BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; with ema_decay the averages."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            return
         with self._averaged():
             super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As `Trainer._load_from_checkpoint`, from a model that FSDP2 divided to a whole one and back."""
+        if fsdp.is_divided(resume_from_checkpoint) == self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.is_fsdp_enabled:
+            fsdp.load_whole_weights(self.model, resume_from_checkpoint)
+        else:
+            fsdp.load_divided_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `_load_from_checkpoint`."""
+        scheduler = os.path.join(checkpoint or "", SCHEDULER_NAME)
+        if checkpoint is None or fsdp.is_divided(checkpoint) == self.is_fsdp_enabled or not os.path.isfile(scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load = fsdp.load_whole_optimizer if self.is_fsdp_enabled else fsdp.load_divided_optimizer
+        load(self.model, self.optimizer, checkpoint)
+        scheduled: Any = self.lr_scheduler
+        scheduled.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
@@ -796,14 +882,33 @@ class DAMTrainer(BaseTrainer):
         # Nothing is done yet, or weights may be half-way through an update.
         if not self.progress.has_begun or self._update.step == step:
             return
-        if not is_shared(ending):  # as of no memory: the other processes may be elsewhere, and saving needs them
-            warnings.warn(f"no checkpoint of step {step} was saved: other processes may not have failed", stacklevel=2)
+        alone = not is_shared(ending)  # the other processes are elsewhere, or gone
+        if alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            last = last_checkpoint(str(self.args.output_dir))
+            warnings.warn(
+                f"no checkpoint of step {step} was saved, as each process has but its part of the model: "
+                + ("there is none that is whole" if last is None else f"the last that is whole is {last}"),
+                stacklevel=2,
+            )
+            return
+        if alone and not self.args.should_save:
             return
         self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
+        strategy = self.args.save_strategy
         try:
+            self._alone = alone
+            if alone:
+                self.args.save_strategy = SaveStrategy.NO  # by others all wait for each other where one may be the best
             self._save_checkpoint(self.model, trial=None)
         except Exception as error:  # the error that ends the run is the one to raise
             warnings.warn(f"no checkpoint of step {step} could be saved: {type(error).__name__}: {error}", stacklevel=2)
+        finally:
+            self._alone, self.args.save_strategy = False, strategy
+
+    def store_flos(self) -> None:
+        """As `Trainer.store_flos`, which sums over processes; what this one counts waits for the next checkpoint."""
+        if not self._alone:
+            super().store_flos()
 
     def _load_best_model(self) -> None:
         self._update.step = self.state.global_step  # from here on the weights are those of another step
@@ -935,6 +1040,22 @@ class DAMTrainer(BaseTrainer):
             metrics.update({f"{prefix}_{k}": v for k, v in found.items()})
         metrics.update(speed_metrics(prefix, start, num_samples=len(predictions)))
         return metrics, predictions, labels
+
+
+def _multiple(args: DAMConfig, denoiser: Denoiser) -> int:
+    """What prompt and completion together are a multiple of.
+
+    Raises:
+        ValueError: whole blocks are asked for of a model that has none, counted from the sequence's start.
+    """
+    blocks = blocks_of(denoiser)
+    if not args.whole_blocks:
+        return 1
+    if blocks is None or blocks.origin != "sequence":
+        raise ValueError(
+            "whole_blocks is for models whose attention has blocks from the sequence's start (SDAR, LLaDA 2)"
+        )
+    return blocks.length
 
 
 def _own(of_orders: Tensor, kept: Tensor, drawn_by_model: int) -> Tensor:

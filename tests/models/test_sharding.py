@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from dam.models import MaskedLM
+from dam.models import MaskedLM, sharding
 from tests import ranks
 from tests.models.sharded_run import RATE, model
 
@@ -76,6 +77,28 @@ def test_a_head_divided_by_zero_3_is_that_of_the_whole_model(tmp_path):
                 assert torch.equal(seen["final"], plain["final"]), (name, way)
                 torch.testing.assert_close(seen["losses"], plain["losses"], rtol=1e-6, atol=1e-6)
                 torch.testing.assert_close(seen["weights"], plain["weights"], rtol=1e-5, atol=1e-6, msg=f"{name} {way}")
+
+
+def test_a_part_that_cpu_offload_keeps_on_the_host_is_gathered_where_the_others_are(monkeypatch):
+    """A stand-in for FSDP2's parameter under CPUOffloadPolicy, which takes a GPU."""
+    at = []
+
+    class Part:
+        device, device_mesh = torch.device("cpu"), types.SimpleNamespace(device_type="cuda", ndim=1)
+
+        def to(self, device):
+            at.append(device)
+            return self
+
+        def full_tensor(self, grad_placements):
+            at.append("gathered")
+            return torch.ones(2)
+
+    monkeypatch.setattr(sharding, "is_divided", lambda parameter: True)
+    assert torch.equal(sharding.whole(Part()), torch.ones(2))
+    Part.device = torch.device("cuda")
+    sharding.whole(Part())
+    assert at == ["cuda", "gathered", "gathered"]
 
 
 @recent

@@ -2,19 +2,24 @@
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed._functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dam
+from dam.backends import choice
 from dam.ops import _group
 from tests import ranks
 from tests.ops.helpers import integers, normal
@@ -54,6 +59,9 @@ class Inputs:
         self.weight = normal(rows, 4, seed=7)
         self.weight[:, 1] = 0.0
         self.base_weight, self.row_scale = normal(rows, seed=8).abs(), normal(rows, seed=9).abs()
+        # Weights that add up to nothing on one destination, which the ops over rows make unreachable.
+        self.target[1, 2:], self.weight[1, 2:] = ends[-1] - 2, torch.tensor([0.5, -0.5])
+        self.base_weight[1] = 0.0
         exclude = integers(-1, columns, rows, seed=10)
         exclude[0] = self.target[0, 0]
         suppress = [0, ends[0], columns - 1, int(self.target[-1, 0].clamp(min=0))]
@@ -113,7 +121,9 @@ def linear_results(inputs, part, options, adapts, **over):
 
 def row_results(inputs, part, options, **over):
     """The same of the ops over rows of logits."""
-    logits = (inputs.hidden @ inputs.head.t() + inputs.bias)[:, part].clone().requires_grad_()
+    logits = inputs.hidden @ inputs.head.t() + inputs.bias
+    logits[1, inputs.target[1, 2]] = -torch.inf
+    logits = logits[:, part].clone().requires_grad_()
     base = (inputs.base_hidden @ inputs.base_head.t())[:, part]
     common = {**options, **over}
     log_prob = dam.log_prob(logits, inputs.target, **common)
@@ -201,13 +211,28 @@ def equal(folder, rank, count):
         compare(rank, CUTS[count][0], 3, torch.bfloat16, 20, ("left out",))
 
 
+def rounded_once(folder, rank, count):
+    """Gradients of bfloat16 hidden states: the sum over ranks is rounded, and not what each rank adds to it."""
+    ends = CUTS[count][0]
+    inputs, part = Inputs(ends, 6, torch.bfloat16), shard(ends, rank)
+    target = inputs.target.clamp(min=0)
+    exact = inputs.hidden.double().requires_grad_()
+    with dam.backend("torch"):
+        dam.linear_log_prob(exact, inputs.head.double(), target).sum().backward()
+    hidden = inputs.hidden.clone().requires_grad_()
+    dam.linear_log_prob(hidden, inputs.head[part], target, group=dist.group.WORLD).sum().backward()
+    error = (hidden.grad.double() - exact.grad).abs()
+    # Half a unit of the last place, and float32's sums.
+    assert (error <= 2.0**-8 * exact.grad.abs() + 1e-6 * exact.grad.abs().max()).all(), error.max()
+
+
 def equal_cuda(folder, rank, count):
-    with dam.backend("cuda"):
+    with torch.device(choice.DEVICE_TYPE["cuda"]), dam.backend("cuda"):
         compare(rank, CUTS[count][0], 2, torch.float32, 12)
 
 
 def equal_triton(folder, rank, count):
-    with dam.backend("triton"):
+    with torch.device(choice.DEVICE_TYPE["triton"]), dam.backend("triton"):
         compare(rank, (1030, 1100), 2, torch.float32, 6, ("left out",))
 
 
@@ -261,6 +286,17 @@ def dtensors(folder, rank, count):
             dam.linear_log_prob(inputs.hidden, head, inputs.target, inputs.bias)
         with refuses(ValueError, "DTensor head_weight must be sharded along dimension 0"):
             dam.linear_log_prob(hidden, divided(inputs.head, 0).redistribute(placements=[Replicate()]), inputs.target)
+        if count == 2:
+            square = init_device_mesh("cpu", (2, 1))
+            a, b = (
+                DTensor.from_local(x[part], square, [Shard(0), Replicate()], shape=x.shape, stride=x.stride())
+                for x in (inputs.head, inputs.bias)
+            )
+            loss = dam.linear_matching_loss(inputs.hidden, a, inputs.target, inputs.weight, b)
+            assert_near(loss, expected.detach(), 1e-5, "loss on a mesh of two dimensions")
+            b = DTensor.from_local(inputs.bias, square, [Replicate(), Shard(0)])
+            with refuses(ValueError, "bias must be divided as head_weight is, on the same mesh"):
+                dam.linear_log_prob(inputs.hidden, a, inputs.target, b)
         del whole
 
 
@@ -268,8 +304,9 @@ def other_maps(folder, rank, count):
     """A DTensor that says something else on one rank."""
     mesh = init_device_mesh("cpu", (count,))
     columns = 8 + 2 * count * (rank == 1)
+    each = -(-columns // count)
     head = DTensor.from_local(
-        torch.ones(-(-columns // count), 2),
+        torch.ones(min(each, columns - each * rank), 2),
         mesh,
         [Shard(0)],
         shape=torch.Size((columns, 2)),
@@ -278,6 +315,94 @@ def other_maps(folder, rank, count):
     )
     with refuses(ValueError, "shard map|tell different columns|columns"):
         dam.linear_log_prob(torch.ones(1, 2), head, torch.zeros(1, dtype=torch.int64))
+    # One whose parts are other than it says, and one that knows ranks by other numbers.
+    local = torch.ones(2 + (rank == 0) - (rank == 1), 2)
+    head = DTensor.from_local(local, mesh, [Shard(0)], shape=(2 * count, 2), stride=(2, 1), run_check=False)
+    if rank <= 1:
+        with refuses(ValueError, "must be divided as torch.chunk divides"):
+            dam.linear_log_prob(torch.ones(1, 2), head, torch.zeros(1, dtype=torch.int64))
+    turned = DeviceMesh("cpu", torch.arange(count).flip(0))
+    head = DTensor.from_local(torch.ones(2, 2), turned, [Shard(0)], run_check=False)
+    with refuses(ValueError, "must have ranks in the order of their group's"):
+        dam.linear_log_prob(torch.ones(1, 2), head, torch.zeros(1, dtype=torch.int64))
+
+
+def wrapped(folder, rank, count):
+    """Tensors whose own memory does not hold their numbers, as tensor-parallel layers hand them on."""
+    whole = normal(4, 3 * count, seed=1)
+    part, target, group = whole[:, 3 * rank : 3 * rank + 3].contiguous(), integers(0, 3 * count, 4, 2), dist.group.WORLD
+    expected = dam.log_prob(whole, target)
+    waits = functional.AsyncCollectiveTensor(part.clone().requires_grad_())
+    negated = torch._neg_view(-part)
+    for logits in (waits, negated):
+        torch.testing.assert_close(dam.log_prob(logits, target, group=group), expected)
+        assert torch.equal(dam.jump(logits, seed=1, group=group).target, dam.jump(whole, seed=1).target)
+    dam.log_prob(waits, target, group=group).sum().backward()
+    plain = whole.requires_grad_()
+    dam.log_prob(plain, target).sum().backward()
+    torch.testing.assert_close(waits.grad, plain.grad[:, 3 * rank : 3 * rank + 3])
+    with refuses(TypeError, "logits must be a plain tensor or a DTensor; got TwoTensor"):
+        dam.log_prob(TwoTensor(part, part), target, group=group)
+
+
+def kept(folder, rank, count):
+    """What a backward pass needs is kept where torch frees it, and its gradient has none."""
+    logits, target = normal(4, 5, seed=rank).requires_grad_(), integers(0, 5 * count, 4, 1)
+    hidden, head = normal(4, 8, seed=1).requires_grad_(), normal(5, 8, seed=rank)
+    weight, of_row, over = torch.ones(4, 1), torch.ones(4), {"group": dist.group.WORLD}
+
+    def loss_of(logits, hidden, base):
+        of_base = {"base_logits": base[:, :5], "base_weight": of_row}
+        of_states = {"base_hidden": base, "base_head_weight": head, "base_weight": of_row}
+        return (
+            dam.log_prob(logits, target, **over).sum()
+            + dam.matching_loss(logits, target, weight, **of_base, **over)
+            + dam.linear_log_prob(hidden, head, target, **over).sum()
+            + dam.linear_matching_loss(hidden, head, target, weight, **of_states, **over)
+        )
+
+    def moved(x):
+        return x.detach().clone()
+
+    tensors = [logits * 2, hidden * 2, normal(4, 8, seed=3)]
+    alive = [weakref.ref(x) for x in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda x: x):
+        loss = loss_of(*tensors)
+    del tensors
+    gc.collect()
+    assert [x() for x in alive] == [None] * 3
+    loss.backward()
+    expected, logits.grad = logits.grad, None
+    loss_of(logits * 2, hidden * 2, normal(4, 8, seed=3)).backward()
+    assert torch.equal(logits.grad, expected)
+    (gradient,) = torch.autograd.grad(dam.log_prob(logits, target, **over).sum(), logits, create_graph=True)
+    with refuses(RuntimeError, "log_prob: over a group its gradient has no gradient"):
+        gradient.square().sum().backward()
+
+
+def edges(folder, rank, count):
+    """No rows at all; rows with +inf, which have no distribution; log-probabilities that sums over ranks round up."""
+    group, target = dist.group.WORLD, integers(0, 4 * count, 3, 2)
+    logits = normal(3, 4, seed=rank)
+    if rank == 0:
+        logits[1, 2] = torch.inf
+    logits.requires_grad_()
+    for backend in ("torch", "cpu"):
+        with dam.backend(backend):
+            none = dam.jump(logits[:0], seed=1, num_samples=2, group=group)
+            assert [list(x.shape) for x in none] == [[0, 2], [0, 2], [0]]
+            found = dam.log_prob(logits, target, group=group)
+            assert found.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+            loss = dam.matching_loss(logits, target, torch.ones(3, 2), reduction="none", group=group)
+            assert loss.isnan().tolist() == [False, True, False]
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+            assert gradient[1].isnan().any() and gradient[[0, 2]].isfinite().all()
+            # Of one that can be reached, among ranks that round its share otherwise.
+            only = torch.full((200, 4), -torch.inf)
+            only[:, 0] = torch.linspace(-40.0, 40.0, 200) - 60.0 * rank
+            drawn = dam.jump(only, seed=1, temperature=0.7, group=group)
+            assert (drawn.log_prob <= 0.0).all() and drawn.target.tolist() == [0] * 200
+            assert (dam.log_prob(only, torch.zeros(200, 1, dtype=torch.int64), group=group) <= 0.0).all()
 
 
 @contextlib.contextmanager
@@ -395,6 +520,9 @@ def disagree(folder, rank, count):
     target, over, odd = integers(0, 100, rows, 2), {"group": dist.group.WORLD}, rank == count - 1
     told = "the ranks of the group made different calls: "
     more = slice(0, rows - odd)
+    lora = dam.LoRA(normal(2, 8, seed=2), normal(50, 2, seed=rank), 1.0)
+    weight, of_row = torch.ones(rows, 2), torch.ones(rows)
+    of_base = {"base_logits": logits, "base_weight": of_row}
     cases = {
         "rows: .*3 on rank": lambda: dam.log_prob(logits[more], target[more], **over),
         "rows: 1 on rank 0; 1 on rank 1; 20000 on rank 2": lambda: dam.log_prob(
@@ -411,6 +539,25 @@ def disagree(folder, rank, count):
         "hidden differs. Each rank must have the same rows": lambda: dam.linear_log_prob(
             hidden + odd, head, target, **over
         ),
+        "indices, seed": lambda: dam.log_prob(logits[:1], torch.tensor([[3, 2] if odd else [0, 3]]), **over),
+        "indices, seed or": lambda: dam.log_prob(
+            logits, target, suppress=torch.arange(50 * count) % 7 == (3 if odd else 4), **over
+        ),
+        "settings: differ.*": lambda: dam.linear_log_prob(hidden, head, target, softcap=5.0 + odd, **over),
+        "settings: .*": lambda: dam.linear_log_prob(hidden, head, target, lora=None if odd else lora, **over),
+        "lora.a, or lora.scale, differs": lambda: dam.linear_log_prob(
+            hidden, head, target, lora=lora._replace(a=lora.a + odd), **over
+        ),
+        "lora.a, or lora.scale, dif": lambda: dam.linear_log_prob(
+            hidden, head, target, lora=lora._replace(scale=1.0 + odd), **over
+        ),
+        "setting": lambda: dam.matching_loss(logits, target, weight, **({} if odd else of_base), **over),
+        "weight differs": lambda: dam.matching_loss(logits, target, weight + odd, **over),
+        "base_weight differs": lambda: dam.matching_loss(
+            logits, target, weight, **{**of_base, "base_weight": of_row + odd}, **over
+        ),
+        "row_scale differs": lambda: dam.matching_loss(logits, target, weight, row_scale=of_row + odd, **over),
+        "row_scale dif": lambda: dam.matching_loss(logits, target, weight, row_scale=of_row if odd else None, **over),
         "hidden differs": lambda: dam.linear_log_prob(hidden.flip(0) if odd else hidden, head, target, **over),
         "settings: differ": lambda: dam.log_prob(logits.clone().requires_grad_(odd), target, **over),
     }
@@ -428,6 +575,8 @@ def argues(folder, rank, count):
         dam.jump(logits, group=group)
     with refuses(ValueError, "entropy is not given over a group"):
         dam.log_prob(logits, target, entropy=True, group=group)
+    with refuses(ValueError, "log_prob: temperature must be in"):
+        dam.log_prob(logits, target, temperature=0, group=group)
     with refuses(TypeError, "group must be a torch.distributed process group; got str"):
         dam.log_prob(logits, target, group="tensor")
     with refuses(ValueError, f"target must be -1 or in .0, {4 * count}.; got {4 * count}"):

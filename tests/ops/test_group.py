@@ -1,39 +1,46 @@
 """Ops over vocabularies whose columns the ranks of a process group share: what one rank with all of them says."""
 
 import pytest
+import torch
 
+from dam.ops import _group
 from tests import ranks
+from tests.ops.helpers import normal
 
 RUN = "tests.ops.group_run"
+UNUSUAL = ("wrapped", "kept", "edges")  # tensors, backward passes, rows
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_values_gradients_and_draws_are_those_of_one_rank(count, tmp_path):
-    """To rounding, and draws to the bit, wherever columns are divided; targets on both sides of each rank's end."""
-    ranks.succeed(RUN, count, tmp_path, "equal", "dtensors")
+def test_two_ranks_say_what_one_does(tmp_path):
+    """Values and gradients to rounding and draws to the bit, wherever columns are divided, 10^5 draws of each op among
+    them; one collective each way, of sizes that no vocabulary changes, and no array of more than a rank's share."""
+    ranks.succeed(
+        RUN, 2, tmp_path, "equal", "rounded_once", "many_draws", "dtensors", "wire", "shares", "compiled", *UNUSUAL
+    )
 
 
-@pytest.mark.parametrize("case", ["equal_cuda", "equal_triton"])
-def test_every_backend_shares_columns(case, tmp_path):
-    ranks.succeed(RUN, 2, tmp_path, case)
+def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
+    """And calls that differ are told apart on every rank."""
+    cases = ("equal", "rounded_once", "many_draws", "dtensors", "disagree", "argues", "other_maps")
+    ranks.succeed(RUN, 3, tmp_path, *cases)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_hundred_thousand_draws_are_equal_to_the_bit(count, tmp_path):
-    ranks.succeed(RUN, count, tmp_path, "many_draws")
+def test_every_backend_shares_columns(tmp_path):
+    ranks.succeed(RUN, 2, tmp_path, "equal_cuda", "equal_triton")
 
 
-def test_what_goes_over_the_wire_and_what_is_allocated(tmp_path):
-    """One collective each way, of sizes that no vocabulary or width changes; no array of more than a rank's share."""
-    ranks.succeed(RUN, 2, tmp_path, "wire", "shares")
-
-
-def test_calls_that_differ_are_told_apart_on_every_rank(tmp_path):
-    ranks.succeed(RUN, 3, tmp_path, "disagree", "argues", "other_maps")
-
-
-def test_compiled_code_calls_them(tmp_path):
-    ranks.succeed(RUN, 2, tmp_path, "compiled")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hidden_states_that_differ_by_rounding_pass(dtype):
+    """Also of many rows that are alike, whose sums 16 bits do not hold; other rows do not."""
+    common, apart = normal(1, 64, seed=0).abs() + 1.0, 0.3 * normal(20_000, 64, seed=1)
+    states = common + apart
+    first = _group._sums_of(states.to(dtype))
+    assert first.isfinite().all()
+    bound = _group._TOLERANCE * first[-1]
+    rounded = _group._sums_of((states * (1 + 2**-9 * normal(20_000, 64, seed=2))).to(dtype))
+    assert (rounded - first)[:-1].abs().max() < 0.5 * bound
+    others = _group._sums_of((common + apart.flip(0)).to(dtype))
+    assert (others - first)[:-1].abs().max() > 2 * bound
 
 
 @pytest.mark.parametrize("case", ["killed", "raises"])

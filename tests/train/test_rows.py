@@ -65,6 +65,16 @@ def test_a_row_s_own_attention_mask_is_kept():
     assert read({"input_ids": [3, MASK]}).attention_mask == [1, 1]
 
 
+def test_a_completion_ends_with_a_block_where_it_is_to():
+    """Counted from the prompt's first token that is shown; what a row gives as a whole stays as it is."""
+    reads = RowReader(MASK, 3, multiple=4).read
+    lengths = {n: len(reads({"prompt": [3] * n}, "row 4").input_ids) for n in range(1, 6)}
+    assert lengths == {1: 4, 2: 8, 3: 8, 4: 8, 5: 8}
+    hidden = reads({"prompt": [1, 3, 4], "attention_mask": [0, 1, 1]}, "row 4")
+    assert hidden.input_ids == [1, 3, 4] + 6 * [MASK] and hidden.attention_mask == [0] + 8 * [1] and hidden.start == 3
+    assert reads({"input_ids": [3, MASK]}, "row 4").input_ids == [3, MASK]
+
+
 @pytest.mark.parametrize("name", ["prompt_length", "start", "labels", "openings", "attention"])
 def test_any_other_name_is_the_user_s(name):
     """Nothing of ours goes by the name of a column."""
