@@ -63,6 +63,7 @@ OPTIONAL = (
     "transformers",
     "accelerate",
     "peft",
+    "deepspeed",
     "matplotlib",
     "tqdm",
     "yaml",

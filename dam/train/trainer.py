@@ -85,7 +85,7 @@ from dam.train.sampling import Sampler
 from dam.train.terminal import show
 from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
-from dam.train.zero import check_checkpoint, check_whole, check_zero
+from dam.train.zero import check_checkpoint, check_whole, check_zero, with_own_steps
 
 # Entries of a group that has one for each of its trajectories.
 _OF_TRAJECTORIES = ("final", "weight", "first", "position", "call")
@@ -330,6 +330,7 @@ class DAMTrainer(BaseTrainer):
         self._update = UpdateBegun()
         self.add_callback(self._update)
         self.add_callback(OnBegin(self._evaluate_at_the_end))
+        self.add_callback(OnBegin(self._part_steps))
         self._average: WeightAverage | None = None
         if args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -828,6 +829,13 @@ class DAMTrainer(BaseTrainer):
         config: Any = self.accelerator.state.deepspeed_plugin.deepspeed_config
         universal = config.get("checkpoint", {}).get("load_universal", False)
         return check_checkpoint(checkpoint, self.args.world_size, universal)
+
+    def _part_steps(self) -> None:
+        """Once DeepSpeed has loaded a checkpoint."""
+        if self.is_deepspeed_enabled:
+            engine: Any = self.deepspeed
+            # In stage 0 it is the optimizer itself.
+            with_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model has its averaged weights, where there are such."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dam.models.sharding import is_partitioned
 
@@ -71,26 +71,44 @@ def check_checkpoint(folder: str, processes: int | None, universal: bool = False
     Raises:
         ValueError: it cannot; the message says how.
     """
-    parts = glob.glob(os.path.join(folder, "global_step*", "*zero_pp_rank_*_optim_states.pt"))
-    ranks = {match[1] for part in parts if (match := re.search(r"zero_pp_rank_(\d+)_", os.path.basename(part)))}
+    steps = glob.glob(os.path.join(folder, "global_step*"))
+    parts = [os.path.basename(part) for step in steps for part in glob.glob(os.path.join(step, "*_optim_states.pt"))]
+    ranks = len({match[1] for part in parts if (match := re.search(r"zero_pp_rank_(\d+)_", part))})
     if processes is None:
-        if ranks:
+        if steps:
             raise ValueError(
                 f"{folder!r} was saved under DeepSpeed, which has the optimizer's state: resume under DeepSpeed, by as "
-                f"many processes ({len(ranks)}), or begin a new run from its weights"
+                f"many processes ({ranks}), or begin a new run from its weights"
             )
     elif universal:
         if not os.path.exists(os.path.join(folder, "latest_universal")):
-            raise ValueError(
-                f"{folder!r} has no universal checkpoint: make one of it by python -m "
-                "deepspeed.checkpoint.ds_to_universal"
-            )
-    elif not ranks:
+            raise ValueError(f"{folder!r} has no universal checkpoint: {_converting(folder)}")
+    elif not steps:
         raise ValueError(
             f"{folder!r} was not saved under DeepSpeed: resume without it, or begin a new run from its weights"
         )
-    elif len(ranks) != processes:
+    elif ranks not in (0, processes):  # none in stage 0, which divides nothing
         raise ValueError(
-            f"{folder!r} was saved by {len(ranks)} processes under DeepSpeed, whose parts of the optimizer's state "
-            f"this run of {processes} cannot take: resume with {len(ranks)}"
+            f"{folder!r} was saved by {ranks} processes under DeepSpeed, whose parts of the optimizer's state this run "
+            f"of {processes} cannot take: resume with {ranks}, or make a universal checkpoint of it and set "
+            f"checkpoint: {{load_universal: true}} in DeepSpeed's configuration: {_converting(folder)}"
         )
+
+
+def _converting(folder: str) -> str:
+    """The command that makes DeepSpeed's universal checkpoint of one."""
+    step = os.path.join(folder, "global_stepN")
+    for found in sorted(glob.glob(os.path.join(folder, "global_step*"))):
+        step = found.removesuffix("_universal")
+    command = "python -m deepspeed.checkpoint.ds_to_universal"
+    return f"{command} --input_folder {step} --output_folder {step}_universal"
+
+
+def with_own_steps(optimizer: Any) -> None:
+    """Gives each parameter of a torch optimizer a count of steps of its own.
+
+    Where DeepSpeed loads a universal checkpoint they share a tensor, which would be counted up once for each.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()

@@ -68,7 +68,7 @@ def assert_is_that_of_one(output, found, alone, stage):
                 padding = [int((group["attention_mask"] == 0).sum()) for group in (ours, theirs)]
                 assert torch.equal(ours["final"][:, padding[0] :], theirs["final"][:, padding[1] :]), name
                 torch.testing.assert_close(ours["weight"], theirs["weight"], rtol=1e-4, atol=1e-5)
-            assert one["eval_reward"] == pytest.approx(seen["eval_reward"]), name
+            assert torch.equal(one["filled_in"], seen["filled_in"]), name
         for ours, theirs in zip(one["logged"], processes[0]["logged"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), name
         of_one, of_all = weights(saved), weights(output / name / "saved")
@@ -77,34 +77,61 @@ def assert_is_that_of_one(output, found, alone, stage):
             torch.testing.assert_close(of_all[key], value, rtol=0.0, atol=1e-5, msg=f"{name} {key}")
 
 
-def test_a_run_divided_by_zero_3_is_that_of_one_process(tmp_path, alone):
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    output = tmp_path_factory.mktemp("divided")
+    return output, launched(output, 3, 2, ("whole", "whole-resumed", "ended", "adapted"))
+
+
+@pytest.mark.slow
+def test_a_run_divided_by_zero_3_is_that_of_one_process(divided, alone):
     """Rows need different numbers of network calls, end early, and are padded; with an adapter, whose base is the model
     itself; of a resumed run; and what is saved is a model that from_pretrained loads."""
-    cases = ("whole", "whole-resumed", "ended", "adapted")
-    found = launched(tmp_path, 3, 2, cases)
-    assert_is_that_of_one(tmp_path, found, alone, 3)
-    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole" / "saved").state_dict()
+    output, found = divided
+    assert_is_that_of_one(output, found, alone, 3)
+    loaded = AutoModelForMaskedLM.from_pretrained(output / "whole" / "saved").state_dict()
     one = AutoModelForMaskedLM.from_pretrained(alone("whole")[1]).state_dict()
     torch.testing.assert_close(loaded, one, rtol=0.0, atol=1e-5)
 
 
-def test_a_run_divided_by_zero_2_among_three_is_that_of_one_process(tmp_path, alone):
-    found = launched(tmp_path, 2, 3, ("whole", "whole-resumed", "adapted"))
+@pytest.mark.slow
+def test_a_run_goes_on_in_more_processes_from_a_universal_checkpoint(divided, alone):
+    output, _ = divided
+    checkpoint = output / "whole" / "checkpoint-4"
+    check_checkpoint(str(checkpoint), 2)
+    with pytest.raises(
+        ValueError, match=r"was saved by 2 processes under DeepSpeed.*resume with 2, or make a universal"
+    ):
+        check_checkpoint(str(checkpoint), 3)
+    with pytest.raises(
+        ValueError, match=r"has no universal checkpoint: .*ds_to_universal --input_folder .*global_step4"
+    ):
+        check_checkpoint(str(checkpoint), 3, universal=True)
+    step = checkpoint / "global_step4"
+    folders = ["--input_folder", step, "--output_folder", f"{step}_universal"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--num_extract_workers", "1"]
+    subprocess.run([*command, "--num_merge_workers", "1"], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert_is_that_of_one(output, launched(output, 3, 3, ("whole-universal",)), alone, 3)
+
+
+@pytest.mark.slow
+def test_a_run_divided_by_zero_2_is_that_of_one_process(tmp_path, alone):
+    found = launched(tmp_path, 2, 2, ("whole", "adapted"))
     assert_is_that_of_one(tmp_path, found, alone, 2)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
-    check_checkpoint(checkpoint, 3)
-    with pytest.raises(ValueError, match=r"was saved by 3 processes under DeepSpeed.*resume with 3"):
-        check_checkpoint(checkpoint, 2)
     trainer = trainer_of(tmp_path / "again")
-    with pytest.raises(ValueError, match=r"was saved under DeepSpeed.*by as many processes \(3\)"):
-        trainer.train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"was saved under DeepSpeed.*by as many processes \(2\)"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert trainer.state.global_step == 0
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("stage", "processes"), [(2, 2), (3, 3)])
+@pytest.mark.parametrize(("stage", "processes"), [(2, 3), (3, 2), (3, 3)])
 def test_on_other_numbers_of_processes(tmp_path, alone, stage, processes):
-    cases = ["adapted", "adapted-resumed", *(["accumulated"] if processes == 2 else ["whole", "ended"])]
+    cases = [
+        "adapted",
+        "adapted-resumed",
+        *(["accumulated"] if processes == 2 else ["whole", "whole-resumed", "ended"]),
+    ]
     assert_is_that_of_one(tmp_path, launched(tmp_path, stage, processes, cases), alone, stage)
 
 

@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig
 
 from dam.train import DAMTrainer
-from tests.train.process_run import model
+from tests.train.process_run import model as untrained
 from tests.train.tiny import sum_reward, tiny_config
 
 # Of several lengths and numbers of masks, so that processes need different numbers of network calls.
 PROMPTS = [{"input_ids": [1 + n % 3] * (1 + n % 2) + [0] * (2 + n % 4)} for n in range(12)]
 ASKED = [{"prompt": [1 + n % 3] * (1 + n % 2)} for n in range(12)]
-# Not as many for each process; masks differ in what is beside them, as of equally likely ones rounding chooses.
+# Not as many for each process.
 HELD_OUT = [{"input_ids": [2, 0, 3, 0, 1, 0, 2][: 3 + n]} for n in range(5)]
 LORA = {"r": 2, "target_modules": ["Wqkv", "decoder"], "init_lora_weights": False}
 ADAPTER = {"peft_config": LoraConfig(**LORA)}
@@ -27,6 +27,16 @@ CASES = {
     "adapted": {"max_steps": 4, "save_steps": 2, **ADAPTER},
     "accumulated": {"max_steps": 2, "gradient_accumulation_steps": 3},
 }
+
+
+def model():
+    """One whose predictions differ from place to place, so that rounding does not choose between equal ones."""
+    network = untrained()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if "attn" in name or "mlp" in name:
+                weight *= 8.0
+    return network
 
 
 def trainer_of(output, *, processes=1, rows=PROMPTS, peft_config=None, **changes):
@@ -56,16 +66,17 @@ def told(trainer):
     return {
         "groups": trainer.progress.replay.state_dict()["groups"],
         "logged": [entry for entry in logged if "loss" in entry],
-        "eval_reward": trainer.evaluate()["eval_reward"],
+        "filled_in": torch.from_numpy(trainer.predict(HELD_OUT).predictions),
     }
 
 
-def ran(output, case, *, resume=None, **more):
+def ran(output, case, *, resume=None, universal=False, **more):
     """A run of a case; the model that it ends with is in OUTPUT/saved."""
     trainer = trainer_of(output, **more, **CASES[case])
-    if trainer.is_deepspeed_enabled:  # nothing so small is kept whole
+    if trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # nothing so small is kept whole
+        config["checkpoint"] = {"load_universal": universal}
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(f"{output}/saved")
     return trainer
@@ -78,9 +89,12 @@ def main(output, *cases):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name in cases:
-        case, _, resumed = name.partition("-")
+        case, _, resumed = name.partition(
+            "-"
+        )  # by "resumed", or by "universal" from what another number of processes left
         resume = f"{output}/{case}/checkpoint-{CASES[case].get('save_steps', 4)}" if resumed else None
-        trainer = ran(f"{output}/{name}", case, processes=processes, resume=resume)
+        options = {"processes": processes, "resume": resume, "universal": resumed == "universal"}
+        trainer = ran(f"{output}/{name}", case, **options)
         stage = trainer.deepspeed.zero_optimization_stage()
         held = sum(each.numel() for each in trainer.model.parameters())
         torch.save({**told(trainer), "stage": stage, "held": held}, f"{output}/{name}-{rank}.pt")
