@@ -5,6 +5,7 @@ import torch
 from tiny import MASK, ROWS, rotary_model, sum_reward, tiny_config
 
 from dam.decoding import Decoding
+from dam.engines import in_process
 from dam.models import MaskedLM
 from dam.rollout import rollout
 from dam.train import DAMTrainer, sampling
@@ -25,7 +26,7 @@ class Calls:
             self.found.append(rollout(denoiser, tokens, process, **options))
             return self.found[-1]
 
-        monkeypatch.setattr(sampling, "rollout", recorded)
+        monkeypatch.setattr(in_process, "rollout", recorded)
 
     def watch(self, model):
         model.register_forward_pre_hook(
@@ -111,7 +112,7 @@ def test_options_of_decoding_reach_the_rollouts_of_evaluation_only(tmp_path, mon
     trainer.train()
     assert len(calls.options) == 2  # the model's and the base's
     for given in calls.options:
-        assert given["decoding"] is None and given["temperature"] == 1.0 and given["steps"] == 2
+        assert given["decoding"] == Decoding() and given["steps"] == 2
 
 
 def test_thresholds_set_the_calls_of_evaluation(tmp_path, monkeypatch):
