@@ -171,8 +171,7 @@ def assert_same(ours, theirs):
     torch.testing.assert_close(ours.log_prob, theirs.log_prob, rtol=0.0, atol=2e-4)  # sums of float32, of 5 positions
 
 
-@pytest.mark.parametrize("temperature", [0.7, 0.0])
-@pytest.mark.parametrize("waits", [(), (0, 2, 1, 5, 0)])
+@pytest.mark.parametrize(("temperature", "waits"), [(0.7, (0, 2, 1, 5, 0)), (0.0, ())])
 def test_draws_are_those_of_this_process_whoever_shares_a_batch(hook, tmp_path, temperature, waits):
     model = small_model()
     given = {**ARGUMENTS, "temperature": temperature, "canvas_length": CANVAS}

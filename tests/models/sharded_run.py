@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from dam.adjoint import estimator_loss, group_targets
 from dam.ctmc import MaskedCTMC
+from dam.engines import served_parameters
 from dam.models import MaskedLM
 from dam.rollout import rollout
 from tests.architectures import small_sizes
@@ -65,6 +66,7 @@ def main(output):
                     fully_shard(network.cls.predictions.decoder, mesh=mesh)
                 fully_shard(network, mesh=mesh, reshard_after_forward=again)
                 found[f"own unit {own}, resharded {again}, tied {tied}"] = seen(network, rank)
+    found["sent"] = dict(served_parameters(network))
     other = model(False)
     layer = other.cls.predictions.decoder
     layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))

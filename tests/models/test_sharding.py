@@ -26,6 +26,9 @@ def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert "not by rows of the vocabulary: plan that layer as ColwiseParallel" in found.pop("refused")
+        # What an engine is sent are whole parameters, by their names.
+        sent, own = found.pop("sent"), dict(model(True).named_parameters())
+        assert sent.keys() == own.keys() and all(torch.equal(sent[name], own[name]) for name in own)
         whole = {tied: found.pop(f"whole {tied}") for tied in (False, True)}
         assert len(found) == 6
         for name, seen in found.items():
