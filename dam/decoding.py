@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dam.ctmc import MaskedCTMC
-from dam.ops import _rows
+from dam.ops import _group, _rows
 from dam.ops._head import Head
 from dam.ops.entropy import entropy
 from dam.ops.jump import jump
@@ -211,6 +211,11 @@ def token_log_prob(hidden: Tensor, token: Tensor, head: Head, process: MaskedCTM
 def _logits(hidden: Tensor, head: Head, process: MaskedCTMC, decoding: Decoding) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of positions with their logits [chunk, V], -inf where a token is not drawn."""
     size = head.weight.shape[0]
+    if _group.is_dtensor(head.weight):
+        raise ValueError(
+            'top_k, top_p and orders "entropy" and "margin" look at all logits of a position, but processes share the '
+            "head's rows: leave them out, or the output layer out of the plan of tensor parallelism"
+        )
     never = [token for token in (process.excluded(size), *process.suppressed(size)) if token >= 0]
     columns = torch.tensor(never, dtype=torch.int64, device=hidden.device)
     # Logits and a comparison; and of sorted ones their indices and three arrays in float64, generously counted.

@@ -20,6 +20,17 @@ class Excluded(NamedTuple):
             return self
         return self._replace(row=self.row[rows])
 
+    def columns(self, columns: slice) -> Excluded:
+        """What of the set lies among these columns; the destinations of rows stay columns of all."""
+        return self if self.suppressed is None else self._replace(suppressed=self.suppressed[columns])
+
+    def shifted(self, first: int, count: int) -> Excluded:
+        """The destinations of rows as some of `count` columns from `first` on, -1 for those elsewhere."""
+        if self.row is None:
+            return self
+        row = self.row - first
+        return self._replace(row=row.where((row >= 0) & (row < count), -1))
+
     @property
     def arguments(self) -> dict[str, Any]:
         """As the kernels of `dam.kernels` take it."""

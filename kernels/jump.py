@@ -5,6 +5,8 @@ Contract: dam/ops/jump.py; random stream: dam/ops/_philox.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -268,6 +270,52 @@ def jump_kernel(
             tl.store(log_prob + at, logit, mask=valid)
 
 
+@triton.jit(do_not_specialize=["count", "samples", "seed_low", "seed_high"])
+def arrival_kernel(
+    target,  # [T, samples]
+    logit,  # [T, samples], of the targets
+    time,  # [T, samples], when their tiles arrived
+    row_ids,  # [T], or None
+    row_ids_stride,
+    seed,
+    seed_low,
+    seed_high,
+    arrival,  # float64 [T, samples, 2]
+    count,
+    samples,
+    scale_high,
+    scale_low,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The logarithms of when a draw's tile and the draw itself arrived."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < count
+    row = at // samples
+    row_id = row
+    if row_ids is not None:
+        row_id = tl.load(row_ids + row * row_ids_stride, mask=valid, other=0)
+    row_low, row_high = core.words_of(row_id)
+    key_low, key_high = core.seed_words(seed, seed_low, seed_high)
+    token = tl.load(target + at, mask=valid, other=-1)
+    x = tl.load(logit + at, mask=valid, other=-INF).to(tl.float64)
+    if GREEDY:
+        token_time = -x
+    else:
+        place = token % TILE
+        high, low, upper_high, upper_low = tl.philox_impl(
+            (token // TILE * HALF + place % HALF).to(tl.uint32), (at % samples).to(tl.uint32) + core.TOKEN_STREAM,
+            row_low, row_high, key_low, key_high,
+        )  # fmt: skip
+        upper = place >= HALF
+        noise = core.exponential(tl.where(upper, upper_high, high), tl.where(upper, upper_low, low))
+        token_time = tl.log(noise.to(tl.float64)) - core.float64_of(scale_high, scale_low) * x
+    nothing = token < 0
+    tile_time = tl.load(time + at, mask=valid, other=INF)
+    tl.store(arrival + 2 * at, tl.where(nothing, INF, tile_time), mask=valid)
+    tl.store(arrival + 2 * at + 1, tl.where(nothing, INF, token_time), mask=valid)
+
+
 class Draw:
     """Draws from rows whose logits come in one piece, or in chunks of whole tiles, one after another.
 
@@ -285,9 +333,10 @@ class Draw:
         row_ids: Tensor | None,
         check: bool,
         out: tuple[Tensor, ...] | None = None,
+        goes_on: bool = False,  # elsewhere, with tiles that are not seen here
     ):
         self.rows, self.columns, self.samples = like.shape[0], columns, num_samples
-        self.tiles = triton.cdiv(columns, TILE.value)
+        self.tiles = triton.cdiv(columns, TILE.value) + goes_on
         self.exclude, self.row_ids = exclude, row_ids
         self.greedy, self.scale = temperature == 0.0, core.scale_of(temperature)
         self.tile_max, self.tile_excess = core.summaries(like, self.tiles)
@@ -297,7 +346,7 @@ class Draw:
         # A seed on the device stays there, or reading it would wait for the device.
         on_device = seed.device == like.device and like.device.type != "cpu"
         low, high = (0, 0) if on_device else signed_words(int(seed))
-        self.seed = {"seed": seed if on_device else None, "seed_low": low, "seed_high": high}
+        self.seed: dict[str, Any] = {"seed": seed if on_device else None, "seed_low": low, "seed_high": high}
 
     def see(self, logits: Tensor, first: int = 0) -> None:
         """Takes the logits of the tiles from `first` on, [T, .]: all of the rest or a multiple of 1024 columns."""
@@ -363,3 +412,40 @@ def jump(
     draw = Draw(logits, logits.shape[1], exclude, temperature, num_samples, seed, row_ids, check)
     draw.see(logits)
     return draw.target, draw.log_prob, draw.log_escape, draw.lowest_bad()
+
+
+def jump_part(
+    logits: Tensor,  # [T, .], of the tiles from first_tile on
+    first_tile: int,
+    exclude: Excluded,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor,  # [T]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """target int64 [T, num_samples], arrival float64 [T, num_samples, 2] and log_escape float64 [T] of these tiles."""
+    # The kernels count columns from tile 0 on.
+    rows, before = logits.shape[0], first_tile * TILE.value
+    columns = before + logits.shape[1]
+    row = None if exclude.row is None else torch.where(exclude.row < 0, -1, exclude.row + before)
+    mask = None if exclude.suppressed is None else torch.nn.functional.pad(exclude.suppressed, (before, 0))
+    exclude = Excluded(row, mask)
+    draw = Draw(logits, columns, exclude, temperature, num_samples, seed, row_ids, False, goes_on=True)
+    # As if the tiles before had brought nothing.
+    draw.time = logits.new_full((rows, num_samples), INF.value, dtype=torch.float64)
+    draw.target.fill_(-1)
+    draw.log_prob.fill_(-INF.value)
+    draw.see(logits, first_tile)
+    arrival = logits.new_empty((rows, num_samples, 2), dtype=torch.float64)
+    count, BLOCK = rows * num_samples, 128
+    launch(
+        arrival_kernel, (triton.cdiv(count, BLOCK),), target=draw.target, logit=draw.log_prob, time=draw.time,
+        row_ids=row_ids, row_ids_stride=row_ids.stride(0), **draw.seed, arrival=arrival, count=count,
+        samples=num_samples, scale_high=draw.scale.scale_high, scale_low=draw.scale.scale_low, GREEDY=draw.greedy,
+        BLOCK=BLOCK,
+    )  # fmt: skip
+    seen = slice(first_tile, draw.tiles - 1)
+    scale = 1.0 / (temperature or 1.0)
+    tops, excess = draw.tile_max[:, seen].double(), draw.tile_excess[:, seen].double()
+    log_escape = torch.logsumexp(scale * tops + excess.log1p(), dim=1)
+    return torch.where(draw.target < 0, -1, draw.target - before), arrival, log_escape

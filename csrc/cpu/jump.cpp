@@ -17,6 +17,8 @@ class Race {
     time_ = fold(first_.time, [](auto a, auto b) { return a < b ? a : b; });
   }
 
+  double time() const { return time_; }
+
   int64_t winner() const {
     double index = HUGE_VAL;
     for (int i = 0; i < WIDE; ++i) {
@@ -30,20 +32,19 @@ class Race {
   double time_ = HUGE_VAL;
 };
 
-// The first tile to arrive; mass has zeros up to a multiple of WIDE.
-static int64_t race_tiles(const double* mass, int64_t count, Stream stream) {
-  if (count == 1) return 0;
+// Among a row's tiles, which are numbered from `first` on; mass has zeros up to a multiple of WIDE.
+static Race race_tiles(const double* mass, int64_t count, int64_t first, Stream stream) {
   Race race;
   for (int64_t k = 0; k < count; k += WIDE) {
-    const Words<u64> words = philox(iota<u64>() + static_cast<uint64_t>(k), stream);
+    const Words<u64> words = philox(iota<u64>() + static_cast<uint64_t>(first + k), stream);
     const f64 rate = load<f64>(mass + k);
     if (race.open(words.x, rate)) race.enter(words.x, words.y, rate, iota<f64>() + static_cast<double>(k));
   }
-  return race.winner();
+  return race;
 }
 
-// The first of a tile's `count` tokens to arrive, rates relative to anything; zeros up to the tile's width.
-static int64_t race_tokens(const float* rate, int64_t count, int64_t tile, Stream stream) {
+// Among the `count` tokens of the tile of this number, rates relative to anything; zeros up to the tile's width.
+static Race race_tokens(const float* rate, int64_t count, int64_t tile, Stream stream) {
   constexpr int HALF = TILE / 2;
   const auto rates = [&](int i) { return load_wide(rate + i); };
   Race race;
@@ -55,7 +56,7 @@ static int64_t race_tokens(const float* rate, int64_t count, int64_t tile, Strea
     if (race.open(words.x, near)) race.enter(words.x, words.y, near, iota<f64>() + static_cast<double>(i));
     if (race.open(words.z, far)) race.enter(words.z, words.w, far, iota<f64>() + static_cast<double>(i + HALF));
   }
-  return race.winner();
+  return race;
 }
 
 static int64_t argmax(const float* x, float max) {
@@ -64,43 +65,57 @@ static int64_t argmax(const float* x, float max) {
   return i;
 }
 
-// Draws the row's destinations; false if it cannot be sampled.
-template <class Element>
-static bool jump_row(const JumpArgs& a, int64_t t, int threads, Tiles tiles) {
+// A destination, and the logarithms of when its tile and it arrived; -1 and infinity for none.
+struct Drawn {
+  int64_t target = -1;
+  double tile = HUGE_VAL, token = HUGE_VAL;
+};
+
+// Draws the destinations of a row whose tiles are numbered from first_tile on, and calls store(sample, drawn, log_prob)
+// for each; false if it cannot be sampled. Without TIMED a race of one is none.
+template <bool TIMED, class Element, class Args, class Store>
+static bool draw_row(const Args& a, int64_t t, int64_t first_tile, int threads, Tiles tiles, Store store) {
   const Row<Element> row = row_of<Element>(a, a.logits, t);
   const bool greedy = a.temperature == 0.0;
   const double scale = greedy ? 1.0 : 1.0 / a.temperature;
   const Summary total = sum_row(row, scale, threads, tiles);
   const bool reachable = total.sum > 0.0;  // false for NaN
   const double log_sum = std::log(total.sum);
-  a.log_escape[t] = static_cast<float>(log_total(total, scale));
+  using Escape = std::decay_t<decltype(a.log_escape[0])>;
+  a.log_escape[t] = static_cast<Escape>(log_total(total, scale));
   for (int64_t k = tiles.count; k < a.scratch.length; ++k) tiles.sum[k] = 0.0;
 
   alignas(64) float buffer[TILE], rate[TILE];
   int64_t raced = -1;  // the tile that `rate` belongs to
   for (int64_t s = 0; s < a.num_samples; ++s) {
-    int64_t target = -1;
+    Drawn drawn;
     if (reachable && greedy) {
       int64_t tile = 0;
       while (tile < tiles.count - 1 && tiles.max[tile] != total.max) ++tile;
-      target = tile * TILE + argmax(row.template load_tile<true>(tile, buffer), static_cast<float>(total.max));
+      drawn.target = tile * TILE + argmax(row.template load_tile<true>(tile, buffer), static_cast<float>(total.max));
+      drawn.tile = drawn.token = -total.max;
     } else if (reachable) {
       const int64_t id = a.row_ids.data ? a.row_ids.data[t * a.row_ids.stride] : t;
       const uint32_t sample = static_cast<uint32_t>(s);
       Stream stream{a.seed, static_cast<uint64_t>(id), TILE_STREAM + sample};
-      const int64_t tile = race_tiles(tiles.sum, tiles.count, stream);
+      int64_t tile = 0;
+      if (TIMED || tiles.count > 1) {
+        const Race race = race_tiles(tiles.sum, tiles.count, first_tile, stream);
+        tile = race.winner();
+        if (TIMED) drawn.tile = std::log(race.time()) - scale * pivot(total.max);
+      }
+      const float p = static_cast<float>(pivot(tiles.max[tile]));
       if (tile != raced) {
         const float* x = row.template load_tile<true>(tile, buffer);
-        const float p = static_cast<float>(pivot(tiles.max[tile]));
         with_scale(scale, [&](auto factor) { scaled_exp_tile<false>(rate, x, row.width(tile), p, factor, 1.0f, x); });
         raced = tile;
       }
       stream.sample_stream = TOKEN_STREAM + sample;
-      target = tile * TILE + race_tokens(rate, row.count(tile), tile, stream);
+      const Race race = race_tokens(rate, row.count(tile), first_tile + tile, stream);
+      drawn.target = tile * TILE + race.winner();
+      if (TIMED) drawn.token = std::log(race.time()) - scale * p;
     }
-    a.target[t * a.num_samples + s] = target;
-    a.log_prob[t * a.num_samples + s] =
-        static_cast<float>(target < 0 ? -HUGE_VAL : scale * (row.at(target) - total.max) - log_sum);
+    store(s, drawn, drawn.target < 0 ? -HUGE_VAL : scale * (row.at(drawn.target) - total.max) - log_sum);
   }
   return reachable;
 }
@@ -110,10 +125,29 @@ int64_t jump(const JumpArgs& a) {
   with_element(a.shape.dtype, [&](auto element) {
     for_rows(a.shape, [&](int64_t t, int worker, int threads) {
       const Tiles tiles = scratch_tiles(a.scratch, worker, a.shape.columns);
-      if (!jump_row<decltype(element)>(a, t, threads, tiles)) first_bad.enter(t);
+      const auto store = [&](int64_t s, const Drawn& drawn, double log_prob) {
+        a.target[t * a.num_samples + s] = drawn.target;
+        a.log_prob[t * a.num_samples + s] = static_cast<float>(log_prob);
+      };
+      if (!draw_row<false, decltype(element)>(a, t, 0, threads, tiles, store)) first_bad.enter(t);
     });
   });
   return first_bad.index();
+}
+
+void jump_part(const JumpPartArgs& a) {
+  with_element(a.shape.dtype, [&](auto element) {
+    for_rows(a.shape, [&](int64_t t, int worker, int threads) {
+      const Tiles tiles = scratch_tiles(a.scratch, worker, a.shape.columns);
+      const auto store = [&](int64_t s, const Drawn& drawn, double) {
+        const int64_t at = t * a.num_samples + s;
+        a.target[at] = drawn.target;
+        a.arrival[2 * at] = drawn.tile;
+        a.arrival[2 * at + 1] = drawn.token;
+      };
+      draw_row<true, decltype(element)>(a, t, a.first_tile, threads, tiles, store);
+    });
+  });
 }
 
 DAM_END

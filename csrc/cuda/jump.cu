@@ -35,10 +35,10 @@ __device__ __forceinline__ uint64_t greedy_key_of(float x, int index) {
 }
 __device__ __forceinline__ int index_of(uint64_t key) { return static_cast<int>(key & 0xFFFFFFFFu); }
 
-// The first tile to arrive.
+// The first tile to arrive; they are numbered from first_tile on.
 template <int WARPS, class Scale>
 __device__ __forceinline__ int race_tiles(const Summaries& tiles, float max, Scale scale, bool greedy,
-                                          const Stream& stream, Team<WARPS>& team) {
+                                          int64_t first_tile, const Stream& stream, Team<WARPS>& team) {
   const float p = pivot(max);
   uint64_t first = ~uint64_t{0};
 #pragma unroll 1
@@ -47,7 +47,7 @@ __device__ __forceinline__ int race_tiles(const Summaries& tiles, float max, Sca
     if (greedy) {
       key = greedy_key_of(tiles.max[k], k);
     } else {
-      const Words<uint64_t> words = words_of(static_cast<uint64_t>(k), stream);
+      const Words<uint64_t> words = words_of(static_cast<uint64_t>(first_tile + k), stream);
       const float mass = (1.0f + tiles.excess[k]) * exp_scaled(tiles.max[k] - p, scale);
       key = key_of(quotient(exponential32(static_cast<uint32_t>(words.x), static_cast<uint32_t>(words.y)), mass), k);
     }
@@ -59,14 +59,14 @@ __device__ __forceinline__ int race_tiles(const Summaries& tiles, float max, Sca
 // The first token of a tile to arrive, as a column of the row.
 template <int WARPS, class Element, class Scale>
 __device__ __forceinline__ int64_t race_tokens(const Row<Element>& row, int tile, float max, Scale scale, bool greedy,
-                                               const Stream& stream, Team<WARPS>& team) {
+                                               int64_t first_tile, const Stream& stream, Team<WARPS>& team) {
   const int width = row.count(tile);
   const float p = pivot(max);
   uint64_t first = ~uint64_t{0};
 #pragma unroll 1
   for (int i = team.thread; i < HALF && i < width; i += Team<WARPS>::THREADS) {
     // One counter serves two tokens half a tile apart.
-    const Words<uint64_t> words = words_of(static_cast<uint64_t>(int64_t{tile} * HALF + i), stream);
+    const Words<uint64_t> words = words_of(static_cast<uint64_t>((first_tile + tile) * HALF + i), stream);
     const auto enter = [&](int at, uint64_t high, uint64_t low) {
       const int64_t v = int64_t{tile} * TILE + at;
       const float x = row.suppresses(v) ? -HUGE_VALF : row.at(v);
@@ -89,9 +89,9 @@ __device__ __forceinline__ void draw(const JumpArgs& a, const Row<Element>& row,
   const uint64_t seed = a.seed_address ? static_cast<uint64_t>(*a.seed_address) : a.seed;
   const uint64_t id = static_cast<uint64_t>(load_index(a.row_ids, t, t));
   const uint32_t s = static_cast<uint32_t>(sample);
-  const int tile = race_tiles(tiles, total.max, scale, a.greedy, {seed, id, TILE_STREAM + s}, team);
+  const int tile = race_tiles(tiles, total.max, scale, a.greedy, a.first_tile, {seed, id, TILE_STREAM + s}, team);
   const int64_t token =
-      race_tokens(row, tile, tiles.max[tile], scale, a.greedy, {seed, id, TOKEN_STREAM + s}, team);
+      race_tokens(row, tile, tiles.max[tile], scale, a.greedy, a.first_tile, {seed, id, TOKEN_STREAM + s}, team);
   if (team.thread == 0) {
     const bool reachable = total.sum > 0.0;  // false for NaN
     const double log_sum = log(total.sum);
@@ -99,7 +99,9 @@ __device__ __forceinline__ void draw(const JumpArgs& a, const Row<Element>& row,
     a.target[t * a.samples + sample] = reachable ? token : -1;
     a.log_prob[t * a.samples + sample] = reachable ? static_cast<float>(log_prob) : -HUGE_VALF;
     if (sample == 0) {
-      a.log_escape[t] = static_cast<float>(a.scale * pivot(total.max) + log_sum);
+      const double log_escape = a.scale * pivot(total.max) + log_sum;
+      a.log_escape[t] = static_cast<float>(log_escape);
+      if (a.arrival) a.exact_log_escape[t] = log_escape;
       if (a.first_bad && !reachable) atomic_min(a.first_bad, a.first_row + t);
     }
   }
@@ -133,10 +135,41 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, WARPS == 1 ? BLOCKS_OF_SHOR
   }
 }
 
-void jump(const JumpArgs& a, Queue queue) {
-  const OnDevice guard(queue.device);
-  const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, a.shape.columns * element_bytes(a.shape.dtype), false,
-                                 BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device), true);
+// When what was drawn arrived, and its tile: in double, to be compared with what arrived among tiles elsewhere. In a
+// launch of its own, a thread for a draw, so that draws from whole rows are not held up by it.
+template <class Element>
+__global__ void arrival_kernel(const __grid_constant__ JumpArgs a, const __grid_constant__ RowPlan plan) {
+  const int64_t at = block_of_grid() * THREADS_PER_BLOCK + thread_of_block();
+  if (at >= plan.rows * a.samples) return;
+  const int64_t t = at / a.samples, target = a.target[at];
+  const uint32_t s = static_cast<uint32_t>(at % a.samples);
+  double tile_time = HUGE_VAL, token_time = HUGE_VAL;
+  if (target >= 0) {
+    const int tile = static_cast<int>(target / TILE), place = static_cast<int>(target % TILE);
+    const double x = load_one(static_cast<const Element*>(a.logits.data) + t * a.logits.row_stride + target);
+    const Summaries tiles = summaries_of(a.summaries, 0, plan, t);
+    if (a.greedy) {
+      tile_time = token_time = -x;
+    } else {
+      const uint64_t seed = a.seed_address ? static_cast<uint64_t>(*a.seed_address) : a.seed;
+      const uint64_t id = static_cast<uint64_t>(load_index(a.row_ids, t, t));
+      const auto log_exponential = [](uint64_t high, uint64_t low) {
+        return log(static_cast<double>(exponential32(static_cast<uint32_t>(high), static_cast<uint32_t>(low))));
+      };
+      const uint64_t number = static_cast<uint64_t>(a.first_tile + tile);
+      const Words<uint64_t> of_tile = philox(number, Stream{seed, id, TILE_STREAM + s});
+      const Words<uint64_t> of_token = philox(number * HALF + place % HALF, Stream{seed, id, TOKEN_STREAM + s});
+      tile_time = log_exponential(of_tile.x, of_tile.y) - log1p(static_cast<double>(tiles.excess[tile])) -
+                  a.scale * tiles.max[tile];
+      token_time = (place < HALF ? log_exponential(of_token.x, of_token.y) : log_exponential(of_token.z, of_token.w)) -
+                   a.scale * x;
+    }
+  }
+  a.arrival[2 * at] = tile_time;
+  a.arrival[2 * at + 1] = token_time;
+}
+
+static void draw_rows(const JumpArgs& a, const RowPlan& plan, Queue queue) {
   with_types(a.shape, plan, a.scale, [&](auto element, auto warps, auto scale) {
     const auto kernel = jump_kernel<decltype(element), decltype(scale), decltype(warps)::value>;
     if (a.samples <= SAMPLES_IN_ONE_LAUNCH) return launch_rows(kernel, plan, queue, a, scale);
@@ -150,6 +183,17 @@ void jump(const JumpArgs& a, Queue queue) {
     }
     launch(kernel, Grid{draws.blocks}, queue, a, draws, scale, false, true);
   });
+}
+
+void jump(const JumpArgs& a, Queue queue) {
+  const OnDevice guard(queue.device);
+  const RowPlan plan = plan_rows(a.shape.rows, a.shape.columns, a.shape.columns * element_bytes(a.shape.dtype), false,
+                                 BLOCKS_PER_MULTIPROCESSOR, chip_of(queue.device), true);
+  draw_rows(a, plan, queue);
+  if (!a.arrival) return;
+  const Grid grid{divided_up(a.shape.rows * a.samples, THREADS_PER_BLOCK)};
+  with_element(a.shape.dtype,
+               [&](auto element) { launch(arrival_kernel<decltype(element)>, grid, queue, a, plan); });
 }
 
 }  // namespace cuda

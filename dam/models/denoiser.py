@@ -17,7 +17,16 @@ from dam.models.equal_rows import may_run_once, takes_any_rows
 from dam.models.output_layer import head_of
 from dam.models.padding import evaluating, takes_left_padding
 from dam.models.prefix import Passes, Prefix, has_caches, is_exact
-from dam.models.sharding import check_sharding, is_fsdp, tied_to
+from dam.models.sharding import (
+    check_sharding,
+    here,
+    is_divided,
+    is_shared_by_rows,
+    settle,
+    shape_of,
+    tied_to,
+    waits_for_others,
+)
 from dam.models.stale import StaleCache
 from dam.models.tail import Tail, check_calls, found_tail
 from dam.ops._head import Head
@@ -128,14 +137,16 @@ class MaskedLM:
     where positions are absolute (BERT's): rows that are padded so are then refused.
 
     Of a model with "block-causal" attention that takes `past_key_values`, rollouts run only the block that they are at
-    (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2
-    divides the model, whose processes must run alike. With `approximate_cache` so do those of a model with full
+    (`prefix_cache`), if a trial before the first shows that it gives the same. Not in training mode, nor where FSDP2 or
+    ZeRO-3 divides the model, whose processes must run alike. With `approximate_cache` so do those of a model with full
     attention, or are refused: by another law than the model's (`dam.models.stale.StaleCache`).
 
     Rows of a rollout that are equal are run once (`equal_rows`), if a trial before the first such rollout shows that
-    none gets anything else beside others. Not in training mode, nor where the model is compiled or FSDP2 divides it.
+    none gets anything else beside others. Not in training mode, nor where the model is compiled, or FSDP2 or ZeRO-3
+    divides it.
 
-    A head that FSDP2 has divided is gathered each time it is asked for.
+    A head that FSDP2 or DeepSpeed's ZeRO-3 has divided is gathered each time it is asked for. One that tensor
+    parallelism divides by rows of the vocabulary stays where it is: a DTensor, which the operations take.
 
     Args:
         model: takes `input_ids` and `attention_mask`; and `position_ids`, `use_cache` and a mask [B, 1, L, L] for
@@ -190,7 +201,10 @@ class MaskedLM:
         self._attention, self._shift = attention, shift
         self.model: Any = model
         # DistributedDataParallel and its like keep the model in .module; the forward pass must go through them.
-        self._inner: Any = model if hasattr(model, "get_output_embeddings") else getattr(model, "module", model)
+        # DeepSpeed's engine hands on the model's methods besides.
+        inner = getattr(model, "module", None)
+        wrapped = not hasattr(type(model), "get_output_embeddings") and hasattr(inner, "get_output_embeddings")
+        self._inner: Any = inner if wrapped else model
         if not callable(getattr(self._inner, "get_output_embeddings", None)):
             raise TypeError(f"model must have get_output_embeddings(); {type(model).__name__} has none")
         self._adapter = adapter
@@ -200,6 +214,7 @@ class MaskedLM:
         if layer is None:
             raise TypeError(f"get_output_embeddings() of {type(self._inner).__name__} gives no linear layer")
         check_sharding(layer, self._inner)
+        settle(self._inner)
         return layer
 
     @contextlib.contextmanager
@@ -230,7 +245,7 @@ class MaskedLM:
         return _TAILS.setdefault(self._inner, weakref.WeakKeyDictionary()).setdefault(layer, {})
 
     def _head_of(self, layer: nn.Module) -> Head:
-        return head_of(layer)
+        return head_of(layer, in_place=is_shared_by_rows(layer, self._inner))
 
     def _arguments(self, tokens: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         """What the model is called with."""
@@ -265,7 +280,7 @@ class MaskedLM:
         In all processes alike, as FSDP's must all run: that of the config is tried where no row is padded.
         """
         known = _PADDED.setdefault(self._inner, {})
-        ids = self._inner.get_input_embeddings().weight.shape[0]
+        ids = shape_of(self._inner.get_input_embeddings().weight)[0]
         pad = getattr(getattr(self._inner, "config", None), "pad_token_id", None)
         if pad is None or not 0 <= pad < ids:  # some say -1 where there is none
             pad = 0
@@ -311,7 +326,7 @@ class MaskedLM:
                 self._try_padding(tokens, attention_mask)
                 check_left_padding(self, attention_mask)
             hidden, output = self._last_states(self.model, self._arguments(tokens, attention_mask))
-        return self._shifted(tail.hidden_states(tied_to(hidden, output, self._inner)), attention_mask)
+        return self._shifted(tail.hidden_states(tied_to(hidden, output, self.model)), attention_mask)
 
     def _shifted(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Hidden states at the positions that they predict; a row's first token is predicted where it is."""
@@ -335,7 +350,7 @@ class MaskedLM:
                     self._inner,
                     tokens,
                     attention_mask,
-                    self._inner.get_input_embeddings().weight.shape[0],
+                    shape_of(self._inner.get_input_embeddings().weight)[0],
                 )
         return known[way]
 
@@ -372,8 +387,8 @@ class MaskedLM:
             return "it is in training mode"
         if not has_caches():
             return "transformers is missing"
-        if any(is_fsdp(module) for module in self._inner.modules()):
-            return "FSDP2 divides it, and its processes must run alike"
+        if waits_for_others(self._inner):
+            return "FSDP2 or ZeRO-3 divides it, and its processes must run alike"
         model = getattr(self._inner, "_orig_mod", self._inner)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if "past_key_values" not in inspect.signature(model.forward).parameters:
@@ -434,7 +449,8 @@ class MaskedLM:
 
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given.append(args[0])
-            return (args[0][:, :0], *args[1:])
+            # Of no positions DTensor knows no product.
+            return (args[0][:1, :1] if is_divided(args[0]) else args[0][:, :0], *args[1:])
 
         handle = self._output_layer().register_forward_pre_hook(keep)
         try:
@@ -442,7 +458,7 @@ class MaskedLM:
         finally:
             handle.remove()
         check_calls(self._inner, given, arguments[self._predicted])
-        return given[0], output
+        return here(given[0]), output
 
     def head(self) -> Head:
         with self._as_asked():

@@ -128,7 +128,7 @@ class DiffusionGemma(MaskedLM):
             tail = self._tail(self._output_layer(), prompt[:1], None if attention_mask is None else attention_mask[:1])
             arguments = self._behind(prompt, attention_mask, canvas, cache)
             hidden, output = self._last_states(self.model, arguments)
-        return tail.hidden_states(tied_to(hidden, output, self._inner)), output.past_key_values
+        return tail.hidden_states(tied_to(hidden, output, self.model)), output.past_key_values
 
 
 class _Conditioned:

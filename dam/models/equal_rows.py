@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.padding import evaluating, is_rounding
-from dam.models.sharding import is_fsdp
+from dam.models.sharding import waits_for_others
 from dam.models.tail import is_compiled
 
 
@@ -50,10 +50,10 @@ def _multipliers(length: int) -> Tensor:
 def takes_any_rows(model: nn.Module) -> bool:
     """Whether a model may be given fewer rows, as far as is seen without a trial.
 
-    Not in training mode, in which rows that are equal differ by dropout; where FSDP2 divides it, whose processes must
-    run a trial alike; nor compiled, which is for calls of as many rows as each other.
+    Not in training mode, in which rows that are equal differ by dropout; where FSDP2 or ZeRO-3 divides it, whose
+    processes must run a trial alike; nor compiled, which is for calls of as many rows as each other.
     """
-    return not any(module.training or is_fsdp(module) or is_compiled(module) for module in model.modules())
+    return not (waits_for_others(model) or any(module.training or is_compiled(module) for module in model.modules()))
 
 
 @torch.no_grad()

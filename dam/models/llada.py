@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.denoiser import MaskedLM
-from dam.models.sharding import brought_here, check_sharding, whole
+from dam.models.sharding import brought_here, check_sharding, settle, whole
 from dam.models.tail import Tail
 from dam.ops._head import Head
 
@@ -53,6 +53,7 @@ class LLaDA(MaskedLM):
             return super()._output_layer()
         layer = self._transformer().wte
         check_sharding(layer, self._inner)
+        settle(self._inner)
         return layer
 
     def _tail(self, layer: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tail:

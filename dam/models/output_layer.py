@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import brought_here, whole
+from dam.models.sharding import brought_here, shape_of, whole
 from dam.ops._head import Head, LoRA
 
 # Rows of a head whose sum with an adapter's product is formed at a time, for its norms.
 _BLOCK_ROWS = 4096
 
 
-def head_of(layer: Any) -> Head:
+def head_of(layer: Any, *, in_place: bool = False) -> Head:
     """What a layer computes now, be its adapters on or off, as weight, bias and low-rank product.
+
+    Parameters that are divided among processes are gathered, or with in_place handed on as they are.
 
     PEFT's layers are known by their attributes, so that PEFT is not needed: LoRA with its options rsLoRA, lora_bias
     and DoRA, trainable_token_indices and modules_to_save. DoRA scales the rows of the weight and so forms one
@@ -28,10 +30,12 @@ def head_of(layer: Any) -> Head:
     adapted = getattr(layer, "token_adapter", layer)  # inside a wrapper of PEFT's
     if not hasattr(adapted, "base_layer"):
         weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
+        if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2:
             raise TypeError(f"the output layer, {type(layer).__name__}, is no linear layer: it has no matrix `weight`")
         with brought_here(layer):
             weight, bias = layer.weight, getattr(layer, "bias", None)
+            if in_place:
+                return Head(weight, bias)
             return Head(whole(weight), None if bias is None else whole(bias))
     if adapted.merged and adapted.disable_adapters:
         raise ValueError("the adapter on the output layer is switched off but merged: call unmerge_adapter() first")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import brought_here, whole
+from dam.models.sharding import as_given, brought_here, here, is_divided, own_rows, settle, shape_of, whole
 from dam.models.softcap import candidates, capped, centred
 from dam.ops._head import Head
 
@@ -56,6 +56,11 @@ class Tail(NamedTuple):
             holder = model.get_submodule(module)
             with brought_here(holder):
                 outside = whole(getattr(holder, name)).reshape(-1)
+            if is_divided(head.weight):
+                raise ValueError(
+                    f"{self.bias} is added behind the output layer, whose rows tensor parallelism divides: leave that "
+                    "layer out of the plan (tp_plan)"
+                )
             bias = outside if bias is None else bias + outside
         return head._replace(bias=bias, softcap=self.softcap)
 
@@ -72,8 +77,8 @@ class Probe:
         self.dtype = torch.float32  # of the numbers that it gave
 
     def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self.given.append(args[0])
-        return (self.hidden()[None], *args[1:])
+        self.given.append(here(args[0]))
+        return (as_given(self.hidden()[None], args[0]), *args[1:])
 
     def hidden(self) -> Tensor:
         """What the layer is given instead, [POSITIONS, D], from the end: padding is on the left."""
@@ -116,6 +121,7 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
                 bias.requires_grad_(True)
             with torch.no_grad():  # ends what the probe began
                 logits = _logits(model(**arguments))
+            settle(model)
             check_calls(model, probe.given, tokens)
             # A model that returns no logits has none to differ from.
             tail = Tail() if logits is None else _fitted(type(model).__name__, logits, probe.outputs, biases)
@@ -126,8 +132,10 @@ def found_tail(model: nn.Module, layer: nn.Module, head: Head, tokens: Tensor, a
     finally:
         for handle in handles:
             handle.remove()
-        for bias, before in zip(biases.values(), trainable, strict=True):
+        here = dict(model.named_parameters())  # other objects where FSDP2 has gathered them for the pass
+        for (name, bias), before in zip(biases.items(), trainable, strict=True):
             bias.requires_grad_(before)
+            here.get(name, bias).requires_grad_(before)
     return tail
 
 
@@ -159,7 +167,7 @@ def is_compiled(model: nn.Module) -> bool:
 def _candidates(model: nn.Module, columns: int) -> dict[str, Tensor]:
     """What a model may add to its logits, by name: parameters and buffers of as many numbers."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    fit = ((name, x) for name, x in tensors if x.numel() == columns and x.is_floating_point())
+    fit = ((name, x) for name, x in tensors if shape_of(x).numel() == columns and x.is_floating_point())
     return {name: x for name, x in fit if x.is_leaf and not x.is_inference()}
 
 
@@ -224,7 +232,7 @@ def _with_cap(logits: Tensor, outputs: Tensor, biases: dict[str, Tensor], size: 
         if len(used) > 1:
             continue
         of = outputs[(torch.arange(POSITIONS, device=logits.device) - shift).clamp(min=0)].double()
-        bias = biases[used[0]].detach().reshape(-1).double() if used else of.new_zeros(of.shape[1])
+        bias = whole(biases[used[0]]).detach().reshape(-1).double() if used else of.new_zeros(of.shape[1])
         for cap, scale in candidates(seen, of, bias, size, torch.finfo(logits.dtype).eps):
             ours = capped(of, bias, cap, scale)
             if bool(((centred(ours) - seen).abs() <= size).all()):
@@ -272,7 +280,7 @@ def _bias(model: str, logits: Tensor, row: int, biases: dict[str, Tensor]) -> st
     """Name of the parameter or buffer that a row of the logits is, of zeros put in: it has a gradient of them."""
     offset, used = centred(logits.detach()[row : row + 1])[0], _used(logits, row, biases)
     rounding = 8.0 * torch.finfo(logits.dtype).eps * float(logits.detach()[row].abs().max())
-    known = [centred(biases[name].detach().reshape(1, -1).to(offset.dtype))[0] for name in used]
+    known = [centred(whole(biases[name]).detach().reshape(1, -1).to(offset.dtype))[0] for name in used]
     if len(used) == 1 and bool(((known[0] - offset).abs() <= rounding).all()):
         if _counts(logits, row, offset.new_ones(()), biases[used[0]]):
             return used[0]
@@ -301,6 +309,12 @@ def _check_product(layer: nn.Module, head: Head, hidden: Tensor, outputs: Tensor
     Raises:
         ValueError: it is not.
     """
+    (weight, own), bias = own_rows(head.weight), None if head.bias is None else own_rows(head.bias)[0]
+    if len(weight) == 0:  # all of them are other processes'
+        return
+    if len(outputs.T) == len(head.weight):  # else the layer gives this process's own only
+        outputs = outputs[:, own]
+    head = head._replace(weight=weight, bias=bias)
     ours = head.logits(hidden).to(outputs.dtype)
     if len(ours.T) != len(outputs.T):
         raise TypeError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dam.models.sharding import is_fsdp
+from dam.models.sharding import waits_for_others
 from dam.models.tail import is_compiled
 
 
@@ -21,7 +21,7 @@ class SharedTrunk:
 
     Attributes:
         layers: how many of them run once: none where something other than later layers and the output layer differs,
-            or the model is compiled or divided by FSDP2.
+            or the model is compiled or divided by FSDP2 or ZeRO-3.
     """
 
     def __init__(self, model: nn.Module, different: Collection[nn.Module]):
@@ -33,7 +33,7 @@ class SharedTrunk:
         # An embedding that is the output layer too runs in front.
         behind = _parts(model, "get_output_embeddings") - _parts(model, "get_input_embeddings")
         firsts = [places.get(id(module), 0) for module in different if id(module) not in behind]
-        alone = any(is_fsdp(module) or is_compiled(module) for module in model.modules())
+        alone = waits_for_others(model) or any(is_compiled(module) for module in model.modules())
         self._shared = [] if alone else every[: min(firsts, default=len(every))]
         self._kept: Any = None
 

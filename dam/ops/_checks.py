@@ -55,21 +55,21 @@ def matrix(op: str, name: str, value: Tensor, columns: str) -> None:
     _inner_dimension(op, name, value)
 
 
-def rows(op: str, name: str, value: Tensor, columns: str) -> tuple[Tensor, torch.Size]:
-    """Floating-point rows [..., columns] with unit inner stride as a matrix, and their leading dimensions.
+def rows(op: str, name: str, value: Tensor, columns: str, *, least: int = 1) -> tuple[Tensor, torch.Size]:
+    """Floating-point rows [..., columns], at least so many, with unit inner stride as a matrix, and leading dimensions.
 
     The matrix is a view, or a copy where no row stride describes the leading dimensions.
     """
     floating(op, name, value)
     if value.dim() == 0:
         raise ValueError(f"{op}: {name} must have shape [..., {columns}]; got []")
-    _inner_dimension(op, name, value)
+    _inner_dimension(op, name, value, least)
     lead = value.shape[:-1]
     return value if len(lead) == 1 else value.reshape(lead.numel(), value.shape[-1]), lead
 
 
-def _inner_dimension(op: str, name: str, value: Tensor) -> None:
-    if value.shape[-1] < 1:
+def _inner_dimension(op: str, name: str, value: Tensor, least: int = 1) -> None:
+    if value.shape[-1] < least:
         raise ValueError(f"{op}: {name} must have at least one column; got shape {list(value.shape)}")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(
@@ -99,9 +99,17 @@ def same_device(op: str, name: str, value: Tensor, reference: Tensor) -> None:
 
 
 def head(
-    op: str, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None, hidden_name: str, hidden: Tensor
+    op: str,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    hidden_name: str,
+    hidden: Tensor,
+    *,
+    least: int = 1,
 ) -> None:
-    """A head weight [V, D] (and bias [V]) that fits hidden [T, D]."""
+    """A head weight [V, D] of at least so many rows (and bias [V]) that fits hidden [T, D]."""
     matrix(op, weight_name, weight, "D")
     like(op, weight_name, weight, hidden_name, hidden, shape=False)
     if weight.shape[1] != hidden.shape[1]:
@@ -109,7 +117,7 @@ def head(
             f"{op}: {weight_name} must have shape [V, {hidden.shape[1]}] to fit {hidden_name} {list(hidden.shape)}; "
             f"got {list(weight.shape)}"
         )
-    if weight.shape[0] < 1:
+    if weight.shape[0] < least:
         raise ValueError(f"{op}: {weight_name} must have at least one row; got shape {list(weight.shape)}")
     if bias is not None:
         like(op, bias_name, bias, weight_name, weight, shape=False)

@@ -31,12 +31,12 @@ def is_nothing(suppress: object) -> bool:
     return suppress is None or (isinstance(suppress, (list, tuple)) and not suppress)
 
 
-def _suppressed(
-    op: str, value: Tensor | Sequence[int] | Set[int] | None, columns: int, reference: Tensor
-) -> Tensor | None:
-    """bool [V], or None for nothing."""
+def given(
+    op: str, value: Tensor | Sequence[int] | Set[int] | None, reference: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """suppress as a mask bool [V] or as ids int64 [S], whose range is not looked at; neither for nothing."""
     if value is None:
-        return None
+        return None, None
     if not isinstance(value, Tensor):
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, Set)):
             raise TypeError(f"{op}: suppress must be a tensor or a sequence of ids; got {type(value).__name__}")
@@ -44,21 +44,31 @@ def _suppressed(
         for v in ids:
             if isinstance(v, bool) or not isinstance(v, int):
                 raise TypeError(f"{op}: suppress must hold ids, ints; got {type(v).__name__} (a mask is a bool tensor)")
-            if not 0 <= v < columns:
-                raise ValueError(f"{op}: suppress must hold ids in [0, {columns}); got {v}")
-        if not ids:
-            return None
-        value = _sent(op, ids, reference)
+        return None, _sent(op, ids, reference) if ids else None
     _checks.same_device(op, "suppress", value, reference)
     if value.dtype == torch.bool:
-        if value.shape != (columns,):
-            raise ValueError(f"{op}: a mask suppress must have shape [{columns}]; got {list(value.shape)}")
-        return value.contiguous()
+        return value, None
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: suppress must be a bool mask or int64 ids; got {value.dtype}")
     if value.dim() != 1:
         raise ValueError(f"{op}: suppress must be ids of shape [S], the same for all rows; got {list(value.shape)}")
-    return _mask_of(value, columns, op)
+    return None, value
+
+
+def _suppressed(
+    op: str, value: Tensor | Sequence[int] | Set[int] | None, columns: int, reference: Tensor
+) -> Tensor | None:
+    """bool [V], or None for nothing."""
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        for v in value:
+            if isinstance(v, int) and not isinstance(v, bool) and not 0 <= v < columns:
+                raise ValueError(f"{op}: suppress must hold ids in [0, {columns}); got {v}")
+    mask, ids = given(op, value, reference)
+    if mask is not None and mask.shape != (columns,):
+        raise ValueError(f"{op}: a mask suppress must have shape [{columns}]; got {list(mask.shape)}")
+    if ids is not None:
+        return _mask_of(ids, columns, op)
+    return None if mask is None else mask.contiguous()
 
 
 def _sent(op: str, ids: list[int], reference: Tensor) -> Tensor:

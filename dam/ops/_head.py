@@ -85,9 +85,14 @@ def checked(
     lora: LoRA | None = None,
     softcap: float | None = None,
     names: tuple[str, str, str, str] = ("hidden", "head_weight", "bias", "softcap"),
+    *,
+    least: int = 1,
 ) -> Projection:
-    """The arguments of a linear op, hidden states as [T, D], as a `Projection`, once they fit each other."""
-    _checks.head(op, names[1], weight, names[2], bias, names[0], hidden)
+    """The arguments of a linear op, hidden states as [T, D], as a `Projection`, once they fit each other.
+
+    The head has at least so many rows.
+    """
+    _checks.head(op, names[1], weight, names[2], bias, names[0], hidden, least=least)
     if softcap is not None:  # in a range whose squares float32 has
         softcap = _checks.number(op, names[3], softcap, 1e-15, 1e15)
     if lora is None:
@@ -395,11 +400,13 @@ class Gradients:
     """Gradients of a head's tensors, accumulated over chunks of the logits; empty where not needed.
 
     Where that of logits is `held`, [., V], what chunks of rows contribute is added when the array is full, or the rows
-    are at their end.
+    are at their end. With `partial`, of some of a vocabulary's columns, those of hidden states stay in the dtype of the
+    accumulator.
     """
 
-    def __init__(self, head: Projection, needed: Needed, held: Tensor | None = None):
+    def __init__(self, head: Projection, needed: Needed, held: Tensor | None = None, *, partial: bool = False):
         self._head, self._needed, self.held = head, needed, held
+        self._unrounded = (0, 3) if partial else ()  # those of hidden states, which go on to be added to others
         self._gradients: list[Tensor | None] = [None] * 5
 
     def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
@@ -437,17 +444,21 @@ class Gradients:
         like = self._head[:5][i]
         if self._gradients[i] is None and self._needed[i] and like is not None:
             if whole:
-                self._gradients[i] = torch.empty_like(like, memory_format=torch.contiguous_format)
+                dtype = _rows.accumulator(like.dtype) if i in self._unrounded else like.dtype
+                self._gradients[i] = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
             else:
                 self._gradients[i] = like.new_zeros(like.shape, dtype=_rows.accumulator(like.dtype))
         return self._gradients[i]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients in the dtype of the inputs."""
-        gradients = (self._of(i, False) for i in range(5))
         dtype = self._head.hidden.dtype
+        found = [self._of(i, False) for i in range(5)]
         # Outputs of an operator must not alias each other, so an empty tensor each.
-        a, b, c, d, e = (self._head.hidden.new_empty(0) if g is None else g.to(dtype) for g in gradients)
+        a, b, c, d, e = (
+            self._head.hidden.new_empty(0) if g is None else g if i in self._unrounded else g.to(dtype)
+            for i, g in enumerate(found)
+        )
         return a, b, c, d, e
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dam.backends import address, cuda, triton
+from dam.backends import triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _head, _rows, _softcap
+from dam.ops import _gradient, _head, _rows, _softcap
 
 
 def gradients_by_columns(
@@ -30,22 +30,17 @@ def gradients_by_columns(
     for columns, memory, gradient in _head.column_chunks(head, arrays=arrays, gradient=dtype):
         logits = _head.logits(head.part(rows, columns), memory[0])
         base_logits = None if base is None else _head.logits(base.part(rows, columns), memory[1])
-        suppressed = address.bits(None if exclude.suppressed is None else exclude.suppressed[columns])
-        cuda.kernels.gradient(
-            shape=cuda.shape(logits),
-            logits=address.matrix(logits),
-            base=address.matrix(base_logits),
-            first_column=columns.start,
-            exclude=address.indices(exclude.row),
-            suppressed=address.of(suppressed),
-            target=address.targets(target),
-            pull=address.values(pull),
-            shares=shares.data_ptr(),
-            scale=1.0 / temperature,
-            target_gradient=target_gradient.data_ptr(),
-            gradient=address.matrix(gradient),
-            gradient_dtype=address.DTYPE_CODE[gradient.dtype],
-            where=cuda.where(logits),
+        _gradient.cuda_gradient(
+            logits,
+            base_logits,
+            columns.start,
+            target,
+            pull,
+            shares,
+            exclude.columns(columns),
+            temperature,
+            gradient,
+            target_gradient,
         )
         if head.softcap is not None:
             _softcap.differentiated(gradient, logits, head.softcap)

@@ -42,6 +42,8 @@ _keys_of_thread = _private("_C._dispatch_tls_local_include_set")
 _function_modes = _private("_C._len_torch_function_stack")
 _profiled = _private("_C._autograd._profiler_enabled")
 _KeySet, _Key = _private("_C.DispatchKeySet"), _private("_C.DispatchKey")
+# Decorator of what torch.compile calls as it is. torch.compiler.disable would load the compiler when dam is imported.
+untraced = _private("_compile._disable_dynamo")
 
 _libraries: dict[str, torch.library.Library] = {}
 

@@ -84,12 +84,12 @@ def _words(value: Tensor) -> tuple[Tensor, Tensor]:
     return value & _LOW, (value >> 32) & _LOW
 
 
-def tile_exponentials(seed: Tensor, row_ids: Tensor, num_samples: int, num_tiles: int) -> Tensor:
-    """Race noise of whole tiles: float64 [T, num_samples, num_tiles]."""
+def tile_exponentials(seed: Tensor, row_ids: Tensor, num_samples: int, num_tiles: int, first_tile: int = 0) -> Tensor:
+    """Race noise of whole tiles, which are numbered from first_tile on: float64 [T, num_samples, num_tiles]."""
     device = row_ids.device
     row_low, row_high = _words(row_ids[:, None, None])
     sample = torch.arange(num_samples, device=device)[:, None]
-    index = torch.arange(num_tiles, device=device)
+    index = torch.arange(first_tile, first_tile + num_tiles, device=device)
     words = philox((index, TILE_STREAM + sample, row_low, row_high), _words(seed.to(device)))
     return exponential(words[0], words[1])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, deferral, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _op, _philox, _rows
+from dam.ops import _checks, _excluded, _group, _op, _parallel, _philox, _rows
 
 
 class Jump(NamedTuple):
@@ -32,6 +33,7 @@ def jump(
     seed: int | Tensor | None = None,
     row_ids: Tensor | None = None,
     check: bool = True,
+    group: Any = None,
 ) -> Jump:
     """Draws the destination v ~ exp(logits[v] / temperature) of each row's next jump.
 
@@ -56,6 +58,10 @@ def jump(
         check: raise if a row has a NaN, a +inf or nothing to reach; on a GPU that waits for the result, or in
             `dam.deferred_checks()` for all calls of a block at its end. With False such a row yields target -1 where
             nothing can be reached, and is unspecified otherwise.
+        group: torch.distributed process group whose ranks each have some columns of the vocabulary, in the order of
+            ranks and as many as may be: logits then are those of this rank, and everything else, on every rank alike,
+            is of the whole vocabulary, the draws too. These are those of one rank. One collective brings a few numbers
+            a row. A DTensor that is sharded along the vocabulary says all that by itself. seed must be given.
 
     Returns:
         Jump(target, log_prob, log_escape), with the leading dimensions of logits. Not differentiable: see `log_prob`.
@@ -66,6 +72,10 @@ def jump(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Eq. 1; random stream: `dam.ops._philox`.
     """
+    if _group.is_asked(group, logits):
+        temperature = _checks.temperature("jump", temperature, zero=True)
+        call = _parallel.of_rows("jump", group, _IMPLEMENTATIONS, logits, exclude, suppress, temperature)
+        return over_group(call, num_samples, seed, row_ids, check)
     if _op.at_once(logits, exclude, suppress, seed, row_ids):
         seed = random_seed(logits) if seed is None else seed
         found = at_once(logits, exclude, suppress, temperature, num_samples, seed, row_ids, check)
@@ -186,30 +196,47 @@ def reference_rows(
     row_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The race in float64: target and log_prob [T, num_samples], log_escape [T]."""
-    rows, columns = x.shape
-    if temperature == 0.0:
-        log_escape = torch.logsumexp(x, dim=1)
-        target = x.argmax(dim=1, keepdim=True).expand(rows, num_samples).clone()
-    else:
-        x = x.div_(temperature)
-        log_escape = torch.logsumexp(x, dim=1)
-        width = min(columns, _philox.TILE)
-        # Less the largest, beside which the noise would be lost to rounding where logits are large.
-        top = x.amax(dim=1, keepdim=True)
-        below = x - torch.where(top.abs() < torch.inf, top, 0.0)
-        tiles = F.pad(below, (0, -columns % width), value=-torch.inf).view(rows, -1, width)
-        # Exponential race among tiles: the first arrival, at rate exp(log_mass), is argmax(log_mass - log E).
-        log_mass = torch.logsumexp(tiles, dim=2)
-        noise = _philox.tile_exponentials(seed, row_ids, num_samples, tiles.shape[1])
-        tile = (log_mass[:, None, :] - noise.log()).argmax(dim=2)
-        tokens = tiles.gather(1, tile[:, :, None].expand(-1, -1, width))
-        token = (tokens - _philox.token_exponentials(seed, row_ids, tile, width).log()).argmax(dim=2)
-        target = tile * _philox.TILE + token
-    target = torch.where((log_escape == -torch.inf)[:, None], -1, target)
+    columns = x.shape[1]
+    x = x if temperature == 0.0 else x.div_(temperature)
+    target, _ = _raced(x, temperature == 0.0, num_samples, seed, row_ids)
+    log_escape = torch.logsumexp(x, dim=1)
     # Nothing to reach: -inf, not the NaN of -inf - -inf.
     log_prob = _rows.gather_or(_rows.log_softmax(x), target.clamp(max=columns - 1), -torch.inf)
     log_prob = torch.where(target >= 0, log_prob, -torch.inf)
     return target, log_prob, log_escape
+
+
+def _raced(
+    x: Tensor,  # float64 [T, V]
+    greedy: bool,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor,
+    first_tile: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """target [T, num_samples], -1 for none, and the logarithms of when its tile and it arrived, [T, num_samples, 2]."""
+    rows, columns = x.shape
+    top = x.amax(dim=1, keepdim=True)
+    unreachable = top == -torch.inf
+    if greedy:
+        target = x.argmax(dim=1, keepdim=True).expand(rows, num_samples).clone()
+        arrival = -top[:, :, None].expand(rows, num_samples, 2)
+    else:
+        width = min(columns, _philox.TILE)
+        # Less the largest, beside which the noise would be lost to rounding where logits are large.
+        top = torch.where(top.abs() < torch.inf, top, 0.0)
+        tiles = F.pad(x - top, (0, -columns % width), value=-torch.inf).view(rows, -1, width)
+        # Exponential race among tiles: the first arrival, at rate exp(log_mass), is argmin(log E - log_mass).
+        log_mass = torch.logsumexp(tiles, dim=2)
+        noise = _philox.tile_exponentials(seed, row_ids, num_samples, tiles.shape[1], first_tile)
+        tile_time, tile = (noise.log() - log_mass[:, None, :]).min(dim=2)
+        tokens = tiles.gather(1, tile[:, :, None].expand(-1, -1, width))
+        noise = _philox.token_exponentials(seed, row_ids, first_tile + tile, width)
+        token_time, token = (noise.log() - tokens).min(dim=2)
+        target = tile * _philox.TILE + token
+        arrival = torch.stack((tile_time, token_time), dim=2) - top[:, :, None]
+    target = torch.where(unreachable, -1, target)
+    return target, torch.where(unreachable[:, :, None], torch.inf, arrival)
 
 
 def _torch(
@@ -279,6 +306,8 @@ def cuda_draw(
     out: tuple[Tensor, Tensor, Tensor],  # contiguous
     lowest_bad: Tensor | None,
     first_row: int = 0,
+    first_tile: int = 0,
+    exact: tuple[Tensor, Tensor] | None = None,  # arrival [T, num_samples, 2] and log_escape [T], both float64
 ) -> None:
     summaries = cuda.summaries(logits, cuda.kernels.ROW_SUMMARIES, logits.shape[0])
     greedy = temperature == 0.0
@@ -302,6 +331,9 @@ def cuda_draw(
         log_escape=log_escape.data_ptr(),
         first_bad=address.of(lowest_bad),
         first_row=first_row,
+        first_tile=first_tile,
+        arrival=0 if exact is None else exact[0].data_ptr(),
+        exact_log_escape=0 if exact is None else exact[1].data_ptr(),
         where=cuda.where(logits),
     )
 
@@ -321,11 +353,204 @@ def _cuda(
     return *out, cuda.unread(lowest_bad)
 
 
+@_op.untraced
+def over_group(
+    call: _parallel.Call, num_samples: int, seed: int | Tensor | None, row_ids: Tensor | None, check: bool
+) -> Jump:
+    """jump among the columns that the ranks of a group have: the draws of one rank that has them all."""
+    op, reference = call.op, call.reference
+    _checks.boolean(op, "check", check)
+    if seed is None:
+        raise ValueError(f"{op}: over a group seed must be given, the same on all ranks")
+    temperature, num_samples, seed, row_ids = sampling_arguments(
+        op, reference, call.lead, call.temperature, num_samples, seed, row_ids
+    )
+    ids = torch.arange(call.rows, device=reference.device) if row_ids is None else row_ids
+    key = seed
+
+    def make(shards: _group.Shards) -> Tensor:
+        """[T, 1 + 4 candidates num_samples]: log_escape of these columns; of each candidate how `_chosen` takes it."""
+        found = call.numbers(1 + 4 * _CANDIDATES * num_samples)
+        found[:, 0] = -torch.inf
+        candidates = found[:, 1:].view(call.rows, _CANDIDATES, num_samples, 4)
+        candidates[..., :2], candidates[..., 2] = torch.inf, -1
+        left_out = call.left_out
+        for part, logits, _ in call.source.chunks():
+            for slot, first_tile, offset, piece in _pieces(shards, logits, greedy=temperature == 0.0):
+                of_piece = Excluded(left_out.row, left_out.among(offset, piece.shape[1]))
+                exclude = of_piece.shifted(offset, piece.shape[1]).part(part)
+                target, arrival, log_escape = PART[call.backend](
+                    piece, first_tile, exclude, temperature, num_samples, key, ids[part]
+                )
+                found[part, 0] = torch.logaddexp(found[part, 0], log_escape)
+                target = torch.where(target < 0, -1, target + offset)
+                candidates[part, slot, :, :2], candidates[part, slot, :, 2] = arrival, target.double()
+                candidates[part, slot, :, 3] = call.at(logits, shards.local(target), Excluded())
+        return found
+
+    with torch.no_grad():
+        settings = (num_samples, key.device.type == "cpu" and int(key), check)
+        indices = (ids, None if key.device.type == "cpu" else key)
+        shards, gathered = call.exchanged(make, num_samples, settings, more=indices)
+        log_escape = torch.logsumexp(gathered[..., 0], dim=0)
+        candidates = gathered[..., 1:].view(shards.size, call.rows, _CANDIDATES, num_samples, 4).transpose(1, 2)
+        chosen = _chosen(shards, candidates.flatten(0, 1), greedy=temperature == 0.0)
+        target = chosen[..., 2].long()
+        log_prob = torch.where(target < 0, -torch.inf, chosen[..., 3] - log_escape[:, None])
+        drawn = (target, log_prob.to(call.dtype), log_escape.to(call.dtype))
+        if check:
+            bad = ~(log_escape.abs() < torch.inf)
+            entries = torch.arange(call.rows, device=bad.device)
+            lowest = torch.cat((entries.where(bad, call.rows), entries.new_full((1,), call.rows))).amin()
+            row = deferral.first_bad(lowest if bad.is_cuda else int(lowest), call.rows, bad_later(op))
+            if 0 <= row < call.rows:
+                raise ValueError(f"{bad_later(op)(row)} (check=False skips this test)")
+    return as_jump(drawn, num_samples, call.lead)
+
+
+# Of a rank: among the tiles that it has whole, and in the one that it shares with ranks before it and after it.
+_CANDIDATES = 3
+
+
+def _pieces(shards: _group.Shards, logits: Tensor, *, greedy: bool) -> Iterator[tuple[int, int, int, Tensor]]:
+    """A candidate's number, the tile that its logits begin at, the column that they do, and they themselves.
+
+    At temperature 0 there is no noise, whose tiles would matter: then one piece is all.
+    """
+    first, last, tile = shards.first, shards.first + shards.columns, _philox.TILE
+    if greedy:
+        yield 0, 0, first, logits
+        return
+    begin, end = -(-first // tile) * tile, last if last == shards.vocabulary else last // tile * tile
+    if begin < end:
+        yield 0, begin // tile, begin, logits[:, begin - first : end - first]
+    if first < begin:
+        # Behind columns of a rank before, which cannot be reached here.
+        piece = F.pad(logits[:, : min(begin, last) - first], (first % tile, 0), value=-torch.inf)
+        yield 1, first // tile, first // tile * tile, piece
+    if (at := max(begin, end)) < last:
+        yield 2, at // tile, at, logits[:, at - first :]
+
+
+def _chosen(shards: _group.Shards, candidates: Tensor, *, greedy: bool) -> Tensor:
+    """The draws [T, num_samples, 4] among candidates [ranks * _CANDIDATES, T, num_samples, 4].
+
+    Of each the logarithms of when its tile and it arrived, itself and its logit. The pieces of a tile, which several
+    ranks have, arrive as one: at the sum of their rates.
+    """
+    tiles: dict[tuple[int, int], list[int]] = {}
+    for rank, (first, last) in enumerate(itertools.pairwise(shards.starts)):
+        at = rank * _CANDIDATES
+        tiles.setdefault((-(-first // _philox.TILE), 1), []).append(at)
+        tiles.setdefault((first // _philox.TILE, 0), []).append(at + 1)
+        tiles.setdefault(((last - 1) // _philox.TILE, 0), []).append(at + 2)
+    if greedy:  # which makes one piece of a rank
+        tiles = {(rank, 0): [rank * _CANDIDATES] for rank in range(shards.size)}
+    width = max(len(found) for found in tiles.values())
+    # Tiles in the order of columns, so that of equal arrivals the first is taken, as on one rank.
+    missing = candidates.shape[0]
+    members = [found + [missing] * (width - len(found)) for _, found in sorted(tiles.items())]
+    nothing = torch.tensor([torch.inf, torch.inf, -1.0, 0.0], dtype=candidates.dtype, device=candidates.device)
+    padded = torch.cat((candidates, nothing.expand(1, *candidates.shape[1:])))
+    of_tiles = padded[torch.tensor(members, device=candidates.device)]  # [tiles, width, T, num_samples, 4]
+    time = -torch.logsumexp(-of_tiles[..., 0], dim=1)
+    first_tile = time.argmin(dim=0)
+    within = of_tiles.gather(0, first_tile[None, None, :, :, None].expand(1, width, -1, -1, 4)).squeeze(0)
+    token = within[..., 1].argmin(dim=0)
+    return within.gather(0, token[None, :, :, None].expand(1, -1, -1, 4)).squeeze(0)
+
+
 _IMPLEMENTATIONS = {
     "torch": _torch,
     "cpu": _cpu,
     "triton": triton.launcher("jump"),
     "cuda": _cuda,
+}
+
+
+# ---- of rows whose other tiles are elsewhere: see dam.ops._parallel
+
+
+def _torch_part(
+    logits: Tensor,
+    first_tile: int,
+    exclude: Excluded,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape
+    found = []
+    for part in _rows.chunks(rows, (columns + num_samples * min(columns, _philox.TILE)) * _rows.REFERENCE_BYTES):
+        x = _rows.allowed(logits[part], exclude.part(part)).div_(temperature or 1.0)
+        target, arrival = _raced(x, temperature == 0.0, num_samples, seed, row_ids[part], first_tile)
+        found.append((target, arrival, torch.logsumexp(x, dim=1)))
+    target, arrival, log_escape = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return target, arrival, log_escape
+
+
+def _part_outputs(logits: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty((rows, num_samples), dtype=torch.int64),
+        logits.new_empty((rows, num_samples, 2), dtype=torch.float64),
+        logits.new_empty((rows,), dtype=torch.float64),
+    )
+
+
+def _cpu_part(
+    logits: Tensor,
+    first_tile: int,
+    exclude: Excluded,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    target, arrival, log_escape = _part_outputs(logits, num_samples)
+    suppressed = address.bits(exclude.suppressed)
+    cpu.kernels.jump_part(
+        shape=cpu.shape(logits),
+        logits=address.matrix(logits),
+        exclude=address.indices(exclude.row),
+        suppressed=address.of(suppressed),
+        row_ids=address.indices(row_ids),
+        temperature=temperature,
+        num_samples=num_samples,
+        seed=int(seed) % 2**64,
+        first_tile=first_tile,
+        target=target.data_ptr(),
+        arrival=arrival.data_ptr(),
+        log_escape=log_escape.data_ptr(),
+    )
+    return target, arrival, log_escape
+
+
+def _cuda_part(
+    logits: Tensor,
+    first_tile: int,
+    exclude: Excluded,
+    temperature: float,
+    num_samples: int,
+    seed: Tensor,
+    row_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    target, arrival, log_escape = _part_outputs(logits, num_samples)
+    _, log_prob, rounded = outputs(logits, logits.shape[0], num_samples)
+    out, exact, key = (target, log_prob, rounded), (arrival, log_escape), cuda.seed(seed, logits)
+    cuda_draw(logits, exclude, temperature, num_samples, key, row_ids, out, None, 0, first_tile, exact)
+    return target, arrival, log_escape
+
+
+# Of logits [T, .] of the tiles from first_tile on, and what is left out of these: the draws among them, int64
+# [T, num_samples], -1 where nothing can be reached; the logarithms of when their tiles and they arrived, float64
+# [T, num_samples, 2]; and log_escape of these columns, float64 [T].
+PART: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "torch": _torch_part,
+    "cpu": _cpu_part,
+    "triton": triton.launcher("jump", "jump_part"),
+    "cuda": _cuda_part,
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dam.backends import choice, cuda, deferral, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _head, _linear, _op, _rows
+from dam.ops import _checks, _excluded, _group, _head, _linear, _op, _parallel, _rows
 from dam.ops import jump as _row_op
 
 
@@ -30,6 +30,7 @@ def linear_jump(
     seed: int | Tensor | None = None,
     row_ids: Tensor | None = None,
     check: bool = True,
+    group: Any = None,
 ) -> _row_op.Jump:
     """`jump` on logits = hidden @ head_weight^T + bias, without storing them: the same draws up to rounding.
 
@@ -43,6 +44,8 @@ def linear_jump(
         softcap: of the logits, > 0 and in their units, before temperature and exclusion. A bias of -inf then is a logit
             of -softcap: what may not be drawn goes into suppress.
         exclude, suppress, temperature, num_samples, seed, row_ids, check: as for `jump`.
+        group: process group whose ranks each have some rows of the head, of its bias and of lora.b, as for `jump`;
+            hidden states and lora.a are whole on every rank.
 
     Returns:
         Jump(target, log_prob, log_escape) as `jump` does. Not differentiable: see `linear_log_prob`.
@@ -54,6 +57,11 @@ def linear_jump(
             a row cannot be sampled; the message names the first such row.
     """
     op = "linear_jump"
+    if _group.is_asked(group, head_weight):
+        temperature = _checks.temperature(op, temperature, zero=True)
+        divided = _head.Head(head_weight, bias, lora, softcap)
+        call = _parallel.of_head(op, group, _IMPLEMENTATIONS, hidden, divided, exclude, suppress, temperature)
+        return _row_op.over_group(call, num_samples, seed, row_ids, check)
     if lora is None and _op.at_once(hidden, head_weight, bias, exclude, suppress, seed, row_ids):
         seed = _row_op.random_seed(hidden) if seed is None else seed
         logits = _head.at_once(hidden, head_weight, bias, softcap)

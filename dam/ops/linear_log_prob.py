@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dam.backends import choice, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _head, _linear, _memory, _op, _rows, _softcap
+from dam.ops import _checks, _excluded, _group, _head, _linear, _memory, _op, _parallel, _rows, _softcap
 from dam.ops import log_prob as _row_op
 
 
@@ -27,6 +27,7 @@ def linear_log_prob(
     exclude: int | Tensor = -1,
     suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
+    group: Any = None,
 ) -> Tensor:
     """`log_prob` on logits = hidden @ head_weight^T + bias, without storing them.
 
@@ -41,6 +42,8 @@ def linear_log_prob(
         softcap: of the logits, > 0 and in their units, before temperature and exclusion. A bias of -inf then is a logit
             of -softcap: what may not be drawn goes into suppress.
         exclude, suppress, temperature: as for `log_prob`.
+        group: process group whose ranks each have some rows of the head, as for `linear_jump`. Gradients of the head's
+            tensors are of these rows, those of hidden states are summed over ranks: one all-reduce of [T, D].
 
     Returns:
         float32 like target (float64 for float64 hidden). The backward pass computes the logits again, unless they are
@@ -53,6 +56,11 @@ def linear_log_prob(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
     """
     op = "linear_log_prob"
+    if _group.is_asked(group, head_weight):
+        temperature = _checks.temperature(op, temperature, zero=False)
+        divided = _head.Head(head_weight, bias, lora, softcap)
+        call = _parallel.of_head(op, group, _IMPLEMENTATIONS, hidden, divided, exclude, suppress, temperature)
+        return _row_op.over_group(call, target)
     if lora is None and _excluded.is_nothing(suppress) and _op.at_once(hidden, head_weight, bias, target, exclude):
         logits = _head.at_once(hidden, head_weight, bias, softcap)
         found = None if logits is None else _row_op.at_once(logits, target, exclude, temperature)

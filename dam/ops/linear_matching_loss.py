@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dam.backends import choice, cuda, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _formed_gradient, _head, _linear, _op, _rows
+from dam.ops import _checks, _excluded, _formed_gradient, _group, _head, _linear, _op, _parallel, _rows
 from dam.ops import matching_loss as _row_op
 
 
@@ -35,6 +35,7 @@ def linear_matching_loss(
     normalized: bool = True,
     temperature: float = 1.0,
     reduction: str | None = None,
+    group: Any = None,
 ) -> Tensor:
     """`matching_loss` on logits = hidden @ head_weight^T + bias, without storing them.
 
@@ -59,6 +60,8 @@ def linear_matching_loss(
         base_hidden, base_head_weight, base_bias, base_softcap: make the base's logits in the same way; base_head_weight
             may be head_weight itself. Its soft cap is its own: base_softcap=None caps nothing.
         base_weight, row_scale, exclude, suppress, normalized, temperature, reduction: as for `matching_loss`.
+        group: process group whose ranks each have some rows of the head, and the same of the base's, as for
+            `linear_log_prob`. Gradients are then formed in the backward pass.
 
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 hidden). Extra memory beyond the
@@ -75,13 +78,21 @@ def linear_matching_loss(
     """
     op = "linear_matching_loss"
     _checks.boolean(op, "normalized", normalized)
+    base = (base_hidden, base_head_weight, base_weight)
+    if any(value is None for value in base) and any(value is not None for value in (*base, base_bias, base_softcap)):
+        raise ValueError(f"{op}: base_hidden, base_head_weight and base_weight must be given together")
+    if _group.is_asked(group, head_weight):
+        temperature = _checks.temperature(op, temperature, zero=False)
+        divided = _head.Head(head_weight, bias, lora, softcap)
+        of_base = None if base_head_weight is None else _head.Head(base_head_weight, base_bias, None, base_softcap)
+        call = _parallel.of_head(
+            op, group, _IMPLEMENTATIONS, hidden, divided, exclude, suppress, temperature, base_hidden, of_base
+        )
+        return _row_op.over_group(call, target, weight, base_weight, row_scale, normalized, reduction)
     hidden, lead = _checks.rows(op, "hidden", hidden, "D")
     head = _head.checked(op, hidden, head_weight, bias, lora, softcap)
     columns = head_weight.shape[0]
     target, weight, row_scale = _row_op.weighted_targets(op, hidden, lead, target, weight, row_scale)
-    base = (base_hidden, base_head_weight, base_weight)
-    if any(value is None for value in base) and any(value is not None for value in (*base, base_bias, base_softcap)):
-        raise ValueError(f"{op}: base_hidden, base_head_weight and base_weight must be given together")
     if base_hidden is not None and base_head_weight is not None and base_weight is not None:
         names = ("base_hidden", "base_head_weight", "base_bias", "base_softcap")
         base_hidden, base_lead = _checks.rows(op, "base_hidden", base_hidden, "D")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _op, _rows
+from dam.ops import _checks, _excluded, _gradient, _group, _op, _parallel, _rows
 from dam.ops import entropy as _entropy
 
 
@@ -30,6 +30,7 @@ def log_prob(
     suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     entropy: Literal[False] = False,
+    group: Any = None,
 ) -> Tensor: ...
 @overload
 def log_prob(
@@ -40,6 +41,7 @@ def log_prob(
     suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     entropy: Literal[True],
+    group: Any = None,
 ) -> LogProb: ...
 def log_prob(
     logits: Tensor,  # [..., V]
@@ -49,6 +51,7 @@ def log_prob(
     suppress: Tensor | Sequence[int] | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
+    group: Any = None,
 ) -> Tensor | LogProb:
     """Log-probability of the destinations `target` of the next jump, as `jump` draws them.
 
@@ -64,6 +67,7 @@ def log_prob(
         suppress: destinations that no row has, likewise: a bool mask [V], or ids (a sequence, or int64 [S]).
         temperature: divides the logits; > 0.
         entropy: also give the entropy of each row's distribution, as `dam.entropy`, by the same read of the logits.
+        group: process group whose ranks each have some columns of the vocabulary, as for `jump`; without entropy.
 
     Returns:
         float32 like target (float64 for float64 logits), or LogProb(log_prob, entropy). Rows with NaN or +inf give NaN.
@@ -75,6 +79,11 @@ def log_prob(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.5.
     """
+    if _group.is_asked(group, logits):
+        if entropy is not False:
+            raise ValueError("log_prob: entropy is not given over a group: leave it out")
+        call = _parallel.of_rows("log_prob", group, _IMPLEMENTATIONS, logits, exclude, suppress, temperature)
+        return over_group(call, target)
     if entropy is False and _excluded.is_nothing(suppress) and _op.at_once(logits, target, exclude):
         found = at_once(logits, target, exclude, temperature)
         if found is not None:
@@ -231,6 +240,45 @@ def _cuda_backward(
         where=cuda.where(logits),
     )
     return gradient
+
+
+def log_escape_of(backend: str, logits: Tensor, exclude: Excluded, temperature: float) -> Tensor:
+    """log_escape float64 [T], of no targets."""
+    none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
+    return _IMPLEMENTATIONS[backend](logits, none, exclude, temperature)[1]
+
+
+@_op.untraced
+def over_group(call: _parallel.Call, target: Tensor) -> Tensor:
+    """log_prob of the columns that the ranks of a group have, like target."""
+    targets = _checks.target(call.op, target, call.lead, call.reference)
+
+    def make(shards: _group.Shards) -> Tensor:
+        """[T, 1 + J]: log_escape of these columns, logits of the targets among them."""
+        exclude, here = call.left_out.excluded(shards), shards.local(targets)
+        found = call.numbers(1 + targets.shape[1])
+        found[:, 0] = -torch.inf
+        for part, logits, _ in call.source.chunks():
+            some = exclude.part(part)
+            found[part, 0] = log_escape_of(call.backend, logits, some, call.temperature)
+            found[part, 1:] = call.at(logits, here[part], some)
+        return found
+
+    def run() -> tuple[Tensor, _group.Shards, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        shards, gathered = call.exchanged(make, targets.shape[1], targets=targets)
+        log_escape = torch.logsumexp(gathered[..., 0], dim=0)
+        counted = call.left_out.counted(targets)
+        x = torch.where(counted, shards.of_owner(gathered[..., 1:], targets), -torch.inf)
+        value = torch.where(targets < 0, 0.0, x - log_escape[:, None]).to(call.dtype)
+
+        def asked(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pull = torch.where(counted, grad.double() / -call.temperature, 0.0)
+            rate = _gradient.Rate(pull.sum(dim=1), torch.zeros_like(log_escape), log_escape)
+            return targets.where(counted, -1), pull, _gradient.shares_of(rate, None, call.temperature)
+
+        return value, shards, asked
+
+    return call.differentiable(run).view(target.shape)
 
 
 _IMPLEMENTATIONS = {

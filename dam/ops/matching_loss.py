@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _formed_gradient, _op, _rows
+from dam.ops import _checks, _excluded, _formed_gradient, _gradient, _group, _op, _parallel, _rows
+from dam.ops import log_prob as _log_prob_op
 
 
 def matching_loss(
@@ -26,6 +27,7 @@ def matching_loss(
     normalized: bool = True,
     temperature: float = 1.0,
     reduction: str | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Generalised KL between the model's rates and w, up to a constant that does not depend on the model.
 
@@ -58,6 +60,8 @@ def matching_loss(
         reduction: "sum": the sum over rows of row_scale_t loss_t; "mean": that divided by T, or 0 without rows;
             "none": row_scale_t loss_t of each row. row_scale is 1 unless given. None: "sum" if row_scale is given,
             else "mean".
+        group: process group whose ranks each have some columns of the vocabulary, as for `jump`. The gradient is then
+            formed in the backward pass.
 
     Returns:
         Scalar, or [...] with reduction "none"; float32 (float64 for float64 logits). NaN logits give NaN.
@@ -69,10 +73,14 @@ def matching_loss(
     """
     op = "matching_loss"
     _checks.boolean(op, "normalized", normalized)
-    x, lead = _checks.rows(op, "logits", logits, "V")
-    target, weight, row_scale = weighted_targets(op, x, lead, target, weight, row_scale)
     if (base_logits is None) != (base_weight is None):
         raise ValueError(f"{op}: base_logits and base_weight must be given together")
+    if _group.is_asked(group, logits):
+        temperature = _checks.temperature(op, temperature, zero=False)
+        call = _parallel.of_rows(op, group, _IMPLEMENTATIONS, logits, exclude, suppress, temperature, base_logits)
+        return over_group(call, target, weight, base_weight, row_scale, normalized, reduction)
+    x, lead = _checks.rows(op, "logits", logits, "V")
+    target, weight, row_scale = weighted_targets(op, x, lead, target, weight, row_scale)
     if base_logits is not None and base_weight is not None:
         base, _ = _checks.rows(op, "base_logits", base_logits, "V")
         _checks.like(op, "base_logits", base_logits, "logits", logits)
@@ -112,6 +120,99 @@ def reduced(op: str, reduction: str | None, row_scale: Tensor | None, reference:
         mean = reduction in (None, "mean")
         return None if mean else reference.new_ones(reference.shape[:1], dtype=torch.float64)
     return row_scale.double() / max(reference.shape[0], 1) if reduction == "mean" else row_scale
+
+
+@_op.untraced
+def over_group(
+    call: _parallel.Call,
+    target: Tensor,
+    weight: Tensor,
+    base_weight: Tensor | None,
+    row_scale: Tensor | None,
+    normalized: bool,
+    reduction: str | None,
+) -> Tensor:
+    """matching_loss of the columns that the ranks of a group have."""
+    op, backend, reference = call.op, call.backend, call.reference
+    target, weight, row_scale = weighted_targets(op, reference, call.lead, target, weight, row_scale)
+    scale = reduced(op, reduction, row_scale, reference)
+    if scale is None:
+        scale = reference.new_full((call.rows,), 1.0 / max(call.rows, 1), dtype=torch.float64)
+    of_base = None if base_weight is None else _checks.vector(op, "base_weight", base_weight, call.lead, reference)
+    row_scale, slots = scale.double(), target.shape[1]
+
+    def make(shards: _group.Shards) -> Tensor:
+        """[T, 3 + J]: log_escape of these columns and of the base's, the base's mean logit, the targets' logits."""
+        exclude, here = call.left_out.excluded(shards), shards.local(target)
+        found = call.numbers(3 + slots)
+        found[:, :2] = -torch.inf
+        for part, logits, base in call.source.chunks():
+            some = exclude.part(part)
+            found[part, 0] = _log_prob_op.log_escape_of(backend, logits, some, call.temperature)
+            if base is not None:
+                found[part, 1] = _log_prob_op.log_escape_of(backend, base, some, call.temperature)
+                found[part, 2] = _mean_logit(backend, logits, base, some, call.temperature, found[part, :2])
+            found[part, 3:] = call.at(logits, here[part], some)
+        return found
+
+    def run() -> tuple[Tensor, _group.Shards, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        shards, gathered = call.exchanged(make, slots, (normalized, reduction), target)
+        log_escape, base_escape = (torch.logsumexp(gathered[..., i], dim=0) for i in (0, 1))
+        counted = call.left_out.counted(target)
+        w = torch.where(counted, weight.double(), 0.0)
+        loss = _loss_at_targets(shards.of_owner(gathered[..., 3:], target), target, w, log_escape, normalized)
+        total_weight, base_factor = w.sum(dim=1), torch.zeros_like(log_escape)
+        if of_base is not None:
+            base_factor = of_base.detach().double()
+            total_weight = total_weight + base_factor
+            # Of the base's distribution, or of its rates; what it does not reach counts 0, wherever its logits are.
+            share = (gathered[..., 1] - (base_escape if normalized else 0.0)).exp()
+            mean = torch.where(share == 0, 0.0, share * gathered[..., 2]).sum(dim=0)
+            cost = (log_escape if normalized else 0.0) - mean
+            loss = loss + torch.where(base_factor == 0, 0.0, base_factor * cost)
+        loss = row_scale * (loss if normalized else loss + log_escape.exp())
+        value = (loss if reduction == "none" else total(loss, backend)).to(call.dtype)
+
+        def asked(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            slope = grad.double() * row_scale / call.temperature
+            nothing = torch.zeros_like(slope)
+            factor = slope * total_weight if normalized else slope
+            model = _gradient.Rate(factor, nothing if normalized else log_escape, log_escape)
+            base = None
+            if of_base is not None:
+                base = _gradient.Rate(slope * base_factor, nothing if normalized else base_escape, base_escape)
+            shares = _gradient.shares_of(model, base, call.temperature)
+            return target.where(counted, -1), slope[:, None] * w, shares
+
+        return value, shards, asked
+
+    value = call.differentiable(run)
+    return value.view(call.lead) if reduction == "none" else value
+
+
+def _loss_at_targets(x: Tensor, target: Tensor, weight: Tensor, log_escape: Tensor, normalized: bool) -> Tensor:
+    """float64 [T]: sum over targets of weight times cost, for logits x [T, J] of the targets."""
+    # Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign; not to inf - inf.
+    merged = sum(
+        (weight[:, j, None] * (target[:, j, None] == target) for j in range(target.shape[1])), torch.zeros_like(x)
+    )
+    used = torch.where((x == -torch.inf) & (weight != 0), merged, weight)
+    cost = (log_escape[:, None] if normalized else 0.0) - x
+    return torch.where(used == 0, 0.0, used * cost).sum(dim=1)
+
+
+def _mean_logit(
+    backend: str, logits: Tensor, base: Tensor, exclude: Excluded, temperature: float, log_escapes: Tensor
+) -> Tensor:
+    """float64 [T]: of logits / temperature under the base's distribution over these columns."""
+    rows = logits.shape[0]
+    none = torch.empty((rows, 0), dtype=torch.int64, device=logits.device)
+    one = torch.ones(rows, dtype=torch.float64, device=logits.device)
+    arguments = (logits, none, none.double(), base, one, one, exclude, True, temperature, False)
+    loss, _ = _IMPLEMENTATIONS[backend](*arguments)  # log_escape less the mean
+    log_escape, base_escape = log_escapes[:, 0], log_escapes[:, 1]
+    nothing = torch.where(base_escape == -torch.inf, 0.0, -torch.inf).where(log_escape == -torch.inf, 0.0)
+    return torch.where(log_escape == -torch.inf, nothing, log_escape - loss)
 
 
 def total(row_loss: Tensor, backend: str) -> Tensor:
@@ -165,7 +266,7 @@ def _torch(
     """Loss of each row, float64 [T], and gradient, which is written to `into`, if given; it may be the logits."""
     rows, columns = logits.shape
     losses, grad = outputs(logits, with_grad, into)
-    scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float32) if row_scale is None else row_scale
+    scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64) if row_scale is None else row_scale
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
         ex = exclude.part(part)
@@ -379,8 +480,8 @@ def _(
     return logits.new_empty(logits.shape[:1], dtype=_rows.accumulator(logits.dtype))
 
 
-def _gradient(arguments: Sequence[Any], needed: list[bool], backend: str) -> Sequence[Tensor]:
+def _gradients(arguments: Sequence[Any], needed: list[bool], backend: str) -> Sequence[Tensor]:
     return _matching_loss(*arguments, True, backend, True)[1:]
 
 
-_formed_gradient.register_rows(_matching_loss_rows, "matching_loss", _gradient, row_scale=5, differentiable=(0,))
+_formed_gradient.register_rows(_matching_loss_rows, "matching_loss", _gradients, row_scale=5, differentiable=(0,))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, cuda, triton
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _op, _rows
+from dam.ops import _checks, _excluded, _group, _op, _parallel, _rows
+from dam.ops import log_prob as _log_prob_op
 
 
 class RateRatio(NamedTuple):
@@ -27,6 +28,7 @@ def rate_ratio(
     *,
     exclude: int | Tensor = -1,
     suppress: Tensor | Sequence[int] | None = None,
+    group: Any = None,
 ) -> RateRatio:
     """What a path's log weight gains at the jumps `target` and, per unit of time, between jumps.
 
@@ -43,6 +45,7 @@ def rate_ratio(
             can reach gives +inf or -inf; one that neither can (an excluded or suppressed one among them) gives NaN.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
         suppress: destinations that no row has: a bool mask [V], or ids (a sequence, or int64 [S]).
+        group: process group whose ranks each have some columns of the vocabulary, as for `jump`.
 
     Returns:
         RateRatio(log_ratio, escape_gap), float32 (float64 for float64 logits). Not differentiable.
@@ -52,6 +55,9 @@ def rate_ratio(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
     """
+    if _group.is_asked(group, logits):
+        call = _parallel.of_rows("rate_ratio", group, _IMPLEMENTATIONS, logits, exclude, suppress, 1.0, base_logits)
+        return over_group(call, target)
     if _excluded.is_nothing(suppress) and _op.at_once(logits, base_logits, target, exclude):
         found = at_once(logits, base_logits, target, exclude)
         if found is not None:
@@ -73,6 +79,35 @@ def at_once(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: int | 
     """What `rate_ratio` returns, by the C++ kernel; None where an argument does not fit."""
     found = cpu.kernels.rate_ratio(logits=logits, exclude=exclude, suppressed=None, base=base_logits, target=target)
     return None if found is None else RateRatio(*found)
+
+
+@_op.untraced
+def over_group(call: _parallel.Call, target: Tensor) -> RateRatio:
+    """rate_ratio of the columns that the ranks of a group have."""
+    targets = _checks.target(call.op, target, call.lead, call.reference)
+    slots = targets.shape[1]
+
+    def make(shards: _group.Shards) -> Tensor:
+        """[T, 2 + 2 J]: log escape rates by these columns, logits and base logits of the targets among them."""
+        exclude, here = call.left_out.excluded(shards), shards.local(targets)
+        found = call.numbers(2 + 2 * slots)
+        found[:, :2] = -torch.inf
+        for part, logits, base in call.source.chunks():
+            assert base is not None
+            some = exclude.part(part)
+            for i, x in enumerate((logits, base)):
+                found[part, i] = _log_prob_op.log_escape_of(call.backend, x, some, 1.0)
+                found[part, 2 + i * slots : 2 + (i + 1) * slots] = call.at(x, here[part], some)
+        return found
+
+    with torch.no_grad():
+        shards, gathered = call.exchanged(make, slots, targets=targets)
+        counted = call.left_out.counted(targets)
+        x, base = (shards.of_owner(part, targets) for part in gathered[..., 2:].split([slots, slots], dim=2))
+        log_ratio = torch.where(counted, base - x, torch.nan).masked_fill_(targets < 0, 0.0).to(call.dtype)
+        rates = gathered[..., :2].exp().sum(dim=0)
+        escape_gap = (rates[:, 0] - rates[:, 1]).to(call.dtype)
+    return RateRatio(log_ratio.view(target.shape), _rows.unflattened(escape_gap, call.lead))
 
 
 def _torch(logits: Tensor, base_logits: Tensor, target: Tensor, exclude: Excluded) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dam.models.denoiser import Denoiser, blocks_of, equal_rows, hidden_at
-from dam.models.sharding import is_placed
+from dam.models.sharding import is_divided, is_fsdp, is_partitioned, is_placed, partitions_of, shape_of
 from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
 from dam.train.adapters import check_targets
+from dam.train.processes import match
 
 DenoiserFactory = Callable[[nn.Module], Denoiser]
 
@@ -25,8 +27,8 @@ class Base(Protocol):
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         """The base as a `Denoiser`; `model` is the trained one, `factory` makes a denoiser of a module."""
 
-    def to(self, device: torch.device) -> None:
-        """Moves what the base keeps."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Moves what the base keeps; to a dtype, where the trained model will be of it."""
 
 
 class ReferenceModel:
@@ -48,14 +50,14 @@ class ReferenceModel:
                 f"ref_model shares {len(shared)} parameters with the model ({shared[0]}, ...), which would be frozen "
                 "with it: give it a copy (copy.deepcopy), or leave ref_model out"
             )
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
-        return factory(self._model)
+        return factory(self.model)
 
-    def to(self, device: torch.device) -> None:
-        if not is_placed(self._model):
-            self._model.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        if not is_placed(self.model):
+            self.model.to(device=device, dtype=dtype)
 
 
 # Of the copy that is the base of a model without an adapter, on each device.
@@ -85,6 +87,7 @@ class InitialParameters:
 
     Of a model with an adapter that is the adapter, and whatever else is trained beside it: biases, modules_to_save,
     tokens. What stays frozen is the base's too. Nothing is switched off or on, and nothing of it is in a checkpoint.
+    Where FSDP2 has divided the model since, the values of each process's part are exchanged instead.
 
     Args:
         model: as it is now.
@@ -95,6 +98,7 @@ class InitialParameters:
 
     def __init__(self, model: nn.Module):
         copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._model = model
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -111,23 +115,48 @@ class InitialParameters:
         self.shares = False
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
-        new = [name for name, p in model.named_parameters() if p.requires_grad and p not in self._copies]
+        units = _units(model)
+        known = {getattr(module, name, None) if units else each for module, name, each in self._places}
+        new = [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
         if new:
             raise ValueError(
                 f"{len(new)} parameters are trainable now that were not, or were others, when the trainer was made "
                 f"({new[0]}, ...), so the base is not what the model was: make them trainable before, or pass ref_model"
             )
-        return _AtFirst(factory(model), self)
+        return _AtFirst(factory(model), self, units)
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """They follow the model's."""
 
+    @contextlib.contextmanager
+    def in_parts(self, units: list[Any]) -> Iterator[None]:
+        """Context manager: the model, divided by FSDP2, has its first parameters. To be entered by all processes.
+
+        Args:
+            units: modules of it that FSDP2 divides.
+        """
+        _reshard(units)  # what is gathered now is of other values
+        parts: list[tuple[Tensor, Tensor]] = []
+        for module, name, parameter in self._places:
+            part = _part_here(getattr(module, name))
+            kept = _part_of(self._copies[parameter], getattr(module, name))
+            parts.append((part, part.detach().clone()))
+            with torch.no_grad():
+                part.copy_(kept)
+        try:
+            yield
+        finally:
+            _reshard(units)
+            with torch.no_grad():
+                for part, own in parts:
+                    part.copy_(own)
+
     def different(self) -> list[nn.Module]:
-        """Modules whose parameters are others now than at first."""
+        """Modules whose parameters are others now than at first, or may be, where ZeRO-3 has divided them."""
         return [
             module
             for module, _, parameter in self._places
-            if not torch.equal(self._copies[parameter].to(parameter), parameter)
+            if is_partitioned(parameter) or not torch.equal(self._copies[parameter].to(parameter), parameter)
         ]
 
     @contextlib.contextmanager
@@ -138,13 +167,16 @@ class InitialParameters:
             ValueError: the model's parameters are others now.
         """
         for module, name, parameter in self._places:
-            kept = self._copies[parameter]
-            if getattr(module, name, None) is not parameter or kept.shape != parameter.shape:
+            if getattr(module, name, None) is not parameter or self._copies[parameter].shape != shape_of(parameter):
                 raise ValueError(
                     f"a trainable parameter, {name} of {type(module).__name__}, was replaced or divided after the "
-                    "trainer was made, as FSDP and DeepSpeed's stage 3 do: the base cannot be put in its place; pass "
-                    "ref_model"
+                    "trainer was made: the base cannot be put in its place; pass ref_model"
                 )
+        if any(map(is_partitioned, self._copies)):
+            with partitions_of(self._model, {parameter: kept.data for parameter, kept in self._copies.items()}):
+                yield
+            return
+        for parameter, kept in self._copies.items():
             kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
         try:
             for module, name, parameter in self._places:
@@ -155,12 +187,46 @@ class InitialParameters:
                 setattr(module, name, parameter)
 
 
-class _AtFirst:
-    """A denoiser whose model has its first parameters during each call."""
+def _units(model: nn.Module) -> list[Any]:
+    """What FSDP2 gathers at a time."""
+    return [module for module in model.modules() if is_fsdp(module)]
 
-    def __init__(self, denoiser: Denoiser, base: InitialParameters):
-        self._denoiser, self._base = denoiser, base
+
+def _reshard(units: list[Any]) -> None:
+    for unit in units:
+        unit.reshard()
+
+
+def _part_here(parameter: Any) -> Tensor:
+    """What this process holds of a parameter, in its own memory."""
+    return parameter.to_local() if is_divided(parameter) else parameter
+
+
+def _part_of(whole: Tensor, parameter: Any) -> Tensor:
+    """The same part of a tensor that each process has whole."""
+    if not is_divided(parameter):
+        return whole.to(parameter)
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.detach().to(parameter.device, parameter.dtype)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+class _AtFirst:
+    """A denoiser whose model has its first parameters during each call.
+
+    Args:
+        denoiser: of the model.
+        initial: the parameters.
+        units: of the model that FSDP2 divides.
+    """
+
+    def __init__(self, denoiser: Denoiser, base: InitialParameters, units: list[Any]):
+        self._denoiser, self._base, self._units = denoiser, base, units
         self.blocks = blocks_of(denoiser)
+
+    def _in_place(self) -> contextlib.AbstractContextManager[None]:
+        return self._base.in_parts(self._units) if self._units else self._base.in_place()
 
     @property
     def left_padding(self) -> bool:
@@ -172,33 +238,34 @@ class _AtFirst:
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        with self._base.in_place():
+        with self._in_place():
             return self._denoiser.hidden_states(tokens, attention_mask)
 
     @torch.no_grad()
     def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
-        with self._base.in_place():
+        with self._in_place():
             return hidden_at(self._denoiser, tokens, attention_mask, row, position)
 
     def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
-        with self._base.in_place():
+        with self._in_place():
             return equal_rows(self._denoiser, tokens, attention_mask)
 
     def prefix_cache(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
         begin = getattr(self._denoiser, "prefix_cache", None)
-        with self._base.in_place():
+        with self._in_place():
             passes = None if begin is None else begin(tokens, attention_mask)
         return None if passes is None else _PassesAtFirst(passes, self._base)
 
     @torch.no_grad()
     def head(self) -> Head:
-        with self._base.in_place():
+        with self._in_place():
             return self._denoiser.head()
 
     def beside(self, denoiser: Denoiser) -> Denoiser | None:
         """The model and this base of it as one denoiser, whose hidden states are [B, L, 2 D]: the model's, the base's.
 
-        None where that saves nothing: they differ from the first layer on, or passes are over blocks alone.
+        None where that saves nothing: they differ from the first layer on, or passes are over blocks alone; and where
+        FSDP2 divides them, as a trial that each process makes of its own rows would tell them apart.
 
         Args:
             denoiser: of the model as it is now.
@@ -206,7 +273,7 @@ class _AtFirst:
         model = getattr(denoiser, "model", None)
         if getattr(self._denoiser, "model", None) is not model or not isinstance(model, nn.Module):
             return None
-        if blocks_of(denoiser) is not None and hasattr(denoiser, "prefix_cache"):
+        if self._units or (blocks_of(denoiser) is not None and hasattr(denoiser, "prefix_cache")):
             return None
         different = self._base.different()
         trunk = SharedTrunk(model, different)
@@ -264,8 +331,21 @@ class _PassesAtFirst:
             return self._passes.hidden_states(rows, tokens, begin, end)
 
 
+def _tensors(model: nn.Module, *, all_of_it: bool) -> dict[str, Tensor]:
+    """Parameters and buffers by name, or what is trained of them."""
+    if all_of_it:
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _loaded_by_one() -> bool:
+    """Whether only the first process has loaded weights, as accelerate tells transformers, and will divide them."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return all(os.environ.get(name, "false").lower() == "true" for name in names)
+
+
 def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tuple[Any, Base]:
-    """The model to train, with an adapter if one is configured, and its base.
+    """The model to train, with an adapter if one is configured, and its base; the same in all processes.
 
     Args:
         network: the model.
@@ -291,8 +371,12 @@ def with_base(network: Any, ref_model: nn.Module | None, peft_config: Any) -> tu
             raise ImportError("peft_config needs peft: pip install 'discrete-adjoint-matching[peft]'") from error
         check_targets(network, peft_config)
         network = get_peft_model(network, peft_config)
+    copies = ref_model is None and not hasattr(network, "disable_adapter")
+    match(_tensors(network, all_of_it=copies or not _loaded_by_one()))
     if ref_model is None:
-        if hasattr(network, "disable_adapter"):
+        if not copies:
             return network, InitialParameters(network)
         ref_model = copied(network)
+    else:
+        match(_tensors(ref_model, all_of_it=True))
     return network, ReferenceModel(ref_model, network)

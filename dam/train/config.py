@@ -24,6 +24,11 @@ _DECODING = {
     "top_p": "eval_top_p",
     "guidance": "eval_guidance",
 }
+# Arguments that may be others in each process of a run: where it is, and where and how it writes.
+OF_ONE_PROCESS = (
+    *("local_rank", "output_dir", "logging_dir", "run_name", "report_to", "log_level", "log_level_replica"),
+    *("disable_tqdm", "hub_token", "push_to_hub_token"),
+)
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dam.train.rewards import Outcomes, RewardError, refuse_reserved
 from dam.train.rows import IGNORED, SEQUENCE_COLUMNS, RowReader, TokenRow, is_conversation
+
+_OUTLINED = 64  # rows of a dataset that processes compare
 
 
 class PromptSampler(torch.utils.data.Sampler[int]):
@@ -182,6 +185,27 @@ def _rows_of_table(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
     kept = [column for column in dataset.column_names if column in SEQUENCE_COLUMNS]
     for batch in dataset.select_columns(kept).iter(1000) if kept else ():
         yield from (dict(zip(kept, values, strict=True)) for values in zip(*(batch[c] for c in kept), strict=True))
+
+
+def outline(dataset: Any) -> str:
+    """How many rows, and what the sequences of a few of them are made of: for processes to compare.
+
+    Of a dataset that `check_rows` does not look through, how many.
+    """
+    if dataset is None:
+        return "none"
+    if is_stream(dataset):
+        return "an iterable dataset"
+    count = len(dataset)
+    in_memory = isinstance(dataset, (list, tuple)) or (
+        hasattr(dataset, "column_names") and dataset.format["type"] != "custom"
+    )
+    told = []
+    for n in sorted({int(n) for n in np.linspace(0, count - 1, _OUTLINED)}) if in_memory and count else ():
+        row = dataset[n]
+        told.append([row.get(column) for column in SEQUENCE_COLUMNS] if isinstance(row, Mapping) else type(row))
+    digest = hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
+    return f"{count} rows" + (f", of digest {digest}" if told else "")
 
 
 class Collator:

@@ -93,7 +93,8 @@ CONFIG: dict[str, Entry] = {
         "refused",
         num_generations_eval="an evaluation fills in each prompt once: repeat the rows of eval_dataset, of which each "
         "is drawn by itself",
-        ds3_gather_for_generation="an output layer that ZeRO-3 has divided is refused: use FSDP2, ZeRO-2 or an adapter",
+        ds3_gather_for_generation="parameters that ZeRO-3 has divided are gathered layer by layer in rollouts too, "
+        "the output layer where it is read: leave it out",
         pad_to_multiple_of="a batch is as long as its longest row: pad input_ids on the left yourself, with "
         "attention_mask 0",
     ),

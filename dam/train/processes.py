@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor
 
+from dam.models.sharding import is_divided
 from dam.train.rewards import RewardError
 
 _T = TypeVar("_T")
@@ -33,9 +36,9 @@ def in_step(work: Callable[[], _T]) -> _T:
     for process, failed in enumerate(gather_object([told])):
         if failed is not None:
             of_reward, message = failed
-            shared = raised or (RewardError if of_reward else RuntimeError)(f"process {process} failed: {message}")
-            shared._dam_shared = True  # type: ignore[attr-defined]
-            raise shared
+            raise _shared(
+                raised or (RewardError if of_reward else RuntimeError)(f"process {process} failed: {message}")
+            )
     return given
 
 
@@ -57,3 +60,64 @@ def each_in_step(batches: Iterable[_T]) -> Iterator[_T]:
 def is_shared(error: BaseException) -> bool:
     """Whether all processes raise at this place, so that they can still do something together."""
     return PartialState().num_processes == 1 or getattr(error, "_dam_shared", False)
+
+
+def agree(told: Mapping[str, Any]) -> None:
+    """That all processes say the same of a run, before it begins.
+
+    Args:
+        told: by name what each of them says, as text.
+
+    Raises:
+        ValueError: on all of them, where two do not; names what, and what each says.
+    """
+    if PartialState().num_processes == 1:
+        return
+    of_each: list[dict[str, str]] = gather_object([{name: str(value) for name, value in told.items()}])
+    first = of_each[0]
+    for process, other in enumerate(of_each):
+        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if differ:
+            said = "; ".join(f"{name}: {_short(first.get(name))} and {_short(other.get(name))}" for name in differ)
+            raise _shared(
+                ValueError(
+                    f"processes 0 and {process} do not do the same run, {said}. Give all the same arguments, model and "
+                    "rows, in the same order: a shuffle or a split needs a seed"
+                )
+            )
+
+
+def _short(text: str | None) -> str:
+    return "nothing" if text is None else text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _shared(error: Exception) -> Exception:
+    """An error that all processes raise at this place."""
+    error._dam_shared = True  # type: ignore[attr-defined]
+    return error
+
+
+@torch.no_grad()
+def match(tensors: Mapping[str, Tensor]) -> None:
+    """Gives parameters the values that they have in the first process; called by all alike, once they are made.
+
+    For those that are drawn, as an adapter's are, and for those that only the first process has loaded
+    (fsdp_cpu_ram_efficient_loading). What has no values here, or in parts only, stays as it is.
+
+    Raises:
+        ValueError: the processes have other parameters; on all of them.
+    """
+    if PartialState().num_processes == 1:
+        return
+    here = {name: each for name, each in tensors.items() if not (each.is_meta or is_divided(each))}
+    agree({name: f"{each.dtype} {list(each.shape)}" for name, each in here.items()})
+    sums: list[list[int]] = gather_object([[_bits(each) for each in here.values()]])
+    for n, each in enumerate(here.values()):
+        if any(of_one[n] != sums[0][n] for of_one in sums):
+            each.copy_(broadcast(each.to(PartialState().device, copy=True)))
+
+
+def _bits(tensor: Tensor) -> int:
+    """A sum of a tensor's bits as whole numbers, which other values seldom have."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    return int(tensor.detach().contiguous().flatten().view(kind).sum(dtype=torch.int64))

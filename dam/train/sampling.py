@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding
 from dam.models.denoiser import Denoiser, MaskedLM, blocks_of, equal_rows, hidden_at
-from dam.models.sharding import is_fsdp
+from dam.models.sharding import waits_for_others
 from dam.rollout import PathLogProbs, Trajectories, log_prob_over_orders, rollout
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
+from dam.train.turns import in_turns
 
 
 class _InBlocks:
@@ -33,11 +34,6 @@ class _InBlocks:
 
     def equal_rows(self, tokens: Tensor, attention_mask: Tensor | None = None) -> bool:
         return equal_rows(self._base, tokens, attention_mask)
-
-
-def _is_divided(model: nn.Module) -> bool:
-    """Whether a forward pass of one process waits for those of others."""
-    return any(is_fsdp(module) for module in model.modules())
 
 
 class Sampler:
@@ -76,17 +72,29 @@ class Sampler:
     def base(self, model: nn.Module) -> Denoiser:
         return self._base.denoiser(model, self._denoiser)
 
+    def is_divided(self, model: nn.Module) -> bool:
+        """Whether a network call of one process waits for those of others."""
+        reference = getattr(self._base, "model", None)
+        return waits_for_others(model) or (reference is not None and waits_for_others(reference))
+
+    @contextlib.contextmanager
+    def _denoisers(
+        self, model: nn.Module, tokens: Tensor, attention_mask: Tensor
+    ) -> Iterator[tuple[Denoiser, Denoiser]]:
+        """Context manager: of the model and its base, of which processes may make as many calls as each needs."""
+        both = (self._denoiser(model), self.base(model))
+        if not self.is_divided(model):
+            yield both
+            return
+        with in_turns(both, tokens, attention_mask) as (denoiser, base):
+            yield denoiser, base
+
     def compare(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> None:
         """That log-probabilities of the model and of its base are those of their own logits, where they return some.
 
         Raises:
-            ValueError, TypeError: they are not; as `dam.models.MaskedLM`. Or processes that must run alike would not.
+            ValueError, TypeError: they are not; as `dam.models.MaskedLM`.
         """
-        if self._args.eval_threshold is not None and _is_divided(model):
-            raise ValueError(
-                "eval_threshold lets rows take as many network calls as they need, but processes among which FSDP2 "
-                "divides a model must make as many as each other: leave it out, and set diffusion_steps"
-            )
         for denoiser in (self._denoiser(model), self.base(model)):
             if isinstance(denoiser, MaskedLM):
                 denoiser.compare(tokens, attention_mask)
@@ -113,11 +121,8 @@ class Sampler:
         """`dam.rollout.rollout` in pieces of rollout_batch_size, whose draws are those of the whole.
 
         Where from_base, bool [B], says so the base draws; log_prob stays that of the model, base_log_prob the base's.
-        Rows of a model that FSDP2 divides are filled in to the end, as its processes must make as many network calls.
         """
         by_threshold = decoding is not None and decoding.threshold is not None
-        if _is_divided(model):
-            stop_tokens = ()
 
         def drawn(rows: Tensor, drawer: Denoiser, other: Denoiser | None) -> list[Trajectories]:
             return [
@@ -140,16 +145,15 @@ class Sampler:
             ]
 
         everything = torch.arange(len(tokens), device=tokens.device)
-        if from_base is None:
-            denoiser = self._denoiser(model)
-            return Trajectories.concatenate(drawn(everything, denoiser, self.base(model) if base else None))
-        mine, others = everything[~from_base], everything[from_base]
-        denoiser, reference = self._denoiser(model), self.base(model)
-        pieces = drawn(mine, denoiser, reference)
-        if len(others):
-            drawer = reference if blocks_of(reference) == blocks_of(denoiser) else _InBlocks(reference, denoiser)
-            pieces += [piece.exchanged() for piece in drawn(others, drawer, denoiser)]
-        return Trajectories.concatenate(pieces)[torch.cat((mine, others)).argsort()]
+        with self._denoisers(model, tokens, attention_mask) as (denoiser, reference):
+            if from_base is None:
+                return Trajectories.concatenate(drawn(everything, denoiser, reference if base else None))
+            mine, others = everything[~from_base], everything[from_base]
+            pieces = drawn(mine, denoiser, reference)
+            if len(others):
+                drawer = reference if blocks_of(reference) == blocks_of(denoiser) else _InBlocks(reference, denoiser)
+                pieces += [piece.exchanged() for piece in drawn(others, drawer, denoiser)]
+            return Trajectories.concatenate(pieces)[torch.cat((mine, others)).argsort()]
 
     def over_orders(
         self,
@@ -163,22 +167,23 @@ class Sampler:
         temperature: float,
     ) -> PathLogProbs:
         """`dam.rollout.log_prob_over_orders` in pieces of rollout_batch_size, whose draws are those of the whole."""
-        pieces = [
-            log_prob_over_orders(
-                self._denoiser(model),
-                self.base(model),
-                trajectories[part],
-                self._process,
-                orders=orders,
-                attention_mask=attention_mask[part],
-                steps=self._args.diffusion_steps,
-                block_length=self._args.block_length,
-                temperature=temperature,
-                seed=seed,
-                row_ids=row_ids[part],
-            )
-            for part in self._pieces(len(row_ids))
-        ]
+        with self._denoisers(model, trajectories.initial, attention_mask) as (denoiser, base):
+            pieces = [
+                log_prob_over_orders(
+                    denoiser,
+                    base,
+                    trajectories[part],
+                    self._process,
+                    orders=orders,
+                    attention_mask=attention_mask[part],
+                    steps=self._args.diffusion_steps,
+                    block_length=self._args.block_length,
+                    temperature=temperature,
+                    seed=seed,
+                    row_ids=row_ids[part],
+                )
+                for part in self._pieces(len(row_ids))
+            ]
         return PathLogProbs(*(torch.cat(each) for each in zip(*pieces, strict=True)))
 
     def states(self, model: nn.Module, tokens: Tensor, attention_mask: Tensor, *, seed: int, row_ids: Tensor) -> Tensor:

@@ -17,8 +17,15 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, PredictionOutput, speed_metrics
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    PredictionOutput,
+    SaveStrategy,
+    speed_metrics,
+)
 
 from dam import diagnostics
 from dam.adjoint import (
@@ -36,12 +43,12 @@ from dam.ctmc import MaskedCTMC
 from dam.models.denoiser import blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
-from dam.train import grpo
+from dam.train import fsdp, grpo
 from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
 from dam.train.completions import Completions
-from dam.train.config import DAMConfig
+from dam.train.config import OF_ONE_PROCESS, DAMConfig
 from dam.train.data import (
     Collator,
     NumberedRows,
@@ -52,9 +59,11 @@ from dam.train.data import (
     is_stream,
     label_ids,
     outcomes,
+    outline,
     stacked,
 )
-from dam.train.processes import each_in_step, in_step, is_shared, together
+from dam.train.lifelines import Lifelines
+from dam.train.processes import agree, each_in_step, in_step, is_shared, together
 from dam.train.progress import Progress, last_checkpoint
 from dam.train.releases import BaseTrainer, loaded, precision_of
 from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
@@ -67,6 +76,7 @@ from dam.train.rewards import (
     RewardFunction,
     Rewards,
     failure_figures,
+    names_of,
     told_failures,
 )
 from dam.train.rows import RowReader
@@ -74,6 +84,7 @@ from dam.train.sampling import Sampler
 from dam.train.terminal import show
 from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
+from dam.train.zero import check_checkpoint, check_whole, check_zero
 
 # Entries of a group that has one for each of its trajectories.
 _OF_TRAJECTORIES = ("final", "weight", "first", "position", "call")
@@ -195,8 +206,9 @@ class DAMTrainer(BaseTrainer):
             output_dir/failed_rollouts.pt.
 
     Before this or any other error (not KeyboardInterrupt) ends a run that has begun, a checkpoint is saved, so that it
-    can be resumed, to the same result; but not in the middle of an update of the weights. Of several processes one that
-    fails in the network's own work, out of memory for one, leaves the last checkpoint that was saved: saving needs all.
+    can be resumed, to the same result; but not in the middle of an update of the weights. When one of several processes
+    fails alone or is killed, all end, and what each raises says which and why (`dam.train.lifelines`); the checkpoint
+    is then the first process's, or where FSDP or DeepSpeed divide the model the last one that was saved.
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Alg. 1; estimators in `dam.adjoint`.
     """
@@ -249,6 +261,9 @@ class DAMTrainer(BaseTrainer):
             stays=[isinstance(function, RewardModel) for function in functions],
         )
         self.reward_funcs = self._rewards.functions
+        check_whole("model", [network])
+        check_whole("ref_model", [] if ref_model is None else [ref_model])
+        check_whole("reward model", [each.model for each in functions if isinstance(each, RewardModel)])
         limits = limits_of(network)
         own = denoiser(network)  # raises where the model does not fit
         if hasattr(own, "canvas_length"):
@@ -288,6 +303,8 @@ class DAMTrainer(BaseTrainer):
         self._told: set[str] = set()  # names of findings
         self._compared = self._lengths_differ = False
         _keep_batches_whole(args.accelerator_config)
+        self._network = network
+        self._alone = False  # whether this process saves a checkpoint without the others
         with precision_of(args):
             super().__init__(
                 model=network,
@@ -314,8 +331,25 @@ class DAMTrainer(BaseTrainer):
         self._timing = Timing(waiter(self.args.device))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RolloutProgress())
-        base.to(self.args.device)
+        base.to(self.args.device, self._dtype_of_engine())
         move(self.reward_funcs, self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, and FSDP2 on a CPU too."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = fsdp.prepare_plugin(self.accelerator, self.args, self._network)
+
+    def _dtype_of_engine(self) -> torch.dtype | None:
+        """What DeepSpeed makes of the model's weights; None without it, or where it leaves them.
+
+        Raises:
+            ValueError: what DeepSpeed is told does not fit.
+        """
+        if not self.is_deepspeed_enabled:
+            return None
+        config: Any = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        check_zero(config, self.args.max_grad_norm)
+        return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else None
 
     def _precision(self) -> Any:
         """Context manager: the precision that accelerate has put around the trained model's forward pass.
@@ -377,7 +411,11 @@ class DAMTrainer(BaseTrainer):
     def _compare(self, batch: dict[str, Any]) -> None:
         """What the model and its base say with what is trained and sampled: once, when a run starts."""
         if not self._compared:
-            self.sampler.compare(self.model, batch["input_ids"], batch["attention_mask"])
+            tokens, attention_mask = batch["input_ids"], batch["attention_mask"]
+            if self.sampler.is_divided(self.model):  # so that processes try the same, whichever has rows to pad
+                tokens, attention_mask = tokens.clone(), attention_mask.clone()
+                tokens[:, 0], attention_mask[:, 0] = self.progress.replay.pad_token, 0
+            self.sampler.compare(self.model, tokens, attention_mask)
             if self._lengths_differ:  # so that some are padded, if not in this batch
                 padded = F.pad(batch["attention_mask"], (1, 0))
                 for model in (self._denoiser(self.model), self.sampler.base(self.model)):
@@ -388,6 +426,8 @@ class DAMTrainer(BaseTrainer):
 
     def _refill(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Rollouts of all processes, rewarded, weighted and put into the replay buffer, which is the same on each."""
+        masks = int(self.process.masked(batch["input_ids"]).sum(dim=1).max())
+        in_step(lambda: self.args.check_steps(masks))
         with self._timing.part("rollout"):
             given = together(lambda: self._rolled_out(model, batch))
         groups = stacked_groups([group for groups in given for group in groups], self.progress.replay.pad_token)
@@ -504,7 +544,6 @@ class DAMTrainer(BaseTrainer):
         """A group of rewarded trajectories for each prompt of this process."""
         args, size = self.args, self.args.num_generations
         tokens, attention_mask, number = batch["input_ids"], batch["attention_mask"], batch["number"]
-        args.check_steps(int(self.process.masked(tokens).sum(dim=1).max()))
         seed = self._seed(_Draw.ROLLOUT)
         # Re-masked outcomes are states of the exact chain only where all of them was drawn.
         exact = self._of_exact_chain(tokens)
@@ -574,16 +613,21 @@ class DAMTrainer(BaseTrainer):
     def _replayed(self) -> tuple[Group, Tensor]:
         """This micro-step's and process's share of the groups of a step, and what names the draws of each, int64 [G].
 
-        With draw_outcomes a group is one outcome, drawn from all of the step.
+        With draw_outcomes a group is one outcome, drawn from all of the step. Where groups are fewer than parts would
+        share equally, parts are filled up with some that count for nothing there: the step is that of one part.
         """
         args, replay = self.args, self.progress.replay
         parts = args.gradient_accumulation_steps * args.world_size
         part = self.progress.micro_step % args.gradient_accumulation_steps * args.world_size + args.process_index
         generator = self._generator(_Draw.REPLAY)
         places = replay.choose(args.replay_batch_size, parts, generator)
+        distinct = len(places.unique())  # the first ones
         if args.draw_outcomes is None:
-            return replay.batch(places[part]), torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
-        weight = replay.weights(places.flatten())
+            names = torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
+            groups = replay.batch(places[part])
+            groups["weight"] = groups["weight"] * ((names < distinct)[:, None] * (places.numel() / distinct))
+            return groups, names
+        weight = replay.weights(places.flatten()[:distinct])
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
         names = torch.arange(len(drawn), device="cpu").view(parts, -1)[part]
         chosen = drawn[names]
@@ -707,14 +751,37 @@ class DAMTrainer(BaseTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+
+        Raises:
+            OtherProcessError: another process has failed; it says which and why.
+        """
+        lifelines = Lifelines()
+        lifelines.begin()
+        try:
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException as error:
+            failure = lifelines.failure(error)
+            if isinstance(failure, Exception):
+                self._save_before(failure)
+            lifelines.leave(failure)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            lifelines.close()
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("no parameter of the model is trainable")
+        agree(self._what_runs(resume_from_checkpoint or None))
         self._check_datasets()
+        if resume_from_checkpoint:
+            self._check_parts(str(resume_from_checkpoint))
         self.progress.clear()
         self._timing.clear()
         self._told.clear()
@@ -724,14 +791,30 @@ class DAMTrainer(BaseTrainer):
             check_average(str(resume_from_checkpoint), self.args.ema_decay)
             if self._average is not None:
                 self._average.load(str(resume_from_checkpoint))
-        try:
-            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-        except Exception as error:
-            self._save_before(error)
-            raise
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         if self._average is not None:
             self._average.finish()
         return result
+
+    def _what_runs(self, checkpoint: str | bool | None) -> dict[str, Any]:
+        """All that must be the same in every process, by name."""
+        given: Any = self.eval_dataset
+        evaluated = given if isinstance(given, dict) else {"": given}
+        rows = {"train_dataset": self.train_dataset, **{f"eval_dataset {n}".strip(): d for n, d in evaluated.items()}}
+        return {
+            **{name: value for name, value in self.args.to_dict().items() if name not in OF_ONE_PROCESS},
+            "reward functions": ", ".join(names_of(self.reward_funcs)),
+            "checkpoint": os.path.basename(str(checkpoint)),
+            **{name: outline(dataset) for name, dataset in rows.items()},
+        }
+
+    def _check_parts(self, checkpoint: str) -> None:
+        """That as many processes saved a checkpoint as DeepSpeed needs."""
+        if not self.is_deepspeed_enabled:
+            return check_checkpoint(checkpoint, None)
+        config: Any = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        universal = config.get("checkpoint", {}).get("load_universal", False)
+        return check_checkpoint(checkpoint, self.args.world_size, universal)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model has its averaged weights, where there are such."""
@@ -739,8 +822,31 @@ class DAMTrainer(BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; with ema_decay the averages."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            return
         with self._averaged():
             super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As `Trainer._load_from_checkpoint`, from a model that FSDP2 divided to a whole one and back."""
+        if fsdp.is_divided(resume_from_checkpoint) == self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.is_fsdp_enabled:
+            fsdp.load_whole_weights(self.model, resume_from_checkpoint)
+        else:
+            fsdp.load_divided_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `_load_from_checkpoint`."""
+        scheduler = os.path.join(checkpoint or "", SCHEDULER_NAME)
+        if checkpoint is None or fsdp.is_divided(checkpoint) == self.is_fsdp_enabled or not os.path.isfile(scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load = fsdp.load_whole_optimizer if self.is_fsdp_enabled else fsdp.load_divided_optimizer
+        load(self.model, self.optimizer, checkpoint)
+        scheduled: Any = self.lr_scheduler
+        scheduled.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _check_datasets(self) -> None:
         """Before any work: a row that would end the run later."""
@@ -758,14 +864,33 @@ class DAMTrainer(BaseTrainer):
         # Nothing is done yet, or weights may be half-way through an update.
         if not self.progress.has_begun or self._update.step == step:
             return
-        if not is_shared(ending):  # as of no memory: the other processes may be elsewhere, and saving needs them
-            warnings.warn(f"no checkpoint of step {step} was saved: other processes may not have failed", stacklevel=2)
+        alone = not is_shared(ending)  # the other processes are elsewhere, or gone
+        if alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            last = last_checkpoint(str(self.args.output_dir))
+            warnings.warn(
+                f"no checkpoint of step {step} was saved, as each process has but its part of the model: "
+                + ("there is none that is whole" if last is None else f"the last that is whole is {last}"),
+                stacklevel=2,
+            )
+            return
+        if alone and not self.args.should_save:
             return
         self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
+        strategy = self.args.save_strategy
         try:
+            self._alone = alone
+            if alone:
+                self.args.save_strategy = SaveStrategy.NO  # by others all wait for each other where one may be the best
             self._save_checkpoint(self.model, trial=None)
         except Exception as error:  # the error that ends the run is the one to raise
             warnings.warn(f"no checkpoint of step {step} could be saved: {type(error).__name__}: {error}", stacklevel=2)
+        finally:
+            self._alone, self.args.save_strategy = False, strategy
+
+    def store_flos(self) -> None:
+        """As `Trainer.store_flos`, which sums over processes; what this one counts waits for the next checkpoint."""
+        if not self._alone:
+            super().store_flos()
 
     def _load_best_model(self) -> None:
         self._update.step = self.state.global_step  # from here on the weights are those of another step

@@ -166,6 +166,24 @@ static void show_rows(const std::string& name, int64_t columns, double temperatu
     drawn.show(which + "/target");
     log_prob.show(which + "/log_prob");
     escape.show(which + "/log_escape");
+    Filled<double> arrival(2 * T * SAMPLES), exact(T);
+    run(JumpPartArgs{shape, logits_at, exclude_at, suppressed, Indices{row_ids.data(), 1}, jump_temperature, SAMPLES,
+                     0x123456789ABCDEF0u, 7, drawn.data(), arrival.data(), exact.data(), {}});
+    drawn.show(which + "/part");
+    arrival.show(which + "/part/arrival");
+    exact.show(which + "/part/log_escape");
+  }
+  for (const bool has_base : {true, false}) {
+    std::vector<double> shares(4 * T);
+    for (int64_t t = 0; t < T; ++t) {
+      const double top = temperature * log_escape.data()[t];  // about the largest logit
+      const double share[4] = {1.0 + upstream[t], top, t == 1 ? 0.0 : 0.5, top + 1.0};
+      std::copy(share, share + 4, shares.begin() + 4 * t);
+    }
+    Filled<Element> gradient(T * columns);
+    run(GradientArgs{shape, logits_at, has_base ? base_at : Matrix{}, 5, exclude_at, suppressed, target.data(), J,
+                     weight.data(), shares.data(), temperature, gradient.data()});
+    gradient.show(name + (has_base ? "/shares/base" : "/shares") + "/gradient");
   }
   for (const bool normalized : {true, false}) {
     for (const bool has_base : {true, false}) {

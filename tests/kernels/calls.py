@@ -13,6 +13,7 @@ from dam.kernels import (
     core,
     entropy,
     formed_gradient,
+    gradient,
     head,
     jump,
     linear_jump,
@@ -54,6 +55,27 @@ def jumps():
     jump.jump(rows_of(1024, LLADA, torch.float16), exclude, 0.0, 1, SEED, None, True)
     jump.jump(rows_of(1024, 20, torch.float32), NOTHING, 1.0, 1, SEED, None, True)
     jump.jump(ONE, Excluded(INDEX[0]), 1.0, 1, SEED, INDEX[0], True)
+
+
+def jump_parts():
+    ids = torch.arange(1024)
+    for dtype in DTYPES:
+        x = rows_of(1024, 15_808, dtype)
+        jump.jump_part(x, 15, Excluded(indices(1024), SUPPRESSED[:15_808]), 0.7, 1, SEED, ids)
+        jump.jump_part(x, 0, NOTHING, 1.0, 16, SEED, ids)
+    jump.jump_part(rows_of(1024, 15_808, torch.float16), 0, NOTHING, 0.0, 1, SEED, ids)
+    jump.jump_part(ONE, 1, Excluded(INDEX[0]), 1.0, 1, SEED, INDEX[0])
+
+
+def gradients():
+    for dtype in DTYPES:
+        for count, exclude in ((1, NOTHING), (1024, Excluded(indices(1024), SUPPRESSED[:15_808]))):
+            x, target, pull = rows_of(count, 15_808, dtype), indices(count, 2), torch.empty(count, 2).double()
+            for base in (None, x):
+                shares = torch.empty(count, 4).double()
+                gradient.gradient(x, base, 15_808, LLADA, target, pull, shares, exclude, 0.7, x)
+    shares = torch.empty(1, 4).double()
+    gradient.gradient(ONE, None, 1, 2, INDEX, ONE.double(), shares, Excluded(INDEX[0]), 1.0, ONE)
 
 
 def log_probs():
@@ -222,6 +244,8 @@ OPS = {
     "tilt_to_ess": tilts,
     "backward_kolmogorov": backward_kolmogorovs,
     "jump": jumps,
+    "jump_part": jump_parts,
+    "gradient": gradients,
     "log_prob": log_probs,
     "rate_ratio": rate_ratios,
     "matching_loss": matching_losses,

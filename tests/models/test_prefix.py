@@ -260,7 +260,7 @@ def test_passes_over_blocks_are_offered_where_they_are_to_be_had(monkeypatch):
     assert as_denoiser(model).prefix_cache(tokens) is not None
     assert as_denoiser(model.train()).prefix_cache(tokens) is None
     model.eval()
-    monkeypatch.setattr("dam.models.denoiser.is_fsdp", lambda module: module is model.model)
+    monkeypatch.setattr("dam.models.sharding.is_fsdp", lambda module: module is model.model)
     assert as_denoiser(model).prefix_cache(tokens) is None
 
 

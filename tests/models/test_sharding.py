@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dam.models import MaskedLM, sharding
-from tests.models.sharded_run import model
+from tests import ranks
+from tests.models.sharded_run import RATE, model
 
 # Of 2.6 FSDP2 needs a GPU, and torch.compile cannot trace the masks of the transformers of today.
 recent = pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="needs torch 2.7")
@@ -24,7 +25,7 @@ def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert "is a DTensor, divided by tensor parallelism: leave the output layer out" in found.pop("refused")
+        assert "not by rows of the vocabulary: plan that layer as ColwiseParallel" in found.pop("refused")
         whole = {tied: found.pop(f"whole {tied}") for tied in (False, True)}
         assert len(found) == 6
         for name, seen in found.items():
@@ -57,12 +58,47 @@ def test_a_part_that_cpu_offload_keeps_on_the_host_is_gathered_where_the_others_
     assert at == ["cuda", "gathered", "gathered"]
 
 
-def test_a_head_that_zero_3_has_taken_away_is_refused():
-    network = model(False)
-    weight = network.get_output_embeddings().weight
-    weight.ds_id, weight.data = 7, torch.empty(0)
-    with pytest.raises(ValueError, match="partitioned by DeepSpeed's ZeRO-3 and not here"):
-        MaskedLM(network).head()
+@recent
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_a_head_whose_rows_tensor_parallelism_divides_stays_where_it_is(tmp_path, count):
+    """Draws, losses and gradients of the whole one: of 9 rows, of which the last process has fewer, or none."""
+    ranks.succeed("tests.models.tensor_run", count, tmp_path)
+    for rank in range(count):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        whole = found.pop("whole")
+        assert len(found) == 2
+        for name, seen in found.items():
+            assert torch.equal(seen["final"], whole["final"]), name
+            torch.testing.assert_close(seen["loss"], whole["loss"], rtol=1e-6, atol=0.0)
+            torch.testing.assert_close(seen["gradients"], whole["gradients"], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_head_divided_by_zero_3_is_that_of_the_whole_model(tmp_path):
+    """Draws, losses and weights of three steps, by each stage of DeepSpeed, of heads of several kinds.
+
+    Those of plain SGD with the mean gradient, which is summed over processes in another order.
+    """
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*command, "tests.models.zero_run", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        alone = found.pop("alone")
+        torch.testing.assert_close(alone["after"], (1 - RATE) * alone["before"])
+        assert {name: len(ways) for name, ways in found.items()} == {
+            "own": 6, "tied": 2, "adapted": 2, "outside bias": 2,
+        }  # fmt: skip
+        for name, ways in found.items():
+            plain = ways.pop("plain")
+            for way, seen in ways.items():
+                # Between its uses nothing of the model is here.
+                assert (seen["here"] == 0) == (way in ("stage 3", "stage 3, prefetched")), (name, way)
+                assert torch.equal(seen["final"], plain["final"]), (name, way)
+                torch.testing.assert_close(seen["losses"], plain["losses"], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(seen["weights"], plain["weights"], rtol=1e-5, atol=1e-6, msg=f"{name} {way}")
 
 
 @recent

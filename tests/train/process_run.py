@@ -70,6 +70,12 @@ def trained(output, *, judge=None, processes=1, resume=None, rows=PROMPTS, **cha
 
 def told(trainer):
     """What a run ends with: weights, the replay buffer and the figures it logged."""
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    return {"weights": weights, **told_besides(trainer)}
+
+
+def told_besides(trainer):
+    """All that but the weights."""
     logged = [
         {
             name: value
@@ -79,7 +85,6 @@ def told(trainer):
         for entry in trainer.state.log_history
     ]
     return {
-        "weights": torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]),
         "groups": trainer.progress.replay.state_dict()["groups"],
         "reward_calls": trainer.reward_calls,
         "logged": [entry for entry in logged if "loss" in entry],

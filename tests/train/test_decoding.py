@@ -165,15 +165,3 @@ def test_outcomes_that_are_re_masked_are_drawn_whole(tmp_path, monkeypatch):
     trainer = DAMTrainer(rotary_model(), sum_reward, config, PROMPTS[:4])
     trainer.train()
     assert all(bool((found.call >= 0).all()) for found in calls.found)
-
-
-def test_processes_of_a_divided_model_make_as_many_calls(tmp_path, monkeypatch):
-    """Rows do not end early there, and a threshold is refused, before the first update."""
-    monkeypatch.setattr(sampling, "is_fsdp", lambda module: True)
-    _, _, calls = evaluated(tmp_path, monkeypatch)
-    assert all(bool((found.call >= 0).all()) for found in calls.found)
-    config = tiny_config(tmp_path, eval_remasking="confidence", eval_threshold=0.9)
-    trainer = DAMTrainer(rotary_model(), sum_reward, config, ROWS)
-    with pytest.raises(ValueError, match="FSDP2 divides a model must make as many as each other: leave it out"):
-        trainer.train()
-    assert trainer.state.global_step == 0

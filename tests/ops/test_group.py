@@ -1,0 +1,36 @@
+"""Ops over vocabularies whose columns the ranks of a process group share: what one rank with all of them says."""
+
+import pytest
+
+from tests import ranks
+
+RUN = "tests.ops.group_run"
+
+
+def test_two_ranks_say_what_one_does(tmp_path):
+    """Values and gradients to rounding and draws to the bit, wherever columns are divided, 10^5 draws of each op among
+    them; one collective each way, of sizes that no vocabulary changes, and no array of more than a rank's share."""
+    ranks.succeed(RUN, 2, tmp_path, "equal", "rounded_once", "many_draws", "wire", "shares", "compiled", "dtensors")
+
+
+def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
+    """And calls that differ are told apart on every rank."""
+    cases = ("equal", "rounded_once", "many_draws", "dtensors", "disagree", "argues", "other_maps")
+    ranks.succeed(RUN, 3, tmp_path, *cases)
+
+
+def test_every_backend_shares_columns(tmp_path):
+    ranks.succeed(RUN, 2, tmp_path, "equal_cuda", "equal_triton")
+
+
+@pytest.mark.parametrize("case", ["killed", "raises"])
+def test_a_rank_that_is_gone_ends_all(case, tmp_path):
+    """Within 30 s of the start, with what happened."""
+    found = ranks.run(RUN, 3, tmp_path, case, timeout=90.0)
+    first = min(one.seconds for one in found)
+    for rank, one in enumerate(found):
+        assert one.code != 0 and one.seconds < first + 30.0, (rank, one)
+        if case == "raises" and rank == 2:
+            assert "logits must have shape [..., V]; got []" in one.text
+        elif rank != 2:
+            assert "a rank is gone, or made another call" in one.text

@@ -1,0 +1,159 @@
+"""Runs that DDP and FSDP2 divide over processes: that of one process, goes on in others, and ends as a whole."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+
+from dam.train.progress import last_checkpoint
+from tests.train.forked_run import GROUPS, ran, settings
+from tests.train.process_run import model
+
+# FSDP2 needs a GPU in torch 2.6.
+pytestmark = pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="needs torch 2.7")
+LIMIT = 30.0  # seconds in which every process ends when one has failed
+
+RUNS = ["ddp-3", "fsdp-2", "fsdp-3-from-fsdp-2", "ddp-2-from-fsdp-2", "fsdp-2-from-ddp-3"]
+LORA = ["fsdp-2-lora", "fsdp-3-from-fsdp-2-lora"]
+
+
+def forked(output, *cases):
+    command = [sys.executable, "-m", "tests.train.forked_run", str(output), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((output / "ended.json").read_text())
+
+
+def printed(output, case, rank):
+    return (output / f"{case}-{rank}.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    output = tmp_path_factory.mktemp("forked")
+    ended = forked(output, *RUNS, *LORA)
+    for case in ended:
+        processes = range(settings(case)[1])
+        assert ended[case]["statuses"] == [0] * len(processes), printed(output, case, 0)[-3000:]
+    return output, {
+        case: [torch.load(output / f"{case}-{rank}.pt") for rank in range(settings(case)[1])] for case in ended
+    }
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return ran(str(tmp_path_factory.mktemp("one")))
+
+
+@pytest.fixture(scope="module")
+def one_lora(tmp_path_factory):
+    torch.manual_seed(0)  # as the first process draws an adapter
+    return ran(str(tmp_path_factory.mktemp("one")), lora=True)
+
+
+def assert_same(ours, theirs, atol=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0.0, atol=atol, msg=name)
+
+
+def assert_same_log(ours, theirs):
+    assert len(ours) == len(theirs)
+    for entry, other in zip(ours, theirs, strict=True):
+        assert entry == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_ten_steps_are_those_of_one_process(runs, one, case):
+    """With Adam, whole and resumed after the fifth: parameters, and all that is logged; sums in another order."""
+    for found in runs[1][case]:
+        assert_same(found["weights"], one["weights"])
+        assert_same_log(found["logged"], one["logged"])
+        assert found["reward_calls"] == one["reward_calls"] == 10 * GROUPS * 8
+        assert found["eval_reward"] == pytest.approx(one["eval_reward"])
+        assert found["class"].startswith("FSDP") == case.startswith("fsdp")
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_ten_steps_of_an_adapter_are_those_of_one_process(runs, one_lora, case):
+    """Whose parameters each process draws anew, and whose base is the model itself: nothing moves at first."""
+    for found in runs[1][case]:
+        assert_same(found["weights"], one_lora["weights"])
+        assert_same_log(found["logged"], one_lora["logged"])
+    first = one_lora["logged"][0]
+    assert first["kl_path"] == 0.0 and one_lora["logged"][-1]["kl_path"] > 0.0
+
+
+@pytest.mark.parametrize("case", ["ddp-3", "fsdp-2"])
+def test_each_process_rewards_whole_groups_of_its_own(runs, one, case):
+    of_each = [found["seen"] for found in runs[1][case]]
+    assert len({len(seen) for seen in of_each}) == 1
+    assert sorted(name for seen in of_each for name in seen) == sorted(one["seen"])
+    for seen in of_each:
+        assert all(len(set(seen[n : n + 8])) == 1 for n in range(0, len(seen), 8))
+
+
+@pytest.mark.parametrize("case", ["ddp-3", "fsdp-2", "fsdp-2-lora"])
+def test_a_saved_model_is_loaded_in_one_process(runs, case):
+    output, found = runs
+    folder = output / case / "model"
+    again = PeftModel.from_pretrained(model(), folder) if "lora" in case else type(model()).from_pretrained(folder)
+    assert_same(dict(again.named_parameters()), found[case][0]["weights"], atol=0.0)
+
+
+@pytest.mark.parametrize("case", ["fsdp-2", pytest.param("ddp-3", marks=pytest.mark.full)])
+def test_a_divided_run_goes_on_in_one_process(runs, one, tmp_path, case):
+    found = ran(str(tmp_path), resume=f"{runs[0]}/{case}/checkpoint-5")
+    assert_same(found["weights"], one["weights"])
+    assert found["reward_calls"] == one["reward_calls"]
+
+
+def test_an_adapter_divided_goes_on_in_one_process(runs, one_lora, tmp_path):
+    torch.manual_seed(0)
+    found = ran(str(tmp_path), resume=f"{runs[0]}/fsdp-2-lora/checkpoint-5", lora=True)
+    assert_same(found["weights"], one_lora["weights"])
+
+
+KILLED = "process 1 failed: it stopped without a word: it was killed"
+ILL = "process 1 failed: ArithmeticError: the model is ill"
+FAILURES = {
+    "ddp-3-killed": (KILLED, 6),
+    "fsdp-3-killed": (KILLED, 5),
+    "ddp-2-ill": (ILL, 6),
+    "fsdp-2-ill": (ILL, 5),
+    "ddp-3-busy": (KILLED, 6),
+    "ddp-2-early": ("another process ended before the run began", None),
+    "ddp-2-rows": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
+    "ddp-2-shuffled": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
+    "fsdp-2-arguments": ("processes 0 and 1 do not do the same run, seed: 42 and 43; beta: 0.1 and 0.2", None),
+}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    output = tmp_path_factory.mktemp("failures")
+    return output, forked(output, *FAILURES)
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_process_that_fails_ends_all_with_the_cause(failures, case):
+    """Each of the others says why, at once."""
+    output, ended = failures
+    cause, _ = FAILURES[case]
+    statuses = ended[case]["statuses"]
+    assert statuses[1] == (-9 if cause is KILLED else 1) and 0 not in statuses
+    assert ended[case]["seconds"] < LIMIT
+    for rank in range(settings(case)[1]):
+        if rank != 1:
+            assert cause in printed(output, case, rank)
+
+
+@pytest.mark.parametrize("case", [case for case, (_, step) in FAILURES.items() if step])
+def test_what_is_left_of_it_goes_on_in_one_process(failures, one, tmp_path, case):
+    """Under DDP from the step that failed, by the first process alone; else from the last checkpoint."""
+    last = last_checkpoint(str(failures[0] / case))
+    assert last == f"{failures[0]}/{case}/checkpoint-{FAILURES[case][1]}"
+    assert_same(ran(str(tmp_path), resume=last)["weights"], one["weights"])
