@@ -136,17 +136,19 @@ def cost(way: str, op: str, size: Size, *, workspace: int = 256 * MiB) -> Cost:
         if trained:
             reduced = (Message("all-reduce", 4 * rows),) * 2 + (Message("all-reduce", 4 * rows * slots),)
             # Logits; less the largest; exponentials; and their gradient.
-            return Cost((*reduced, *summed), products=3, moved=8 * here, head_reads=3, held=2 * here + results)
+            return Cost(
+                (*reduced, *summed), products=3, moved=8 * here, head_reads=3, held=max(2 * here, here + results)
+            )
         gathered = (Message("all-gather", 16 * rows * slots), Message("all-gather", 8 * rows))
         return Cost(gathered, products=1, moved=6 * here, head_reads=1, held=(1 + 2 * slots) * here + results)
     if way == "gathered logits":
         gathered = (Message("all-gather", 4 * rows * columns),)
+        held = (3 if trained else 1 + 2 * slots) * whole
         if trained:
-            # Those of each rank, side by side, their log-softmax, and its gradient.
-            return Cost(
-                (*gathered, *summed), products=3, moved=here + 8 * whole, head_reads=3, held=here + 3 * whole + results
-            )
-        return Cost(gathered, products=1, moved=here + 6 * whole, head_reads=1, held=here + (1 + 2 * slots) * whole)
+            # Of ranks and side by side; their log-softmax; its gradient and that of the logits.
+            held = max(held, here + results)
+            return Cost((*gathered, *summed), products=3, moved=here + 8 * whole, head_reads=3, held=held)
+        return Cost(gathered, products=1, moved=here + 6 * whole, head_reads=1, held=held)
     raise ValueError(f"no way {way!r}; there are {', '.join(WAYS)}")
 
 

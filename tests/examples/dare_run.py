@@ -1,9 +1,10 @@
-"""One process of `python -m torch.distributed.run -m tests.examples.dare_run OUTPUT`: the recipe under FSDP2.
+"""One of two ranks of tests.ranks, `python -m tests.examples.dare_run OUTPUT`: the recipe under FSDP2.
 
 Writes to OUTPUT what a rollout, its log-probabilities and an update are with two of the four prompts in each process.
 """
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.examples import test_dare as tests
 from tests.examples.dare_interfaces import DataProto, recipe
+from tests.ranks import joined
 from tests.train.tiny import rotary_model
 
 
@@ -22,8 +24,7 @@ def divided():
 
 
 def main(output):
-    dist.init_process_group("gloo")
-    rank, dare = dist.get_rank(), recipe(pytest.MonkeyPatch())
+    (rank, _), dare = joined(output), recipe(pytest.MonkeyPatch())
     rows = slice(2 * rank, 2 * rank + 2)
     given = {name: value[rows] for name, value in tests.prompts().batch.items()}
     model, found = divided(), {}
@@ -41,9 +42,9 @@ def main(output):
     torch.manual_seed(7)
     found["metrics"] = actor.update_policy(batch)
     found["parameters"] = {name: value.full_tensor().detach() for name, value in model.named_parameters()}
-    torch.save(found, f"{output}/{rank}.pt")
+    torch.save(found, output / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import subprocess
-import sys
 import types
 
 import numpy as np
@@ -19,6 +18,7 @@ from dam.models import MaskedLM
 from dam.models.denoiser import Tabular
 from dam.rollout import rollout
 from dam.train import DAMConfig
+from tests import ranks
 from tests.examples.dare_interfaces import RECIPE, Config, DataProto, recipe
 from tests.train.tiny import rotary_model
 
@@ -342,16 +342,7 @@ def test_an_update_asks_the_output_layer_for_no_logits(dare):
 @pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="FSDP2 needs a GPU before 2.7")
 def test_two_processes_that_fsdp2_divides_a_model_among_do_what_one_does(dare, tmp_path):
     """Rollouts to the token, log-probabilities, loss, norm and update to rounding; each process has half the rows."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*command, "tests.examples.dare_run", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=RECIPE.parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.succeed("tests.examples.dare_run", 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model = rotary_model()
     batch = drawn(dare, model)
