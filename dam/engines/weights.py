@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dam.models.sharding import whole
+from dam.models.sharding import is_partitioned, whole
 
 # What PEFT puts into names; "original_module" is what a module of modules_to_save was at first.
 _BASE, _SAVED, _ORIGINAL = "base_layer", "modules_to_save", "original_module"
@@ -20,24 +20,27 @@ _BASE, _SAVED, _ORIGINAL = "base_layer", "modules_to_save", "original_module"
 def served_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters of a model, by the names that they have in its checkpoint.
 
-    Of one with a LoRA adapter those of the base with the adapter added, in the dtype of the base; of one that FSDP2
-    divides whole ones, so all its processes go through them. Wrappers (DistributedDataParallel, torch.compile) are seen
-    through.
+    Of one with a LoRA adapter those of the base with the adapter added, in the dtype of the base; of one that FSDP2 or
+    DeepSpeed's ZeRO-3 divides whole ones, one after another, so all its processes go through them. Wrappers
+    (DistributedDataParallel, torch.compile) are seen through.
 
     Raises:
-        ValueError: an adapter is none that can be added, or parameters are partitioned by DeepSpeed's ZeRO-3.
+        ValueError: an adapter is none that can be added, as one that ZeRO-3 divides.
     """
     network = _unwrapped(model)
     if hasattr(network, "peft_config"):
         network = network.get_base_model()
     layers = {name: layer for name, layer in network.named_modules() if hasattr(layer, _BASE)}
+    if layers and any(map(is_partitioned, network.parameters())):
+        raise ValueError(
+            "the adapter's factors are divided by DeepSpeed's ZeRO-3, and their product cannot be sent as part of the "
+            "weights: use stage 2, FSDP2, or no adapter"
+        )
     for name, parameter in network.named_parameters():
-        if getattr(parameter, "ds_id", None) is not None and parameter.numel() == 0:
-            raise ValueError(f"{name} is partitioned by DeepSpeed's ZeRO-3: no process has it to send; use stage 2")
         found = _served(name, layers, network)
         if found is not None:
             plain, added = found
-            value = whole(parameter.detach())
+            value = whole(parameter).detach()
             yield plain, value if added is None else value + added.to(value)
 
 

@@ -121,9 +121,12 @@ class Sampler:
         if self._run is None:
             self._run = together(lambda: secrets.randbits(31))[0]
         version = self._run << 32 | step
-        # Gathered before anything can fail in one process alone.
-        parameters = list(served_parameters(model))
-        in_step(lambda: engine.update(parameters if self._args.process_index == 0 else None, version))
+        # Gathered by all before anything can fail in one process alone; kept by the first, in the host's memory.
+        sends, parameters = self._args.process_index == 0, []
+        for name, value in served_parameters(model):
+            if sends:
+                parameters.append((name, value.cpu()))
+        in_step(lambda: engine.update(parameters if sends else None, version))
 
     def rollout(
         self,

@@ -15,6 +15,7 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from dam.adjoint import estimator_loss, group_targets
 from dam.ctmc import MaskedCTMC
+from dam.engines import served_parameters
 from dam.models import MaskedLM
 from dam.models.sharding import shape_of, whole
 from dam.rollout import rollout
@@ -112,6 +113,16 @@ def divided(network, rank, stage, **zero):
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
         weights = {name: each.detach().clone() for name, each in parameters.items()}
     assert all(shape_of(parameters[name]) == weight.shape for name, weight in weights.items())
+    if not hasattr(network, "peft_config"):  # what an engine that serves rollouts is sent
+        sent = dict(served_parameters(network))
+        assert sent.keys() == weights.keys() and all(torch.equal(sent[name], weights[name]) for name in sent)
+    elif stage == 3:
+        try:
+            list(served_parameters(network))
+        except ValueError as error:
+            assert "the adapter's factors are divided by DeepSpeed's ZeRO-3" in str(error)
+        else:
+            raise AssertionError("an adapter that is divided was sent")
     engine.destroy()
     return {**found, "weights": weights, "here": here}
 
