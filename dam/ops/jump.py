@@ -61,7 +61,9 @@ def jump(
         group: torch.distributed process group whose ranks each have some columns of the vocabulary, in the order of
             ranks and as many as may be: logits then are those of this rank, and everything else, on every rank alike,
             is of the whole vocabulary, the draws too. These are those of one rank. One collective brings a few numbers
-            a row. A DTensor that is sharded along the vocabulary says all that by itself. seed must be given.
+            a row. A DTensor that is sharded along the vocabulary says all that by itself. seed must be given. Ranks
+            compare float64 numbers: of logits / temperature beyond 2^40 in size these keep no digit of what tells near
+            ties apart, and draws are not always those of one rank.
 
     Returns:
         Jump(target, log_prob, log_escape), with the leading dimensions of logits. Not differentiable: see `log_prob`.
