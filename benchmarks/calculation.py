@@ -125,6 +125,8 @@ def cost(way: str, op: str, size: Size, *, workspace: int = 256 * MiB) -> Cost:
         chunks = max(1, math.ceil(here / at_once))
         passes = 2 if trained else 1  # the backward pass computes the logits again
         exchanged = 8.0 * words * (size.ranks + 1)
+        # With two numbers by which a rank tells a call's backward pass from others.
+        summed = (Message("all-reduce", states + 8),) if trained else ()
         return Cost(
             (Message("all-gather", 8 * words), *summed),
             products=4 if trained else 1,

@@ -232,7 +232,8 @@ def exchanged(call: Call, shards: Shards, make: Callable[[Shards], Tensor]) -> t
         found = body.contiguous().view(torch.float64).view(shards.size, *numbers.shape)
         if shards.is_known and numbers.is_cuda:
             # Not read by the host, which would wait.
-            torch._assert_async(_are_alike(header).all(), f"{call.op}: the ranks of the group made different calls")
+            same = _are_alike(header).all() & (header[:, _MAP] == header[0, _MAP]).all()
+            torch._assert_async(same, f"{call.op}: the ranks of the group made different calls")
             return shards, found
         rows = header[:, : len(_FIELDS)].tolist()
         _compare(call, rows, header)
@@ -353,17 +354,38 @@ def _compare(call: Call, rows: list[list[int]], header: Tensor) -> None:
             )
 
 
-def summed(op: str, shards: Shards, partial: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, in place.
+# How many differentiable calls a group has seen: a backward pass tells its own from others.
+_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_NUMBERS = 512  # so that squares of numbers are exact in float32, and their sums over 64 ranks
+
+
+def numbered(shards: Shards) -> int:
+    """The number of a call that has a backward pass; the same on all ranks, which have just compared calls."""
+    number = _made.get(shards.group, 0) + 1
+    _made[shards.group] = number % _NUMBERS
+    return number
+
+
+def summed(op: str, shards: Shards, number: int, partial: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, of the call of that number.
 
     Raises:
-        RuntimeError: another rank is gone, or made another call.
+        RuntimeError: another rank is gone, or runs another backward pass; on a GPU that is an assertion there.
     """
+    marks = partial.new_tensor([number, number * number])
+    both = torch.cat((partial.reshape(-1), marks))
     try:
-        dist.all_reduce(partial, group=shards.group)
+        dist.all_reduce(both, group=shards.group)
     except RuntimeError as error:
         raise RuntimeError(
             f"{op}: the sum of hidden states' gradients over the ranks of the group failed on rank {shards.rank}: a "
             f"rank is gone, or made another call ({error})"
         ) from error
-    return partial
+    # By Cauchy and Schwarz, equal where all numbers are.
+    first, second = both[-2:].double()
+    alike, message = first * first == shards.size * second, f"{op}: the ranks of the group run other backward passes"
+    if both.is_cuda:
+        torch._assert_async(alike, message)
+    elif not bool(alike):
+        raise RuntimeError(f"{message}: of calls in turn they must be in the same order on every rank")
+    return both[:-2].view(partial.shape)

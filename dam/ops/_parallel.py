@@ -262,7 +262,13 @@ class Call(NamedTuple):
         return _Differentiable.apply(self, run, *self.source.tensors)
 
     def gradients(
-        self, shards: _group.Shards, target: Tensor, pull: Tensor, shares: Tensor, needed: Sequence[bool]
+        self,
+        shards: _group.Shards,
+        number: int,
+        target: Tensor,
+        pull: Tensor,
+        shares: Tensor,
+        needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         row, suppressed = self.left_out.row, self.left_out.among(shards.first, shards.columns)
 
@@ -280,13 +286,14 @@ class Call(NamedTuple):
                 into,
             )
 
-        return self.source.gradients(fill, needed, lambda partial: _group.summed(self.op, shards, partial))
+        return self.source.gradients(fill, needed, lambda partial: _group.summed(self.op, shards, number, partial))
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, run, *tensors):
         value, ctx.shards, ctx.asked = run()
+        ctx.number = _group.numbered(ctx.shards)
         # Tensors are kept where torch frees them, or puts them elsewhere, and nowhere else.
         kept = call.source.kept
         ctx.call = call._replace(source=call.source.holding((None,) * len(kept)))
@@ -298,7 +305,7 @@ class _Differentiable(torch.autograd.Function):
         kept = ctx.saved_tensors
         call = ctx.call._replace(source=ctx.call.source.holding(kept))
         with torch.no_grad():
-            found = call.gradients(ctx.shards, *ctx.asked(grad), ctx.needs_input_grad[2:])
+            found = call.gradients(ctx.shards, ctx.number, *ctx.asked(grad), ctx.needs_input_grad[2:])
         if torch.is_grad_enabled():
             found = tuple(None if x is None else _Once.apply(call.op, x, grad, *kept) for x in found)
         return None, None, *found

@@ -493,7 +493,9 @@ def wire(folder, rank, count):
                     value.sum().backward()
             assert len(forward) == 1, (name, forward)
             seen.setdefault(name, set()).add(forward[0][1])
-            of_states = [("all_reduce", rows * width * 4)] if name.startswith("linear_") and value.requires_grad else []
+            of_states = (
+                [("all_reduce", (rows * width + 2) * 4)] if name.startswith("linear_") and value.requires_grad else []
+            )
             assert backward == of_states, (name, backward)
     assert all(len(sizes) == 1 for sizes in seen.values()), seen
     assert set(seen) == {"jump", "linear_jump", "log_prob", "linear_log_prob", "rate_ratio", "matching_loss",
@@ -565,6 +567,21 @@ def disagree(folder, rank, count):
         with refuses(ValueError, told + message):
             call()
     dam.linear_log_prob(hidden, head, target, **over)
+
+
+def backward_passes(folder, rank, count):
+    """Of two calls in turn, in the same order on every rank or not."""
+    hidden, head = normal(4, 8, seed=1).requires_grad_(), normal(50, 8, seed=rank)
+    target, over = integers(0, 100, 4, 2), {"group": dist.group.WORLD}
+    for other in (False, True):
+        losses = [dam.linear_log_prob(hidden, head, target + n, **over).sum() for n in range(2)]
+        order = losses[::-1] if other and rank == count - 1 else losses
+        if other:
+            with refuses(RuntimeError, "run other backward passes: of calls in turn"):
+                order[0].backward()
+        else:
+            for loss in order:
+                loss.backward()
 
 
 def argues(folder, rank, count):

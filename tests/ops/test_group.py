@@ -21,7 +21,7 @@ def test_two_ranks_say_what_one_does(tmp_path):
 
 def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
     """And calls that differ are told apart on every rank."""
-    cases = ("equal", "rounded_once", "many_draws", "dtensors", "disagree", "argues", "other_maps")
+    cases = ("equal", "rounded_once", "many_draws", "dtensors", "disagree", "backward_passes", "argues", "other_maps")
     ranks.succeed(RUN, 3, tmp_path, *cases)
 
 
