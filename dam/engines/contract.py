@@ -114,3 +114,22 @@ def checked(trajectories: Trajectories, prompts: Prompts, engine: str) -> Trajec
             found = "it has" if what.startswith("jumps") else "it lacks"
             raise EngineError(f"{engine}: the trajectory of row {row} is none of its prompt: {found} {what}")
     return trajectories
+
+
+# Nats between a server in bfloat16 and a trainer in float32 that are one model are hundredths, on average.
+_FAR = 0.25
+
+
+def check_same_model(trajectories: Trajectories, log_prob: Tensor) -> None:
+    """That an engine drew from the law that is trained: its log-probabilities, beside those of the same jumps here.
+
+    Raises:
+        EngineError: they are far from each other.
+    """
+    made = trajectories.call >= 0
+    apart = float((trajectories.log_prob - log_prob)[made].abs().mean())
+    if not apart <= _FAR:
+        raise EngineError(
+            f"log-probabilities of the engine's draws are {apart:.3g} from the model's own, on average of "
+            f"{int(made.sum())} tokens: it serves another model, or one with another attention or precision"
+        )

@@ -186,8 +186,11 @@ def _rows(prompts: Prompts, block_length: int) -> tuple[list[list[int]], list[Re
         raise ValueError(
             f"a server draws from the model's own law in an order that does not depend on it; got {decoding}"
         )
-    if prompts.block_length not in (None, block_length):
-        raise ValueError(f"block_length is {prompts.block_length}, and that of the server's model {block_length}")
+    if prompts.block_length != block_length:
+        raise ValueError(
+            f"the model's block_length is {prompts.block_length}, and that of the server's {block_length}: what is "
+            "trained would not be what is served (dam.models.as_denoiser)"
+        )
     tokens, mask = prompts.tokens, prompts.attention_mask
     _ends(prompts)
     shown = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from dam.ctmc import MaskedCTMC
 from dam.decoding import Decoding, given_decoding
 from dam.engines import InProcess, Prompts, RolloutEngine, served_parameters
+from dam.engines.contract import check_same_model
 from dam.models.denoiser import Denoiser, MaskedLM, blocks_of, equal_rows, hidden_at
 from dam.models.sharding import waits_for_others
-from dam.rollout import PathLogProbs, Trajectories, jump_log_prob, log_prob_over_orders
+from dam.rollout import PathLogProbs, Trajectories, blocks_for, jump_log_prob, log_prob_over_orders
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
 from dam.train.processes import in_step, together
 from dam.train.turns import in_turns
+
+_COMPARED = 4  # trajectories of an engine whose log-probabilities are looked at, once
 
 
 class _InBlocks:
@@ -62,6 +65,7 @@ class Sampler:
     ):
         self._denoiser, self._process, self._args = denoiser, process, args
         self._base, self._precision, self._engine = base, precision, engine
+        self._engine_is_compared = engine is None
         self._run: int | None = None  # names this run's weights, on all processes alike
 
     @contextlib.contextmanager
@@ -150,6 +154,8 @@ class Sampler:
         What the model draws is drawn by the engine, if there is one, where `served`: by the weights of the last `send`.
         """
         by_threshold = decoding is not None and decoding.threshold is not None
+        denoiser = self._denoiser(model)
+        blocks = blocks_for(denoiser, self._args.block_length)
         prompts = Prompts(
             tokens,
             self._process,
@@ -157,7 +163,7 @@ class Sampler:
             row_ids,
             attention_mask,
             steps=None if by_threshold else self._args.diffusion_steps,
-            block_length=self._args.block_length,
+            block_length=None if blocks is None else blocks.length,
             decoding=given_decoding(decoding, temperature=temperature),
             stop_tokens=tuple(stop_tokens),
             start=start,
@@ -167,32 +173,31 @@ class Sampler:
         with self._denoisers(model, tokens, attention_mask) as (denoiser, reference):
             engine = self._engine if served and self._engine is not None else InProcess(denoiser, size)
             if from_base is None:
-                return self._drawn(engine, prompts, reference if base else None)
+                return self._drawn(engine, prompts, denoiser, reference if base else None)
             mine, others = everything[~from_base], everything[from_base]
-            pieces = [self._drawn(engine, prompts[mine], reference)] if len(mine) else []
+            pieces = [self._drawn(engine, prompts[mine], denoiser, reference)] if len(mine) else []
             if len(others):
                 drawer = reference if blocks_of(reference) == blocks_of(denoiser) else _InBlocks(reference, denoiser)
                 pieces.append(InProcess(drawer, size).rollout(prompts[others], denoiser).exchanged())
             return Trajectories.concatenate(pieces)[torch.cat((mine, others)).argsort()]
 
-    def _drawn(self, engine: RolloutEngine, prompts: Prompts, base: Denoiser | None) -> Trajectories:
+    def _drawn(
+        self, engine: RolloutEngine, prompts: Prompts, denoiser: Denoiser, base: Denoiser | None
+    ) -> Trajectories:
         """By the engine; with the base's log-probabilities, whether it has these or not."""
         way = engine.rollout(prompts, base)
-        if base is None or way.base_log_prob is not None:
-            return way
-        mask = prompts.attention_mask
-        pieces = [
-            jump_log_prob(
-                base,
-                way[part],
-                prompts.process,
-                attention_mask=None if mask is None else mask[part],
-                decoding=prompts.decoding,
-            )
-            for part in self._pieces(len(prompts))
-        ]
-        way.base_log_prob = torch.cat(pieces)
+        if engine is self._engine and not self._engine_is_compared:
+            few = slice(0, _COMPARED)
+            check_same_model(way[few], self._log_prob(denoiser, way[few], prompts[few]))
+            self._engine_is_compared = True
+        if base is not None and way.base_log_prob is None:
+            parts = list(self._pieces(len(prompts)))
+            way.base_log_prob = torch.cat([self._log_prob(base, way[part], prompts[part]) for part in parts])
         return way
+
+    def _log_prob(self, denoiser: Denoiser, way: Trajectories, prompts: Prompts) -> Tensor:
+        mask, decoding = prompts.attention_mask, prompts.decoding
+        return jump_log_prob(denoiser, way, prompts.process, attention_mask=mask, decoding=decoding)
 
     def over_orders(
         self,

@@ -3,6 +3,7 @@
 Writes what two runs end with to OUTPUT/RANK.pt: one that goes to its end, and one whose server dies on its way.
 """
 
+import functools
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 import torch
 
 from dam.engines import SGLangEngine
+from dam.models import as_denoiser
 from dam.train import DAMTrainer
 from tests.models.standins import SDARForCausalLM
 from tests.models.standins.sdar import SDARConfig
@@ -26,13 +28,14 @@ def model(seed=0):
     return SDARForCausalLM(SDARConfig()).eval()
 
 
-def trainer_of(output, judge=sum_reward, engine=None, processes=1):
+def trainer_of(output, judge=sum_reward, engine=None, processes=1, block_length=4):
     config = tiny_config(
         output, prompts=2 // processes, replay_batch_size=4 // processes, mask_token_id=MASK, diffusion_steps=5,
         max_completion_length=5, whole_blocks=True,
         max_steps=3, num_iterations=1, optim="sgd", learning_rate=0.05, ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip
-    return DAMTrainer(model(), judge, config, ROWS, rollout_engine=engine)
+    denoiser = functools.partial(as_denoiser, block_length=block_length)
+    return DAMTrainer(model(), judge, config, ROWS, denoiser=denoiser, rollout_engine=engine)
 
 
 def misbehave(url, how):

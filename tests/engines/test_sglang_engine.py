@@ -72,7 +72,7 @@ def prompts(**changes):
         tokens[row, :pad], mask[row, :pad] = PAD, 0
     process = MaskedCTMC(MASK, suppress=(3,), vocabulary=18)
     ids = torch.tensor([5, 3, -9, 2**62, 11, 12, 13])
-    asked = Prompts(tokens, process, seed=2**63 + 9, row_ids=ids, attention_mask=mask)
+    asked = Prompts(tokens, process, seed=2**63 + 9, row_ids=ids, attention_mask=mask, block_length=4)
     return dataclasses.replace(asked, **changes)
 
 
@@ -207,7 +207,8 @@ def test_what_a_server_cannot_draw_is_refused_before_it_is_asked(server, tmp_pat
         (prompts(tokens=hole), "row 1: a server fills in what is behind a prompt"),
         (prompts(decoding=Decoding(guidance=1.0)), "the model's own law"),
         (prompts(decoding=Decoding(order="confidence")), "the model's own law"),
-        (prompts(block_length=8), "block_length is 8, and that of the server's model 4"),
+        (prompts(block_length=8), "model's block_length is 8, and that of the server's 4"),
+        (prompts(block_length=None), "model's block_length is None, and that of the server's 4"),
         (prompts(stop_tokens=(3,)), "token 3 ends a row but is never drawn"),
         (prompts(steps=0), "row 0: steps must be at least 1"),
     ):
@@ -217,7 +218,7 @@ def test_what_a_server_cannot_draw_is_refused_before_it_is_asked(server, tmp_pat
     with pytest.raises(EngineError, match=r"status 400.*server's block_length is 4, and 2 is asked for"):
         other = SGLangEngine(server.url, tmp_path, block_length=2)
         other.update(None, 1)
-        other.rollout(whole)
+        other.rollout(prompts(block_length=2))
     process = MaskedCTMC(PAD)
     tokens = torch.where(whole.tokens == MASK, PAD, torch.where(whole.tokens == PAD, 1, whole.tokens))
     with pytest.raises(EngineError, match="server's mask token is 18, and 17 is asked for"):
@@ -246,6 +247,33 @@ def test_a_trainer_ends_as_one_that_draws_in_its_own_process(server, tmp_path, i
     trainer.train()
     assert_ended_as(trainer, in_process)
     assert not torch.allclose(trainer.model.lm_head.weight, model().lm_head.weight, atol=1e-3)
+
+
+class Off:
+    """An engine of a user's own, whose model is another."""
+
+    def __init__(self, by):
+        self.by, self.denoiser = by, as_denoiser(model())
+
+    def update(self, parameters, version):
+        dict(parameters)
+
+    def rollout(self, prompts, base=None):
+        way = InProcess(self.denoiser).rollout(prompts)
+        return dataclasses.replace(way, log_prob=way.log_prob - self.by)
+
+
+def test_an_engine_of_another_model_is_found_out(tmp_path):
+    trainer_of(tmp_path / "near", engine=Off(0.02)).train()
+    for by in (0.5, torch.nan):
+        with pytest.raises(EngineError, match=r"are (0\.5|nan) from the model's own, on average of \d+ tokens"):
+            trainer_of(tmp_path / "far", engine=Off(by)).train()
+
+
+def test_a_model_of_other_blocks_than_the_server_s_is_refused(server, tmp_path):
+    trainer = trainer_of(tmp_path / "run", engine=engine_of(server, tmp_path / "weights"), block_length=2)
+    with pytest.raises(ValueError, match="model's block_length is 2, and that of the server's 4"):
+        trainer.train()
 
 
 def test_whole_blocks_of_a_model_that_has_none_are_refused(tmp_path):
