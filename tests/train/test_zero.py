@@ -1,6 +1,7 @@
 """Runs under DeepSpeed, by `accelerate launch` and the files that are shipped: that of one process, and its parts."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ def launched(output, stage, processes, cases):
         "--config_file",
         FILES / f"deepspeed_zero{stage}.yaml",
     ]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", str(29600 + stage)]
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port = found.getsockname()[1]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", str(port)]
     done = subprocess.run(
         [*command, "-m", "tests.train.zero_run", str(output), *cases],
         capture_output=True,
@@ -77,27 +81,17 @@ def assert_is_that_of_one(output, found, alone, stage):
             torch.testing.assert_close(of_all[key], value, rtol=0.0, atol=1e-5, msg=f"{name} {key}")
 
 
-@pytest.fixture(scope="module")
-def divided(tmp_path_factory):
-    output = tmp_path_factory.mktemp("divided")
-    return output, launched(output, 3, 2, ("whole", "whole-resumed", "ended", "adapted"))
-
-
 @pytest.mark.slow
-def test_a_run_divided_by_zero_3_is_that_of_one_process(divided, alone):
+def test_a_run_divided_by_zero_3_is_that_of_one_process(tmp_path, alone):
     """Rows need different numbers of network calls, end early, and are padded; with an adapter, whose base is the model
-    itself; of a resumed run; and what is saved is a model that from_pretrained loads."""
-    output, found = divided
-    assert_is_that_of_one(output, found, alone, 3)
-    loaded = AutoModelForMaskedLM.from_pretrained(output / "whole" / "saved").state_dict()
+    itself; of a resumed run, and of one that goes on in more processes from a universal checkpoint; and what is saved
+    is a model that from_pretrained loads."""
+    found = launched(tmp_path, 3, 2, ("whole", "whole-resumed", "ended", "adapted"))
+    assert_is_that_of_one(tmp_path, found, alone, 3)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole" / "saved").state_dict()
     one = AutoModelForMaskedLM.from_pretrained(alone("whole")[1]).state_dict()
     torch.testing.assert_close(loaded, one, rtol=0.0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_in_more_processes_from_a_universal_checkpoint(divided, alone):
-    output, _ = divided
-    checkpoint = output / "whole" / "checkpoint-4"
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
     check_checkpoint(str(checkpoint), 2)
     with pytest.raises(
         ValueError, match=r"was saved by 2 processes under DeepSpeed.*resume with 2, or make a universal"
@@ -111,7 +105,7 @@ def test_a_run_goes_on_in_more_processes_from_a_universal_checkpoint(divided, al
     folders = ["--input_folder", step, "--output_folder", f"{step}_universal"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--num_extract_workers", "1"]
     subprocess.run([*command, "--num_merge_workers", "1"], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    assert_is_that_of_one(output, launched(output, 3, 3, ("whole-universal",)), alone, 3)
+    assert_is_that_of_one(tmp_path, launched(tmp_path, 3, 3, ("whole-universal",)), alone, 3)
 
 
 @pytest.mark.slow
