@@ -348,6 +348,7 @@ class DAMTrainer(BaseTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's, and FSDP2 on a CPU too."""
         super().create_accelerator_and_postprocess()
+        _check_parallelism(self.accelerator)
         self.is_fsdp_enabled = fsdp.prepare_plugin(self.accelerator, self.args, self._network)
 
     def _dtype_of_engine(self) -> torch.dtype | None:
@@ -1147,6 +1148,23 @@ def _reward_figures(rolled_out: Group, drawn_by_model: int) -> dict[str, float]:
     if ended.numel() > 0:
         figures["completions/clipped_ratio"] = float((~ended).double().mean())
     return figures
+
+
+def _check_parallelism(accelerator: Any) -> None:
+    """That each process trains on groups of its own.
+
+    Raises:
+        ValueError: several processes are to train on the same rows, or on parts of one.
+    """
+    config = getattr(accelerator, "parallelism_config", None)  # of accelerate before 1.10 there is none
+    for name in ("tp", "cp", "sp"):
+        size = getattr(config, f"{name}_size", 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"DAMTrainer draws and trains groups of its own in each process; {name}_size = {size} has several work "
+                "on the same: divide the model by FSDP2 or DeepSpeed, or call the operations, which take a head that "
+                "tensor parallelism divides (docs/scale.md)"
+            )
 
 
 def _keep_batches_whole(accelerator_config: Any) -> None:

@@ -83,8 +83,9 @@ def assert_is_that_of_one(output, found, alone, stage):
 
 @pytest.mark.slow
 def test_a_run_divided_by_zero_3_is_that_of_one_process(tmp_path, alone):
-    """Rows need different numbers of network calls, and are padded; with an adapter, whose base is the model itself; and
-    what is saved is a model that from_pretrained loads."""
+    """Rows need different numbers of network calls, and are padded; with an adapter, whose base is the model itself.
+
+    What is saved is a model that from_pretrained loads."""
     found = launched(tmp_path, 3, 2, ("whole", "adapted"))
     assert_is_that_of_one(tmp_path, found, alone, 3)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole" / "saved").state_dict()

@@ -1,0 +1,23 @@
+"""Kinds of parallelism under which processes would train on the same rows."""
+
+import types
+
+import pytest
+
+from dam.train.trainer import _check_parallelism
+
+
+def accelerator(**sizes):
+    return types.SimpleNamespace(parallelism_config=types.SimpleNamespace(**sizes))
+
+
+@pytest.mark.parametrize("name", ["tp", "cp", "sp"])
+def test_processes_that_share_rows_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name}_size = 2 has several work on the same: divide the model by FSDP2"):
+        _check_parallelism(accelerator(**{f"{name}_size": 2}))
+
+
+def test_others_are_not():
+    _check_parallelism(types.SimpleNamespace())
+    _check_parallelism(types.SimpleNamespace(parallelism_config=None))
+    _check_parallelism(accelerator(tp_size=1, cp_size=1, dp_shard_size=2))
