@@ -781,6 +781,7 @@ def test_installing_needs_nothing_of_dam():
     assert run.returncode == 1 and run.stderr.endswith("measured: ('benchmarks', ['gpu', '--tune'])\n"), run.stderr
 
 
+@pytest.mark.full
 def test_tests_run_within_a_limit(tmp_path):
     path = tmp_path / "test_it.py"
     path.write_text("def test_good(): pass\n")
@@ -788,6 +789,7 @@ def test_tests_run_within_a_limit(tmp_path):
     assert passed and closing.startswith("1 passed")
 
 
+@pytest.mark.full
 def test_tests_that_are_cut_off_are_named(tmp_path):
     path = tmp_path / "test_it.py"
     path.write_text(

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dam.ops import _rows
+from dam.ops import _op, _rows
 
 _BUCKETS = 8  # sums of hidden states, or of other numbers of rows, that are compared
 # Of a bucket's root sum of squares: rounding to bfloat16 moves a sum by two hundredths at most, other data by about 1.
@@ -124,10 +123,9 @@ def _plain(op: str, name: str, tensor: Tensor) -> Tensor:
     Raises:
         TypeError: it is a wrapper around other tensors, of no kind that is known.
     """
-    if is_traceable_wrapper_subclass(tensor):
-        from torch.distributed._functional_collectives import AsyncCollectiveTensor
-
-        if not isinstance(tensor, AsyncCollectiveTensor):
+    if _op.is_wrapper(tensor):
+        # What a collective that still runs returns; torch has no public name for its class.
+        if not hasattr(tensor, "trigger_wait"):
             raise TypeError(f"{op}: {name} must be a plain tensor or a DTensor; got {type(tensor).__name__}")
         tensor = _Waited.apply(tensor)
     return tensor.resolve_neg()
@@ -233,7 +231,7 @@ def exchanged(call: Call, shards: Shards, make: Callable[[Shards], Tensor]) -> t
         if shards.is_known and numbers.is_cuda:
             # Not read by the host, which would wait.
             same = _are_alike(header).all() & (header[:, _MAP] == header[0, _MAP]).all()
-            torch._assert_async(same, f"{call.op}: the ranks of the group made different calls")
+            _op.assert_async(same, f"{call.op}: the ranks of the group made different calls")
             return shards, found
         rows = header[:, : len(_FIELDS)].tolist()
         _compare(call, rows, header)
@@ -385,7 +383,7 @@ def summed(op: str, shards: Shards, number: int, partial: Tensor) -> Tensor:
     first, second = both[-2:].double()
     alike, message = first * first == shards.size * second, f"{op}: the ranks of the group run other backward passes"
     if both.is_cuda:
-        torch._assert_async(alike, message)
+        _op.assert_async(alike, message)
     elif not bool(alike):
         raise RuntimeError(f"{message}: of calls in turn they must be in the same order on every rank")
     return both[:-2].view(partial.shape)

@@ -44,6 +44,8 @@ _profiled = _private("_C._autograd._profiler_enabled")
 _KeySet, _Key = _private("_C.DispatchKeySet"), _private("_C.DispatchKey")
 # Decorator of what torch.compile calls as it is. torch.compiler.disable would load the compiler when dam is imported.
 untraced = _private("_compile._disable_dynamo")
+assert_async = _private("_assert_async")  # on a GPU a device-side assertion
+is_wrapper = _private("utils._python_dispatch.is_traceable_wrapper_subclass")
 
 _libraries: dict[str, torch.library.Library] = {}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dam.backends import choice
 from dam.kernels.excluded import Excluded
-from dam.ops import _checks, _excluded, _gradient, _group, _head, _rows
+from dam.ops import _checks, _excluded, _gradient, _group, _head, _op, _rows
 
 # Fills a gradient: rows, their logits, the base's, and where it goes.
 _Fill = Callable[[slice, Tensor, "Tensor | None", Tensor], None]
@@ -236,7 +236,7 @@ class Call(NamedTuple):
             if value is None:
                 continue
             if value.is_cuda:  # a device-side assertion, as in torch's ops
-                torch._assert_async(((value >= low) & (value < columns)).all(), f"{self.op}: {name} out of range")
+                _op.assert_async(((value >= low) & (value < columns)).all(), f"{self.op}: {name} out of range")
             elif low == 0 and value.numel() > 0 and int(value.min()) < 0:
                 raise ValueError(f"{self.op}: {name} must hold ids in [0, {columns}); got {int(value.min())}")
             else:

@@ -294,7 +294,7 @@ def test_a_server_that_dies_ends_a_run_that_can_be_resumed(tmp_path, in_process)
     assert_ended_as(resumed, in_process)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_share_a_server_and_end_together_when_it_dies(tmp_path, in_process):
     """The first sends the weights, both draw with them; what is drawn is what one process draws."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,4 +1,4 @@
-"""One process of `python -m torch.distributed.run -m tests.models.zero_run OUTPUT`: heads that DeepSpeed has divided.
+"""One process of `python -m torch.distributed.run -m tests.models.zero_run OUTPUT [NAME ...]`: heads that DeepSpeed has divided.
 
 Writes to OUTPUT what rollouts, losses and updates are with a model that DeepSpeed has not touched and under its stages.
 """
@@ -141,14 +141,16 @@ def read_alone(network):
     return {"before": before, "after": after}
 
 
-def main(output):
+def main(output, names=("own", "tied")):
+    """Of some of the networks; in more ways of all."""
     without_compiling()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     found = {}
-    for name, make in NETWORKS.items():
+    for name in names:
+        make = NETWORKS[name]
         found[name] = {"plain": plain(make(), rank), "stage 3": divided(make(), rank, 3, **DIVIDED)}
-        if name == "own":
+        if name == "own" and len(names) == len(NETWORKS):
             found[name] |= {f"stage {stage}": divided(make(), rank, stage) for stage in (1, 2)}
             found[name]["stage 3, kept"] = divided(make(), rank, 3, **KEPT)
             found[name]["stage 3, prefetched"] = divided(make(), rank, 3, stage3_param_persistence_threshold=0)
@@ -158,4 +160,4 @@ def main(output):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else []))

@@ -50,7 +50,7 @@ def process(rank, store, fails, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_each_process_gets_what_it_asks_for_and_makes_what_others_need(tmp_path, fails):
     """Where one fails between its calls, the others know and end too."""
     context = multiprocessing.get_context("spawn")
