@@ -1,4 +1,4 @@
-"""One process of `python -m torch.distributed.run -m tests.models.zero_run OUTPUT [NAME ...]`: heads that DeepSpeed has divided.
+"""One process of `python -m torch.distributed.run -m tests.models.zero_run OUTPUT [NAME ...]`: heads in parts.
 
 Writes to OUTPUT what rollouts, losses and updates are with a model that DeepSpeed has not touched and under its stages.
 """
