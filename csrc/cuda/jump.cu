@@ -38,7 +38,7 @@ __device__ __forceinline__ int index_of(uint64_t key) { return static_cast<int>(
 // The first tile to arrive; they are numbered from first_tile on.
 template <int WARPS, class Scale>
 __device__ __forceinline__ int race_tiles(const Summaries& tiles, float max, Scale scale, bool greedy,
-                                          int64_t first_tile, const Stream& stream, Team<WARPS>& team) {
+                                          uint32_t first_tile, const Stream& stream, Team<WARPS>& team) {
   const float p = pivot(max);
   uint64_t first = ~uint64_t{0};
 #pragma unroll 1
@@ -47,7 +47,7 @@ __device__ __forceinline__ int race_tiles(const Summaries& tiles, float max, Sca
     if (greedy) {
       key = greedy_key_of(tiles.max[k], k);
     } else {
-      const Words<uint64_t> words = words_of(static_cast<uint64_t>(first_tile + k), stream);
+      const Words<uint64_t> words = words_of(first_tile + static_cast<uint32_t>(k), stream);
       const float mass = (1.0f + tiles.excess[k]) * exp_scaled(tiles.max[k] - p, scale);
       key = key_of(quotient(exponential32(static_cast<uint32_t>(words.x), static_cast<uint32_t>(words.y)), mass), k);
     }
@@ -59,14 +59,14 @@ __device__ __forceinline__ int race_tiles(const Summaries& tiles, float max, Sca
 // The first token of a tile to arrive, as a column of the row.
 template <int WARPS, class Element, class Scale>
 __device__ __forceinline__ int64_t race_tokens(const Row<Element>& row, int tile, float max, Scale scale, bool greedy,
-                                               int64_t first_tile, const Stream& stream, Team<WARPS>& team) {
+                                               uint32_t first_tile, const Stream& stream, Team<WARPS>& team) {
   const int width = row.count(tile);
   const float p = pivot(max);
   uint64_t first = ~uint64_t{0};
 #pragma unroll 1
   for (int i = team.thread; i < HALF && i < width; i += Team<WARPS>::THREADS) {
     // One counter serves two tokens half a tile apart.
-    const Words<uint64_t> words = words_of(static_cast<uint64_t>((first_tile + tile) * HALF + i), stream);
+    const Words<uint64_t> words = words_of((first_tile + static_cast<uint32_t>(tile)) * HALF + i, stream);
     const auto enter = [&](int at, uint64_t high, uint64_t low) {
       const int64_t v = int64_t{tile} * TILE + at;
       const float x = row.suppresses(v) ? -HUGE_VALF : row.at(v);
@@ -89,9 +89,10 @@ __device__ __forceinline__ void draw(const JumpArgs& a, const Row<Element>& row,
   const uint64_t seed = a.seed_address ? static_cast<uint64_t>(*a.seed_address) : a.seed;
   const uint64_t id = static_cast<uint64_t>(load_index(a.row_ids, t, t));
   const uint32_t s = static_cast<uint32_t>(sample);
-  const int tile = race_tiles(tiles, total.max, scale, a.greedy, a.first_tile, {seed, id, TILE_STREAM + s}, team);
+  const uint32_t first_tile = static_cast<uint32_t>(a.first_tile);
+  const int tile = race_tiles(tiles, total.max, scale, a.greedy, first_tile, {seed, id, TILE_STREAM + s}, team);
   const int64_t token =
-      race_tokens(row, tile, tiles.max[tile], scale, a.greedy, a.first_tile, {seed, id, TOKEN_STREAM + s}, team);
+      race_tokens(row, tile, tiles.max[tile], scale, a.greedy, first_tile, {seed, id, TOKEN_STREAM + s}, team);
   if (team.thread == 0) {
     const bool reachable = total.sum > 0.0;  // false for NaN
     const double log_sum = log(total.sum);
@@ -99,9 +100,7 @@ __device__ __forceinline__ void draw(const JumpArgs& a, const Row<Element>& row,
     a.target[t * a.samples + sample] = reachable ? token : -1;
     a.log_prob[t * a.samples + sample] = reachable ? static_cast<float>(log_prob) : -HUGE_VALF;
     if (sample == 0) {
-      const double log_escape = a.scale * pivot(total.max) + log_sum;
-      a.log_escape[t] = static_cast<float>(log_escape);
-      if (a.arrival) a.exact_log_escape[t] = log_escape;
+      a.log_escape[t] = static_cast<float>(a.scale * pivot(total.max) + log_sum);
       if (a.first_bad && !reachable) atomic_min(a.first_bad, a.first_row + t);
     }
   }
@@ -135,19 +134,24 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, WARPS == 1 ? BLOCKS_OF_SHOR
   }
 }
 
-// When what was drawn arrived, and its tile: in double, to be compared with what arrived among tiles elsewhere. In a
-// launch of its own, a thread for a draw, so that draws from whole rows are not held up by it.
+// When what was drawn arrived, and its tile, and the log escape rate: in double, to be compared with those of tiles
+// elsewhere. In a launch of its own, a thread for a draw, so that draws from whole rows are not held up by it.
 template <class Element>
 __global__ void arrival_kernel(const __grid_constant__ JumpArgs a, const __grid_constant__ RowPlan plan) {
   const int64_t at = block_of_grid() * THREADS_PER_BLOCK + thread_of_block();
   if (at >= plan.rows * a.samples) return;
   const int64_t t = at / a.samples, target = a.target[at];
   const uint32_t s = static_cast<uint32_t>(at % a.samples);
+  const Summaries tiles = summaries_of(a.summaries, 0, plan, t);
+  if (s == 0) {
+    Summary total{-HUGE_VAL, 0.0};
+    for (int k = 0; k < tiles.count; ++k) total = merge(total, {tiles.max[k], 1.0 + tiles.excess[k]}, a.scale);
+    a.exact_log_escape[t] = log_total(total, a.scale);
+  }
   double tile_time = HUGE_VAL, token_time = HUGE_VAL;
   if (target >= 0) {
     const int tile = static_cast<int>(target / TILE), place = static_cast<int>(target % TILE);
     const double x = load_one(static_cast<const Element*>(a.logits.data) + t * a.logits.row_stride + target);
-    const Summaries tiles = summaries_of(a.summaries, 0, plan, t);
     if (a.greedy) {
       tile_time = token_time = -x;
     } else {
@@ -156,7 +160,7 @@ __global__ void arrival_kernel(const __grid_constant__ JumpArgs a, const __grid_
       const auto log_exponential = [](uint64_t high, uint64_t low) {
         return log(static_cast<double>(exponential32(static_cast<uint32_t>(high), static_cast<uint32_t>(low))));
       };
-      const uint64_t number = static_cast<uint64_t>(a.first_tile + tile);
+      const uint64_t number = static_cast<uint32_t>(a.first_tile + tile);
       const Words<uint64_t> of_tile = philox(number, Stream{seed, id, TILE_STREAM + s});
       const Words<uint64_t> of_token = philox(number * HALF + place % HALF, Stream{seed, id, TOKEN_STREAM + s});
       tile_time = log_exponential(of_tile.x, of_tile.y) - log1p(static_cast<double>(tiles.excess[tile])) -
