@@ -340,6 +340,7 @@ def test_an_update_asks_the_output_layer_for_no_logits(dare):
 
 
 @pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 7), reason="FSDP2 needs a GPU before 2.7")
+@pytest.mark.full
 def test_two_processes_that_fsdp2_divides_a_model_among_do_what_one_does(dare, tmp_path):
     """Rollouts to the token, log-probabilities, loss, norm and update to rounding; each process has half the rows."""
     ranks.succeed("tests.examples.dare_run", 2, tmp_path)

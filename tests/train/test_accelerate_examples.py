@@ -53,6 +53,7 @@ def launched(kind, folder, output):
     return ModernBertForMaskedLM.from_pretrained(output / "model")
 
 
+@pytest.mark.full
 def test_both_files_train_the_example_to_one_model(folder, tmp_path):
     of_ddp = launched("ddp", folder, tmp_path / "ddp")
     of_fsdp2 = launched("fsdp2", folder, tmp_path / "fsdp2")

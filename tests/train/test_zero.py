@@ -115,7 +115,7 @@ def test_a_run_goes_on_under_zero_3(tmp_path, alone):
     assert_is_that_of_one(tmp_path, launched(tmp_path, 3, 3, ("whole-universal",)), alone, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_divided_by_zero_2_is_that_of_one_process(tmp_path, alone):
     found = launched(tmp_path, 2, 2, ("whole",))
     assert_is_that_of_one(tmp_path, found, alone, 2)
