@@ -27,7 +27,6 @@ _KINDS = 6  # of such numbers, at most
 # Of splitmix64 (Steele et al., Fast Splittable Pseudorandom Number Generators, 2014), as int64.
 _PLACE, _MIX = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
 _ROOM = 2**22  # words of another rank beyond those expected that are still read
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch before 2.13
 
 
 class Shards(NamedTuple):
@@ -66,11 +65,16 @@ class Shards(NamedTuple):
         return gathered.gather(0, owner[None]).squeeze(0)
 
 
+def _is_group(group: object) -> bool:
+    kind: Any = getattr(dist, "ProcessGroup", None)  # None where torch was built without distributed
+    return kind is not None and isinstance(group, kind)
+
+
 def is_asked(group: Any, tensor: object) -> bool:
     """Whether an op is to be made over a group: one of several ranks is given, or what has columns is a DTensor."""
-    if isinstance(group, dist.ProcessGroup) and group.size() == 1:
-        group = None
-    return group is not None or is_dtensor(tensor)
+    if group is None:
+        return is_dtensor(tensor)
+    return is_dtensor(tensor) or not (_is_group(group) and group.size() == 1)
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -184,7 +188,7 @@ def shards_of(op: str, name: str, tensor: Tensor, dim: int, group: Any) -> Shard
         if mesh.mesh[tuple(place)].tolist() != dist.get_process_group_ranks(of_mesh):
             raise ValueError(f"{op}: the mesh of a DTensor {name} must have ranks in the order of their group's")
         return Shards(of_mesh, rank, _chunks(tensor, dim, mesh_dim), is_known=True)
-    if not isinstance(group, dist.ProcessGroup):
+    if not _is_group(group):
         raise TypeError(f"{op}: group must be a torch.distributed process group; got {type(group).__name__}")
     rank = dist.get_rank(group)
     if rank < 0:
@@ -303,7 +307,8 @@ def _gathered(call: Call, shards: Shards, words: Tensor) -> Tensor:
     try:
         if words.is_cuda:
             out = words.new_empty(size * length)
-            _all_gather(out, words, group=shards.group)
+            gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch before 2.13
+            gather(out, words, group=shards.group)
             return out.view(size, length)
         # gloo ends the process that gets a longer message than it waits for, before anyone can be told why; with room
         # for more, ranks that made another call are found by the header. What nothing is written to takes no memory.

@@ -1,5 +1,8 @@
 """Ops over vocabularies whose columns the ranks of a process group share: what one rank with all of them says."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,28 @@ def test_three_ranks_say_what_one_does_or_what_differs(tmp_path):
     """And calls that differ are told apart on every rank."""
     cases = ("equal", "rounded_once", "many_draws", "dtensors", "disagree", "backward_passes", "argues", "other_maps")
     ranks.succeed(RUN, 3, tmp_path, *cases)
+
+
+def test_operations_run_where_torch_was_built_without_distributed():
+    """Its package is there then, and little in it."""
+    code = """
+import torch, torch.distributed
+for name in ("ProcessGroup", "all_gather_single", "all_gather_into_tensor", "all_to_all_single", "all_reduce"):
+    if hasattr(torch.distributed, name):
+        delattr(torch.distributed, name)
+import dam
+target = torch.zeros(2, dtype=torch.int64)
+assert dam.jump(torch.zeros(2, 4), seed=1).target.shape == (2,)
+assert dam.linear_log_prob(torch.zeros(2, 3), torch.zeros(4, 3), target).shape == (2,)
+try:
+    dam.log_prob(torch.zeros(2, 4), target, group="ranks")
+except TypeError as error:
+    assert "group must be a torch.distributed process group; got str" in str(error)
+else:
+    raise SystemExit("taken")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_backend_shares_columns(tmp_path):
