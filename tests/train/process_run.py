@@ -14,7 +14,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 from dam.train import DAMTrainer
 from tests.architectures import small_sizes
 from tests.hostile import lossy
-from tests.train.tiny import ROWS, VOCABULARY, sum_reward, tiny_config
+from tests.train.tiny import ROWS, VOCABULARY, logged, sum_reward, tiny_config
 
 PROMPTS = [{**row, "input_ids": [1, *row["input_ids"]] if n % 2 else row["input_ids"]} for n, row in enumerate(ROWS)]
 LOSSY = {"reward_workers": 1, "max_reward_failures": 0.9}
@@ -80,18 +80,10 @@ def told(trainer):
 
 def told_besides(trainer):
     """All that but the weights."""
-    logged = [
-        {
-            name: value
-            for name, value in entry.items()
-            if name not in ("train_runtime", "epoch") and "per_second" not in name and not name.startswith("time/")
-        }
-        for entry in trainer.state.log_history
-    ]
     return {
         "groups": trainer.progress.replay.state_dict()["groups"],
         "reward_calls": trainer.reward_calls,
-        "logged": [entry for entry in logged if "loss" in entry],
+        "logged": logged(trainer),
         "eval_reward": trainer.evaluate()["eval_reward"],
     }
 

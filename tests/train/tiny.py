@@ -74,6 +74,19 @@ def sum_reward(completion_ids, **_):
     return [float(sum(ids)) for ids in completion_ids]
 
 
+def logged(trainer):
+    """The figures of training that a run logged, without its times."""
+    return [
+        {
+            name: value
+            for name, value in entry.items()
+            if name not in ("train_runtime", "epoch") and "per_second" not in name and not name.startswith("time/")
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
 def assert_same_weights(model, other):
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()

@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from dam.train import DAMTrainer
 from tests.train.process_run import model as untrained
-from tests.train.tiny import sum_reward, tiny_config
+from tests.train.tiny import logged, sum_reward, tiny_config
 
 # Of several lengths and numbers of masks, so that processes need different numbers of network calls.
 PROMPTS = [{"input_ids": [1 + n % 3] * (1 + n % 2) + [0] * (2 + n % 4)} for n in range(12)]
@@ -55,17 +55,9 @@ def trainer_of(output, *, processes=1, rows=PROMPTS, peft_config=None, **changes
 
 def told(trainer):
     """What a run ends with besides weights: the replay buffer and the figures it logged."""
-    logged = [
-        {
-            name: value
-            for name, value in entry.items()
-            if name not in ("train_runtime", "epoch") and "per_second" not in name and not name.startswith("time/")
-        }
-        for entry in trainer.state.log_history
-    ]
     return {
         "groups": trainer.progress.replay.state_dict()["groups"],
-        "logged": [entry for entry in logged if "loss" in entry],
+        "logged": logged(trainer),
         "filled_in": torch.from_numpy(trainer.predict(HELD_OUT).predictions),
     }
 
