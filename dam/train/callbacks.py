@@ -111,19 +111,20 @@ class OnSave(TrainerCallback):
 
 
 class OnBegin(TrainerCallback):
-    """Calls a function when a run begins or goes on, before its first step.
+    """Calls functions when a run begins or goes on, before its first step.
 
     Args:
-        function: takes nothing.
+        functions: take nothing; called in this order.
     """
 
-    def __init__(self, function: Callable[[], None]):
-        self._function = function
+    def __init__(self, *functions: Callable[[], None]):
+        self._functions = functions
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._function()
+        for function in self._functions:
+            function()
 
 
 class UpdateBegun(TrainerCallback):

@@ -329,8 +329,8 @@ class DAMTrainer(BaseTrainer):
         self.model_accepts_loss_kwargs = False
         self._update = UpdateBegun()
         self.add_callback(self._update)
-        self.add_callback(OnBegin(self._evaluate_at_the_end))
-        self.add_callback(OnBegin(self._part_steps))
+        # One callback: of two of a class transformers warns.
+        self.add_callback(OnBegin(self._evaluate_at_the_end, self._part_steps))
         self._average: WeightAverage | None = None
         if args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
