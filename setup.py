@@ -13,6 +13,7 @@ Environment variables:
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,9 @@ def extensions():
 
 
 if __name__ == "__main__":
+    # The one list of variables; dam itself needs torch, which is not here.
+    if faults := runpy.run_path("kernels/environment.py")["faults"]():
+        raise SystemExit("; ".join(faults))
     setup(
         # dam.kernels among them, by the link dam/kernels: a distribution called `kernels` exists, so that name is never
         # installed.
