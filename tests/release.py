@@ -82,11 +82,19 @@ def faults(archive, wheel):
     if any("gomp" in name for name in names):
         found.append(f"{wheel.name} has a copy of {OF_TORCH}")
     with tarfile.open(archive) as opened:
-        packed = {name.partition("/")[2] for name in opened.getnames()}
-    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
-    wanted = set(listed.stdout.splitlines()) - {".gitignore"} if listed.returncode == 0 else set()
-    missing = sorted(wanted - packed)
+        missing = lacking(name.partition("/")[2] for name in opened.getnames())
     return [*found, *([f"{archive.name} lacks {', '.join(missing[:9])}"] if missing else [])]
+
+
+def tracked():
+    """Names of the repository's files; none where this is no repository, but a source distribution."""
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
+    return set(listed.stdout.splitlines()) if listed.returncode == 0 else set()
+
+
+def lacking(names):
+    """Files of the repository that are not among those of a source distribution; git's own need not be."""
+    return sorted(tracked() - set(names) - {".gitignore"})
 
 
 def trial(wheel, folder):

@@ -119,10 +119,12 @@ def copy_sources(folder):
     """Path of a copy in `folder` of what is packed: a build leaves its files there and none in the checkout."""
     source = folder / "source"
     source.mkdir()
-    for name in ("csrc", "dam", "kernels"):
-        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    manifest = (CHECKOUT / "MANIFEST.in").read_text(encoding="utf-8")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("dam", *re.findall(r"^graft (\S+)$", manifest, flags=re.MULTILINE)):
         shutil.copytree(CHECKOUT / name, source / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    (included,) = re.findall(r"^include (.+)$", manifest, flags=re.MULTILINE)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", *included.split()):
         shutil.copy(CHECKOUT / name, source / name)
     return source
 
