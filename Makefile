@@ -25,7 +25,8 @@ test-full: install-dev lint
 
 # Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, and of the
 # models and the trainer on the oldest transformers and those that docs/models.md tells to install, or on
-# TRANSFORMERS_VERSIONS; each in an environment of its own.
+# TRANSFORMERS_VERSIONS, and of adapters on the oldest peft, or on PEFT_VERSIONS; each in an environment of its own. What
+# came out is in docs/versions.json.
 test-versions:
 	$(PYTHON) -m tests.versions
 
