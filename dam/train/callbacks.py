@@ -33,7 +33,8 @@ def progress_line(logs: Mapping[str, Any]) -> str:
 
 def log_line(logs: Mapping[str, Any]) -> str:
     """What a log of any kind says in a line: `progress_line` of training, else each of its numbers."""
-    numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name != "epoch"}
+    left_out = ("epoch", "total_flos")
+    numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name not in left_out}
     told = [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in numbers.items()]
     return progress_line(logs) or ", ".join(told)
 
