@@ -17,7 +17,8 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 GRADIENT_FORMS = ("rows", "whole", "columns")
 FORMS = ("auto", "fused", "chunked", *GRADIENT_FORMS)
 # Another program's variables may begin alike, so a name is taken for a misspelt one only if it is this similar: a
-# letter too many, too few or another (DAM_BACKENDS and DAM_BACKEND: 0.96), no other word behind it (DAM_BACKEND_URL: 0.85).
+# letter too many, too few or another (DAM_BACKENDS and DAM_BACKEND: 0.96), no other word behind it (DAM_BACKEND_URL:
+# 0.85).
 _MISSPELT = 0.9
 
 
