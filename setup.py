@@ -13,6 +13,7 @@ Environment variables:
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import NamedTuple
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 CPU, CUDA, EMULATOR = Path("csrc/cpu"), Path("csrc/cuda"), Path("csrc/emulator")
 BFLOAT16 = CPU / "product_bfloat16.cpp"
@@ -39,6 +41,9 @@ if X86:
 
 # Of BFLOAT16 alone, which is compiled once, beside the sets, and called where the machine has these instructions.
 BFLOAT16_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+
+# Where the README's links lead on a package index, which has no other file of the repository.
+REPOSITORY = "https://github.com/discrete-adjoint-matching/dam"
 
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # The numerics use fused products where the set has them; nothing else may be reassociated.
@@ -154,6 +159,30 @@ class BuildExtensions(build_ext):
         return True
 
 
+class SourceDistribution(sdist):
+    """With dam/kernels as the link that it is, where setuptools packs the kernels a second time."""
+
+    def make_release_tree(self, base_dir, files):
+        link = Path("dam") / "kernels"
+        super().make_release_tree(base_dir, [name for name in files if link not in Path(name).parents])
+        (Path(base_dir) / link).symlink_to(os.readlink(link))
+
+
+def absolute_links(text, version):
+    """Markdown whose links to files of the repository lead to those of this version's tag."""
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)  # code is not touched
+    target = rf"]({REPOSITORY}/blob/v{version}/\1)"
+    parts[::2] = [re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", target, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def long_description():
+    (version,) = re.findall(
+        r'^__version__ = "(.+)"$', Path("dam/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return absolute_links(Path("README.md").read_text(encoding="utf-8"), version)
+
+
 def sanitizer():
     return ["-fsanitize=address", "-fno-omit-frame-pointer", "-g"] if asked("DAM_SANITIZE") else []
 
@@ -219,10 +248,15 @@ def extensions():
 
 
 if __name__ == "__main__":
+    # The one list of variables; dam itself needs torch, which is not here.
+    if faults := runpy.run_path("kernels/environment.py")["faults"]():
+        raise SystemExit("; ".join(faults))
     setup(
         # dam.kernels among them, by the link dam/kernels: a distribution called `kernels` exists, so that name is never
         # installed.
         packages=find_packages(include=["dam", "dam.*"]),
         ext_modules=extensions(),
-        cmdclass={"build_ext": BuildExtensions},
+        cmdclass={"build_ext": BuildExtensions, "sdist": SourceDistribution},
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,19 @@ import dam
 from dam.adjoint import ESTIMATORS, NORMALIZERS
 from dam.backends import choice, cpu, cuda, triton
 from dam.commands import parsers
+from dam.kernels import environment
+
+# That the commands use, of the extras too.
+_PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "peft", "safetensors", "datasets", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command `dam`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dam", description="Discrete Adjoint Matching as fused kernels.")
+    parser.add_argument("--version", action="version", version=f"dam {dam.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, and which backends can run here")
+    told = commands.add_parser("info", help="versions, which backends can run here, and DAM_* variables that are wrong")
+    told.add_argument("--json", action="store_true", help="the same as a JSON object")
     _add_sudoku(commands)
     _add_countdown(commands)
     parsers.add(commands)
@@ -35,32 +43,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bench(arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "info":
-        print(info())
-        return 0
+        found = info()
+        print(json.dumps(found, indent=2) if options.json else as_text(found))
+        return 1 if found["faults"] else 0
+    if faults := environment.faults():
+        print(f"dam {options.command}: {'; '.join(faults)}", file=sys.stderr)
+        return 1
     if options.command in parsers.COMMANDS:
         return parsers.run(options)
     return _run_of_a_task(options)
 
 
-def info() -> str:
-    """Version, and which backends can run here and why not the others."""
-    lines = [f"dam {dam.__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
-    for name in choice.BACKENDS:
-        reason = choice.why_unavailable(name)
-        lines.append(f"{name:7}" + (f"available{_detail(name)}" if reason is None else f"not available: {reason}"))
+def info() -> dict[str, Any]:
+    """What is installed, which backends can run here and why not the others, and what the environment sets.
+
+    Returns:
+        dam, python, and a version of each package of `_PACKAGES` (None: not installed); backends, by name either
+        {"available": True, "detail": what it runs on} or {"available": False, "reason": ...}; environment, the DAM_*
+        variables that are set; faults, what is wrong with them; unread, which of them nothing reads.
+    """
+    return {
+        "dam": dam.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "backends": {name: _backend(name) for name in choice.BACKENDS},
+        "environment": {name: text for name, text in sorted(os.environ.items()) if name in environment.VARIABLES},
+        "faults": environment.faults(),
+        "unread": environment.unread(),
+    }
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """What `info` found, in lines."""
+    lines = [f"dam {found['dam']}, torch {found['torch']}, Python {found['python']}"]
+    for name, backend in found["backends"].items():
+        if backend["available"]:
+            lines.append(f"{name:7}available" + (f", {backend['detail']}" if backend["detail"] else ""))
+        else:
+            lines.append(f"{name:7}not available: {backend['reason']}")
+    lines.append("with   " + ", ".join(f"{name} {found[name]}" for name in _PACKAGES[1:] if found[name] is not None))
+    if found["environment"]:
+        lines.append("environment: " + ", ".join(f"{name}={text}" for name, text in found["environment"].items()))
+    lines += [f"error: {fault}" for fault in found["faults"]]
+    lines += [f"note: {name} is set, and nothing in dam reads it" for name in found["unread"]]
     return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # with what it was built for behind a plus sign
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(name: str) -> dict[str, Any]:
+    reason = choice.why_unavailable(name)
+    if reason is None:
+        try:
+            return {"available": True, "detail": _detail(name)}
+        except (RuntimeError, ValueError) as error:  # instructions that are asked for and not there
+            reason = str(error)
+    return {"available": False, "reason": reason}
 
 
 def _detail(backend: str) -> str:
     """What an available backend runs on."""
     if backend == "cpu":
-        return f", instruction set {cpu.isa()}, bfloat16 by {cpu.instructions()}, {torch.get_num_threads()} threads"
+        return f"instruction set {cpu.isa()}, bfloat16 by {cpu.instructions()}, {torch.get_num_threads()} threads"
     if backend == "triton":
-        version = importlib.metadata.version("triton")
         where = "interpreted on the CPU" if triton.INTERPRETED else torch.cuda.get_device_name()
-        return f", Triton {version}, {where}"
+        return f"Triton {_version('triton')}, {where}"
     if backend == "cuda":
-        return ", emulated on the CPU" if cuda.EMULATED else f", {torch.cuda.get_device_name()}"
+        return "emulated on the CPU" if cuda.EMULATED else torch.cuda.get_device_name()
     return ""
 
 

@@ -6,7 +6,7 @@ latter form the head's gradient in one of three ways (dam/ops/_head.py): rows, w
 
 from __future__ import annotations
 
-import os
+from dam.kernels import environment
 
 # Those of each backend; asking for one of a gradient's three is asking for chunked.
 OF_BACKEND = {
@@ -15,8 +15,7 @@ OF_BACKEND = {
     "triton": ("fused", "chunked", "rows", "whole"),
     "cuda": ("chunked", "rows", "whole", "columns"),
 }
-OF_GRADIENTS = ("rows", "whole", "columns")
-_ALL = ("auto", "fused", "chunked", *OF_GRADIENTS)
+OF_GRADIENTS = environment.GRADIENT_FORMS
 
 
 def asked(backend: str) -> str | None:
@@ -27,7 +26,5 @@ def asked(backend: str) -> str | None:
     Raises:
         ValueError: it is no form of any.
     """
-    form = os.environ.get("DAM_LINEAR_FORM", "")
-    if form not in ("", *_ALL):
-        raise ValueError(f"DAM_LINEAR_FORM must be one of {', '.join(_ALL)}; got {form!r}")
+    form = environment.value("DAM_LINEAR_FORM")
     return form if form in OF_BACKEND[backend] else None

@@ -1,6 +1,8 @@
 """What several test files share: the choice of backend, and a thread for what is to be the same to the bit."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,3 +57,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def setup():
+    """The module setup.py, which does nothing when it is imported."""
+    spec = importlib.util.spec_from_file_location("dam_setup", Path(__file__).parent.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -190,7 +190,8 @@ def test_info_names_every_backend(capsys):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("dam ")
-    assert [line.split()[0] for line in lines[1:]] == ["torch", "cpu", "triton", "cuda"]
+    assert [line.split()[0] for line in lines[1:5]] == ["torch", "cpu", "triton", "cuda"]
+    assert lines[5].startswith("with ") and "transformers " in lines[5]
 
 
 # Errors, before anything is made

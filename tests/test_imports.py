@@ -16,6 +16,7 @@ KERNELS = PACKAGE.parent / "kernels"  # dam.kernels, by the link dam/kernels
 RANK = {
     "_cpu": 0,
     "kernels": 0,
+    "files": 0,
     "generators": 0,
     "workers": 0,
     "backends": 1,
@@ -51,8 +52,8 @@ WITHIN = {
         "*": 5,
     },
     "kernels": {
-        **dict.fromkeys(("configs", "excluded", "forms", "launch", "projection"), 0),
-        "core": 1,
+        **dict.fromkeys(("configs", "environment", "excluded", "launch", "projection"), 0),
+        **dict.fromkeys(("core", "forms"), 1),
         "softcap": 2,
         "linear_*": 4,
         "*": 3,
@@ -222,6 +223,7 @@ def test_every_submodule_is_reachable():
         "commands",
         "ops",
         "backends",
+        "files",
     }
     assert submodules - {"kernels"} == {*dam._SUBMODULES, "generators"}
 

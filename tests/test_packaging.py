@@ -1,14 +1,18 @@
-"""What an installation holds: dam.kernels is the folder kernels/, which is not installed under its own name."""
+"""What is installed and published: dam.kernels is the folder kernels/, which is not installed under its own name."""
 
+import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from setuptools import find_packages
 
-from tests import versions
+import dam
+from tests import release, versions
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -27,15 +31,88 @@ def test_packages_are_those_of_dam():
 
 
 @pytest.mark.slow
-def test_a_source_distribution_has_the_kernels_once(tmp_path):
-    """By a copy of the checkout, in which the build leaves its files."""
+def test_a_source_distribution_is_the_repository(tmp_path):
+    """By a copy of the checkout, in which the build leaves its files. The kernels are there once, and linked to."""
     source = versions.copy_sources(tmp_path)
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
-        names = {name.partition("/")[2] for name in opened.getnames()}
-    assert {f"dam/kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")} <= names
-    assert not any(name.split("/")[0] == "kernels" for name in names)
-    assert {"csrc/cpu/ops.def", "csrc/cuda/ops.def", "dam/tasks/data"} <= names | {str(Path(n).parent) for n in names}
+        members = {member.name.partition("/")[2]: member for member in opened.getmembers()}
+    assert {f"kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")} <= members.keys()
+    assert not any(name.startswith("dam/kernels/") for name in members)
+    assert members["dam/kernels"].issym() and members["dam/kernels"].linkname == "../kernels"
+    assert not any(name.endswith((".so", ".pyc")) for name in members)
+    assert {"Makefile", "CHANGELOG.md", "CITATION.cff", "tests/train/tiny.py", "docs/performance.md"} <= members.keys()
+    assert not release.lacking(members.keys())
+
+
+# What an index shows
+
+
+@pytest.fixture(scope="module")
+def project():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11+")
+    return tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_the_readme_of_an_index_has_no_link_that_dies(setup, monkeypatch):
+    """To a file of the repository, at the tag of this version; code stays as it is."""
+    monkeypatch.chdir(CHECKOUT)
+    text, own = setup.long_description(), (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    prefix = f"{setup.REPOSITORY}/blob/v{dam.__version__}/"
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) == len(re.findall(r"\]\(([^)\s]+)\)", own))
+    assert all(link.startswith(("https://", "#")) for link in links)
+    ours = [link.removeprefix(prefix).partition("#")[0] for link in links if link.startswith(prefix)]
+    assert ours and all((CHECKOUT / path).exists() for path in ours)
+    assert text.replace(prefix, "") == own
+    assert setup.absolute_links("[a](#b) [c](d.md#e)\n```python\nf[0](x)\n```\n", "1.2") == (
+        f"[a](#b) [c]({setup.REPOSITORY}/blob/v1.2/d.md#e)\n```python\nf[0](x)\n```\n"
+    )
+
+
+def test_metadata(project, setup):
+    assert project["authors"] == [{"name": "The dam authors"}] and project["license"] == "Apache-2.0"
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} <= project["urls"].keys()
+    assert project["urls"]["Source"] == setup.REPOSITORY
+    assert not any("License ::" in each for each in project["classifiers"])  # an index refuses both
+    oldest = project["requires-python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {oldest}" in project["classifiers"]
+    for url in project["urls"].values():
+        path = url.removeprefix(setup.REPOSITORY).removeprefix("/blob/main").removeprefix("/tree/main")
+        assert not url.startswith(f"{setup.REPOSITORY}/blob") or (CHECKOUT / path.lstrip("/")).exists(), url
+
+
+def test_how_to_cite():
+    """CITATION.cff by its format's required keys (1.2.0); version and paper are those of the library."""
+    cited = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys() and cited["cff-version"] == "1.2.0"
+    assert (cited["version"], cited["license"], cited["type"]) == (dam.__version__, "Apache-2.0", "software")
+    paper = cited["preferred-citation"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert [author["family-names"] for author in paper["authors"]] == ["So", "Karrer", "Fan", "Chen", "Liu"]
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    assert paper["url"] in readme and f"(So, Karrer, Fan, Chen, Liu, ICLR {paper['year']}," in readme
+
+
+def test_what_is_not_to_be_published(tmp_path, monkeypatch):
+    """A wheel that only this machine can load, without kernels, or with another OpenMP; a distribution with gaps."""
+    wheel, archive = tmp_path / "dam-1-cp311-cp311-linux_x86_64.whl", tmp_path / "dam-1.tar.gz"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("dam.libs/libgomp-1234.so.1", "")
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(CHECKOUT / "Makefile", "dam-1/Makefile")
+    monkeypatch.setattr(release, "tracked", lambda: {"Makefile", "setup.py"})
+    assert release.faults(archive, wheel) == [
+        f"{wheel.name} has no manylinux tag",
+        f"{wheel.name} lacks the C++ kernels",
+        f"{wheel.name} has a copy of libgomp.so.1",
+        "dam-1.tar.gz lacks setup.py",
+    ]
+    good = tmp_path / "dam-1-cp311-cp311-manylinux_2_34_x86_64.whl"
+    with zipfile.ZipFile(good, "w") as file:
+        file.writestr("dam/_cpu.cpython-311-x86_64-linux-gnu.so", "")
+    monkeypatch.setattr(release, "tracked", lambda: {"Makefile"})
+    assert release.faults(archive, good) == []

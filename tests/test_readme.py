@@ -9,8 +9,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/grpo.md",
+    "docs/performance.md",
     "docs/processes.md",
     "docs/tasks.md",
+    "docs/training.md",
     "examples/dare/README.md",
     "examples/accelerate/README.md",
     "benchmarks/README.md",
@@ -18,7 +20,7 @@ PAGES = (
     "experiments/README.md",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OPERATIONS, TRAINING, CHAINS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TRAINING, OPERATIONS, CHAINS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_operations_in_a_loop_of_ones_own():
@@ -28,16 +30,42 @@ def test_the_operations_in_a_loop_of_ones_own():
     assert all(bool(gradient.isfinite().all()) and bool((gradient != 0).any()) for gradient in gradients)
 
 
-def test_fine_tuning_a_model(tmp_path):
-    # The same script, for one rollout of few puzzles.
-    shortened = TRAINING.replace('"out"', repr(str(tmp_path)))
-    for long, short in (("max_steps=400", "max_steps=4"), ("batch_size=64 * 16", "batch_size=4 * 16"), ("4096", "4")):
-        assert long in shortened
+# The training block, for a rollout of few puzzles.
+SHORTER = (
+    ("max_steps=200, logging_steps=20", "max_steps=4, logging_steps=2"),
+    ("batch_size=64 * 16, num_iterations=8", "batch_size=4 * 16, num_iterations=2"),
+    ("replay_batch_size=32, draw_outcomes=192", "replay_batch_size=4, draw_outcomes=16"),
+    ("4096", "8"),
+    ("held_out_puzzles(blanks=6)", "held_out_puzzles(blanks=6, per_grid=1)"),
+)
+
+
+def test_fine_tuning_a_model(tmp_path, monkeypatch, capsys):
+    """It prints what README shows, figures of the same names, and leaves a model with a card."""
+    shortened = TRAINING
+    for long, short in SHORTER:
+        assert shortened.count(long) == 1, long
         shortened = shortened.replace(long, short)
     names = {}
+    monkeypatch.chdir(tmp_path)
     exec(shortened, names)
-    assert names["trainer"].reward_calls == 4 * names["args"].num_generations
-    assert names["trainer"].state.global_step == 4
+    trainer = names["trainer"]
+    assert (trainer.reward_calls, trainer.state.global_step) == (2 * 4 * 16, 4)
+    assert {"config.json", "model.safetensors", "README.md", "checkpoint-4"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    (shown,) = re.findall(r"```text\n(step 0: .*?)```", README, flags=re.DOTALL)
+    printed = {line_of(line) for line in capsys.readouterr().out.splitlines() if line.startswith("step ")}
+    assert {line_of(line) for line in shown.splitlines() if line.startswith("step ")} == printed
+    assert {name for line in printed for name in line} <= {
+        name for entry in trainer.state.log_history for name in entry
+    }
+
+
+def line_of(line):
+    """Names of the figures in a line of a log, without those of time."""
+    told = re.findall(r"([a-z_]+) [-\d.,e]+(?:,|$| )", line.partition(": ")[2].partition(" (")[0])
+    return tuple(name for name in told if not re.search("time|second|tokens", name))
 
 
 def test_a_chain_that_is_not_masked():
@@ -49,9 +77,10 @@ def test_a_chain_that_is_not_masked():
 def test_every_operation_is_listed():
     import dam
 
+    text = README + (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for name in dam.__all__:
         if name[0].islower():
-            assert f"`{name}`" in README or f"dam.{name}" in README, name
+            assert f"`{name}`" in text or f"dam.{name}" in text, name
 
 
 def anchors(page):

@@ -1,5 +1,6 @@
 """`make test-versions`, short of installing anything."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from tests import versions
 CHECKOUT = Path(__file__).parent.parent
 
 
-def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch):
+def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch, tmp_path):
     """The oldest torch, the constraints without torch's own, and what makes a run a failure."""
     assert versions.oldest('dependencies = ["torch>=2.6", "numpy"]') == "2.6"
     assert versions.oldest((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -24,12 +25,38 @@ def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch):
 
     def results(*found):
         left = list(found)
+        monkeypatch.setattr(versions, "RECORDS", tmp_path / "versions.json")
         monkeypatch.setattr(versions, "build_wheel", lambda folder: folder / "dam.whl")
         monkeypatch.setattr(versions, "try_release", lambda package, version, *_: left.pop(0))
         return versions.main()
 
     monkeypatch.setenv("TORCH_VERSIONS", "2.6.0 2.7.0")
     assert results(good, good) == 0 and results(good, bad) == 1
+
+
+def test_what_was_run_is_kept_with_its_date(tmp_path):
+    """A release once, its newest run; in the order of the numbers, and as a table."""
+    path = tmp_path / "versions.json"
+    newest = versions.Result("2.14.1", "2.4.6", "5.23.0", "1.15.0", "0.21.2", passed=90, skipped=3, seconds=61.4)
+    oldest = newest._replace(torch="2.6.0", passed=80, failed=2)
+    old_peft = newest._replace(torch="2.13.0", peft="0.15.0", trouble="not installed", passed=0)
+    versions.record(path, "torch", newest, "2026-11-01")
+    versions.record(path, "peft", old_peft, "2026-11-02")
+    versions.record(path, "torch", oldest, "2026-11-03")
+    versions.record(path, "torch", newest._replace(passed=91), "2026-11-04")
+    records = json.loads(path.read_text())
+    assert [(each["package"], each["torch"], each["passed"], each["good"]) for each in records] == [
+        ("torch", "2.6.0", 80, False),
+        ("torch", "2.14.1", 91, True),
+        ("peft", "2.13.0", 0, False),
+    ]
+    assert (records[1]["date"], records[1]["seconds"]) == ("2026-11-04", 61)
+    python = records[0]["python"]
+    assert versions.markdown(records).splitlines()[2:] == [
+        f"| **2.6.0** | 5.23.0 | 1.15.0 | 0.21.2 | {python} | 2026-11-03 | 80 passed, 2 failed |",
+        f"| **2.14.1** | 5.23.0 | 1.15.0 | 0.21.2 | {python} | 2026-11-04 | 91 passed, 0 failed |",
+        f"| 2.13.0 | 5.23.0 | 1.15.0 | **0.15.0** | {python} | 2026-11-02 | not installed |",
+    ]
 
 
 def test_what_is_left_out():
@@ -48,11 +75,11 @@ def test_what_a_release_of_transformers_is_tried_with(monkeypatch):
     assert versions.pins_of("transformers", "4.55.1")["peft"] == versions.OF_ITS_TIME["4.53.3"][1]
     assert versions.pins_of("torch", "2.6.0") == {"torch": "2.6.0"}
     monkeypatch.setattr(versions, "newest", lambda: "9.9.9")
-    for name in ("TORCH_VERSIONS", "TRANSFORMERS_VERSIONS"):
+    for name in ("TORCH_VERSIONS", "TRANSFORMERS_VERSIONS", "PEFT_VERSIONS"):
         monkeypatch.delenv(name, raising=False)
     torches = [("torch", versions.oldest(pyproject)), ("torch", "9.9.9")]
     recommended = [("transformers", version) for version in ("4.49.0", "4.53.3", "4.57.6")]
-    assert versions.asked_for(pyproject) == [*torches, *recommended]
+    assert versions.asked_for(pyproject) == [*torches, *recommended, ("peft", lowest["peft"])]
     monkeypatch.setenv("TRANSFORMERS_VERSIONS", "5.0.0")
     assert versions.asked_for(pyproject) == [("transformers", "5.0.0")]
     # The documentation tells to install what is tried.

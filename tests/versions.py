@@ -1,11 +1,13 @@
-"""Runs tests on other releases of torch and of transformers than those that constraints.txt pins.
+"""Runs tests on other releases of torch, transformers and peft than those that constraints.txt pins.
 
     make test-versions          or   python -m tests.versions
+    python -m tests.versions --table        the table of what was run, of docs/versions.json
 
 A wheel of dam is built once, without torch, and installed beside each release in an environment of its own, which takes
-6 GB as .venv-torch-* or .venv-transformers-* and is removed afterwards. The tests run from a copy, so that they import
+6 GB as .venv-torch-* or the like and is removed afterwards. The tests run from a copy, so that they import
 the wheel: with another torch those of the operations on the reference and on the C++ backend, of the chains, the models
-and the trainer; with another transformers, and the accelerate and peft of its time, of the models and the trainer.
+and the trainer; with another transformers, and the accelerate and peft of its time, of the models and the trainer; with
+another peft those of adapters. What came out is written to docs/versions.json, where a release has its newest run.
 Without the CUDA kernels, which know nothing of torch, and without Triton, which every torch brings in a release of its
 own.
 
@@ -14,9 +16,12 @@ Environment variables:
                            newest that pip finds
     TRANSFORMERS_VERSIONS  releases, like "4.49.0 4.57.6"; by default the oldest that pyproject.toml admits and those
                            that docs/models.md tells to install
+    PEFT_VERSIONS          releases; by default the oldest that pyproject.toml admits
 Where one of them is given, only what is given is tried.
 """
 
+import argparse
+import datetime
 import json
 import os
 import re
@@ -31,9 +36,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHECKOUT = Path(__file__).parents[1]
+RECORDS = CHECKOUT / "docs" / "versions.json"
 TESTS = {
     "torch": ("tests/ops", "tests/ctmc", "tests/models", "tests/train"),
     "transformers": ("tests/models", "tests/train"),
+    "peft": ("tests/models/test_output_layer.py", "tests/train/test_adapters.py", "tests/train/test_base.py"),
 }
 # accelerate and peft of a release's time; another release takes those of the one before it. The oldest is what
 # pyproject.toml admits of all three.
@@ -83,12 +90,11 @@ def oldest(pyproject, package="torch"):
 
 
 def pins_of(package, version):
-    """Releases that are tried together: a torch alone, a transformers with those of its time."""
-    if package == "torch":
-        return {"torch": version}
-    numbers = {release: [int(part) for part in release.split(".")] for release in (*OF_ITS_TIME, version)}
-    before = [release for release in OF_ITS_TIME if numbers[release] <= numbers[version]]
-    accelerate, peft = OF_ITS_TIME[max(before, key=numbers.get, default=min(OF_ITS_TIME, key=numbers.get))]
+    """Releases that are tried together: a torch or a peft alone, a transformers with those of its time."""
+    if package != "transformers":
+        return {package: version}
+    before = [release for release in OF_ITS_TIME if numbers(release) <= numbers(version)]
+    accelerate, peft = OF_ITS_TIME[max(before, key=numbers, default=min(OF_ITS_TIME, key=numbers))]
     return {"transformers": version, "accelerate": accelerate, "peft": peft}
 
 
@@ -96,7 +102,11 @@ def asked_for(pyproject):
     """(package, release) to try, by the environment variables."""
     asked = {package: os.environ.get(f"{package.upper()}_VERSIONS", "").split() for package in TESTS}
     if not any(asked.values()):
-        asked = {"torch": [oldest(pyproject), newest()], "transformers": [min(OF_ITS_TIME), *RECOMMENDED]}
+        asked = {
+            "torch": [oldest(pyproject), newest()],
+            "transformers": [min(OF_ITS_TIME), *RECOMMENDED],
+            "peft": [oldest(pyproject, "peft")],
+        }
     return [(package, version) for package, versions in asked.items() for version in versions]
 
 
@@ -119,10 +129,12 @@ def copy_sources(folder):
     """Path of a copy in `folder` of what is packed: a build leaves its files there and none in the checkout."""
     source = folder / "source"
     source.mkdir()
-    for name in ("csrc", "dam", "kernels"):
-        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    manifest = (CHECKOUT / "MANIFEST.in").read_text(encoding="utf-8")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("dam", *re.findall(r"^graft (\S+)$", manifest, flags=re.MULTILINE)):
         shutil.copytree(CHECKOUT / name, source / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    (included,) = re.findall(r"^include (.+)$", manifest, flags=re.MULTILINE)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", *included.split()):
         shutil.copy(CHECKOUT / name, source / name)
     return source
 
@@ -192,17 +204,60 @@ def table(results):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def main():
+def record(path, package, result, today):
+    """Writes a result to the file of records, in the place of an earlier one of that release on this Python.
+
+    Args:
+        package: of which another release was tried.
+        today: a date, as ISO 8601 has it.
+    """
+    python = ".".join(map(str, sys.version_info[:2]))
+    entry = {"package": package, "python": python, "date": today, "tests": list(TESTS[package]), **result._asdict()}
+    entry |= {"seconds": round(result.seconds), "good": result.good}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    same = ("package", package, "python")  # the release, by the name of its package
+    kept = [each for each in kept if any(each[key] != entry[key] for key in same)]
+    records = sorted(
+        [*kept, entry], key=lambda each: (list(TESTS).index(each["package"]), numbers(each[each["package"]]))
+    )
+    path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+def numbers(version):
+    """What sorts releases: 2.14.1 behind 2.6.0."""
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
+
+
+def markdown(records):
+    """A table of records for the documentation: what was tried with what, when, and how many tests passed."""
+    names = ("torch", "transformers", "accelerate", "peft")
+    lines = [f"| {' | '.join(names)} | Python | tried | tests |", "| --- " * (len(names) + 3) + "|"]
+    for each in records:
+        shown = [f"**{each[name]}**" if name == each["package"] else each[name] for name in names]
+        outcome = f"{each['passed']} passed, {each['failed']} failed" if not each["trouble"] else each["trouble"]
+        lines.append(f"| {' | '.join(shown)} | {each['python']} | {each['date']} | {outcome} |")
+    return "\n".join(lines)
+
+
+def main(arguments=()):
+    parser = argparse.ArgumentParser(prog="python -m tests.versions", description="Tests on other releases.")
+    parser.add_argument("--table", action="store_true", help="only prints the table of what was run")
+    if parser.parse_args(arguments).table:
+        print(markdown(json.loads(RECORDS.read_text(encoding="utf-8"))))
+        return 0
     releases = asked_for((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         wheel = build_wheel(folder)
         shutil.copytree(CHECKOUT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(CHECKOUT / "pyproject.toml", folder)
-        results = [try_release(package, version, wheel, folder) for package, version in releases]
+        results = []
+        for package, version in releases:  # each is kept, whatever becomes of the next
+            results.append(try_release(package, version, wheel, folder))
+            record(RECORDS, package, results[-1], datetime.date.today().isoformat())
     print(f"\nPython {sys.version.split()[0]}\n{table(results)}")
     return 0 if all(result.good for result in results) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

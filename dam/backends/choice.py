@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from dam.backends import cpu, cuda, triton
+from dam.kernels import environment
 
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = environment.BACKENDS
 
 # Process-wide rather than a context variable: torch.compile can guard on a module global.
 _requested: str | None = os.environ.get("DAM_BACKEND") or None
+
+# What is wrong with the environment: an error of the first operation, not of `import dam`, as `dam info` tells it too.
+_faults: str | None = "; ".join(environment.faults()) or None
 
 # Type of the devices whose tensors a backend takes; the reference takes all.
 DEVICE_TYPE = {"cpu": cpu.DEVICE_TYPE, "triton": triton.DEVICE_TYPE, "cuda": cuda.DEVICE_TYPE}
@@ -31,7 +35,8 @@ def why_unavailable(name: str) -> str | None:
         ValueError: `name` is not a backend.
     """
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+        meant = environment.nearest(name, BACKENDS)
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}{meant}")
     if name == "torch":
         return None
     if name == "cpu":
@@ -66,7 +71,7 @@ def backend(name: str) -> Iterator[None]:
 
 def is_free() -> bool:
     """Whether a CPU tensor that no backend is asked for by name goes to the C++ kernels, if the op has one."""
-    return _requested is None and cpu.why_unavailable() is None
+    return _requested is None and _faults is None and cpu.why_unavailable() is None
 
 
 def _reason_against(
@@ -98,8 +103,11 @@ def choose(
     `first` is a backend that is tried before the others of the device, if it is one of them and none is asked for.
 
     Raises:
-        ValueError, RuntimeError: the backend asked for cannot run this call; the message says why.
+        ValueError, RuntimeError: the backend asked for cannot run this call, or a DAM_* variable of the environment is
+            wrong; the message says why.
     """
+    if _faults is not None:
+        raise ValueError(_faults)
     if _requested is not None:
         reason = _reason_against(_requested, op, implementations, tensor, float64)
         if reason is not None:

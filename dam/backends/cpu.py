@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dam.backends import address
+from dam.kernels import environment
 
 DEVICE_TYPE = "cpu"  # of the tensors that the kernels take
 _ROWS_AT_ONCE = 8192  # of a product over rows
@@ -58,10 +58,10 @@ def instructions() -> str:
     The best that this machine has; the environment variable DAM_CPU_PRODUCT asks for one by name.
 
     Raises:
-        RuntimeError: this machine does not have the instructions that are asked for.
+        ValueError, RuntimeError: there are no such instructions, or this machine does not have them.
     """
     here = _instructions()
-    wanted = os.environ.get("DAM_CPU_PRODUCT") or next(iter(here))
+    wanted = environment.value("DAM_CPU_PRODUCT") or next(iter(here))
     if wanted not in here:
         raise RuntimeError(f"DAM_CPU_PRODUCT must be one of {', '.join(here)} on this machine; got {wanted!r}")
     return wanted

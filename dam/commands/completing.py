@@ -22,6 +22,7 @@ from dam.rollout import outcome_log_prob, rollout
 from dam.tasks.finetune import refuse_changes, write_json
 from dam.train.data import Collator, NumberedRow, decoded, outcomes, row_name
 from dam.train.rows import RowReader
+from dam.train.terminal import bar
 from dam.train.tokens import limits_of, special_tokens
 
 # A sample of a row is named by row * _SAMPLES + sample, so that more samples keep the first ones as they are.
@@ -322,13 +323,11 @@ def hash_of(rows: Iterable[Mapping[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def progress(total: int, what: str) -> Iterator[Any]:
-    """Context manager: a bar on the terminal's error stream, whose `to(n)` moves it."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="", smoothing=0.1) as bar:
+    """Context manager: `dam.train.terminal.bar`, whose `to(n)` moves it."""
+    with bar(total=total, desc=what, unit="", smoothing=0.1) as shown:
 
         def to(count: int) -> None:
-            bar.update(count - bar.n)
+            shown.update(count - shown.n)
 
-        bar.to = to
-        yield bar
+        shown.to = to
+        yield shown

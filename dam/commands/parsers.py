@@ -127,9 +127,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         from dam.tasks.finetune import Stopped
         from dam.train import RewardError
+        from dam.train.terminal import no_bars_in_pipes
 
         try:
-            text = {"train": _train, "generate": _generate, "eval": _eval}[options.command](options)
+            with no_bars_in_pipes():
+                text = {"train": _train, "generate": _generate, "eval": _eval}[options.command](options)
         except (ValueError, TypeError, OSError, RewardError) as error:
             print(f"{prog}: {error}", file=sys.stderr)
             return 1

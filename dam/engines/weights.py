@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dam.files import usual_modes
 from dam.models.sharding import is_partitioned, whole
 
 # What PEFT puts into names; "original_module" is what a module of modules_to_save was at first.
@@ -59,7 +60,8 @@ def write_weights(
         raise ValueError("there are no parameters to send")
     place = os.path.join(folder, f"version-{version}")
     os.makedirs(place, exist_ok=True)
-    save_file(tensors, os.path.join(place, "model.safetensors"), metadata={"format": "pt"})
+    with usual_modes(place):  # the server's user may be another
+        save_file(tensors, os.path.join(place, "model.safetensors"), metadata={"format": "pt"})
     for other in os.listdir(folder):
         if other.startswith("version-") and other != os.path.basename(place):
             shutil.rmtree(os.path.join(folder, other), ignore_errors=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from dam.kernels import environment
 from dam.kernels.excluded import Excluded
 
 # Of a card's memory, for linear ops: chunks of rows long enough that a product reads the head in less time than it
-# computes. On 80 GB 1.0 GB, 1,024 rows of 126,464 logits, where 256 MB are 320.
+# computes. On 80 GB 1.0 GB, 1,024 rows of 126,464 logits, where 256 MiB are 320.
 _SHARE_OF_CARD = 0.0125
 
 
 def workspace_bytes(device: torch.device | None = None) -> int:
-    """Bound on an op's extra memory: the environment variable DAM_WORKSPACE_MB, 256 MB unless set.
+    """Bound on an op's extra memory: the environment variable DAM_WORKSPACE_MB, 256 MiB unless set.
 
     With a device, for the linear ops: unless set, 1.25% of a GPU's memory if that is more.
     """
     text = os.environ.get("DAM_WORKSPACE_MB")
-    if text is None:
+    if not text:
         least = 256 * 2**20
         return least if device is None or device.type != "cuda" else max(least, int(_SHARE_OF_CARD * _card(device)))
     return _bytes(text)
@@ -31,13 +31,7 @@ def workspace_bytes(device: torch.device | None = None) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _bytes(text: str) -> int:
-    try:
-        megabytes = float(text)
-    except ValueError:
-        megabytes = 0.0
-    if not 0 < megabytes < math.inf:
-        raise ValueError(f"DAM_WORKSPACE_MB must be a positive number of megabytes; got {text!r}")
-    return int(megabytes * 2**20)
+    return int(float(environment.checked("DAM_WORKSPACE_MB", text)) * 2**20)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -13,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dam.kernels.environment import nearest
 from dam.train import DAMConfig
 from dam.train.pretrained import Source
 
@@ -129,7 +129,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         if recipe not in known:
             raise RecipeError(
                 f"no recipe {recipe}: it is no file, and those that come with dam are {', '.join(known)}"
-                + _nearest(recipe, known)
+                + nearest(recipe, known)
             )
         path = known[recipe]
     values = parsed(path.read_text(encoding="utf-8"), str(path))
@@ -291,12 +291,7 @@ def _known_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> 
     for key in values:
         if key not in known:
             place = f"{where}.{key}" if where else str(key)
-            raise RecipeError(f"unknown key {place}{_nearest(str(key), known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+            raise RecipeError(f"unknown key {place}{nearest(str(key), known)}")
 
 
 def _section(kind: Any, values: Any, where: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dam.adjoint import estimator_loss, group_targets
 from dam.ctmc import MaskedCTMC
+from dam.files import usual_modes
 from dam.models.denoiser import MaskedLM
 from dam.tasks import countdown
 
@@ -293,7 +294,8 @@ def pretrained(
         model = _pretrain(state, seed, without, STEPS if steps is None else steps, show)
         tokenizer().save_pretrained(folder)
         part = folder / "part"
-        model.save_pretrained(part)
+        with usual_modes(part):
+            model.save_pretrained(part)
         for file in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):  # which comes last
             os.replace(file, folder / file.name)
         part.rmdir()
@@ -305,8 +307,9 @@ _SAVED_EVERY, _SHOWN_EVERY = 100, 500  # steps
 
 
 def _pretrain(file: Path, seed: int, without: Excluded, steps: int, show: Callable[[Any, int], None]) -> Any:
-    from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
+
+    from dam.train.terminal import bar
 
     model = network(seed)
     optimizers = optimizers_of(model)
@@ -322,7 +325,7 @@ def _pretrain(file: Path, seed: int, without: Excluded, steps: int, show: Callab
         for name, state in saved.items():
             parts[name].load_state_dict(state)
     process, denoiser = MaskedCTMC(mask_token=_ID[MASK]), MaskedLM(model)
-    with tqdm(total=steps, initial=done, desc="pretraining the base on careless sums", smoothing=0) as bar:
+    with bar(total=steps, initial=done, desc="pretraining the base on careless sums", smoothing=0) as shown:
         for step in range(done, steps):
             loss = _denoising_loss(denoiser, process, corpus(BATCH, [seed, step], without), [seed, step])
             model.zero_grad()
@@ -330,9 +333,9 @@ def _pretrain(file: Path, seed: int, without: Excluded, steps: int, show: Callab
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
                 part.step()
-            bar.update()
+            shown.update()
             if step % 20 == 0:
-                bar.set_postfix_str(f"loss {float(loss.detach()):.3f}")
+                shown.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
             if (step + 1) % _SHOWN_EVERY == 0:
                 show(model, step + 1)
                 model.train()

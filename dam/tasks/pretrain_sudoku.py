@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from dam.files import usual_modes
 from dam.tasks import sudoku
 
 
@@ -12,7 +13,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("directory", nargs="?", default=str(sudoku.BASE_MODEL), help="where to save the model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    sudoku.pretrain_base(options.seed).save_pretrained(options.directory)
+    model = sudoku.pretrain_base(options.seed)
+    with usual_modes(options.directory):
+        model.save_pretrained(options.directory)
 
 
 if __name__ == "__main__":

@@ -226,8 +226,9 @@ def pretrain_base(seed: int = 0, *, steps: int = 300, batch_size: int = 192, pro
 
     Deterministic for a seed (and a number of threads). About half a minute on 2 cores.
     """
-    from tqdm.auto import tqdm
     from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMaskedLM, get_cosine_schedule_with_warmup
+
+    from dam.train.terminal import bar
 
     pad_token = SIDE + 1
     with torch.random.fork_rng(devices=[]):
@@ -259,7 +260,7 @@ def pretrain_base(seed: int = 0, *, steps: int = 300, batch_size: int = 192, pro
     process, denoiser = MaskedCTMC(mask_token=BLANK), MaskedLM(model)
     weight = torch.ones(batch_size, 1)
     blank = torch.full((batch_size, CELLS), BLANK)
-    for _ in tqdm(range(steps), desc="pretraining the base", disable=not progress):
+    for _ in bar(steps, iterable=range(steps), desc="pretraining the base", disable=not progress):
         choice = torch.randint(len(permutations), (batch_size, SIDE), generator=generator)
         grids = permutations[choice].flatten(1)
         # Denoising is matching with weight 1: the posterior under the data.

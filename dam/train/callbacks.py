@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dam.train.processes import together
+from dam.train.terminal import bar, show
 from dam.train.timing import PARTS
 
-SHOWN = ("reward", "ess", "tilt")
+SHOWN = ("reward", "ess", "kl_path", "tilt")
 
 
 def progress_line(logs: Mapping[str, Any]) -> str:
-    """What a log says in a line: reward, ESS and tilt of the last rollouts, tokens per second, and where time goes."""
+    """What a log of training says in a line: reward, ESS, KL, tilt, tokens per second, and where time goes."""
     told = [f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs]
     if "tokens_per_second" in logs:
         told.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
@@ -28,11 +31,22 @@ def progress_line(logs: Mapping[str, Any]) -> str:
     return ", ".join(told) + (f" ({', '.join(shares)})" if shares else "")
 
 
+def log_line(logs: Mapping[str, Any]) -> str:
+    """What a log of any kind says in a line: `progress_line` of training, else each of its numbers."""
+    left_out = ("epoch", "total_flos")
+    numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name not in left_out}
+    told = [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in numbers.items()]
+    return progress_line(logs) or ", ".join(told)
+
+
 class RolloutProgress(ProgressCallback):
     """A progress bar with `progress_line` of the last log, whose time left is by the pace of the whole run.
 
+    Where standard error is no terminal there is no bar but a line now and then (`dam.train.terminal.bar`), or, where
+    logs are written, these alone.
+
     Args:
-        writes: also writes each log, as transformers' bar does.
+        writes: writes a line of each log, also of evaluations, to standard output.
     """
 
     def __init__(self, writes: bool = True):
@@ -42,21 +56,26 @@ class RolloutProgress(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.smoothing = 0  # a step with a rollout takes many times one without
-            # Steps of before a run was resumed took none of its time.
-            self.current_step = self.training_bar.initial = self.training_bar.n = state.global_step
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = bar(
+                total=state.max_steps,
+                initial=state.global_step,  # steps of before a run was resumed took none of its time
+                smoothing=0,  # a step with a rollout takes many times one without
+                disable=self._writes and not sys.stderr.isatty(),
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if self.training_bar is not None and (line := progress_line(logs)):
+            self.training_bar.set_postfix_str(line, refresh=sys.stderr.isatty())
         if self._writes:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            line = progress_line(logs)
-            if line:
-                self.training_bar.set_postfix_str(line)
+            with tqdm.external_write_mode():
+                of = f"/{state.max_steps}" if state.max_steps else ""  # before a run there is none
+                show(f"step {state.global_step}{of}: {log_line(logs)}")
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Evaluation is short; it has no bar of its own."""

@@ -41,10 +41,11 @@ from dam.adjoint import (
 )
 from dam.ctmc import MaskedCTMC
 from dam.engines import RolloutEngine
+from dam.files import usual_modes
 from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
-from dam.train import fsdp, grpo
+from dam.train import card, fsdp, grpo
 from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
 from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
@@ -82,7 +83,7 @@ from dam.train.rewards import (
 )
 from dam.train.rows import RowReader
 from dam.train.sampling import Sampler
-from dam.train.terminal import show
+from dam.train.terminal import no_bars_in_pipes, show
 from dam.train.timing import Timing, waiter
 from dam.train.tokens import limits_of, special_tokens
 from dam.train.zero import check_checkpoint, check_whole, check_zero, with_own_steps
@@ -299,6 +300,7 @@ class DAMTrainer(BaseTrainer):
             args.check_on_paths("a model whose attention has blocks goes")
             self._in_blocks = True
         self._keeps_paths = self._in_blocks or args.diffusion_steps is not None
+        self._names = (_name_of(network), _name_of(network if ref_model is None else ref_model))
         network, base = with_base(network, ref_model, peft_config)
         if args.disable_dropout:
             _without_dropout(network)
@@ -842,13 +844,46 @@ class DAMTrainer(BaseTrainer):
         """Context manager: the model has its averaged weights, where there are such."""
         return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As `Trainer._save`; others may read the weights where they may read the rest."""
+        modes = usual_modes(output_dir or str(self.args.output_dir)) if self.args.should_save else None
+        with no_bars_in_pipes(), modes or contextlib.nullcontext():
+            super()._save(output_dir, state_dict)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; with ema_decay the averages."""
+        """As `Trainer.save_model`; with ema_decay the averages. Beside them a model card, if nobody has written one."""
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-            return
-        with self._averaged():
-            super().save_model(output_dir, _internal_call)
+        else:
+            with self._averaged():
+                super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:  # not of a checkpoint
+            card.write(output_dir or str(self.args.output_dir), self._facts())
+
+    def create_model_card(self, **metadata: Any) -> None:  # type: ignore[override]
+        """The card that `save_model` writes, in output_dir, as `push_to_hub` asks for it.
+
+        Args:
+            metadata: of `huggingface_hub.ModelCardData`: license, language, tags, model_name, datasets, ...
+        """
+        if self.is_world_process_zero():
+            given = {name: value for name, value in metadata.items() if value is not None}
+            tags = given.pop("tags", ())
+            card.write(
+                str(self.args.output_dir), self._facts(), tags=[tags] if isinstance(tags, str) else list(tags), **given
+            )
+
+    def _facts(self) -> card.Facts:
+        names = names_of(self.reward_funcs)
+        weights = self.args.reward_weights or [1.0] * len(names)
+        return card.Facts(
+            *self._names,
+            adapter=getattr(self.accelerator.unwrap_model(self.model), "peft_config", None) is not None,
+            rewards=dict(zip(names, weights, strict=True)),
+            args=self.args,
+            reward_calls=self.reward_calls,
+            history=self.state.log_history,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As `Trainer._load_from_checkpoint`, from a model that FSDP2 divided to a whole one and back."""
@@ -1211,6 +1246,11 @@ def _loaded(model: Any, kwargs: Any) -> Any:
     if kwargs:
         raise ValueError("model_init_kwargs go with a model that is given by name; this one is loaded already")
     return model
+
+
+def _name_of(network: Any) -> str:
+    """Name or folder that a model was loaded from; "" of one that was made."""
+    return str(getattr(getattr(network, "config", None), "_name_or_path", "") or "")
 
 
 def _without_dropout(network: nn.Module) -> None:

@@ -1,20 +1,11 @@
 """What setup.py says of CUDA, and the host's part of the launches, as plain C++."""
 
-import importlib.util
 import subprocess
 from pathlib import Path
 
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def setup():
-    spec = importlib.util.spec_from_file_location("dam_setup", CHECKOUT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_launches_are_divided_well(tmp_path):

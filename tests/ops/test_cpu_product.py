@@ -212,7 +212,11 @@ def test_instructions_by_name(monkeypatch):
     monkeypatch.setenv("DAM_CPU_PRODUCT", "")
     assert choose() == INSTRUCTIONS[0]
     monkeypatch.setenv("DAM_CPU_PRODUCT", "sse9")
-    with pytest.raises(RuntimeError, match=f"must be one of {', '.join(INSTRUCTIONS)} on this machine; got 'sse9'"):
+    with pytest.raises(ValueError, match="DAM_CPU_PRODUCT must be one of amx, avx512_bf16, float32; got 'sse9'"):
+        choose()
+    monkeypatch.setenv("DAM_CPU_PRODUCT", "amx")
+    monkeypatch.setattr(cpu, "_instructions", lambda: {"float32": 0})
+    with pytest.raises(RuntimeError, match="must be one of float32 on this machine; got 'amx'"):
         choose()
 
 

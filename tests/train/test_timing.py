@@ -1,13 +1,16 @@
 """Where time goes: by a clock that is set by hand, and in a run whose reward takes all of it."""
 
+import re
+import sys
+
 import pytest
 import torch
 from tiny import ROWS, rotary_model, sum_reward, tiny_config, tiny_model
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
-from dam.train import DAMTrainer
-from dam.train.callbacks import RolloutProgress, progress_line
+from dam.train import DAMTrainer, terminal
+from dam.train.callbacks import RolloutProgress, log_line, progress_line
 from dam.train.timing import Timing
 
 
@@ -127,16 +130,23 @@ def test_tokens_are_those_that_were_drawn(tmp_path):
 
 
 def test_a_line_of_progress():
-    logs = {"loss": 1.0, "reward": 0.5, "ess": 4.06, "tilt": 0.25, "tokens_per_second": 12345.6}
+    logs = {"loss": 1.0, "reward": 0.5, "ess": 4.06, "tilt": 0.25, "kl_path": 0.043, "tokens_per_second": 12345.6}
     shares = {"time/rollout_share": 0.62, "time/reward_share": 0.05, "time/evaluation_share": 0.0}
     line = progress_line({**logs, **shares, "time/training_share": 0.33})
-    assert line == "reward 0.5, ess 4.06, tilt 0.25, 12,346 tokens/s (62% rollout, 5% reward, 33% training)"
+    figures = "reward 0.5, ess 4.06, kl_path 0.043, tilt 0.25, 12,346 tokens/s"
+    assert (
+        line
+        == f"{figures} (62% rollout, 5% reward, 33% training)"
+        == log_line({**logs, **shares, "time/training_share": 0.33})
+    )
     assert progress_line({"eval_reward": 1.0}) == ""
+    assert log_line({"eval_reward": 1.0, "reward_calls": 2048, "epoch": 0.5}) == "eval_reward 1, reward_calls 2,048"
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_the_bar_counts_from_where_a_run_was_resumed(tmp_path, capsys, writes):
+def test_the_bar_counts_from_where_a_run_was_resumed(tmp_path, capsys, monkeypatch, writes):
     """Else the steps of before would seem to have taken no time."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar, state, control = RolloutProgress(writes), TrainerState(global_step=500, max_steps=1000), TrainerControl()
     config = tiny_config(tmp_path)
     bar.on_train_begin(config, state, control)
@@ -147,8 +157,27 @@ def test_the_bar_counts_from_where_a_run_was_resumed(tmp_path, capsys, writes):
     assert (told["initial"], told["n"], told["total"], told["postfix"]) == (500, 501, 1000, "reward 0.5")
     assert told["rate"] is None  # the mean
     bar.on_train_end(config, state, control)
-    # A number under 4.x, its text under 5.x.
-    assert ("{'reward': 0.5}" in capsys.readouterr().out.replace("'0.5'", "0.5")) == writes
+    assert ("step 501/1000: reward 0.5\n" in capsys.readouterr().out) == writes
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_progress_in_a_pipe_is_lines(tmp_path, capsys, monkeypatch, writes):
+    """No carriage return, and not a line a step: one for each log, or where none are written one at the end."""
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LINES", 1e6)
+    bar, state, control = RolloutProgress(writes), TrainerState(max_steps=100), TrainerControl()
+    bar.on_train_begin(None, state, control)
+    for step in range(100):
+        state.global_step = step + 1
+        bar.on_step_end(None, state, control)
+        if step % 50 == 0:
+            bar.on_log(None, state, control, logs={"reward": 0.5})
+    bar.on_train_end(None, state, control)
+    out, err = capsys.readouterr()
+    if writes:
+        assert (out, err) == ("step 1/100: reward 0.5\nstep 51/100: reward 0.5\n", "")
+    else:
+        assert out == "" and "\r" not in err
+        assert re.fullmatch(r"0% 0/100 \[.*\]\n100% 100/100 \[.*, reward 0.5\]\n", err)
 
 
 def test_a_run_has_this_bar_in_place_of_transformers_own(tmp_path):
