@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks import harness, options, records
+from dam.benchmarks import harness, options, records
 
 _floor_seconds = {}  # by op, dtype and case, as soon as the floor is measured
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.options import SIZES
+from dam.benchmarks.options import text as sizes_text
 from dam.kernels import configs
 from dam.ops import _rows
 
@@ -109,7 +109,7 @@ def figures(record: Record, bandwidth: Mapping[str, float]) -> list[str]:
     else:
         lines.append(f"{fraction(record, bandwidth):.1%} of the copy's bandwidth, {moved / 1e6:.1f} MB")
     if (extra := extra_bytes(record)) is not None:
-        lines.append(f"{extra / 2**20:.1f} MB besides its results")
+        lines.append(f"{extra / 2**20:.1f} MiB besides its results")
     if graph := record.get("graph"):
         told = [f"{name} {1e3 * t:.4f} ms" for name, t in graph["seconds"].items()]
         told += [f"{name}: {why}" for name, why in graph["absent"].items()]
@@ -191,9 +191,9 @@ def reached(
                 workspace = _rows.workspace_bytes(device) / 2**20
                 goals.append(
                     _judged(
-                        label, f"<= {workspace:.0f} MB besides the gradients (DAM_WORKSPACE_MB)",
+                        label, f"<= {workspace:.0f} MiB besides the gradients (DAM_WORKSPACE_MB)",
                         [r for r in of(label) if extra_bytes(r) is not None],
-                        lambda r: (extra_bytes(r) or 0) / 2**20, workspace, atmost=True, unit=" MB",
+                        lambda r: (extra_bytes(r) or 0) / 2**20, workspace, atmost=True, unit=" MiB",
                     )
                 )  # fmt: skip
     label = "linear_log_prob, forward"
@@ -237,10 +237,6 @@ def _judged(
     if alone is not None and kernels is not None:
         text += f"; there its kernels alone {kernels(records[farthest], alone):.3g}"
     return Goal(what, goal_text, text, None if goal is None else all(good.values()))
-
-
-def sizes_text(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{SIZES[name][0]} = {size:,}" for name, size in sizes.items())
 
 
 # ---- tables

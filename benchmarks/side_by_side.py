@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import memory, peers, records, report
+from dam.benchmarks import memory, peers, records, report
 
 OURS = "dam"
 LOOPS = {"rollout": (OURS, "LLaDA, d1"), "training step": (OURS, "d1", "c-DTM")}
