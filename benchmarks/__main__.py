@@ -20,7 +20,7 @@ PROG = "python -m benchmarks"
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0] if arguments else ""), arguments[1:]
-    if command in ("gpu", "builds") and not checkout.is_one():
+    if command in ("gpu", "builds", "tables") and not checkout.is_one():
         print(f"{PROG} {command}: this needs a checkout of dam's source repository", file=sys.stderr)
         return 1
     # What is asked for is imported where it is: the GPU's part may find that dam has to be installed first.
@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dam.benchmarks import builds
 
         return builds.main(rest)
+    if command == "tables":
+        from dam.benchmarks import tables
+
+        return tables.main(rest, f"{PROG} tables")
     if command == "calls":
         from dam.benchmarks import calls
 

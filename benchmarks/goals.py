@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,10 @@ def of_copy_in_graph(record: Record, backend: str = "dam") -> float | None:
     return None if name is None or copy is None else copy / seconds[name]
 
 
+def _in_graph(record: Record, backend: str) -> float:
+    return of_copy_in_graph(record, backend) or 0.0
+
+
 def judged(record: Record, backend: str = "dam") -> float:
     """Its seconds."""
     return record["median_seconds"][judged_name(record, backend)]
@@ -75,6 +80,11 @@ def best_peer(record: Record) -> float | None:
     seconds = record["median_seconds"].items()
     others = [t for name, t in seconds if name != record["floor_name"] and not name.startswith("dam")]
     return min(others, default=None)
+
+
+def of_best_peer(record: Record, backend: str = "dam") -> float:
+    """Its seconds, of those of the fastest peer; NaN where none was measured."""
+    return judged(record, backend) / (best_peer(record) or math.nan)
 
 
 def of_reading(record: Record, bandwidth: Mapping[str, float]) -> float:
@@ -156,15 +166,13 @@ def reached(
         for name, suffix in (("dam", ""), (TRITON, ", triton")):
             found = [r for r in having(name, of(label, 0, VERY_FEW)) if best_peer(r) is not None]
             text = f"no slower than the best peer for T <= {VERY_FEW}"
-            goals.append(ratios(f"{label}{suffix}", text, found, lambda r, n=name: judged(r, n) / best_peer(r), NOISE))
+            goals.append(ratios(f"{label}{suffix}", text, found, functools.partial(of_best_peer, backend=name), NOISE))
     for label in reading:
         for name, suffix in (("dam", ""), (TRITON, ", triton")):
             found = [r for r in of(label, FEW, MANY) if of_copy_in_graph(r, name) is not None]
             text = f">= 0.90 of copies of as many bytes, many in one CUDA graph, {FEW} <= T <= {MANY:,}"
             goals.append(
-                _judged(
-                    f"{label}{suffix}", text, found, lambda r, n=name: of_copy_in_graph(r, n) or 0.0, 0.9, atmost=False
-                )
+                _judged(f"{label}{suffix}", text, found, functools.partial(_in_graph, backend=name), 0.9, atmost=False)
             )
     both = "forward and backward"
     goals.append(bandwidths(f"log_prob, {both}", None, "of the copy's bandwidth", MANY))

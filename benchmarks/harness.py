@@ -139,6 +139,13 @@ class Case:
     inputs: Inputs | None = None  # of another's function; None: the case takes none
     check: Callable[[Call], Sequence[Check]] | None = None  # of `correct`: what a function computes, against float64
 
+    def checked(self, function: Callable[[], object]) -> Sequence[Check]:
+        """What a function of the case computes, against float64; nothing of a floor."""
+        if not isinstance(function, Call):
+            return ()
+        check = function.check or self.check
+        return () if check is None else check(function.anew())
+
     def groups(self) -> dict[str, list[str]]:
         """Of every function, by name."""
         every = {**self.functions, **self.compiled}
@@ -243,8 +250,7 @@ def measure(
                 took = timer.first(function)
             if took > limit:
                 raise TimeoutError(f"its first call took {took:.0f} s")
-            if checked and isinstance(function, Call) and (check := function.check or case.check) is not None:
-                found = check(function.anew())
+            if checked and (found := case.checked(function)):
                 measured.errors[name] = {one.what: one.error for one in found}
                 if bad := [str(one) for one in found if not one.passed]:
                     measured.wrong[name] = "; ".join(bad)
