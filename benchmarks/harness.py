@@ -303,7 +303,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def explained(error: BaseException) -> str:
+def explained(error: Exception) -> str:
     """An error with the line of the user's code that it came from: the last that is neither a library's nor ours."""
     libraries = (Path(torch.__file__).parents[1], Path(__file__).resolve().parents[1], Path(__file__).parents[1])
     frames = [
