@@ -220,8 +220,8 @@ def extensions():
 
 if __name__ == "__main__":
     setup(
-        # dam.kernels and dam.benchmarks among them, by links: a distribution called `kernels` exists, and folders called
-        # `benchmarks` do, so these names are never installed.
+        # dam.kernels and dam.benchmarks among them, by links: a distribution called `kernels` exists, and many folders
+        # called `benchmarks`, so these names are never installed.
         packages=find_packages(include=["dam", "dam.*"]),
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},

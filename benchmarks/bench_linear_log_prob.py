@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,14 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
 
     def case(label: str, *wrt: str) -> harness.Case:
         inputs = harness.Inputs(given, wrt)
-        frozen = {"states_gradient": "hidden" in wrt, "head_gradient": "head_weight" in wrt}
-        packages = {
+        gradients = {"states_gradient": "hidden" in wrt, "head_gradient": "head_weight" in wrt}
+        packages: dict[str, Callable[[], object]] = {
             "cut cross entropy": inputs.call(negative, "cut_cross_entropy"),
             "matmul, quack's cross entropy": inputs.call(quack, "quack"),
         }
         return harness.Case(
             label,
-            *harness.bare_matmuls(states, head, logits=1, **frozen),
+            *harness.bare_matmuls(states, head, logits=1, **gradients),
             {
                 "dam": inputs.call(dam.linear_log_prob, "dam"),
                 "matmul, log_softmax + gather": inputs.call(behind_matmul, "torch"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 import dam
@@ -35,7 +38,11 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
         }
         packages = {} if based else packages | (of_trained_heads if trained else {})
         # Packages have means over rows: one target of weight 1 each.
-        of_package = {"takes": ("hidden", "head_weight", "target"), "weight": torch.ones_like(weight)}
+        of_package: dict[str, Any] = {"takes": ("hidden", "head_weight", "target"), "weight": torch.ones_like(weight)}
+        on_gpu: dict[str, Callable[[], object]] = {
+            f"compiled {formula}": inputs.call(peers.compiled(materialised), "compile", *groups),
+            **{name: inputs.call(loss, group, **of_package) for name, (loss, group) in packages.items()},
+        }
         return harness.Case(
             f"linear_matching_loss, {'trained' if trained else 'frozen'} head{', with base' if based else ''}",
             *harness.bare_matmuls(states, head, logits=1 + based, states_gradient=True, head_gradient=trained),
@@ -43,8 +50,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
                 "dam": inputs.call(dam.linear_matching_loss, "dam"),
                 formula: inputs.call(materialised, "torch", *groups),
             },
-            on_gpu={f"compiled {formula}": inputs.call(peers.compiled(materialised), "compile", *groups)}
-            | {name: inputs.call(loss, group, **of_package) for name, (loss, group) in packages.items()},
+            on_gpu=on_gpu,
             reads=(states, head, target, weight, *base.values()),
             inputs=inputs,
             check=correct.Values(dam.matching_loss, heads=("", "base_") if based else ("",)),

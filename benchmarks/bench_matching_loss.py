@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import dam
@@ -14,7 +16,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
     plain = harness.Inputs({"logits": logits, "target": target, "weight": weight}, ("logits",))
     based = harness.Inputs({**plain.given, "base_logits": base, "base_weight": base_weight}, plain.wrt)
     # Packages have means over rows: one target of weight 1 each.
-    of_package = {"takes": ("logits", "target"), "weight": torch.ones_like(weight)}
+    of_package: dict[str, Any] = {"takes": ("logits", "target"), "weight": torch.ones_like(weight)}
     check = correct.Values(dam.matching_loss)
     return [
         harness.Case(

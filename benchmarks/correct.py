@@ -49,7 +49,7 @@ class Values:
             ValueError: what it returns has another shape than the reference's result.
         """
         result, gradients = call.with_gradients()
-        ours, inputs = [x.detach() for x in self.results(result)], _Inputs(call, self.heads)
+        ours, inputs = self.results(result), _Inputs(call, self.heads)
         parts: list[list[Tensor]] = []  # of the exact results
         of_logits, worst = [], dict.fromkeys(call.wrt, 0.0)
         for rows in inputs.parts():
@@ -233,4 +233,4 @@ def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     """[T] for [T, 1] too."""
     if x.numel() != math.prod(shape):
         raise ValueError(f"must have a shape of {tuple(shape)} where it has {tuple(x.shape)}")
-    return x.reshape(shape)
+    return x.detach().reshape(shape)

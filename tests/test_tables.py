@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dam.benchmarks import checkout, tables
+from dam.benchmarks import checkout, report, tables
 
 MAPPING = json.loads((tables.RESULTS / "tables.json").read_text(encoding="utf-8"))
 PAGES = tables.pages(checkout.ROOT)
@@ -18,6 +18,11 @@ def test_tables_with_every_case_stand_as_they_are_printed():
     page = PAGES["benchmarks/README.md"]
     assert tables.every_case(tables.RESULTS / "epyc-avx512-2-cores") in page
     assert tables.shared_vocabulary(tables.RESULTS / "xeon-avx512-2-cores" / "scale.json", 32766) in page
+
+
+def test_what_the_page_of_dam_bench_shows_was_measured():
+    (first, _) = json.loads((tables.RESULTS / "epyc-avx2-2-cores" / "against.json").read_text())["results"]
+    assert report.table(first).strip() in PAGES["docs/bench.md"]
 
 
 def test_every_case_of_the_json_has_a_row():
