@@ -56,7 +56,7 @@ def chosen(names: Sequence[str], ops: Collection[str], device: torch.device) -> 
         group
         for of in cases.values()
         for case in of
-        for function in (case.functions | case.compiled | case.on_gpu).values()
+        for function in (case.functions | case.compiled | (case.on_gpu if device.type == "cuda" else {})).values()
         for group in _groups(function)
     }
     for name in groups:

@@ -264,6 +264,7 @@ def test_the_process_that_measures_memory_finds_a_function_of_ones_own(mine):
         (("jump", "--against", "zzz"), "no peers of that name. There are torch, compile, llada"),
         (("jump", "--against", "liger"), "--against liger: its kernels run on a GPU only"),
         (("tilt_to_ess", "--against", "llada"), "it has nothing for tilt_to_ess; there are torch, compile, dam"),
+        (("linear_jump", "--against", "compile"), "it has nothing for linear_jump; there are torch, dam"),
         (("jump", "--against", "nowhere:f"), "there is no module 'nowhere', neither in this folder nor installed"),
         (("jump", "--against", "mine:drew"), "--against mine:drew: mine has no 'drew', but draws"),
         (("jump", "--against", "mine:number"), "number is a int, and cannot be called"),
