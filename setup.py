@@ -252,8 +252,8 @@ if __name__ == "__main__":
     if faults := runpy.run_path("kernels/environment.py")["faults"]():
         raise SystemExit("; ".join(faults))
     setup(
-        # dam.kernels among them, by the link dam/kernels: a distribution called `kernels` exists, so that name is never
-        # installed.
+        # dam.kernels and dam.benchmarks among them, by links: a distribution called `kernels` exists, and many folders
+        # called `benchmarks`, so these names are never installed.
         packages=find_packages(include=["dam", "dam.*"]),
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions, "sdist": SourceDistribution},

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import checkout
+from dam.benchmarks import checkout
 
 PROG = "python -m benchmarks"
 
@@ -20,23 +20,30 @@ PROG = "python -m benchmarks"
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0] if arguments else ""), arguments[1:]
+    if command in ("gpu", "builds", "tables") and not checkout.is_one():
+        print(f"{PROG} {command}: this needs a checkout of dam's source repository", file=sys.stderr)
+        return 1
     # What is asked for is imported where it is: the GPU's part may find that dam has to be installed first.
     if command == "gpu":
         if torch.cuda.is_available() and (reason := checkout.ensure_installed("benchmarks", arguments)) is not None:
             print(f"{PROG} gpu: nothing was measured: {reason}", file=sys.stderr)
             return 1
-        from benchmarks import gpu
+        from dam.benchmarks import gpu
 
         return gpu.main(rest)
     if command == "builds":
-        from benchmarks import builds
+        from dam.benchmarks import builds
 
         return builds.main(rest)
+    if command == "tables":
+        from dam.benchmarks import tables
+
+        return tables.main(rest, f"{PROG} tables")
     if command == "calls":
-        from benchmarks import calls
+        from dam.benchmarks import calls
 
         return calls.main(rest)
-    from benchmarks import report
+    from dam.benchmarks import report
 
     return report.main(arguments, PROG)
 

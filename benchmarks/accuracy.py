@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import dam
+from dam.benchmarks.correct import largest
+from dam.benchmarks.harness import Check
 from dam.kernels import forms
 
 # Relative errors of a row. bfloat16 rounds an entry by 2^-9 at most, once where it is a result and once where it is the
@@ -22,19 +23,6 @@ from dam.kernels import forms
 OF_GRADIENT, OF_VALUE = 2.0**-7, 2.0**-15
 # Draws that may differ from the reference's, whose noise is in float64: some 4e-7 of them.
 OF_DRAWS = 1e-3
-
-
-class Check(NamedTuple):
-    what: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound  # not for NaN
-
-    def __str__(self) -> str:
-        return f"{'ok' if self.passed else 'WRONG'}: {self.what}: {self.error:.2e} of at most {self.bound:.2e}"
 
 
 def checks(
@@ -81,8 +69,8 @@ def checks(
                     with dam.backend(backend), _form(form):
                         ours = _with_gradients(function, tensors)
                     what = " ".join(part for part in (name, backend, form) if part)
-                    yield Check(f"{what}, value", _largest(ours[:1], exact[:1]), OF_VALUE)
-                    yield Check(f"{what}, gradients", _largest(ours[1:], exact[1:]), OF_GRADIENT)
+                    yield Check(f"{what}, value", largest(ours[:1], exact[:1]), OF_VALUE)
+                    yield Check(f"{what}, gradients", largest(ours[1:], exact[1:]), OF_GRADIENT)
             del exact
         with dam.backend("torch"):
             drawn = dam.jump(logits, seed=5).target
@@ -119,14 +107,3 @@ def _with_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) 
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     value = function(*leaves)
     return [value.detach().reshape(1, 1), *torch.autograd.grad(value, leaves)]
-
-
-def _largest(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative error of a row, in the Euclidean norm; of rows of zeros 0 if they are so, else infinite."""
-    worst = 0.0
-    for a, b in zip(ours, exact, strict=True):
-        for some, part in zip(a.split(4096), b.split(4096), strict=True):
-            size, error = part.norm(dim=1), (some.double() - part).norm(dim=1)
-            ratio = torch.where(error == 0, 0.0, error / size)
-            worst = max(worst, float(ratio.max().nan_to_num(torch.inf)))
-    return worst

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from dam.benchmarks import report
 
 
 class Agenda:

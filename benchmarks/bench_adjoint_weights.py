@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 import dam
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 
 
 def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64, steps: int = 256) -> list[harness.Case]:
@@ -13,21 +17,29 @@ def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64, ste
     log_ratio, gap = (harness.normal(groups * trajectories, steps, dtype, scale=0.1).view(shape) for _ in range(2))
     cost = harness.normal(groups, trajectories, dtype)
 
-    def case(label: str, escape_gap: torch.Tensor | None) -> harness.Case:
-        inputs = (log_ratio, cost) if escape_gap is None else (log_ratio, cost, escape_gap)
+    def compared(result: Any) -> Sequence[Tensor]:
+        """The log-weights of paths without those of what is left at their end, zeros that not every formula has."""
+        weight, log_path, log_normalizer, ess, *_ = harness.tensors(result)
+        return weight, log_path[..., :steps], log_normalizer, ess
+
+    def case(label: str, **more: Tensor) -> harness.Case:
+        inputs = harness.Inputs({"log_ratio": log_ratio, "terminal_cost": cost, **more})
+        read = (log_ratio, cost, *more.values())
         return harness.Case(
             label,
             "plain read of the inputs",
-            harness.reading(*inputs),
+            harness.reading(*read),
             {
-                "dam": lambda: dam.adjoint_weights(log_ratio, cost, escape_gap=escape_gap),
-                "flip, cumsum, softmax": lambda: peers.adjoint_weights(log_ratio, cost, escape_gap),
+                "dam": inputs.call(dam.adjoint_weights, "dam"),
+                "flip, cumsum, softmax": inputs.call(peers.adjoint_weights, "torch"),
             },
-            {"compiled": lambda: peers.compiled(peers.adjoint_weights)(log_ratio, cost, escape_gap)},
-            reads=inputs,
+            {"compiled": inputs.call(peers.compiled(peers.adjoint_weights), "compile")},
+            reads=read,
+            inputs=inputs,
+            check=correct.Values(dam.adjoint_weights, results=compared),
         )
 
-    return [case("adjoint_weights", None), case("adjoint_weights with escape_gap", gap)]
+    return [case("adjoint_weights"), case("adjoint_weights with escape_gap", escape_gap=gap)]
 
 
 def test_adjoint_weights(benchmark, function):

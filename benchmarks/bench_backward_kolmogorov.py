@@ -7,38 +7,50 @@ import math
 import torch
 
 import dam
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 
 DURATION = 1.0
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
     shape = (math.isqrt(vocabulary),) * 2
-    uniform, lattice = dam.generators.Uniform(vocabulary), dam.generators.Lattice(shape, periodic=True)
+    generators = (dam.generators.Uniform(vocabulary), dam.generators.Lattice(shape, periodic=True))
     # e^{-g} of random terminal costs.
-    terminal = harness.normal(rows, vocabulary, dtype).exp_()
-    on_lattice = harness.normal(rows, math.prod(shape), dtype).exp_()
+    terminals = [harness.normal(rows, size, dtype).exp_() for size in (vocabulary, math.prod(shape))]
+    uniform, lattice = (
+        harness.Inputs({"generator": generator, "terminal": terminal, "duration": DURATION})
+        for generator, terminal in zip(generators, terminals, strict=True)
+    )
+    check = correct.Values(dam.backward_kolmogorov)
     return [
         harness.Case(
             "backward_kolmogorov, uniform",
             "plain read of the terminal values",
-            harness.reading(terminal),
+            harness.reading(terminals[0]),
             {
-                "dam": lambda: dam.backward_kolmogorov(uniform, terminal, DURATION),
-                "closed form in torch": lambda: peers.uniform_kolmogorov(terminal, DURATION),
+                "dam": uniform.call(dam.backward_kolmogorov, "dam"),
+                "closed form in torch": uniform.call(peers.uniform_kolmogorov, "torch", takes=("terminal", "duration")),
             },
-            {"compiled closed form": lambda: peers.compiled(peers.uniform_kolmogorov)(terminal, DURATION)},
-            reads=(terminal,),
+            {
+                "compiled closed form": uniform.call(
+                    peers.compiled(peers.uniform_kolmogorov), "compile", takes=("terminal", "duration")
+                )
+            },
+            reads=(terminals[0],),
+            inputs=uniform,
+            check=check,
         ),
         harness.Case(
             "backward_kolmogorov, square lattice",
             "plain read of the terminal values",
-            harness.reading(on_lattice),
+            harness.reading(terminals[1]),
             {
-                "dam": lambda: dam.backward_kolmogorov(lattice, on_lattice, DURATION),
-                "Fourier transforms in torch": lambda: peers.lattice_kolmogorov(on_lattice, shape, DURATION),
+                "dam": lattice.call(dam.backward_kolmogorov, "dam"),
+                "Fourier transforms in torch": lattice.call(peers.lattice_kolmogorov, "torch"),
             },
-            reads=(on_lattice,),
+            reads=(terminals[1],),
+            inputs=lattice,
+            check=check,
         ),
     ]
 

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import dam
-from benchmarks import goals, harness, peers
+from dam.benchmarks import correct, goals, harness, peers
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
     logits = harness.logits(rows, vocabulary, dtype)
     seed = torch.zeros((), dtype=torch.int64)
+    inputs = harness.Inputs({"logits": logits})
+    unchecked = functools.partial(dam.jump, check=False)
     return [
         harness.Case(
             "jump",
             "plain read of the logits",
             harness.reading(logits),
             {
-                "dam": lambda: dam.jump(logits),
-                "LLaDA's step": lambda: peers.llada_step(logits),
-                "softmax + multinomial": lambda: peers.softmax_multinomial(logits),
-                "torch.logsumexp": lambda: torch.logsumexp(logits, dim=-1),
+                "dam": inputs.call(dam.jump, "dam"),
+                "LLaDA's step": inputs.call(peers.llada_step, "torch", "llada"),
+                "softmax + multinomial": inputs.call(peers.softmax_multinomial, "torch"),
+                "torch.logsumexp": inputs.call(peers.logsumexp, "torch", check=correct.Values(peers.logsumexp)),
             },
-            {"compiled Gumbel race": lambda: peers.compiled(peers.gumbel_race)(logits)},
+            {"compiled Gumbel race": inputs.call(peers.compiled(peers.gumbel_race), "compile")},
             {
-                "dam, check=False": lambda: dam.jump(logits, check=False),
-                goals.seeded("dam"): lambda: dam.jump(logits, check=False, seed=seed),
-                "flashinfer's sampling_from_logits": lambda: peers.flashinfer_sample(logits),
+                "dam, check=False": inputs.call(unchecked, "dam"),
+                goals.seeded("dam"): inputs.call(functools.partial(unchecked, seed=seed), "dam"),
+                "flashinfer's sampling_from_logits": inputs.call(peers.flashinfer_sample, "flashinfer"),
             },
             (logits,),
+            inputs,
+            correct.Draws(),
         )
     ]
 

@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 import dam
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 
 
 def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hidden: int = 1024) -> list[harness.Case]:
     states, head = harness.normal(rows, hidden, dtype), harness.head(hidden, vocabulary, dtype)
     target = torch.randint(vocabulary, (rows, 1))
+    given = {"hidden": states, "head_weight": head, "target": target}
 
-    def backward(value, *inputs):
-        return harness.gradients(lambda *x: value(*x).sum(), *inputs)
+    def behind_matmul(hidden: Tensor, head_weight: Tensor, target: Tensor) -> Tensor:
+        return peers.log_prob(hidden @ head_weight.t(), target)
+
+    def quack(hidden: Tensor, head_weight: Tensor, target: Tensor) -> Tensor:
+        return peers.quack_log_prob(hidden @ head_weight.t(), target)
+
+    def negative(hidden: Tensor, head_weight: Tensor, target: Tensor) -> Tensor:
+        return -peers.cut_cross_entropy(hidden, head_weight, target, reduction="none")
+
+    def case(label: str, *wrt: str) -> harness.Case:
+        inputs = harness.Inputs(given, wrt)
+        gradients = {"states_gradient": "hidden" in wrt, "head_gradient": "head_weight" in wrt}
+        packages: dict[str, Callable[[], object]] = {
+            "cut cross entropy": inputs.call(negative, "cut_cross_entropy"),
+            "matmul, quack's cross entropy": inputs.call(quack, "quack"),
+        }
+        return harness.Case(
+            label,
+            *harness.bare_matmuls(states, head, logits=1, **gradients),
+            {
+                "dam": inputs.call(dam.linear_log_prob, "dam"),
+                "matmul, log_softmax + gather": inputs.call(behind_matmul, "torch"),
+            },
+            on_gpu={} if wrt else packages,
+            reads=(states, head, target, head) if wrt else (states, head, target),
+            inputs=inputs,
+            check=correct.Values(dam.log_prob, heads=("",)),
+        )
 
     return [
-        harness.Case(
-            "linear_log_prob, forward",
-            *harness.bare_matmuls(states, head, logits=1),
-            {
-                "dam": lambda: dam.linear_log_prob(states, head, target),
-                "matmul, log_softmax + gather": lambda: peers.log_prob(states @ head.t(), target),
-            },
-            on_gpu={
-                "cut cross entropy": lambda: peers.cut_cross_entropy(states, head, target, reduction="none"),
-                "matmul, quack's cross entropy": lambda: peers.quack_log_prob(states @ head.t(), target),
-            },
-            reads=(states, head, target),
-        ),
-        harness.Case(
-            "linear_log_prob, forward and backward, frozen head",
-            *harness.bare_matmuls(states, head, logits=1, states_gradient=True),
-            {
-                "dam": lambda: backward(lambda h: dam.linear_log_prob(h, head, target), states),
-                "matmul, log_softmax + gather": lambda: backward(
-                    lambda h: peers.log_prob(h @ head.t(), target), states
-                ),
-            },
-            reads=(states, head, target, head),
-        ),
-        harness.Case(
-            "linear_log_prob, forward and backward, trained head",
-            *harness.bare_matmuls(states, head, logits=1, states_gradient=True, head_gradient=True),
-            {
-                "dam": lambda: backward(lambda h, w: dam.linear_log_prob(h, w, target), states, head),
-                "matmul, log_softmax + gather": lambda: backward(
-                    lambda h, w: peers.log_prob(h @ w.t(), target), states, head
-                ),
-            },
-            reads=(states, head, target, head),
-        ),
+        case("linear_log_prob, forward"),
+        case("linear_log_prob, forward and backward, frozen head", "hidden"),
+        case("linear_log_prob, forward and backward, trained head", "hidden", "head_weight"),
     ]
 
 

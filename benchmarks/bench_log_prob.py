@@ -5,42 +5,43 @@ from __future__ import annotations
 import torch
 
 import dam
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
     logits = harness.logits(rows, vocabulary, dtype)
     target = torch.randint(vocabulary, (rows, 1))
-    compiled = peers.compiled(peers.log_prob)
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What a package's cross entropy is, whose gradient takes as long as that of log-probabilities."""
+        return -dam.log_prob(logits, target).mean()
+
+    def case(label: str, inputs: harness.Inputs, reads: tuple[torch.Tensor, ...]) -> harness.Case:
+        quack = (
+            inputs.call(peers.quack_cross_entropy, "quack", check=correct.Values(loss))
+            if inputs.wrt
+            else inputs.call(peers.quack_log_prob, "quack")
+        )
+        return harness.Case(
+            label,
+            "plain read of the logits",
+            harness.reading(logits),
+            {
+                "dam": inputs.call(dam.log_prob, "dam"),
+                "log_softmax + gather": inputs.call(peers.log_prob, "torch"),
+            },
+            {"compiled log_softmax + gather": inputs.call(peers.compiled(peers.log_prob), "compile")},
+            {"quack's cross entropy": quack},
+            reads,
+            inputs,
+            correct.Values(dam.log_prob),
+        )
+
+    given = {"logits": logits, "target": target}
     return [
-        harness.Case(
-            "log_prob, forward",
-            "plain read of the logits",
-            harness.reading(logits),
-            {
-                "dam": lambda: dam.log_prob(logits, target),
-                "log_softmax + gather": lambda: peers.log_prob(logits, target),
-            },
-            {"compiled log_softmax + gather": lambda: compiled(logits, target)},
-            {"quack's cross entropy": lambda: peers.quack_log_prob(logits, target)},
-            (logits, target),
-        ),
-        harness.Case(
-            "log_prob, forward and backward",
-            "plain read of the logits",
-            harness.reading(logits),
-            {
-                "dam": lambda: harness.gradients(lambda x: dam.log_prob(x, target).sum(), logits),
-                "log_softmax + gather": lambda: harness.gradients(lambda x: peers.log_prob(x, target).sum(), logits),
-            },
-            {"compiled log_softmax + gather": lambda: harness.gradients(lambda x: compiled(x, target).sum(), logits)},
-            {
-                "quack's cross entropy": lambda: harness.gradients(
-                    lambda x: peers.quack_cross_entropy(x, target), logits
-                )
-            },
-            (logits, target, logits),  # the upstream gradient is known after the first pass only
-        ),
+        case("log_prob, forward", harness.Inputs(given), (logits, target)),
+        # The upstream gradient is known after the first pass only.
+        case("log_prob, forward and backward", harness.Inputs(given, ("logits",)), (logits, target, logits)),
     ]
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import torch
 
 import dam
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
     logits, base = (harness.logits(rows, vocabulary, dtype) for _ in range(2))
     target = torch.randint(vocabulary, (rows, 1))
+    inputs = harness.Inputs({"logits": logits, "base_logits": base, "target": target})
     return [
         harness.Case(
             "rate_ratio",
             "plain read of both logits",
             harness.reading(logits, base),
             {
-                "dam": lambda: dam.rate_ratio(logits, base, target),
-                "two logsumexp + gathers": lambda: peers.rate_ratio(logits, base, target),
+                "dam": inputs.call(dam.rate_ratio, "dam"),
+                "two logsumexp + gathers": inputs.call(peers.rate_ratio, "torch"),
             },
-            {"compiled": lambda: peers.compiled(peers.rate_ratio)(logits, base, target)},
+            {"compiled": inputs.call(peers.compiled(peers.rate_ratio), "compile")},
             reads=(logits, base, target),
+            inputs=inputs,
+            check=correct.Values(dam.rate_ratio),
         )
     ]
 

@@ -6,10 +6,12 @@ Every step fills the same number of positions of a sequence, and the floor is th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import dam.rollout
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 from dam.ctmc import MaskedCTMC
 from dam.models import Head
 
@@ -49,20 +51,25 @@ def cases(
         for _ in range(steps):
             step()
 
-    def rollout(order: str) -> torch.Tensor:
+    def rollout(hidden: torch.Tensor, head_weight: torch.Tensor, order: str) -> torch.Tensor:
         return dam.rollout.rollout(table, tokens, process, steps=steps, order=order, seed=1).final
 
+    def loop(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+        return peers.llada_rollout(hidden, head_weight, steps)
+
+    of = harness.Inputs({"hidden": states.view(sequences, length, hidden), "head_weight": head})
     return [
         harness.Case(
             "rollout",
             floor_name,
             floor,
             {
-                "dam": lambda: rollout("random"),
-                "dam, head at every mask": lambda: rollout("confidence"),
-                "LLaDA's loop": lambda: peers.llada_rollout(states.view(sequences, length, hidden), head, steps),
+                "dam": of.call(functools.partial(rollout, order="random"), "dam"),
+                "dam, head at every mask": of.call(functools.partial(rollout, order="confidence"), "dam"),
+                "LLaDA's loop": of.call(loop, "torch", "llada"),
             },
             reads=(jumping, head) * steps,
+            check=correct.Tokens((sequences, length), vocabulary),  # by confidence no position has the softmax's law
         )
     ]
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 
 import dam
-from benchmarks import harness, peers
+from dam.benchmarks import correct, harness, peers
 
 
 def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64) -> list[harness.Case]:
     reward = harness.normal(groups, trajectories, dtype)
-    ess, max_tilt = max(1.0, trajectories / 4), 100.0
+    inputs = harness.Inputs({"reward": reward, "ess": max(1.0, trajectories / 4), "max_tilt": 100.0})
     return [
         harness.Case(
             "tilt_to_ess",
             "plain read of the rewards",
             harness.reading(reward),
             {
-                "dam": lambda: dam.tilt_to_ess(reward, ess, max_tilt=max_tilt),
-                "bisection in torch": lambda: peers.tilt_to_ess(reward, ess, max_tilt),
+                "dam": inputs.call(dam.tilt_to_ess, "dam"),
+                "bisection in torch": inputs.call(peers.tilt_to_ess, "torch"),
             },
-            {"compiled bisection": lambda: peers.compiled(peers.tilt_to_ess)(reward, ess, max_tilt)},
+            {"compiled bisection": inputs.call(peers.compiled(peers.tilt_to_ess), "compile")},
             reads=(reward,),
+            inputs=inputs,
+            check=correct.Values(dam.tilt_to_ess),
         )
     ]
 

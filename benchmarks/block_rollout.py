@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import records, report
 from dam.adjoint import estimator_loss, group_targets
+from dam.benchmarks import records, report
 from dam.ctmc import MaskedCTMC
 from dam.models import Denoiser, as_denoiser
 from dam.rollout import Trajectories, rollout

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import checkout, harness, records, report
 from dam.backends import cpu
+from dam.benchmarks import checkout, harness, records, report
 
 FLOOR = "plain read of the logits"
 

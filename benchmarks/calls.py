@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import dam
-from benchmarks import harness, options, records, report
 from dam.backends import cpu
+from dam.benchmarks import harness, options, records, report
 
 ONE_KERNEL, SIX_KERNELS = "torch.softmax", "torch.logsumexp"
 

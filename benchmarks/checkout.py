@@ -16,13 +16,23 @@ ROOT = Path(__file__).resolve().parents[1]
 _STARTED = "DAM_BENCHMARKS_STARTED"  # environment variable: seconds of the monotonic clock
 
 
+def is_one() -> bool:
+    """Whether this is a checkout, and no installation without the tests and the figures that are committed."""
+    return (ROOT / "setup.py").is_file() and (ROOT / "benchmarks" / "results").is_dir()
+
+
 def started() -> float:
     """When the command began, by the monotonic clock, whether or not it was started anew since."""
     return float(os.environ.get(_STARTED) or time.monotonic())
 
 
 def commit() -> str | None:
-    """Its commit, marked if files differ from it; None where git does not say."""
+    """Its commit, marked if files differ from it; None where git does not say, or this is no checkout.
+
+    An installation may lie within another project's repository.
+    """
+    if not is_one():
+        return None
 
     def git(*arguments: str) -> str:
         command = ("git", "-C", str(ROOT), *arguments)

@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 
-from benchmarks import harness, options, records
+from dam.benchmarks import harness, options, records
 
-_floor_seconds = {}  # by op, dtype and case, as soon as the floor is measured
+_floor_seconds = {}  # by op, dtype, sizes and case, as soon as the floor is measured
 
 
 def pytest_addoption(parser):
@@ -33,18 +33,25 @@ def pytest_generate_tests(metafunc):
     if "function" in metafunc.fixturenames:
         op = op_of(metafunc.definition.path)
         cases = harness.cases_of(op)
-        sizes = options.sizes(metafunc.config.option, harness.ops())
-        sizes = {name: sizes.get(name, size) for name, size in harness.sizes_of(cases).items()}
+        given = options.sizes(metafunc.config.option, harness.ops())
         metafunc.parametrize(
             "function",
             [
-                pytest.param((op, dtype, sizes, n, name), id=f"{dtype}-{case.label}-{name}")
+                pytest.param((op, dtype, sizes, n, name), id=identity(op, dtype, sizes, case.label, name))
                 for dtype in options.dtypes(metafunc.config.option, harness.DTYPES)
                 for n, case in enumerate(harness.tiny_cases(cases, getattr(torch, dtype)))
+                for sizes in options.sweep(op, given)
                 for name in (case.floor_name, *case.functions, *case.compiled)
             ],
             indirect=True,
         )
+
+
+def identity(op, dtype, sizes, label, name):
+    """With the sizes that are not the op's own, so that --benchmark-compare compares times of one size."""
+    own = harness.sizes_of(harness.cases_of(op))
+    others = [f"{options.SIZES[size][0]}={n}" for size, n in sizes.items() if n != own[size]]
+    return "-".join([dtype, *([",".join(others)] if others else []), label, name])
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,17 +69,22 @@ def _record(op, dtype, n, **sizes):
 def function(request, benchmark):
     op, dtype, sizes, n, name = request.param
     case = _cases(op, dtype, **sizes)[n]
-    benchmark.group = f"{case.label}, {dtype}"
+    benchmark.group = f"{case.label}, {options.text(sizes)}, {dtype}"
     benchmark.extra_info.update(_record(op, dtype, n, **sizes), function=name)
     chosen = {case.floor_name: case.floor, **case.functions, **case.compiled}[name]
     try:
         chosen()  # to warm up
+        checks = case.checked(chosen)
     except Exception as error:
         if name in (case.floor_name, "dam"):
             raise
         pytest.skip(f"absent: {harness.reason(error)}")
+    if wrong := [str(check) for check in checks if not check.passed]:
+        pytest.fail(f"{name} is not measured: {'; '.join(wrong)}")
+    benchmark.extra_info["errors"] = {check.what: check.error for check in checks}
     yield chosen
+    key = (op, dtype, n, *sizes.values())
     if name == case.floor_name and benchmark.stats is not None:
-        _floor_seconds[op, dtype, n] = benchmark.stats.stats.median
-    if (op, dtype, n) in _floor_seconds:
-        benchmark.extra_info["floor_seconds"] = _floor_seconds[op, dtype, n]
+        _floor_seconds[key] = benchmark.stats.stats.median
+    if key in _floor_seconds:
+        benchmark.extra_info["floor_seconds"] = _floor_seconds[key]

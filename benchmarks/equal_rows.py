@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import records, report
+from dam.benchmarks import records, report
 from dam.ctmc import MaskedCTMC
 from dam.models import MaskedLM
 from dam.rollout import Trajectories, rollout

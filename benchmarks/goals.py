@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.options import SIZES
+from dam.benchmarks.options import text as sizes_text
 from dam.kernels import configs
 from dam.ops import _rows
 
@@ -56,6 +57,10 @@ def of_copy_in_graph(record: Record, backend: str = "dam") -> float | None:
     return None if name is None or copy is None else copy / seconds[name]
 
 
+def _in_graph(record: Record, backend: str) -> float:
+    return of_copy_in_graph(record, backend) or 0.0
+
+
 def judged(record: Record, backend: str = "dam") -> float:
     """Its seconds."""
     return record["median_seconds"][judged_name(record, backend)]
@@ -75,6 +80,11 @@ def best_peer(record: Record) -> float | None:
     seconds = record["median_seconds"].items()
     others = [t for name, t in seconds if name != record["floor_name"] and not name.startswith("dam")]
     return min(others, default=None)
+
+
+def of_best_peer(record: Record, backend: str = "dam") -> float:
+    """Its seconds, of those of the fastest peer; NaN where none was measured."""
+    return judged(record, backend) / (best_peer(record) or math.nan)
 
 
 def of_reading(record: Record, bandwidth: Mapping[str, float]) -> float:
@@ -109,7 +119,7 @@ def figures(record: Record, bandwidth: Mapping[str, float]) -> list[str]:
     else:
         lines.append(f"{fraction(record, bandwidth):.1%} of the copy's bandwidth, {moved / 1e6:.1f} MB")
     if (extra := extra_bytes(record)) is not None:
-        lines.append(f"{extra / 2**20:.1f} MB besides its results")
+        lines.append(f"{extra / 2**20:.1f} MiB besides its results")
     if graph := record.get("graph"):
         told = [f"{name} {1e3 * t:.4f} ms" for name, t in graph["seconds"].items()]
         told += [f"{name}: {why}" for name, why in graph["absent"].items()]
@@ -156,15 +166,13 @@ def reached(
         for name, suffix in (("dam", ""), (TRITON, ", triton")):
             found = [r for r in having(name, of(label, 0, VERY_FEW)) if best_peer(r) is not None]
             text = f"no slower than the best peer for T <= {VERY_FEW}"
-            goals.append(ratios(f"{label}{suffix}", text, found, lambda r, n=name: judged(r, n) / best_peer(r), NOISE))
+            goals.append(ratios(f"{label}{suffix}", text, found, functools.partial(of_best_peer, backend=name), NOISE))
     for label in reading:
         for name, suffix in (("dam", ""), (TRITON, ", triton")):
             found = [r for r in of(label, FEW, MANY) if of_copy_in_graph(r, name) is not None]
             text = f">= 0.90 of copies of as many bytes, many in one CUDA graph, {FEW} <= T <= {MANY:,}"
             goals.append(
-                _judged(
-                    f"{label}{suffix}", text, found, lambda r, n=name: of_copy_in_graph(r, n) or 0.0, 0.9, atmost=False
-                )
+                _judged(f"{label}{suffix}", text, found, functools.partial(_in_graph, backend=name), 0.9, atmost=False)
             )
     both = "forward and backward"
     goals.append(bandwidths(f"log_prob, {both}", None, "of the copy's bandwidth", MANY))
@@ -191,9 +199,9 @@ def reached(
                 workspace = _rows.workspace_bytes(device) / 2**20
                 goals.append(
                     _judged(
-                        label, f"<= {workspace:.0f} MB besides the gradients (DAM_WORKSPACE_MB)",
+                        label, f"<= {workspace:.0f} MiB besides the gradients (DAM_WORKSPACE_MB)",
                         [r for r in of(label) if extra_bytes(r) is not None],
-                        lambda r: (extra_bytes(r) or 0) / 2**20, workspace, atmost=True, unit=" MB",
+                        lambda r: (extra_bytes(r) or 0) / 2**20, workspace, atmost=True, unit=" MiB",
                     )
                 )  # fmt: skip
     label = "linear_log_prob, forward"
@@ -237,10 +245,6 @@ def _judged(
     if alone is not None and kernels is not None:
         text += f"; there its kernels alone {kernels(records[farthest], alone):.3g}"
     return Goal(what, goal_text, text, None if goal is None else all(good.values()))
-
-
-def sizes_text(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{SIZES[name][0]} = {size:,}" for name, size in sizes.items())
 
 
 # ---- tables

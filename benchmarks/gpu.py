@@ -8,7 +8,6 @@ writes JSON, PNG and summary.md, and prints that summary last. Needs an NVIDIA G
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -27,11 +26,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dam
-from benchmarks import accuracy, checkout, goals, harness, records, report, tune
-from benchmarks.agenda import Agenda
-from benchmarks.machine import SHORT_CALL, Gpu, Machine, bandwidths, copying
 from dam import plots
 from dam.backends import choice, triton
+from dam.benchmarks import accuracy, checkout, goals, harness, records, report, tune
+from dam.benchmarks.agenda import Agenda
+from dam.benchmarks.machine import COPY, SHORT_CALL, Gpu, Machine, bandwidths, copying, default_backend, on_default
 from dam.kernels import configs, forms
 
 Function = Callable[[], object]
@@ -49,7 +48,7 @@ LLADA = 126_464
 VOCABULARIES = (32_768, LLADA, 151_936, 262_144)
 # Calls that a CUDA graph holds: of inputs that together are many times the L2 cache, and not more than these.
 GRAPH_BYTES, GRAPH_CALLS = 2**28, 64
-COPY, TRITON = "copy of as many bytes", goals.TRITON
+TRITON = goals.TRITON
 
 
 class Item(NamedTuple):
@@ -340,19 +339,6 @@ def listed(title: str, lines: Sequence[str], most: int | None = None) -> list[st
     return [f"## {title}\n", *(f"* {line}" for line in lines[:most]), *rest, ""]
 
 
-def default_backend() -> str:
-    """The backend that most operations on a GPU's tensors get, where none is asked for by name."""
-    return next(name for name in choice.FAST["cuda"] if name == "triton" or choice.why_unavailable(name) is None)
-
-
-def on_default(machine: Machine) -> contextlib.AbstractContextManager[None]:
-    """What makes "dam" the default backend of a GPU's tensors, whatever the machine."""
-    backend = default_backend()
-    # Asked for by name Triton is an error where it is missing, rather than figures of the reference.
-    by_default = machine.device.type == "cuda" and backend != "triton"
-    return contextlib.nullcontext() if by_default else dam.backend(backend)
-
-
 def on_backend(backend: str, function: Function) -> Function:
     def call() -> object:
         with dam.backend(backend):
@@ -419,7 +405,7 @@ def run_tests(log: Path, limit: float, options: Sequence[str] = TESTS, under: Se
         under: a command that runs another one, which is then pytest in one process.
     """
     # A line for each test as it ends, and a failure when it happens: the log of a run that was cut off is to have them.
-    plugins = ("-p", "no:cacheprovider", "-p", "benchmarks.failures")
+    plugins = ("-p", "no:cacheprovider", "-p", "dam.benchmarks.failures")
     command = [*under, sys.executable, "-m", "pytest", "-v", "--tb=short", *plugins, *options]
     if not under and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]  # most of their time goes into compiling kernels

@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+import dam
+from dam.backends import choice
+from dam.benchmarks import harness
 from dam.kernels import configs
 
 Function = Callable[[], object]
+
+COPY = "copy of as many bytes"  # a floor
 
 SHORT_CALL = 2e-3  # seconds; below it what a call costs besides its kernels is measured too
 COPIED_AT_ONCE = 2**28  # words; many times a cache, and little enough to have beside the inputs
@@ -191,6 +195,19 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return lines[0] if lines else None
+
+
+def default_backend() -> str:
+    """The backend that most operations on a GPU's tensors get, where none is asked for by name."""
+    return next(name for name in choice.FAST["cuda"] if name == "triton" or choice.why_unavailable(name) is None)
+
+
+def on_default(machine: Machine) -> contextlib.AbstractContextManager[None]:
+    """What makes "dam" the default backend of a GPU's tensors, whatever the machine."""
+    backend = default_backend()
+    # Asked for by name Triton is an error where it is missing, rather than figures of the reference.
+    by_default = machine.device.type == "cuda" and backend != "triton"
+    return contextlib.nullcontext() if by_default else dam.backend(backend)
 
 
 def copying(nbytes: int, device: torch.device) -> Function:

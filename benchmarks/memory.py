@@ -10,11 +10,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+import dam
+from dam.benchmarks import harness
+from dam.benchmarks.against import Against, load
 
 _MISSING = "peak memory is measured on Linux only"
 
@@ -27,10 +30,10 @@ def peak_bytes(op: str, case: int, name: str, dtype: str, threads: int, sizes: d
     """
     job = json.dumps({"op": op, "case": case, "name": name, "dtype": dtype, "threads": threads, "sizes": sizes})
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", job],
+        [sys.executable, "-m", "dam.benchmarks.memory", job],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(dam.__file__).parents[1],
         env=environment(),
     )
     if done.returncode != 0:
@@ -44,7 +47,8 @@ def environment() -> dict[str, str]:
 
     A fixed threshold: glibc raises its own when large blocks are freed, and keeps what is freed from then on.
     """
-    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    found = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]  # modules of the user's own
+    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16), "PYTHONPATH": os.pathsep.join(found)}
 
 
 class Peak:
@@ -80,12 +84,18 @@ def _measure(op: str, case: int, name: str, dtype: str, threads: int, sizes: dic
     torch.set_num_threads(threads)
     cases = harness.cases_of(op)
     # Libraries and threads are loaded by the first call of anything.
-    harness.tiny_cases(cases, getattr(torch, dtype))[case].functions[name]()
-    function = cases(getattr(torch, dtype), **sizes)[case].functions[name]
+    _function(harness.tiny_cases(cases, getattr(torch, dtype))[case], name)()
+    function = _function(cases(getattr(torch, dtype), **sizes)[case], name)
     with Peak() as peak:
         result = function()
     del result
     return peak.grown
+
+
+def _function(case: harness.Case, name: str) -> Callable[[], object]:
+    if name in case.functions:
+        return case.functions[name]
+    return Against(frozenset(), {name: load(name)}).of(case).functions[name]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What new memory costs, in pages of 4 KB and of 2 MB, soon and long after it was given back.
+"""What new memory costs, in pages of 4 KiB and of 2 MiB, soon and long after it was given back.
 
     python -m benchmarks.pages [--megabytes 256] [--json FILE]
 
 Maps memory, writes all of it and unmaps it, after each of some waits. Linux only. Where a virtual machine gives free
-memory back to its host (`dam._cpu.memory_goes_back()`), pages of 2 MB cost many times more after some seconds.
+memory back to its host (`dam._cpu.memory_goes_back()`), pages of 2 MiB cost many times more after some seconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import mmap
 import time
 from pathlib import Path
 
-from benchmarks import records, report
+from dam.benchmarks import records, report
 
 WAITS = (0.0, 0.5, 3.0, 6.0)  # seconds
 
 
 def milliseconds(nbytes: int, large: bool) -> float:
-    """Of writing to memory that is mapped anew; pages of 2 MB are asked for if `large`."""
+    """Of writing to memory that is mapped anew; pages of 2 MiB are asked for if `large`."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if large:
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -45,7 +45,7 @@ def main() -> None:
         for wait in WAITS:
             for large in (False, True):
                 time.sleep(wait)
-                name = f"{'2 MB' if large else '4 KB'}, {wait:g} s later"
+                name = f"{'2 MiB' if large else '4 KiB'}, {wait:g} s later"
                 found.setdefault(name, []).append(milliseconds(args.megabytes * 2**20, large))
     for name, took in found.items():
         print(f"{name}: {', '.join(f'{x:.0f}' for x in took)} ms")

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks import records, report
-from benchmarks.equal_rows import alternating, shortened
+from dam.benchmarks import records, report
+from dam.benchmarks.equal_rows import alternating, shortened
 from dam.models import PreNormRoberta
 from dam.tasks import finetune_sudoku, sudoku
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, records, report
 from dam.backends import cpu
+from dam.benchmarks import harness, records, report
 
 NARROW, WIDE = torch.bfloat16, torch.float32
 

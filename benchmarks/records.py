@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dam
-from benchmarks import checkout, harness
+from dam.benchmarks import checkout, harness
 
 
 def of_case(op: str, case: harness.Case, sizes: dict[str, int], dtype: str) -> dict[str, Any]:

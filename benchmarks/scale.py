@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dam
-from benchmarks import calculation, harness, memory, records, report
-from benchmarks.calculation import MiB, Size
 from dam.backends import cpu
+from dam.benchmarks import calculation, harness, memory, records, report
+from dam.benchmarks.calculation import MiB, Size
 
 OPS = ("linear_log_prob", "linear_jump", "linear_matching_loss")
 

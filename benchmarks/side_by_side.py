@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import memory, peers, records, report
+from dam.benchmarks import memory, peers, records, report
 
 OURS = "dam"
 LOOPS = {"rollout": (OURS, "LLaDA, d1"), "training step": (OURS, "d1", "c-DTM")}
@@ -234,7 +234,8 @@ def main() -> None:
             print(f"{part}, {loop}: {times}, {row['bytes'] / 2**20:.0f} MiB", flush=True)
             rows.append(row)
     if args.json:
-        report.write_json(args.json, {**records.versions(), **sizes, "calls": args.calls, "rows": rows})
+        machine = {**records.versions(), "cpu": report.cpu_model()}
+        report.write_json(args.json, {**machine, **sizes, "calls": args.calls, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import records, report
 from dam.backends import cpu
+from dam.benchmarks import records, report
 from dam.ctmc import MaskedCTMC
 from dam.models import Head, as_denoiser
 from dam.models.denoiser import hidden_at

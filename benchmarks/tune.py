@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import harness
-from benchmarks.machine import Machine
+from dam.benchmarks import harness
+from dam.benchmarks.machine import Machine
 from dam.kernels import configs
 
 Function = Callable[[], object]

@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_sudoku(commands)
     _add_countdown(commands)
     parsers.add(commands)
-    # Its options are those of `python -m benchmarks`, which is not there where dam is only installed.
-    bench = "measure the operations against their floors and their peers (in a checkout)"
+    # Its options are those of `python -m benchmarks`.
+    bench = "measure the operations against their floors, their peers and a function of yours"
     commands.add_parser("bench", help=bench, add_help=False)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:
-        return _bench(arguments[1:])
+        return importlib.import_module("dam.benchmarks.report").main(arguments[1:], "dam bench")
     options = parser.parse_args(arguments)
     if options.command == "info":
         found = info()
@@ -173,15 +173,6 @@ def _run_of_a_task(arguments: argparse.Namespace) -> int:
         return 1
     tasks: dict[str, Any] = {task.name: task for task in (finetune_sudoku.Sudoku, finetune_countdown.Countdown)}
     return finetune.command(tasks[arguments.command], arguments)
-
-
-def _bench(arguments: Sequence[str]) -> int:
-    checkout = Path(dam.__file__).parents[1]
-    if not (checkout / "benchmarks" / "report.py").is_file():
-        print("dam bench: the benchmarks are in dam's source repository; run this in a checkout", file=sys.stderr)
-        return 1
-    sys.path.insert(0, str(checkout))  # an installed command does not look there
-    return importlib.import_module("benchmarks.report").main(arguments, "dam bench")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,30 @@ def times_and_floor(
     figure.savefig(path, dpi=150)
 
 
+def times_over_sizes(
+    path: str | Path,
+    panels: Sequence[tuple[str, Mapping[int, Mapping[str, float]], str]],  # label, seconds by size and name, floor
+    *,
+    xlabel: str,
+) -> None:
+    """Writes a PNG of times against a size, a panel per comparison, both logarithmic, the floor dashed."""
+    figure = figure_class()(figsize=(7, 3.5 * len(panels)), layout="constrained")
+    for axes, (label, seconds, floor) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        names = dict.fromkeys(name for of_size in seconds.values() for name in of_size)
+        for name in sorted(names, key=lambda name: name == floor):  # the floor last, in grey
+            points = [(size, 1e3 * of_size[name]) for size, of_size in sorted(seconds.items()) if name in of_size]
+            look = {"linestyle": "--", "color": "0.4"} if name == floor else {"marker": "o", "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1, **look)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("ms")
+        axes.set_title(label, loc="left", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
 def training(path: str | Path, history: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     """Writes a PNG of what `DAMTrainer` logged, a panel for each figure, against reward calls.
 

@@ -14,8 +14,8 @@ import scipy.stats
 import torch
 
 import dam
-from benchmarks import accuracy, checkout, goals, gpu, harness, machine, peers, records, tune
 from dam.backends import triton
+from dam.benchmarks import accuracy, checkout, goals, gpu, harness, machine, peers, records, tune
 from dam.kernels import configs
 from tests.calls import public_ops
 
@@ -142,7 +142,12 @@ class OfGraphs(Machine):
 
 def test_calls_of_one_graph_have_inputs_of_their_own(monkeypatch, tmp_path):
     of_graphs, jump = OfGraphs(), dam.jump
-    monkeypatch.setattr(dam, "jump", lambda x, **options: of_graphs.called.append(x.data_ptr()) or jump(x, **options))
+
+    def called(logits, **options):
+        of_graphs.called.append(logits.data_ptr())
+        return jump(logits, **options)
+
+    monkeypatch.setattr(dam, "jump", called)
     monkeypatch.setattr(gpu, "GRAPH_CALLS", 3)
     monkeypatch.setattr(gpu, "SHORT_CALL", math.inf)
     run = gpu.Run(of_graphs, tmp_path, repeats=1)
@@ -290,7 +295,7 @@ def test_a_function_of_dam_that_fails_fails_the_run(monkeypatch, tmp_path):
 
     jump = dam.jump
     monkeypatch.setattr(dam, "rate_ratio", fails)
-    monkeypatch.setattr(dam, "jump", lambda x, **options: fails() if options else jump(x))
+    monkeypatch.setattr(dam, "jump", lambda logits, **options: fails() if options else jump(logits))
     run = gpu.Run(Machine(), tmp_path, repeats=1)
     text = run.measure([item("rate_ratio"), item("jump")], 2**10)
     assert run.failures == [
@@ -309,7 +314,7 @@ def test_what_compiles_too_long_is_stopped_once(monkeypatch, tmp_path):
     """At the other sizes it is absent at once, for the same reason."""
     calls = []
 
-    def compiles(*arguments):
+    def compiles(**arguments):
         calls.append(arguments)
         time.sleep(60)
 
@@ -402,7 +407,7 @@ BANDWIDTH = {"copy": 100.0, "read": 200.0}
         ),
         ("linear_matching_loss, frozen head", "1.05x", {"dam": 1.04}, {"dam": 1.06}),
         ("linear_matching_loss, trained head, with base", "1.05x", {"dam": 1.04}, {"dam": 1.06}),
-        ("linear_matching_loss, frozen head", "256 MB", {"extra": 2**28}, {"extra": 2**28 + 1}),
+        ("linear_matching_loss, frozen head", "256 MiB", {"extra": 2**28}, {"extra": 2**28 + 1}),
         ("backward_kolmogorov, uniform", "one read", {"dam": 1.49}, {"dam": 1.51}),
         ("backward_kolmogorov, square lattice", "0.50", {"dam": 1.99}, {"dam": 2.01}),
         ("adjoint_weights", "0.80", {"dam": 1.24}, {"dam": 1.26}),
@@ -774,7 +779,7 @@ def test_installing_needs_nothing_of_dam():
     """In a fresh checkout `import dam` fails, and this is what puts that right."""
     code = (
         "import sys; sys.modules['dam'] = None; import torch; torch.cuda.is_available = lambda: True\n"
-        "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: arguments\n"
+        "from dam.benchmarks import checkout; checkout.ensure_installed = lambda *arguments: arguments\n"
         "import runpy; sys.argv[1:] = ['gpu', '--tune']; runpy.run_module('benchmarks', run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=checkout.ROOT)

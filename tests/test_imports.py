@@ -11,7 +11,8 @@ import pytest
 import dam
 
 PACKAGE = Path(__file__).parent.parent / "dam"
-KERNELS = PACKAGE.parent / "kernels"  # dam.kernels, by the link dam/kernels
+# Those that are in dam by a link.
+LINKED = tuple(PACKAGE.parent / name for name in ("kernels", "benchmarks"))
 # A module imports from its own part and from parts of lower rank. plots knows nothing of the rest.
 RANK = {
     "_cpu": 0,
@@ -34,6 +35,7 @@ RANK = {
     "tasks": 8,
     "recipes": 8,
     "commands": 9,
+    "benchmarks": 9,
     "lm_eval": 10,
     "cli": 10,
 }
@@ -80,12 +82,12 @@ OPTIONAL = (
 
 
 def modules():
-    return sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
+    return [path for folder in (PACKAGE, *LINKED) for path in sorted(folder.rglob("*.py"))]
 
 
 def name_of(path):
     """Dotted name of a file's module, without `dam`."""
-    inside = Path("kernels") / path.relative_to(KERNELS) if KERNELS in path.parents else path.relative_to(PACKAGE)
+    inside = path.relative_to(next((folder.parent for folder in LINKED if folder in path.parents), PACKAGE))
     return ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -219,6 +221,7 @@ except AttributeError as error:
 def test_every_submodule_is_reachable():
     submodules = {name.split(".")[0] for name in map(name_of, modules())} - {
         "__init__",
+        "benchmarks",
         "cli",
         "commands",
         "ops",

@@ -1,4 +1,6 @@
-"""What is installed and published: dam.kernels is the folder kernels/, which is not installed under its own name."""
+"""What is installed and published: dam.kernels and dam.benchmarks are the folders kernels/ and benchmarks/, which are not
+installed under their own names.
+"""
 
 import re
 import subprocess
@@ -17,17 +19,18 @@ from tests import release, versions
 CHECKOUT = Path(__file__).parent.parent
 
 
-def test_kernels_are_in_dam_by_a_link():
-    link = CHECKOUT / "dam" / "kernels"
-    assert link.is_symlink() and link.resolve() == (CHECKOUT / "kernels").resolve()
+@pytest.mark.parametrize("folder", ["kernels", "benchmarks"])
+def test_folders_are_in_dam_by_a_link(folder):
+    link = CHECKOUT / "dam" / folder
+    assert link.is_symlink() and link.resolve() == (CHECKOUT / folder).resolve()
 
 
 def test_packages_are_those_of_dam():
-    """As setup.py finds them: every folder of modules in dam, the link among them."""
+    """As setup.py finds them: every folder of modules in dam, the links among them."""
     packages = find_packages(str(CHECKOUT), include=["dam", "dam.*"])
     assert 'packages=find_packages(include=["dam", "dam.*"])' in (CHECKOUT / "setup.py").read_text(encoding="utf-8")
     folders = {path.parent.relative_to(CHECKOUT) for path in (CHECKOUT / "dam").rglob("__init__.py")}
-    assert {"dam.kernels"} | {".".join(folder.parts) for folder in folders} == set(packages)
+    assert {"dam.kernels", "dam.benchmarks"} | {".".join(folder.parts) for folder in folders} == set(packages)
 
 
 @pytest.mark.slow

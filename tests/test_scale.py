@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import calculation, scale
-from benchmarks.calculation import HEADS, NUMBERS, WAYS, Machines, MiB, Model, Rates, Size, cost, wire_bytes
+from dam.benchmarks import calculation, scale
+from dam.benchmarks.calculation import HEADS, NUMBERS, WAYS, Machines, MiB, Model, Rates, Size, cost, wire_bytes
 
 PAGE = Path(scale.__file__).parent / "README.md"
 # Of what is held at the peak: the calculation leaves out small arrays, and what a call holds for a moment.

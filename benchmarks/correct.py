@@ -1,0 +1,236 @@
+"""Whether a function computes what it should: against dam's reference in float64, or the law that draws must have.
+
+Of the very inputs that are timed, some rows at a time, so that what is held in float64 stays small. A head's product is
+made a block of its vocabulary at a time for the same reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dam
+from dam.benchmarks.harness import Call, Check, tensors
+
+# Errors that are allowed, relative to the largest number of a result and to the norm of a gradient's row. In 16 bits 16
+# of the dtype's spacings: a matmul rounds a logit of 16 or more by 8 of them, which its probability shows in full. In
+# float32 sums of 126,464 numbers may lose 1e-5, and differences of such sums ten times that.
+TOLERANCE = {torch.float32: 2.0**-12, torch.bfloat16: 2.0**-3, torch.float16: 2.0**-6}
+ENTRIES = 2**23  # of logits in float64 at a time, or of a head
+COLUMNS = 4096  # of a larger vocabulary whose gradient in the head is compared: both ends, and at random between them
+DRAWS, CALLS = 1024, 16  # draws that are asked for, in so many calls at most
+# Of the Kolmogorov-Smirnov distance times the root of the number of draws: a right sampler exceeds x in 2 exp(-2 x^2)
+# of all runs, here 9e-7.
+DISTANCE = 2.7
+HEAD = "head_weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """Results, and gradients where the call has them, are those of `reference` in float64.
+
+    Errors of a result are relative to its largest number, those of a gradient to the norm of its row, since a wrong row
+    would not show beside 126,464 right ones.
+    """
+
+    reference: Callable[..., Any]  # dam's op on rows of the inputs, by the names they have there
+    heads: tuple[str, ...] = ()  # prefixes of what is multiplied to logits first: "" and "base_"
+    results: Callable[[Any], Sequence[Tensor]] = tensors  # those that are compared, of what a function returns
+
+    def __call__(self, call: Call) -> list[Check]:
+        """What differs by how much, of a call.
+
+        Raises:
+            ValueError: what it returns has another shape than the reference's result.
+        """
+        result, gradients = call.with_gradients()
+        ours, inputs = self.results(result), _Inputs(call, self.heads)
+        parts: list[list[Tensor]] = []  # of the exact results
+        of_logits, worst = [], dict.fromkeys(call.wrt, 0.0)
+        for rows in inputs.parts():
+            given, leaf = inputs.of(rows, differentiated=bool(call.wrt))
+            with dam.backend("torch"):
+                exact = list(self.results(self.reference(**given)))
+            # A loss is the mean over all rows; the gradients of results that have rows are those of their sum.
+            share = (rows.stop - rows.start) / inputs.rows if exact[0].ndim == 0 else 1.0
+            parts.append([share * x.detach() for x in exact])
+            if not call.wrt:
+                continue
+            (of_leaf,) = torch.autograd.grad(share * exact[0].sum(), leaf)
+            for name, gradient in zip(call.wrt, gradients, strict=True):
+                if name == HEAD:
+                    of_logits.append(of_leaf[:, inputs.columns])
+                    continue
+                theirs = inputs.of_states(of_leaf) if name == "hidden" else of_leaf
+                part = _shaped(gradient, (inputs.rows, *theirs.shape[1:]))[rows]
+                worst[name] = max(worst[name], largest([part], [theirs]))
+        if HEAD in call.wrt:
+            theirs = torch.cat(of_logits).t() @ call.inputs["hidden"].double()
+            gradient = _shaped(gradients[call.wrt.index(HEAD)], call.inputs[HEAD].shape)
+            worst[HEAD] = largest([gradient[inputs.columns]], [theirs])
+        bound = TOLERANCE[inputs.dtype]
+        found = [Check(what, error, bound) for what, error in _of_values(ours, parts)]
+        return found + [Check(f"gradient in {name}", error, bound) for name, error in worst.items()]
+
+
+def _of_values(ours: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> Iterator[tuple[str, float]]:
+    """The error of each result, of the exact ones of some rows after another, or of the shares of a mean."""
+    if len(ours) != len(parts[0]):
+        raise ValueError(f"must return {len(parts[0])} tensors; got {len(ours)}")
+    for n, (some, *of_rows) in enumerate(zip(ours, *parts, strict=True)):
+        exact = torch.stack(of_rows).sum() if of_rows[0].ndim == 0 else torch.cat(of_rows)
+        error, size = ((x.abs().max()) for x in (_shaped(some, exact.shape).double() - exact, exact))
+        ratio = 0.0 if error == 0 else float((error / size).nan_to_num(torch.inf))
+        yield "value" if len(ours) == 1 else f"value {n + 1} of {len(ours)}", ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What a call returns first are draws, a token of each row, from the softmax of the row's logits.
+
+    Of a draw k of a row whose probabilities are p the sum of p before k plus a uniform share of p_k is uniform, if the
+    draw is from p; by the order of the vocabulary, and from the likeliest token down.
+    """
+
+    heads: tuple[str, ...] = ()
+    never: int = -1  # a token that has no probability
+
+    def __call__(self, call: Call) -> list[Check]:
+        """Both distances from uniform.
+
+        Raises:
+            ValueError: no integers [T], or not in the vocabulary.
+        """
+        inputs = _Inputs(call, self.heads)
+        drawn = [self._drawn(call, inputs)]
+        while len(drawn) < CALLS and len(drawn) * inputs.rows < DRAWS:
+            drawn.append(self._drawn(call, inputs))
+            if len(drawn) == 2 and torch.equal(*drawn):  # of a set seed: one draw of each row is all there is
+                del drawn[1:]
+                break
+        tokens = torch.stack(drawn, dim=1)  # [T, calls]
+        generator = torch.Generator().manual_seed(0)
+        uniform: dict[str, list[Tensor]] = {"in order of the vocabulary": [], "from the likeliest down": []}
+        for rows in inputs.parts():
+            given, _ = inputs.of(rows, differentiated=False)
+            logits = given["logits"]
+            if self.never >= 0:
+                logits[:, self.never] = -torch.inf
+            p, at = torch.softmax(logits, dim=1), tokens[rows]
+            likely = p.gather(1, at)
+            share = torch.rand(at.shape, generator=generator, dtype=torch.float64).to(p.device) * likely
+            before = p.cumsum(dim=1).gather(1, at) - likely
+            index = torch.arange(p.shape[1], device=p.device)
+            for n in range(at.shape[1]):
+                one, k = likely[:, n : n + 1], at[:, n : n + 1]
+                more = ((p > one) | ((p == one) & (index < k))).double().mul_(p).sum(dim=1)
+                uniform["from the likeliest down"].append(more + share[:, n])
+            uniform["in order of the vocabulary"].append((before + share).flatten())
+        return [Check(f"law of the draws, {name}", _distance(torch.cat(u)), DISTANCE) for name, u in uniform.items()]
+
+    def _drawn(self, call: Call, inputs: _Inputs) -> Tensor:
+        found = tensors(call())
+        if not found or found[0].is_floating_point() or found[0].numel() != inputs.rows:
+            got = f"{found[0].dtype} {tuple(found[0].shape)}" if found else "no tensor"
+            raise ValueError(f"must return tokens first, integers [{inputs.rows}]; got {got}")
+        token = found[0].reshape(-1).long()
+        if not bool(((token >= 0) & (token < inputs.vocabulary)).all()):
+            raise ValueError(f"must return tokens of 0 to {inputs.vocabulary - 1}; got {token.min()} to {token.max()}")
+        return token
+
+
+def _distance(uniform: Tensor) -> float:
+    """The Kolmogorov-Smirnov distance from the uniform law, times the root of the number of values."""
+    values, n = uniform.sort().values, len(uniform)
+    after = torch.arange(1, n + 1, dtype=values.dtype, device=values.device) / n
+    return float(torch.maximum(after - values, values - after + 1 / n).max()) * math.sqrt(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What a call returns are tokens of a vocabulary, wherever they come from."""
+
+    shape: tuple[int, ...]
+    vocabulary: int
+
+    def __call__(self, call: Call) -> list[Check]:
+        found = tensors(call())[0]
+        outside = float("inf") if tuple(found.shape) != self.shape else float(self._outside(found))
+        return [Check("tokens outside the vocabulary", outside, 0.0)]
+
+    def _outside(self, found: Tensor) -> Tensor:
+        return ((found < 0) | (found >= self.vocabulary)).sum()
+
+
+class _Inputs:
+    """The inputs of a call, some rows of them at a time, in float64."""
+
+    def __init__(self, call: Call, heads: tuple[str, ...]):
+        self._given, self._heads = call.inputs, heads
+        first = next(x for x in self._given.values() if isinstance(x, Tensor) and x.is_floating_point())
+        self.dtype, self.rows = first.dtype, len(first)
+        head = self._given[HEAD] if heads else None
+        self.vocabulary = len(head) if head is not None else first.shape[-1]
+        self._of_row = self.vocabulary if head is not None else first[0].numel()
+        ends = min(self.vocabulary, COLUMNS) // 8
+        middle = torch.randperm(self.vocabulary, generator=torch.Generator().manual_seed(0))[: COLUMNS - 2 * ends]
+        last = torch.arange(self.vocabulary - ends, self.vocabulary)
+        self.columns = torch.cat([torch.arange(ends), middle, last]).unique().to(first.device)
+
+    def parts(self) -> Iterator[slice]:
+        size = max(1, ENTRIES // self._of_row)
+        return (slice(n, min(n + size, self.rows)) for n in range(0, self.rows, size))
+
+    def of(self, rows: slice, *, differentiated: bool) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of the reference for some rows; the first tensor, which has a gradient if it is asked for."""
+        states = [f"{prefix}hidden" for prefix in self._heads]
+        given: dict[str, Any] = {}
+        for name, x in self._given.items():
+            if name.endswith(HEAD):
+                continue
+            if isinstance(x, Tensor) and x.ndim and len(x) == self.rows:
+                x = x[rows].double() if x.is_floating_point() else x[rows]
+            if name in states:
+                prefix = name.removesuffix("hidden")
+                name, x = f"{prefix}logits", self._product(x, self._given[f"{prefix}{HEAD}"])
+            given[name] = x
+        leaf = next(x for x in given.values() if isinstance(x, Tensor))
+        return given, leaf.requires_grad_(differentiated)
+
+    def _blocks(self, head: Tensor) -> Iterator[Tensor]:
+        return (block.double() for block in head.split(max(1, ENTRIES // head.shape[1])))
+
+    def _product(self, states: Tensor, head: Tensor) -> Tensor:
+        return torch.cat([states @ block.t() for block in self._blocks(head)], dim=1)
+
+    def of_states(self, of_logits: Tensor) -> Tensor:
+        """The gradient in hidden states, of that in their logits."""
+        found, first = None, 0
+        for block in self._blocks(self._given[HEAD]):
+            part = of_logits[:, first : first + len(block)] @ block
+            found, first = part if found is None else found + part, first + len(block)
+        assert found is not None
+        return found
+
+
+def largest(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative error of a row, in the Euclidean norm; of rows of zeros 0 if they are so, else infinite."""
+    worst = 0.0
+    for a, b in zip(ours, exact, strict=True):
+        for some, part in zip(a.split(4096), b.split(4096), strict=True):
+            size, error = part.norm(dim=1), (some.double() - part).norm(dim=1)
+            ratio = torch.where(error == 0, 0.0, error / size)
+            worst = max(worst, float(ratio.max().nan_to_num(torch.inf)))
+    return worst
+
+
+def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """[T] for [T, 1] too."""
+    if x.numel() != math.prod(shape):
+        raise ValueError(f"must have a shape of {tuple(shape)} where it has {tuple(x.shape)}")
+    return x.detach().reshape(shape)
