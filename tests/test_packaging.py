@@ -1,5 +1,5 @@
-"""What is installed and published: dam.kernels and dam.benchmarks are the folders kernels/ and benchmarks/, which are not
-installed under their own names.
+"""What is installed and published: dam.kernels and dam.benchmarks are the folders kernels/ and benchmarks/, which are
+not installed under their own names.
 """
 
 import re
