@@ -1,12 +1,13 @@
 # make demo   environment, install, and the main job: a better Sudoku model in minutes
 # make test   environment, install, checks and tests
 # make test-full   the same, and tests that repeat what others hold
+# make docs   the documentation as HTML, in build/docs; a warning is an error
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-full test-versions install install-dev lint sanitize clean
+.PHONY: demo test test-full test-versions install install-dev docs lint sanitize clean
 
 demo: install
 	$(BIN)/dam info
@@ -27,6 +28,11 @@ test-full: install-dev lint
 # TRANSFORMERS_VERSIONS; each in an environment of its own.
 test-versions:
 	$(PYTHON) -m tests.versions
+
+# Pages from where they lie in the repository, and the API reference from docstrings.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -b html -c docs -q -W --keep-going . build/docs
+	@echo 'build/docs/index.html'
 
 lint: install-dev
 	$(BIN)/ruff check dam kernels tests benchmarks experiments examples setup.py
@@ -51,6 +57,10 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	$(DEV) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt sphinx furo myst-parser
+	touch $@
 
 # The tests of the operations on the C++ backend, and on the CUDA one in its emulator, under AddressSanitizer, on a build of
 # its own. Not those that start other processes or compile, which would lack the sanitizer's library or take long. -s: pytest
