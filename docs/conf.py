@@ -6,6 +6,7 @@ pages is the same on GitHub and here.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,9 @@ html_additional_pages = {"index": "to_index.html"}  # the site's root leads to d
 html_show_sourcelink = False
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": ""}
 
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # by GitHub's rule, as links between pages have them
 myst_links_external_new_tab = False
-suppress_warnings = ["myst.header"]  # README's first heading may be of any level
+suppress_warnings = ["toc.empty_glob"]
 
 # Types stand in the signature; what a field of a NamedTuple is, in the comment behind it.
 autodoc_typehints = "signature"
@@ -64,6 +64,7 @@ nitpick_ignore_regex = [
 ]
 
 
+TESTED, VERSIONS = "<!-- tested versions -->", ROOT / "tests" / "versions.json"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 QUOTED = re.compile(r"(`+.+?`+)", flags=re.DOTALL)
 
@@ -88,7 +89,16 @@ def links_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
         kind = "tree" if target.is_dir() else "blob"
         return f"{match[1]}{REPOSITORY}/{kind}/main/{name}{match[3] or ''}{match[4]}"
 
-    source[0] = LINK.sub(led, source[0])
+    source[0] = LINK.sub(led, source[0]).replace(TESTED, tested())
+
+
+def tested() -> str:
+    """The versions that tests were run on, as a table, where `make test-versions` has written them."""
+    if not VERSIONS.exists():
+        return TESTED
+    results = json.loads(VERSIONS.read_text(encoding="utf-8"))["results"]
+    rows = [list(results[0]), ["---"] * len(results[0]), *[[str(value) for value in row.values()] for row in results]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def as_written(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

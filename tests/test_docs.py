@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import dam
-from tests import commands, pages, preambles
+from tests import commands, pages, running
 
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 # Of these Python is run by another test: README's, whose fine-tuning is shortened there.
@@ -37,48 +37,23 @@ RUN = ("dam info", "dam train --list")
 # ---- Python
 
 
-def left_out(block):
-    """Why a block of Python does not run here, or None: "notest: a reason" behind its language."""
-    match = re.fullmatch(r"notest(?:: *(.*))?", block.options)
-    return match and (match[1] or "")
-
-
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
-    """In one namespace, in an empty folder; what a block prints is what stands below it, if "text output" does."""
+    """In one namespace, in an empty folder; what a block prints is what is shown right below it, if anything is."""
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__"}
-    exec(preambles.BEFORE.get(page, ""), names)
-    changes = dict(preambles.CHANGED.get(page, ()))
-    every = pages.blocks(page)
-    with preambles.around(page):
-        for n, block in enumerate(every):
-            if block.language != "python" or left_out(block) is not None:
-                continue
-            source = block.text
-            for long in [long for long in changes if long in source]:
-                source = source.replace(long, changes.pop(long))
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                # As many lines in front as the page has, so that a traceback names those of the page.
-                exec(compile("\n" * (block.line - 1) + source, page, "exec"), names)
-            shown = every[n + 1] if n + 1 < len(every) else None
-            if shown is not None and shown.language == "text" and shown.options.startswith("output"):
-                differs = difference(shown, printed.getvalue())
-                assert differs is None, f"{shown}: {differs}"
-    assert not changes, f"preambles.CHANGED has what {page} does not: {sorted(changes)}"
+    for block, told in running.printed(page):
+        shown = running.output_of(block)
+        differs = shown and difference(shown, told)
+        assert not differs, f"{shown}: {differs}"
 
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?%?")
 
 
 def difference(shown, printed):
-    """Where what was printed is not what is shown, or None. Numbers may be as far apart as the block's options say.
-
-    "output" is exact; "output within 5%" of each number's size; "output within 5% or 0.01", or as much.
-    """
-    match = re.fullmatch(r"output(?: within (\d+)%(?: or ([\d.]+))?)?", shown.options)
-    assert match, f"{shown}: options are 'output', 'output within N%' or 'output within N% or X'; got {shown.options!r}"
+    """Where what was printed is not what is shown, or None. Numbers may be as far apart as the block's options say."""
+    match = re.fullmatch(r"(?:within (\d+)%(?: or ([\d.e-]+))?)?", shown.options)
+    assert match, f"{shown}: options are none, 'within N%' or 'within N% or X'; got {shown.options!r}"
     near, least = float(match[1] or 0) / 100, float(match[2] or 0)
     expected, found = shown.text.splitlines(), printed.splitlines()
     if len(expected) != len(found):
@@ -102,7 +77,7 @@ def value(number):
 
 def test_what_is_shown_is_compared():
     """Numbers within what is said, words and lines to the letter."""
-    shown = pages.Block("page", 1, "text", "output within 5% or 0.01", "KL 1.00, TV 0.001 at p*\n")
+    shown = pages.Block("page", 1, "text", "within 5% or 0.01", "KL 1.00, TV 0.001 at p*\n")
     assert difference(shown, "KL 1.04, TV 0.009 at p*\n") is None
     for other in (
         "KL 1.06, TV 0.001 at p*\n",
@@ -112,18 +87,18 @@ def test_what_is_shown_is_compared():
         "",
     ):
         assert difference(shown, other) is not None
-    assert difference(shown._replace(options="output"), "KL 1.01, TV 0.001 at p*\n") is not None
+    assert difference(shown._replace(options=""), "KL 1.01, TV 0.001 at p*\n") is not None
 
 
 def test_what_does_not_run_says_why():
-    found = {str(block): left_out(block) for block in BLOCKS if block.language == "python" and block.options}
+    found = {str(block): running.left_out(block) for block in BLOCKS if block.language == "python" and block.options}
     assert all(reason is not None and len(reason.split()) >= 3 for reason in found.values()), found
     for place, reason in found.items():
         print(f"{place} is not run: {reason}")  # with -s
 
 
-def test_preambles_are_of_pages_with_python():
-    assert {*preambles.BEFORE, *preambles.CHANGED, *preambles.AROUND} <= set(WITH_PYTHON)
+def test_what_is_run_in_front_of_pages_is_of_pages_with_python():
+    assert {*running.BEFORE, *running.CHANGED, *running.AROUND} <= set(WITH_PYTHON)
 
 
 # ---- commands, and all else
