@@ -15,6 +15,8 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from unittest import mock
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -43,13 +45,18 @@ OTHERS = {
     "recipe/llada/run_dam_llada_8b_instruct.sh": "in DARE's checkout, where install.py puts it",
     "venv": "of Python",
     "pip": "of Python",
+    "timeit": "of Python",
 }
 # Letters that stand for a number in a command that is shown.
-NUMBERS = {"S": "0", "N": "2", "K": "16"}
+NUMBERS = {"S": "0", "N": "2", "K": "16", "T": "8"}
 
 
 class Wrong(Exception):
     """What is wrong with a command line."""
+
+
+class Incomplete(Wrong):
+    """It lacks what a program cannot do without, as where a text only names a command."""
 
 
 class Parsed(BaseException):
@@ -92,13 +99,16 @@ def _without_assignments(words: Sequence[str]) -> list[str]:
         if value.startswith("$("):  # NAME=$(python -c "...")
             kept = [value[2:], *[word.removesuffix(")") if word is kept[-1] else word for word in kept]]
             break
-        if name.startswith("DAM_") and not _known_variable(name):
+        if name.startswith("DAM_") and name not in _variables():
             raise Wrong(f"no file of dam's reads {name}")
     return kept
 
 
-def _known_variable(name: str) -> bool:
-    return any(name in path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "setup.py"))
+@cache
+def _variables() -> set[str]:
+    """Environment variables of dam, as its source has them."""
+    files = [ROOT / "setup.py", *(ROOT / "dam").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    return {name for file in files for name in re.findall(r"\bDAM_[A-Z_]+\b", file.read_text(encoding="utf-8"))}
 
 
 def check(line: str) -> None:
@@ -111,8 +121,13 @@ def check(line: str) -> None:
         raise Wrong(f"{program} is a program that tests/commands.py does not know")
 
 
-def parsed(main: Callable[[], object], name: str, arguments: Sequence[str]) -> argparse.Namespace | None:
+def parsed(main: Callable[..., object], name: str, arguments: Sequence[str]) -> argparse.Namespace | None:
     """What a program's parser makes of arguments; None where it printed what was asked for, as --help does.
+
+    Args:
+        main: of the program; takes its arguments from sys.argv.
+        name: of the program.
+        arguments: of the command line; letters of NUMBERS stand for a number.
 
     Raises:
         Wrong: it refuses them, or parses none.
@@ -124,7 +139,7 @@ def parsed(main: Callable[[], object], name: str, arguments: Sequence[str]) -> a
     def stop(self, args=None, namespace=None):
         raise Parsed(real(self, args, namespace))
 
-    told = io.StringIO()
+    told, arguments = io.StringIO(), [NUMBERS.get(word, word) for word in arguments]
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
         mock.patch.object(HfArgumentParser, "parse_args_into_dataclasses", stop),
@@ -139,7 +154,8 @@ def parsed(main: Callable[[], object], name: str, arguments: Sequence[str]) -> a
         except SystemExit as end:
             if end.code in (0, None):
                 return None
-            raise Wrong(told.getvalue().strip().splitlines()[-1]) from end
+            message = told.getvalue().strip().splitlines()[-1]
+            raise (Incomplete if "the following arguments are required" in message else Wrong)(message) from end
     raise Wrong(f"{name} parsed nothing: {told.getvalue()}")
 
 
@@ -148,7 +164,7 @@ def _dam(arguments: Sequence[str]) -> None:
     from dam.recipes import recipe
     from dam.tasks import TASKS
 
-    given = parsed(lambda: main(arguments), "dam", arguments)
+    given = parsed(main, "dam", arguments)
     # What only the command itself looks at, and can be looked at without a model.
     if getattr(given, "task", None) not in (None, *TASKS):
         raise Wrong(f"there is no task {given.task}")
@@ -207,9 +223,9 @@ def _module(name: str, arguments: Sequence[str]) -> None:
     if importlib.util.find_spec(name) is None:
         raise Wrong(f"there is no module {name}")
     is_package = importlib.util.find_spec(f"{name}.__main__") if name.count(".") == 0 else None
-    module = importlib.import_module(f"{name}.__main__" if is_package else name)
-    if arguments:
-        parsed(module.main, f"python -m {name}", [NUMBERS.get(word, word) for word in arguments])
+    spec = importlib.util.find_spec(f"{name}.__main__" if is_package else name)
+    if arguments and "ArgumentParser" in Path(spec.origin).read_text(encoding="utf-8"):
+        parsed(importlib.import_module(spec.name).main, f"python -m {name}", arguments)
     return None
 
 
@@ -221,11 +237,8 @@ def _script(path: str, arguments: Sequence[str]) -> None:
 
 
 def _pytest(arguments: Sequence[str]) -> None:
-    values = iter(arguments)
-    for word in values:
-        if word in ("-m", "-k", "-p", "-n"):
-            next(values)
-        elif not word.startswith("-"):
+    for word in arguments:
+        if "/" in word and not word.startswith("-"):
             _exists(word.split("::")[0])
 
 
@@ -234,7 +247,7 @@ def _accelerate(arguments: Sequence[str]) -> None:
 
     if arguments[0] != "launch":
         return
-    given = parsed(lambda: launch_command_parser().parse_args(arguments[1:]), "accelerate launch", arguments[1:])
+    given = parsed(lambda: launch_command_parser().parse_args(), "accelerate launch", arguments[1:])
     if given.config_file is not None:
         _exists(given.config_file)
     _python([*(["-m"] if given.module else []), given.training_script, *given.training_script_args])
@@ -243,7 +256,7 @@ def _accelerate(arguments: Sequence[str]) -> None:
 def _torchrun(arguments: Sequence[str]) -> None:
     from torch.distributed.run import get_args_parser
 
-    given = parsed(lambda: get_args_parser().parse_args(arguments), "torchrun", arguments)
+    given = parsed(lambda: get_args_parser().parse_args(), "torchrun", arguments)
     _python([*(["-m"] if given.module else []), given.training_script, *given.training_script_args])
 
 

@@ -58,6 +58,11 @@ def links(page: str) -> list[str]:
     return [str(span.attrs.get("href", span.attrs.get("src"))) for span in spans if span.type in ("link_open", "image")]
 
 
+def spans(page: str) -> list[str]:
+    """Code within lines of a page."""
+    return [span.content for token in tokens(page) for span in token.children or () if span.type == "code_inline"]
+
+
 def headings(page: str) -> list[str]:
     """As they are written, without what marks links and code."""
     return [text(after) for token, after in zip(tokens(page), tokens(page)[1:], strict=False) if opens(token)]

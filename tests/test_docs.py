@@ -116,6 +116,20 @@ def test_commands_are_such_as_the_programs_take(line):
         assert told.getvalue()
 
 
+def test_commands_within_lines_are_such_as_the_programs_take():
+    """They may leave out what a program cannot do without; "..." is what stands there before."""
+    wrong, lines = {}, {span for page in pages.PAGES for span in pages.spans(page)}
+    for line in sorted(lines):
+        if re.match(r"(dam|make|pip install|pytest|python -m|accelerate launch) ", line):
+            try:
+                commands.check(line)
+            except commands.Incomplete:
+                pass
+            except commands.Wrong as error:
+                wrong[line] = str(error)
+    assert not wrong
+
+
 @pytest.mark.parametrize(
     "line",
     [
