@@ -11,15 +11,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from sphinx.application import Sphinx
 
+import dam
+
 ROOT = Path(__file__).parent.parent
-_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = _PROJECT.get("urls", {}).get("Repository", "https://github.com/discrete-adjoint-matching/dam")
+REPOSITORY = "https://github.com/discrete-adjoint-matching/dam"
 
 project, author = "dam", "The dam authors"
-version = release = _PROJECT["version"]
+version = release = dam.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = [
@@ -42,7 +42,6 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 myst_heading_anchors = 4  # by GitHub's rule, as links between pages have them
 myst_links_external_new_tab = False
-suppress_warnings = ["toc.empty_glob"]
 
 # Types stand in the signature; what a field of a NamedTuple is, in the comment behind it.
 autodoc_typehints = "signature"
@@ -64,7 +63,7 @@ nitpick_ignore_regex = [
 ]
 
 
-TESTED, VERSIONS = "<!-- tested versions -->", ROOT / "tests" / "versions.json"
+TESTED, VERSIONS = "<!-- tested versions -->", ROOT / "docs" / "versions.json"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 QUOTED = re.compile(r"(`+.+?`+)", flags=re.DOTALL)
 
@@ -96,9 +95,9 @@ def tested() -> str:
     """The versions that tests were run on, as a table, where `make test-versions` has written them."""
     if not VERSIONS.exists():
         return TESTED
-    results = json.loads(VERSIONS.read_text(encoding="utf-8"))["results"]
-    rows = [list(results[0]), ["---"] * len(results[0]), *[[str(value) for value in row.values()] for row in results]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    from tests.versions import markdown  # of the working folder, where Sphinx is started
+
+    return markdown(json.loads(VERSIONS.read_text(encoding="utf-8")))
 
 
 def as_written(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

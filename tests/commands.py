@@ -113,6 +113,8 @@ def _variables() -> set[str]:
 
 def check(line: str) -> None:
     """Raises Wrong where a command line cannot be right."""
+    if not _splits(line):
+        raise Wrong(f"a quote is not closed in {line}")
     words = _without_assignments(shlex.split(line, comments=True))
     program = _program(words[0])
     if program in CHECKS:
