@@ -1,13 +1,12 @@
 # make demo   environment, install, and the main job: a better Sudoku model in minutes
 # make test   environment, install, checks and tests
 # make test-full   the same, and tests that repeat what others hold
-# make docs   the documentation as HTML, in build/docs; a warning is an error
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-full test-versions install install-dev docs lint sanitize clean
+.PHONY: demo test test-full test-versions install install-dev lint sanitize clean
 
 demo: install
 	$(BIN)/dam info
@@ -29,7 +28,9 @@ test-full: install-dev lint
 test-versions:
 	$(PYTHON) -m tests.versions
 
-# Pages from where they lie in the repository, and the API reference from docstrings.
+# The documentation as HTML, in build/docs: pages from where they lie, and the API reference from docstrings. A warning is
+# an error.
+.PHONY: docs
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx -b html -c docs -q -W --keep-going . build/docs
 	@echo 'build/docs/index.html'
