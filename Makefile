@@ -28,13 +28,6 @@ test-full: install-dev lint
 test-versions:
 	$(PYTHON) -m tests.versions
 
-# The documentation as HTML, in build/docs: pages from where they lie, and the API reference from docstrings. A warning is
-# an error.
-.PHONY: docs
-docs: $(VENV)/installed-docs
-	$(BIN)/python -m sphinx -b html -c docs -q -W --keep-going . build/docs
-	@echo 'build/docs/index.html'
-
 lint: install-dev
 	$(BIN)/ruff check dam kernels tests benchmarks experiments examples setup.py
 	$(BIN)/ruff format --check dam kernels tests benchmarks experiments examples setup.py
@@ -58,6 +51,13 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	$(DEV) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
+
+# The documentation as HTML, in build/docs: pages from where they lie, and the API reference from docstrings. A warning is
+# an error.
+.PHONY: docs
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -b html -c docs -q -W --keep-going . build/docs
+	@echo 'build/docs/index.html'
 
 $(VENV)/installed-docs: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt sphinx furo myst-parser
