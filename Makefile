@@ -59,6 +59,13 @@ $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	$(DEV) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
+# The documentation as HTML, in build/docs: pages from where they lie, and the API reference from docstrings. A warning is
+# an error.
+.PHONY: docs
+docs: install-dev
+	$(BIN)/python -m sphinx -b html -c docs -q -W --keep-going . build/docs
+	@echo 'build/docs/index.html'
+
 # The tests of the operations on the C++ backend, and on the CUDA one in its emulator, under AddressSanitizer, on a build of
 # its own. Not those that start other processes or compile, which would lack the sanitizer's library or take long. -s: pytest
 # would keep a report to itself.

@@ -1,0 +1,391 @@
+"""The figures of the studies, in experiments/README.md, README and docs, are those of the JSON beside them."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from experiments.estimators import reached
+from tests import pages
+from tests.tables import NUMBER, agrees, wrong
+
+RESULTS = pages.ROOT / "experiments" / "results"
+STUDY = "experiments/README.md"
+# Pages whose tables are of the studies, all of them or none.
+STUDIED = (STUDY, "docs/learning.md", "docs/choosing.md", "docs/rewards.md")
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+# ---- a row for each learner: median over seeds, least and most, and what exact samples have
+
+
+def last(figure):
+    return lambda run: run["curve"][-1][figure]
+
+
+def calls_to(level):
+    return lambda run: reached(run["curve"], "kl", level)
+
+
+def of_samples(figure):
+    """What a run has, of [its own, exact samples'], or the last of its curve."""
+    return lambda run: run[figure][0] if figure in run else run["curve"][-1][figure]
+
+
+COLUMNS = {
+    "reward calls": last("reward_calls"),
+    "network calls": last("network_calls"),
+    "KL(p*, p_u)": last("kl"),
+    "calls to KL 1e-2": calls_to(1e-2),
+    "to 1e-3": calls_to(1e-3),
+    "to 1e-4": calls_to(1e-4),
+    "ESS": lambda run: run["ess"],
+    "KL(p_u, p*)": lambda run: run["kl"],
+    "TV": of_samples("tv"),
+    "magnetisation off by": of_samples("magnetisation_error"),
+    "correlation off by": of_samples("correlation_error"),
+    "solved": lambda run: run["solved"],
+    "greedy": lambda run: run["greedy"],
+    "sampled": lambda run: run["sampled"],
+    "pass@16": lambda run: run["pass@16"],
+    "KL of paths": lambda run: run["log"][-1]["kl_path"],
+}
+IN_BRACKETS = {"TV": "tv", "magnetisation off by": "magnetisation_error", "correlation off by": "correlation_error"}
+# Columns that say which run it is, or what it is about.
+WORDS = {"learner", "estimator", "normalizer", "normaliser", "case", "finding", "", "what it is for"}
+# Rows by other words than the learner's name in the JSON. A row that is called "..." goes on with the one above.
+ROWS = {
+    "... without trajectories of the base": "path, baseline, no base",
+    "... without the baseline": "path",
+}
+# Rows of another JSON than the first that the paragraph links to: the rows' words, and how that one's path ends.
+OTHER_FILE = {
+    "... outcomes re-masked 16 times": "pinwheel-31-replicates-16.json",
+    "`posterior`, beta 0.4407": "ising-0.4407-uniform.json",
+}
+
+
+def linked(table):
+    """Results that the paragraph in front of a table links to, by their paths."""
+    found = re.findall(r"\]\(([^)\s]+\.json)\)", table.before)
+    return [((pages.ROOT / table.page).parent / path).resolve().relative_to(RESULTS) for path in found]
+
+
+def learner_of(table, row, above):
+    """The learner that a row is of, by its name in the JSON."""
+    cells = dict(zip(table.head, row, strict=True))
+    named = next(iter(cells.values())).replace("`", "")
+    if table.head[0].startswith("estimator") and len(table.head) > 2:
+        return f"{named.split(',')[0]}, {cells.get('normaliser', cells.get('normalizer'))}"
+    if named in ROWS:
+        return ROWS[named]
+    if named.startswith("... "):
+        return above
+    return re.sub(r", beta [\d.]+$", "", named)
+
+
+STUDY_TABLES = [
+    pytest.param(table, id=f"{table.page}:{table.line}")
+    for page in STUDIED
+    for table in pages.tables(page)
+    if set(table.head) & set(COLUMNS)
+]
+
+
+@pytest.mark.parametrize("table", STUDY_TABLES)
+def test_tables_of_learners_are_those_of_their_json(table):
+    files, above = linked(table), None
+    assert files, f"{table.page}:{table.line}: the paragraph in front of a table links to its JSON"
+    for row in table.rows:
+        above = name = learner_of(table, row, above)
+        ending = OTHER_FILE.get(row[0])
+        file = next(path for path in files if ending is None or path.name == ending)
+        runs = [run for run in read(file)["results"] if run["learner"] == name]
+        if row[0] == "the base":
+            check_base(row, table, read(file)["results"][0]["base"])
+            continue
+        assert runs, f"{table.page}:{table.line}: {file} has no {name!r}"
+        for head, cell in zip(table.head, row, strict=True):
+            column = head if head in COLUMNS else head.split(",")[0]
+            if column in WORDS or cell == "" or head == table.head[0]:
+                continue
+            assert column in COLUMNS, f"{table.page}:{table.line}: what is {head!r}? tests/test_figures.py, COLUMNS"
+            values = [COLUMNS[column](run) for run in runs]
+            if cell == "-":
+                assert statistics.median(values) == math.inf, (row[0], head)
+                continue
+            exact = [run[IN_BRACKETS[column]][1] for run in runs] if column in IN_BRACKETS and "[" in cell else None
+            told = wrong(cell, values, exact and statistics.median(exact))
+            assert told is None, f"{table.page}:{table.line}, {row[0]}, {head}: {told}"
+
+
+def check_base(row, table, base):
+    for head, cell in zip(table.head, row, strict=True):
+        if head in base:
+            assert agrees(cell, base[head]), (row[0], head)
+
+
+# ---- runs of the command line, a column each
+
+
+def table_with(*heads):
+    """The one table, in README or docs, whose columns are called so."""
+    found = [t for page in pages.PAGES for t in pages.tables(page) if t.head[-len(heads) :] == list(heads)]
+    assert len(found) == 1, (heads, [(t.page, t.line) for t in found])
+    return found[0]
+
+
+def test_sudoku_is_what_its_runs_came_to():
+    table = table_with("base", "seed 0", "seed 1", "null control, seed 0")
+    *runs, null, base = read("xeon-avx512-2-cores/sudoku.json")
+    assert [run["seed"] for run in (*runs, null)] == [0, 1, 0] and null["null_arm"] and base["base"]
+    figures = {
+        "solved": [runs[0]["base_solved"], *[run["solved"] for run in (*runs, null)]],
+        "equal": [runs[0]["base_exact"], *[run["exact"] for run in (*runs, null)]],
+        "blank": [runs[0]["base_cells"], *[run["cells"] for run in (*runs, null)]],
+        "the same": [run["other_file"]["solved"] for run in (base, *runs, null)],
+    }
+    assert len(table.rows) == len(figures)
+    for (first, values), row in zip(figures.items(), table.rows, strict=True):
+        assert row[0].startswith(first)
+        for value, cell in zip(values, row[1:], strict=True):
+            assert agrees(cell, value), (first, cell, value)
+
+
+def test_countdown_is_what_its_runs_came_to():
+    table = table_with("base, seeds 0, 1, 2", "fine-tuned", "null control, seed 0")
+    *runs, null = read("xeon-avx512-2-cores/countdown-runs.json")
+    assert [run["seed"] for run in (*runs, null)] == [0, 1, 2, 0] and null["null_arm"]
+    for first, figure in (("greedy", "greedy"), ("sampled", "sampled"), ("pass@16", "pass@16"), ("the same", None)):
+        (row,) = [row for row in table.rows if row[0].startswith(first)]
+        if figure is None:
+            others = [run["other_problems"] for run in (*runs, null)]
+            before, after = ([other[name]["greedy"] for other in others] for name in ("base", "tuned"))
+        else:
+            before, after = ([run[f"{of}{figure}"] for run in (*runs, null)] for of in ("base_", ""))
+        values = (before[:3], after[:3], after[3:])
+        for shown, of in zip(row[1:], values, strict=True):
+            numbers = NUMBER.findall(shown)
+            assert len(numbers) == len(of) and all(map(agrees, numbers, of)), (first, shown, of)
+
+
+# ---- sentences
+
+
+def median(file, learner, figure):
+    return statistics.median(COLUMNS[figure](run) for run in read(file)["results"] if run["learner"] == learner)
+
+
+def least_and_most(values):
+    return [min(values), max(values)]
+
+
+def tables(of, h):
+    """KL of where steps of h end, on five random tables: least and most."""
+    return least_and_most([table[of][h] for table in read(ORDERS)["tables"]])
+
+
+def variances():
+    return [table["order_variance"] for table in read(ORDERS)["tables"]]
+
+
+def networks(case):
+    return [run["kl"] for run in read(ORDERS)["results"] if run["learner"] == case]
+
+
+README = "README.md"
+ANYWHERE = None  # README, or one of the pages that it leads to
+CHOOSING = "docs/choosing.md"
+ISING = "epyc-avx512-2-cores/ising-0.28-masked.json"
+PINWHEEL = "epyc-avx512-2-cores/pinwheel-masked.json"
+CHECKERBOARD = "epyc-avx512-2-cores/checkerboard-uniform.json"
+SMALLER = "epyc-avx512-2-cores/pinwheel-31.json"
+COUNTDOWN = "xeon-avx512-2-cores/countdown.json"
+SUDOKU = "epyc-avx512-2-cores/sudoku-estimators.json"
+ORDERS = "xeon-avx512-2-cores/orders.json"
+PUBLISHED = "first_jump_one, state"
+TODAY = "xeon-avx512-2-cores/ising-0.28-masked.json"
+# Passages with their numbers in braces, and what these were rounded from.
+SENTENCES = [
+    (
+        STUDY,
+        "ESS of `posterior` {}, weighted denoising {}, c-DTM {}, `first_jump` {}, `path, baseline` {}, the published "
+        "estimator {}",
+        lambda: [
+            median(TODAY, name, "ESS")
+            for name in (
+                "posterior", "weighted denoising", "c-DTM", "first_jump", "path, baseline", "first_jump_one, state",
+            )
+        ],
+    ),
+    (
+        STUDY,
+        "comes to a KL of {} ({} to {}), TV {}, and is below 1e-3 from {} calls on",
+        lambda: [
+            median(CHECKERBOARD, "posterior, baseline", "KL(p*, p_u)"),
+            *least_and_most([run["curve"][-1]["kl"] for run in read(CHECKERBOARD)["results"]]),
+            *[median(CHECKERBOARD, "posterior, baseline", figure) for figure in ("TV", "to 1e-3")],
+        ],
+    ),
+    (
+        CHOOSING,
+        "of model samples is {} with `posterior` and {} with `first_jump`",
+        lambda: [median(ISING, name, "ESS") for name in ("posterior", "first_jump")],
+    ),
+    (
+        CHOOSING,
+        "after {} calls, it is at a KL of {} where `posterior` is at {}, and it came below 1e-2 in {} calls instead of "
+        "{}",
+        lambda: [
+            median(PINWHEEL, "path, baseline", "reward calls"),
+            median(PINWHEEL, "path, baseline", "KL(p*, p_u)"),
+            median(PINWHEEL, "posterior", "KL(p*, p_u)"),
+            median(PINWHEEL, "path, baseline", "calls to KL 1e-2"),
+            median(PINWHEEL, "posterior", "calls to KL 1e-2"),
+        ],
+    ),
+    (
+        CHOOSING,
+        "after {} calls, it is behind: {}.",
+        lambda: [median(ISING, "path, baseline", figure) for figure in ("reward calls", "ESS")],
+    ),
+    (
+        CHOOSING,
+        "without which the KL on 31 x 31 points is {} instead of {}",
+        lambda: [median(SMALLER, name, "KL(p*, p_u)") for name in ("path, baseline, no base", "path, baseline")],
+    ),
+    (
+        CHOOSING,
+        "came to {} of greedy answers and K = 16 to {}",
+        lambda: [median(COUNTDOWN, name, "greedy") for name in ("K = 4", "as dam countdown")],
+    ),
+    (
+        CHOOSING,
+        "at a KL of paths of {} instead of {}, and lose some points: {} of",
+        lambda: [
+            median(COUNTDOWN, "beta 0.1, max_tilt 1", "KL of paths"),
+            median(COUNTDOWN, "as dam countdown", "KL of paths"),
+            median(COUNTDOWN, "beta 0.1, max_tilt 1", "greedy"),
+        ],
+    ),
+    (
+        CHOOSING,
+        "leaves `dam countdown` at {}, four times of it at {}, of {}",
+        lambda: [
+            median(COUNTDOWN, name, "greedy")
+            for name in ("learning_rate / 20", "learning_rate x 4", "as dam countdown")
+        ],
+    ),
+    (CHOOSING, "at a KL of {} to {} from p*", lambda: tables("reward", "0.2")),
+    (CHOOSING, "with a reward of zero {} to {} away", lambda: tables("no_reward", "0.2")),
+    (CHOOSING, "on those tables it is {} to {}.", lambda: least_and_most(variances())),
+    (
+        ANYWHERE,
+        "having a variance of {} to {} between orders, at a KL of {} to {} from p* with h = 0.2, of {} to {} with h = "
+        "0.5; with a constant reward {} to {} and {} to {} away from the base",
+        lambda: [
+            *least_and_most(variances()),
+            *tables("reward", "0.2"),
+            *tables("reward", "0.5"),
+            *tables("no_reward", "0.2"),
+            *tables("no_reward", "0.5"),
+        ],
+    ),
+    (
+        ANYWHERE,
+        "small networks to {} to {}, without a reward to {} to {}, in {} steps of 128 groups",
+        lambda: [
+            *least_and_most(networks("four times the trajectories")),
+            *least_and_most(networks("no reward, four times the trajectories")),
+            read(ORDERS)["steps"],
+        ],
+    ),
+    (
+        ANYWHERE,
+        "after {} calls each, outcomes re-masked once a step, 100 samples are worth {} with `posterior`, {} with the "
+        "loss of MDNS, {} with c-DTM, {} with `first_jump` and {} with the published estimator",
+        lambda: [
+            median(TODAY, "posterior", "reward calls"),
+            *[
+                100 * median(TODAY, name, "ESS")
+                for name in ("posterior", "weighted denoising", "c-DTM", "first_jump", "first_jump_one, state")
+            ],
+        ],
+    ),
+    (
+        ANYWHERE,
+        "`posterior` solves {}, `first_jump` {}, the published estimator {}, from a base at {}.",
+        lambda: [
+            *[median(SUDOKU, name, "solved") for name in ("posterior, group", "first_jump, group", PUBLISHED)],
+            read(SUDOKU)["results"][0]["base_solved"],
+        ],
+    ),
+    (
+        ANYWHERE,
+        "on a pinwheel of 91 x 91 points it reaches a KL of 1e-3 in a tenth of the calls after which the published "
+        "estimator is at {}",
+        lambda: [median(PINWHEEL, PUBLISHED, "KL(p*, p_u)")],
+    ),
+    (
+        README,
+        "seeds 0, 1 and 2 solve {} again",
+        lambda: [min(run["solved"] for run in read("xeon-avx512-2-cores/sudoku-positions.json") if "solved" in run)],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "passage", "values"), SENTENCES, ids=[p[:40] for _, p, _ in SENTENCES])
+def test_figures_of_sentences_are_those_of_their_json(page, passage, values):
+    pattern = re.escape(passage).replace(r"\{\}", f"({NUMBER.pattern})").replace(r"\ ", r"\s+")
+    candidates = [page] if page else [README, *[name for name in pages.PAGES if name.startswith("docs/")]]
+    texts = [(pages.ROOT / name).read_text(encoding="utf-8") for name in candidates]
+    found = [match for text in texts for match in re.finditer(pattern, text)]
+    assert found, f"no page has {passage!r}"
+    for match in found:
+        for shown, value in zip(match.groups(), values(), strict=True):
+            assert agrees(shown, value), (match[0], shown, value)
+
+
+# Figures that no JSON has: of versions that are gone, or of other people.
+WITHOUT_JSON = (
+    (README, "three seeds solved 100.0%, 100.0% and 99.6%; with steps kept at `max_tilt` 0.2 to the end too, 95.5%"),
+    (STUDY, "MDNS publishes an ESS of 0.9644 and a TV of 0.0799 for its weighted denoising cross-entropy"),
+    (STUDY, "after 9,216 calls the first has solved 4.5% to 6.1%, the last 2.3% to 3.8%"),
+)
+
+
+def test_figures_without_json_are_known():
+    for page, passage in WITHOUT_JSON:
+        told = " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())
+        assert passage in told, f"{page} has it no more: take it off the list: {passage}"
+
+
+# ---- the checker itself
+
+
+def test_numbers_are_compared_as_they_are_rounded():
+    for shown, value in (("98.9%", 0.98864), ("0.0024", 0.00244), ("6.3e-05", 6.34e-5), ("1,159,168", 1159168.0)):
+        assert agrees(shown, value)
+    for shown, value in (("98.9%", 0.9895001), ("0.0024", 0.00246), ("6.3e-05", 6.36e-5), ("1,159,168", 1159169.0)):
+        assert not agrees(shown, value)
+    assert wrong("0.50 (0.40 to 0.60) [0.1]", [0.4, 0.5, 0.6], 0.1) is None
+    for cell in ("0.51 (0.40 to 0.60)", "0.50 (0.41 to 0.60)", "0.50 (0.40 to 0.61)", "0.50 [0.2]", "much"):
+        assert wrong(cell, [0.4, 0.5, 0.6], 0.1) is not None
+
+
+def test_every_result_is_shown_somewhere():
+    """A JSON that no page links to is of figures that nobody can find."""
+    told = {
+        ((pages.ROOT / page).parent / link).resolve()
+        for page in pages.PAGES
+        for link in pages.links(page)
+        if ":" not in link
+    }
+    missing = [str(path.relative_to(RESULTS)) for path in RESULTS.glob("*/*.json") if Path(path) not in told]
+    assert not missing, missing
