@@ -11,10 +11,11 @@ so that p*(X_1) = pi. All laws are exact, by the forward equation over all state
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path as FilePath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from torch.nn import functional as F
 
 from dam.adjoint import tilted_weights
 from dam.ctmc import Moves, MovesCTMC, enumeration, gillespie, matching, moves
-from experiments import learners
+from dam.ctmc.matching import MoveTargets
+from dam.ops.adjoint_weights import adjoint_weights
+from experiments import estimators, learners
 
 INTERVALS = 16
 # Shorter toward time 1, where rates change fastest.
@@ -35,7 +38,7 @@ TIMES = [1 - (1 - k / INTERVALS) ** 1.5 for k in range(INTERVALS + 1)]
 class Case:
     """A chain of moves from one state, and the target.
 
-    `published` is what the paper's estimator came to in the independent implementation, with its reward calls.
+    `published` is what the paper's estimator came to in the independent implementation, TV and reward calls.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Case:
     size: int  # what tokens are below
     start: tuple[int, ...]
     log_target: Callable[[Tensor], Tensor]  # log pi [B] of states [B, L], up to a constant
-    published: str
+    published: tuple[float, int]
 
     @functools.cached_property
     def space(self) -> enumeration.MoveSpace:
@@ -87,19 +90,19 @@ def occupation(sites: int = 4, particles: int = 4, total: float = 4.0, shape: fl
         particles + 1,
         (particles,) + (0,) * (sites - 1),
         log_target,
-        "TV 0.0149 after 20,889,600",
+        (0.0149, 20_889_600),
     )
 
 
 def support_moves(labels: int, rate: float) -> moves.ListMoves:
-    """Of sites with a label 1 .. labels or none, 0: one gets another label, or its place goes to an empty site with any.
+    """Of sites with a label 1 .. labels or none, 0: one gets another, or leaves its place for an empty site with any.
 
     Slots: each of the k labelled sites, in order, times the labels - 1 others; then each of them, each of the empty
     sites and each label.
     """
 
     def list_moves(tokens: Tensor) -> Moves:
-        count, length = tokens.shape
+        count = len(tokens)
         labelled = (tokens != 0).nonzero()[:, 1].view(count, -1)
         empty = (tokens == 0).nonzero()[:, 1].view(count, -1)
         k, m = labelled.shape[1], empty.shape[1]
@@ -134,12 +137,12 @@ def ising(side: int = 4, coupling: float = 0.5, total: float = 10.0) -> Case:
         2,
         (1,) * up + (0,) * (sites - up),
         log_target,
-        "TV 0.0617 after 168,960,000",
+        (0.0617, 168_960_000),
     )
 
 
 def potts(length: int = 14, labelled: int = 4, tokens: int = 4, total: float = 10.0) -> Case:
-    """A ring of which `labelled` sites have a label: random fields and couplings of neighbours, by the published seed."""
+    """A ring with labels at `labelled` sites: random fields, and couplings of neighbours, by the published seed."""
     generator = np.random.default_rng(20260908)
     field = generator.normal(0.0, 0.7, size=(length, tokens))
     coupling = generator.normal(0.0, 0.4, size=(length, tokens, tokens))
@@ -157,7 +160,7 @@ def potts(length: int = 14, labelled: int = 4, tokens: int = 4, total: float = 1
         tokens,
         (1,) * labelled + (0,) * (length - labelled),
         log_target,
-        "TV 0.0829 after 20,889,600",
+        (0.0829, 20_889_600),
     )
 
 
@@ -209,8 +212,7 @@ class Potentials(nn.Module):
         at = [site * self.size for site in (i, k)]
         old = [start + states.gather(1, site) for start, site in zip(at, (i, k), strict=True)]
         new = [
-            start + listed.neighbours.gather(2, site[..., None])[..., 0]
-            for start, site in zip(at, (i, k), strict=True)
+            start + listed.neighbours.gather(2, site[..., None])[..., 0] for start, site in zip(at, (i, k), strict=True)
         ]
         first = local.gather(1, new[0]) - local.gather(1, old[0])
         second = local.gather(1, new[1]) - local.gather(1, old[1])
@@ -221,3 +223,121 @@ class Potentials(nn.Module):
             for sign, a, b in ((1, new[0], new[1]), (-1, new[0], old[1]), (-1, old[0], new[1]), (1, old[0], old[1]))
         )
         return first + torch.where(i == k, 0.0, second + both)
+
+
+# ---- learning
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What both learners get alike; tuned for neither."""
+
+    rounds: int = 32
+    batch: int = 1024  # reward calls of a round
+    steps: int = 6  # gradient steps of a round
+    events: int = 2048  # of trajectories, that a step is on
+    width: int = 64
+    learning_rate: float = 5e-3
+
+
+PUBLISHED = learners.PUBLISHED
+PATH = "path, baseline"
+LEARNERS = (PATH, PUBLISHED)
+SIZE = 16  # trajectories of a state, of the published estimator
+LEAST_ESS = 0.5  # of all trajectories of a round, that a step toward p* leaves
+
+
+def path_round(case: Case, model: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
+    """Targets at all events of trajectories from the start, weighed together, and network calls.
+
+    A step toward p* leaves half of the trajectories as effective ones, which later is the whole way.
+    """
+    path = gillespie(case.process, model, of_start(case, options.batch), times=TIMES, base=case.process.base, seed=seed)
+    gain = (path.log_ratio + path.escape_gap).sum(dim=1)
+    least = LEAST_ESS * options.batch
+    weights, _ = tilted_weights(gain[None, :, None], case.reward(path.final)[None], beta=1.0, ess=least)
+    return matching.path_targets(path, weights.weight), path.network_calls
+
+
+def published_round(case: Case, model: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
+    """Of 16 trajectories from each state, at uniform times of trajectories of the model, one's first jump."""
+    count = options.batch // SIZE
+    generator = torch.Generator().manual_seed(seed)
+    whole = gillespie(case.process, model, of_start(case, count), times=TIMES, seed=seed)
+    first = torch.randint(INTERVALS, (count,), generator=generator)
+    edges = torch.tensor(TIMES, dtype=torch.float64)
+    middle = (edges[:-1] + edges[1:]) / 2
+    assert whole.state is not None
+    entered = (whole.time == middle[first][:, None]).int().argmax(dim=1)
+    states = whole.state[torch.arange(count), entered].repeat_interleave(SIZE, dim=0)
+    starts = first.repeat_interleave(SIZE)
+    # Streams of trajectories that no whole one has.
+    ids = torch.arange(count, count + len(states))
+    path = gillespie(
+        case.process, model, states, times=TIMES, base=case.process.base, first=starts, seed=seed, row_ids=ids
+    )
+    gain = (path.log_ratio + path.escape_gap).view(count, SIZE, -1)
+    weight = adjoint_weights(gain, -case.reward(path.final).view(count, SIZE)).weight
+    chosen = F.one_hot(torch.randint(SIZE, (count,), generator=generator), SIZE)
+    calls = whole.network_calls + path.network_calls
+    return matching.path_targets(path, SIZE * chosen * weight, first_jump=True), calls
+
+
+def of_start(case: Case, count: int) -> Tensor:
+    return torch.tensor([case.start]).expand(count, -1)
+
+
+def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any]:
+    """Trains; total variation of the exact law of the averaged network, on the way and at the end."""
+    torch.manual_seed(seed)
+    case = CASES[case_name]()
+    fit = learners.Fit(
+        Potentials(len(case.start), case.size, options.width), learning_rate=options.learning_rate, average=8.0
+    )
+    generator = torch.Generator().manual_seed(seed)
+    draw = path_round if name == PATH else published_round
+    network_calls, curve = 0, []
+    for n in estimators.bar(options.rounds, f"{name}, {case_name}, seed {seed}"):
+        targets, calls = draw(case, fit.network, options, seed * 10**6 + n)
+        network_calls += calls
+        teacher = copy.deepcopy(fit.network) if name == PATH else None
+        for _ in range(options.steps):
+            part = targets.drawn(options.events, generator)
+            network_calls += options.events * (1 if teacher is None else 2)
+            baseline = 0.0 if teacher is None else 1.0
+            loss = matching.matching(case.process, fit.network, part, baseline=baseline, teacher=teacher)
+            fit.step(loss, n / options.rounds)
+        if n + 1 in evaluated(options.rounds):
+            tv = float((case.law(fit.averaged) - case.target).abs().sum() / 2)
+            cost = {"reward_calls": (n + 1) * options.batch, "network_calls": network_calls}
+            curve.append({**cost, "tv": tv})
+    return {"curve": curve, "tv": curve[-1]["tv"]}
+
+
+def evaluated(rounds: int) -> set[int]:
+    """Rounds after which the law is solved for: six, at numbers that grow by a factor."""
+    return {max(1, round(rounds ** (k / 6))) for k in range(1, 7)}
+
+
+def study(given: dict[str, Any], options: Options, output: Path) -> str:
+    results: list[dict[str, Any]] = []
+    case = given["case"]
+    published = dict(zip(("tv", "reward_calls"), CASES[case]().published, strict=True))
+    setting = {"case": case, "published": published, "times": TIMES, **dataclasses.asdict(options)}
+    for found in estimators.run_all(given, functools.partial(run, case, options)):
+        results.append(found)
+        print(f"{found['learner']}, seed {found['seed']}: TV {found['tv']:.4f}", flush=True)
+        estimators.write(output / f"moves-{case}.json", setting, results, given)
+    estimators.draw_curves(output / f"moves-{case}.png", results, "tv", "TV of p_u and p*", f"{case}, moves")
+    return table(results, published)
+
+
+def table(results: Sequence[dict[str, Any]], published: dict[str, float]) -> str:
+    lines = ["| learner | reward calls | network calls | TV |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        runs = [r for r in results if r["learner"] == name]
+        last = runs[0]["curve"][-1]
+        tv = estimators.spread([r["tv"] for r in runs], "{:.4f}")
+        lines.append(f"| {name} | {last['reward_calls']:,} | {last['network_calls']:,} | {tv} |")
+    lines.append(f"| published elsewhere | {published['reward_calls']:,} | | {published['tv']} |")
+    return "\n".join(lines)

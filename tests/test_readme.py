@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/grpo.md",
+    "docs/moves.md",
     "docs/processes.md",
     "docs/tasks.md",
     "examples/dare/README.md",

@@ -18,7 +18,10 @@ PREDICTS = ("multiplier", "rate")
 
 
 class Moves(NamedTuple):
-    """The moves out of B states, in M slots; a slot of rate 0 has none, whatever its neighbour, here the state itself."""
+    """The moves out of B states, in M slots.
+
+    A slot of rate 0 has none, whatever its neighbour, which of the listings below is the state itself.
+    """
 
     neighbours: Tensor  # int64 [B, M, L]: where each move leads
     rate: Tensor  # float [B, M]: the base's rate of each, per unit of time

@@ -1,4 +1,4 @@
-"""Chains of listed moves, in float64: listings, laws and weights against the matrix exponential, and what is matched."""
+"""Chains of listed moves: listings, laws and weights against the matrix exponential, and what is matched."""
 
 import dataclasses
 import itertools
@@ -223,11 +223,11 @@ def test_gillespie_has_its_law_and_weights_lead_to_the_bases(predicts):
 
 
 def test_thinned_trajectories_have_the_law_of_rates_that_change_with_time():
-    process = chain(largest_escape=45.0)
+    process = chain(largest_escape=20.0)
     space = space_of(process)
     model = Table(space)
-    path = simulate(process, model, started(space, 10_000), times=[0.0, 1.0], base=process.base, seed=2)
-    fine = [k / 200 for k in range(201)]  # an error of second order, far below what 10,000 samples can tell
+    path = simulate(process, model, started(space, 4000), times=[0.0, 1.0], base=process.base, seed=2)
+    fine = [k / 40 for k in range(41)]  # an error of second order, far below what 4000 samples can tell
     index = space.index_of(path.final)
     assert chi_square_p(index, space.law(model, point(space), fine)) > P_VALUE
     weight = (path.log_ratio + path.escape_gap).sum(dim=1).exp()
@@ -306,7 +306,7 @@ def test_the_expected_gradient_is_that_of_the_cross_entropy_of_paths():
     process, space = chain(), space_of()
     model, times = Table(space), [0.0, 1.0]
     cost = torch.linspace(0, 1, 10, dtype=torch.float64)
-    # Mild weights: sums of 500 of them are close to normal.
+    # Mild weights, so that sums of 100 gradients are close to normal.
     drew = Table(space, scale=0.2, seed=9)
     start = point(space)
     # Truth: integrals over time by Gauss-Legendre; p*_t(x) ~ p_base,t(x) value_t(x), u* = r value(y) / value(x).
@@ -320,7 +320,7 @@ def test_the_expected_gradient_is_that_of_the_cross_entropy_of_paths():
         law = law / law.sum()
         optimal = space.base_rate * value[space.to] / value[:, None]
         expected += share * law[:, None] * (rate - optimal) * 1.5  # d log v / d table = 1 + t
-    path = gillespie(process, drew, started(space, 20_000), times=times, base=process.base, seed=8)
+    path = gillespie(process, drew, started(space, 10_000), times=times, base=process.base, seed=8)
     log_weight = (path.log_ratio + path.escape_gap).sum(dim=1) - cost[space.index_of(path.final)]
     normalizer = math.log(float(start @ space.value(process.base, (-cost).exp(), [0.0, 1.0])))
     weight = (log_weight - normalizer).exp()
@@ -330,42 +330,45 @@ def test_the_expected_gradient_is_that_of_the_cross_entropy_of_paths():
     reached = space.base_rate > 0
     for baseline in (0.0, 1.0):
         samples = []
-        for part in torch.arange(20_000).split(500):
+        for part in torch.arange(10_000).split(100):
             some = type(path)(**{name: value[part] for name, value in tensors.items()}, network_calls=0)
             model.values = model.values.detach().requires_grad_()
             targets = matching.path_targets(some, weight[part])
             teacher = drew if baseline else None
             matching.matching(process, model, targets, baseline=baseline, teacher=teacher).backward()
             samples.append(model.values.grad[reached])
-        # float32 inside: an error of 1e-7 of numbers below 10, where the standard error is 1e-3.
-        assert float(z_scores(torch.stack(samples), expected[reached]).abs().max()) < Z
+        # Student's t of 100 samples is beyond 6.2 with probability 1e-8. Rounding in float32 is far below the noise.
+        assert float(z_scores(torch.stack(samples), expected[reached]).abs().max()) < 6.2
 
 
 def test_a_table_comes_to_the_optimum():
     """From weights less 1, and costs that are told for what was drawn only; exact law of what is simulated."""
-    process, space = chain(), space_of()
+    process, space = chain(check=False), space_of()
     cost = torch.linspace(0, 2, 10, dtype=torch.float64)
     optimum = space.law(process.base, point(space), [0.0, 1.0]) * (-cost).exp()
     optimum = optimum / optimum.sum()
-    times = [1 - (1 - k / 8) ** 1.5 for k in range(9)]
+    times = [0.0, 0.4, 0.7, 0.9, 1.0]
     edges = torch.tensor(times, dtype=torch.float64)
-    values = torch.zeros(8, *space.to.shape, requires_grad=True)
-    optimizer = torch.optim.Adam([values], lr=0.1, betas=(0.9, 0.99))
+    values = torch.zeros(4, *space.to.shape, requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=0.3, betas=(0.9, 0.99))
 
     def model(states, time, listed):
         return values[torch.searchsorted(edges, time) - 1, space.index_of(states)]
 
-    for n in range(40):
-        path = gillespie(process, model, started(space, 1000), times=times, base=process.base, seed=n)
+    def distance():
+        return float((space.law(model, point(space), times) - optimum).abs().sum() / 2)
+
+    before = distance()
+    for n in range(15):
+        path = gillespie(process, model, started(space, 400), times=times, base=process.base, seed=n)
         gain = (path.log_ratio + path.escape_gap)[None]
         weights = dam.adjoint_weights(gain, cost[space.index_of(path.final)][None])
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - n / 40)
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 - n / 15)
         optimizer.zero_grad()
         matching.matching(process, model, matching.path_targets(path, weights.weight), baseline=1.0).backward()
         optimizer.step()
-    law = space.law(model, point(space), times)
-    # 0.29 at the start; 40,000 draws of p* itself are as far from it as 0.005.
-    assert float((law - optimum).abs().sum() / 2) < 0.015
+    # 6000 draws of p* itself are as far from it as 0.014, and rates that are constant in four intervals 0.01.
+    assert before > 0.2 and distance() < 0.04
 
 
 def test_targets_of_first_jumps_and_drawn_ones():
