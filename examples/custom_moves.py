@@ -2,8 +2,8 @@
 
     python examples/custom_moves.py
 
-A state is (where the walker is, where the parcel is). Along an edge the walker goes alone, or, if the parcel is where it
-is, takes it along. No coordinate moves by itself there, so neither a masked nor a uniform chain can say it.
+A state is (where the walker is, where the parcel is). Along an edge the walker goes alone, or takes the parcel along if
+it is there. The parcel never moves by itself, which no chain of independent coordinates can say.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
         weights = dam.adjoint_weights(gain, cost(path.final)[None])
         optimizer.zero_grad()
         targets = matching.path_targets(path, weights.weight)
-        matching.matching(process, model, targets, baseline=1.0).backward()
+        matching.loss(process, model, targets, baseline=1.0).backward()
         optimizer.step()
         if (n + 1) % 10 == 0:
             share = float(weights.ess[0]) / given.batch

@@ -232,10 +232,10 @@ class Potentials(nn.Module):
 class Options:
     """What both learners get alike; tuned for neither."""
 
-    rounds: int = 32
+    rounds: int = 40
     batch: int = 1024  # reward calls of a round
-    steps: int = 6  # gradient steps of a round
-    events: int = 2048  # of trajectories, that a step is on
+    steps: int = 10  # gradient steps of a round
+    events: int = 2048  # that a step is on: drawn ones, or all where no more are distinct
     width: int = 64
     learning_rate: float = 5e-3
 
@@ -244,7 +244,31 @@ PUBLISHED = learners.PUBLISHED
 PATH = "path, baseline"
 LEARNERS = (PATH, PUBLISHED)
 SIZE = 16  # trajectories of a state, of the published estimator
+FEW = 1024  # states whose rates are worth a table for each round
 LEAST_ESS = 0.5  # of all trajectories of a round, that a step toward p* leaves
+
+
+def tabulated(case: Case, model: nn.Module) -> tuple[moves.MoveModel, int]:
+    """The model from a table of all states and intervals where these are few, and the states that it was called at."""
+    count = len(case.space.states)
+    if count > FEW:
+        return model, 0
+    with torch.no_grad():
+        states = case.space.states.repeat(INTERVALS, 1)
+        time = middles().repeat_interleave(count)
+        table = model(states, time, case.process.moves(states)).view(INTERVALS, count, -1)
+    edges = torch.tensor(TIMES, dtype=torch.float64)
+
+    def looked_up(states: Tensor, time: Tensor, listed: Moves) -> Tensor:
+        return table[torch.searchsorted(edges, time) - 1, case.space.index_of(states)]
+
+    return looked_up, INTERVALS * count
+
+
+def middles() -> Tensor:
+    """Of the intervals, float64 [INTERVALS]."""
+    edges = torch.tensor(TIMES, dtype=torch.float64)
+    return (edges[:-1] + edges[1:]) / 2
 
 
 def path_round(case: Case, model: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
@@ -252,34 +276,35 @@ def path_round(case: Case, model: nn.Module, options: Options, seed: int) -> tup
 
     A step toward p* leaves half of the trajectories as effective ones, which later is the whole way.
     """
-    path = gillespie(case.process, model, of_start(case, options.batch), times=TIMES, base=case.process.base, seed=seed)
+    drawing, calls = tabulated(case, model)
+    start = of_start(case, options.batch)
+    path = gillespie(case.process, drawing, start, times=TIMES, base=case.process.base, seed=seed)
     gain = (path.log_ratio + path.escape_gap).sum(dim=1)
     least = LEAST_ESS * options.batch
     weights, _ = tilted_weights(gain[None, :, None], case.reward(path.final)[None], beta=1.0, ess=least)
-    return matching.path_targets(path, weights.weight), path.network_calls
+    return matching.path_targets(path, weights.weight), calls or path.network_calls
 
 
 def published_round(case: Case, model: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
     """Of 16 trajectories from each state, at uniform times of trajectories of the model, one's first jump."""
     count = options.batch // SIZE
     generator = torch.Generator().manual_seed(seed)
-    whole = gillespie(case.process, model, of_start(case, count), times=TIMES, seed=seed)
+    drawing, calls = tabulated(case, model)
+    whole = gillespie(case.process, drawing, of_start(case, count), times=TIMES, seed=seed)
     first = torch.randint(INTERVALS, (count,), generator=generator)
-    edges = torch.tensor(TIMES, dtype=torch.float64)
-    middle = (edges[:-1] + edges[1:]) / 2
     assert whole.state is not None
-    entered = (whole.time == middle[first][:, None]).int().argmax(dim=1)
+    entered = (whole.time == middles()[first][:, None]).int().argmax(dim=1)
     states = whole.state[torch.arange(count), entered].repeat_interleave(SIZE, dim=0)
     starts = first.repeat_interleave(SIZE)
     # Streams of trajectories that no whole one has.
     ids = torch.arange(count, count + len(states))
     path = gillespie(
-        case.process, model, states, times=TIMES, base=case.process.base, first=starts, seed=seed, row_ids=ids
+        case.process, drawing, states, times=TIMES, base=case.process.base, first=starts, seed=seed, row_ids=ids
     )
     gain = (path.log_ratio + path.escape_gap).view(count, SIZE, -1)
     weight = adjoint_weights(gain, -case.reward(path.final).view(count, SIZE)).weight
     chosen = F.one_hot(torch.randint(SIZE, (count,), generator=generator), SIZE)
-    calls = whole.network_calls + path.network_calls
+    calls = calls or whole.network_calls + path.network_calls
     return matching.path_targets(path, SIZE * chosen * weight, first_jump=True), calls
 
 
@@ -301,11 +326,13 @@ def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any
         targets, calls = draw(case, fit.network, options, seed * 10**6 + n)
         network_calls += calls
         teacher = copy.deepcopy(fit.network) if name == PATH else None
+        merged = targets.merged()
         for _ in range(options.steps):
-            part = targets.drawn(options.events, generator)
-            network_calls += options.events * (1 if teacher is None else 2)
+            few = len(merged.move) <= options.events
+            part = merged if few else targets.drawn(options.events, generator)
+            network_calls += len(part.move) * (1 if teacher is None else 2)
             baseline = 0.0 if teacher is None else 1.0
-            loss = matching.matching(case.process, fit.network, part, baseline=baseline, teacher=teacher)
+            loss = matching.loss(case.process, fit.network, part, baseline=baseline, teacher=teacher)
             fit.step(loss, n / options.rounds)
         if n + 1 in evaluated(options.rounds):
             tv = float((case.law(fit.averaged) - case.target).abs().sum() / 2)

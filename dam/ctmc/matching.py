@@ -16,37 +16,65 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dam.ctmc.moves import MoveModel, MovesCTMC
+from dam.ctmc.moves import MoveModel, MovesCTMC, state_numbers
 from dam.ctmc.simulate import Path
 from dam.ops.matching_loss import matching_loss
 
 
 class MoveTargets(NamedTuple):
-    """What to match where: R events, each a state and the move that was made out of it, if any.
+    """What to match where: R states with J moves out of each, that trajectories spent time in and made.
 
-    The loss is the sum over events, each times its `scale`.
+    Everything is a sum over events, over the number of trajectories; what is weighted has each event's trajectory's
+    weight in it. Of `path_targets` a row is an event, and J is 1; `merged` rows have several.
     """
 
     states: Tensor  # int64 [R, L]
     time: Tensor  # float64 [R]
-    exposure: Tensor  # float64 [R]: time that the event stands for
-    move: Tensor  # int64 [R], -1 for none
-    weight: Tensor  # float64 [R]: of its trajectory
-    scale: Tensor  # float64 [R]
+    exposure: Tensor  # float64 [R]: time that was spent
+    weighted_exposure: Tensor  # float64 [R]
+    move: Tensor  # int64 [R, J], -1 for none
+    jumps: Tensor  # float64 [R, J]: that were made
+    weighted_jumps: Tensor  # float64 [R, J]
 
     def drawn(self, count: int, generator: torch.Generator | None = None) -> MoveTargets:
-        """`count` of the events, drawn uniformly with replacement: the same loss in expectation, for less of a network.
+        """`count` of the rows, drawn uniformly with replacement: the same loss in expectation, for less of a network.
 
         Raises:
-            ValueError: there are no events to draw from.
+            ValueError: there are no rows to draw from.
         """
         number = len(self.move)
         if number == 0:
             raise ValueError("there are no events to draw from")
         device = None if generator is None else generator.device
         at = torch.randint(number, (count,), generator=generator, device=device).to(self.move.device)
-        part = MoveTargets(*(value[at] for value in self))
-        return part._replace(scale=part.scale * (number / count))
+        states, time, exposure, weighted, move, *jumps = (value[at] for value in self)
+        more = number / count
+        return MoveTargets(states, time, more * exposure, more * weighted, move, *(more * value for value in jumps))
+
+    def merged(self) -> MoveTargets:
+        """Rows of equal states and times as one: the same loss, with a network call for each that is distinct."""
+        key = state_numbers(self.states) ^ self.time.view(torch.int64)
+        _, row = key.unique(return_inverse=True)
+        count, slots = int(row.max()) + 1 if len(row) else 0, int(self.move.max()) + 1 if len(row) else 0
+        first = row.new_zeros(count).scatter_(0, row, torch.arange(len(row), device=row.device))  # one of each
+        at = (row[:, None] * (slots + 1) + self.move % (slots + 1)).flatten()  # -1 goes to a slot of its own
+
+        def summed(value: Tensor, index: Tensor, size: int) -> Tensor:
+            return value.new_zeros(size).index_add_(0, index, value.flatten())
+
+        jumps, weighted = (
+            summed(value, at, count * (slots + 1)).view(count, -1)[:, :slots]
+            for value in (self.jumps, self.weighted_jumps)
+        )
+        return MoveTargets(
+            self.states[first],
+            self.time[first],
+            summed(self.exposure, row, count),
+            summed(self.weighted_exposure, row, count),
+            torch.where(jumps > 0, torch.arange(slots, device=row.device), -1),
+            jumps,
+            weighted,
+        )
 
 
 def path_targets(
@@ -57,7 +85,7 @@ def path_targets(
 ) -> MoveTargets:
     """Targets at the states that trajectories went through: every event, so every jump, of all of them.
 
-    Weights less a baseline may go into `matching`, see there. Of K trajectories from one state each, `first_jump` is
+    Weights less a baseline may go into `loss`, see there. Of K trajectories from one state each, `first_jump` is
     what Discrete Adjoint Matching as published matches: with the normaliser "state", the weights being normalised over
     the K of each state, and all weights but one trajectory's 0, times K.
 
@@ -84,17 +112,22 @@ def path_targets(
         jumped = path.position >= 0
         used &= jumped.cumsum(dim=1) - jumped.long() == 0
     row, event = used.nonzero(as_tuple=True)
+    exposure = path.exposure[row, event] / count
+    move = path.position[row, event][:, None]
+    jumps = (move >= 0).double() / count
+    of = weight.detach().flatten().double()[row]
     return MoveTargets(
         path.state[row, event],
         path.time[row, event],
-        path.exposure[row, event],
-        path.position[row, event],
-        weight.detach().flatten().double()[row],
-        path.time.new_full((len(row),), 1 / count),
+        exposure,
+        of * exposure,
+        move,
+        jumps,
+        of[:, None] * jumps,
     )
 
 
-def matching(
+def loss(
     process: MovesCTMC,
     model: MoveModel,
     targets: MoveTargets,
@@ -104,8 +137,8 @@ def matching(
 ) -> Tensor:
     """The matching loss of a model's rates v at targets, a mean over trajectories:
 
-        sum over events of scale ( (weight - b) (exposure Lambda_v - 1[jump] log v)
-                                   + b exposure (Lambda_v - sum_y u(y) log v(y)) )
+        sum over events of (weight - b) (exposure Lambda_v - 1[jump] log v)
+                           + b exposure (Lambda_v - sum_y u(y) log v(y))
 
     with the baseline b and the teacher u, the model that drew the trajectories. Its expectation does not depend on b:
     jumps arrive at the rates u. With b = 1, the mean of the weights, its noise vanishes as the model comes to p*, where
@@ -127,30 +160,24 @@ def matching(
         ValueError: rates are NaN or infinite, or a teacher is given without a baseline.
     """
     if teacher is not None and baseline == 0:
-        raise ValueError("matching: a teacher says what the baseline's share of the weights is; give a baseline too")
+        raise ValueError("loss: a teacher says what the baseline's share of the weights is; give a baseline too")
     jumps = process.jumps(targets.states, targets.time)
     log_rates = jumps.log_rates(model).float()
-    move = targets.move[:, None]
-    # exposure Lambda_v - log v(move), as exposure times the loss of a target of weight 1 / exposure.
-    loss = matching_loss(
+    drew: dict[str, Tensor] = {}
+    if teacher is not None:
+        with torch.no_grad():
+            share = torch.full_like(targets.exposure, baseline)
+            drew = {"base_logits": jumps.log_rates(teacher).float(), "base_weight": share}
+    # What is matched is rates, jumps over time spent; the rest of the weighted time counts the escape rate alone.
+    asked = targets.weighted_jumps - baseline * targets.jumps
+    rest = targets.weighted_exposure - (1 if drew else 1 + baseline) * targets.exposure
+    matched = matching_loss(
         log_rates,
-        move,
-        1 / targets.exposure[:, None],
-        row_scale=targets.scale * (targets.weight - baseline) * targets.exposure,
+        targets.move,
+        asked / targets.exposure[:, None],
+        row_scale=targets.exposure,
         normalized=False,
+        **drew,
     )
-    if teacher is None:
-        return loss
-    with torch.no_grad():
-        drew = jumps.log_rates(teacher).float()
-    none = torch.full_like(move, -1)
-    ones = torch.ones_like(targets.exposure)
-    return loss + matching_loss(
-        log_rates,
-        none,
-        ones[:, None],
-        base_logits=drew,
-        base_weight=ones,
-        row_scale=targets.scale * baseline * targets.exposure,
-        normalized=False,
-    )
+    none = torch.full_like(targets.move[:, :1], -1)
+    return matched + matching_loss(log_rates, none, torch.zeros_like(rest)[:, None], row_scale=rest, normalized=False)

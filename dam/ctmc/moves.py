@@ -171,10 +171,7 @@ def _check_destinations(tokens: Tensor, moves: Moves) -> None:
     listed = moves.rate > 0
     same = (moves.neighbours == tokens[:, None]).all(dim=2)
     _refuse(same & listed, tokens, moves, "leads to the state itself")
-    # Equal states have equal numbers; unequal ones that share a number, one pair in 2^64, are told apart below.
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randint(-(2**62), 2**62, (tokens.shape[1],), generator=generator).to(tokens.device)
-    number = (moves.neighbours * factor).sum(dim=2)
+    number = state_numbers(moves.neighbours)  # unequal states that share one are told apart below
     number = torch.where(listed, number, torch.arange(listed.shape[1], device=tokens.device))
     order = number.argsort(dim=1, stable=True)
     number, listed = number.gather(1, order), listed.gather(1, order)
@@ -186,6 +183,13 @@ def _check_destinations(tokens: Tensor, moves: Moves) -> None:
                 f"list_moves: moves {one} and {other} out of state {tokens[row].tolist()} both lead to "
                 f"{moves.neighbours[row, one].tolist()}; list each neighbour once, with the sum of the rates"
             )
+
+
+def state_numbers(tokens: Tensor) -> Tensor:
+    """Numbers of states [..., L], int64 [...]: of equal states equal, of unequal ones but for one pair in 2^63."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randint(-(2**62), 2**62, (tokens.shape[-1],), generator=generator).to(tokens.device)
+    return (tokens * factor).sum(dim=-1)
 
 
 def _refuse(bad: Tensor, tokens: Tensor, moves: Moves, what: str) -> None:

@@ -81,7 +81,7 @@ class Path:
 
     The log weight of a path, log p_base - log p, is the sum of log_ratio and escape_gap over its events, as
     `dam.adjoint_weights` takes them. The sum over events of exposure f(state, time) is the integral of f along the
-    path, or, of `simulate`, an estimate of it without bias.
+    path, of `simulate` an estimate of it without bias, and of `tau_leap` the integral for each coordinate.
     """
 
     initial: Tensor  # int64 [B, L]
@@ -90,7 +90,7 @@ class Path:
     position: Tensor  # int64 [B, S]: coordinate that jumped, or number of the move that was made; -1 for none
     token: Tensor  # int64 [B, S]: where a coordinate went, -1 for none and for moves
     log_ratio: Tensor  # float64 [B, S]: log u_base - log u at jumps, 0 elsewhere
-    escape_gap: Tensor  # float64 [B, S]: of the time that passed before an event, 0 where it is not known
+    escape_gap: Tensor  # float64 [B, S]: of the time that passed, 0 at jumps but of `gillespie`
     exposure: Tensor  # float64 [B, S]: time that an event stands for, 0 where a trajectory had fewer
     network_calls: int  # states that the model was evaluated at
     state: Tensor | None = None  # int64 [B, S, L]: before each event, of a `ProcessOfJumps`

@@ -335,7 +335,7 @@ def test_the_expected_gradient_is_that_of_the_cross_entropy_of_paths():
             model.values = model.values.detach().requires_grad_()
             targets = matching.path_targets(some, weight[part])
             teacher = drew if baseline else None
-            matching.matching(process, model, targets, baseline=baseline, teacher=teacher).backward()
+            matching.loss(process, model, targets, baseline=baseline, teacher=teacher).backward()
             samples.append(model.values.grad[reached])
         # Student's t of 100 samples is beyond 6.2 with probability 1e-8. Rounding in float32 is far below the noise.
         assert float(z_scores(torch.stack(samples), expected[reached]).abs().max()) < 6.2
@@ -365,7 +365,7 @@ def test_a_table_comes_to_the_optimum():
         weights = dam.adjoint_weights(gain, cost[space.index_of(path.final)][None])
         optimizer.param_groups[0]["lr"] = 0.3 * (1 - n / 15)
         optimizer.zero_grad()
-        matching.matching(process, model, matching.path_targets(path, weights.weight), baseline=1.0).backward()
+        matching.loss(process, model, matching.path_targets(path, weights.weight), baseline=1.0).backward()
         optimizer.step()
     # 6000 draws of p* itself are as far from it as 0.014, and rates that are constant in four intervals 0.01.
     assert before > 0.2 and distance() < 0.04
@@ -377,17 +377,25 @@ def test_targets_of_first_jumps_and_drawn_ones():
     weight = torch.rand(50, generator=torch.Generator().manual_seed(0))
     every = matching.path_targets(path, weight)
     assert len(every.move) == int((path.exposure > 0).sum())
-    assert math.isclose(float((every.exposure * every.scale).sum()), 1.0, rel_tol=1e-12)
+    assert math.isclose(float(every.exposure.sum()), 1.0, rel_tol=1e-12)
     first = matching.path_targets(path, weight, first_jump=True)
     assert torch.equal(first.states, started(space, len(first.move)))
     jumped = (path.position >= 0).any(dim=1)
     assert int((first.move >= 0).sum()) == int(jumped.sum())
     part = every.drawn(7, torch.Generator().manual_seed(1))
-    assert part.move.shape == (7,) and math.isclose(float(part.scale[0]), len(every.move) / 7 / 50, rel_tol=1e-12)
+    assert part.move.shape == (7, 1)
+    more = float(part.jumps.max()) / float(every.jumps.max())
+    assert math.isclose(more, len(every.move) / 7, rel_tol=1e-12)
+    merged = every.merged()
+    # At most as many rows as there are states and intervals, and the same loss but for the order of sums in float32.
+    assert len(merged.move) <= 40 < len(every.move)
+    for options in ({}, {"baseline": 1.0}, {"baseline": 1.0, "teacher": Table(space, seed=4)}):
+        losses = [float(matching.loss(chain(), Table(space, seed=5), t, **options)) for t in (every, merged)]
+        assert math.isclose(*losses, rel_tol=1e-4, abs_tol=1e-5)
     with pytest.raises(ValueError, match="element per trajectory, 50"):
         matching.path_targets(path, weight[:3])
     with pytest.raises(ValueError, match="give a baseline"):
-        matching.matching(chain(), Table(space), every, teacher=Table(space))
+        matching.loss(chain(), Table(space), every, teacher=Table(space))
     plain = gillespie(
         UniformCTMC(2), lambda x, t: torch.zeros(*x.shape, 2), started(space, 2) * 0, times=[0, 0.5], seed=1
     )
