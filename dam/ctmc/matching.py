@@ -11,7 +11,7 @@ events and no state that is simulated from anew.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ def loss(
         raise ValueError("loss: a teacher says what the baseline's share of the weights is; give a baseline too")
     jumps = process.jumps(targets.states, targets.time)
     log_rates = jumps.log_rates(model).float()
-    drew: dict[str, Tensor] = {}
+    drew: dict[str, Any] = {}
     if teacher is not None:
         with torch.no_grad():
             share = torch.full_like(targets.exposure, baseline)
