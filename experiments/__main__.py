@@ -1,8 +1,8 @@
-"""The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|moves|sudoku|orders|countdown|runs [--help].
 
-The first three ask which estimator learns most from a reward call, by `estimators`; orders asks what keeps a run from
-p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
-`dam sudoku` or `dam countdown` runs.
+grid, ising and sudoku ask which estimator learns most from a reward call, by `estimators`; moves asks it of chains of
+listed moves; orders asks what keeps a run from p* whose base is a network, countdown what keeps a text model from
+learning; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from experiments import densities, estimators
+from experiments import densities, estimators, moves
 from experiments.densities import Grid, Ising
 
 PROG = "python -m experiments"
@@ -25,6 +25,7 @@ STUDIES = {
     "grid": "two tokens on a grid",
     "ising": "an Ising lattice",
     "sudoku": "the main job, estimator by estimator",
+    "moves": "chains of swaps and hops, against enumeration",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
@@ -37,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     studies = parser.add_subparsers(dest="study", required=True)
     on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
-    for name, default in (("grid", estimators.Options()), ("ising", estimators.ISING)):
+    on["moves"].add_argument("--case", choices=list(moves.CASES), default="occupation", help="default: %(default)s")
+    for name in ("grid", "ising"):
+        on[name].add_argument("--base", choices=("masked", "uniform"), default="masked")
+        on[name].add_argument("--name", help="of the JSON and PNG (default: by density and base)")
+    defaults = {"grid": estimators.Options(), "ising": estimators.ISING, "moves": moves.Options()}
+    for name, default in defaults.items():
         add = on[name].add_argument
-        add("--base", choices=("masked", "uniform"), default="masked")
-        add("--name", help="of the JSON and PNG (default: by density and base)")
-        for field in dataclasses.fields(estimators.Options):
+        for field in dataclasses.fields(default):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
+    for name, seeds in (("grid", 5), ("ising", 5), ("moves", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
         every = "; ".join(estimators.learners_of({"study": name}))
         on[name].add_argument(
             "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
@@ -97,6 +101,9 @@ def study(given: dict[str, Any]) -> int:
     }
     if given["study"] in of_the_trainer:
         text = of_the_trainer[given["study"]](given, output)
+    elif given["study"] == "moves":
+        named = {field.name: given[field.name] for field in dataclasses.fields(moves.Options)}
+        text = moves.study(given, moves.Options(**named), output)
     else:
         options = estimators.Options(
             **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}

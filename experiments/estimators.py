@@ -636,6 +636,10 @@ def learners_of(given: dict[str, Any]) -> list[str]:
         from experiments import countdown  # needs transformers
 
         return list(countdown.CASES)
+    if given["study"] == "moves":
+        from experiments import moves  # whose runs are this module's
+
+        return list(moves.LEARNERS)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]

@@ -12,7 +12,7 @@ import torch
 import dam
 from dam.ctmc import enumeration
 from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
-from experiments import countdown, estimators, grid, learners, orders
+from experiments import countdown, estimators, grid, learners, moves, orders
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -467,9 +467,65 @@ def test_figures_of_finished_runs(tmp_path, capsys):
     assert base["base"] is True and base["other_file"]["puzzles"] == 12 and base["other_file_unseen"]["puzzles"] == 6
 
 
+# ---- chains of moves
+
+
+def test_the_three_chains_are_the_published_ones():
+    """Numbers of states, the published ones by their formula, and of the smallest the distance of base and target."""
+    case = moves.occupation()
+    assert len(case.space.states) == 35
+    base = case.space.law(case.process.base, case.initial, [0.0, 1.0])
+    # Published: 0.4176 of an untrained network, in 128 steps of one jump at most.
+    assert abs(float((base - case.target).abs().sum() / 2) - 0.4176) < 0.002
+    optimum = base * case.rewards.exp()
+    torch.testing.assert_close(optimum / optimum.sum(), case.target)
+    assert len(moves.ising(side=2).space.states) == math.comb(4, 2)
+    small = moves.potts(length=5, labelled=2)
+    assert len(small.space.states) == math.comb(5, 2) * 3**2 and math.comb(14, 4) * 3**4 == 81_081
+    # Out of a state there are 2 x 2 relabellings and 2 x 3 x 3 new places, at equal rates that sum up to 10.
+    listed = small.process.moves(torch.tensor([[1, 0, 3, 0, 0]]))
+    assert listed.neighbours.shape[1] == 22 and math.isclose(float(listed.rate.sum()), 10.0, rel_tol=1e-12)
+    apart = (listed.neighbours != torch.tensor([1, 0, 3, 0, 0])).sum(dim=2)[0]
+    assert apart.tolist() == [1] * 4 + [2] * 18 and bool(((listed.neighbours != 0).sum(dim=2) == 2).all())
+
+
+def test_potentials_differ_by_the_sum_over_all_pairs():
+    """Without its network the model is W(y) - W(x), of one changed site or two, by a sum over pairs."""
+    case = moves.potts(length=5, labelled=2)
+    model = moves.Potentials(5, 4, width=4)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (model.field, model.pair):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    states, time = case.space.states[::17], 0.3
+    basis = torch.tensor([(2 * time - 1) ** n for n in range(model.degree)])
+
+    def potential(x):
+        at = torch.arange(5) * 4 + x
+        field, pair = (torch.tensordot(basis, part, dims=1) for part in (model.field, model.pair))
+        between = sum(pair[at[i], at[k]] for i in range(5) for k in range(5) if i != k)
+        return field[at].sum() + between
+
+    listed = case.process.moves(states)
+    found = model(states, torch.full((len(states),), time, dtype=torch.float64), listed)
+    for row, state in enumerate(states):
+        expected = torch.stack([potential(y) - potential(state) for y in listed.neighbours[row]])
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)  # sums of 50 numbers in float32
+
+
+def test_the_study_of_moves(tmp_path):
+    """In two rounds the trajectories together have come nearer; the published estimator's budget is counted alike."""
+    small = ["--rounds", "2", "--batch", "64", "--steps", "2", "--events", "128", "--width", "8", "--seeds", "1"]
+    assert main(["moves", *small, "--output", str(tmp_path)]) == 0
+    found = table("moves-occupation", tmp_path)
+    assert all(result["curve"][-1]["reward_calls"] == 128 for result in found.values())
+    assert found["path, baseline"]["tv"] < 0.4 < found["first_jump_one, state"]["tv"] + 0.05
+    assert (tmp_path / "moves-occupation.png").stat().st_size > 10_000
+
+
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
     own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
-    own["runs"] = "--puzzles"
+    own.update(moves="--case", runs="--puzzles")
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])

@@ -1,10 +1,11 @@
 """Continuous-time Markov chains: processes, their schedules, simulation, and exact laws by enumeration."""
 
-from dam.ctmc import enumeration
+from dam.ctmc import enumeration, matching, moves
 from dam.ctmc.masked import MaskedCTMC
+from dam.ctmc.moves import Moves, MovesCTMC
 from dam.ctmc.noised import LatticeCTMC, NoisedCTMC, UniformCTMC
 from dam.ctmc.schedules import Cosine, Geometric, Linear, Schedule, UserSchedule
-from dam.ctmc.simulate import Path, Process, simulate, tau_leap
+from dam.ctmc.simulate import Path, Process, gillespie, simulate, tau_leap
 
 __all__ = [
     "Cosine",
@@ -12,6 +13,8 @@ __all__ = [
     "LatticeCTMC",
     "Linear",
     "MaskedCTMC",
+    "Moves",
+    "MovesCTMC",
     "NoisedCTMC",
     "Path",
     "Process",
@@ -19,6 +22,9 @@ __all__ = [
     "UniformCTMC",
     "UserSchedule",
     "enumeration",
+    "gillespie",
+    "matching",
+    "moves",
     "simulate",
     "tau_leap",
 ]

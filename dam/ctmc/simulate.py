@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ from torch import Tensor
 from dam.ops import _philox
 from dam.ops._philox import Use
 from dam.ops.jump import jump
+from dam.ops.rate_ratio import rate_ratio
 
-Model = Callable[[Tensor, Tensor], Tensor]
+Model = Callable[..., Tensor]
 
 
 class Process(Protocol):
-    """What the simulators ask of a chain: `MaskedCTMC`, `UniformCTMC` and `LatticeCTMC` are such."""
+    """What the simulators ask of a chain whose jumps each set a coordinate to a value.
+
+    `MaskedCTMC`, `UniformCTMC` and `LatticeCTMC` are such.
+    """
 
     def log_rates(self, prediction: Tensor, tokens: Tensor, time: Tensor) -> Tensor:
         """log u_t(y, x) of each jump of a coordinate to a value, [B, L, V], in any floating dtype.
@@ -43,27 +47,58 @@ class Process(Protocol):
         """
 
 
+class Jumps(Protocol):
+    """The jumps out of B states at their times, J out of each: all that a step of `simulate` or `gillespie` needs."""
+
+    def log_rates(self, model: Model) -> Tensor:
+        """log rates under a model, float64 [B, J], -inf where there is no such jump.
+
+        Raises:
+            ValueError: a rate is NaN or infinite.
+        """
+
+    def destination(self, jump: Tensor) -> Tensor:
+        """States that jumps int64 [B] lead to, int64 [B, L]; -1 stays."""
+
+    def named(self, jump: Tensor) -> tuple[Tensor, Tensor]:
+        """`position` and `token` of `Path`, int64 [B] each, -1 for none."""
+
+
+@runtime_checkable
+class ProcessOfJumps(Protocol):
+    """A chain that says itself what its jumps are: `MovesCTMC` is such. Its paths have the states of their events."""
+
+    def jumps(self, tokens: Tensor, time: Tensor) -> Jumps:
+        """Those out of states int64 [B, L] at times float64 [B]."""
+
+    def escape_bound(self, start: float, end: float, length: int) -> float:
+        """As for `Process`."""
+
+
 @dataclasses.dataclass
 class Path:
     """B trajectories, each of at most S events in the order of time; an event is a jump, or a time that passed.
 
     The log weight of a path, log p_base - log p, is the sum of log_ratio and escape_gap over its events, as
-    `dam.adjoint_weights` takes them.
+    `dam.adjoint_weights` takes them. The sum over events of exposure f(state, time) is the integral of f along the
+    path, of `simulate` an estimate of it without bias, and of `tau_leap` the integral for each coordinate.
     """
 
     initial: Tensor  # int64 [B, L]
     final: Tensor  # int64 [B, L]
-    time: Tensor  # float64 [B, S]: of each event, +inf where a trajectory had fewer
-    position: Tensor  # int64 [B, S]: coordinate that jumped, -1 for none
-    token: Tensor  # int64 [B, S]: where it went, -1 for none
+    time: Tensor  # float64 [B, S]: at which each event's rates were taken, +inf where a trajectory had fewer
+    position: Tensor  # int64 [B, S]: coordinate that jumped, or number of the move that was made; -1 for none
+    token: Tensor  # int64 [B, S]: where a coordinate went, -1 for none and for moves
     log_ratio: Tensor  # float64 [B, S]: log u_base - log u at jumps, 0 elsewhere
-    escape_gap: Tensor  # float64 [B, S]: of times that passed without a jump, 0 elsewhere
+    escape_gap: Tensor  # float64 [B, S]: of the time that passed, 0 at jumps but of `gillespie`
+    exposure: Tensor  # float64 [B, S]: time that an event stands for, 0 where a trajectory had fewer
     network_calls: int  # states that the model was evaluated at
+    state: Tensor | None = None  # int64 [B, S, L]: before each event, of a `ProcessOfJumps`
 
 
 @torch.no_grad()
 def simulate(
-    process: Process,
+    process: Process | ProcessOfJumps,
     model: Model,
     tokens: Tensor,  # [B, L]
     *,
@@ -105,7 +140,7 @@ def simulate(
     grid = increasing("simulate", times)
     count, length = _checked("simulate", tokens)
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
-    path = _Recorder(tokens)
+    path = _Recorder(tokens, isinstance(process, ProcessOfJumps))
     for interval, (start, end) in enumerate(itertools.pairwise(grid)):
         rate = bound * process.escape_bound(start, end, length)
         if not 0 <= rate < float("inf"):
@@ -120,24 +155,98 @@ def simulate(
         for n in range(most):
             rows = (events > n).nonzero()[:, 0]
             state, time = path.final[rows], arrival[rows, n]
-            log_rates = checked_log_rates(process, model, state, time).flatten(1)
+            jumps = _jumps(process, state, time)
+            log_rates = jumps.log_rates(model)
             log_escape = torch.logsumexp(log_rates, dim=1)
             _below("model", log_escape, rate, state, time)
-            jumps = thinned[rows, n] * rate < log_escape.exp()
+            leaves = thinned[rows, n] * rate < log_escape.exp()
             drawn = torch.full_like(rows, -1)
-            drawn[jumps] = _destination(log_rates[jumps], seed, jump_ids[rows[jumps], n])
+            drawn[leaves] = _destination(log_rates[leaves], seed, jump_ids[rows[leaves], n])
             log_ratio, escape_gap = torch.zeros_like(time), torch.zeros_like(time)
             if base is not None:
-                base_rates = checked_log_rates(process, base, state, time).flatten(1)
+                base_rates = jumps.log_rates(base)
                 base_escape = torch.logsumexp(base_rates, dim=1)
                 _below("base", base_escape, rate, state, time)
                 at = drawn[:, None].clamp(min=0)  # -1 where there is no jump
-                log_ratio = torch.where(jumps, (base_rates.gather(1, at) - log_rates.gather(1, at))[:, 0], 0.0)
+                log_ratio = torch.where(leaves, (base_rates.gather(1, at) - log_rates.gather(1, at))[:, 0], 0.0)
                 # A chain that jumps at every event has no thinned ones, so that no logarithm of 0 is used.
                 gap = (1 - base_escape.exp() / rate).log() - (1 - log_escape.exp() / rate).log()
-                escape_gap = torch.where(jumps, 0.0, gap)
-            values = log_rates.shape[1] // length
-            path.record(rows, time, jumps, drawn // values, drawn % values, log_ratio, escape_gap)
+                escape_gap = torch.where(leaves, 0.0, gap)
+            exposure = torch.full_like(time, 1 / rate)
+            path.record(rows, time, *jumps.named(drawn), log_ratio, escape_gap, exposure)
+            path.final[rows] = jumps.destination(drawn)
+    return path.finish()
+
+
+@torch.no_grad()
+def gillespie(
+    process: Process | ProcessOfJumps,
+    model: Model,
+    tokens: Tensor,  # [B, L]
+    *,
+    times: Sequence[float] | Tensor,
+    base: Model | None = None,
+    first: Tensor | None = None,  # int64 [B]
+    seed: int,
+    row_ids: Tensor | None = None,  # [B]
+) -> Path:
+    """Exact trajectories of the chain whose rates in each interval of `times` are those of its middle.
+
+    Gillespie's direct method: a state is left after a time that is exponential at its escape rate, for y with
+    probability u(y, x) / Lambda(x); at the end of an interval, where rates change, the time left is drawn anew. No rate
+    needs a bound, and the path's weight has the escape integral itself: a jump contributes log(u_base / u), a time d
+    that passed (Lambda - Lambda_base) d. So the weights of a chain that is the optimum are constant, which those of
+    `simulate` are not.
+
+    As a function of time such rates differ from the model's own in second order of the intervals' length; this chain's
+    law is that of `enumeration.law`, or `enumeration.MoveSpace.law`, with the same times.
+
+    Args:
+        process, model, tokens, times, base: as for `simulate`; both models have constant rates in an interval.
+        first: the interval that each trajectory starts with, at its start; 0 unless given.
+        seed: of times and jumps: a trajectory depends on (seed, row id) and its rates only, not on the batch.
+        row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
+
+    Returns:
+        A path whose events are jumps and ends of intervals; `time` is the middle of the interval.
+
+    Raises:
+        ValueError, TypeError: times do not increase; first names no interval; row_ids have another shape or dtype; or
+            rates are NaN or infinite: the message names the state and the time.
+
+    Source: Gillespie, Exact stochastic simulation of coupled chemical reactions, 1977; weights: So et al.,
+    arXiv 2602.07132, Eq. 12.
+    """
+    edges = torch.tensor(increasing("gillespie", times), dtype=torch.float64, device=tokens.device)
+    count, _ = _checked("gillespie", tokens)
+    row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
+    interval = _intervals(first, count, len(edges) - 1, tokens.device)
+    now = edges[interval]
+    path = _Recorder(tokens, isinstance(process, ProcessOfJumps))
+    rows = torch.arange(count, device=tokens.device)
+    event = 0  # every row that is left has one in each turn
+    while len(rows):
+        at, state = interval[rows], path.final[rows]
+        time = (edges[at] + edges[at + 1]) / 2
+        jumps = _jumps(process, state, time)
+        log_rates = jumps.log_rates(model)
+        wait = _philox.exponentials(seed, Use.ARRIVAL, row_ids[rows], 1, sample=event)[:, 0]
+        wait = wait / torch.logsumexp(log_rates, dim=1).exp()  # infinite where nothing leaves
+        left = edges[at + 1] - now[rows]
+        leaves, exposure = wait < left, torch.minimum(wait, left)
+        drawn = torch.full_like(rows, -1)
+        jump_ids = _philox.ids(seed, Use.JUMP, row_ids[rows[leaves]], 1, sample=event)[:, 0]
+        drawn[leaves] = _destination(log_rates[leaves], seed, jump_ids)
+        log_ratio, escape_gap = torch.zeros_like(time), torch.zeros_like(time)
+        if base is not None:
+            log_ratio, gap = rate_ratio(log_rates, jumps.log_rates(base), drawn)
+            escape_gap = gap * exposure
+        path.record(rows, time, *jumps.named(drawn), log_ratio, escape_gap, exposure)
+        path.final[rows] = jumps.destination(drawn)
+        now[rows] = torch.where(leaves, now[rows] + exposure, edges[at + 1])
+        interval[rows] += (~leaves).long()
+        rows = rows[interval[rows] < len(edges) - 1]
+        event += 1
     return path.finish()
 
 
@@ -164,6 +273,11 @@ def tau_leap(
 
     Source: Gillespie, Approximate accelerated stochastic simulation of chemically reacting systems, 2001.
     """
+    if isinstance(process, ProcessOfJumps):
+        raise ValueError(
+            f"tau_leap moves every coordinate by itself, which the moves of {type(process).__name__} do not; "
+            "use gillespie or simulate"
+        )
     grid = increasing("tau_leap", times)
     count, length = _checked("tau_leap", tokens)
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
@@ -195,12 +309,55 @@ def tau_leap(
 
             log_ratio = torch.where(jumps, log_jump(base_rates, base_escape) - log_jump(log_rates, log_escape), 0.0)
             escape_gap = torch.where(jumps, 0.0, duration * (log_escape.exp() - base_escape.exp()))
+        exposure = torch.full_like(time, duration)
         for i in range(length):
-            coordinate = torch.full_like(rows, i)
+            position = torch.where(jumps[:, i], i, -1)
             path.record(
-                rows, time, jumps[:, i], coordinate, drawn[:, i], log_ratio[:, i], escape_gap[:, i], evaluated=i == 0
+                rows, time, position, drawn[:, i], log_ratio[:, i], escape_gap[:, i], exposure, evaluated=i == 0
             )
+        path.final = torch.where(jumps, drawn, state)
     return path.finish()
+
+
+class _CoordinateJumps:
+    """The jumps of a `Process`: number i V + v sets coordinate i to v."""
+
+    def __init__(self, process: Process, tokens: Tensor, time: Tensor):
+        self._process, self._tokens, self._time = process, tokens, time
+        self._values = 0  # V, known from the first rates
+
+    def log_rates(self, model: Model) -> Tensor:
+        log_rates = checked_log_rates(self._process, model, self._tokens, self._time)
+        self._values = log_rates.shape[2]
+        return log_rates.flatten(1)
+
+    def destination(self, jump: Tensor) -> Tensor:
+        position, token = self.named(jump)
+        there = self._tokens.clone()
+        rows = (position >= 0).nonzero()[:, 0]
+        there[rows, position[rows]] = token[rows]
+        return there
+
+    def named(self, jump: Tensor) -> tuple[Tensor, Tensor]:
+        none = jump < 0
+        return torch.where(none, -1, jump // self._values), torch.where(none, -1, jump % self._values)
+
+
+def _jumps(process: Process | ProcessOfJumps, tokens: Tensor, time: Tensor) -> Jumps:
+    if isinstance(process, ProcessOfJumps):
+        return process.jumps(tokens, time)
+    return _CoordinateJumps(process, tokens, time)
+
+
+def _intervals(first: Tensor | None, count: int, most: int, device: torch.device) -> Tensor:
+    """The interval that each row starts with, int64 [B]."""
+    if first is None:
+        return torch.zeros(count, dtype=torch.int64, device=device)
+    if first.dtype != torch.int64 or first.shape != (count,):
+        raise ValueError(f"gillespie: first must be int64 [{count}]; got {first.dtype} {list(first.shape)}")
+    if bool(((first < 0) | (first >= most)).any()):
+        raise ValueError(f"gillespie: first must name intervals 0 .. {most - 1}; got {first.unique().tolist()[:4]}")
+    return first.clone().to(device)
 
 
 def checked_log_rates(process: Process, model: Model, tokens: Tensor, time: Tensor) -> Tensor:
@@ -268,49 +425,58 @@ def increasing(op: str, times: Sequence[float] | Tensor) -> list[float]:
 
 
 class _Recorder:
-    """Events of trajectories as they happen, packed at the end."""
+    """Events of trajectories as they happen, packed at the end; `final` is where they are."""
 
-    def __init__(self, tokens: Tensor):
+    def __init__(self, tokens: Tensor, keep_states: bool = False):
         self.initial, self.final = tokens.clone(), tokens.clone()
-        self._evaluated = 0
+        self._keep_states, self._evaluated = keep_states, 0
         self._events: list[tuple[Tensor, ...]] = []
 
     def record(
         self,
         rows: Tensor,
         time: Tensor,
-        jumps: Tensor,
         position: Tensor,
         token: Tensor,
         log_ratio: Tensor,
         escape_gap: Tensor,
+        exposure: Tensor,
         evaluated: bool = True,
     ) -> None:
-        """An event of each of the rows; with `evaluated`, the model was evaluated for it."""
-        self.final[rows[jumps], position[jumps]] = token[jumps]
-        none = torch.full_like(position, -1)
-        self._events.append(
-            (rows, time, torch.where(jumps, position, none), torch.where(jumps, token, none), log_ratio, escape_gap)
-        )
+        """An event of each of the rows, before they are moved; with `evaluated`, the model was evaluated for it."""
+        state = (self.final[rows],) if self._keep_states else ()
+        self._events.append((rows, time, position, token, log_ratio, escape_gap, exposure, *state))
         if evaluated:
             self._evaluated += len(rows)
 
     def finish(self) -> Path:
-        count = len(self.initial)
-        length = torch.zeros(count, dtype=torch.int64, device=self.initial.device)
+        count, length = self.initial.shape
+        events = torch.zeros(count, dtype=torch.int64, device=self.initial.device)
         for rows, *_ in self._events:
-            length[rows] += 1
-        shape = (count, int(length.max()) if count else 0)
+            events[rows] += 1
+        shape = (count, int(events.max()) if count else 0)
 
-        def empty(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=self.initial.device)
+        def empty(value: float, dtype: torch.dtype, *last: int) -> Tensor:
+            return torch.full((*shape, *last), value, dtype=dtype, device=self.initial.device)
 
         time, position, token = empty(torch.inf, torch.float64), empty(-1, torch.int64), empty(-1, torch.int64)
-        log_ratio, escape_gap = empty(0.0, torch.float64), empty(0.0, torch.float64)
-        columns = (time, position, token, log_ratio, escape_gap)
-        at = torch.zeros_like(length)
+        log_ratio, escape_gap, exposure = (empty(0.0, torch.float64) for _ in range(3))
+        state = empty(0, self.initial.dtype, length) if self._keep_states else None
+        columns = (time, position, token, log_ratio, escape_gap, exposure) + (() if state is None else (state,))
+        at = torch.zeros_like(events)
         for rows, *values in self._events:
             for column, value in zip(columns, values, strict=True):
                 column[rows, at[rows]] = value
             at[rows] += 1
-        return Path(self.initial, self.final, *columns, self._evaluated)
+        return Path(
+            self.initial,
+            self.final,
+            time=time,
+            position=position,
+            token=token,
+            log_ratio=log_ratio,
+            escape_gap=escape_gap,
+            exposure=exposure,
+            network_calls=self._evaluated,
+            state=state,
+        )
