@@ -20,7 +20,7 @@ REPOSITORY = "https://github.com/discrete-adjoint-matching/dam"
 
 project, author = "dam", "The dam authors"
 version = release = dam.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
@@ -42,6 +42,7 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 myst_heading_anchors = 4  # by GitHub's rule, as links between pages have them
 myst_links_external_new_tab = False
+nb_execution_mode = "off"  # notebooks are committed as they were executed
 
 # Types stand in the signature; what a field of a NamedTuple is, in the comment behind it.
 autodoc_typehints = "signature"

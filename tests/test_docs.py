@@ -200,6 +200,30 @@ def test_links_lead_somewhere(page):
             assert anchor in pages.anchors(str(target.resolve().relative_to(pages.ROOT))), link
 
 
+NOTEBOOKS = sorted((pages.ROOT / "docs").glob("notebooks/*.ipynb"))
+# Passages of notebooks that take long, and what is run in their places.
+SHORTER = {"pinwheel": [("ROUNDS = 400", "ROUNDS = 2"), ("BATCH = 2048", "BATCH = 64")]}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_was_executed_and_runs(path, tmp_path, monkeypatch):
+    """From top to bottom, each cell in turn; as it is committed it has what every cell gave."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(cell["outputs"] and all(o["output_type"] != "error" for o in cell["outputs"]) for cell in cells)
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    for long, short in SHORTER.get(path.stem, ()):
+        assert source.count(long) == 1, long
+        source = source.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(compile(source, str(path), "exec"), {"__name__": "__main__"})
+    shown = "".join("".join(o.get("text", ())) for cell in cells for o in cell["outputs"])
+    assert len(told.getvalue().splitlines()) == len([line for line in shown.splitlines() if line])
+
+
 def toctree(page):
     """Pages that its toctrees name, relative to the repository."""
     named = [block for block in pages.blocks(page) if block.language == "{toctree}"]
@@ -208,6 +232,8 @@ def toctree(page):
     paths = [(folder / re.sub(r"^.*<(.*)>$", r"\1", entry.strip())).resolve() for entry in entries]
     found = []
     for path in paths:
+        if path.with_suffix(".ipynb").exists():
+            continue  # a notebook, which leads to no other page
         matches = sorted(path.parent.glob(f"{path.name}.md")) if "*" in path.name else [path.with_suffix(".md")]
         found += [str(match.relative_to(pages.ROOT)) for match in matches]
     return found
