@@ -1,8 +1,8 @@
 """The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|runs [--help].
 
-The first three ask which estimator learns most from a reward call, by `estimators`; orders asks what keeps a run from
-p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
-`dam sudoku` or `dam countdown` runs.
+Those before orders ask which estimator learns most from a reward call, by `estimators` and `lattice`; orders asks what
+keeps a run from p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of
+finished `dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from experiments import densities, estimators
+from experiments import densities, estimators, lattice
 from experiments.densities import Grid, Ising
 
 PROG = "python -m experiments"
@@ -28,16 +28,17 @@ STUDIES = {
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
+DESCRIPTION = f"{estimators.__doc__}\n{lattice.__doc__}"
 RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=PROG, description=estimators.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     studies = parser.add_subparsers(dest="study", required=True)
     on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
-    for name, default in (("grid", estimators.Options()), ("ising", estimators.ISING)):
+    for name, default in (("grid", estimators.Options()), ("ising", lattice.OPTIONS)):
         add = on[name].add_argument
         add("--base", choices=("masked", "uniform"), default="masked")
         add("--name", help="of the JSON and PNG (default: by density and base)")
@@ -101,7 +102,7 @@ def study(given: dict[str, Any]) -> int:
         options = estimators.Options(
             **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}
         )
-        run = estimators.study_grid if given["study"] == "grid" else estimators.study_ising
+        run = estimators.study_grid if given["study"] == "grid" else lattice.study_ising
         text = run(given, options, output)
     print(f"\n{text}\n\nJSON and PNG: {output}")
     return 0
