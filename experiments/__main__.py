@@ -1,4 +1,4 @@
-"""The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|potts|sudoku|orders|countdown|runs [--help].
 
 Those before orders ask which estimator learns most from a reward call, by `estimators` and `lattice`; orders asks what
 keeps a run from p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of
@@ -17,13 +17,14 @@ from typing import Any
 
 from benchmarks import report
 from experiments import densities, estimators, lattice
-from experiments.densities import Grid, Ising
+from experiments.densities import Grid
 
 PROG = "python -m experiments"
 RESULTS = Path(__file__).parent / "results"
 STUDIES = {
     "grid": "two tokens on a grid",
     "ising": "an Ising lattice",
+    "potts": "a Potts lattice",
     "sudoku": "the main job, estimator by estimator",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
@@ -38,14 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     studies = parser.add_subparsers(dest="study", required=True)
     on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
-    for name, default in (("grid", estimators.Options()), ("ising", lattice.OPTIONS)):
+    for name, default in (("grid", estimators.Options()), *((name, lattice.OPTIONS) for name in lattice.LATTICES)):
         add = on[name].add_argument
-        add("--base", choices=("masked", "uniform"), default="masked")
+        if name != "potts":
+            add("--base", choices=("masked", "uniform"), default="masked")
         add("--name", help="of the JSON and PNG (default: by density and base)")
         for field in dataclasses.fields(estimators.Options):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
+    for name, seeds in (("grid", 5), ("ising", 5), ("potts", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
         every = "; ".join(estimators.learners_of({"study": name}))
         on[name].add_argument(
             "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
@@ -58,11 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--density", choices=densities.DENSITIES, default=Grid.name)
     add("--size", type=int, default=Grid.size, help="points of an axis (default: %(default)s)")
     add("--published-times", type=int, default=1, help="as many rounds for the published estimator (default: 1)")
-    add = on["ising"].add_argument
-    for ising in dataclasses.fields(Ising):
-        add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
-    add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
-    add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+    for name, density in lattice.LATTICES.items():
+        add = on[name].add_argument
+        for of in dataclasses.fields(density):
+            add(f"--{of.name}", type=type(of.default), default=of.default, help="default: %(default)s")
+        add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
+        add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+        add("--width", type=int, default=256, help="of the network (default: %(default)s)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     on["countdown"].add_argument("--calls", type=int, default=16_384, help="reward calls (default: %(default)s)")
     add = on["orders"].add_argument
@@ -102,7 +106,7 @@ def study(given: dict[str, Any]) -> int:
         options = estimators.Options(
             **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}
         )
-        run = estimators.study_grid if given["study"] == "grid" else lattice.study_ising
+        run = estimators.study_grid if given["study"] == "grid" else lattice.study
         text = run(given, options, output)
     print(f"\n{text}\n\nJSON and PNG: {output}")
     return 0

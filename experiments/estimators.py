@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import records, report
 from dam import plots
-from experiments import grid, learners
+from experiments import grid, learners, replay
 from experiments.densities import Grid
 
 SVDD = "svdd"
@@ -411,7 +411,7 @@ def learners_of(given: dict[str, Any]) -> list[str]:
         return list(countdown.CASES)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
-    return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
+    return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else replay.LEARNERS)]
 
 
 def default_learners(given: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""A lattice of spins, learned from its energy alone by a masked or a uniform chain whose base knows nothing.
+"""ising, potts: a periodic lattice, learned from its energy alone by a masked or a uniform chain whose base knows nothing.
 
-Against enumeration, and beside each figure what as many exact samples have.
+log Z and observables are exact, by the transfer matrix; beside each figure stands what as many exact samples have.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from dam.adjoint import tilted_weights
 from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
 from dam.models.denoiser import Head
-from experiments import learners
-from experiments.densities import Density, Ising
+from dam.rollout import outcome_log_prob
+from experiments import learners, replay
+from experiments.densities import Density, Ising, Lattice, Potts
 from experiments.estimators import Options, bar, checked, draw_curves, fitting, play, playing, run_all, spread, write
 
+LATTICES: dict[str, type[Ising] | type[Potts]] = {"ising": Ising, "potts": Potts}
 OPTIONS = Options(rounds=100, batch=1024, steps=4, power=1.0)
 ON_THE_WAY = 2048  # samples of an evaluation before the end
 
@@ -63,26 +65,33 @@ class Network(nn.Module):
 
 
 def on_lattice(
-    density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
+    density: Lattice, name: str, options: Options, seed: int, samples: int, size: int | None, width: int
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains on a masked chain; the curve, of few samples, and the figures at the end."""
     torch.manual_seed(seed)
-    model = learners.DenoiserModel(Network(density), density, **fitting(options))
-    learner = learners.learner(name, density, **playing(options), size=size, seed=seed)
+    model = learners.DenoiserModel(Network(density, width), density, **fitting(options))
+    learner = learner_of(name, density, options, size, seed)
 
     def evaluate() -> dict[str, float]:
-        found = figures(density, model, min(samples, ON_THE_WAY), seed)
+        found = of_weights(averaged(density, model, min(samples, ON_THE_WAY), seed)[1])
         return {"ess": found["ess"], "kl": found["kl"]}
 
     curve = play(learner, model, options.rounds, evaluate, f"{name}, beta {density.beta}, seed {seed}")
     return curve, figures(density, model, samples, seed)
 
 
-OBSERVED = ("tv", "magnetisation_error", "correlation_error")
+def learner_of(name: str, density: Lattice, options: Options, size: int | None, seed: int) -> learners.Learner:
+    if name in replay.LEARNERS:
+        return replay.learner(name, density, **playing(options), seed=seed)
+    return learners.learner(name, density, **playing(options), size=size, seed=seed)
 
 
-def figures(density: Ising, model: learners.Model, samples: int, seed: int) -> dict[str, Any]:
-    """`lattice_figures` of the averaged network of a masked chain."""
+OBSERVED = ("magnetisation_error", "correlation_error")
+ORDERS, OVER_ORDERS = 16, 2048  # of unmasking, and samples, of `kl_over_orders`
+
+
+def averaged(density: Lattice, model: learners.Model, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`weighed` samples of the averaged network of a masked chain."""
 
     def sampled(count: int, seed: int) -> tuple[Tensor, Tensor]:
         path = model.sampled(model.blank(count), seed)
@@ -90,40 +99,90 @@ def figures(density: Ising, model: learners.Model, samples: int, seed: int) -> d
 
     network, model.network = model.network, model.averaged
     try:
-        return lattice_figures(density, sampled, samples, seed)
+        return weighed(density, sampled, samples, seed)
     finally:
         model.network = network
 
 
-def lattice_figures(
-    density: Ising, sampled: Callable[[int, int], tuple[Tensor, Tensor]], samples: int, seed: int
-) -> dict[str, Any]:
-    """Of samples and the weights log p_base - log p_u of their paths: ESS of the weights to p*, KL(p_u || p*) of paths
-    by their mean, and total variation and observables against p*, each with what exact samples have in [1].
-    """
+def figures(density: Lattice, model: learners.DenoiserModel, samples: int, seed: int) -> dict[str, Any]:
+    """All figures of the averaged network of a masked chain."""
+    over_orders = kl_over_orders(density, model, min(samples, OVER_ORDERS), seed)
+    return {**lattice_figures(density, *averaged(density, model, samples, seed), seed), "kl_over_orders": over_orders}
+
+
+@functools.cache
+def known(density: Lattice) -> tuple[float, tuple[float, float]]:
+    return density.known()
+
+
+def weighed(
+    density: Lattice, sampled: Callable[[int, int], tuple[Tensor, Tensor]], samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Samples [N, L], from what draws so many with log p_base - log p_u of their paths, and log p* - log p_u [N]."""
     finals, log_weights = [], []
     for n, at in enumerate(range(0, samples, 16_384)):
         final, log_ratio = sampled(min(16_384, samples - at), 10**9 + seed * 1000 + n)
         finals.append(final)
         log_weights.append(log_ratio + density.length * math.log(density.tokens) + density.log_density(final))
-    every = enumeration.states(density.tokens, density.length)
-    final, log_weight = torch.cat(finals), torch.cat(log_weights) - density.log_density(every).logsumexp(dim=0)
-    weight = torch.softmax(log_weight, dim=0)
-    law = density.law()
-    exact = torch.multinomial(law, samples, replacement=True, generator=torch.Generator().manual_seed(seed))
-    truth = [float((law * x).sum()) for x in density.observables(every)]
+    return torch.cat(finals), torch.cat(log_weights) - known(density)[0]
 
-    def compared(index: Tensor) -> tuple[float, float, float]:
-        share = torch.bincount(index, minlength=len(law)).double() / len(index)
-        means = [float(x.mean()) for x in density.observables(every[index])]
-        return float((share - law).abs().sum() / 2), *(abs(m - t) for m, t in zip(means, truth, strict=True))
 
-    ours, floor = compared(enumeration.index_of(final, density.tokens)), compared(exact)
+def of_weights(log_weight: Tensor) -> dict[str, float]:
+    """ESS of the weights of N samples to p* in [1 / N, 1], KL(p_u || p*) of paths by their mean, and the error of the
+    log Z that they give.
+    """
+    count = len(log_weight)
     return {
-        "ess": float(1 / weight.square().sum() / samples),
+        "ess": float(1 / torch.softmax(log_weight, dim=0).square().sum() / count),
         "kl": float(-log_weight.mean()),
-        **dict(zip(OBSERVED, zip(ours, floor, strict=True), strict=True)),
+        "log_z_error": float(log_weight.logsumexp(dim=0)) - math.log(count),
     }
+
+
+def lattice_figures(density: Lattice, final: Tensor, log_weight: Tensor, seed: int) -> dict[str, Any]:
+    """`of_weights`, and observables against p*, each with what exact samples have in [1]; total variation likewise,
+    where states can be enumerated.
+    """
+    found: dict[str, Any] = of_weights(log_weight)
+    truth = known(density)[1]
+    if density.enumerable:
+        law, generator = density.law(), torch.Generator().manual_seed(seed)
+        index = torch.multinomial(law, len(final), replacement=True, generator=generator)
+        exact = enumeration.states(density.tokens, density.length)[index]
+        found["tv"] = [total_variation(law, enumeration.index_of(x, density.tokens)) for x in (final, exact)]
+    else:
+        exact = density.exact(len(final), seed)
+    means = [[float(o.mean()) for o in density.observables(x)] for x in (final, exact)]
+    for n, name in enumerate(OBSERVED):
+        found[name] = [abs(mean[n] - truth[n]) for mean in means]
+    return found
+
+
+def total_variation(law: Tensor, index: Tensor) -> float:
+    """Of a law [N] and the shares of samples int64 [B]."""
+    share = torch.bincount(index, minlength=len(law)).double() / len(index)
+    return float((share - law).abs().sum() / 2)
+
+
+def kl_over_orders(density: Lattice, model: learners.DenoiserModel, samples: int, seed: int) -> float:
+    """E[log (1/M sum_j p_u(x | order_j)) - log p*(x)], x drawn by the first of M orders, of the averaged network.
+
+    The divergence of (x, orders) from p* with M uniform orders, one of which drew x: between that of paths, M = 1, and
+    that of outcomes, M without end, and not below it at any M.
+
+    Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, ICLR 2016, Thm. 1, of p_u.
+    """
+    network, model.network = model.network, model.averaged
+    try:
+        path = model.sampled(model.blank(samples), 2 * 10**9 + seed)
+    finally:
+        model.network = network
+    others = outcome_log_prob(
+        model.averaged, path.initial, path.final, model.process, orders=ORDERS - 1, seed=3 * 10**9 + seed
+    )
+    log_prob = torch.cat((path.log_prob.double().sum(dim=1, keepdim=True), others), dim=1)
+    mean = log_prob.logsumexp(dim=1) - math.log(ORDERS)
+    return float((mean - density.log_density(path.final)).mean()) + known(density)[0]
 
 
 class TimedNetwork(nn.Module):
@@ -197,6 +256,7 @@ def on_uniform_lattice(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model, curve, at = UniformLattice(density, options), [], checked(options.rounds)
+    sampled = functools.partial(model.sampled, averaged=True)
     label = f"{name}, uniform base, beta {density.beta}, seed {seed}"
     for n in bar(options.rounds, label):
         final, log_ratio = model.sampled(options.batch, seed * 10**6 + n)
@@ -206,48 +266,60 @@ def on_uniform_lattice(
         for _ in range(options.steps):
             model.step(final, weights.weight.flatten(), n / options.rounds, generator)
         if n + 1 in at:
-            found = lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), ON_THE_WAY, seed)
+            found = of_weights(weighed(density, sampled, ON_THE_WAY, seed)[1])
             # A trajectory is a call for every leap.
             calls = (n + 1) * options.batch * (len(LEAPS) - 1 + options.steps)
             cost = {"reward_calls": (n + 1) * options.batch, "network_calls": calls}
             curve.append({**cost, "ess": found["ess"], "kl": found["kl"]})
-    return curve, lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), samples, seed)
+    return curve, lattice_figures(density, *weighed(density, sampled, samples, seed), seed)
 
 
-def run_ising(
-    density: Ising, base: str, options: Options, samples: int, size: int | None, name: str, seed: int
+def run(
+    density: Lattice, base: str, options: Options, samples: int, size: int | None, width: int, name: str, seed: int
 ) -> dict[str, Any]:
-    run = on_lattice if base == "masked" else on_uniform_lattice
-    curve, found = run(density, name, options, seed, samples, size)
+    if base == "masked":
+        curve, found = on_lattice(density, name, options, seed, samples, size, width)
+    else:
+        assert isinstance(density, Ising)
+        curve, found = on_uniform_lattice(density, name, options, seed, samples, size)
     return {**found, "curve": curve}
 
 
-def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
-    density = Ising(given["side"], given["beta"], given["field"])
-    run = functools.partial(run_ising, density, given["base"], options, given["samples"], given["group_size"])
+def study(given: dict[str, Any], options: Options, output: Path) -> str:
+    made = LATTICES[given["study"]]
+    density = made(**{field.name: given[field.name] for field in dataclasses.fields(made)})
+    base = given.get("base", "masked")
+    run_one = functools.partial(run, density, base, options, given["samples"], given["group_size"], given["width"])
     results: list[dict[str, Any]] = []
-    stem = given["name"] or f"ising-{density.beta:g}-{given['base']}"
-    setting = {**dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
-    setting.update(samples=given["samples"], group_size=given["group_size"])
-    for found in run_all(given, run):
+    stem = given["name"] or f"{given['study']}-{density.beta:g}-{base}"
+    setting = {**dataclasses.asdict(density), "base": base, **dataclasses.asdict(options)}
+    setting.update({name: given[name] for name in ("samples", "group_size", "width")})
+    for found in run_all(given, run_one):
         results.append(found)
         print(f"{found['learner']}, seed {found['seed']}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}", flush=True)
         write(output / f"{stem}.json", setting, results, given)
-    title = f"{density.side} x {density.side} Ising, beta {density.beta}, {given['base']} base"
+    title = f"{density.side} x {density.side} {made.__name__}, beta {density.beta}, {base} base"
     lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
     draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
-    return ising_table(results)
+    return lattice_table(results)
 
 
-def ising_table(results: Sequence[dict[str, Any]]) -> str:
+def lattice_table(results: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, those of exact samples in brackets."""
-    lines = ["| learner | reward calls | ESS | KL(p_u, p*) | TV | magnetisation off by | correlation off by |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    observed = [name for name in ("tv", *OBSERVED) if name in results[0]]
+    named = {"tv": "TV", "magnetisation_error": "magnetisation off by", "correlation_error": "correlation off by"}
+    columns = ["learner", "reward calls", "network calls", "ESS", "KL(p_u, p*)", "over orders", "log Z off by"]
+    columns += [named[name] for name in observed]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
-        cells = [name, f"{runs[0]['curve'][-1]['reward_calls']:,}"]
+        last = runs[0]["curve"][-1]
+        cells = [name, f"{last['reward_calls']:,}", f"{last['network_calls']:,}"]
         cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
-        for figure in OBSERVED:
+        over_orders = [r["kl_over_orders"] for r in runs if "kl_over_orders" in r]
+        cells += [spread(over_orders, "{:.2g}") if over_orders else "-"]
+        cells += [spread([r["log_z_error"] for r in runs], "{:+.4f}")]
+        for figure in observed:
             ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
             cells.append(f"{ours:.4f} [{exact:.4f}]")
         lines.append(f"| {' | '.join(cells)} |")
