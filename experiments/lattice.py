@@ -1,4 +1,4 @@
-"""ising, potts: a periodic lattice, learned from its energy alone by a masked or a uniform chain whose base knows nothing.
+"""ising, potts: a periodic lattice, learned from its energy by a masked or uniform chain whose base knows nothing.
 
 log Z and observables are exact, by the transfer matrix; beside each figure stands what as many exact samples have.
 """

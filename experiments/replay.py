@@ -29,10 +29,10 @@ class Replay(Learner):
 
         1/2 Var over paths of  r(x) - log p_u(x | order),      of which the gradient is -E[(l - E[l]) grad log p_u],
 
-    l being what the variance is of: `path_targets` with these weights. The variance is 0 at p* and there alone, whatever
-    law the paths are drawn from, and so is each path's share of the gradient: no noise is left. The paths are those of
-    the round, whose log p_u is known from the rollout, and as many kept outcomes in orders drawn anew, for L network
-    calls each and no reward call.
+    l being what the variance is of: `path_targets` with these weights. It is 0 at p* and there alone, whatever law the
+    paths are drawn from, if that has them all, and so is each path's share of the gradient: no noise is left. The paths
+    are those of the round, whose log p_u is known from the rollout, and kept outcomes in orders drawn anew, for L
+    network calls each and no reward call.
 
     Args:
         late: share of the run after which the variance takes over, in [0, 1].
@@ -44,7 +44,7 @@ class Replay(Learner):
     weights of rounds: Elvira and Martino, Advances in importance sampling, arXiv 2102.05407, Sec. 4.
     """
 
-    late: float = 0.4
+    late: float = 0.5
     kept: int = 2**17
     paths: int = 256
     again: int = 0

@@ -63,7 +63,7 @@ def test_clusters_of_a_larger_lattice(density):
 
 
 def test_unequal_neighbours_are_not_bound():
-    with pytest.raises(ValueError, match="the coupling must be at least 0; got -0.5"):
+    with pytest.raises(ValueError, match=r"the coupling must be at least 0; got -0\.5"):
         clusters.swendsen_wang(2, -0.5, torch.zeros(2, dtype=torch.float64), 1, 1, 0)
 
 
