@@ -301,7 +301,7 @@ def study(given: dict[str, Any], options: Options, output: Path) -> str:
     title = f"{density.side} x {density.side} {made.__name__}, beta {density.beta}, {base} base"
     lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
     draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
-    return lattice_table(results)
+    return f"{lattice_table(results)}\n\n{network_calls_table(results)}"
 
 
 def lattice_table(results: Sequence[dict[str, Any]]) -> str:
@@ -322,5 +322,22 @@ def lattice_table(results: Sequence[dict[str, Any]]) -> str:
         for figure in observed:
             ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
             cells.append(f"{ours:.4f} [{exact:.4f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def network_calls_table(results: Sequence[dict[str, Any]]) -> str:
+    """Medians over seeds at the last evaluation on the way within the network calls of the learner with the fewest.
+
+    Their learning rates have not fallen as far then as those of a run of that length would have.
+    """
+    limit = min(r["curve"][-1]["network_calls"] for r in results)
+    lines = ["| learner | network calls | reward calls | ESS | KL(p_u, p*) |", "| --- | --- | --- | --- | --- |"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        curves = [r["curve"] for r in results if r["learner"] == name]
+        points = [[point for point in curve if point["network_calls"] <= limit][-1] for curve in curves]
+        cells = [name, *(f"{points[0][cost]:,}" for cost in ("network_calls", "reward_calls"))]
+        for figure, form in (("ess", "{:.4f}"), ("kl", "{:.2g}")):
+            cells.append(spread([point[figure] for point in points], form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from experiments.learners import Learner, Model, Round
 class Replay(Learner):
     """`posterior` at re-masked outcomes that are kept, then the log variance of whole paths, whose noise vanishes.
 
-    Until `late`, each of the steps re-masks `batch` outcomes, drawn from those kept in proportion to their weights
+    Until `late`, each of the steps re-masks `states` outcomes, drawn from those kept in proportion to their weights
     toward p*. Weights are p* / p_u of the path by the model that drew it, normalised over its round; a round counts by
     the effective sample size of its weights, as estimates are joined in inverse proportion to their variance.
 
@@ -37,6 +37,7 @@ class Replay(Learner):
     Args:
         late: share of the run after which the variance takes over, in [0, 1].
         kept: outcomes.
+        states: of a step at re-masked outcomes.
         paths: of a step on the variance.
         again: kept outcomes of a round whose variance is taken in other orders, beside the round's own.
 
@@ -46,7 +47,8 @@ class Replay(Learner):
 
     late: float = 0.5
     kept: int = 2**17
-    paths: int = 256
+    states: int = 512
+    paths: int = 128
     again: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class Replay(Learner):
         self._keep(path.final, reward, log_weight)
         length = self.density.length
         if progress < self.late:
-            return Round(self._re_masked(model), self.batch, self.batch * (length + self.steps))
+            return Round(self._re_masked(model), self.batch, self.batch * length + self.steps * self.states)
         calls = (2 * self.batch + 2 * self.again) * length
         return Round(self._by_variance(model, path, log_weight), self.batch, calls)
 
@@ -74,7 +76,7 @@ class Replay(Learner):
 
     def _re_masked(self, model: Model) -> Iterator[MatchingTargets]:
         for _ in range(self.steps):
-            chosen = torch.multinomial(self.weight, self.batch, True, generator=self.generator)
+            chosen = torch.multinomial(self.weight, self.states, True, generator=self.generator)
             final = self.final[chosen][None]
             blank = torch.full_like(final, self.density.tokens)
             states = model.process.remask(blank, final, self.generator, stratified=True)
@@ -120,3 +122,4 @@ LEARNERS: dict[str, dict[str, float]] = {
     "posterior, replay": {"late": 1.0},
     "variance": {"late": 0.0},
 }
+ABLATIONS = ("posterior, replay", "variance")
