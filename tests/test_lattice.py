@@ -98,17 +98,17 @@ def test_divergences_of_a_network_that_is_known_exactly(monkeypatch):
     of_outcomes = float((law * (law.log() - log_p)).sum())
     of_paths = float((paths.exp() * (paths - log_p)).sum(dim=1).mean())
     assert of_outcomes < of_paths - 0.01  # else nothing is tested
-    found = lattice.figures(density, model, 40_000, 0)
+    found = lattice.figures(density, model, 10_000, 0)
     values = (paths - log_p).flatten()
     spread = float((paths.exp().flatten() / 24 * (values - of_paths).square()).sum().sqrt())
-    assert abs(found["kl"] - of_paths) < Z * spread / 40_000**0.5
+    assert abs(found["kl"] - of_paths) < Z * spread / 10_000**0.5
     weights = float(((-2 * values).exp() * paths.exp().flatten() / 24).sum())  # the mean of their square
-    assert abs(found["log_z_error"]) < Z * (weights - 1) ** 0.5 / 40_000**0.5
+    assert abs(found["log_z_error"]) < Z * (weights - 1) ** 0.5 / 10_000**0.5
     many = {}
-    for count in (2, 256):
+    for count in (2, 64):
         monkeypatch.setattr(lattice, "ORDERS", count)
-        many[count] = lattice.kl_over_orders(density, model, 4000, 0)
-    assert of_outcomes - Z * spread / 4000**0.5 < many[256] < many[2]
+        many[count] = lattice.kl_over_orders(density, model, 1000, 0)
+    assert of_outcomes - Z * spread / 1000**0.5 < many[64] < many[2]
 
 
 class Small(Grid):
@@ -214,16 +214,13 @@ def test_at_the_optimum_the_variance_asks_for_nothing():
 
 
 def test_the_study_of_potts(tmp_path, capsys):
-    """A variance that is learned leaves less than re-masked outcomes alone: 0.02 for 0.05 of 1 - ESS in 3 seeds."""
+    """The base has an ESS of 0.056; three seeds had 0.48 to 0.78 after so few calls, log Z off by 0.04."""
     arguments = ["potts", "--side", "2", "--rounds", "40", "--batch", "128", "--samples", "2048", "--seeds", "1"]
-    arguments += ["--width", "64", "--learners", "posterior", "posterior, then variance", "--output", str(tmp_path)]
-    assert main(arguments) == 0
-    results = json.loads((tmp_path / "potts-1.005-masked.json").read_text())["results"]
-    found = {r["learner"]: r for r in results}
-    ours = found["posterior, then variance"]
-    assert ours["ess"] > found["posterior"]["ess"] and ours["kl"] < found["posterior"]["kl"]
-    assert ours["curve"][-1]["reward_calls"] == 40 * 128 and abs(ours["log_z_error"]) < 0.02
-    assert "| posterior, then variance | 5,120 |" in capsys.readouterr().out
+    assert main([*arguments, "--width", "64", "--learners", "posterior", "--output", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "potts-1.005-masked.json").read_text())["results"]
+    assert found["ess"] > 0.2 and abs(found["log_z_error"]) < 0.2 and found["kl_over_orders"] < found["kl"]
+    assert found["curve"][-1]["reward_calls"] == 40 * 128
+    assert "| posterior | 5,120 | 102,400 |" in capsys.readouterr().out
 
 
 def test_equal_network_calls():
