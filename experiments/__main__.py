@@ -1,8 +1,8 @@
-"""The studies of the method: python -m experiments grid|ising|moves|sudoku|orders|countdown|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|potts|moves|sudoku|orders|countdown|runs [--help].
 
-grid, ising and sudoku ask which estimator learns most from a reward call, by `estimators`; moves asks it of chains of
-listed moves; orders asks what keeps a run from p* whose base is a network, countdown what keeps a text model from
-learning; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
+Those before orders ask which estimator learns most from a reward call, by `estimators` and `lattice`, of chains of
+listed moves by `moves`; orders asks what keeps a run from p* whose base is a network, countdown what keeps a text model
+from learning; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -16,43 +16,45 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from experiments import densities, estimators, moves
-from experiments.densities import Grid, Ising
+from experiments import densities, estimators, lattice, moves
+from experiments.densities import Grid
 
 PROG = "python -m experiments"
 RESULTS = Path(__file__).parent / "results"
 STUDIES = {
     "grid": "two tokens on a grid",
     "ising": "an Ising lattice",
+    "potts": "a Potts lattice",
     "sudoku": "the main job, estimator by estimator",
     "moves": "chains of swaps and hops, against enumeration",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
+DESCRIPTION = f"{estimators.__doc__}\n{lattice.__doc__}"
 RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=PROG, description=estimators.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     studies = parser.add_subparsers(dest="study", required=True)
     on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
     on["moves"].add_argument("--case", choices=list(moves.CASES), default="occupation", help="default: %(default)s")
-    for name in ("grid", "ising"):
-        on[name].add_argument("--base", choices=("masked", "uniform"), default="masked")
+    for name in ("grid", *lattice.LATTICES):
+        if name != "potts":
+            on[name].add_argument("--base", choices=("masked", "uniform"), default="masked")
         on[name].add_argument("--name", help="of the JSON and PNG (default: by density and base)")
-    defaults = {"grid": estimators.Options(), "ising": estimators.ISING, "moves": moves.Options()}
-    for name, default in defaults.items():
+    defaults = {"grid": estimators.Options(), **dict.fromkeys(lattice.LATTICES, lattice.OPTIONS)}
+    for name, default in {**defaults, "moves": moves.Options()}.items():
         add = on[name].add_argument
         for field in dataclasses.fields(default):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    for name, seeds in (("grid", 5), ("ising", 5), ("moves", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
+    seeds_of = {"grid": 5, "ising": 5, "potts": 5, "moves": 5, "sudoku": 2, "orders": 2, "countdown": 1}
+    for name, seeds in seeds_of.items():
         every = "; ".join(estimators.learners_of({"study": name}))
-        on[name].add_argument(
-            "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
-        )
+        on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but ablations)")
         on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
         several = "runs at a time, with a thread each if several (default: %(default)s)"
         on[name].add_argument("--processes", type=int, default=1, help=several)
@@ -61,11 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--density", choices=densities.DENSITIES, default=Grid.name)
     add("--size", type=int, default=Grid.size, help="points of an axis (default: %(default)s)")
     add("--published-times", type=int, default=1, help="as many rounds for the published estimator (default: 1)")
-    add = on["ising"].add_argument
-    for ising in dataclasses.fields(Ising):
-        add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
-    add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
-    add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+    for name, density in lattice.LATTICES.items():
+        add = on[name].add_argument
+        for of in dataclasses.fields(density):
+            add(f"--{of.name}", type=type(of.default), default=of.default, help="default: %(default)s")
+        add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
+        add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+        add("--width", type=int, default=256, help="of the network (default: %(default)s)")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     on["countdown"].add_argument("--calls", type=int, default=16_384, help="reward calls (default: %(default)s)")
     add = on["orders"].add_argument
@@ -108,7 +112,7 @@ def study(given: dict[str, Any]) -> int:
         options = estimators.Options(
             **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}
         )
-        run = estimators.study_grid if given["study"] == "grid" else estimators.study_ising
+        run = estimators.study_grid if given["study"] == "grid" else lattice.study
         text = run(given, options, output)
     print(f"\n{text}\n\nJSON and PNG: {output}")
     return 0

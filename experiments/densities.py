@@ -11,8 +11,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dam.ctmc import enumeration
+from experiments import clusters, transfer
 
 RESOLUTION = 91
 DENSITIES = ("pinwheel", "checkerboard")
@@ -33,8 +35,62 @@ class Density(abc.ABC):
         return torch.softmax(self.log_density(enumeration.states(self.tokens, self.length)), dim=0)
 
 
+class Lattice(Density):
+    """A periodic square lattice: log p*(x) = coupling * equal pairs of neighbours + sum_i site[x_i] + offset - log Z.
+
+    A lattice of side 2 has each pair of neighbours twice.
+    """
+
+    side: int
+    beta: float
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.side**2
+
+    @property
+    @abc.abstractmethod
+    def coupling(self) -> float:
+        """Of each pair of neighbours with equal tokens."""
+
+    @property
+    @abc.abstractmethod
+    def site(self) -> Tensor:
+        """Of each token at a site, float64 [V]."""
+
+    @property
+    @abc.abstractmethod
+    def offset(self) -> float:
+        """What log_density has beside both."""
+
+    @abc.abstractmethod
+    def observables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Magnetisation and correlation of neighbours, as each lattice has them, float64 [B] for x [B, L]."""
+
+    @abc.abstractmethod
+    def of_moments(self, pairs: float, count: float, square: float) -> tuple[float, float]:
+        """Means of the observables, of those of equal pairs, of how often token 1 is there, and of that squared."""
+
+    @property
+    def enumerable(self) -> bool:
+        return self.tokens**self.length <= 2**20
+
+    def known(self) -> tuple[float, tuple[float, float]]:
+        """Exact: log of the sum of exp(log_density) over all states, and the means of the observables under p*."""
+        log_z, *means = transfer.moments(self.side, self.coupling, self.site, token=1)
+        return log_z + self.offset, self.of_moments(*means)
+
+    def exact(self, count: int, seed: int) -> Tensor:
+        """Samples of p*, int64 [count, L]: independent exact ones, or where rows have too many states for that,
+        those of Swendsen-Wang after 200 sweeps each.
+        """
+        if self.tokens**self.side <= 1024:
+            return transfer.samples(self.side, self.coupling, self.site, count, seed)
+        return clusters.swendsen_wang(self.side, self.coupling, self.site, count, 200, seed)
+
+
 @dataclasses.dataclass(frozen=True)
-class Ising(Density):
+class Ising(Lattice):
     """E(x) = -sum of s s' over neighbours on a periodic square lattice - field sum of s, for spins s = 2x - 1."""
 
     side: int = 4
@@ -43,8 +99,16 @@ class Ising(Density):
     tokens = 2
 
     @property
-    def length(self) -> int:
-        return self.side**2
+    def coupling(self) -> float:
+        return 2 * self.beta
+
+    @property
+    def site(self) -> Tensor:
+        return torch.tensor([-self.beta * self.field, self.beta * self.field], dtype=torch.float64)
+
+    @property
+    def offset(self) -> float:
+        return -2 * self.beta * self.length  # s s' = 2 [s = s'] - 1, over two pairs for each site
 
     def log_density(self, x: Tensor) -> Tensor:
         """-beta E(x)."""
@@ -59,6 +123,59 @@ class Ising(Density):
         """Magnetisation per spin, and the correlation of neighbours, float64 [B]."""
         s = self.spins(x)
         return s.mean(dim=(1, 2)), ((s * s.roll(1, 1)) + (s * s.roll(1, 2))).mean(dim=(1, 2)) / 2
+
+    def of_moments(self, pairs: float, count: float, square: float) -> tuple[float, float]:
+        return 2 * count / self.length - 1, pairs / self.length - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Potts(Lattice):
+    """E(x) = -the number of equal neighbours on a periodic square lattice, of sites with so many colours.
+
+    The infinite lattice is critical at beta = log(1 + sqrt(colours)), 1.005 for three.
+    """
+
+    side: int = 4
+    beta: float = 1.005
+    colours: int = 3
+
+    @property
+    def tokens(self) -> int:  # type: ignore[override]
+        return self.colours
+
+    @property
+    def coupling(self) -> float:
+        return self.beta
+
+    @property
+    def site(self) -> Tensor:
+        return torch.zeros(self.colours, dtype=torch.float64)
+
+    @property
+    def offset(self) -> float:
+        return 0.0
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """-beta E(x)."""
+        return self.beta * self.equal(x)
+
+    def equal(self, x: Tensor) -> Tensor:
+        """The number of equal neighbours, float64 [B]."""
+        x = x.view(-1, self.side, self.side)
+        return ((x == x.roll(1, 1)).double() + (x == x.roll(1, 2))).sum(dim=(1, 2))
+
+    def observables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(q sum over colours of their share squared - 1) / (q - 1), 1 of one colour alone and 0 of equal shares, and
+        the share of equal neighbours.
+        """
+        shares = F.one_hot(x, self.colours).double().mean(dim=1)
+        square = (self.colours * shares.square().sum(dim=1) - 1) / (self.colours - 1)
+        return square, self.equal(x) / (2 * self.length)
+
+    def of_moments(self, pairs: float, count: float, square: float) -> tuple[float, float]:
+        # No colour is another's better: the sum over them is that of one, as often.
+        sum_of_squares = self.colours * square / self.length**2
+        return (self.colours * sum_of_squares - 1) / (self.colours - 1), pairs / (2 * self.length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Which estimator learns most from a reward call, in three studies.
+"""Which estimator learns most from a reward call: how learners are run, and the studies but that of `lattice`.
 
 grid: a pinwheel or a checkerboard on 91 x 91 points, learned from log p* alone by a masked or a uniform chain whose
-base knows nothing; divergences are exact. ising: a lattice of spins, from its energy alone, against enumeration, and
-beside each figure what as many exact samples have. sudoku: a language model that knows rows only, from rewards.
+base knows nothing; divergences are exact. sudoku: a language model that knows rows only, from rewards.
 """
 
 from __future__ import annotations
@@ -22,21 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import records, report
 from dam import plots
-from dam.adjoint import tilted_weights
-from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
-from dam.models.denoiser import Head
-from experiments import grid, learners
-from experiments.densities import Density, Grid, Ising
+from experiments import grid, learners, replay
+from experiments.densities import Grid
 
 SVDD = "svdd"
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
-ON_THE_WAY = 2048  # samples of an evaluation before the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +44,6 @@ class Options:
     learning_rate: float = 2e-3
     power: float = 1.5  # with which it falls to 0
     average: float = 16.0  # exponent of the weights' average
-
-
-ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)
 
 
 def fitting(options: Options) -> dict[str, float]:
@@ -252,224 +243,6 @@ def spread(values: Sequence[float], form: str) -> str:
     return middle if len(values) == 1 else f"{middle} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-# ---- the Ising lattice
-
-
-class Network(nn.Module):
-    """p(v | position, tokens) by a residual MLP of all tokens, as a `Denoiser`; uniform at the start."""
-
-    def __init__(self, density: Density, width: int = 256, depth: int = 2):
-        super().__init__()
-        self.values = density.tokens + 1  # and the mask
-        self.first = nn.Linear(density.length * self.values, width)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.last = nn.Linear(width, density.length * 32)
-        self.output = nn.Linear(32, self.values)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-
-    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        h = F.gelu(self.first(F.one_hot(tokens, self.values).float().flatten(1)))
-        for layer in self.layers:
-            h = h + F.gelu(layer(h))
-        return F.gelu(self.last(h)).view(*tokens.shape, 32)
-
-    def head(self) -> Head:
-        return Head(self.output.weight, self.output.bias)
-
-
-def on_lattice(
-    density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Trains on a masked chain; the curve, of few samples, and the figures at the end."""
-    torch.manual_seed(seed)
-    model = learners.DenoiserModel(Network(density), density, **fitting(options))
-    learner = learners.learner(name, density, **playing(options), size=size, seed=seed)
-
-    def evaluate() -> dict[str, float]:
-        found = figures(density, model, min(samples, ON_THE_WAY), seed)
-        return {"ess": found["ess"], "kl": found["kl"]}
-
-    curve = play(learner, model, options.rounds, evaluate, f"{name}, beta {density.beta}, seed {seed}")
-    return curve, figures(density, model, samples, seed)
-
-
-OBSERVED = ("tv", "magnetisation_error", "correlation_error")
-
-
-def figures(density: Ising, model: learners.Model, samples: int, seed: int) -> dict[str, Any]:
-    """`lattice_figures` of the averaged network of a masked chain."""
-
-    def sampled(count: int, seed: int) -> tuple[Tensor, Tensor]:
-        path = model.sampled(model.blank(count), seed)
-        return path.final, -density.length * math.log(density.tokens) - path.log_prob.double().sum(dim=1)
-
-    network, model.network = model.network, model.averaged
-    try:
-        return lattice_figures(density, sampled, samples, seed)
-    finally:
-        model.network = network
-
-
-def lattice_figures(
-    density: Ising, sampled: Callable[[int, int], tuple[Tensor, Tensor]], samples: int, seed: int
-) -> dict[str, Any]:
-    """Of samples and the weights log p_base - log p_u of their paths: ESS of the weights to p*, KL(p_u || p*) of paths
-    by their mean, and total variation and observables against p*, each with what exact samples have in [1].
-    """
-    finals, log_weights = [], []
-    for n, at in enumerate(range(0, samples, 16_384)):
-        final, log_ratio = sampled(min(16_384, samples - at), 10**9 + seed * 1000 + n)
-        finals.append(final)
-        log_weights.append(log_ratio + density.length * math.log(density.tokens) + density.log_density(final))
-    every = enumeration.states(density.tokens, density.length)
-    final, log_weight = torch.cat(finals), torch.cat(log_weights) - density.log_density(every).logsumexp(dim=0)
-    weight = torch.softmax(log_weight, dim=0)
-    law = density.law()
-    exact = torch.multinomial(law, samples, replacement=True, generator=torch.Generator().manual_seed(seed))
-    truth = [float((law * x).sum()) for x in density.observables(every)]
-
-    def compared(index: Tensor) -> tuple[float, float, float]:
-        share = torch.bincount(index, minlength=len(law)).double() / len(index)
-        means = [float(x.mean()) for x in density.observables(every[index])]
-        return float((share - law).abs().sum() / 2), *(abs(m - t) for m, t in zip(means, truth, strict=True))
-
-    ours, floor = compared(enumeration.index_of(final, density.tokens)), compared(exact)
-    return {
-        "ess": float(1 / weight.square().sum() / samples),
-        "kl": float(-log_weight.mean()),
-        **dict(zip(OBSERVED, zip(ours, floor, strict=True), strict=True)),
-    }
-
-
-class TimedNetwork(nn.Module):
-    """What the other spins and the time say of each one: log-odds [B, L, 2], 0 at the start; a residual MLP."""
-
-    def __init__(self, density: Ising, width: int = 256, depth: int = 2):
-        super().__init__()
-        self.first = nn.Linear(density.length + 3, width)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.last = nn.Linear(width, density.length * 2)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, tokens: Tensor, left: Tensor) -> Tensor:
-        times = torch.stack([left, left.square(), left.clamp(min=1e-4).log() / 8], dim=1)
-        h = F.gelu(self.first(torch.cat([2.0 * tokens - 1, times], dim=1).float()))
-        for layer in self.layers:
-            h = h + F.gelu(layer(h))
-        return self.last(h).view(*tokens.shape, 2)
-
-
-# Of the uniform chain of spins: weights over as many events as `simulate` would make of them vary too much.
-LEAPS = [1 - 10 ** (-4 * k / 40) for k in range(41)]
-
-
-class UniformLattice:
-    """A uniform chain of spins: p(X_1^i = w | x, t) in proportion to K_t[w, x_i] and what a network adds to it."""
-
-    def __init__(self, density: Ising, options: Options):
-        self.density, self.process = density, UniformCTMC(density.tokens, Geometric(1e-3))
-        self._fit = learners.Fit(TimedNetwork(density), **fitting(options))
-
-    def base(self, tokens: Tensor, time: Tensor) -> Tensor:
-        return self.process.kernel(time).transpose(1, 2)[torch.arange(len(tokens))[:, None], tokens].log()
-
-    def prediction(self, network: nn.Module, tokens: Tensor, time: Tensor) -> Tensor:
-        left = self.process.schedule.alpha(time.double())
-        return self.base(tokens, time) + network(tokens, left).double()
-
-    def step(self, final: Tensor, weight: Tensor, progress: float, generator: torch.Generator) -> None:
-        """A gradient step on outcomes re-noised to times at which what is left of them is uniform in (0, 1)."""
-        time = self.process.schedule.inverse(torch.rand(len(final), generator=generator, dtype=torch.float64))
-        time = time.clamp(min=0.0)
-        states = self.process.noise(final, time, generator)
-        log_prob = self.prediction(self._fit.network, states, time).log_softmax(dim=2)
-        loss = -(weight * log_prob.gather(2, final[..., None]).sum(dim=(1, 2))).mean() / self.density.length
-        self._fit.step(loss, progress)
-
-    def sampled(self, count: int, seed: int, *, averaged: bool = False) -> tuple[Tensor, Tensor]:
-        """Outcomes [B, L], and log p_base - log p_u of their paths."""
-        network = self._fit.averaged if averaged else self._fit.network
-        start = self.process.initial((count, self.density.length), torch.Generator().manual_seed(seed + 2**40))
-        path = tau_leap(
-            self.process,
-            lambda x, t: self.prediction(network, x, t),
-            start,
-            times=LEAPS,
-            base=self.base,
-            seed=seed,
-        )
-        return path.final, (path.log_ratio + path.escape_gap).sum(dim=1)
-
-
-def on_uniform_lattice(
-    density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Trains on a uniform chain; the curve, of few samples, and the figures at the end.
-
-    What is matched is the exact chain's, and what samples the one of tau-leaping, which p* is not quite a law of.
-    """
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model, curve, at = UniformLattice(density, options), [], checked(options.rounds)
-    label = f"{name}, uniform base, beta {density.beta}, seed {seed}"
-    for n in bar(options.rounds, label):
-        final, log_ratio = model.sampled(options.batch, seed * 10**6 + n)
-        reward = density.log_density(final)
-        shape = (-1, size or options.batch)
-        weights, _ = tilted_weights(log_ratio.view(*shape, 1), reward.view(shape), beta=1.0)
-        for _ in range(options.steps):
-            model.step(final, weights.weight.flatten(), n / options.rounds, generator)
-        if n + 1 in at:
-            found = lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), ON_THE_WAY, seed)
-            # A trajectory is a call for every leap.
-            calls = (n + 1) * options.batch * (len(LEAPS) - 1 + options.steps)
-            cost = {"reward_calls": (n + 1) * options.batch, "network_calls": calls}
-            curve.append({**cost, "ess": found["ess"], "kl": found["kl"]})
-    return curve, lattice_figures(density, lambda count, m: model.sampled(count, m, averaged=True), samples, seed)
-
-
-def run_ising(
-    density: Ising, base: str, options: Options, samples: int, size: int | None, name: str, seed: int
-) -> dict[str, Any]:
-    run = on_lattice if base == "masked" else on_uniform_lattice
-    curve, found = run(density, name, options, seed, samples, size)
-    return {**found, "curve": curve}
-
-
-def study_ising(given: dict[str, Any], options: Options, output: Path) -> str:
-    density = Ising(given["side"], given["beta"], given["field"])
-    run = functools.partial(run_ising, density, given["base"], options, given["samples"], given["group_size"])
-    results: list[dict[str, Any]] = []
-    stem = given["name"] or f"ising-{density.beta:g}-{given['base']}"
-    setting = {**dataclasses.asdict(density), "base": given["base"], **dataclasses.asdict(options)}
-    setting.update(samples=given["samples"], group_size=given["group_size"])
-    for found in run_all(given, run):
-        results.append(found)
-        print(f"{found['learner']}, seed {found['seed']}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}", flush=True)
-        write(output / f"{stem}.json", setting, results, given)
-    title = f"{density.side} x {density.side} Ising, beta {density.beta}, {given['base']} base"
-    lost = [{**r, "curve": [{**point, "lost": 1 - point["ess"]} for point in r["curve"]]} for r in results]
-    draw_curves(output / f"{stem}.png", lost, "lost", "1 - ESS", title)
-    return ising_table(results)
-
-
-def ising_table(results: Sequence[dict[str, Any]]) -> str:
-    """Medians over seeds, those of exact samples in brackets."""
-    lines = ["| learner | reward calls | ESS | KL(p_u, p*) | TV | magnetisation off by | correlation off by |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for name in dict.fromkeys(r["learner"] for r in results):
-        runs = [r for r in results if r["learner"] == name]
-        cells = [name, f"{runs[0]['curve'][-1]['reward_calls']:,}"]
-        cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
-        for figure in OBSERVED:
-            ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
-            cells.append(f"{ours:.4f} [{exact:.4f}]")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 # ---- Sudoku
 
 SUDOKU = ("posterior, group", "first_jump, group", "posterior, state", "first_jump_one, state")
@@ -642,8 +415,8 @@ def learners_of(given: dict[str, Any]) -> list[str]:
         return list(moves.LEARNERS)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
-    return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
+    return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else replay.LEARNERS)]
 
 
 def default_learners(given: dict[str, Any]) -> list[str]:
-    return [name for name in learners_of(given) if name not in learners.ABLATIONS]
+    return [name for name in learners_of(given) if name not in (*learners.ABLATIONS, *replay.ABLATIONS)]

@@ -12,7 +12,7 @@ import torch
 import dam
 from dam.ctmc import enumeration
 from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
-from experiments import countdown, estimators, grid, learners, moves, orders
+from experiments import countdown, estimators, grid, lattice, learners, moves, orders
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -303,8 +303,8 @@ def test_a_uniform_base_on_the_grid(tmp_path):
 def test_a_network_that_knows_nothing_has_the_weights_of_the_base():
     """ESS of exp(-beta E) over uniform samples, from its definition; KL(p_u || p*) likewise."""
     density = Ising(side=2)
-    model = learners.DenoiserModel(estimators.Network(density), density, learning_rate=1e-3)
-    found = estimators.figures(density, model, 20_000, seed=0)
+    model = learners.DenoiserModel(lattice.Network(density), density, learning_rate=1e-3)
+    found = lattice.figures(density, model, 20_000, seed=0)
     p = density.law()
     expected = 1 / (16 * float(p.square().sum()))
     # Of 20,000 samples it has a standard deviation of 0.43% (200 repetitions).
@@ -525,7 +525,7 @@ def test_the_study_of_moves(tmp_path):
 
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
     own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
-    own.update(moves="--case", runs="--puzzles")
+    own.update(moves="--case", runs="--puzzles", potts="--colours")
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])
