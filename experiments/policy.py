@@ -193,7 +193,7 @@ class SandwichedPolicyGradient(Learner):
     def gradient(self, remasked: Remasked, model: Model, negative: Tensor) -> Tensor:
         """What each log p(x_i | i, state) counts for in the bound of its outcome, [B, M, L]."""
         lower = remasked.share / self.masks
-        count = remasked.masked.sum(dim=2, keepdim=True)
+        count = remasked.masked.double().sum(dim=2, keepdim=True)
         score = self.power * remasked.log_prob(model) - count.clamp(min=1).log()
         among = torch.softmax(torch.where(remasked.masked, score, -torch.inf), dim=1)
         seen = remasked.masked.any(dim=1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 import dam
 from dam.ctmc import enumeration
 from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
-from experiments import countdown, estimators, grid, learners, orders
+from experiments import countdown, estimators, grid, learners, orders, policy
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -169,15 +169,12 @@ def laws(name):
     return torch.softmax((reward / stages).flatten(), dim=0).view(5, 5), torch.full((5, 5), 1 / 25, dtype=torch.float64)
 
 
-CONSISTENT = sorted(set(learners.LEARNERS) - {"d1"})
+CONSISTENT = sorted(set(learners.LEARNERS) - set(policy.LEARNERS))  # the others by enumeration: tests/test_policy.py
 
 
 @pytest.mark.parametrize("name", CONSISTENT)
 def test_the_fixed_point_is_the_optimum(name):
-    """At p* no learner's gradient has another mean than 0; that of c-DTM vanishes a stage's tilt beyond its teacher.
-
-    Not of d1: see `learners.PolicyGradient`.
-    """
+    """At p* no learner's gradient has another mean than 0; that of c-DTM vanishes a stage's tilt beyond its teacher."""
     law, uniform = laws(name)
     gradient, _ = gradients(name, law, uniform if name == "c-DTM" else law)
     # float32 log-probabilities leave gradients of 1e-4 a trajectory where there are none.
