@@ -1,8 +1,8 @@
-"""The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|...
 
 The first three ask which estimator learns most from a reward call, by `estimators`; orders asks what keeps a run from
-p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
-`dam sudoku` or `dam countdown` runs.
+p* whose base is a network, countdown what keeps a text model from learning; ablations and guidance train nothing; runs
+prints the figures of finished `dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import options as of_benchmarks
 from benchmarks import report
-from experiments import densities, estimators
+from experiments import ablations, densities, estimators, guidance
 from experiments.densities import Grid, Ising
 
 PROG = "python -m experiments"
@@ -28,6 +29,10 @@ STUDIES = {
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
+TABLES = {
+    "ablations": "what an estimator owes to its parts, on tables where all is known",
+    "guidance": "samples of a 4 x 4 Ising lattice by reward calls at test time",
+}
 RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
 
 
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=PROG, description=estimators.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     studies = parser.add_subparsers(dest="study", required=True)
-    on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
+    on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, **TABLES, "runs": RUNS}.items()}
     for name, default in (("grid", estimators.Options()), ("ising", estimators.ISING)):
         add = on[name].add_argument
         add("--base", choices=("masked", "uniform"), default="masked")
@@ -67,6 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = on["orders"].add_argument
     add("--steps", type=int, default=2400, help="default: %(default)s")
     add("--name", default="orders", help="of the JSON (default: %(default)s)")
+    for name in TABLES:
+        on[name].add_argument("--output", metavar="DIR", type=Path, help="default: experiments/results/<device>")
+    add = on["ablations"].add_argument
+    add(
+        "--repeats", type=of_benchmarks.positive, default=10_000, help="groups of K trajectories (default: %(default)s)"
+    )
+    add(
+        "--positions",
+        type=of_benchmarks.positive,
+        default=1024,
+        help="of all sequences of a chain (default: %(default)s)",
+    )
+    on["guidance"].add_argument("--samples", type=of_benchmarks.positive, default=4096, help="default: %(default)s")
     add = on["runs"].add_argument
     add("runs", nargs="+", metavar="DIR", type=Path, help="folder of a run")
     add("--task", choices=("sudoku", "countdown"), default="sudoku", help="of the runs (default: %(default)s)")
@@ -76,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     if given["study"] == "runs":
         return print_runs(given)
+    if given["study"] in TABLES:
+        return print_tables(given)
     for name in ("seeds", "processes"):
         if given[name] < 1:
             parser.error(f"--{name} must be at least 1; got {given[name]}")
@@ -104,6 +124,17 @@ def study(given: dict[str, Any]) -> int:
         run = estimators.study_grid if given["study"] == "grid" else estimators.study_ising
         text = run(given, options, output)
     print(f"\n{text}\n\nJSON and PNG: {output}")
+    return 0
+
+
+def print_tables(given: dict[str, Any]) -> int:
+    output = given["output"] or RESULTS / report.device()
+    output.mkdir(parents=True, exist_ok=True)
+    if given["study"] == "ablations":
+        text = ablations.study(output, given["repeats"], given["positions"])
+    else:
+        text = guidance.study(output, given["samples"])
+    print(f"\n{text}\n\nJSON: {output}")
     return 0
 
 

@@ -50,6 +50,7 @@ class Options:
     learning_rate: float = 2e-3
     power: float = 1.5  # with which it falls to 0
     average: float = 16.0  # exponent of the weights' average
+    network_calls: int = 0  # of as many rounds as stay within these states that the network sees, if not 0
 
 
 ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)
@@ -79,11 +80,14 @@ def bar(rounds: int, label: str) -> tqdm:
 def play(
     learner: learners.Learner,
     model: learners.Model,
-    rounds: int,
+    options: Options,
     evaluate: Callable[[], dict[str, float]],
     label: str,
 ) -> list[dict[str, float]]:
     """Plays rounds; figures on the way, with what they had cost."""
+    rounds = options.rounds
+    if options.network_calls:
+        rounds = learners.rounds_within(options.network_calls, learner, model)
     curve, at = [], checked(rounds)
     reward_calls = network_calls = 0
     for n in bar(rounds, label):
@@ -139,7 +143,7 @@ def on_grid(density: Grid, name: str, options: Options, seed: int) -> tuple[list
         learner = learners.learner(name, density, **playing(options), seed=seed)
         law = model.law
     curve = play(
-        learner, model, options.rounds, lambda: grid.divergences(truth, law()), f"{name}, {density.name}, seed {seed}"
+        learner, model, options, lambda: grid.divergences(truth, law()), f"{name}, {density.name}, seed {seed}"
     )
     return curve, law()
 
@@ -290,7 +294,7 @@ def on_lattice(
         found = figures(density, model, min(samples, ON_THE_WAY), seed)
         return {"ess": found["ess"], "kl": found["kl"]}
 
-    curve = play(learner, model, options.rounds, evaluate, f"{name}, beta {density.beta}, seed {seed}")
+    curve = play(learner, model, options, evaluate, f"{name}, beta {density.beta}, seed {seed}")
     return curve, figures(density, model, samples, seed)
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import dam
-from dam.ctmc import MaskedCTMC
-from experiments.densities import Density
+from benchmarks import records, report
+from dam.ctmc import MaskedCTMC, enumeration
+from experiments import tables
+from experiments.densities import Density, Ising
 
 
 class Guided(NamedTuple):
@@ -148,3 +151,69 @@ def jumped(
     states = states.clone()
     states[row, position] = token
     return states, log_prob[row, token]
+
+
+# ---- the study
+
+SAMPLERS: dict[str, tuple[Callable[..., Guided], dict[str, int]]] = {
+    "svdd, 5 proposals": (svdd, {"proposals": 5}),
+    "svdd, 20 proposals": (svdd, {"proposals": 20}),
+    "importance sampling, one of 64": (smc, {"particles": 64, "completions": 0}),
+    "smc, one of 16": (smc, {"particles": 16}),
+    "smc, one of 64": (smc, {"particles": 64}),
+}
+OBSERVED = ("tv", "magnetisation_error", "correlation_error")
+
+
+def compared(density: Ising, samples: Tensor) -> dict[str, float]:
+    """How far samples [B, L] are from p*: total variation, and magnetisation and correlation of neighbours."""
+    law, every = density.law(), enumeration.states(density.tokens, density.length)
+    share = torch.bincount(enumeration.index_of(samples, density.tokens), minlength=len(law)).double() / len(samples)
+    off = [abs(float((share - law) @ x)) for x in density.observables(every)]
+    return dict(zip(OBSERVED, (float((share - law).abs().sum() / 2), *off), strict=True))
+
+
+def sampled(density: Ising, name: str, samples: int, seed: int) -> dict[str, Any]:
+    """Figures of samples of one of SAMPLERS, each of a run of its own."""
+    sampler, options = SAMPLERS[name]
+    found = sampler(density, samples, **options, seed=seed)
+    outcomes = found.drawn(torch.Generator().manual_seed(seed))
+    every = density.log_density(enumeration.states(density.tokens, density.length))
+    exact = float(every.logsumexp(dim=0)) - density.length * math.log(density.tokens)
+    log_z = float(found.log_weight.flatten().logsumexp(dim=0)) - math.log(found.log_weight.numel())
+    return {
+        "sampler": name,
+        "seed": seed,
+        "calls_of_a_sample": found.reward_calls // samples,
+        "log_z_error": log_z - exact if sampler is smc else None,
+        **compared(density, outcomes),
+    }
+
+
+def study(output: Path, samples: int) -> str:
+    """Samples the 4 x 4 lattice, writes JSON and returns the table."""
+    density = Ising()
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.multinomial(density.law(), samples, replacement=True, generator=generator)
+    every = enumeration.states(density.tokens, density.length)
+    found = {
+        **records.versions(),
+        **dataclasses.asdict(density),
+        "samples": samples,
+        "exact": compared(density, every[exact]),
+        "results": [sampled(density, name, samples, seed=0) for name in SAMPLERS],
+    }
+    report.write_json(output / "guidance.json", found)
+    return text_of(found)
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """The table of a study's JSON; in brackets what as many exact samples have."""
+    lines = []
+    for r in found["results"]:
+        off = [f"{r[figure]:.3f} [{found['exact'][figure]:.3f}]" for figure in OBSERVED]
+        log_z = "-" if r["log_z_error"] is None else f"{r['log_z_error']:+.4f}"
+        lines.append([r["sampler"], f"{r['calls_of_a_sample']:,}", *off, log_z])
+    return tables.markdown(
+        ["sampler", "calls a sample", "TV", "magnetisation off by", "correlation off by", "log Z off by"], lines
+    )

@@ -167,3 +167,15 @@ class Learner(abc.ABC):
     def log_ratio(self, path: Trajectories) -> Tensor:
         """log p_base - log p_u at every jump, float64 [B, S]."""
         return torch.where(path.call >= 0, -math.log(self.density.tokens) - path.log_prob.double(), 0.0)
+
+
+def rounds_within(network_calls: int, learner: Learner, model: Model) -> int:
+    """Rounds that a learner can play, each of which costs the same, until the network has seen so many states.
+
+    Raises:
+        ValueError: not one, or any number.
+    """
+    cost = copy.deepcopy(learner).round(model, 0, 0.0).network_calls
+    if not 0 < cost <= network_calls:
+        raise ValueError(f"a round of {type(learner).__name__} costs {cost} network calls; got {network_calls} in all")
+    return network_calls // cost

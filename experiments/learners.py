@@ -15,6 +15,7 @@ from experiments.densities import Density
 from experiments.interface import DenoiserModel as DenoiserModel
 from experiments.interface import Fit as Fit
 from experiments.interface import Learner, Model, Round
+from experiments.interface import rounds_within as rounds_within
 
 
 @dataclasses.dataclass
