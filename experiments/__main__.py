@@ -75,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in TABLES:
         on[name].add_argument("--output", metavar="DIR", type=Path, help="default: experiments/results/<device>")
     add = on["ablations"].add_argument
-    add(
-        "--repeats", type=of_benchmarks.positive, default=10_000, help="groups of K trajectories (default: %(default)s)"
-    )
+    add("--repeats", type=of_benchmarks.positive, default=2000, help="groups of K trajectories (default: %(default)s)")
     add(
         "--positions",
         type=of_benchmarks.positive,

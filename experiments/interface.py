@@ -173,9 +173,12 @@ def rounds_within(network_calls: int, learner: Learner, model: Model) -> int:
     """Rounds that a learner can play, each of which costs the same, until the network has seen so many states.
 
     Raises:
-        ValueError: not one, or any number.
+        ValueError: it asks no network, or not one round is to be had.
     """
     cost = copy.deepcopy(learner).round(model, 0, 0.0).network_calls
-    if not 0 < cost <= network_calls:
-        raise ValueError(f"a round of {type(learner).__name__} costs {cost} network calls; got {network_calls} in all")
+    name = type(learner).__name__
+    if not cost:
+        raise ValueError(f"{name} asks no network: give it rounds, not network calls")
+    if cost > network_calls:
+        raise ValueError(f"network_calls must be at least {cost}, a round of {name}; got {network_calls}")
     return network_calls // cost
