@@ -646,4 +646,4 @@ def learners_of(given: dict[str, Any]) -> list[str]:
 
 
 def default_learners(given: dict[str, Any]) -> list[str]:
-    return [name for name in learners_of(given) if name not in learners.ABLATIONS]
+    return [name for name in learners_of(given) if name not in learners.ON_REQUEST]

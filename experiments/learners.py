@@ -250,4 +250,5 @@ LEARNERS: dict[str, tuple[type[Learner], dict[str, object]]] = {
     **policy.LEARNERS,
 }
 PUBLISHED = "first_jump_one, state"
-ABLATIONS = ("path, baseline, no base", "path")
+# Of a study if they are named.
+ON_REQUEST = ("path, baseline, no base", "path", *(name for name in policy.LEARNERS if name != "d1"))
