@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
     for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
         every = "; ".join(estimators.learners_of({"study": name}))
-        on[name].add_argument(
-            "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: those of its first table)"
-        )
+        on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: most of them)")
         on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
         several = "runs at a time, with a thread each if several (default: %(default)s)"
         on[name].add_argument("--processes", type=int, default=1, help=several)
