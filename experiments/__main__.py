@@ -31,6 +31,7 @@ STUDIES = {
 }
 TABLES = {
     "ablations": "what an estimator owes to its parts, on tables where all is known",
+    "chain": "the target of a chain of independent positions, by vocabulary and length",
     "guidance": "samples of a 4 x 4 Ising lattice by reward calls at test time",
 }
 RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
@@ -127,7 +128,9 @@ def print_tables(given: dict[str, Any]) -> int:
     output = given["output"] or RESULTS / report.device()
     output.mkdir(parents=True, exist_ok=True)
     if given["study"] == "ablations":
-        text = ablations.study(output, given["repeats"], given["positions"])
+        text = ablations.study(output, given["repeats"])
+    elif given["study"] == "chain":
+        text = ablations.study_chain(output, given["positions"])
     else:
         text = guidance.study(output, given["samples"])
     print(f"\n{text}\n\nJSON: {output}")

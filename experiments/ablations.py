@@ -8,6 +8,7 @@ p* is known at any vocabulary and length, through the library's rollouts and los
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import time
@@ -31,6 +32,7 @@ STATE = torch.tensor([TOKENS, TOKENS, 1, TOKENS, TOKENS])
 MASKED = (STATE == TOKENS).nonzero()[:, 0]
 PROCESS = MaskedCTMC(TOKENS)
 SIZES = (2, 4, 8, 16, 32, 64)
+M_MMAP_THRESHOLD = -3  # glibc's mallopt
 USUAL = 16  # K of the tables that do not vary it
 
 
@@ -311,19 +313,16 @@ def on_chain(tokens: int, length: int, positions: int, size: int = USUAL, streng
     reward = (told[final] * sign).sum(dim=2).double() / length**0.5
     weights, _ = tilted_weights(torch.zeros(groups, size, 1, dtype=torch.float64), reward, beta=1.0)
     share = weights.weight / size
-    with torch.no_grad():
-        best = [  # a position at a time: no array [L, V]
-            torch.softmax((model.weight @ model.hidden[i]).double() + sign[i] * told / length**0.5, dim=0)
-            for i in range(length)
-        ]
     square, exact = [], []
-    for i in range(length):
+    for i in range(length):  # no array [L, V]
+        with torch.no_grad():
+            best = torch.softmax((model.weight @ model.hidden[i]).double() + sign[i] * told / length**0.5, dim=0)
         at = final[:, :, i]
         same = (at[:, :, None] == at[:, None]).double()
         # sum_v (q - p)^2 of weights on K tokens, some of them equal.
         own = (share[:, :, None] * share[:, None] * same).sum(dim=(1, 2))
-        square.append(own - 2 * (share * best[i][at]).sum(dim=1) + best[i].square().sum())
-        exact.append(float(best[i] @ told.double()))
+        square.append(own - 2 * (share * best[at]).sum(dim=1) + best.square().sum())
+        exact.append(float(best @ told.double()))
     means = (share[:, :, None] * told[final]).sum(dim=1) - torch.tensor(exact)
     states = process.remask(blank.view_as(final), final, generator)
     targets = group_targets("posterior", states, final, weights.weight, process)
@@ -347,13 +346,42 @@ def on_chain(tokens: int, length: int, positions: int, size: int = USUAL, streng
 VOCABULARIES, LENGTHS = (32, 1024, 32_768, 131_072), (16, 64, 256)
 
 
-# ---- the study
+# ---- the studies
 
 
-def study(output: Path, repeats: int, positions: int) -> str:
-    """Runs all of it, writes JSON and PNG, and returns the tables."""
+def study_chain(output: Path, positions: int) -> str:
+    """Writes JSON, and returns the table."""
+    # As `memory.environment` has it: else blocks that are freed stay, and what grows into them is not seen.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    found = {
+        **records.versions(),
+        "positions": positions,
+        "results": [on_chain(tokens, length, positions) for tokens in VOCABULARIES for length in LENGTHS],
+    }
+    report.write_json(output / "chain.json", found)
+    return text_of_chain(found)
+
+
+def text_of_chain(found: dict[str, Any]) -> str:
+    """The table of a study's JSON."""
+    lines = [
+        [
+            *(f"{r[key]:,}" for key in ("V", "L")),
+            *(f"{r[key]:.3f}" for key in ("error", "mean_error")),
+            f"{r['ess']:.1f}",
+            *(f"{r[key]:.2f}" for key in ("rollout_seconds", "loss_seconds")),
+            *(f"{r[key] / 2**20:,.1f}" for key in ("loss_bytes", "logits_bytes")),
+        ]
+        for r in found["results"]
+    ]
+    header = ["V", "L", "error of the target", "of E[z]", "ESS of 16", "seconds of rollout", "of loss"]
+    return tables.markdown([*header, "MiB of loss", "MiB of its logits"], lines)
+
+
+def study(output: Path, repeats: int) -> str:
+    """Of the state whose target is known: writes JSON and PNG, and returns the tables."""
     known = Known.made()
-    found: dict[str, Any] = {**records.versions(), "repeats": repeats, "positions": positions}
+    found: dict[str, Any] = {**records.versions(), "repeats": repeats}
     found["sizes"] = [
         {"estimator": name, "sampler": sampler, "K": size, **errors(name, known, proposal, size, repeats)}
         for name in ESTIMATES
@@ -368,7 +396,6 @@ def study(output: Path, repeats: int, positions: int) -> str:
         for sampler, proposal in known.proposals.items()
     ]
     found["without_divergence"] = iterated(8)
-    found["chain"] = [on_chain(tokens, length, positions) for tokens in VOCABULARIES for length in LENGTHS]
     report.write_json(output / "ablations.json", found)
     draw(output / "ablations.png", found["sizes"])
     return text_of(found)
@@ -424,18 +451,6 @@ def text_of(found: dict[str, Any]) -> str:
                 [
                     [f"{r['round']}", f"{r['reward']:.2f}", f"{r['entropy']:.3f}", f"{r['kl']:.2g}"]
                     for r in found["without_divergence"]
-                ],
-            ),
-            tables.markdown(
-                ["V", "L", "error of the target", "of E[z]", "ESS of 16", "MiB of the loss", "of its logits"],
-                [
-                    [
-                        *(f"{r[key]:,}" for key in ("V", "L")),
-                        *(f"{r[key]:.3f}" for key in ("error", "mean_error")),
-                        f"{r['ess']:.1f}",
-                        *(f"{r[key] / 2**20:,.1f}" for key in ("loss_bytes", "logits_bytes")),
-                    ]
-                    for r in found["chain"]
                 ],
             ),
         )

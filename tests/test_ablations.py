@@ -124,14 +124,23 @@ def test_errors_on_a_chain_are_those_of_dense_arrays():
 @pytest.mark.slow
 def test_the_study_of_ablations(tmp_path, monkeypatch, capsys):
     """The printed tables are those of the JSON."""
-    monkeypatch.setattr(ablations, "VOCABULARIES", (32, 64))
-    monkeypatch.setattr(ablations, "LENGTHS", (4,))
     monkeypatch.setattr(ablations, "SIZES", (4, 16, 64))
-    assert main(["ablations", "--repeats", "50", "--positions", "16", "--output", str(tmp_path)]) == 0
+    assert main(["ablations", "--repeats", "50", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "ablations.json").read_text())
     assert ablations.text_of(found) in capsys.readouterr().out
-    assert len(found["sizes"]) == 7 * 5 * 3 - 5 and len(found["chain"]) == 2 and found["repeats"] == 50
+    assert len(found["sizes"]) == 7 * 5 * 3 - 5 and found["repeats"] == 50
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+def test_the_study_of_the_chain(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "VOCABULARIES", (32, 64))
+    monkeypatch.setattr(ablations, "LENGTHS", (4,))
+    assert main(["chain", "--positions", "16", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "chain.json").read_text())
+    assert ablations.text_of_chain(found) in capsys.readouterr().out
+    assert [(r["V"], r["L"]) for r in found["results"]] == [(32, 4), (64, 4)] and found["positions"] == 16
+    # 4 groups of 16 trajectories; a state has 1 to 4 masks.
+    assert all(64 <= r["rows"] <= 256 and r["logits_bytes"] == 4 * r["rows"] * r["V"] for r in found["results"])
 
 
 def test_the_study_of_guidance(tmp_path, monkeypatch, capsys):

@@ -466,7 +466,7 @@ def test_figures_of_finished_runs(tmp_path, capsys):
 
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
     own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
-    own.update(runs="--puzzles", ablations="--repeats", guidance="--samples")
+    own.update(runs="--puzzles", ablations="--repeats", chain="--positions", guidance="--samples")
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])
