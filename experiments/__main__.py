@@ -73,15 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--name", default="orders", help="of the JSON (default: %(default)s)")
     for name in TABLES:
         on[name].add_argument("--output", metavar="DIR", type=Path, help="default: experiments/results/<device>")
-    add = on["ablations"].add_argument
-    add("--repeats", type=of_benchmarks.positive, default=2000, help="groups of K trajectories (default: %(default)s)")
-    add(
-        "--positions",
-        type=of_benchmarks.positive,
-        default=1024,
-        help="of all sequences of a chain (default: %(default)s)",
-    )
-    on["guidance"].add_argument("--samples", type=of_benchmarks.positive, default=4096, help="default: %(default)s")
+    positive = of_benchmarks.positive
+    repeats, positions = "groups of K trajectories (default: %(default)s)", "of all sequences (default: %(default)s)"
+    on["ablations"].add_argument("--repeats", type=positive, default=2000, help=repeats)
+    on["chain"].add_argument("--positions", type=positive, default=256, help=positions)
+    on["guidance"].add_argument("--samples", type=positive, default=1024, help="default: %(default)s")
     add = on["runs"].add_argument
     add("runs", nargs="+", metavar="DIR", type=Path, help="folder of a run")
     add("--task", choices=("sudoku", "countdown"), default="sudoku", help="of the runs (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,8 +67,6 @@ def test_errors_are_bias_and_variance(known):
 
 def test_without_path_weights_the_reward_counts_twice(known):
     """From the optimum the limit of many trajectories is p* exp(r), here within its noise at K = 1024."""
-    base, best = (tables.conditionals(law, N, V) for law in ablations.laws())
-    del base
     law = ablations.laws()[1] * ablations.reward_of(enumeration.states(V, N)).exp()
     twice = ablations.given(tables.conditionals(law / law.sum(), N, V)) / len(ablations.MASKED)
     away = float((twice - known.target).square().sum())
@@ -75,7 +74,6 @@ def test_without_path_weights_the_reward_counts_twice(known):
     without = ablations.errors("posterior, no path weights", known, proposal, 1024, 200)
     assert abs(without["bias"] - away) < 0.05 * away + 5 * without["spread"] and away > 1e-3
     assert abs(ablations.errors("posterior", known, proposal, 1024, 200)["bias"]) < 0.05 * away
-    assert best.shape == ((V + 1) ** N, N, V)
 
 
 @pytest.mark.parametrize("name", ["adjoint, known", "adjoint of 7 completions"])
@@ -135,6 +133,7 @@ def test_the_study_of_ablations(tmp_path, monkeypatch, capsys):
 def test_the_study_of_the_chain(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "VOCABULARIES", (32, 64))
     monkeypatch.setattr(ablations, "LENGTHS", (4,))
+    monkeypatch.setattr(ablations.ctypes, "CDLL", Mock())  # it would hold for all tests
     assert main(["chain", "--positions", "16", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "chain.json").read_text())
     assert ablations.text_of_chain(found) in capsys.readouterr().out
