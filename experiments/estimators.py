@@ -50,7 +50,7 @@ class Options:
     learning_rate: float = 2e-3
     power: float = 1.5  # with which it falls to 0
     average: float = 16.0  # exponent of the weights' average
-    network_calls: int = 0  # of as many rounds as stay within these states that the network sees, if not 0
+    network_calls: int = 0  # states that the network sees, in place of `rounds`, if not 0
 
 
 ISING = Options(rounds=100, batch=1024, steps=4, power=1.0)

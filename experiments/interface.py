@@ -170,7 +170,9 @@ class Learner(abc.ABC):
 
 
 def rounds_within(network_calls: int, learner: Learner, model: Model) -> int:
-    """Rounds that a learner can play, each of which costs the same, until the network has seen so many states.
+    """Rounds that a learner can play until the network has seen so many states, by the cost of the first.
+
+    Others cost the same, but of learners whose trajectories begin at re-masked states, of which it varies.
 
     Raises:
         ValueError: it asks no network, or not one round is to be had.
