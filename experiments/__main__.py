@@ -1,8 +1,9 @@
-"""The studies of the method: python -m experiments grid|ising|potts|moves|sudoku|orders|countdown|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|potts|moves|sudoku|orders|countdown|...
 
 Those before orders ask which estimator learns most from a reward call, by `estimators` and `lattice`, of chains of
 listed moves by `moves`; orders asks what keeps a run from p* whose base is a network, countdown what keeps a text model
-from learning; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
+from learning; ablations and guidance train nothing; runs prints the figures of finished `dam sudoku` or `dam countdown`
+runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import options as of_benchmarks
 from benchmarks import report
-from experiments import densities, estimators, lattice, moves
+from experiments import ablations, densities, estimators, guidance, lattice, moves
 from experiments.densities import Grid
 
 PROG = "python -m experiments"
@@ -31,6 +33,11 @@ STUDIES = {
     "countdown": "a text model, one setting after another changed",
 }
 DESCRIPTION = f"{estimators.__doc__}\n{lattice.__doc__}"
+TABLES = {
+    "ablations": "what an estimator owes to its parts, on tables where all is known",
+    "chain": "the target of a chain of independent positions, by vocabulary and length",
+    "guidance": "samples of a 4 x 4 Ising lattice by reward calls at test time",
+}
 RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
 
 
@@ -39,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=PROG, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     studies = parser.add_subparsers(dest="study", required=True)
-    on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, "runs": RUNS}.items()}
+    on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, **TABLES, "runs": RUNS}.items()}
     on["moves"].add_argument("--case", choices=list(moves.CASES), default="occupation", help="default: %(default)s")
     for name in ("grid", *lattice.LATTICES):
         if name != "potts":
@@ -54,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds_of = {"grid": 5, "ising": 5, "potts": 5, "moves": 5, "sudoku": 2, "orders": 2, "countdown": 1}
     for name, seeds in seeds_of.items():
         every = "; ".join(estimators.learners_of({"study": name}))
-        on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but ablations)")
+        on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: most of them)")
         on[name].add_argument("--seeds", type=int, default=seeds, help="seeds 0 .. N-1 (default: %(default)s)")
         several = "runs at a time, with a thread each if several (default: %(default)s)"
         on[name].add_argument("--processes", type=int, default=1, help=several)
@@ -75,6 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = on["orders"].add_argument
     add("--steps", type=int, default=2400, help="default: %(default)s")
     add("--name", default="orders", help="of the JSON (default: %(default)s)")
+    for name in TABLES:
+        on[name].add_argument("--output", metavar="DIR", type=Path, help="default: experiments/results/<device>")
+    positive = of_benchmarks.positive
+    repeats, positions = "groups of K trajectories (default: %(default)s)", "of all sequences (default: %(default)s)"
+    on["ablations"].add_argument("--repeats", type=positive, default=2000, help=repeats)
+    on["chain"].add_argument("--positions", type=positive, default=256, help=positions)
+    on["guidance"].add_argument("--samples", type=positive, default=1024, help="default: %(default)s")
     add = on["runs"].add_argument
     add("runs", nargs="+", metavar="DIR", type=Path, help="folder of a run")
     add("--task", choices=("sudoku", "countdown"), default="sudoku", help="of the runs (default: %(default)s)")
@@ -84,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     if given["study"] == "runs":
         return print_runs(given)
+    if given["study"] in TABLES:
+        return print_tables(given)
     for name in ("seeds", "processes"):
         if given[name] < 1:
             parser.error(f"--{name} must be at least 1; got {given[name]}")
@@ -115,6 +131,19 @@ def study(given: dict[str, Any]) -> int:
         run = estimators.study_grid if given["study"] == "grid" else lattice.study
         text = run(given, options, output)
     print(f"\n{text}\n\nJSON and PNG: {output}")
+    return 0
+
+
+def print_tables(given: dict[str, Any]) -> int:
+    output = given["output"] or RESULTS / report.device()
+    output.mkdir(parents=True, exist_ok=True)
+    if given["study"] == "ablations":
+        text = ablations.study(output, given["repeats"])
+    elif given["study"] == "chain":
+        text = ablations.study_chain(output, given["positions"])
+    else:
+        text = guidance.study(output, given["samples"])
+    print(f"\n{text}\n\nJSON: {output}")
     return 0
 
 

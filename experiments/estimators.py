@@ -44,6 +44,7 @@ class Options:
     learning_rate: float = 2e-3
     power: float = 1.5  # with which it falls to 0
     average: float = 16.0  # exponent of the weights' average
+    network_calls: int = 0  # states that the network sees, in place of `rounds`, if not 0
 
 
 def fitting(options: Options) -> dict[str, float]:
@@ -70,11 +71,14 @@ def bar(rounds: int, label: str) -> tqdm:
 def play(
     learner: learners.Learner,
     model: learners.Model,
-    rounds: int,
+    options: Options,
     evaluate: Callable[[], dict[str, float]],
     label: str,
 ) -> list[dict[str, float]]:
     """Plays rounds; figures on the way, with what they had cost."""
+    rounds = options.rounds
+    if options.network_calls:
+        rounds = learners.rounds_within(options.network_calls, learner, model)
     curve, at = [], checked(rounds)
     reward_calls = network_calls = 0
     for n in bar(rounds, label):
@@ -130,7 +134,7 @@ def on_grid(density: Grid, name: str, options: Options, seed: int) -> tuple[list
         learner = learners.learner(name, density, **playing(options), seed=seed)
         law = model.law
     curve = play(
-        learner, model, options.rounds, lambda: grid.divergences(truth, law()), f"{name}, {density.name}, seed {seed}"
+        learner, model, options, lambda: grid.divergences(truth, law()), f"{name}, {density.name}, seed {seed}"
     )
     return curve, law()
 
@@ -419,4 +423,4 @@ def learners_of(given: dict[str, Any]) -> list[str]:
 
 
 def default_learners(given: dict[str, Any]) -> list[str]:
-    return [name for name in learners_of(given) if name not in (*learners.ABLATIONS, *replay.ABLATIONS)]
+    return [name for name in learners_of(given) if name not in (*learners.ON_REQUEST, *replay.LEARNERS)]

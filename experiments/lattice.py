@@ -76,7 +76,7 @@ def on_lattice(
         found = of_weights(averaged(density, model, min(samples, ON_THE_WAY), seed)[1])
         return {"ess": found["ess"], "kl": found["kl"]}
 
-    curve = play(learner, model, options.rounds, evaluate, f"{name}, beta {density.beta}, seed {seed}")
+    curve = play(learner, model, options, evaluate, f"{name}, beta {density.beta}, seed {seed}")
     return curve, figures(density, model, samples, seed)
 
 

@@ -8,7 +8,6 @@ leaves of outcomes of p* itself, drawn or all of them.
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 from typing import Any
@@ -22,6 +21,7 @@ from dam.adjoint import MatchingTargets, estimator_loss, group_targets
 from dam.ctmc import MaskedCTMC, enumeration
 from dam.models.denoiser import MaskedLM
 from dam.train import DAMConfig, DAMTrainer
+from experiments.tables import kl, path_log_prob
 
 POSITIONS, TOKENS = 3, 5
 PROCESS = MaskedCTMC(TOKENS)
@@ -49,28 +49,9 @@ CASES = (*TRAINED, DRAWN, ALL)
 TABLE_STEPS = (0.5, 0.2, 0.05)
 
 
-def path_log_prob(log_prob: Tensor, tokens: int) -> Tensor:
-    """log p(x | order) of every order of unmasking and outcome, [N!, V^N], of conditionals [(V + 1)^N, N, V]."""
-    positions = log_prob.shape[1]
-    outcomes = enumeration.states(tokens, positions)
-    found = []
-    for order in itertools.permutations(range(positions)):
-        states, total = torch.full_like(outcomes, tokens), log_prob.new_zeros(len(outcomes))
-        for i in order:
-            total = total + log_prob[enumeration.index_of(states, tokens + 1), i, outcomes[:, i]]
-            states = states.clone()
-            states[:, i] = outcomes[:, i]
-        found.append(total)
-    return torch.stack(found)
-
-
 def power_mean(paths: Tensor, score: Tensor, h: float) -> Tensor:
     """The law [V^N] that steps h end at, of paths [N!, V^N] of the base and r / beta [V^N]."""
     return ((paths * h).logsumexp(dim=0) / h + score).softmax(dim=0)
-
-
-def kl(p: Tensor, q: Tensor) -> float:
-    return float((p * (p / q).log()).sum())
 
 
 def of_table(seed: int, positions: int = 3, tokens: int = 4) -> dict[str, Any]:

@@ -122,4 +122,3 @@ LEARNERS: dict[str, dict[str, float]] = {
     "posterior, replay": {"late": 1.0},
     "variance": {"late": 0.0},
 }
-ABLATIONS = ("posterior, replay", "variance")

@@ -12,7 +12,7 @@ import torch
 import dam
 from dam.ctmc import enumeration
 from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
-from experiments import countdown, estimators, grid, lattice, learners, moves, orders
+from experiments import countdown, estimators, grid, lattice, learners, moves, orders, policy
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -169,15 +169,12 @@ def laws(name):
     return torch.softmax((reward / stages).flatten(), dim=0).view(5, 5), torch.full((5, 5), 1 / 25, dtype=torch.float64)
 
 
-CONSISTENT = sorted(set(learners.LEARNERS) - {"d1"})
+CONSISTENT = sorted(set(learners.LEARNERS) - set(policy.LEARNERS))  # the others by enumeration: tests/test_policy.py
 
 
 @pytest.mark.parametrize("name", CONSISTENT)
 def test_the_fixed_point_is_the_optimum(name):
-    """At p* no learner's gradient has another mean than 0; that of c-DTM vanishes a stage's tilt beyond its teacher.
-
-    Not of d1: see `learners.PolicyGradient`.
-    """
+    """At p* no learner's gradient has another mean than 0; that of c-DTM vanishes a stage's tilt beyond its teacher."""
     law, uniform = laws(name)
     gradient, _ = gradients(name, law, uniform if name == "c-DTM" else law)
     # float32 log-probabilities leave gradients of 1e-4 a trajectory where there are none.
@@ -526,6 +523,7 @@ def test_the_study_of_moves(tmp_path):
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
     own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
     own.update(moves="--case", runs="--puzzles", potts="--colours")
+    own.update(ablations="--repeats", chain="--positions", guidance="--samples")
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])
@@ -544,6 +542,22 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         learners.learner("analytic adjoint", Grid("pinwheel", 5), batch=4, seed=0)
     with pytest.raises(ValueError, match="posterior: the batch must be a multiple of 64; got 100"):
         learners.learner("posterior", Grid("pinwheel", 5), batch=100, size=64, seed=0)
+
+
+@pytest.mark.parametrize(("name", "cost"), [("posterior", 2 + 1), ("log-variance", 2 + 2), ("DMPO", 2 + 4)])
+def test_runs_end_at_a_number_of_network_calls(name, cost):
+    """Of two positions; each trajectory and each state of a gradient step is one. Its own rounds only."""
+    options = estimators.Options(rounds=1, batch=32, network_calls=32 * cost * 3 + 5)
+    last = estimators.run_grid(Grid("pinwheel", 5), "masked", options, 1, name, 0)["curve"][-1]
+    assert (last["network_calls"], last["reward_calls"]) == (32 * cost * 3, 32 * 3)
+
+
+def test_too_few_network_calls_are_refused():
+    options = estimators.Options(batch=32, network_calls=95)
+    with pytest.raises(ValueError, match="network_calls must be at least 96, a round of Group; got 95"):
+        estimators.run_grid(Grid("pinwheel", 5), "masked", options, 1, "posterior", 0)
+    with pytest.raises(ValueError, match="ValueGuidance asks no network: give it rounds, not network calls"):
+        estimators.run_grid(Grid("pinwheel", 5), "masked", options, 1, "svdd", 0)
 
 
 def test_reward_calls_to_a_level():
