@@ -1,6 +1,7 @@
-"""The studies of the method: python -m experiments grid|ising|sudoku|orders|countdown|runs [--help].
+"""The studies of the method: python -m experiments grid|ising|sudoku|exact|orders|countdown|runs [--help].
 
-The first three ask which estimator learns most from a reward call, by `estimators`; orders asks what keeps a run from
+The first three ask which estimator learns most from a reward call, by `estimators`; exact holds what is learned on
+graphs to answers that are known; orders asks what keeps a run from
 p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
 `dam sudoku` or `dam countdown` runs.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks import report
 from experiments import densities, estimators
 from experiments.densities import Grid, Ising
+from experiments.exact import study as exact
 
 PROG = "python -m experiments"
 RESULTS = Path(__file__).parent / "results"
@@ -25,6 +27,7 @@ STUDIES = {
     "grid": "two tokens on a grid",
     "ising": "an Ising lattice",
     "sudoku": "the main job, estimator by estimator",
+    "exact": "tasks whose optimum is known: graphs",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for field in dataclasses.fields(estimators.Options):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("orders", 2), ("countdown", 1)):
+    for name, seeds in (("grid", 5), ("ising", 5), ("sudoku", 2), ("exact", 3), ("orders", 2), ("countdown", 1)):
         every = "; ".join(estimators.learners_of({"study": name}))
         on[name].add_argument(
             "--learners", nargs="+", metavar="NAME", help=f"of {every} (default: all but variants of path)"
@@ -62,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(f"--{ising.name}", type=type(ising.default), default=ising.default, help="default: %(default)s")
     add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
     add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+    add = on["exact"].add_argument
+    add("--task", choices=exact.CASES, required=True)
+    for field in dataclasses.fields(estimators.Options):
+        kind = type(getattr(estimators.Options(), field.name))
+        add(f"--{field.name.replace('_', '-')}", type=kind, help="default: the task's")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     on["countdown"].add_argument("--calls", type=int, default=16_384, help="reward calls (default: %(default)s)")
     add = on["orders"].add_argument
@@ -90,13 +98,14 @@ def study(given: dict[str, Any]) -> int:
     """Runs a study and prints its table."""
     output = given["output"] or RESULTS / report.device()
     output.mkdir(parents=True, exist_ok=True)
-    of_the_trainer = {
+    with_options_of_its_own = {
         "sudoku": estimators.study_sudoku,
+        "exact": exact.study,
         "orders": estimators.study_orders,
         "countdown": estimators.study_countdown,
     }
-    if given["study"] in of_the_trainer:
-        text = of_the_trainer[given["study"]](given, output)
+    if given["study"] in with_options_of_its_own:
+        text = with_options_of_its_own[given["study"]](given, output)
     else:
         options = estimators.Options(
             **{field.name: given[field.name] for field in dataclasses.fields(estimators.Options)}

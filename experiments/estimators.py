@@ -33,6 +33,7 @@ from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
 from dam.models.denoiser import Head
 from experiments import grid, learners
 from experiments.densities import Density, Grid, Ising
+from experiments.exact import learner as exact
 
 SVDD = "svdd"
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
@@ -636,10 +637,14 @@ def learners_of(given: dict[str, Any]) -> list[str]:
         from experiments import countdown  # needs transformers
 
         return list(countdown.CASES)
+    if given["study"] == "exact":
+        return list(exact.LEARNERS)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
 
 
 def default_learners(given: dict[str, Any]) -> list[str]:
+    if given["study"] == "exact":
+        return list(exact.DEFAULT)
     return [name for name in learners_of(given) if name not in learners.ABLATIONS]
