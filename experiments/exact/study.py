@@ -14,6 +14,7 @@ import torch
 from experiments import estimators, learners
 from experiments.estimators import Options
 from experiments.exact import learner
+from experiments.exact.dna import Sites
 from experiments.exact.graphs import Cut, IndependentSet, random_edges
 from experiments.exact.task import Task
 
@@ -36,10 +37,12 @@ class Case:
     samples: int  # that the figures at the end are of
 
 
-_GRAPHS = Options(rounds=100, batch=128, steps=8, learning_rate=4e-3, power=1.0)
+_GRAPHS = Options(rounds=80, batch=128, steps=8, learning_rate=4e-3, power=1.0)
+_SEQUENCES = Options(rounds=24, batch=128, steps=8, learning_rate=4e-3, power=1.0)
 CASES = {
-    "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 2048),
-    "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 2048),
+    "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 1024),
+    "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 1024),
+    "dna": Case("binding sites in 32 letters, Markov base of order 3", Sites, _SEQUENCES, 1024),
 }
 COMMON = {"kl": ("KL(p_u, p*)", "{:.3f}"), "ess": ("ESS", "{:.3f}"), "log_z_error": ("log Z off by", "{:+.3f}")}
 
@@ -77,7 +80,7 @@ def run(case: str, options: Options, name: str, seed: int) -> dict[str, Any]:
     base, best = (references[law]["reward"] for law in ("the base", "p*"))
 
     def evaluate() -> dict[str, float]:
-        found = figures(task, model, samples // 8, seed)
+        found = figures(task, model, samples // 4, seed)
         gained = (found["reward"] - base) / (best - base)
         return {"kl": found["kl"], "reward": found["reward"], "gained": gained}
 
