@@ -1,7 +1,7 @@
 """The studies of the method: python -m experiments grid|ising|sudoku|exact|orders|countdown|runs [--help].
 
 The first three ask which estimator learns most from a reward call, by `estimators`; exact holds what is learned on
-graphs to answers that are known; orders asks what keeps a run from
+graphs and sequences to answers that are known; orders asks what keeps a run from
 p* whose base is a network, countdown what keeps a text model from learning; runs prints the figures of finished
 `dam sudoku` or `dam countdown` runs.
 """
@@ -27,7 +27,7 @@ STUDIES = {
     "grid": "two tokens on a grid",
     "ising": "an Ising lattice",
     "sudoku": "the main job, estimator by estimator",
-    "exact": "tasks whose optimum is known: graphs",
+    "exact": "graphs and sequences whose optimum is known",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }

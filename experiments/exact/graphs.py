@@ -211,6 +211,8 @@ class Cut(Graph):
         return float(chosen[self.nodes :].sum()), torch.from_numpy(chosen[: self.nodes])
 
     def heuristic(self, seed: int) -> Tensor:
-        start = set(torch.randint(2, (self.nodes,), generator=torch.Generator().manual_seed(seed)).nonzero()[:, 0].tolist())
+        start = set(
+            torch.randint(2, (self.nodes,), generator=torch.Generator().manual_seed(seed)).nonzero()[:, 0].tolist()
+        )
         _, (side, _) = networkx.approximation.one_exchange(self._graph(), initial_cut=start, seed=seed)
         return self._subset(side)

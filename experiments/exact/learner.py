@@ -5,16 +5,38 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from dam.adjoint import group_targets, tilted_weights
+from dam.rollout import Trajectories, rollout
 from experiments import learners
 from experiments.exact.task import Task
 
 STEPPED, NULL = "posterior, steps by ESS", "null control"
 # Of the learners that there are those that ask the density alone what p* is, whatever the base.
-OTHERS = ("posterior", "first_jump_one, state", "weighted denoising")
-LEARNERS = (STEPPED, *OTHERS, NULL)
-DEFAULT = (STEPPED, "first_jump_one, state", NULL)
+OTHERS = ("posterior", "weighted denoising", learners.PUBLISHED)
+# Tasks in which positions are filled in from left to right, where the base's conditionals need no messages.
+LEFT_TO_RIGHT = ("dna",)
+
+
+def learners_of(task: str | None) -> list[str]:
+    """Names; the published one asks for the first jump of a random order."""
+    return [STEPPED, *(name for name in OTHERS if task not in LEFT_TO_RIGHT or name != learners.PUBLISHED), NULL]
+
+
+def default_learners(task: str) -> list[str]:
+    return [STEPPED, learners_of(task)[-2], NULL]
+
+
+class Model(learners.DenoiserModel):
+    """A task's network; trajectories in the order of the task."""
+
+    def __init__(self, name: str, task: Task, **options: float):
+        super().__init__(task.denoiser(), task, **options)
+        self._order = "left-to-right" if name in LEFT_TO_RIGHT else "random"
+
+    def sampled(self, initial: Tensor, seed: int) -> Trajectories:
+        return rollout(self.network, initial, self.process, order=self._order, seed=seed)
 
 
 @dataclasses.dataclass
@@ -24,10 +46,12 @@ class Stepped(learners.Learner):
 
     Args:
         ess: what is kept, as a share of the batch. The base is one joint law, so p* is the fixed point all the same.
+        draw: of how many outcomes a step is made at most; they are drawn by their weights where the batch is larger.
         null: permute the weights among the trajectories, so that they say nothing of the outcomes.
     """
 
     ess: float = 0.25
+    draw: int = 128
     null: bool = False
 
     def round(self, model: learners.Model, n: int, progress: float) -> learners.Round:
@@ -37,17 +61,19 @@ class Stepped(learners.Learner):
         weight = weights.weight
         if self.null:
             weight = weight[:, torch.randperm(self.batch, generator=self.generator)]
-        final, weight = path.final.repeat(self.replicates, 1)[None], weight.repeat(1, self.replicates)
-        blank = torch.full_like(final, self.density.tokens)
+        final, blank = path.final[None], path.initial[None]
+        draw = self.draw if self.draw < self.batch else None
         steps = []
         for _ in range(self.steps):
             states = model.process.remask(blank, final, self.generator, stratified=True)
-            steps.append(group_targets("posterior", states, final, weight, model.process))
+            steps.append(
+                group_targets("posterior", states, final, weight, model.process, draw=draw, generator=self.generator)
+            )
         return self.done(steps, self.batch, path)
 
 
 def learner(name: str, task: Task, *, batch: int, steps: int, replicates: int, seed: int) -> learners.Learner:
-    """A learner by its name, one of LEARNERS."""
+    """A learner by its name, one of `learners_of`."""
     options = {"batch": batch, "steps": steps, "replicates": replicates, "seed": seed}
     if name in OTHERS:
         return learners.learner(name, task, **options)

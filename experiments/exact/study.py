@@ -38,7 +38,7 @@ class Case:
 
 
 _GRAPHS = Options(rounds=80, batch=128, steps=8, learning_rate=4e-3, power=1.0)
-_SEQUENCES = Options(rounds=24, batch=128, steps=8, learning_rate=4e-3, power=1.0)
+_SEQUENCES = Options(rounds=40, batch=512, steps=8, learning_rate=1.5e-3, power=1.0)
 CASES = {
     "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 1024),
     "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 1024),
@@ -73,8 +73,7 @@ def run(case: str, options: Options, name: str, seed: int) -> dict[str, Any]:
     chosen = CASES[case]
     task, samples = chosen.instance(seed), chosen.samples
     torch.manual_seed(seed)
-    # The average of the weights forgets the start, which is the base.
-    model = learners.DenoiserModel(task.denoiser(), task, **estimators.fitting(options))
+    model = learner.Model(case, task, **estimators.fitting(options))
     by = learner.learner(name, task, **estimators.playing(options), seed=seed)
     references = task.references(samples)
     base, best = (references[law]["reward"] for law in ("the base", "p*"))
