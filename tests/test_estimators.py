@@ -469,7 +469,7 @@ def test_figures_of_finished_runs(tmp_path, capsys):
 
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
     own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
-    own["runs"] = "--puzzles"
+    own["runs"], own["exact"] = "--puzzles", "--task"
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:
             main([study, "--help"])

@@ -153,7 +153,7 @@ def solved(gain: np.ndarray, rows: np.ndarray, upper: np.ndarray) -> np.ndarray:
 
 
 class IndependentSet(Graph):
-    """r(x) = |x| - 2 (edges within x): its optima are the maximum independent sets, as to drop an end of an edge pays."""
+    """r(x) = |x| - 2 (edges within x): optima are the maximum independent sets, as to drop an end of an edge pays."""
 
     columns: ClassVar = {
         "reward": ("E[r]", "{:.3f}"),

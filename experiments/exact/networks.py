@@ -21,7 +21,7 @@ class Windows(nn.Module):
         features: what it gives, D.
     """
 
-    def __init__(self, tokens: int, reach: int = 10, width: int = 128, features: int = 32):
+    def __init__(self, tokens: int, reach: int = 7, width: int = 96, features: int = 32):
         super().__init__()
         self.values, self.reach, self.features = tokens + 2, reach, features  # the mask, and what is outside
         self.layers = nn.Sequential(
