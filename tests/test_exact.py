@@ -223,41 +223,38 @@ def test_a_network_begins_as_the_base(sites):
 
 
 def small(seed):
-    return graphs.Cut(graphs.random_edges("regular", 6, 3, seed), 6, beta=0.7)
+    return graphs.Cut(graphs.random_edges("regular", 6, 3, seed), 6, beta=0.5)
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [(learner.STEPPED, 0.0, 0.1), (learner.NULL, 1.0, 5.0)])
+@pytest.mark.parametrize(("name", "least", "most"), [(learner.STEPPED, -0.1, 0.3), (learner.NULL, 3.0, 10.0)])
 def test_what_is_learned_is_the_optimum(monkeypatch, name, least, most):
-    """Of six nodes: nearly all of the base's divergence, 1.7; by weights of other outcomes none of it.
-
-    Three seeds end at 0.02 to 0.04.
+    """The complete bipartite graph of three and three: of a divergence of 3.3 the learner leaves 0.02, in a mean over
+    samples that can be below 0; weights of other outcomes lead it astray, to 5.6.
     """
-    options = estimators.Options(rounds=40, batch=128, steps=4, learning_rate=1e-2, power=1.0)
-    monkeypatch.setitem(study.CASES, "small", study.Case("small", small, options, 512))
-    found = study.run("small", options, name, seed=0)
-    task = small(0)
-    law = task.law()
-    start = float(torch.xlogy(law, law * 64).sum())
-    assert 1.5 < start < 2.0
+    options = estimators.Options(rounds=20, batch=128, steps=4, learning_rate=1e-2, power=1.0)
+    monkeypatch.setitem(study.CASES, "small", study.Case("small", small, options, 256))
+    found = study.run("small", options, name, seed=1)
+    law = small(1).law()
+    assert 3.3 < float(torch.xlogy(law, law * 64).sum()) < 3.4
     assert least < found["figures"]["kl"] < most
     last = found["curve"][-1]
-    assert last["reward_calls"] == 40 * 128 and abs(last["gained"]) < 1.2
+    assert last["reward_calls"] == 20 * 128 and last["gained"] == pytest.approx(float(name == learner.STEPPED), abs=0.2)
 
 
 def test_figures_of_a_model_that_is_the_base(sites):
-    """ESS, KL and log Z of its paths, against sums over all sequences: they are weighed by p* over the base."""
+    """Its KL and log Z, by samples, are the exact ones within their noise: 0.01 each at a temperature near the base."""
     task = dataclasses.replace(sites, beta=0.5)
     model = learner.Model("dna", task, learning_rate=1e-3)
-    found = study.figures(task, model, 20_000, seed=0)
-    assert found["kl"] == pytest.approx(automata.kl(task._long, task.optimum), rel=0.1)  # 0.5% of noise, and more
-    assert abs(found["log_z_error"]) < 0.02 and 0.5 < found["ess"] < 1
+    found = study.figures(task, model, 4000, seed=0)
+    assert found["kl"] == pytest.approx(automata.kl(task._long, task.optimum), abs=0.1)
+    assert abs(found["log_z_error"]) < 0.1 and 0.5 < found["ess"] < 1
 
 
-def test_the_study_writes_its_figures(tmp_path, capsys):
+def test_the_study_writes_its_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(study.CASES, "dna", dataclasses.replace(study.CASES["dna"], samples=64))
     arguments = ["exact", "--task", "dna", "--rounds", "2", "--batch", "32", "--steps", "1", "--seeds", "1"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--learners", "weighted denoising", "--output", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "exact-dna.json").read_text())
-    assert [r["learner"] for r in written["results"]] == learner.default_learners("dna")
     assert written["beta"] == dna.Sites.beta and written["length"] == 32 and written["rounds"] == 2
     assert study.table(written["results"], dna.Sites.columns) in capsys.readouterr().out
     for picture in ("exact-dna.png", "exact-dna-reward.png"):
@@ -268,4 +265,5 @@ def test_the_published_estimator_is_refused_from_left_to_right(capsys):
     with pytest.raises(SystemExit):
         main(["exact", "--task", "dna", "--learners", learners.PUBLISHED])
     assert f"no learner {learners.PUBLISHED!r} in this study" in capsys.readouterr().err
-    assert learners.PUBLISHED in learner.learners_of("mis")
+    assert learner.default_learners("mis") == [learner.STEPPED, learners.PUBLISHED, learner.NULL]
+    assert learner.default_learners("dna") == [learner.STEPPED, "weighted denoising", learner.NULL]
