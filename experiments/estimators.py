@@ -638,7 +638,7 @@ def learners_of(given: dict[str, Any]) -> list[str]:
 
         return list(countdown.CASES)
     if given["study"] == "exact":
-        return exact.learners_of(given.get("task"))
+        return list(exact.LEARNERS)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else [])]
@@ -646,5 +646,5 @@ def learners_of(given: dict[str, Any]) -> list[str]:
 
 def default_learners(given: dict[str, Any]) -> list[str]:
     if given["study"] == "exact":
-        return exact.default_learners(given["task"])
+        return list(exact.DEFAULT)
     return [name for name in learners_of(given) if name not in learners.ABLATIONS]

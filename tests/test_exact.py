@@ -99,14 +99,13 @@ LAWS = {"walk": walk, "chain": chain, "tilted": tilted}
 
 @pytest.mark.parametrize("name", LAWS)
 def test_conditionals_of_an_automaton(name):
-    """Given any tokens, against sums over all sequences; from left to right by the other way too."""
+    """Given any tokens, against sums over all sequences."""
     law, every = LAWS[name](), oracle.sequences(5, 3)
     p = law.log_prob(every).exp()
     assert math.isclose(float(p.sum()), 1.0, rel_tol=1e-12)
     generator = torch.Generator().manual_seed(2)
     known = every[torch.multinomial(p, 40, replacement=True, generator=generator)]
     states = torch.where(torch.rand(known.shape, generator=generator) < 0.6, 3, known)
-    states[:10] = torch.where(torch.arange(5) < torch.arange(10)[:, None] % 5, known[:10], 3)  # from left to right
     found = law.log_conditionals(states).exp()
     for state, given in zip(states, found, strict=True):
         for i in range(5):
@@ -114,11 +113,6 @@ def test_conditionals_of_an_automaton(name):
             fits = ((state == 3) | (every == state) | ~others).all(dim=1)
             mass = torch.stack([p[fits & (every[:, i] == v)].sum() for v in range(3)])
             torch.testing.assert_close(given[i], mass / mass.sum(), rtol=1e-10, atol=1e-12)
-    row, position = torch.arange(10), torch.arange(10) % 5
-    next_one = law.log_conditionals_at(states[:10], row, position).exp()
-    torch.testing.assert_close(next_one, found[row, position], rtol=1e-10, atol=1e-12)
-    row, position = (states == 3).nonzero(as_tuple=True)
-    torch.testing.assert_close(law.log_conditionals_at(states, row, position).exp(), found[row, position])
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -212,11 +206,9 @@ def test_a_network_begins_as_the_base(sites):
     logits = denoiser.head().logits(denoiser.hidden_states(states).detach())
     torch.testing.assert_close(logits.log_softmax(dim=2), sites.base.log_conditionals(states), rtol=0, atol=1e-5)
     for order in ("random", "left-to-right"):
-        model = learner.Model("dna", sites, learning_rate=1e-3)
+        model = learners.DenoiserModel(sites.denoiser(), sites, learning_rate=1e-3)
         path = rollout(denoiser, model.blank(50), model.process, order=order, seed=1)
         torch.testing.assert_close(path.log_prob.sum(dim=1).double(), sites.log_base(path.final), rtol=0, atol=1e-4)
-    path = model.sampled(model.blank(3), seed=1)
-    assert path.position.tolist() == [list(range(8))] * 3
 
 
 # ---- the study
@@ -242,12 +234,12 @@ def test_what_is_learned_is_the_optimum(monkeypatch, name, least, most):
 
 
 def test_figures_of_a_model_that_is_the_base(sites):
-    """Its KL and log Z, by samples, are the exact ones within their noise: 0.01 each at a temperature near the base."""
-    task = dataclasses.replace(sites, beta=0.5)
-    model = learner.Model("dna", task, learning_rate=1e-3)
+    """Its KL and log Z, by samples, are the exact ones within their noise: 0.003 and 0.03; log Z is 0.178."""
+    task = dataclasses.replace(sites, beta=0.2)
+    model = learners.DenoiserModel(task.denoiser(), task, learning_rate=1e-3)
     found = study.figures(task, model, 4000, seed=0)
-    assert found["kl"] == pytest.approx(automata.kl(task._long, task.optimum), abs=0.1)
-    assert abs(found["log_z_error"]) < 0.1 and 0.5 < found["ess"] < 1
+    assert found["kl"] == pytest.approx(automata.kl(task._long, task.optimum), abs=0.02)
+    assert abs(found["log_z_error"]) < 0.15 < task.log_z and 0.05 < found["ess"] < 0.5
 
 
 def test_the_study_writes_its_figures(tmp_path, capsys, monkeypatch):
@@ -259,11 +251,3 @@ def test_the_study_writes_its_figures(tmp_path, capsys, monkeypatch):
     assert study.table(written["results"], dna.Sites.columns) in capsys.readouterr().out
     for picture in ("exact-dna.png", "exact-dna-reward.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
-
-
-def test_the_published_estimator_is_refused_from_left_to_right(capsys):
-    with pytest.raises(SystemExit):
-        main(["exact", "--task", "dna", "--learners", learners.PUBLISHED])
-    assert f"no learner {learners.PUBLISHED!r} in this study" in capsys.readouterr().err
-    assert learner.default_learners("mis") == [learner.STEPPED, learners.PUBLISHED, learner.NULL]
-    assert learner.default_learners("dna") == [learner.STEPPED, "weighted denoising", learner.NULL]

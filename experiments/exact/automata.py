@@ -95,19 +95,6 @@ class Automaton:
             state = state / state.sum(dim=0)
         return torch.stack(found).log().log_softmax(dim=1).permute(2, 0, 1)
 
-    def log_conditionals_at(self, tokens: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        """`log_conditionals` at positions int64 [n] of rows [n], [n, V].
-
-        Where rows are filled in from left to right, and the next token is asked for, by p_t(v | s) at once.
-        """
-        masked = tokens == self.to.shape[1]
-        behind = masked.sum(dim=1)
-        first = self.length - behind
-        if bool((masked == (torch.arange(self.length) >= first[:, None])).all() and (position == first[row]).all()):
-            state = self.states(tokens.masked_fill(masked, 0))[row, position]
-            return self.prob[position if len(self.prob) > 1 else 0, state].log()
-        return self.log_conditionals(tokens)[row, position]
-
     def tilted(self, score: Tensor) -> tuple[Automaton, float]:
         """The law p(x) e^{sum_t score_t(s_t, x_t)} / Z as an automaton, and log Z.
 

@@ -5,38 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
 
 from dam.adjoint import group_targets, tilted_weights
-from dam.rollout import Trajectories, rollout
 from experiments import learners
 from experiments.exact.task import Task
 
 STEPPED, NULL = "posterior, steps by ESS", "null control"
 # Of the learners that there are those that ask the density alone what p* is, whatever the base.
 OTHERS = ("posterior", "weighted denoising", learners.PUBLISHED)
-# Tasks in which positions are filled in from left to right, where the base's conditionals need no messages.
-LEFT_TO_RIGHT = ("dna",)
-
-
-def learners_of(task: str | None) -> list[str]:
-    """Names; the published one asks for the first jump of a random order."""
-    return [STEPPED, *(name for name in OTHERS if task not in LEFT_TO_RIGHT or name != learners.PUBLISHED), NULL]
-
-
-def default_learners(task: str) -> list[str]:
-    return [STEPPED, learners_of(task)[-2], NULL]
-
-
-class Model(learners.DenoiserModel):
-    """A task's network; trajectories in the order of the task."""
-
-    def __init__(self, name: str, task: Task, **options: float):
-        super().__init__(task.denoiser(), task, **options)
-        self._order = "left-to-right" if name in LEFT_TO_RIGHT else "random"
-
-    def sampled(self, initial: Tensor, seed: int) -> Trajectories:
-        return rollout(self.network, initial, self.process, order=self._order, seed=seed)
+LEARNERS = (STEPPED, *OTHERS, NULL)
+DEFAULT = (STEPPED, learners.PUBLISHED, NULL)
 
 
 @dataclasses.dataclass
@@ -73,7 +51,7 @@ class Stepped(learners.Learner):
 
 
 def learner(name: str, task: Task, *, batch: int, steps: int, replicates: int, seed: int) -> learners.Learner:
-    """A learner by its name, one of `learners_of`."""
+    """A learner by its name, one of LEARNERS."""
     options = {"batch": batch, "steps": steps, "replicates": replicates, "seed": seed}
     if name in OTHERS:
         return learners.learner(name, task, **options)

@@ -53,7 +53,7 @@ class Beyond(nn.Module):
 
     def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
         """What the network says, and behind it the base's log-probabilities, [n, D + V]."""
-        base = self.base.log_conditionals_at(tokens, row, position).clamp(min=FORBIDDEN)
+        base = self.base.log_conditionals(tokens)[row, position].clamp(min=FORBIDDEN)
         return torch.cat([self.network(tokens, row, position), base], dim=1)
 
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -38,7 +38,7 @@ class Case:
 
 
 _GRAPHS = Options(rounds=100, batch=128, steps=8, learning_rate=4e-3, power=1.0)
-_SEQUENCES = Options(rounds=24, batch=512, steps=8, learning_rate=1.5e-3, power=1.0)
+_SEQUENCES = Options(rounds=60, batch=256, steps=8, learning_rate=3e-3, power=1.0)
 CASES = {
     "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 1024),
     "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 1024),
@@ -73,7 +73,7 @@ def run(case: str, options: Options, name: str, seed: int) -> dict[str, Any]:
     chosen = CASES[case]
     task, samples = chosen.instance(seed), chosen.samples
     torch.manual_seed(seed)
-    model = learner.Model(case, task, **estimators.fitting(options))
+    model = learners.DenoiserModel(task.denoiser(), task, **estimators.fitting(options))
     by = learner.learner(name, task, **estimators.playing(options), seed=seed)
     references = task.references(samples)
     base, best = (references[law]["reward"] for law in ("the base", "p*"))
@@ -92,7 +92,7 @@ def study(given: dict[str, Any], output: Path) -> str:
     asked = {field.name: given[field.name] for field in dataclasses.fields(Options)}
     options = dataclasses.replace(case.options, **{k: v for k, v in asked.items() if v is not None})
     task = case.instance(0)
-    of_instance = {key: value for key, value in vars(task).items() if isinstance(value, int | float)}
+    of_instance = {key: value for key, value in vars(task).items() if key != "seed" and isinstance(value, int | float)}
     setting = {"task": given["task"], "title": case.title, **of_instance, **dataclasses.asdict(options)}
     setting["samples"] = case.samples
     results: list[dict[str, Any]] = []
