@@ -1,9 +1,9 @@
 """The studies of the method: python -m experiments grid|ising|potts|moves|sudoku|orders|countdown|...
 
 Those before orders ask which estimator learns most from a reward call, by `estimators` and `lattice`, of chains of
-listed moves by `moves`; orders asks what keeps a run from p* whose base is a network, countdown what keeps a text model
-from learning; ablations and guidance train nothing; runs prints the figures of finished `dam sudoku` or `dam countdown`
-runs.
+listed moves by `moves`; exact holds what is learned on graphs and sequences to answers that are known; orders asks what
+keeps a run from p* whose base is a network, countdown what keeps a text model from learning; ablations and guidance
+train nothing; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks import options as of_benchmarks
 from benchmarks import report
 from experiments import ablations, densities, estimators, guidance, lattice, moves
 from experiments.densities import Grid
+from experiments.exact import study as exact
 
 PROG = "python -m experiments"
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +30,7 @@ STUDIES = {
     "potts": "a Potts lattice",
     "sudoku": "the main job, estimator by estimator",
     "moves": "chains of swaps and hops, against enumeration",
+    "exact": "graphs and sequences whose optimum is known",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for field in dataclasses.fields(default):
             value = getattr(default, field.name)
             add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
-    seeds_of = {"grid": 5, "ising": 5, "potts": 5, "moves": 5, "sudoku": 2, "orders": 2, "countdown": 1}
+    seeds_of = {"grid": 5, "ising": 5, "potts": 5, "moves": 5, "exact": 3, "sudoku": 2, "orders": 2, "countdown": 1}
     for name, seeds in seeds_of.items():
         every = "; ".join(estimators.learners_of({"study": name}))
         on[name].add_argument("--learners", nargs="+", metavar="NAME", help=f"of {every} (default: most of them)")
@@ -77,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
         add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
         add("--width", type=int, default=256, help="of the network (default: %(default)s)")
+    add = on["exact"].add_argument
+    add("--task", choices=exact.CASES, required=True)
+    for field in dataclasses.fields(estimators.Options):
+        kind = type(getattr(estimators.Options(), field.name))
+        add(f"--{field.name.replace('_', '-')}", type=kind, help="default: the task's")
     on["sudoku"].add_argument("--calls", type=int, default=28_672, help="reward calls (default: %(default)s)")
     on["countdown"].add_argument("--calls", type=int, default=16_384, help="reward calls (default: %(default)s)")
     add = on["orders"].add_argument
@@ -114,13 +121,14 @@ def study(given: dict[str, Any]) -> int:
     """Runs a study and prints its table."""
     output = given["output"] or RESULTS / report.device()
     output.mkdir(parents=True, exist_ok=True)
-    of_the_trainer = {
+    with_options_of_its_own = {
         "sudoku": estimators.study_sudoku,
+        "exact": exact.study,
         "orders": estimators.study_orders,
         "countdown": estimators.study_countdown,
     }
-    if given["study"] in of_the_trainer:
-        text = of_the_trainer[given["study"]](given, output)
+    if given["study"] in with_options_of_its_own:
+        text = with_options_of_its_own[given["study"]](given, output)
     elif given["study"] == "moves":
         named = {field.name: given[field.name] for field in dataclasses.fields(moves.Options)}
         text = moves.study(given, moves.Options(**named), output)

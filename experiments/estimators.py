@@ -28,6 +28,7 @@ from benchmarks import records, report
 from dam import plots
 from experiments import grid, learners, replay
 from experiments.densities import Grid
+from experiments.exact import learner as exact
 
 SVDD = "svdd"
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
@@ -417,10 +418,14 @@ def learners_of(given: dict[str, Any]) -> list[str]:
         from experiments import moves  # whose runs are this module's
 
         return list(moves.LEARNERS)
+    if given["study"] == "exact":
+        return list(exact.LEARNERS)
     if given.get("base") == "uniform":
         return list(UNIFORM_LEARNERS) if given["study"] == "grid" else ["posterior"]
     return [*learners.LEARNERS, *([SVDD] if given["study"] == "grid" else replay.LEARNERS)]
 
 
 def default_learners(given: dict[str, Any]) -> list[str]:
+    if given["study"] == "exact":
+        return list(exact.DEFAULT)
     return [name for name in learners_of(given) if name not in (*learners.ON_REQUEST, *replay.LEARNERS)]

@@ -522,7 +522,7 @@ def test_the_study_of_moves(tmp_path):
 
 def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
     own = {"grid": "--density", "ising": "--beta", "sudoku": "--calls", "orders": "--steps", "countdown": "--calls"}
-    own.update(moves="--case", runs="--puzzles", potts="--colours")
+    own.update(moves="--case", runs="--puzzles", potts="--colours", exact="--task")
     own.update(ablations="--repeats", chain="--positions", guidance="--samples")
     for study, option in own.items():
         with pytest.raises(SystemExit) as stop:

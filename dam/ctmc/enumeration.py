@@ -17,13 +17,17 @@ _CHUNK = 8192  # states whose moves are listed at a time
 
 def states(size: int, length: int) -> Tensor:
     """All states of L coordinates with V values, int64 [V^L, L], the last coordinate fastest."""
-    return torch.tensor(list(itertools.product(range(size), repeat=length))).view(-1, length)
+    return torch.arange(size**length)[:, None] // _places(size, length) % size
 
 
 def index_of(tokens: Tensor, size: int) -> Tensor:
     """Numbers of tokens [..., L] in the order of `states`, int64 [...]."""
-    place = size ** torch.arange(tokens.shape[-1] - 1, -1, -1, device=tokens.device)
-    return (tokens * place).sum(dim=-1)
+    return (tokens * _places(size, tokens.shape[-1]).to(tokens.device)).sum(dim=-1)
+
+
+def _places(size: int, length: int) -> Tensor:
+    """What a coordinate's value counts for in the number of a state, int64 [L]."""
+    return size ** torch.arange(length - 1, -1, -1)
 
 
 class JumpRates:
