@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dam.ctmc import enumeration
 from dam.models.denoiser import Denoiser
-from experiments.lattice import Network
 from experiments.exact.task import Task
+from experiments.lattice import Network
 
 GRAPHS = ("erdos-renyi", "regular")
 ENUMERABLE = 20  # nodes: 2^20 states

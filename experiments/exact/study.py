@@ -83,7 +83,7 @@ def run(case: str, options: Options, name: str, seed: int) -> dict[str, Any]:
         gained = (found["reward"] - base) / (best - base)
         return {"kl": found["kl"], "reward": found["reward"], "gained": gained}
 
-    curve = estimators.play(by, model, options.rounds, evaluate, f"{name}, {case}, seed {seed}")
+    curve = estimators.play(by, model, options, evaluate, f"{name}, {case}, seed {seed}")
     return {"figures": figures(task, model, samples, seed), "references": references, "curve": curve}
 
 
