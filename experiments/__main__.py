@@ -39,6 +39,7 @@ TABLES = {
     "ablations": "what an estimator owes to its parts, on tables where all is known",
     "chain": "the target of a chain of independent positions, by vocabulary and length",
     "guidance": "samples of a 4 x 4 Ising lattice by reward calls at test time",
+    "readme": "README's fine-tuning block, as it stands",
 }
 RUNS = "figures of finished runs of `dam sudoku` or `dam countdown`"
 
@@ -149,6 +150,10 @@ def print_tables(given: dict[str, Any]) -> int:
         text = ablations.study(output, given["repeats"])
     elif given["study"] == "chain":
         text = ablations.study_chain(output, given["positions"])
+    elif given["study"] == "readme":
+        from experiments import readme
+
+        text = readme.study(output)
     else:
         text = guidance.study(output, given["samples"])
     print(f"\n{text}\n\nJSON: {output}")

@@ -1,5 +1,6 @@
 """What the README shows works as it stands there. Its links, commands and figures: test_docs.py, test_figures.py."""
 
+import json
 import re
 from pathlib import Path
 
@@ -66,3 +67,21 @@ def test_every_operation_is_listed():
     for name in dam.__all__:
         if name[0].islower():
             assert f"`{name}`" in text or f"dam.{name}" in text, name
+
+
+def test_what_the_readme_shows_of_a_run_is_of_its_record():
+    """Figure by figure, and what the text says of them; `python -m experiments readme` makes the record."""
+    (path,) = (ROOT / "experiments" / "results").glob("*/readme.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert f"[JSON]({path.relative_to(ROOT)})" in README
+    (shown,) = re.findall(r"```text\n(step 0: .*?)```", README, flags=re.DOTALL)
+    printed = [line for line in record["printed"] if line.startswith("step ")]
+    for line, whole in zip(shown.splitlines(), printed, strict=True):
+        step, _, figures = line.partition(": ")
+        assert whole.startswith(f"{step}: ")
+        for figure in figures.split(", "):
+            assert figure == "..." or f" {figure}," in f"{whole},", f"{figure} is not in {whole}"
+    first, last = ([e["eval_solved"] for e in record["log"] if "eval_solved" in e][n] for n in (0, -1))
+    text = " ".join(README.split())
+    assert f"the base solves {first:.1%}, the model {last:.1%}" in text
+    assert f"{record['reward_calls']:,} calls of a reward, in {record['processor_seconds']:.0f} s of one core" in text
