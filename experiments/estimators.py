@@ -116,7 +116,7 @@ def run_all(given: dict[str, Any], run: Run) -> Iterator[dict[str, Any]]:
 def write(path: Path, setting: dict[str, Any], results: list[dict[str, Any]], given: dict[str, Any]) -> None:
     """The results of what is done, put into the order in which they were asked for."""
     results.sort(key=lambda r: (given["learners"].index(r["learner"]), r["seed"]))
-    setting = {**records.versions(), **setting, "processes": given["processes"]}
+    setting = {**records.versions(), "device": report.device(), **setting, "processes": given["processes"]}
     report.write_json(path, {**setting, "results": results})
 
 

@@ -40,6 +40,7 @@ def study(output: Path) -> str:
     trainer = names["trainer"]
     figures = {
         **records.versions(),
+        "device": report.device(),
         "threads": 1,
         "processor_seconds": time.process_time() - started,
         "reward_calls": trainer.reward_calls,
