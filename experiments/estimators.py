@@ -31,6 +31,7 @@ from experiments.densities import Grid
 from experiments.exact import learner as exact
 
 SVDD = "svdd"
+COSTS = ("reward_calls", "network_calls")  # of a point of a curve
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
 
 
@@ -232,20 +233,24 @@ def grid_table(results: Sequence[dict[str, Any]]) -> str:
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(r["learner"] for r in results):
         curves = [r["curve"] for r in results if r["learner"] == name]
-        last = curves[0][-1]
-        cells = [name, f"{last['reward_calls']:,}", f"{last['network_calls']:,}"]
+        cells = [name, *(middle([curve[-1][cost] for curve in curves]) for cost in COSTS)]
         cells += [spread([curve[-1][figure] for curve in curves], "{:.2g}") for figure in ("kl", "tv")]
         for level in (1e-2, 1e-3, 1e-4):
-            middle = statistics.median(reached(curve, "kl", level) for curve in curves)
-            cells.append(f"{middle:,.0f}" if math.isfinite(middle) else "-")
+            cells.append(middle([reached(curve, "kl", level) for curve in curves]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def middle(counts: Sequence[float]) -> str:
+    """Median, of what may not be the same for all seeds; "-" if it is infinite."""
+    median = statistics.median(counts)
+    return f"{median:,.0f}" if math.isfinite(median) else "-"
+
+
 def spread(values: Sequence[float], form: str) -> str:
     """Median, and least to most if there are several."""
-    middle = form.format(statistics.median(values))
-    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))} to {form.format(max(values))})"
+    median = form.format(statistics.median(values))
+    return median if len(values) == 1 else f"{median} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 # ---- Sudoku
@@ -283,8 +288,8 @@ def study_sudoku(given: dict[str, Any], output: Path) -> str:
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
         solved = spread([r["solved"] for r in runs], "{:.1%}")
-        calls = runs[0]["curve"][-1]["reward_calls"]
-        lines.append(f"| {name} | {calls:,} | {solved} | {runs[0]['base_solved']:.1%} |")
+        calls = middle([r["curve"][-1]["reward_calls"] for r in runs])
+        lines.append(f"| {name} | {calls} | {solved} | {runs[0]['base_solved']:.1%} |")
     return "\n".join(lines)
 
 

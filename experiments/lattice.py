@@ -23,7 +23,20 @@ from dam.models.denoiser import Head
 from dam.rollout import outcome_log_prob
 from experiments import learners, replay
 from experiments.densities import Density, Ising, Lattice, Potts
-from experiments.estimators import Options, bar, checked, draw_curves, fitting, play, playing, run_all, spread, write
+from experiments.estimators import (
+    COSTS,
+    Options,
+    bar,
+    checked,
+    draw_curves,
+    fitting,
+    middle,
+    play,
+    playing,
+    run_all,
+    spread,
+    write,
+)
 
 LATTICES: dict[str, type[Ising] | type[Potts]] = {"ising": Ising, "potts": Potts}
 OPTIONS = Options(rounds=100, batch=1024, steps=4, power=1.0)
@@ -313,8 +326,7 @@ def lattice_table(results: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
-        last = runs[0]["curve"][-1]
-        cells = [name, f"{last['reward_calls']:,}", f"{last['network_calls']:,}"]
+        cells = [name, *(middle([r["curve"][-1][cost] for r in runs]) for cost in COSTS)]
         cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
         over_orders = [r["kl_over_orders"] for r in runs if "kl_over_orders" in r]
         cells += [spread(over_orders, "{:.2g}") if over_orders else "-"]
@@ -336,7 +348,7 @@ def network_calls_table(results: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(r["learner"] for r in results):
         curves = [r["curve"] for r in results if r["learner"] == name]
         points = [[point for point in curve if point["network_calls"] <= limit][-1] for curve in curves]
-        cells = [name, *(f"{points[0][cost]:,}" for cost in ("network_calls", "reward_calls"))]
+        cells = [name, *(middle([point[cost] for point in points]) for cost in reversed(COSTS))]
         for figure, form in (("ess", "{:.4f}"), ("kl", "{:.2g}")):
             cells.append(spread([point[figure] for point in points], form))
         lines.append(f"| {' | '.join(cells)} |")

@@ -360,11 +360,12 @@ def study(given: dict[str, Any], options: Options, output: Path) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], published: dict[str, float]) -> str:
+    """Medians over seeds, with least and most of TV; below them what is published."""
     lines = ["| learner | reward calls | network calls | TV |", "| --- | --- | --- | --- |"]
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
-        last = runs[0]["curve"][-1]
+        calls = [estimators.middle([r["curve"][-1][cost] for r in runs]) for cost in estimators.COSTS]
         tv = estimators.spread([r["tv"] for r in runs], "{:.4f}")
-        lines.append(f"| {name} | {last['reward_calls']:,} | {last['network_calls']:,} | {tv} |")
+        lines.append(f"| {name} | {' | '.join(calls)} | {tv} |")
     lines.append(f"| published elsewhere | {published['reward_calls']:,} | | {published['tv']} |")
     return "\n".join(lines)

@@ -38,7 +38,11 @@ class Table(NamedTuple):
 
 @cache
 def tokens(page: str) -> list:
-    return MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text(encoding="utf-8"))
+    return parsed((ROOT / page).read_text(encoding="utf-8"))
+
+
+def parsed(markdown: str) -> list:
+    return MarkdownIt("commonmark").enable("table").parse(markdown)
 
 
 def blocks(page: str) -> list[Block]:
@@ -84,9 +88,13 @@ def anchors(page: str) -> set[str]:
 
 def tables(page: str) -> list[Table]:
     """All of a page, in their order."""
+    return tables_of(tokens(page), page)
+
+
+def tables_of(every: list, page: str = "") -> list[Table]:
+    """Those of parsed text."""
     found: list[Table] = []
     heading = before = ""
-    every = tokens(page)
     for n, token in enumerate(every):
         if opens(token):
             heading, before = text(every[n + 1]), ""

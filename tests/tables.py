@@ -13,6 +13,12 @@ SPREAD = re.compile(
 )
 
 
+def is_figure(cell: str) -> bool:
+    """Whether a cell has nothing but numbers, what is between several of them, and what stands for none."""
+    words = NUMBER.sub("", cell)
+    return words != cell and re.fullmatch(r"(?:to|inf|[\s()\[\],])*", words) is not None
+
+
 def agrees(shown: str, value: float) -> bool:
     """Whether a value rounds to a number as it is shown: is within half a unit of its last digit.
 

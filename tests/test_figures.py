@@ -4,13 +4,17 @@ import json
 import math
 import re
 import statistics
+from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments.estimators import reached
+from experiments import ablations, guidance, lattice, moves
+from experiments.estimators import grid_table, reached
 from tests import pages
-from tests.tables import NUMBER, agrees, wrong
+from tests.tables import NUMBER, agrees, is_figure, wrong
 
 RESULTS = pages.ROOT / "experiments" / "results"
 STUDY = "experiments/README.md"
@@ -20,6 +24,66 @@ STUDIED = (STUDY, "docs/learning.md", "docs/choosing.md", "docs/rewards.md")
 
 def read(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def linked(table):
+    """Results that the paragraph in front of a table links to, or in front of one above it in the same section."""
+    above = [t for t in pages.tables(table.page) if t.heading == table.heading and t.line <= table.line]
+    every = [re.findall(r"\]\(([^)\s]+\.json)\)", t.before) for t in above]
+    last = next((found for found in reversed(every) if found), [])
+    folder = (pages.ROOT / table.page).parent
+    return tuple(str((folder / path).resolve().relative_to(RESULTS)) for path in last)
+
+
+def of_page(tables):
+    return [pytest.param(table, id=f"{table.page}:{table.line}") for table in tables]
+
+
+# ---- tables as their study prints them
+
+
+def of_results(*printers):
+    """Prints tables of all results of some files."""
+    return lambda *files: "\n\n".join(made([run for one in files for run in one["results"]]) for made in printers)
+
+
+# What prints the tables under a link to a JSON, by its path; it is given all that the same paragraph links to.
+PRINTED = {
+    "epyc-avx2-2-cores/ablations.json": ablations.text_of,
+    "epyc-avx2-2-cores/guidance.json": guidance.text_of,
+    "epyc-avx2-2-cores/ising-0.28-256000.json": of_results(lattice.lattice_table, lattice.network_calls_table),
+    "epyc-avx2-2-cores/ising-0.4407-256000.json": of_results(lattice.lattice_table),
+    "epyc-avx2-2-cores/potts-1.005-128000.json": of_results(lattice.lattice_table),
+    "epyc-avx2-2-cores/moves-occupation.json": lambda found: moves.table(found["results"], found["published"]),
+    "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table),
+    "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
+}
+# Every table of figures in the page of the studies.
+FIGURES = [table for table in pages.tables(STUDY) if any(is_figure(cell) for row in table.rows for cell in row)]
+
+
+@cache
+def printed(files):
+    return pages.tables_of(pages.parsed(PRINTED[files[0]](*map(read, files))))
+
+
+def as_printed(table):
+    return bool(linked(table)) and linked(table)[0] in PRINTED
+
+
+@pytest.mark.parametrize("table", of_page(filter(as_printed, FIGURES)))
+def test_tables_are_as_their_json_is_printed(table):
+    files = linked(table)
+    same = [other for other in printed(files) if other.head == table.head]
+    assert len(same) == 1, f"{table.page}:{table.line}: of {files} no table with such columns is printed"
+    assert table.rows == same[0].rows
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_what_is_printed_of_a_json_stands_in_the_page(name):
+    shown = [(linked(table), table.head) for table in FIGURES]
+    (files,) = {files for files, _ in shown if files and files[0] == name}
+    assert [head for other, head in shown if other == files] == [table.head for table in printed(files)]
 
 
 # ---- a row for each learner: median over seeds, least and most, and what exact samples have
@@ -71,12 +135,6 @@ OTHER_FILE = {
 }
 
 
-def linked(table):
-    """Results that the paragraph in front of a table links to, by their paths."""
-    found = re.findall(r"\]\(([^)\s]+\.json)\)", table.before)
-    return [((pages.ROOT / table.page).parent / path).resolve().relative_to(RESULTS) for path in found]
-
-
 def learner_of(table, row, above):
     """The learner that a row is of, by its name in the JSON."""
     cells = dict(zip(table.head, row, strict=True))
@@ -90,22 +148,20 @@ def learner_of(table, row, above):
     return re.sub(r", beta [\d.]+$", "", named)
 
 
-STUDY_TABLES = [
-    pytest.param(table, id=f"{table.page}:{table.line}")
-    for page in STUDIED
-    for table in pages.tables(page)
-    if set(table.head) & set(COLUMNS)
+OF_LEARNERS = [
+    *(table for table in FIGURES if not as_printed(table)),
+    *(table for page in STUDIED[1:] for table in pages.tables(page) if set(table.head) & set(COLUMNS)),
 ]
 
 
-@pytest.mark.parametrize("table", STUDY_TABLES)
+@pytest.mark.parametrize("table", of_page(OF_LEARNERS))
 def test_tables_of_learners_are_those_of_their_json(table):
     files, above = linked(table), None
     assert files, f"{table.page}:{table.line}: the paragraph in front of a table links to its JSON"
     for row in table.rows:
         above = name = learner_of(table, row, above)
         ending = OTHER_FILE.get(row[0])
-        file = next(path for path in files if ending is None or path.name == ending)
+        file = next(path for path in files if ending is None or path.endswith(ending))
         runs = [run for run in read(file)["results"] if run["learner"] == name]
         if row[0] == "the base":
             check_base(row, table, read(file)["results"][0]["base"])
@@ -129,6 +185,27 @@ def check_base(row, table, base):
     for head, cell in zip(table.head, row, strict=True):
         if head in base:
             assert agrees(cell, base[head]), (row[0], head)
+
+
+# ---- figures of other people, in a table
+
+
+def test_published_figures_of_chains_of_moves_are_those_of_the_study():
+    """What a run is held to is what the page says; states are counted: particles at sites, and sites of each kind."""
+    states = {"occupation": math.comb(7, 3), "ising": math.comb(16, 8), "potts": math.comb(14, 4) * 3**4}
+    table = table_with("published: TV, reward calls, trajectories K")
+    rows = {row[0].strip("`"): dict(zip(table.head, row, strict=True)) for row in table.rows}
+    assert list(rows) == list(moves.CASES)
+    for name, row in rows.items():
+        case = moves.CASES[name]()
+        assert row["states"].startswith(f"{states[name]:,}: ")
+        tv, calls = case.published
+        assert row[table.head[-1]].startswith(f"{tv}, {calls:,}, K = ")
+        # A hop's rate is for each particle of the site that it leaves.
+        start = torch.tensor([case.start])
+        rate = case.process.moves(start).rate.max() / start.max()
+        (shown,) = re.findall(r"\d+/\d+", row["moves"])
+        assert float(Fraction(shown)) == pytest.approx(float(rate), rel=1e-12)  # quotients of a few roundings
 
 
 # ---- runs of the command line, a column each
@@ -199,6 +276,11 @@ def networks(case):
     return [run["kl"] for run in read(ORDERS)["results"] if run["learner"] == case]
 
 
+def calls_of_a_sample(sampler):
+    (found,) = [run for run in read(GUIDANCE)["results"] if run["sampler"] == sampler]
+    return found["calls_of_a_sample"]
+
+
 README = "README.md"
 ANYWHERE = None  # README, or one of the pages that it leads to
 CHOOSING = "docs/choosing.md"
@@ -210,6 +292,12 @@ COUNTDOWN = "xeon-avx512-2-cores/countdown.json"
 SUDOKU = "epyc-avx512-2-cores/sudoku-estimators.json"
 ORDERS = "xeon-avx512-2-cores/orders.json"
 PUBLISHED = "first_jump_one, state"
+LONG = "epyc-avx512-2-cores/ising-0.28-masked-long.json"
+BUDGET = "epyc-avx2-2-cores/ising-0.28-256000.json"
+HOPS = "epyc-avx2-2-cores/moves-occupation.json"
+NETWORK_CALLS = "epyc-avx2-2-cores/pinwheel-9-learners-network.json"
+ABLATIONS = "epyc-avx2-2-cores/ablations.json"
+GUIDANCE = "epyc-avx2-2-cores/guidance.json"
 TODAY = "xeon-avx512-2-cores/ising-0.28-masked.json"
 # Passages with their numbers in braces, and what these were rounded from.
 SENTENCES = [
@@ -231,6 +319,39 @@ SENTENCES = [
             median(CHECKERBOARD, "posterior, baseline", "KL(p*, p_u)"),
             *least_and_most([run["curve"][-1]["kl"] for run in read(CHECKERBOARD)["results"]]),
             *[median(CHECKERBOARD, "posterior, baseline", figure) for figure in ("TV", "to 1e-3")],
+        ],
+    ),
+    (
+        STUDY,
+        "`posterior` has an ESS of {}. TV over 65,536 states is mostly the samples' own: of {} samples it is {} [{}]",
+        lambda: [
+            median(LONG, "posterior", "ESS"), read(LONG)["samples"], *read(LONG)["results"][0]["tv"]
+        ],
+    ),
+    (
+        STUDY,
+        "networks of width {}, five seeds, {} rounds of {} calls",
+        lambda: [read(BUDGET)[option] for option in ("width", "rounds", "batch")],
+    ),
+    (STUDY, "figures of {} paths", lambda: [read(BUDGET)["samples"]]),
+    (
+        STUDY,
+        "That is {} of the published run's reward calls",
+        lambda: [median(HOPS, "path, baseline", "reward calls") / read(HOPS)["published"]["reward_calls"]],
+    ),
+    (STUDY, "as many rounds as {} states that the network sees", lambda: [read(NETWORK_CALLS)["network_calls"]]),
+    (STUDY, "means of {} repeats", lambda: [read(ABLATIONS)["repeats"]]),
+    (STUDY, "nothing trained: {} samples", lambda: [read(GUIDANCE)["samples"]]),
+    (
+        STUDY,
+        "Of {} calls, which the learners above are trained by, come {} samples of svdd with 20 proposals, or one of 64 "
+        "particles {} times.",
+        lambda: [
+            median(TODAY, "posterior", "reward calls"),
+            *[
+                median(TODAY, "posterior", "reward calls") / calls_of_a_sample(name)
+                for name in ("svdd, 20 proposals", "smc, one of 64")
+            ],
         ],
     ),
     (
@@ -355,7 +476,17 @@ def test_figures_of_sentences_are_those_of_their_json(page, passage, values):
 # Figures that no JSON has: of versions that are gone, or of other people.
 WITHOUT_JSON = (
     (README, "three seeds solved 100.0%, 100.0% and 99.6%; with steps kept at `max_tilt` 0.2 to the end too, 95.5%"),
-    (STUDY, "MDNS publishes an ESS of 0.9644 and a TV of 0.0799 for its weighted denoising cross-entropy"),
+    (
+        STUDY,
+        "MDNS (arXiv 2508.10684) publishes an ESS of 0.951 to 0.971 and a KL(p_u, p*) of 0.014 to 0.025 for its losses "
+        "at this budget; for its weighted denoising cross-entropy an ESS of 0.9644 and a TV of 0.0799, at best 0.9713 "
+        "and 0.0748",
+    ),
+    (STUDY, "it had an ESS of 0.09 to 0.29 where `posterior` alone had 0.48 to 0.78"),
+    # The table of published figures, but TV and reward calls, which the study has too.
+    (STUDY, "K = 16; K = 1 and 4 diverged"),
+    (STUDY, "K = 32; K = 16 diverged"),
+    (STUDY, "0.0829, 20,889,600, K = 16 |"),
     (STUDY, "after 9,216 calls the first has solved 4.5% to 6.1%, the last 2.3% to 3.8%"),
 )
 

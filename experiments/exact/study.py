@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +124,6 @@ def table(results: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]
         lines.append(row(name, "", [r["references"][name] for r in first]))
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
-        calls = statistics.median(r["curve"][-1]["reward_calls"] for r in runs)
-        lines.append(row(f"`{name}`", f"{calls:,.0f}", [r["figures"] for r in runs]))
+        calls = estimators.middle([r["curve"][-1]["reward_calls"] for r in runs])
+        lines.append(row(f"`{name}`", calls, [r["figures"] for r in runs]))
     return "\n".join(lines)
