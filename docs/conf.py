@@ -27,6 +27,7 @@ include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "examples/*.md",
     "examples/**/*.md",
     "experiments/*.md",
     "benchmarks/*.md",

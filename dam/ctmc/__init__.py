@@ -5,11 +5,12 @@ from dam.ctmc.masked import MaskedCTMC
 from dam.ctmc.moves import Moves, MovesCTMC
 from dam.ctmc.noised import LatticeCTMC, NoisedCTMC, UniformCTMC
 from dam.ctmc.schedules import Cosine, Geometric, Linear, Schedule, UserSchedule
-from dam.ctmc.simulate import Path, Process, gillespie, simulate, tau_leap
+from dam.ctmc.simulate import Jumps, Path, Process, ProcessOfJumps, gillespie, simulate, tau_leap
 
 __all__ = [
     "Cosine",
     "Geometric",
+    "Jumps",
     "LatticeCTMC",
     "Linear",
     "MaskedCTMC",
@@ -18,6 +19,7 @@ __all__ = [
     "NoisedCTMC",
     "Path",
     "Process",
+    "ProcessOfJumps",
     "Schedule",
     "UniformCTMC",
     "UserSchedule",
