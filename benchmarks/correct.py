@@ -24,6 +24,7 @@ TOLERANCE = {torch.float32: 2.0**-12, torch.bfloat16: 2.0**-3, torch.float16: 2.
 ENTRIES = 2**23  # of logits in float64 at a time, or of a head
 COLUMNS = 4096  # of a larger vocabulary whose gradient in the head is compared: both ends, and at random between them
 DRAWS, CALLS = 1024, 16  # draws that are asked for, in so many calls at most
+FEWEST = 64  # rows of a set seed: of 8 the likeliest tokens themselves are at a distance of 2, of 64 at 5
 # Of the Kolmogorov-Smirnov distance times the root of the number of draws: a right sampler exceeds x in 2 exp(-2 x^2)
 # of all runs, here 9e-7.
 DISTANCE = 2.7
@@ -99,20 +100,25 @@ class Draws:
 
     heads: tuple[str, ...] = ()
     never: int = -1  # a token that has no probability
+    fewest: int = FEWEST  # rows, where draws are the same at every call
 
     def __call__(self, call: Call) -> list[Check]:
         """Both distances from uniform.
 
         Raises:
-            ValueError: no integers [T], or not in the vocabulary.
+            ValueError: no integers [T], or not in the vocabulary; or the same ones at every call, of few rows.
         """
         inputs = _Inputs(call, self.heads)
         drawn = [self._drawn(call, inputs)]
         while len(drawn) < CALLS and len(drawn) * inputs.rows < DRAWS:
             drawn.append(self._drawn(call, inputs))
-            if len(drawn) == 2 and torch.equal(*drawn):  # of a set seed: one draw of each row is all there is
-                del drawn[1:]
-                break
+        if all(torch.equal(drawn[0], other) for other in drawn[1:]):  # of a set seed: one of each row is all there is
+            del drawn[1:]
+            if inputs.rows < self.fewest:
+                raise ValueError(
+                    f"returns the same tokens at every call, which {inputs.rows} rows cannot tell from the likeliest; "
+                    f"draw anew at every call, or measure {self.fewest} rows or more"
+                )
         tokens = torch.stack(drawn, dim=1)  # [T, calls]
         generator = torch.Generator().manual_seed(0)
         uniform: dict[str, list[Tensor]] = {"in order of the vocabulary": [], "from the likeliest down": []}

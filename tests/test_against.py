@@ -70,9 +70,9 @@ def mine(tmp_path, monkeypatch):
     sys.modules.pop("mine", None)
 
 
-def cases_of(op, dtype=torch.float32):
+def cases_of(op, dtype=torch.float32, **others):
     cases = harness.cases_of(op)
-    return cases(dtype, **{name: SIZES[name] for name in harness.sizes_of(cases)})
+    return cases(dtype, **{name: SIZES[name] for name in harness.sizes_of(cases)} | others)
 
 
 # What is right and what is wrong
@@ -186,6 +186,15 @@ def test_no_draws_are_an_error(function, message):
     case = cases_of("jump")[0]
     with pytest.raises(ValueError, match=message):
         case.checked(case.inputs.call(function))
+
+
+@pytest.mark.parametrize("function", [lambda logits: logits.argmax(dim=1), lambda logits: dam.jump(logits, seed=3)])
+def test_the_same_draws_of_few_rows_tell_nothing(function):
+    """Eight values are within the bound of any law, so that the likeliest tokens would pass for draws."""
+    case = cases_of("jump", rows=8)[0]
+    with pytest.raises(ValueError, match=r"same tokens at every call, which 8 rows .* draw anew .* or measure 64 rows"):
+        case.checked(case.inputs.call(function))
+    assert all(check.passed for check in case.checked(case.functions["dam"]))
 
 
 def test_another_shape_is_an_error():

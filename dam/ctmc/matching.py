@@ -55,7 +55,8 @@ class MoveTargets(NamedTuple):
         """Rows of equal states and times as one: the same loss, with a network call for each that is distinct."""
         key = state_numbers(self.states) ^ self.time.view(torch.int64)
         _, row = key.unique(return_inverse=True)
-        count, slots = int(row.max()) + 1 if len(row) else 0, int(self.move.max()) + 1 if len(row) else 0
+        count = int(row.max()) + 1 if len(row) else 0
+        slots = max(int(self.move.max()) + 1, 1) if self.move.numel() else 1  # one, of -1, where nothing jumped
         first = row.new_zeros(count).scatter_(0, row, torch.arange(len(row), device=row.device))  # one of each
         at = (row[:, None] * (slots + 1) + self.move % (slots + 1)).flatten()  # -1 goes to a slot of its own
 
@@ -63,7 +64,7 @@ class MoveTargets(NamedTuple):
             return value.new_zeros(size).index_add_(0, index, value.flatten())
 
         jumps, weighted = (
-            summed(value, at, count * (slots + 1)).view(count, -1)[:, :slots]
+            summed(value, at, count * (slots + 1)).view(count, slots + 1)[:, :slots]
             for value in (self.jumps, self.weighted_jumps)
         )
         return MoveTargets(

@@ -235,6 +235,9 @@ def relabel(size: int, rate: float = 1.0) -> ListMoves:
     _positive("relabel", rate)
 
     def list_moves(tokens: Tensor) -> Moves:
+        if bool(((tokens < 0) | (tokens >= size)).any()):
+            least, most = int(tokens.min()), int(tokens.max())
+            raise ValueError(f"relabel: tokens must be in 0 .. {size - 1}; got {least} to {most}")
         length = tokens.shape[1]
         site = torch.arange(length, device=tokens.device).repeat_interleave(size)
         token = torch.arange(size, device=tokens.device).repeat(length)
@@ -293,6 +296,8 @@ def _pairs(
 ) -> tuple[Tensor, Tensor]:
     """First and second site of each pair, int64 [P]."""
     length = tokens.shape[1]
+    if length < 2:
+        raise ValueError(f"{listing}: states must have two sites or more; got {list(tokens.shape)}")
     of = torch.as_tensor(list(every(range(length), 2)) if pairs is None else pairs, device=tokens.device)
     if of.dim() != 2 or of.shape[1] != 2 or of.dtype != torch.int64:
         raise ValueError(f"{listing}: pairs must be two sites each, int64 [P, 2]; got {of.dtype} {list(of.shape)}")

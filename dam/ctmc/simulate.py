@@ -212,7 +212,8 @@ def gillespie(
 
     Raises:
         ValueError, TypeError: times do not increase; first names no interval; row_ids have another shape or dtype; or
-            rates are NaN or infinite: the message names the state and the time.
+            rates are NaN, infinite, or so large that float64 cannot tell events apart: the message names the state and
+            the time.
 
     Source: Gillespie, Exact stochastic simulation of coupled chemical reactions, 1977; weights: So et al.,
     arXiv 2602.07132, Eq. 12.
@@ -231,7 +232,9 @@ def gillespie(
         jumps = _jumps(process, state, time)
         log_rates = jumps.log_rates(model)
         wait = _philox.exponentials(seed, Use.ARRIVAL, row_ids[rows], 1, sample=event)[:, 0]
-        wait = wait / torch.logsumexp(log_rates, dim=1).exp()  # infinite where nothing leaves
+        escape = torch.logsumexp(log_rates, dim=1).exp()
+        _countable(escape, edges[at + 1] - edges[at], state, time)
+        wait = wait / escape  # infinite where nothing leaves
         left = edges[at + 1] - now[rows]
         leaves, exposure = wait < left, torch.minimum(wait, left)
         drawn = torch.full_like(rows, -1)
@@ -389,6 +392,16 @@ def _below(whose: str, log_escape: Tensor, rate: float, state: Tensor, time: Ten
         raise ValueError(
             f"simulate: the {whose}'s escape rate {float(log_escape[row].exp()):g} passes the bound {rate:g} at state "
             f"{state[row].tolist()} and time {float(time[row]):g}; raise `bound`"
+        )
+
+
+def _countable(escape: Tensor, duration: Tensor, state: Tensor, time: Tensor) -> None:
+    above = escape * duration > 2.0**52  # float64 has no more times in an interval, and the chain would never leave it
+    if bool(above.any()):
+        row = int(above.nonzero()[0])
+        raise ValueError(
+            f"gillespie: the model's escape rate is {float(escape[row]):g} at state {state[row].tolist()} and time "
+            f"{float(time[row]):g}, more events than can be told apart: the model has diverged, or gives no logarithms"
         )
 
 

@@ -50,6 +50,16 @@ class Table:
         return self.values[self.space.index_of(states)] * (1 + time[:, None])
 
 
+class Constant:
+    """The same number for every move."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, states, time, listed):
+        return torch.full_like(listed.rate, self.value)
+
+
 def started(space, count):
     return torch.tensor([[PARTICLES, 0, 0]]).expand(count, -1)
 
@@ -163,6 +173,8 @@ def test_arguments_that_cannot_be_right_are_refused():
         (lambda: moves.swap(1.0, pairs=[(0, 3)])(tokens), r"sites 0 \.\. 2"),
         (lambda: moves.swap(1.0, pairs=[0, 1])(tokens), r"int64 \[P, 2\]"),
         (lambda: moves.hop()(tokens - 1), "must not be negative"),
+        (lambda: moves.relabel(3)(tokens), r"relabel: tokens must be in 0 \.\. 2; got 0 to 3"),
+        (lambda: moves.swap()(tokens[:, :1]), "two sites or more"),
         (lambda: simulate(process, process.base, tokens, times=[0, 1], seed=0), "largest_escape, or use gillespie"),
         (lambda: tau_leap(process, process.base, tokens, times=[0, 1], seed=0), "use gillespie or simulate"),
         (lambda: gillespie(process, lambda x, t, m: x, tokens, times=[0, 1], seed=0), r"for each slot, \[1, 6\]"),
@@ -170,6 +182,9 @@ def test_arguments_that_cannot_be_right_are_refused():
             lambda: gillespie(process, lambda x, t, m: m.rate / 0, tokens, times=[0, 1], seed=0),
             r"the rate of move 0, to \[2, 1, 0\], is inf at state \[3, 0, 0\] and time 0.5",
         ),
+        # Finite logarithms whose events would never reach the end of an interval: one of them overflows, one does not.
+        (lambda: gillespie(process, Constant(800.0), tokens, times=[0, 1], seed=0), r"rate is inf at .*3, 0, 0\]"),
+        (lambda: gillespie(process, Constant(40.0), tokens, times=[0, 1], seed=0), r"1.41231e\+18 .* has diverged"),
         (
             lambda: gillespie(process, process.base, tokens, times=[0, 1], first=torch.tensor([1]), seed=0),
             r"intervals 0 \.\. 0; got \[1\]",
@@ -401,3 +416,18 @@ def test_targets_of_first_jumps_and_drawn_ones():
     )
     with pytest.raises(ValueError, match="must be of moves"):
         matching.path_targets(plain, weight[:2])
+
+
+def test_targets_without_jumps():
+    """States without a move have no jumps, merged or not: time at an escape rate of 0 costs nothing."""
+    process = MovesCTMC(moves.swap())
+    path = gillespie(process, process.base, torch.zeros(3, 4, dtype=torch.int64), times=[0.0, 0.5, 1.0], seed=1)
+    assert (path.position == -1).all() and torch.equal(path.exposure, torch.full((3, 2), 0.5, dtype=torch.float64))
+    targets = matching.path_targets(path, torch.ones(3))
+    merged = targets.merged()
+    assert merged.move.tolist() == [[-1], [-1]] and merged.exposure.tolist() == [0.5, 0.5]
+    for some in (targets, merged):
+        for teacher in (None, process.base):
+            assert float(matching.loss(process, Constant(1.0), some, baseline=1.0, teacher=teacher)) == 0.0
+    none = matching.path_targets(gillespie(process, process.base, path.final[:0], times=[0, 1], seed=1), torch.ones(0))
+    assert none.merged().move.shape == (0, 1)
