@@ -265,6 +265,7 @@ def test_order_on_the_grid(tmp_path, capsys):
     assert "| posterior | 128,000 |" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_processes_change_no_figure(tmp_path):
     """Runs depend on their seed alone, and stand in the order in which they were asked for."""
     arguments = ["grid", "--size", "7", "--rounds", "3", "--batch", "64", "--seeds", "2"]
@@ -326,7 +327,7 @@ def test_order_on_the_lattice(tmp_path, capsys):
     assert "| posterior | 8,192 |" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_uniform_base_on_the_lattice(tmp_path):
     """Samples weighed by their paths: ESS of the base is 0.31 there, and of what is trained twice as much.
 
@@ -340,7 +341,7 @@ def test_a_uniform_base_on_the_lattice(tmp_path):
     assert found["tv"][0] < 0.6 * float((law - 1 / 16).abs().sum()) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_study_of_sudoku(tmp_path, capsys):
     """One rollout of each: no order to be seen yet, but the table and what it is made of."""
     arguments = ["sudoku", "--seeds", "1", "--calls", "1024", "--output", str(tmp_path)]
@@ -433,6 +434,7 @@ def test_figures_of_finished_runs_of_countdown(tmp_path, monkeypatch, capsys):
     assert all({"greedy", "sampled", "pass@16"} <= others[name].keys() for name in weights)
 
 
+@pytest.mark.full
 def test_every_case_of_countdown_is_a_run_that_can_begin():
     for name in countdown.CASES:
         task = countdown.task_of(name, 16 * 1024, 0)
