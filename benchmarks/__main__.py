@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dam.benchmarks import checkout
+from . import checkout  # not by way of dam, which may not be installed yet
 
 PROG = "python -m benchmarks"
 

@@ -779,7 +779,7 @@ def test_installing_needs_nothing_of_dam():
     """In a fresh checkout `import dam` fails, and this is what puts that right."""
     code = (
         "import sys; sys.modules['dam'] = None; import torch; torch.cuda.is_available = lambda: True\n"
-        "from dam.benchmarks import checkout; checkout.ensure_installed = lambda *arguments: arguments\n"
+        "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: arguments\n"
         "import runpy; sys.argv[1:] = ['gpu', '--tune']; runpy.run_module('benchmarks', run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=checkout.ROOT)
