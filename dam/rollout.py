@@ -59,7 +59,7 @@ class Trajectories:
 
     @property
     def network_calls(self) -> int:
-        """Network calls that were made: batched forward passes of the model, two for each with guidance."""
+        """Batched forward passes of the model that were made, two for each with guidance."""
         return int(self.call.max()) + 1 if self.call.numel() else 0
 
     @staticmethod
@@ -482,7 +482,7 @@ class PathLogProbs(NamedTuple):
 
     @property
     def log_ratio(self) -> Tensor:
-        """log of the mean of p_base(x | order) over the M orders, less that of p_model(x | order): float64 [...].
+        """log of the mean of p_base(x | order) over the M orders, less that of p_model(x | order), float64 [...].
 
         With outcomes x of the model, its exponential times any f(x) has the mean sum_x p_base(x) f(x), p_base the law
         that the base's sampler has, at every M; M orders make it quieter.

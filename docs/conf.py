@@ -107,8 +107,8 @@ def as_written(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
     and in what is left | and * mark nothing up.
     """
     made: list[str] = []
-    # Of a property's first line napoleon would take what is in front of a colon for its type.
-    prose: list[str] = [""] if what in ("property", "attribute") else []
+    # (Of a property's first line napoleon takes what is in front of a colon for its type: have none there.)
+    prose: list[str] = []
     within: int | None = None  # indentation of the literal block that lines are in
     before = 0  # indentation of the text in front of it
 
