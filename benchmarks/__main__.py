@@ -7,12 +7,14 @@ each other, and calls what a call of few numbers costs.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from . import checkout  # not by way of dam, which may not be installed yet
+# By the name that this folder was found by, benchmarks or dam.benchmarks: dam may not be installed yet.
+checkout = importlib.import_module(f"{__package__}.checkout")
 
 PROG = "python -m benchmarks"
 
