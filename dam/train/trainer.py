@@ -642,7 +642,8 @@ class DAMTrainer(BaseTrainer):
         if args.draw_outcomes is None:
             names = torch.arange(places.numel(), device="cpu").view(parts, -1)[part]
             groups = replay.batch(places[part], list(places[of_all]))
-            groups["weight"] = groups["weight"] * ((names < distinct)[:, None] * (places.numel() / distinct))
+            # In this order: a truth times a number would be of the default dtype.
+            groups["weight"] = groups["weight"] * (names < distinct)[:, None] * (places.numel() / distinct)
             return groups, names
         weight = replay.weights(places.flatten()[:distinct])
         drawn, each = drawn_outcomes(weight, args.draw_outcomes * parts, generator=generator)
@@ -1123,7 +1124,7 @@ def _in_place_of_dropped(kept: Tensor) -> tuple[Tensor, Tensor]:
     in_turn = (~kept).long().argsort(dim=1, stable=True).gather(1, ((~kept).cumsum(dim=1) - 1) % count)
     member = torch.where(kept, torch.arange(size, device=kept.device), in_turn)
     places = torch.zeros_like(member).scatter_add(1, member, torch.ones_like(member)).gather(1, member)
-    return member, size / (count * places)
+    return member, size / (count * places).float()  # of two integers it would be of the default dtype
 
 
 def _to_show(seen: list[tuple[list[Any], list[Any]]], figures: Group) -> Completions:
