@@ -12,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+import dam
 from dam.train.config import DAMConfig
 
 _OURS = (
@@ -129,7 +130,7 @@ def _results(history: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _versions(adapter: bool) -> str:
-    found = {"dam": importlib.metadata.version("discrete-adjoint-matching"), "torch": torch.__version__}
+    found = {"dam": dam.__version__, "torch": torch.__version__}
     found["transformers"] = transformers.__version__
     if adapter:
         found["peft"] = importlib.metadata.version("peft")
