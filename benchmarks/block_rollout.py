@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dam.adjoint import estimator_loss, group_targets
+from dam.backends import cpu
 from dam.benchmarks import records, report
 from dam.ctmc import MaskedCTMC
 from dam.models import Denoiser, as_denoiser
@@ -140,7 +141,8 @@ def main() -> None:
         print(f"{name}: {value:.4g}")
     if args.json:
         sizes = {name: value for name, value in vars(args).items() if name != "json"}
-        report.write_json(args.json, {**records.versions(), **sizes, "figures": figures})
+        machine = {**records.versions(), "cpu": report.cpu_model(), "instruction_set": cpu.isa()}
+        report.write_json(args.json, {**machine, **sizes, "figures": figures})
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor, start: int) -> float:

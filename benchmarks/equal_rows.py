@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from dam.backends import cpu
 from dam.benchmarks import records, report
 from dam.ctmc import MaskedCTMC
 from dam.models import MaskedLM
@@ -87,7 +88,8 @@ def main() -> None:
         print(f"{name}: {value if isinstance(value, tuple) else f'{value:.4g}'}")
     if args.json:
         sizes = {name: value for name, value in vars(args).items() if name != "json"}
-        report.write_json(args.json, {**records.versions(), **sizes, "figures": figures})
+        machine = {**records.versions(), "cpu": report.cpu_model(), "instruction_set": cpu.isa()}
+        report.write_json(args.json, {**machine, **sizes, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from dam.backends import cpu
 from dam.benchmarks import records, report
 from dam.benchmarks.equal_rows import alternating, shortened
 from dam.models import PreNormRoberta
@@ -109,7 +110,8 @@ def main() -> None:
         print(f"{name}: {value:.4g}")
     if args.json:
         sizes = {name: value for name, value in vars(args).items() if name != "json"}
-        report.write_json(args.json, {**records.versions(), **sizes, "figures": figures})
+        machine = {**records.versions(), "cpu": report.cpu_model(), "instruction_set": cpu.isa()}
+        report.write_json(args.json, {**machine, **sizes, "figures": figures})
 
 
 if __name__ == "__main__":

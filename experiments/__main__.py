@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import options as of_benchmarks
-from benchmarks import report
+from benchmarks import records, report
 from experiments import ablations, densities, estimators, guidance, lattice, moves
 from experiments.densities import Grid
 from experiments.exact import study as exact
@@ -169,10 +169,9 @@ def print_runs(given: dict[str, Any]) -> int:
     else:
         puzzles = given["puzzles"]
         figures = sudoku.figures(given["runs"], None if puzzles is None else read_puzzles(puzzles))
-    text = json.dumps(figures, indent=2)
-    print(text)
+    print(json.dumps(figures, indent=2))
     if given["json"] is not None:
-        given["json"].write_text(text + "\n", encoding="utf-8")
+        report.write_json(given["json"], {**records.versions(), "device": report.device(), "results": figures})
     return 0
 
 

@@ -198,6 +198,7 @@ def study(output: Path, samples: int) -> str:
     every = enumeration.states(density.tokens, density.length)
     found = {
         **records.versions(),
+        "device": report.device(),
         **dataclasses.asdict(density),
         "samples": samples,
         "exact": compared(density, every[exact]),

@@ -461,7 +461,9 @@ def test_figures_of_finished_runs(tmp_path, capsys):
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == [{"solved": 0.5, "null_arm": True}]
     assert main([*arguments, "--puzzles", str(tmp_path / "puzzles.csv")]) == 0
-    run, base = json.loads((tmp_path / "runs.json").read_text())
+    told = json.loads((tmp_path / "runs.json").read_text())
+    assert {"dam", "torch", "python", "device"} <= told.keys()
+    run, base = told["results"]
     assert run == {"solved": 0.5, "null_arm": True, **{key: base[key] for key in ("other_file", "other_file_unseen")}}
     assert base["base"] is True and base["other_file"]["puzzles"] == 12 and base["other_file_unseen"]["puzzles"] == 6
 
