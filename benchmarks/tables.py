@@ -12,7 +12,7 @@ the table stands; `differences` compares the two.
                "figures": [["ms", "dam"], ["times", "LLaDA's step"], "64"]}]}
 
 Figures stand in the order of the numbers in the row behind its first cell: kind, name, and what is of this figure
-alone, as another case. A string is a number that is no measurement, {"unrecorded": "24.7"} one whose JSON was not kept.
+alone, as another case. A string is a number that is no measurement.
 """
 
 from __future__ import annotations
@@ -160,10 +160,9 @@ def _of_row(printed: str, row: Mapping[str, Any]) -> Iterator[str]:
         yield f"has {len(numbers)} numbers, {', '.join(numbers)}, and tables.json {len(row['figures'])}"
         return
     for number, figure in zip(numbers, row["figures"], strict=True):
-        if not isinstance(figure, list):
-            stated = figure if isinstance(figure, str) else figure["unrecorded"]
-            if number != stated:
-                yield f"{number} where tables.json has {stated}"
+        if isinstance(figure, str):
+            if number != figure:
+                yield f"{number} where tables.json has {figure}"
             continue
         value = _value(figure, row)
         if not rounds_to(value, number):
@@ -182,7 +181,9 @@ def _value(figure: Sequence[Any], row: Mapping[str, Any]) -> float:
     kind, name, *own = figure
     row = {**row, **(own[0] if own else {})}
     if kind == "at":  # anywhere in a file
-        return functools.reduce(_within, name.split("/"), _load(RESULTS / row["file"])) / row.get("unit", 1)
+        return at(row["file"], name) / row.get("unit", 1)
+    if kind == "over":  # of two places in a file
+        return at(row["file"], name[0]) / at(row["file"], name[1])
     record, bandwidth = _record(row["file"], row["case"], json.dumps(row.get("sizes", {})))
     seconds, ours = record["median_seconds"], row.get("ours", "dam")
     if kind == "ms":
@@ -195,9 +196,22 @@ def _value(figure: Sequence[Any], row: Mapping[str, Any]) -> float:
         return seconds[ours] / seconds[name or record["floor_name"]]
     if kind == "MiB":
         return record["peak_bytes"][name] / MiB
+    if kind == "beside":  # results, which any function must make
+        return (record["peak_bytes"][name] - record["result_bytes"]) / MiB
     if kind == "copy":
         return goals.fraction(record, bandwidth, seconds[name])
-    raise ValueError(f"tables.json: no figure {kind!r}; there are ms, s, times, of, MiB, copy, at")
+    if kind == "kernels":  # alone, of a copy
+        return goals.fraction(record, bandwidth, goals.kernel_seconds(record, name))
+    if kind == "reading":
+        return seconds[name] / goals.reading_seconds(record, bandwidth)
+    raise ValueError(
+        f"tables.json: no figure {kind!r}; there are ms, s, times, of, MiB, beside, copy, kernels, reading, at, over"
+    )
+
+
+def at(file: str, path: str) -> float:
+    """What stands somewhere in a file of results, by the keys to it."""
+    return functools.reduce(_within, path.split("/"), _load(RESULTS / file))
 
 
 def _within(found: Any, key: str) -> Any:

@@ -1,10 +1,12 @@
 """Figures in the pages are those of the JSON that is committed, and tables with every case leave none out."""
 
 import json
+import re
 
 import pytest
 
-from dam.benchmarks import checkout, report, tables
+from dam.benchmarks import calculation, checkout, report, tables
+from tests.measurements import differences
 
 MAPPING = json.loads((tables.RESULTS / "tables.json").read_text(encoding="utf-8"))
 PAGES = tables.pages(checkout.ROOT)
@@ -19,10 +21,162 @@ def test_tables_with_every_case_stand_as_they_are_printed():
     assert tables.every_case(tables.RESULTS / "epyc-avx512-2-cores") in page
     assert tables.shared_vocabulary(tables.RESULTS / "xeon-avx512-2-cores" / "scale.json", 32766) in page
 
+    for part in calculation.text().split("\n\n"):
+        assert not part.startswith("|") or part in page
+
 
 def test_what_the_page_of_dam_bench_shows_was_measured():
     (first, _) = json.loads((tables.RESULTS / "epyc-avx2-2-cores" / "against.json").read_text())["results"]
     assert report.table(first).strip() in PAGES["docs/bench.md"]
+
+
+def test_what_the_page_of_dam_bench_shows_of_pytest_benchmark_was_measured():
+    """Medians in us, and how often; of the run that was saved, and of the one that was compared with it."""
+    line = re.compile(r"^(test_.+-dam\]) \((NOW|0001_before)\) +([\d.,]+) \([\d.]+\) +(\d+)$", flags=re.MULTILINE)
+    shown = line.findall(PAGES["docs/bench.md"])
+    assert len(shown) == 4
+    for name, run, median, rounds in shown:
+        file = tables.RESULTS / "epyc-avx2-2-cores" / f"pytest-benchmark-{'now' if run == 'NOW' else 'before'}.json"
+        stats = {one["name"]: one["stats"] for one in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]}[name]
+        assert tables.rounds_to(1e6 * stats["median"], median) and int(rounds) == stats["rounds"]
+
+
+# ---- sentences
+
+CPU, GPU, XEON = "epyc-avx512-2-cores", "nvidia-h100-80gb-hbm3", "xeon-avx512-2-cores"
+POSITIONS, SIZES = "epyc-avx2-2-cores/positions.json", "epyc-avx2-2-cores/sizes.json"
+GiB = 2**30
+
+
+def of(figure, file, case=None, **row):
+    """One figure of a record, as tables.json names them."""
+    return tables._value(figure, {"file": file, "case": case, **row})
+
+
+def unchecked(op, rows):
+    return of(["ms", "dam, check=False"], f"{GPU}/{op}.json", op, sizes={"rows": rows, "vocabulary": 126464})
+
+
+def of_products(op, rows, case, peer):
+    """In bfloat16, of the bare products' time, and how many times as long the formula on logits takes."""
+    sizes = "" if rows == 128 and op != "linear_jump" else f"-rows-{rows}"
+    hidden = "-hidden-1024" if op == "linear_jump" else ""
+    file = f"{XEON}/{op}-bfloat16{sizes}-vocabulary-32768{hidden}-threads-1.json"
+    return of(["of", ""], file, case), of(["times", peer], file, case)
+
+
+def in_bfloat16(op, case, peer):
+    """At T = 8 and 128, first what is of the products."""
+    small, large = (of_products(op, rows, case, peer) for rows in (8, 128))
+    return [small[0], large[0], small[1], large[1]]
+
+
+def side_by_side(row, key):
+    return tables.at(f"{XEON}/side_by_side.json", f"rows/{row}/{key}")
+
+
+def call_at_positions():
+    """Of the time of the whole model's, least and most over numbers of rows."""
+    figures = tables._load(tables.RESULTS / POSITIONS)["figures"]
+    found = [1 / value for name, value in figures.items() if re.fullmatch(r"rollout, \d+ rows: ratio", name)]
+    return [min(found), max(found)]
+
+
+SENTENCES = [
+    (
+        "README.md",
+        "`jump` takes {} ms and softmax + multinomial {} times as long; `linear_log_prob` with a gradient {} s, and "
+        "matmul, log_softmax and gather {} times as long",
+        lambda: [
+            of(["ms", "dam"], f"{CPU}/jump-float32.json", "jump"),
+            of(["times", "softmax + multinomial"], f"{CPU}/jump-float32.json", "jump"),
+            *[
+                of(figure, f"{CPU}/linear_log_prob-float32.json", "linear_log_prob, forward and backward, frozen head")
+                for figure in (["s", "dam"], ["times", "matmul, log_softmax + gather"])
+            ],
+        ],
+    ),
+    (
+        "README.md",
+        "then all of this is {} GiB, {} of it torch",
+        lambda: [tables.at(SIZES, f"bytes/{name}") / GiB for name in ("with the extras train, plot", "torch")],
+    ),
+    (
+        "README.md",
+        "a rollout with its steps in {} of the time",
+        lambda: [1 / tables.at(POSITIONS, "figures/dam sudoku, a rollout: ratio")],
+    ),
+    ("docs/models.md", "{} to {} of a call's time at three layers", call_at_positions),
+    ("docs/performance.md", "most of the memory is its own gradient, {} MiB", lambda: [126464 * 1024 * 4 / tables.MiB]),
+    (
+        "docs/performance.md",
+        "T = 8 and 128 `linear_jump` {} and {} of its matmul, softmax + multinomial {}x and {}x; `linear_log_prob` {} "
+        "and {}, log_softmax + gather {}x and {}x; `linear_matching_loss` {} and {} with a frozen head, cross entropy "
+        "{}x and {}x, {} and {} with a trained one, cross entropy {}x and {}x",
+        lambda: [
+            *in_bfloat16("linear_jump", "linear_jump", "matmul, softmax + multinomial"),
+            *in_bfloat16("linear_log_prob", "linear_log_prob, forward", "matmul, log_softmax + gather"),
+            *in_bfloat16("linear_matching_loss", "linear_matching_loss, frozen head", "matmul, cross entropy"),
+            *in_bfloat16("linear_matching_loss", "linear_matching_loss, trained head", "matmul, cross entropy"),
+        ],
+    ),
+    (
+        "docs/performance.md",
+        "A rollout in {} calls takes {} s of CPU and {} MiB, LLaDA's and d1's loop {} times as long and {} GiB ({} of "
+        "its calls, multiplied); a training step {} s and {} GiB, d1's {} times and {} GiB, c-DTM's {} times and {}.",
+        lambda: [
+            tables.at(f"{XEON}/side_by_side.json", "steps"),
+            side_by_side(0, "seconds"),
+            side_by_side(0, "bytes") / tables.MiB,
+            side_by_side(1, "of_ours"),
+            side_by_side(1, "bytes") / GiB,
+            tables.at(f"{XEON}/side_by_side.json", "calls"),
+            side_by_side(2, "seconds"),
+            side_by_side(2, "bytes") / GiB,
+            side_by_side(3, "of_ours"),
+            side_by_side(3, "bytes") / GiB,
+            side_by_side(4, "of_ours"),
+            side_by_side(4, "bytes") / GiB,
+        ],
+    ),
+    (
+        "docs/tuning.md",
+        "`jump` {} ms at T = 1,024 and {} at 8,192, `linear_jump` {}, {} and {} ms at T = 1, 64 and 1,024",
+        lambda: [
+            *[unchecked("jump", rows) for rows in (1024, 8192)],
+            *[unchecked("linear_jump", rows) for rows in (1, 64, 1024)],
+        ],
+    ),
+    (
+        "docs/tuning.md",
+        "`jump` at T = 1 takes {} us checked and {} us unchecked",
+        lambda: [
+            1e3 * of(["ms", name], f"{GPU}/jump.json", "jump", sizes={"rows": 1, "vocabulary": 126464})
+            for name in ("dam", "dam, check=False")
+        ],
+    ),
+    (
+        "docs/tuning.md",
+        "{} us for `jump` of 4 x 8 logits on a quiet core of a Xeon, `torch.logsumexp` being {}",
+        lambda: [
+            1e6 * tables.at(f"{XEON}/calls-quiet.json", f"median_cpu_seconds/{name}")
+            for name in ("jump", "torch.logsumexp")
+        ],
+    ),
+    (
+        "benchmarks/README.md",
+        "a copy moves {} TB/s",
+        lambda: [tables.at(f"{GPU}/jump.json", "bandwidth/copy") / 1e12],
+    ),
+]
+
+
+@pytest.mark.parametrize(("page", "passage", "values"), SENTENCES, ids=[p[:40] for _, p, _ in SENTENCES])
+def test_figures_of_sentences_are_those_of_their_json(page, passage, values):
+    assert not list(differences(page, passage, values()))
+
+
+# ---- what is found
 
 
 def test_every_case_of_the_json_has_a_row():
@@ -96,4 +250,5 @@ def test_json_of_tables_says_where_and_with_what_it_was_measured():
         result = json.loads((tables.RESULTS / name).read_text(encoding="utf-8"))
         assert {"dam", "torch", "python"} <= result.keys(), name
         assert result.keys() & {"cpu", "gpu"} or name == "xeon-avx512-2-cores/side_by_side.json", name
-        assert result.keys() & {"repeats", "calls"}, name
+        # Whole runs by their command, and sizes, are looked at once.
+        assert result.keys() & {"repeats", "calls", "command", "bytes"}, name
