@@ -240,14 +240,24 @@ def test_which_numbers_a_row_has():
     assert tables.NUMBER.findall(row) == ["141", "5.3", "1,024", "31", "93", ".5", "0.84", "12.0", "7"]
 
 
-def test_json_of_tables_says_where_and_with_what_it_was_measured():
-    """The device, releases, and how often: what another would need to repeat it."""
+def named(result):
+    """What a file says of its measurement, or the first record of pytest-benchmark's or `dam bench --json`'s."""
+    if "machine_info" in result:
+        first, cpu = result["benchmarks"][0], result["machine_info"]["cpu"]["brand_raw"]
+        return {**first["extra_info"]["versions"], "cpu": cpu, "repeats": first["stats"]["rounds"]}
+    return result["results"][0] if "results" in result else result
+
+
+def test_json_says_where_and_with_what_it_was_measured():
+    """The device, releases, and how often: what another would need to repeat it. Of tables, and where links lead."""
     rows = [row for table in MAPPING for row in table["rows"]]
     files = {row["file"] for row in rows if "file" in row}
     files |= {figure[2]["file"] for row in rows for figure in row["figures"] if len(figure) > 2 and "file" in figure[2]}
-    assert len(files) > 40
-    for name in sorted(files):
-        result = json.loads((tables.RESULTS / name).read_text(encoding="utf-8"))
+    told = "".join(text for page, text in PAGES.items() if page != "benchmarks/notes.md")
+    linked = set(re.findall(r"\]\((?:\.\./)?(?:benchmarks/)?results/(\S+\.json)\)", told))
+    assert len(files) > 40 and len(linked) > 8
+    for name in sorted(files | linked):
+        result = named(json.loads((tables.RESULTS / name).read_text(encoding="utf-8")))
         assert {"dam", "torch", "python"} <= result.keys(), name
         assert result.keys() & {"cpu", "gpu"} or name == "xeon-avx512-2-cores/side_by_side.json", name
         # Whole runs by their command, and sizes, are looked at once.
