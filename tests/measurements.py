@@ -12,15 +12,16 @@ from tests.tables import NUMBER, agrees
 
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
 _UNIT = r"(?:ns|us|ms|s|seconds?|minutes?|hours?|[KMGTk]i?B|[KMGT]?B/s|[KMGT]?FLOP(?:/s)?|nats?|times)"
-_WORD = "two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen|twenty|thirty|fifty|a hundred|a thousand"
+_WORD = "two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen|twenty|thirty|fifty|hundred|thousand"
 # What is measured has a unit of time or memory, is a share, a multiple or a fraction, or counts a thousand calls.
 _LOOKS = re.compile(
     rf"""(?<![\w.,/^-])(?:
         {_NUMBER}(?:\s?%|x\b|[\s-]{_UNIT}\b)
       | [-+]?(?:\d[\d,]*\.\d+(?:e[-+]?\d+)?|\.\d+|\d+e-\d+)(?!\w|\.\d)
       | \d[\d,]{{3,}}\s(?:reward\s|network\s)?calls
-      | (?:{_WORD})\s(?:times\s(?:as|longer|shorter|faster|slower)|samples\sare\sworth)
-    )""",
+      | (?:{_WORD})\stimes\s(?:as|longer|shorter|faster|slower)
+    )
+    | (?<=\bworth\s)\d+ | (?<=\bfactor\sof\s)\d+""",
     re.VERBOSE,
 )
 # ... but not a number of an equation or of a release, which are names, nor a setting that is named in front of it.
@@ -60,7 +61,7 @@ def prose(text: str) -> str:
             for n in range(*token.map):
                 lines[n] = re.sub(r"[^\n]", "_", lines[n])
     text = "".join(lines)
-    for code in (r"<!--.*?-->", r"`[^`]*`", r"(?<=\])\([^)]*\)"):
+    for code in (r"<!--.*?-->", r"`(?:[^`\n]|\n(?!\n))*`", r"(?<=\])\([^)]*\)"):
         text = re.sub(code, blank, text, flags=re.DOTALL)
     return text
 

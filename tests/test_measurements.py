@@ -229,7 +229,9 @@ INVENTED = (
     "Its KL is 3.2e-05.",
     "Memory is 14 GiB.",
     "It came there in 51,200 reward calls.",
-    "The base is seven times as slow.",
+    "The base is a hundred times as slow.",
+    "100 samples are worth 93 with it.",
+    "That is a factor of 12.",
     "- an item with 1.7 nats",
     "| what | figure |\n| --- | --- |\n| `jump` | 0.5 |",
 )
