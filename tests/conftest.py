@@ -34,6 +34,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", params, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of float16 Triton's interpreter repeats what it shows of bfloat16, a second at a time: both widen when read and
+    round when written. What depends on the type itself is for test_accuracy.py."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
+        if interpreted and any(value is torch.float16 for value in params.values()):
+            if item.module.__name__ != "tests.ops.test_accuracy":
+                item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture
 def backend(request, monkeypatch):
     """Runs the test on a backend, if it can run here; a test module lists what its op has in IMPLEMENTATIONS."""

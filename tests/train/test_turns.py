@@ -53,12 +53,13 @@ def process(rank, store, fails, results):
 @pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_each_process_gets_what_it_asks_for_and_makes_what_others_need(tmp_path, fails):
     """Where one fails between its calls, the others know and end too."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once
     results = context.Queue()
     started = [context.Process(target=process, args=(n, tmp_path / "store", fails, results)) for n in range(len(PLANS))]
     for one in started:
         one.start()
-    found = dict(results.get(timeout=120) for _ in PLANS)
+    found = dict(results.get(timeout=500) for _ in PLANS)
     for one in started:
         one.join(timeout=60)
         assert one.exitcode == 0
