@@ -2,7 +2,10 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
+
+import pytest
 
 from tests import versions
 
@@ -27,6 +30,7 @@ def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch, tmp_path):
         left = list(found)
         monkeypatch.setattr(versions, "RECORDS", tmp_path / "versions.json")
         monkeypatch.setattr(versions, "build_wheel", lambda folder: folder / "dam.whl")
+        monkeypatch.setattr(versions, "check_wheel", lambda wheel: None)
         monkeypatch.setattr(versions, "try_release", lambda package, version, *_: left.pop(0))
         return versions.main()
 
@@ -87,3 +91,52 @@ def test_what_a_release_of_transformers_is_tried_with(monkeypatch):
     for version in versions.RECOMMENDED:
         pins = versions.pins_of("transformers", version)
         assert "pip install " + " ".join(f"'{name}=={release}'" for name, release in pins.items()) in told
+
+
+def test_a_wheel_of_other_kernels_is_refused(tmp_path):
+    kernels = [f"dam/kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")]
+
+    def wheel(*names):
+        with zipfile.ZipFile(tmp_path / "dam.whl", "w") as file:
+            for name in names:
+                file.writestr(name, "")
+        return tmp_path / "dam.whl"
+
+    versions.check_wheel(wheel(*kernels))
+    for names in (kernels[1:], [*kernels, "kernels/__init__.py"]):
+        with pytest.raises(SystemExit, match=r"the wheel lacks .*, or installs a package `kernels`"):
+            versions.check_wheel(wheel(*names))
+
+
+# What was tried, as the pages say
+
+
+@pytest.fixture(scope="module")
+def tried():
+    return json.loads(versions.RECORDS.read_text(encoding="utf-8"))
+
+
+def test_the_table_is_of_what_was_tried(tried):
+    """And all of it passed, by a run of the tests that a release is tried with today."""
+    page = (CHECKOUT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert versions.markdown(tried) in page
+    assert all(each["good"] for each in tried)
+    assert all(each["tests"] == list(versions.TESTS[each["package"]]) for each in tried)
+
+
+def test_the_oldest_that_is_admitted_was_tried(tried):
+    pyproject = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+    for package in ("torch", "transformers", "peft"):
+        lowest = versions.numbers(versions.oldest(pyproject, package))
+        assert any(versions.numbers(each[package])[: len(lowest)] == lowest for each in tried), package
+
+
+def test_the_readme_names_what_was_tried_and_nothing_else(tried):
+    """By releases of three numbers."""
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    pinned = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
+    (told,) = re.findall(r"^All tests run with torch .*?\n\n", readme, flags=re.DOTALL | re.MULTILINE)
+    first, *others = re.findall(r"\d+\.\d+\.\d+", told)
+    assert f"torch=={first}\n" in pinned
+    known = {each[each["package"]] for each in tried}
+    assert set(others) == known

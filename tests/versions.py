@@ -1,15 +1,15 @@
 """Runs tests on other releases of torch, transformers and peft than those that constraints.txt pins.
 
-    make test-versions          or   python -m tests.versions
+    make test-versions          or   python -m tests.versions [--wheel FILE]
     python -m tests.versions --table        the table of what was run, of docs/versions.json
 
-A wheel of dam is built once, without torch, and installed beside each release in an environment of its own, which takes
-6 GB as .venv-torch-* or the like and is removed afterwards. The tests run from a copy, so that they import
-the wheel: with another torch those of the operations on the reference and on the C++ backend, of the chains, the models
-and the trainer; with another transformers, and the accelerate and peft of its time, of the models and the trainer; with
-another peft those of adapters. What came out is written to docs/versions.json, where a release has its newest run.
-Without the CUDA kernels, which know nothing of torch, and without Triton, which every torch brings in a release of its
-own.
+A wheel of dam is built once, without torch, or is the one that `make release` left in dist/; it is installed beside
+each release in an environment of its own, which takes 6 GB as .venv-torch-* or the like and is removed afterwards. The
+tests run from a copy, so that they import the wheel: with another torch those of the operations on the reference and
+the C++ backend, of the chains, the models and the trainer; with another transformers, and the accelerate and peft of
+its time, of the models and the trainer; with another peft those of adapters. What came out is written to
+docs/versions.json, where a release has its newest run. Without the CUDA kernels, which know nothing of torch, and
+without Triton, which every torch brings in a release of its own.
 
 Environment variables:
     TORCH_VERSIONS         releases, like "2.6.0 2.14.1"; by default the oldest that pyproject.toml admits and the
@@ -146,11 +146,19 @@ def build_wheel(folder):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, env=environment, check=True)
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def check_wheel(wheel):
+    """That a wheel has the kernels of this checkout, where they belong.
+
+    Raises:
+        SystemExit: it has not.
+    """
     names = set(zipfile.ZipFile(wheel).namelist())
     missing = {f"dam/kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")} - names
     if missing or any(name.startswith("kernels/") for name in names):
         raise SystemExit(f"the wheel lacks {sorted(missing)}, or installs a package `kernels`")
-    return wheel
 
 
 def try_release(package, version, wheel, folder):
@@ -242,13 +250,16 @@ def markdown(records):
 def main(arguments=()):
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description="Tests on other releases.")
     parser.add_argument("--table", action="store_true", help="only prints the table of what was run")
-    if parser.parse_args(arguments).table:
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="of dam, for this Python (default: one is built)")
+    given = parser.parse_args(arguments)
+    if given.table:
         print(markdown(json.loads(RECORDS.read_text(encoding="utf-8"))))
         return 0
     releases = asked_for((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        wheel = build_wheel(folder)
+        wheel = given.wheel.resolve() if given.wheel else build_wheel(folder)
+        check_wheel(wheel)
         shutil.copytree(CHECKOUT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(CHECKOUT / "pyproject.toml", folder)
         results = []
