@@ -85,8 +85,14 @@ def faults(archive, wheel):
     if any("gomp" in name for name in names):
         found.append(f"{wheel.name} has a copy of {OF_TORCH}")
     with tarfile.open(archive) as opened:
-        missing = lacking(name.partition("/")[2] for name in opened.getnames())
-    return [*found, *([f"{archive.name} lacks {', '.join(missing[:9])}"] if missing else [])]
+        members = {member.name.partition("/")[2]: member for member in opened.getmembers()}
+    if missing := lacking(members):
+        found.append(f"{archive.name} lacks {', '.join(missing[:9])}")
+    # A copy would be another package than the folder, with another checkout around it.
+    links = [name for name in sorted(tracked() & members.keys()) if (CHECKOUT / name).is_symlink()]
+    if copied := [name for name in links if not members[name].issym()]:
+        found.append(f"{archive.name} has a copy of what {', '.join(copied)} leads to")
+    return found
 
 
 def extensions(wheel):
