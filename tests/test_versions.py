@@ -63,6 +63,10 @@ def test_what_was_run_is_kept_with_its_date(tmp_path):
     ]
 
 
+def test_what_is_run_is_there():
+    assert [path for paths in versions.TESTS.values() for path in paths if not (CHECKOUT / path).is_file()] == []
+
+
 def test_what_is_left_out():
     """Whatever has a mark: each says why a run may do without it, and with them one here would take hours."""
     pyproject = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")

@@ -5,11 +5,10 @@
 
 A wheel of dam is built once, without torch, or is the one that `make release` left in dist/; it is installed beside
 each release in an environment of its own, which takes 6 GB as .venv-torch-* or the like and is removed afterwards. The
-tests run from a copy, so that they import the wheel: with another torch those of the operations on the reference and
-the C++ backend, of the chains, the models and the trainer; with another transformers, and the accelerate and peft of
-its time, of the models and the trainer; with another peft those of adapters. What came out is written to
-docs/versions.json, where a release has its newest run. Without the CUDA kernels, which know nothing of torch, and
-without Triton, which every torch brings in a release of its own.
+tests run from a copy, so that they import the wheel: those of what is another thing in another release (`TESTS`), with
+another torch, on the reference and the C++ backend; with another transformers, and the accelerate and peft of its
+time; or with another peft. What came out is written to docs/versions.json, where a release has its newest run. Without
+the CUDA kernels, which know nothing of torch, and without Triton, which every torch brings in a release of its own.
 
 Environment variables:
     TORCH_VERSIONS         releases, like "2.6.0 2.14.1"; by default the oldest that pyproject.toml admits and the
@@ -37,9 +36,21 @@ from typing import NamedTuple
 
 CHECKOUT = Path(__file__).parents[1]
 RECORDS = CHECKOUT / "docs" / "versions.json"
+# Of what is another thing in another release. What dam computes by itself is the same under all of them: kernels, chains,
+# estimators, replay; and so is what several processes do.
 TESTS = {
-    "torch": ("tests/ops", "tests/ctmc", "tests/models", "tests/train"),
-    "transformers": ("tests/models", "tests/train"),
+    # Operators, dispatch, autograd, autocast, tensors that are read in C++, products in other dtypes, DTensor, and every
+    # operation once; hooks; optimisers, checkpoints.
+    "torch": (
+        *(f"tests/ops/test_{name}.py" for name in ("op", "at_once", "backend", "surroundings", "accuracy", "group")),
+        *(f"tests/models/test_{name}.py" for name in ("denoiser", "tail", "sharding")),
+        *(f"tests/train/test_{name}.py" for name in ("trainer", "resume", "fsdp")),
+    ),
+    # Classes of models, their output layers, masks and caches; the Trainer's methods, arguments, files and logs.
+    "transformers": (
+        *(f"tests/models/test_{name}.py" for name in ("denoiser", "masked_lm_classes", "families", "tail", "prefix")),
+        *(f"tests/train/test_{name}.py" for name in ("releases", "config", "trainer", "resume", "card", "reward_model")),
+    ),
     "peft": ("tests/models/test_output_layer.py", "tests/train/test_adapters.py", "tests/train/test_base.py"),
 }
 # accelerate and peft of a release's time; another release takes those of the one before it. The oldest is what
@@ -51,8 +62,8 @@ OF_ITS_TIME = {
     "5.0.0": ("1.12.0", "0.18.1"),
 }
 RECOMMENDED = ("4.53.3", "4.57.6")  # in docs/models.md, for the published code of models
-# What is marked slow or full would take hours; test_rooms.py is about the checkout.
-SELECTION = ("-m", "not slow and not full", "-k", "not triton and not cuda", "--ignore", "tests/ops/test_rooms.py")
+# What is marked slow or full would take hours.
+SELECTION = ("-m", "not slow and not full", "-k", "not triton and not cuda")
 
 # Run where the tests are, in a folder without dam: the wheel is what is imported, and its C++ kernels run: their tests
 # would be skipped otherwise.
