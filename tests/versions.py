@@ -181,7 +181,9 @@ def try_release(package, version, wheel, folder):
     constraints.write_text(other_constraints((CHECKOUT / "constraints.txt").read_text(encoding="utf-8"), pins))
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and key[:4] != "DAM_"}
     variables |= {"OMP_NUM_THREADS": "1", "DAM_EMULATE_CUDA": "0", "TRITON_INTERPRET": "0"}
-    install = ("--quiet", "--no-cache-dir", "--constraint", str(constraints), f"{wheel}[test]")
+    # What these tests import; of the rest no bytecode is made.
+    needed = (f"{wheel}[train,peft]", "pytest", "pytest-xdist")
+    install = ("--quiet", "--no-cache-dir", "--no-compile", "--constraint", str(constraints), *needed)
     tests = ("-q", "-n", "auto", "-p", "no:cacheprovider", f"--junitxml={report}", *SELECTION, *TESTS[package])
     start = time.monotonic()
     shutil.rmtree(environment, ignore_errors=True)
