@@ -18,7 +18,7 @@ import dam
 from dam.benchmarks import rounding
 from dam.benchmarks.harness import Call, Check, tensors
 from dam.benchmarks.options import SHORT_DTYPES
-from dam.benchmarks.rounding import Allowed, Arithmetic
+from dam.benchmarks.rounding import Allowed, Arithmetic, Part
 
 ENTRIES = 2**23  # of logits in float64 at a time, or of a head
 COLUMNS = 4096  # of a larger vocabulary whose gradient in the head is compared: both ends, and at random between them
@@ -84,7 +84,8 @@ class Values:
             parts.append([share * x.detach() for x in exact])
             with torch.no_grad():
                 detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
-                allowed = self.allowed(arithmetic, parts[-1], inputs.off(rows, arithmetic), **detached)
+                part = Part(parts[-1], inputs.rows, inputs.off(rows, arithmetic))
+                allowed = self.allowed(arithmetic, part, **detached)
             errors.append([share * x for x in allowed.values])
             if not call.wrt:
                 continue

@@ -60,7 +60,12 @@ class Allowed(NamedTuple):
     gradient: Tensor | None = None  # [T, V], of what `correct.Values` differentiates
 
 
-Off = Mapping[str, Tensor]  # [T, V] by the name of logits: by how much they are off before anything is done to them
+class Part(NamedTuple):
+    """Some rows of a result."""
+
+    exact: Sequence[Tensor]
+    rows: int  # of the whole
+    off: Mapping[str, Tensor]  # [T, V] by the name of logits: by how much these are before anything is done to them
 
 
 def of_sum(count: int) -> float:
@@ -104,32 +109,30 @@ def _at_targets(target: Tensor, size: Tensor, columns: int) -> Tensor:
     return size.new_zeros(len(size), columns).scatter_add_(1, target, size)
 
 
-def log_prob(arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, logits: Tensor, target: Tensor) -> Allowed:
+def log_prob(arithmetic: Arithmetic, part: Part, *, logits: Tensor, target: Tensor) -> Allowed:
     """The gradient is that of the sum over rows: 1[v = target] - p_v for each target."""
-    law = _law(arithmetic, logits, off.get("logits"))
+    law = _law(arithmetic, logits, part.off.get("logits"))
     ones = torch.ones_like(target, dtype=logits.dtype)
     at_targets = _at_targets(target, arithmetic.step * STEPS * ones, logits.shape[1])
     return Allowed([law.off.gather(1, target)], target.shape[1] * law.p * law.off + at_targets)
 
 
-def entropy(arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, logits: Tensor) -> Allowed:
+def entropy(arithmetic: Arithmetic, part: Part, *, logits: Tensor) -> Allowed:
     """The gradient is that of the sum over rows: -p_v (log p_v + H)."""
-    law, factor = _law(arithmetic, logits, off.get("logits")), _factor(arithmetic, logits.shape[1])
+    law, factor = _law(arithmetic, logits, part.off.get("logits")), _factor(arithmetic, logits.shape[1])
     size = law.log_p.abs()
     value = (law.p * law.off * (1.0 + size)).sum(dim=1) + factor * law.entropy
     size = size + law.entropy[:, None]
     return Allowed([value], law.p * (law.off * (1.0 + size) + value[:, None] + arithmetic.step * STEPS * size))
 
 
-def logsumexp(arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, logits: Tensor) -> Allowed:
-    return Allowed([_law(arithmetic, logits, off.get("logits")).log_sum_off])
+def logsumexp(arithmetic: Arithmetic, part: Part, *, logits: Tensor) -> Allowed:
+    return Allowed([_law(arithmetic, logits, part.off.get("logits")).log_sum_off])
 
 
-def rate_ratio(
-    arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, logits: Tensor, base_logits: Tensor, target: Tensor
-) -> Allowed:
+def rate_ratio(arithmetic: Arithmetic, part: Part, *, logits: Tensor, base_logits: Tensor, target: Tensor) -> Allowed:
     def escape(name: str, x: Tensor) -> Tensor:
-        law = _law(arithmetic, x, off.get(name))
+        law = _law(arithmetic, x, part.off.get(name))
         return law.log_sum.exp() * (law.log_sum_off + arithmetic.step * STEPS)
 
     log_ratio = arithmetic.step * (logits.gather(1, target).abs() + base_logits.gather(1, target).abs())
@@ -138,8 +141,7 @@ def rate_ratio(
 
 def matching_loss(
     arithmetic: Arithmetic,
-    exact: Sequence[Tensor],
-    off: Off,
+    part: Part,
     *,
     logits: Tensor,
     target: Tensor,
@@ -149,41 +151,38 @@ def matching_loss(
 ) -> Allowed:
     """Of the mean over rows, normalised; its gradient is sum_v w(v) p_v - w(v), divided by the number of rows."""
     rows, columns = logits.shape
-    law, factor = _law(arithmetic, logits, off.get("logits")), _factor(arithmetic, columns)
+    law, factor = _law(arithmetic, logits, part.off.get("logits")), _factor(arithmetic, columns)
     size, given = law.log_p.abs(), weight.abs()
     loss = (given * size.gather(1, target)).sum(dim=1)  # in sizes of what is added up
     value = (given * law.off.gather(1, target)).sum(dim=1)
     mass, gradient = given.sum(dim=1, keepdim=True), _at_targets(target, arithmetic.step * STEPS * given, columns)
     if base_logits is not None and base_weight is not None:
-        base, of_base = _law(arithmetic, base_logits, off.get("base_logits")), base_weight.abs()[:, None]
+        base, of_base = _law(arithmetic, base_logits, part.off.get("base_logits")), base_weight.abs()[:, None]
         loss = loss + (of_base * base.p * size).sum(dim=1)
         value = value + (of_base * base.p * (law.off + base.off * size)).sum(dim=1)
         gradient = gradient + of_base * base.p * (base.off + factor)
         mass = mass + of_base
     gradient = gradient + mass * law.p * (law.off + factor)
     value = value + factor * loss
-    return Allowed([value.mean() + _factor(arithmetic, rows) * loss.mean()], gradient / rows)
+    return Allowed([value.mean() + _factor(arithmetic, part.rows) * loss.mean()], gradient / rows)
 
 
-def mean_log_prob(
-    arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, logits: Tensor, target: Tensor
-) -> Allowed:
+def mean_log_prob(arithmetic: Arithmetic, part: Part, *, logits: Tensor, target: Tensor) -> Allowed:
     """Of the mean of log-probabilities, or of what is its negative."""
     ones = torch.ones_like(target, dtype=logits.dtype)
-    return matching_loss(arithmetic, exact, off, logits=logits, target=target, weight=ones)
+    return matching_loss(arithmetic, part, logits=logits, target=target, weight=ones)
 
 
 def adjoint_weights(
     arithmetic: Arithmetic,
-    exact: Sequence[Tensor],
-    off: Off,
+    part: Part,
     *,
     log_ratio: Tensor,
     terminal_cost: Tensor,
     escape_gap: Tensor | None = None,
 ) -> Allowed:
-    """Of weight, log_path without its last column, log_normalizer and ess, the `exact` ones."""
-    _, log_path, log_normalizer, ess = exact
+    """Of weight, log_path without its last column, log_normalizer and ess."""
+    _, log_path, log_normalizer, ess = part.exact
     steps, trajectories = log_ratio.shape[2], log_ratio.shape[1]
     size = log_ratio.abs() if escape_gap is None else log_ratio.abs() + escape_gap.abs()
     path = _factor(arithmetic, steps) * size.flip(-1).cumsum(-1).flip(-1)
@@ -202,11 +201,9 @@ def adjoint_weights(
     )
 
 
-def tilt_to_ess(
-    arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, reward: Tensor, ess: float, max_tilt: float
-) -> Allowed:
+def tilt_to_ess(arithmetic: Arithmetic, part: Part, *, reward: Tensor, ess: float, max_tilt: float) -> Allowed:
     """By how much the effective sample size is off, over its slope in the tilt; less where the search ends before."""
-    (tilt,) = exact
+    (tilt,) = part.exact
     shifted = reward - reward.amax(dim=1, keepdim=True)
     law = _law(arithmetic, tilt[:, None] * shifted, 2.0 * arithmetic.step * (tilt[:, None] * shifted).abs())
     square = law.p.square()
@@ -218,11 +215,9 @@ def tilt_to_ess(
     return Allowed([own + torch.where(kept, 0.0, relative / slope)])
 
 
-def backward_kolmogorov(
-    arithmetic: Arithmetic, exact: Sequence[Tensor], off: Off, *, terminal: Tensor, **given: object
-) -> Allowed:
+def backward_kolmogorov(arithmetic: Arithmetic, part: Part, *, terminal: Tensor, **given: object) -> Allowed:
     """Of terminal values of one sign. A Fourier transform's error is of the size of the row, wherever it is."""
-    (value,) = (x.abs() for x in exact)
+    (value,) = (x.abs() for x in part.exact)
     row = terminal.square().mean(dim=1, keepdim=True).sqrt()
     columns = terminal.shape[1]
     promised = 1e-6  # what the reference keeps, and every backend (`tol`)

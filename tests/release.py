@@ -122,7 +122,7 @@ def trial(wheel, folder):
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and key[:4] != "DAM_"}
 
     def installed(*packages):
-        run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, *packages)
+        run(python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *packages)
 
     def done(*command):
         return run(*command, cwd=folder, env=variables)

@@ -350,7 +350,9 @@ def test_a_function_that_writes_over_its_inputs_stops_the_run(mine, capsys):
 
 def test_dam_itself_is_compared_first(monkeypatch, capsys):
     monkeypatch.setattr(dam, "entropy", lambda logits, f=dam.entropy: off(f(logits)))
-    monkeypatch.setattr(correct, "Values", lambda reference, f=correct.Values: f(lambda logits: peers.entropy(logits)))
+    monkeypatch.setattr(
+        correct, "Values", lambda reference, allowed, f=correct.Values: f(lambda logits: peers.entropy(logits), allowed)
+    )
     assert bench("entropy", "--V", "50", "--T", "3", "--no-peers") == 1
     assert "entropy: dam is not measured: WRONG: value" in capsys.readouterr().err
 
