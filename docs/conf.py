@@ -6,6 +6,7 @@ pages is the same on GitHub and here.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ nitpick_ignore_regex = [
 ]
 
 
+TESTED, VERSIONS = "<!-- tested versions -->", ROOT / "docs" / "versions.json"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 QUOTED = re.compile(r"(`+.+?`+)", flags=re.DOTALL)
 
@@ -88,7 +90,16 @@ def links_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
         kind = "tree" if target.is_dir() else "blob"
         return f"{match[1]}{REPOSITORY}/{kind}/main/{name}{match[3] or ''}{match[4]}"
 
-    source[0] = LINK.sub(led, source[0])
+    source[0] = LINK.sub(led, source[0]).replace(TESTED, tested())
+
+
+def tested() -> str:
+    """The versions that tests were run on, as a table, where `make test-versions` has written them."""
+    if not VERSIONS.exists():
+        return TESTED
+    from tests.versions import markdown  # of the working folder, where Sphinx is started
+
+    return markdown(json.loads(VERSIONS.read_text(encoding="utf-8")))
 
 
 def as_written(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -36,11 +36,11 @@ from typing import NamedTuple
 
 CHECKOUT = Path(__file__).parents[1]
 RECORDS = CHECKOUT / "docs" / "versions.json"
-# Of what is another thing in another release. What dam computes by itself is the same under all of them: kernels, chains,
-# estimators, replay; and so is what several processes do.
+# Of what is another thing in another release. What dam computes by itself is the same under all of them: kernels,
+# chains, estimators, replay.
 TESTS = {
-    # Operators, dispatch, autograd, autocast, tensors that are read in C++, products in other dtypes, DTensor, and every
-    # operation once; hooks; optimisers, checkpoints.
+    # Operators, dispatch, autograd, autocast, tensors that are read in C++, products in other dtypes, DTensor, and
+    # every operation once; hooks; optimisers, checkpoints.
     "torch": (
         *(f"tests/ops/test_{name}.py" for name in ("op", "at_once", "backend", "surroundings", "accuracy", "group")),
         *(f"tests/models/test_{name}.py" for name in ("denoiser", "tail", "sharding")),
@@ -49,7 +49,7 @@ TESTS = {
     # Classes of models, their output layers, masks and caches; the Trainer's methods, arguments, files and logs.
     "transformers": (
         *(f"tests/models/test_{name}.py" for name in ("denoiser", "masked_lm_classes", "families", "tail", "prefix")),
-        *(f"tests/train/test_{name}.py" for name in ("releases", "config", "trainer", "resume", "card", "reward_model")),
+        *(f"tests/train/test_{name}.py" for name in ("releases", "config", "trainer", "resume", "card")),
     ),
     "peft": ("tests/models/test_output_layer.py", "tests/train/test_adapters.py", "tests/train/test_base.py"),
 }
