@@ -25,7 +25,7 @@ from torch import Tensor
 
 # Roundings of a step whose result has the size of 1: exponentials and logarithms of libraries are right to some units,
 # and formulas differ by a step or two.
-STEPS = 8.0
+STEPS = 4.0
 # By how much the rounding errors of a sum may exceed sqrt(n) of them: by chance they do in exp(-DEVIATIONS^2 / 2) of
 # cases, 1.5e-8, for each of its partial sums.
 DEVIATIONS = 6.0
