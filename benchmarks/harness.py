@@ -50,7 +50,7 @@ class Check(NamedTuple):
     def __str__(self) -> str:
         by = f" in {self.arithmetic}" if self.arithmetic else ""
         word = "ok" if self.passed else "WRONG"
-        return f"{word}: {self.what}: error {self.error:.2e}, {self.share:.2g} times what is allowed{by}"
+        return f"{word}: {self.what}: error {self.error:.2e}, {self.share:.3g} times what is allowed{by}"
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> dict[str, int]:
