@@ -287,8 +287,8 @@ class _Inputs:
         found = {}
         for prefix in self._heads:
             states, head = self._given[f"{prefix}hidden"][rows], self._given[f"{prefix}{HEAD}"]
-            norms = [x.norm(dim=1, dtype=torch.float64) for x in (states, head)]
-            found[f"{prefix}logits"] = rounding.of_product(arithmetic, *norms, head.shape[1])
+            of_states, of_head = (x.norm(dim=1, dtype=torch.float64) for x in (states, head))
+            found[f"{prefix}logits"] = rounding.of_product(arithmetic, of_states, of_head, head.shape[1])
         return found
 
     def carried(self, of_logits: Tensor, count: int, arithmetic: Arithmetic) -> Tensor:
