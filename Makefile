@@ -23,10 +23,9 @@ test: install-dev lint
 test-full: install-dev lint
 	$(PYTEST)
 
-# Tests of the operations, the models and the trainer on the oldest and the newest torch, or on TORCH_VERSIONS, and of the
-# models and the trainer on the oldest transformers and those that docs/models.md tells to install, or on
-# TRANSFORMERS_VERSIONS, and of adapters on the oldest peft, or on PEFT_VERSIONS; each in an environment of its own. What
-# came out is in docs/versions.json.
+# Tests of what depends on a release: on the oldest and the newest torch, or on TORCH_VERSIONS; on the oldest transformers
+# and those that docs/models.md tells to install, or on TRANSFORMERS_VERSIONS; and on the oldest peft, or on
+# PEFT_VERSIONS; each in an environment of its own. What came out is in docs/versions.json.
 test-versions:
 	$(PYTHON) -m tests.versions
 

@@ -160,12 +160,14 @@ class BuildExtensions(build_ext):
 
 
 class SourceDistribution(sdist):
-    """With dam/kernels as the link that it is, where setuptools packs the kernels a second time."""
+    """With the links of dam as what they are, where setuptools packs the folders behind them a second time."""
 
     def make_release_tree(self, base_dir, files):
-        link = Path("dam") / "kernels"
-        super().make_release_tree(base_dir, [name for name in files if link not in Path(name).parents])
-        (Path(base_dir) / link).symlink_to(os.readlink(link))
+        links = [path for path in Path("dam").iterdir() if path.is_symlink()]
+        kept = [name for name in files if not any(link in Path(name).parents for link in links)]
+        super().make_release_tree(base_dir, kept)
+        for link in links:
+            (Path(base_dir) / link).symlink_to(os.readlink(link))
 
 
 def absolute_links(text, version):

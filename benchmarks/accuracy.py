@@ -69,15 +69,19 @@ def checks(
                     with dam.backend(backend), _form(form):
                         ours = _with_gradients(function, tensors)
                     what = " ".join(part for part in (name, backend, form) if part)
-                    yield Check(f"{what}, value", largest(ours[:1], exact[:1]), OF_VALUE)
-                    yield Check(f"{what}, gradients", largest(ours[1:], exact[1:]), OF_GRADIENT)
+                    yield _check(f"{what}, value", largest(ours[:1], exact[:1]), OF_VALUE)
+                    yield _check(f"{what}, gradients", largest(ours[1:], exact[1:]), OF_GRADIENT)
             del exact
         with dam.backend("torch"):
             drawn = dam.jump(logits, seed=5).target
         for backend in backends:
             with dam.backend(backend):
                 differ = (dam.jump(logits, seed=5).target != drawn).double().mean()
-            yield Check(f"jump {backend}, share of other draws", float(differ), OF_DRAWS)
+            yield _check(f"jump {backend}, share of other draws", float(differ), OF_DRAWS)
+
+
+def _check(what: str, error: float, bound: float) -> Check:
+    return Check(what, error, error / bound)
 
 
 def _forms_of(backend: str) -> tuple[str, ...]:

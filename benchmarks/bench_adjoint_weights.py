@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64, steps: int = 256) -> list[harness.Case]:
@@ -36,7 +36,7 @@ def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64, ste
             {"compiled": inputs.call(peers.compiled(peers.adjoint_weights), "compile")},
             reads=read,
             inputs=inputs,
-            check=correct.Values(dam.adjoint_weights, results=compared),
+            check=correct.Values(dam.adjoint_weights, rounding.adjoint_weights, results=compared),
         )
 
     return [case("adjoint_weights"), case("adjoint_weights with escape_gap", escape_gap=gap)]

@@ -7,7 +7,7 @@ import math
 import torch
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 DURATION = 1.0
 
@@ -21,7 +21,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
         harness.Inputs({"generator": generator, "terminal": terminal, "duration": DURATION})
         for generator, terminal in zip(generators, terminals, strict=True)
     )
-    check = correct.Values(dam.backward_kolmogorov)
+    check = correct.Values(dam.backward_kolmogorov, rounding.backward_kolmogorov)
     return [
         harness.Case(
             "backward_kolmogorov, uniform",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hidden: int = 1024) -> list[harness.Case]:
@@ -42,7 +42,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
             on_gpu={} if wrt else packages,
             reads=(states, head, target, head) if wrt else (states, head, target),
             inputs=inputs,
-            check=correct.Values(dam.log_prob, heads=("",)),
+            check=correct.Values(dam.log_prob, rounding.log_prob, heads=("",)),
         )
 
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hidden: int = 1024) -> list[harness.Case]:
@@ -53,7 +53,7 @@ def cases(dtype: torch.dtype, *, rows: int = 128, vocabulary: int = 126_464, hid
             on_gpu=on_gpu,
             reads=(states, head, target, weight, *base.values()),
             inputs=inputs,
-            check=correct.Values(dam.matching_loss, heads=("", "base_") if based else ("",)),
+            check=correct.Values(dam.matching_loss, rounding.matching_loss, heads=("", "base_") if based else ("",)),
         )
 
     return [case(trained, based) for trained in (False, True) for based in (False, True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
@@ -18,7 +18,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
 
     def case(label: str, inputs: harness.Inputs, reads: tuple[torch.Tensor, ...]) -> harness.Case:
         quack = (
-            inputs.call(peers.quack_cross_entropy, "quack", check=correct.Values(loss))
+            inputs.call(peers.quack_cross_entropy, "quack", check=correct.Values(loss, rounding.mean_log_prob))
             if inputs.wrt
             else inputs.call(peers.quack_log_prob, "quack")
         )
@@ -34,7 +34,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
             {"quack's cross entropy": quack},
             reads,
             inputs,
-            correct.Values(dam.log_prob),
+            correct.Values(dam.log_prob, rounding.log_prob),
         )
 
     given = {"logits": logits, "target": target}

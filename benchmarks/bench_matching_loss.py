@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
@@ -17,7 +17,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
     based = harness.Inputs({**plain.given, "base_logits": base, "base_weight": base_weight}, plain.wrt)
     # Packages have means over rows: one target of weight 1 each.
     of_package: dict[str, Any] = {"takes": ("logits", "target"), "weight": torch.ones_like(weight)}
-    check = correct.Values(dam.matching_loss)
+    check = correct.Values(dam.matching_loss, rounding.matching_loss)
     return [
         harness.Case(
             "matching_loss, forward and backward",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> list[harness.Case]:
@@ -24,7 +24,7 @@ def cases(dtype: torch.dtype, *, rows: int = 64, vocabulary: int = 126_464) -> l
             {"compiled": inputs.call(peers.compiled(peers.rate_ratio), "compile")},
             reads=(logits, base, target),
             inputs=inputs,
-            check=correct.Values(dam.rate_ratio),
+            check=correct.Values(dam.rate_ratio, rounding.rate_ratio),
         )
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import dam
-from dam.benchmarks import correct, harness, peers
+from dam.benchmarks import correct, harness, peers, rounding
 
 
 def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64) -> list[harness.Case]:
@@ -23,7 +23,7 @@ def cases(dtype: torch.dtype, *, groups: int = 1024, trajectories: int = 64) -> 
             {"compiled bisection": inputs.call(peers.compiled(peers.tilt_to_ess), "compile")},
             reads=(reward,),
             inputs=inputs,
-            check=correct.Values(dam.tilt_to_ess),
+            check=correct.Values(dam.tilt_to_ess, rounding.tilt_to_ess),
         )
     ]
 

@@ -88,6 +88,8 @@ def function(request, benchmark):
     if wrong := [str(check) for check in checks if not check.passed]:
         pytest.fail(f"{name} is not measured: {'; '.join(wrong)}")
     benchmark.extra_info["errors"] = {check.what: check.error for check in checks}
+    if by := {check.what: check.arithmetic for check in checks if check.arithmetic}:
+        benchmark.extra_info["arithmetic"] = by
     yield chosen
     key = (op, dtype, n, *sizes.values())
     if name == case.floor_name and benchmark.stats is not None:

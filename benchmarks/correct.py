@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 import dam
+from dam.benchmarks import rounding
 from dam.benchmarks.harness import Call, Check, tensors
+from dam.benchmarks.options import SHORT_DTYPES
+from dam.benchmarks.rounding import Allowed, Arithmetic, Part
 
-# Errors that are allowed, relative to the largest number of a result and to the norm of a gradient's row. In 16 bits 16
-# of the dtype's spacings: a matmul rounds a logit of 16 or more by 8 of them, which its probability shows in full. In
-# float32 sums of 126,464 numbers may lose 1e-5, and differences of such sums ten times that.
-TOLERANCE = {torch.float32: 2.0**-12, torch.bfloat16: 2.0**-3, torch.float16: 2.0**-6}
 ENTRIES = 2**23  # of logits in float64 at a time, or of a head
 COLUMNS = 4096  # of a larger vocabulary whose gradient in the head is compared: both ends, and at random between them
 DRAWS, CALLS = 1024, 16  # draws that are asked for, in so many calls at most
@@ -33,13 +32,19 @@ HEAD = "head_weight"
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """Results, and gradients where the call has them, are those of `reference` in float64.
+    """Results, and gradients where the call has them, are those of `reference` in float64, number by number.
 
-    Errors of a result are relative to its largest number, those of a gradient to the norm of its row, since a wrong row
-    would not show beside 126,464 right ones.
+    Each number may be off by what rounding explains (`rounding`): of an operation that works in float32, whatever its
+    inputs are, and leaves float32 results and gradients in the inputs' dtype. So do dam's. A peer or a user's function
+    on 16-bit inputs that does not may be right in its own arithmetic, where each step is rounded to 16 bits: then that
+    is what its check says. It tells less, as a row that is wrong by such a rounding is not seen.
+
+    The errors by which functions are compared are relative to the largest number of a result, and those of a gradient
+    to the norm of its row.
     """
 
     reference: Callable[..., Any]  # dam's op on rows of the inputs, by the names they have there
+    allowed: Callable[..., Allowed]  # its errors, of `rounding`
     heads: tuple[str, ...] = ()  # prefixes of what is multiplied to logits first: "" and "base_"
     results: Callable[[Any], Sequence[Tensor]] = tensors  # those that are compared, of what a function returns
 
@@ -50,9 +55,26 @@ class Values:
             ValueError: what it returns has another shape than the reference's result.
         """
         result, gradients = call.with_gradients()
-        ours, inputs = self.results(result), _Inputs(call, self.heads)
+        inputs = _Inputs(call, self.heads)
+        found = self._checks(call, result, gradients, inputs, Arithmetic(torch.float32))
+        if inputs.dtype == torch.float32 or "dam" in call.groups or all(check.passed for check in found):
+            return found
+        in_16_bits = self._checks(call, result, gradients, inputs, Arithmetic(inputs.dtype))
+        (short,) = (short for short, dtype in SHORT_DTYPES.items() if getattr(torch, dtype) == inputs.dtype)
+        return [
+            one if one.passed else other._replace(arithmetic=f"{short} arithmetic")
+            for one, other in zip(found, in_16_bits, strict=True)
+        ]
+
+    def _checks(
+        self, call: Call, result: Any, gradients: Sequence[Tensor], inputs: _Inputs, arithmetic: Arithmetic
+    ) -> list[Check]:
+        """What differs by how much, and by how much more or less than this arithmetic explains."""
+        ours = self.results(result)
         parts: list[list[Tensor]] = []  # of the exact results
-        of_logits, worst = [], dict.fromkeys(call.wrt, 0.0)
+        errors: list[list[Tensor]] = []  # that are allowed of these
+        of_logits, of_logits_allowed = [], []
+        gradient = {name: _Worst(inputs.dtype, arithmetic) for name in call.wrt}
         for rows in inputs.parts():
             given, leaf = inputs.of(rows, differentiated=bool(call.wrt))
             with dam.backend("torch"):
@@ -60,34 +82,79 @@ class Values:
             # A loss is the mean over all rows; the gradients of results that have rows are those of their sum.
             share = (rows.stop - rows.start) / inputs.rows if exact[0].ndim == 0 else 1.0
             parts.append([share * x.detach() for x in exact])
+            with torch.no_grad():
+                detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
+                part = Part(parts[-1], inputs.rows, inputs.off(rows, arithmetic))
+                allowed = self.allowed(arithmetic, part, **detached)
+            errors.append([share * x for x in allowed.values])
             if not call.wrt:
                 continue
+            assert allowed.gradient is not None
             (of_leaf,) = torch.autograd.grad(share * exact[0].sum(), leaf)
-            for name, gradient in zip(call.wrt, gradients, strict=True):
+            of_leaf_allowed = share * allowed.gradient
+            for name, some in zip(call.wrt, gradients, strict=True):
                 if name == HEAD:
                     of_logits.append(of_leaf[:, inputs.columns])
+                    of_logits_allowed.append(of_leaf_allowed[:, inputs.columns])
                     continue
-                theirs = inputs.of_states(of_leaf) if name == "hidden" else of_leaf
-                part = _shaped(gradient, (inputs.rows, *theirs.shape[1:]))[rows]
-                worst[name] = max(worst[name], largest([part], [theirs]))
+                theirs, error = of_leaf, of_leaf_allowed
+                if name == "hidden":
+                    theirs = inputs.of_states(of_leaf)
+                    error = inputs.of_states(
+                        error + inputs.carried(of_leaf, inputs.vocabulary, arithmetic), absolute=True
+                    )
+                gradient[name].add(_shaped(some, (inputs.rows, *theirs.shape[1:]))[rows], theirs, error)
         if HEAD in call.wrt:
-            theirs = torch.cat(of_logits).t() @ call.inputs["hidden"].double()
-            gradient = _shaped(gradients[call.wrt.index(HEAD)], call.inputs[HEAD].shape)
-            worst[HEAD] = largest([gradient[inputs.columns]], [theirs])
-        bound = TOLERANCE[inputs.dtype]
-        found = [Check(what, error, bound) for what, error in _of_values(ours, parts)]
-        return found + [Check(f"gradient in {name}", error, bound) for name, error in worst.items()]
+            states, of_head = call.inputs["hidden"].double(), torch.cat(of_logits)
+            error = torch.cat(of_logits_allowed) + inputs.carried(of_head, inputs.rows, arithmetic)
+            some = _shaped(gradients[call.wrt.index(HEAD)], call.inputs[HEAD].shape)
+            gradient[HEAD].add(some[inputs.columns], of_head.t() @ states, error.t() @ states.abs())
+        found = list(_of_values(ours, parts, errors, arithmetic))
+        return found + [worst.check(f"gradient in {name}") for name, worst in gradient.items()]
 
 
-def _of_values(ours: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> Iterator[tuple[str, float]]:
-    """The error of each result, of the exact ones of some rows after another, or of the shares of a mean."""
+class _Worst:
+    """The largest errors of a gradient whose rows come one part after another."""
+
+    def __init__(self, dtype: torch.dtype, arithmetic: Arithmetic):
+        self._rounded, self._arithmetic = Arithmetic(dtype), arithmetic
+        self._error = self._share = 0.0
+
+    def add(self, ours: Tensor, exact: Tensor, allowed: Tensor) -> None:
+        self._error = max(self._error, largest([ours], [exact]))
+        # It is rounded to the inputs' dtype in any arithmetic; what it is made of may have been too small for a step's.
+        allowed = allowed + self._rounded.of_result(exact) + self._arithmetic.least
+        self._share = max(self._share, _share(ours.double() - exact, allowed))
+
+    def check(self, what: str) -> Check:
+        return Check(what, self._error, self._share)
+
+
+def _share(error: Tensor, allowed: Tensor) -> float:
+    """The largest of all errors over what is allowed there; of no numbers 0, of what is none infinite."""
+    if error.numel() == 0:
+        return 0.0
+    return float(torch.where(error == 0, 0.0, error.abs() / allowed).nan_to_num(torch.inf).max())
+
+
+def _of_values(
+    ours: Sequence[Tensor],
+    parts: Sequence[Sequence[Tensor]],
+    errors: Sequence[Sequence[Tensor]],
+    arithmetic: Arithmetic,
+) -> Iterator[Check]:
+    """The check of each result, of the exact ones of some rows after another, or of the shares of a mean."""
     if len(ours) != len(parts[0]):
         raise ValueError(f"must return {len(parts[0])} tensors; got {len(ours)}")
-    for n, (some, *of_rows) in enumerate(zip(ours, *parts, strict=True)):
-        exact = torch.stack(of_rows).sum() if of_rows[0].ndim == 0 else torch.cat(of_rows)
-        error, size = ((x.abs().max()) for x in (_shaped(some, exact.shape).double() - exact, exact))
-        ratio = 0.0 if error == 0 else float((error / size).nan_to_num(torch.inf))
-        yield "value" if len(ours) == 1 else f"value {n + 1} of {len(ours)}", ratio
+    for n, some in enumerate(ours):
+        exact, allowed = (
+            torch.stack(of_rows).sum() if of_rows[0].ndim == 0 else torch.cat(of_rows)
+            for of_rows in ([part[n] for part in of] for of in (parts, errors))
+        )
+        off = _shaped(some, exact.shape).double() - exact
+        relative = 0.0 if not bool(off.any()) else float((off.abs().max() / exact.abs().max()).nan_to_num(torch.inf))
+        what = "value" if len(ours) == 1 else f"value {n + 1} of {len(ours)}"
+        yield Check(what, relative, _share(off, allowed + arithmetic.of_result(exact)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +204,8 @@ class Draws:
                 more = ((p > one) | ((p == one) & (index < k))).double().mul_(p).sum(dim=1)
                 uniform["from the likeliest down"].append(more + share[:, n])
             uniform["in order of the vocabulary"].append((before + share).flatten())
-        return [Check(f"law of the draws, {name}", _distance(torch.cat(u)), DISTANCE) for name, u in uniform.items()]
+        distances = {name: _distance(torch.cat(u)) for name, u in uniform.items()}
+        return [Check(f"law of the draws, {name}", far, far / DISTANCE) for name, far in distances.items()]
 
     def _drawn(self, call: Call, inputs: _Inputs) -> Tensor:
         found = tensors(call())
@@ -166,8 +234,8 @@ class Tokens:
 
     def __call__(self, call: Call) -> list[Check]:
         found = tensors(call())[0]
-        outside = float("inf") if tuple(found.shape) != self.shape else float(self._outside(found))
-        return [Check("tokens outside the vocabulary", outside, 0.0)]
+        outside = math.inf if tuple(found.shape) != self.shape else float(self._outside(found))
+        return [Check("tokens outside the vocabulary", outside, math.inf if outside else 0.0)]
 
     def _outside(self, found: Tensor) -> Tensor:
         return ((found < 0) | (found >= self.vocabulary)).sum()
@@ -214,11 +282,27 @@ class _Inputs:
     def _product(self, states: Tensor, head: Tensor) -> Tensor:
         return torch.cat([states @ block.t() for block in self._blocks(head)], dim=1)
 
-    def of_states(self, of_logits: Tensor) -> Tensor:
-        """The gradient in hidden states, of that in their logits."""
+    def off(self, rows: slice, arithmetic: Arithmetic) -> dict[str, Tensor]:
+        """By how much the logits of some rows are off where they are products."""
+        found = {}
+        for prefix in self._heads:
+            states, head = self._given[f"{prefix}hidden"][rows], self._given[f"{prefix}{HEAD}"]
+            of_states, of_head = (x.norm(dim=1, dtype=torch.float64) for x in (states, head))
+            found[f"{prefix}logits"] = rounding.of_product(arithmetic, of_states, of_head, head.shape[1])
+        return found
+
+    def carried(self, of_logits: Tensor, count: int, arithmetic: Arithmetic) -> Tensor:
+        """What the gradient in logits may be off more when it is multiplied on, in sums of so many: it is rounded to
+        the dtype of what it is multiplied with, as matrix units have both of one.
+        """
+        rounded = max(Arithmetic(self.dtype).step, arithmetic.step)
+        return (rounded + rounding.of_sum(count)) * of_logits.abs() + arithmetic.least
+
+    def of_states(self, of_logits: Tensor, *, absolute: bool = False) -> Tensor:
+        """The gradient in hidden states, of that in their logits; or of sizes, by the sizes of the head."""
         found, first = None, 0
         for block in self._blocks(self._given[HEAD]):
-            part = of_logits[:, first : first + len(block)] @ block
+            part = of_logits[:, first : first + len(block)] @ (block.abs() if absolute else block)
             found, first = part if found is None else found + part, first + len(block)
         assert found is not None
         return found
@@ -237,6 +321,6 @@ def largest(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 def _shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     """[T] for [T, 1] too."""
-    if x.numel() != math.prod(shape):
+    if [size for size in x.shape if size != 1] != [size for size in shape if size != 1]:
         raise ValueError(f"must have a shape of {tuple(shape)} where it has {tuple(x.shape)}")
     return x.detach().reshape(shape)

@@ -39,15 +39,18 @@ class Check(NamedTuple):
     """How far a result is from what it should be."""
 
     what: str
-    error: float
-    bound: float
+    error: float  # by which functions are compared: relative, or a distance
+    share: float  # of what is allowed, which may differ from number to number: the largest; at most 1 if it is right
+    arithmetic: str = ""  # whose rounding is allowed, where it is not that of float32
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound  # not for NaN
+        return self.share <= 1.0  # not for NaN
 
     def __str__(self) -> str:
-        return f"{'ok' if self.passed else 'WRONG'}: {self.what}: {self.error:.2e} of at most {self.bound:.2e}"
+        by = f" in {self.arithmetic}" if self.arithmetic else ""
+        word = "ok" if self.passed else "WRONG"
+        return f"{word}: {self.what}: error {self.error:.2e}, {self.share:.3g} times what is allowed{by}"
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> dict[str, int]:
@@ -166,6 +169,7 @@ class Measurement:
     absent: dict[str, str]
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # by which one call grew the resident set
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by function, and what was compared
+    arithmetic: dict[str, str] = dataclasses.field(default_factory=dict)  # of functions that are right in 16 bits only
     wrong: dict[str, str] = dataclasses.field(default_factory=dict)  # functions that are not timed, and their error
 
 
@@ -252,6 +256,8 @@ def measure(
                 raise TimeoutError(f"its first call took {took:.0f} s")
             if checked and (found := case.checked(function)):
                 measured.errors[name] = {one.what: one.error for one in found}
+                if by := [one.arithmetic for one in found if one.arithmetic and one.passed]:
+                    measured.arithmetic[name] = by[0]
                 if bad := [str(one) for one in found if not one.passed]:
                     measured.wrong[name] = "; ".join(bad)
         except Exception as error:

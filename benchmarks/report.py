@@ -249,7 +249,8 @@ def case_table(case: dict[str, Any]) -> str:
         columns = f"{1e3 * time_:10.3f}{time_ / seconds['dam']:9.2f}x{time_ / floor:9.2f}x{floor / time_:10.1%}"
         peak, errors = case["peak_bytes"].get(name), case["errors"].get(name, {})
         columns += f"{'-':>10}" if peak is None else f"{peak / 2**20:10.1f}"
-        lines.append(f"  {name:{width}}{columns}" + (f"{max(errors.values()):10.1e}" if errors else f"{'-':>10}"))
+        columns += f"{max(errors.values()):10.1e}" if errors else f"{'-':>10}"
+        lines.append(f"  {name:{width}}{columns}  {case['arithmetic'].get(name, '')}".rstrip())
     lines += [f"  {name:{width}}    {why}" for name, why in case["wrong"].items()]
     lines += [f"  {name:{width}}    absent: {why}" for name, why in case["absent"].items()]
     return "\n".join(lines)

@@ -4,9 +4,9 @@
 
 A source distribution; of it a wheel for this Python, with the C++ kernels, and with the CUDA ones where nvcc is found
 (`DAM_BUILD_CUDA`), by `build`; the wheel's manylinux tag by `auditwheel`; what an index would refuse by `twine`. Then
-the wheel is installed into an empty environment with the torch of constraints.txt, where every operation runs on the
-C++ kernels and is compared with the reference, and `dam` starts. Needs the packages that the Makefile names; uploads
-nothing.
+the wheel is installed into an empty environment with the torch of constraints.txt, where `dam` starts, README's blocks
+run as they stand there (its training shortened), and every operation runs on the C++ kernels and is compared with the
+reference. Needs the packages that the Makefile names; uploads nothing.
 """
 
 import argparse
@@ -21,7 +21,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from tests import readme
+
 CHECKOUT = Path(__file__).parents[1]
+EXTENSION = re.compile(r"dam/(_\w+)\.[^/]*\.so")
 # Is shared with torch, which brings one: a second copy would be a second pool of threads (setup.py).
 OF_TORCH = "libgomp.so.1"
 # Tests' own example calls, in a process that has the wheel and no checkout.
@@ -77,13 +80,24 @@ def faults(archive, wheel):
     if "manylinux" not in wheel.name:
         found.append(f"{wheel.name} has no manylinux tag")
     names = set(zipfile.ZipFile(wheel).namelist())
-    if not any(re.match(r"dam/_cpu\.", name) for name in names):
+    if "_cpu" not in extensions(wheel):
         found.append(f"{wheel.name} lacks the C++ kernels")
     if any("gomp" in name for name in names):
         found.append(f"{wheel.name} has a copy of {OF_TORCH}")
     with tarfile.open(archive) as opened:
-        missing = lacking(name.partition("/")[2] for name in opened.getnames())
-    return [*found, *([f"{archive.name} lacks {', '.join(missing[:9])}"] if missing else [])]
+        members = {member.name.partition("/")[2]: member for member in opened.getmembers()}
+    if missing := lacking(members):
+        found.append(f"{archive.name} lacks {', '.join(missing[:9])}")
+    # A copy would be another package than the folder, with another checkout around it.
+    links = [name for name in sorted(tracked() & members.keys()) if (CHECKOUT / name).is_symlink()]
+    if copied := [name for name in links if not members[name].issym()]:
+        found.append(f"{archive.name} has a copy of what {', '.join(copied)} leads to")
+    return found
+
+
+def extensions(wheel):
+    """Names of the extensions in a wheel: _cpu, and _cuda where it was built."""
+    return sorted(match[1] for match in map(EXTENSION.fullmatch, zipfile.ZipFile(wheel).namelist()) if match)
 
 
 def tracked():
@@ -98,24 +112,43 @@ def lacking(names):
 
 
 def trial(wheel, folder):
-    """What the wheel does in an environment with nothing else: the names of the operations that ran."""
-    environment, python = folder / "environment", folder / "environment" / "bin" / "python"
+    """What the wheel does in an environment with nothing else: the names of the operations that ran.
+
+    Raises:
+        SystemExit: something fails, or says something else than it should.
+    """
+    environment, constraints = folder / "environment", CHECKOUT / "constraints.txt"
+    python = environment / "bin" / "python"
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and key[:4] != "DAM_"}
+
+    def installed(*packages):
+        run(python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *packages)
+
+    def done(*command):
+        return run(*command, cwd=folder, env=variables)
+
     run(sys.executable, "-m", "venv", environment)
-    constraints = CHECKOUT / "constraints.txt"
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel)
-    # Alone, it imports and says what it can: what `import dam` needs is not brought by what the calls need.
-    alone = run(python, "-m", "dam.cli", "info", "--json", cwd=folder)
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, "pytest")
+    installed(wheel)
+    # Alone, it imports, says what it can and runs: what these need is not brought by what else is installed below.
+    alone = json.loads(done(python, "-m", "dam.cli", "info", "--json"))
+    shown = done(python, "-c", readme.OPERATIONS).strip()
+    if shown != readme.shown_by_operations():
+        raise SystemExit(f"README's block of operations prints {shown!r}, not {readme.shown_by_operations()!r}")
+    done(python, "-c", readme.CHAINS)
+    installed(f"{wheel}[train]")
+    done(python, "-c", readme.short_training())
+    if missing := [name for name in ("model.safetensors", "README.md") if not (folder / "out" / name).is_file()]:
+        raise SystemExit(f"README's training block leaves no {' and no '.join(missing)}")
+    installed("pytest")
     for name in ("__init__.py", "calls.py", "ops/helpers.py"):
         target = folder / "tests" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((CHECKOUT / "tests" / name).read_bytes())
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and key[:4] != "DAM_"}
-    path, version, tried = json.loads(run(python, "-c", TRIED, cwd=folder, env=variables).splitlines()[-1])
+    path, version, tried = json.loads(done(python, "-c", TRIED).splitlines()[-1])
     if environment not in Path(path).parents:
         raise SystemExit(f"{path} was imported instead of the wheel")
-    told = run(environment / "bin" / "dam", "--version", cwd=folder).strip()
-    if told != f"dam {version}" or json.loads(alone)["dam"] != version:
+    told = done(environment / "bin" / "dam", "--version").strip()
+    if told != f"dam {version}" or alone["dam"] != version:
         raise SystemExit(f"the wheel of dam {version} says {told!r}")
     return tried
 
@@ -131,7 +164,8 @@ def main(arguments=None):
         raise SystemExit("\n".join(wrong))
     with tempfile.TemporaryDirectory() as name:
         tried = trial(wheel, Path(name).resolve())
-    print(f"in an empty environment: {', '.join(tried)}")
+    print(f"in an empty environment: README's blocks, {', '.join(tried)}")
+    print(f"extensions: {', '.join(extensions(wheel))}")
     for path in (archive, wheel):
         content = path.read_bytes()
         print(f"{path}  {len(content) / 2**20:.1f} MiB  sha256 {hashlib.sha256(content).hexdigest()}")

@@ -663,11 +663,11 @@ def test_a_call_of_some_minutes_goes_on_where_the_last_one_ended(as_if_on_gpu, m
 
 
 def test_what_is_wrong_is_said_and_checked_again(as_if_on_gpu, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu.accuracy, "checks", lambda *given, **sizes: [accuracy.Check("dX", math.nan, 1.0)])
+    monkeypatch.setattr(gpu.accuracy, "checks", lambda *given, **sizes: [accuracy.Check("dX", math.nan, math.nan)])
     arguments = ["--minutes", "8", "--no-tests", "--repeats", "1", "--only", "jump", "--output", str(tmp_path)]
     for _ in range(2):
         assert gpu.main(arguments) == 1
-        assert "WRONG: dX: nan of at most 1.00e+00" in capsys.readouterr().out.split("## FAILED")[1]
+        assert "WRONG: dX: error nan, nan times what is allowed" in capsys.readouterr().out.split("## FAILED")[1]
 
 
 @pytest.mark.skipif(gpu.choice.why_unavailable("cuda") is not None, reason="needs the emulator of CUDA")

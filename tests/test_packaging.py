@@ -35,7 +35,9 @@ def test_packages_are_those_of_dam():
 
 @pytest.mark.slow
 def test_a_source_distribution_is_the_repository(tmp_path):
-    """By a copy of the checkout, in which the build leaves its files. The kernels are there once, and linked to."""
+    """By a copy of the checkout, in which the build leaves its files. Kernels and benchmarks are there once, and linked
+    to.
+    """
     source = versions.copy_sources(tmp_path)
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
@@ -44,8 +46,9 @@ def test_a_source_distribution_is_the_repository(tmp_path):
     with tarfile.open(archive) as opened:
         members = {member.name.partition("/")[2]: member for member in opened.getmembers()}
     assert {f"kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")} <= members.keys()
-    assert not any(name.startswith("dam/kernels/") for name in members)
-    assert members["dam/kernels"].issym() and members["dam/kernels"].linkname == "../kernels"
+    for folder in ("kernels", "benchmarks"):
+        assert not any(name.startswith(f"dam/{folder}/") for name in members)
+        assert members[f"dam/{folder}"].issym() and members[f"dam/{folder}"].linkname == f"../{folder}"
     assert not any(name.endswith((".so", ".pyc")) for name in members)
     assert {"Makefile", "CHANGELOG.md", "CITATION.cff", "tests/train/tiny.py", "docs/performance.md"} <= members.keys()
     assert not release.lacking(members.keys())
@@ -107,12 +110,15 @@ def test_what_is_not_to_be_published(tmp_path, monkeypatch):
         file.writestr("dam.libs/libgomp-1234.so.1", "")
     with tarfile.open(archive, "w:gz") as file:
         file.add(CHECKOUT / "Makefile", "dam-1/Makefile")
-    monkeypatch.setattr(release, "tracked", lambda: {"Makefile", "setup.py"})
+        file.add(CHECKOUT / "dam" / "kernels", "dam-1/dam/kernels")
+        file.addfile(tarfile.TarInfo("dam-1/dam/benchmarks"))
+    monkeypatch.setattr(release, "tracked", lambda: {"Makefile", "setup.py", "dam/kernels", "dam/benchmarks"})
     assert release.faults(archive, wheel) == [
         f"{wheel.name} has no manylinux tag",
         f"{wheel.name} lacks the C++ kernels",
         f"{wheel.name} has a copy of libgomp.so.1",
         "dam-1.tar.gz lacks setup.py",
+        "dam-1.tar.gz has a copy of what dam/benchmarks leads to",
     ]
     good = tmp_path / "dam-1-cp311-cp311-manylinux_2_34_x86_64.whl"
     with zipfile.ZipFile(good, "w") as file:

@@ -4,37 +4,24 @@ import json
 import re
 from pathlib import Path
 
+from tests.readme import CHAINS, OPERATIONS, README, short_training, shown_by_operations
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING, OPERATIONS, CHAINS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_operations_in_a_loop_of_ones_own():
+def test_the_operations_in_a_loop_of_ones_own(capsys):
     names = {}
     exec(OPERATIONS, names)
+    assert capsys.readouterr().out.strip() == shown_by_operations()
     gradients = (names["hidden"].grad, names["head"].weight.grad)
     assert all(bool(gradient.isfinite().all()) and bool((gradient != 0).any()) for gradient in gradients)
 
 
-# The training block, for a rollout of few puzzles.
-SHORTER = (
-    ("max_steps=200, logging_steps=20", "max_steps=4, logging_steps=2"),
-    ("batch_size=64 * 16, num_iterations=8", "batch_size=4 * 16, num_iterations=2"),
-    ("replay_batch_size=32, draw_outcomes=192", "replay_batch_size=4, draw_outcomes=16"),
-    ("4096", "8"),
-    ("held_out_puzzles(blanks=6)", "held_out_puzzles(blanks=6, per_grid=1)"),
-)
-
-
 def test_fine_tuning_a_model(tmp_path, monkeypatch, capsys):
     """It prints what README shows, figures of the same names, and leaves a model with a card."""
-    shortened = TRAINING
-    for long, short in SHORTER:
-        assert shortened.count(long) == 1, long
-        shortened = shortened.replace(long, short)
     names = {}
     monkeypatch.chdir(tmp_path)
-    exec(shortened, names)
+    exec(short_training(), names)
     trainer = names["trainer"]
     assert (trainer.reward_calls, trainer.state.global_step) == (2 * 4 * 16, 4)
     assert {"config.json", "model.safetensors", "README.md", "checkpoint-4"} <= {

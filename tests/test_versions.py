@@ -2,7 +2,10 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
+
+import pytest
 
 from tests import versions
 
@@ -27,6 +30,7 @@ def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch, tmp_path):
         left = list(found)
         monkeypatch.setattr(versions, "RECORDS", tmp_path / "versions.json")
         monkeypatch.setattr(versions, "build_wheel", lambda folder: folder / "dam.whl")
+        monkeypatch.setattr(versions, "check_wheel", lambda wheel: None)
         monkeypatch.setattr(versions, "try_release", lambda package, version, *_: left.pop(0))
         return versions.main()
 
@@ -59,6 +63,10 @@ def test_what_was_run_is_kept_with_its_date(tmp_path):
     ]
 
 
+def test_what_is_run_is_there():
+    assert [path for paths in versions.TESTS.values() for path in paths if not (CHECKOUT / path).is_file()] == []
+
+
 def test_what_is_left_out():
     """Whatever has a mark: each says why a run may do without it, and with them one here would take hours."""
     pyproject = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
@@ -87,3 +95,29 @@ def test_what_a_release_of_transformers_is_tried_with(monkeypatch):
     for version in versions.RECOMMENDED:
         pins = versions.pins_of("transformers", version)
         assert "pip install " + " ".join(f"'{name}=={release}'" for name, release in pins.items()) in told
+
+
+def test_a_wheel_of_other_kernels_is_refused(tmp_path):
+    kernels = [f"dam/kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")]
+
+    def wheel(*names):
+        with zipfile.ZipFile(tmp_path / "dam.whl", "w") as file:
+            for name in names:
+                file.writestr(name, "")
+        return tmp_path / "dam.whl"
+
+    versions.check_wheel(wheel(*kernels))
+    for names in (kernels[1:], [*kernels, "kernels/__init__.py"]):
+        with pytest.raises(SystemExit, match=r"the wheel lacks .*, or installs a package `kernels`"):
+            versions.check_wheel(wheel(*names))
+
+
+def test_the_readme_names_no_release_that_was_not_tried():
+    """Releases are of three numbers: the one that all tests run with, and those of docs/versions.json."""
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    pinned = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
+    (told,) = re.findall(r"^All tests run with torch .*?\n\n", readme, flags=re.DOTALL | re.MULTILINE)
+    first, *others = re.findall(r"\d+\.\d+\.\d+", told)
+    assert f"torch=={first}\n" in pinned
+    records = json.loads(versions.RECORDS.read_text(encoding="utf-8")) if versions.RECORDS.exists() else []
+    assert set(others) <= {each[each["package"]] for each in records if each["good"]}

@@ -464,8 +464,9 @@ class MaskedLM:
         with self._as_asked():
             layer = self._output_layer()
             head = self._head_of(layer)
-            # Any tokens do, where no others were seen yet.
-            tail = self._tail(layer, torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0])
+            # Where no tokens were seen yet, one does: a model of any length takes it. Special ones, of which alone a
+            # model may make nothing, are not in the middle of a vocabulary.
+            tail = self._tail(layer, torch.full((1, 1), head.weight.shape[0] // 2, device=head.weight.device))
             return tail.head(head, self._inner)
 
 

@@ -316,7 +316,6 @@ def config(task: Task, output: Path) -> DAMConfig:
         "weight_decay": 0.0,
         "adam_beta2": 0.99,
         "use_cpu": True,
-        "dataloader_pin_memory": False,
         "disable_tqdm": True,  # replaced by RolloutProgress
     }
     return DAMConfig(output_dir=str(output), **{**values, **task.config()})

@@ -373,6 +373,8 @@ class DAMConfig(TrainingArguments):
             self.per_device_train_batch_size = 8 * self.num_generations
         with precision_of(self):
             super().__post_init__()
+        if self.device.type == "cpu":  # as with use_cpu: there is none to pin memory for, which loaders would warn of
+            self.dataloader_pin_memory = False
         self.chat_template_kwargs = read_json(self.chat_template_kwargs)
         self.model_init_kwargs = read_json(self.model_init_kwargs)
         for name, allowed in (("estimator", ESTIMATORS), ("normalizer", NORMALIZERS)):

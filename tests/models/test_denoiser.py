@@ -242,3 +242,15 @@ def test_padding_is_tried_within_a_table_of_positions(length):
     model.config.pad_token_id = -1
     tokens = torch.full((2, length), 7)
     assert MaskedLM(model).hidden_states(tokens, torch.ones_like(tokens)).shape == (2, length, 16)
+
+
+@pytest.mark.parametrize("positions", range(1, 9))
+def test_a_head_is_had_before_any_call_of_a_model_of_any_length(positions):
+    """Of a table of so many positions; it is the one that later calls go with."""
+    model = BertForMaskedLM(BertConfig(**SMALL, max_position_embeddings=positions)).eval()
+    denoiser, tokens = MaskedLM(model), torch.arange(positions)[None]
+    head = denoiser.head()
+    with torch.no_grad():
+        logits = head.logits(denoiser.hidden_states(tokens))
+        # The same products in another shape.
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-6)

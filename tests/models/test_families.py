@@ -374,7 +374,6 @@ def config_for(output, **changes):
         "logging_steps": 1,
         "report_to": [],
         "use_cpu": True,
-        "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }
     return DAMConfig(output_dir=str(output), **{**values, **changes})

@@ -3,9 +3,13 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
-from tiny import tiny_config
+import torch
+from tiny import ROWS, sum_reward, tiny_config, tiny_model
+
+from dam.train import DAMTrainer
 
 
 @pytest.mark.parametrize(
@@ -193,3 +197,13 @@ def test_a_rollout_is_of_the_fewest_passes_that_draw_whole_groups(tmp_path, chan
     config = tiny_config(tmp_path, **changes)
     assert (config.steps_per_generation, config.prompts_per_rollout) == (steps, prompts)
     assert config.generation_batch_size == 8 * prompts
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is memory to pin for")
+def test_nothing_is_pinned_where_there_is_no_accelerator(tmp_path):
+    """Whether a CPU was asked for or is all there is: torch's loaders would warn at each start."""
+    config = tiny_config(tmp_path, use_cpu=False, max_steps=1)
+    assert not config.dataloader_pin_memory and not tiny_config(tmp_path).dataloader_pin_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pin_memory")
+        DAMTrainer(tiny_model(), sum_reward, config, ROWS).train()

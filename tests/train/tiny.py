@@ -61,7 +61,6 @@ def tiny_config(output, prompts=2, **changes):
         "logging_steps": 2,
         "report_to": [],
         "use_cpu": True,
-        "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }
     values |= changes
