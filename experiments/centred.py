@@ -90,7 +90,6 @@ def met(seen: Tensor, tokens: int) -> Tensor:
     """How many other tokens are met before each one, int64 [n, V], going through int64 [n, M]; all that are not met
     have the number that are.
     """
-    size = seen.shape[1]
-    here = seen[:, None] == torch.arange(tokens)[:, None]  # [n, V, M]
-    place = torch.where(here, torch.arange(size), size).amin(dim=2)
-    return (place[:, None] < place[:, :, None]).sum(dim=2)
+    nearness = torch.arange(seen.shape[1], 0, -1, dtype=torch.float32)  # int64 takes four times as long
+    nearest = ((seen[:, None] == torch.arange(tokens)[:, None]) * nearness).amax(dim=2)  # [n, V], 0 if not met
+    return (nearest[:, None] > nearest[:, :, None]).sum(dim=2)

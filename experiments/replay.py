@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dam.adjoint import MatchingTargets, group_targets, path_targets
-from dam.rollout import Trajectories, path_of
+from dam.rollout import Trajectories
 from experiments.densities import Density
 from experiments.learners import Learner, Model, Round
 
@@ -33,8 +33,9 @@ class Replay(Learner):
 
     l being what the variance is of: `path_targets` with these weights. It is 0 at p* and there alone, whatever law the
     paths are drawn from, if that has them all, and so is each path's share of the gradient: no noise is left. The paths
-    are those of the round, whose log p_u is known from the rollout, and kept outcomes in orders drawn anew, for L
-    network calls each and no reward call.
+    are those of the round, and l is of the model as it is at the step. By the l that they were drawn with, the steps
+    that follow the first push on after what they are to reach is reached: on a Potts lattice the ESS fell from 0.82 to
+    0.003 in seven rounds of 16 such steps.
 
     With `ess` the reward is a r in all of this, and p* is p_a, proportional to p_base exp(a r). In each round a goes as
     far toward 1 as leaves its paths that effective sample size, and never back: a ladder of temperatures without a
@@ -141,18 +142,12 @@ def variance_targets(model: Model, path: Trajectories, log_weight: Tensor, bound
     """
     targets = path_targets(path, torch.ones(1, len(log_weight), dtype=torch.float64), every=True)
     of = (path.call >= 0).nonzero()[:, 0]
-    log_prob = torch.zeros_like(log_weight).index_add_(0, of, model.target_log_prob(targets).double())
-    off = log_weight - log_prob
+    with torch.no_grad():
+        jumps = model.target_log_prob(targets).double()
+    off = log_weight - torch.zeros_like(log_weight).index_add_(0, of, jumps)
     # The mean is of what it is taken from: the expectation is (B - 1) / B of the gradient.
     weight = (off - off.mean()).clamp(-bound, bound)
     return targets._replace(weight=targets.weight * weight[of, None])
-
-
-def in_any_order(final: Tensor, mask: int, generator: torch.Generator) -> Trajectories:
-    """Paths to outcomes [B, L] from masks only, in orders drawn uniformly, without their log-probabilities."""
-    order = torch.rand(final.shape, generator=generator).argsort(dim=1)
-    call = torch.arange(final.shape[1]).expand_as(order)
-    return path_of(torch.full_like(final[:1], mask), final[None], order[None], call[None])
 
 
 def learner(name: str, density: Density, *, batch: int, steps: int, replicates: int, seed: int) -> Learner:

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from dam.adjoint import path_targets
 from dam.ctmc import enumeration
+from dam.rollout import path_of
 from experiments import centred, clusters, grid, lattice, learners, orders, replay, transfer
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising, Potts
@@ -119,7 +119,7 @@ def test_a_centred_network_is_as_symmetric_as_its_lattice(density):
     generator = torch.Generator().manual_seed(2)
     states = torch.randint(tokens + 1, (50, side**2), generator=generator)
     states[0] = tokens  # nothing is known
-    found = network.hidden_states(states).log_softmax(dim=2)
+    found = network.hidden_states(states).log_softmax(dim=2).detach()
     assert float(found.std()) > 0.1  # else nothing is tested
     rolled = states.view(-1, side, side).roll((1, 2), (1, 2)).flatten(1)
     expected = found.view(-1, side, side, tokens).roll((1, 2), (1, 2)).flatten(1, 2)
@@ -180,7 +180,7 @@ def conditionals(joint):
 
 def test_the_gradient_of_the_variance():
     """That of half the variance of r - log p_u over outcomes of any law and both orders, by autograd on the sum over
-    all of them; a batch of two paths asks for half of it, as their mean is their own.
+    all of them.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -195,26 +195,40 @@ def test_the_gradient_of_the_variance():
     value = torch.stack(values)
     variance = (law / 2 * (value - (law / 2 * value).sum()).square()).sum()
     (expected,) = torch.autograd.grad(variance / 2, logits)
-    total, count = torch.zeros_like(logits), 40_000
-    final = every[torch.multinomial(law, 2 * count, True, generator=generator)]
-    path = replay.in_any_order(final, 3, generator)
-    assert torch.equal(path.states_before(2), final) and abs(float(path.position[:, 0].double().mean()) - 0.5) < 0.02
-    path.log_prob = model.path_log_prob(path).detach()
-    log_weight = Small("pinwheel", 3).log_density(final) - path.log_prob.double().sum(dim=1)
-    squares = torch.zeros_like(logits)
-    for pair in torch.arange(2 * count).view(-1, 2).split(count // 20):
-        # Pairs of a part at once: each path's weight is less the mean of its pair.
-        rows = pair.flatten()
-        centred = (log_weight[pair] - log_weight[pair].mean(dim=1, keepdim=True)).flatten()
-        targets = path_targets(path[rows], centred[None], every=True)
+    total, squares, parts = torch.zeros_like(logits), torch.zeros_like(logits), 20
+    for _ in range(parts):
+        final = every[torch.multinomial(law, 4000, True, generator=generator)]
+        path = in_any_order(final, generator)
+        targets = replay.variance_targets(model, path, Small("pinwheel", 3).log_density(final))
         (found,) = torch.autograd.grad(model.loss(targets).double(), logits)
-        total, squares = total + found / 20, squares + found.square() / 20
-    error = ((squares - total.square()) / 19).clamp(min=1e-14).sqrt()
-    # The loss is by 1 / L of the sum over jumps. Student's t of 19 degrees of freedom beyond 12: 1e-10 each.
-    assert float(((total - expected / 2 / 2) / error).abs().max()) < 12
-    at_once = replay.variance_targets(path[:2], log_weight[:2])
-    centred = (log_weight[:2] - log_weight[:2].mean())[None]
-    torch.testing.assert_close(at_once.weight, path_targets(path[:2], centred, every=True).weight, rtol=0, atol=0)
+        total, squares = total + found / parts, squares + found.square() / parts
+    error = ((squares - total.square()) / (parts - 1)).clamp(min=1e-14).sqrt()
+    # The loss is by 1 / L of the sum over jumps, and a mean of 4,000 is less than its noise. Student's t of 19 degrees
+    # of freedom beyond 12: 1e-10 each.
+    assert float(((total - expected / 2) / error).abs().max()) < 12
+
+
+def test_the_variance_is_of_the_model_as_it_is():
+    """Whatever drew the paths, and no path further from the mean than its bound."""
+    generator = torch.Generator().manual_seed(3)
+    model, every = on_grid(torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)), enumeration.states(3, 2)
+    path = in_any_order(every, generator)
+    path.log_prob = torch.full((9, 2), torch.nan)
+    log_weight = model_reward()
+    off = log_weight - model.path_log_prob(path).double().sum(dim=1)
+    for bound in (math.inf, 0.5):
+        targets = replay.variance_targets(model, path, log_weight, bound)
+        expected = (off - off.mean()).clamp(-bound, bound)
+        # To the rounding of float32 log-probabilities.
+        torch.testing.assert_close(targets.weight.view(9, 2), expected[:, None].expand(-1, 2), rtol=0, atol=1e-5)
+        assert bound == math.inf or int((expected.abs() == bound).sum()) >= 2
+
+
+def in_any_order(final, generator):
+    """Paths to outcomes [B, L] from masks only, in orders drawn uniformly, without their log-probabilities."""
+    order = torch.rand(final.shape, generator=generator).argsort(dim=1)
+    call = torch.arange(final.shape[1]).expand_as(order)
+    return path_of(torch.full_like(final[:1], 3), final[None], order[None], call[None])
 
 
 def model_reward():
@@ -231,10 +245,13 @@ def test_what_is_kept_is_weighed_toward_the_optimum(name):
         learner.ess = 0.7  # more than p* leaves
     model = on_grid(logits)
     for n in range(20):
-        made = learner.round(model, n, 0.5)
+        made = learner.round(model, n, 0.7)
         states = sum(len(targets.states) for targets in made.steps)
-        expected = 2 * learner.states if name == "posterior, replay" else 2048 * 2  # of outcomes of two tokens
-        assert made.reward_calls == 2048 and states == expected and made.network_calls == 2048 * 2 + states
+        variance = name != "posterior, replay"
+        expected = 2048 * 2 if variance else 2 * learner.states  # of outcomes of two tokens
+        # The variance asks the model twice at each state, for the weights and in the loss.
+        assert made.reward_calls == 2048 and states == expected
+        assert made.network_calls == 2048 * 2 + (1 + variance) * states
     final, reward, weight = learner.final.flatten(0, 1).long(), learner.reward.flatten(), learner.weights().flatten()
     torch.testing.assert_close(reward, density.log_density(final), rtol=0, atol=0)
     share = weight / weight.sum()
@@ -246,7 +263,7 @@ def test_what_is_kept_is_weighed_toward_the_optimum(name):
     # Shares of weighted draws have at most the variance p (1 - p) / ESS but for the spread of weights within a state.
     assert float(((law - truth).abs() / (truth * (1 - truth) / ess).sqrt()).max()) < Z
     learner.kept, before = 3, learner.final
-    for _ in learner.round(model, 20, 0.5).steps:
+    for _ in learner.round(model, 20, 0.7).steps:
         pass
     assert len(learner.final) == len(learner.reward) == len(learner.weights()) == 3
     assert torch.equal(learner.final[:2], before[-2:])
@@ -272,8 +289,7 @@ def test_at_the_optimum_the_variance_asks_for_nothing():
     model = on_grid(conditionals(density.law().view(3, 3)))
     for name in ("variance", "posterior, replay"):
         learner = replay.learner(name, density, batch=512, steps=1, replicates=1, seed=4)
-        learner.again = 512
-        steps = [targets for n in range(3) for targets in learner.round(model, n, 0.5).steps]
+        steps = [targets for n in range(3) for targets in learner.round(model, n, 0.7).steps]
         largest = max(float(targets.weight.abs().max()) for targets in steps)
         # float32 log-probabilities.
         assert largest < 1e-5 if name == "variance" else largest > 0.1
