@@ -335,25 +335,47 @@ def study(given: dict[str, Any], options: Options, output: Path) -> str:
     return f"{lattice_table(results)}\n\n{network_calls_table(results)}"
 
 
+COLUMNS = ["reward calls", "network calls", "ESS", "KL(p_u, p*)", "over orders", "log Z off by"]
+OBSERVED_AS = {"tv": "TV", "magnetisation_error": "magnetisation off by", "correlation_error": "correlation off by"}
+
+
 def lattice_table(results: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, those of exact samples in brackets."""
     observed = [name for name in ("tv", *OBSERVED) if name in results[0]]
-    named = {"tv": "TV", "magnetisation_error": "magnetisation off by", "correlation_error": "correlation off by"}
-    columns = ["learner", "reward calls", "network calls", "ESS", "KL(p_u, p*)", "over orders", "log Z off by"]
-    columns += [named[name] for name in observed]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines = head_of(["learner", *COLUMNS, *(OBSERVED_AS[name] for name in observed)])
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
-        cells = [name, *(middle([r["curve"][-1][cost] for r in runs]) for cost in COSTS)]
-        cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
-        over_orders = [r["kl_over_orders"] for r in runs if "kl_over_orders" in r]
-        cells += [spread(over_orders, "{:.2g}") if over_orders else "-"]
-        cells += [spread([r["log_z_error"] for r in runs], "{:+.4f}")]
-        for figure in observed:
-            ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
-            cells.append(f"{ours:.4f} [{exact:.4f}]")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([name, *cells_of(runs, observed)])} |")
     return "\n".join(lines)
+
+
+def lattices_table(files: Sequence[dict[str, Any]]) -> str:
+    """The same of several lattices, each study's JSON after another's."""
+    lines = head_of(["lattice", "learner", *COLUMNS, *(OBSERVED_AS[name] for name in OBSERVED)])
+    for found in files:
+        kind = f"Potts, {found['colours']} colours" if "colours" in found else f"Ising, field {found['field']:g}"
+        lattice = f"{kind}, {found['side']} x {found['side']}, beta {found['beta']:g}"
+        for name in dict.fromkeys(r["learner"] for r in found["results"]):
+            runs = [r for r in found["results"] if r["learner"] == name]
+            lines.append(f"| {' | '.join([lattice, name, *cells_of(runs, OBSERVED)])} |")
+    return "\n".join(lines)
+
+
+def head_of(columns: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+
+
+def cells_of(runs: Sequence[dict[str, Any]], observed: Sequence[str]) -> list[str]:
+    """Those of COLUMNS, and of what is observed."""
+    cells = [middle([r["curve"][-1][cost] for r in runs]) for cost in COSTS]
+    cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
+    over_orders = [r["kl_over_orders"] for r in runs if "kl_over_orders" in r]
+    cells += [spread(over_orders, "{:.2g}") if over_orders else "-"]
+    cells += [spread([r["log_z_error"] for r in runs], "{:+.4f}")]
+    for figure in observed:
+        ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
+        cells.append(f"{ours:.4f} [{exact:.4f}]")
+    return cells
 
 
 def network_calls_table(results: Sequence[dict[str, Any]]) -> str:

@@ -33,9 +33,8 @@ class Replay(Learner):
 
     l being what the variance is of: `path_targets` with these weights. It is 0 at p* and there alone, whatever law the
     paths are drawn from, if that has them all, and so is each path's share of the gradient: no noise is left. The paths
-    are those of the round, and l is of the model as it is at the step. By the l that they were drawn with, the steps
-    that follow the first push on after what they are to reach is reached: on a Potts lattice the ESS fell from 0.82 to
-    0.003 in seven rounds of 16 such steps.
+    are those of the round, and l is of the model as it is at the step: by the l that they were drawn with, the steps
+    after the first would push on when what they are to reach is reached, and a model of a Potts lattice diverged.
 
     With `ess` the reward is a r in all of this, and p* is p_a, proportional to p_base exp(a r). In each round a goes as
     far toward 1 as leaves its paths that effective sample size, and never back: a ladder of temperatures without a

@@ -60,7 +60,8 @@ PRINTED = {
     "epyc-avx2-2-cores/guidance.json": guidance.text_of,
     "epyc-avx2-2-cores/ising-0.28-256000.json": of_results(lattice.lattice_table, lattice.network_calls_table),
     "epyc-avx2-2-cores/ising-0.4407-256000.json": of_results(lattice.lattice_table),
-    "epyc-avx2-2-cores/potts-1.005-128000.json": of_results(lattice.lattice_table),
+    "epyc-avx2-2-cores/potts-1.005-128000-mlp.json": of_results(lattice.lattice_table),
+    "epyc-avx2-2-cores/potts-1.005-128000.json": lambda *files: lattice.lattices_table(files),
     "epyc-avx2-2-cores/moves-occupation.json": lambda found: moves.table(found["results"], found["published"]),
     "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table),
     "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
@@ -489,7 +490,11 @@ WITHOUT_JSON = (
         "at this budget; for its weighted denoising cross-entropy an ESS of 0.9644 and a TV of 0.0799, at best 0.9713 "
         "and 0.0748",
     ),
-    (STUDY, "it had an ESS of 0.09 to 0.29 where `posterior` alone had 0.48 to 0.78"),
+    (
+        STUDY,
+        "MDNS publishes an ESS of 0.962, 0.933 and 0.981 for Ising lattices without a field at beta 0.28, 0.4407 and "
+        "0.6, and of 0.983, 0.875 and 0.933 for Potts lattices of three colours at 0.5, 1.005 and 1.2",
+    ),
     # The table of published figures, but TV and reward calls, which the study has too.
     (STUDY, "K = 16; K = 1 and 4 diverged"),
     (STUDY, "K = 32; K = 16 diverged"),

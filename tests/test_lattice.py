@@ -37,7 +37,7 @@ def test_sums_of_larger_lattices_come_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize(("side", "beta"), [(3, 0.2), (4, math.log(1 + 2**0.5) / 2), (8, 0.28), (8, 0.6)])
 def test_sums_without_a_field_are_those_of_the_transfer_matrix(side, beta):
-    """By Kaufman's products, above, at and below the critical temperature, where one of their terms changes its sign."""
+    """By Kaufman's products, above, at and below the critical temperature, where one of them changes its sign."""
     density = Ising(side, beta, 0.0)
     log_z, (magnetisation, correlation) = density.known()
     other_log_z, *moments = transfer.moments(side, density.coupling, density.site, token=1)
@@ -334,3 +334,19 @@ def test_equal_network_calls():
         "| a | 20 | 10 | 0.9000 | 0.1 |",
         "| b | 15 | 3 | 0.4000 | 0.1 |",
     ]
+
+
+def test_tables_of_several_lattices():
+    """A row for each lattice and learner, each with its own seeds."""
+    run = {"ess": 0.5, "kl": 0.1, "log_z_error": 0.01, "magnetisation_error": [0.02, 0.03]}
+    run.update(correlation_error=[0.04, 0.05], curve=[{"reward_calls": 1000, "network_calls": 2000}])
+    ising = {"side": 4, "beta": 0.28, "field": 0.1, "results": [{**run, "learner": "a"}, {**run, "learner": "b"}]}
+    potts = {"side": 8, "beta": 1.005, "colours": 3, "results": [{**run, "learner": "a", "ess": e} for e in (0.7, 0.9)]}
+    rows = [line.split(" | ") for line in lattice.lattices_table([ising, potts]).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        ["| Ising, field 0.1, 4 x 4, beta 0.28", "a"],
+        ["| Ising, field 0.1, 4 x 4, beta 0.28", "b"],
+        ["| Potts, 3 colours, 8 x 8, beta 1.005", "a"],
+    ]
+    assert rows[0][2:5] == ["1,000", "2,000", "0.5000"] and rows[2][4] == "0.8000 (0.7000 to 0.9000)"
+    assert rows[0][-2:] == ["0.0200 [0.0300]", "0.0400 [0.0500] |"]
