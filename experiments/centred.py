@@ -75,8 +75,13 @@ def sites_around(side: int, reach: int | None = None) -> Tensor:
 
     Args:
         side: n, of L = n n sites.
-        reach: as for `Centred`; displacements are -(n - 1) // 2 .. n // 2.
+        reach: as for `Centred`; displacements are -((n - 1) // 2) .. n // 2.
+
+    Raises:
+        ValueError: nothing is within reach.
     """
+    if reach is not None and reach < 1:
+        raise ValueError(f"a centred network sees at least its neighbours: reach must be at least 1; got {reach}")
     furthest = side // 2 if reach is None else reach
     along = range(max(-furthest, -((side - 1) // 2)), min(furthest, side // 2) + 1)
     away = sorted(((i, j) for i in along for j in along if (i, j) != (0, 0)), key=lambda d: (d[0] ** 2 + d[1] ** 2, d))

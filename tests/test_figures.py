@@ -289,6 +289,16 @@ def calls_of_a_sample(sampler):
     return found["calls_of_a_sample"]
 
 
+def centred(name, figure):
+    """Of the ladder of temperatures with a centred network."""
+    return median(f"epyc-avx2-2-cores/{name}.json", "tilted posterior, then variance", figure)
+
+
+def on_the_way(name, point):
+    """Of the curve of a study's first run."""
+    return read(f"epyc-avx2-2-cores/{name}.json")["results"][0]["curve"][point]
+
+
 README = "README.md"
 ANYWHERE = None  # README, or one of the pages that it leads to
 CHOOSING = "docs/choosing.md"
@@ -302,6 +312,7 @@ ORDERS = "xeon-avx512-2-cores/orders.json"
 PUBLISHED = "first_jump_one, state"
 LONG = "epyc-avx512-2-cores/ising-0.28-masked-long.json"
 BUDGET = "epyc-avx2-2-cores/ising-0.28-256000.json"
+OLD_LEARNERS = "epyc-avx2-2-cores/ising-0.28-256000-old.json"
 HOPS = "epyc-avx2-2-cores/moves-occupation.json"
 NETWORK_CALLS = "epyc-avx2-2-cores/pinwheel-9-learners-network.json"
 ABLATIONS = "epyc-avx2-2-cores/ablations.json"
@@ -342,6 +353,31 @@ SENTENCES = [
         lambda: [read(BUDGET)[option] for option in ("width", "rounds", "batch")],
     ),
     (STUDY, "figures of {} paths", lambda: [read(BUDGET)["samples"]]),
+    (STUDY, "256,000 calls, where ours is {}.", lambda: [centred("ising-0.28-256000-centred", "ESS")]),
+    (
+        STUDY,
+        "the ESS was {} (Ising) and {} (Potts) after {} calls, at 16 x 16 and beta 0.28 it was {} after {}, where the "
+        "KL was still falling: {} after {}, {} at the last evaluation",
+        lambda: [
+            centred("ising-8-0.4407", "ESS"), centred("potts-8-1.005", "ESS"), centred("potts-8-1.005", "reward calls"),
+            centred("ising-16-0.28", "ESS"), centred("ising-16-0.28", "reward calls"),
+            on_the_way("ising-16-0.28", -3)["kl"], on_the_way("ising-16-0.28", -3)["reward_calls"],
+            on_the_way("ising-16-0.28", -1)["kl"],
+        ],
+    ),
+    (
+        ANYWHERE,
+        "samples are worth {} with `posterior`, and {} where outcomes are kept",
+        lambda: [
+            100 * median(*of, "ESS")
+            for of in ((OLD_LEARNERS, "posterior"), (BUDGET, "posterior, then variance"))
+        ],
+    ),
+    (
+        ANYWHERE,
+        "With a network that has the lattice's symmetries it is {}.",
+        lambda: [100 * centred("ising-0.28-256000-centred", "ESS")],
+    ),
     (
         STUDY,
         "That is {} of the published run's reward calls",

@@ -104,6 +104,11 @@ def test_sites_around_are_all_others_within_reach(side, reach):
     assert bool((distance[1:] >= distance[:-1]).all())
 
 
+def test_a_network_that_sees_nothing_is_refused():
+    with pytest.raises(ValueError, match="reach must be at least 1; got 0"):
+        centred.Centred(Ising(4), reach=0)
+
+
 def test_tokens_are_numbered_as_they_are_met():
     """Masks, here 3, have no number; what is not met shares the next one."""
     seen = torch.tensor([[3, 2, 2, 0, 3], [3, 3, 3, 3, 3], [1, 3, 0, 2, 1], [0, 0, 3, 0, 0]])
