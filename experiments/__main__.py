@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             add(f"--{of.name}", type=type(of.default), default=of.default, help="default: %(default)s")
         add("--samples", type=int, default=16_384, help="that figures are of (default: %(default)s)")
         add("--group-size", type=int, help="K of the group normaliser (default: the batch)")
+        seen = "an MLP of all sites, or of what lies around each one (experiments/centred.py; default: %(default)s)"
+        add("--network", choices=("mlp", "centred"), default="mlp", help=seen)
         add("--width", type=int, default=256, help="of the network (default: %(default)s)")
+        add("--reach", type=int, help="how far a centred network sees along an axis (default: the whole lattice)")
     add = on["exact"].add_argument
     add("--task", choices=exact.CASES, required=True)
     for field in dataclasses.fields(estimators.Options):

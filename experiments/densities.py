@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 
 import torch
@@ -126,6 +127,14 @@ class Ising(Lattice):
 
     def of_moments(self, pairs: float, count: float, square: float) -> tuple[float, float]:
         return 2 * count / self.length - 1, pairs / self.length - 1
+
+    def known(self) -> tuple[float, tuple[float, float]]:
+        if self.field:
+            return super().known()
+        beta = torch.tensor(self.beta, dtype=torch.float64)
+        of_beta = functools.partial(transfer.without_field, self.side)
+        log_z, slope = torch.func.jvp(of_beta, (beta,), (torch.ones_like(beta),))
+        return float(log_z), (0.0, float(slope) / (2 * self.length))
 
 
 @dataclasses.dataclass(frozen=True)

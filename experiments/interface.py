@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dam.adjoint import MatchingTargets, estimator_loss
 from dam.ctmc import MaskedCTMC
-from dam.models.denoiser import Denoiser
+from dam.models.denoiser import Denoiser, hidden_at
 from dam.rollout import Trajectories, jump_log_prob, rollout
 from experiments.densities import Density
 
@@ -77,6 +77,10 @@ class Model(abc.ABC):
     def log_prob(self, states: Tensor) -> Tensor:
         """log p(v | i, x) of the network, float32 [B, L, V]."""
 
+    def target_log_prob(self, targets: MatchingTargets) -> Tensor:
+        """log p(v | i, x) of the network at each row's state, position and first target, [R]."""
+        return self.log_prob(targets.states)[targets.row, targets.position, targets.target[:, 0]]
+
     @abc.abstractmethod
     def loss(self, targets: MatchingTargets) -> Tensor:
         """The matching loss of the targets, differentiable in the network."""
@@ -114,6 +118,12 @@ class DenoiserModel(Model):
     def log_prob(self, states: Tensor) -> Tensor:
         logits = self.network.head().logits(self.network.hidden_states(states))
         return logits[..., : self.tokens].log_softmax(dim=2)
+
+    @torch.no_grad()
+    def target_log_prob(self, targets: MatchingTargets) -> Tensor:
+        hidden = hidden_at(self.network, targets.states, None, targets.row, targets.position)
+        logits = self.network.head().logits(hidden)[:, : self.tokens]
+        return logits.log_softmax(dim=1).gather(1, targets.target)[:, 0]
 
     def loss(self, targets: MatchingTargets) -> Tensor:
         return estimator_loss(self.network, targets, self.process)

@@ -22,6 +22,7 @@ from dam.ctmc import Geometric, UniformCTMC, enumeration, tau_leap
 from dam.models.denoiser import Head
 from dam.rollout import outcome_log_prob
 from experiments import learners, replay
+from experiments.centred import Centred
 from experiments.densities import Density, Ising, Lattice, Potts
 from experiments.estimators import (
     COSTS,
@@ -40,7 +41,7 @@ from experiments.estimators import (
 
 LATTICES: dict[str, type[Ising] | type[Potts]] = {"ising": Ising, "potts": Potts}
 OPTIONS = Options(rounds=100, batch=1024, steps=4, power=1.0)
-ON_THE_WAY = 2048  # samples of an evaluation before the end
+SITES = 2**15  # of the samples of an evaluation before the end, and of `kl_over_orders`
 
 
 class Network(nn.Module):
@@ -77,20 +78,34 @@ class Network(nn.Module):
         return Head(self.output.weight, self.output.bias)
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a study on a lattice has beside the options that every study has."""
+
+    samples: int = 16_384  # that figures are of
+    group_size: int | None = None  # K of the group normaliser; None: the batch
+    network: str = "mlp"  # or "centred"
+    width: int = 256  # of it
+    reach: int | None = None  # of a centred one; None: it sees the whole lattice
+
+    def made(self, density: Lattice) -> Network | Centred:
+        return Network(density, self.width) if self.network == "mlp" else Centred(density, self.width, reach=self.reach)
+
+
 def on_lattice(
-    density: Lattice, name: str, options: Options, seed: int, samples: int, size: int | None, width: int
+    density: Lattice, name: str, options: Options, seed: int, setting: Setting
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains on a masked chain; the curve, of few samples, and the figures at the end."""
     torch.manual_seed(seed)
-    model = learners.DenoiserModel(Network(density, width), density, **fitting(options))
-    learner = learner_of(name, density, options, size, seed)
+    model = learners.DenoiserModel(setting.made(density), density, **fitting(options))
+    learner = learner_of(name, density, options, setting.group_size, seed)
 
     def evaluate() -> dict[str, float]:
-        found = of_weights(averaged(density, model, min(samples, ON_THE_WAY), seed)[1])
+        found = of_weights(averaged(density, model, min(setting.samples, on_the_way(density)), seed)[1])
         return {"ess": found["ess"], "kl": found["kl"]}
 
     curve = play(learner, model, options, evaluate, f"{name}, beta {density.beta}, seed {seed}")
-    return curve, figures(density, model, samples, seed)
+    return curve, figures(density, model, setting.samples, seed)
 
 
 def learner_of(name: str, density: Lattice, options: Options, size: int | None, seed: int) -> learners.Learner:
@@ -100,7 +115,12 @@ def learner_of(name: str, density: Lattice, options: Options, size: int | None, 
 
 
 OBSERVED = ("magnetisation_error", "correlation_error")
-ORDERS, OVER_ORDERS = 16, 2048  # of unmasking, and samples, of `kl_over_orders`
+ORDERS = 16  # of unmasking, of `kl_over_orders`
+
+
+def on_the_way(density: Density) -> int:
+    """Samples of such an evaluation."""
+    return max(256, SITES // density.length)
 
 
 def averaged(density: Lattice, model: learners.Model, samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +139,7 @@ def averaged(density: Lattice, model: learners.Model, samples: int, seed: int) -
 
 def figures(density: Lattice, model: learners.DenoiserModel, samples: int, seed: int) -> dict[str, Any]:
     """All figures of the averaged network of a masked chain."""
-    over_orders = kl_over_orders(density, model, min(samples, OVER_ORDERS), seed)
+    over_orders = kl_over_orders(density, model, min(samples, on_the_way(density)), seed)
     return {**lattice_figures(density, *averaged(density, model, samples, seed), seed), "kl_over_orders": over_orders}
 
 
@@ -260,7 +280,7 @@ class UniformLattice:
 
 
 def on_uniform_lattice(
-    density: Ising, name: str, options: Options, seed: int, samples: int, size: int | None
+    density: Ising, name: str, options: Options, seed: int, setting: Setting
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains on a uniform chain; the curve, of few samples, and the figures at the end.
 
@@ -274,27 +294,25 @@ def on_uniform_lattice(
     for n in bar(options.rounds, label):
         final, log_ratio = model.sampled(options.batch, seed * 10**6 + n)
         reward = density.log_density(final)
-        shape = (-1, size or options.batch)
+        shape = (-1, setting.group_size or options.batch)
         weights, _ = tilted_weights(log_ratio.view(*shape, 1), reward.view(shape), beta=1.0)
         for _ in range(options.steps):
             model.step(final, weights.weight.flatten(), n / options.rounds, generator)
         if n + 1 in at:
-            found = of_weights(weighed(density, sampled, ON_THE_WAY, seed)[1])
+            found = of_weights(weighed(density, sampled, on_the_way(density), seed)[1])
             # A trajectory is a call for every leap.
             calls = (n + 1) * options.batch * (len(LEAPS) - 1 + options.steps)
             cost = {"reward_calls": (n + 1) * options.batch, "network_calls": calls}
             curve.append({**cost, "ess": found["ess"], "kl": found["kl"]})
-    return curve, lattice_figures(density, *weighed(density, sampled, samples, seed), seed)
+    return curve, lattice_figures(density, *weighed(density, sampled, setting.samples, seed), seed)
 
 
-def run(
-    density: Lattice, base: str, options: Options, samples: int, size: int | None, width: int, name: str, seed: int
-) -> dict[str, Any]:
+def run(density: Lattice, base: str, options: Options, setting: Setting, name: str, seed: int) -> dict[str, Any]:
     if base == "masked":
-        curve, found = on_lattice(density, name, options, seed, samples, size, width)
+        curve, found = on_lattice(density, name, options, seed, setting)
     else:
         assert isinstance(density, Ising)
-        curve, found = on_uniform_lattice(density, name, options, seed, samples, size)
+        curve, found = on_uniform_lattice(density, name, options, seed, setting)
     return {**found, "curve": curve}
 
 
@@ -302,11 +320,11 @@ def study(given: dict[str, Any], options: Options, output: Path) -> str:
     made = LATTICES[given["study"]]
     density = made(**{field.name: given[field.name] for field in dataclasses.fields(made)})
     base = given.get("base", "masked")
-    run_one = functools.partial(run, density, base, options, given["samples"], given["group_size"], given["width"])
+    chosen = Setting(**{field.name: given[field.name] for field in dataclasses.fields(Setting)})
+    run_one = functools.partial(run, density, base, options, chosen)
     results: list[dict[str, Any]] = []
     stem = given["name"] or f"{given['study']}-{density.beta:g}-{base}"
-    setting = {**dataclasses.asdict(density), "base": base, **dataclasses.asdict(options)}
-    setting.update({name: given[name] for name in ("samples", "group_size", "width")})
+    setting = {**dataclasses.asdict(density), "base": base, **dataclasses.asdict(options), **dataclasses.asdict(chosen)}
     for found in run_all(given, run_one):
         results.append(found)
         print(f"{found['learner']}, seed {found['seed']}: ESS {found['ess']:.4f}, KL {found['kl']:.3g}", flush=True)
@@ -317,25 +335,47 @@ def study(given: dict[str, Any], options: Options, output: Path) -> str:
     return f"{lattice_table(results)}\n\n{network_calls_table(results)}"
 
 
+COLUMNS = ["reward calls", "network calls", "ESS", "KL(p_u, p*)", "over orders", "log Z off by"]
+OBSERVED_AS = {"tv": "TV", "magnetisation_error": "magnetisation off by", "correlation_error": "correlation off by"}
+
+
 def lattice_table(results: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, those of exact samples in brackets."""
     observed = [name for name in ("tv", *OBSERVED) if name in results[0]]
-    named = {"tv": "TV", "magnetisation_error": "magnetisation off by", "correlation_error": "correlation off by"}
-    columns = ["learner", "reward calls", "network calls", "ESS", "KL(p_u, p*)", "over orders", "log Z off by"]
-    columns += [named[name] for name in observed]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines = head_of(["learner", *COLUMNS, *(OBSERVED_AS[name] for name in observed)])
     for name in dict.fromkeys(r["learner"] for r in results):
         runs = [r for r in results if r["learner"] == name]
-        cells = [name, *(middle([r["curve"][-1][cost] for r in runs]) for cost in COSTS)]
-        cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
-        over_orders = [r["kl_over_orders"] for r in runs if "kl_over_orders" in r]
-        cells += [spread(over_orders, "{:.2g}") if over_orders else "-"]
-        cells += [spread([r["log_z_error"] for r in runs], "{:+.4f}")]
-        for figure in observed:
-            ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
-            cells.append(f"{ours:.4f} [{exact:.4f}]")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([name, *cells_of(runs, observed)])} |")
     return "\n".join(lines)
+
+
+def lattices_table(files: Sequence[dict[str, Any]]) -> str:
+    """The same of several lattices, each study's JSON after another's."""
+    lines = head_of(["lattice", "learner", *COLUMNS, *(OBSERVED_AS[name] for name in OBSERVED)])
+    for found in files:
+        kind = f"Potts, {found['colours']} colours" if "colours" in found else f"Ising, field {found['field']:g}"
+        lattice = f"{kind}, {found['side']} x {found['side']}, beta {found['beta']:g}"
+        for name in dict.fromkeys(r["learner"] for r in found["results"]):
+            runs = [r for r in found["results"] if r["learner"] == name]
+            lines.append(f"| {' | '.join([lattice, name, *cells_of(runs, OBSERVED)])} |")
+    return "\n".join(lines)
+
+
+def head_of(columns: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+
+
+def cells_of(runs: Sequence[dict[str, Any]], observed: Sequence[str]) -> list[str]:
+    """Those of COLUMNS, and of what is observed."""
+    cells = [middle([r["curve"][-1][cost] for r in runs]) for cost in COSTS]
+    cells += [spread([r["ess"] for r in runs], "{:.4f}"), spread([r["kl"] for r in runs], "{:.2g}")]
+    over_orders = [r["kl_over_orders"] for r in runs if "kl_over_orders" in r]
+    cells += [spread(over_orders, "{:.2g}") if over_orders else "-"]
+    cells += [spread([r["log_z_error"] for r in runs], "{:+.4f}")]
+    for figure in observed:
+        ours, exact = (statistics.median(r[figure][k] for r in runs) for k in (0, 1))
+        cells.append(f"{ours:.4f} [{exact:.4f}]")
+    return cells
 
 
 def network_calls_table(results: Sequence[dict[str, Any]]) -> str:

@@ -62,7 +62,8 @@ PRINTED = {
     "epyc-avx2-2-cores/guidance.json": guidance.text_of,
     "epyc-avx2-2-cores/ising-0.28-256000.json": of_results(lattice.lattice_table, lattice.network_calls_table),
     "epyc-avx2-2-cores/ising-0.4407-256000.json": of_results(lattice.lattice_table),
-    "epyc-avx2-2-cores/potts-1.005-128000.json": of_results(lattice.lattice_table),
+    "epyc-avx2-2-cores/potts-1.005-128000-mlp.json": of_results(lattice.lattice_table),
+    "epyc-avx2-2-cores/potts-1.005-128000.json": lambda *files: lattice.lattices_table(files),
     "epyc-avx2-2-cores/moves-occupation.json": lambda found: moves.table(found["results"], found["published"]),
     "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table),
     "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
@@ -333,6 +334,16 @@ def optima_found(task):
     return sorted(run["figures"]["found"] for run in results if run["learner"] == "posterior, steps by ESS")
 
 
+def centred(name, figure):
+    """Of the ladder of temperatures with a centred network."""
+    return median(f"epyc-avx2-2-cores/{name}.json", "tilted posterior, then variance", figure)
+
+
+def on_the_way(name, point):
+    """Of the curve of a study's first run."""
+    return read(f"epyc-avx2-2-cores/{name}.json")["results"][0]["curve"][point]
+
+
 README = "README.md"
 ANYWHERE = None  # README, or one of the pages that it leads to
 CHOOSING = "docs/choosing.md"
@@ -352,7 +363,8 @@ BLOCK = "epyc-avx2-2-cores/readme.json"
 TEXT_RUNS = "xeon-avx512-2-cores/countdown-runs.json"
 UNIFORM = "epyc-avx512-2-cores/pinwheel-uniform.json"
 MASKED_CHECKERBOARD = "epyc-avx512-2-cores/checkerboard-masked.json"
-POTTS = "epyc-avx2-2-cores/potts-1.005-128000.json"
+POTTS = "epyc-avx2-2-cores/potts-1.005-128000-mlp.json"
+LARGER = ("ising-8-0.28", "ising-8-0.4407", "potts-8-1.005", "ising-16-0.28")
 NETWORK_CALLS = "epyc-avx2-2-cores/pinwheel-9-learners-network.json"
 ABLATIONS = "epyc-avx2-2-cores/ablations.json"
 GUIDANCE = "epyc-avx2-2-cores/guidance.json"
@@ -392,12 +404,47 @@ SENTENCES = [
         lambda: [read(BUDGET)[option] for option in ("width", "rounds", "batch")],
     ),
     (STUDY, "figures of {} paths", lambda: [read(BUDGET)["samples"]]),
+    (STUDY, "256,000 calls, where ours is {}.", lambda: [centred("ising-0.28-256000-centred", "ESS")]),
+    (
+        STUDY,
+        "the ESS was {} (Ising) and {} (Potts) after {} calls, at 16 x 16 and beta 0.28 it was {} after {}, where the "
+        "KL was still falling: {} after {}, {} at the last evaluation",
+        lambda: [
+            centred("ising-8-0.4407", "ESS"), centred("potts-8-1.005", "ESS"), centred("potts-8-1.005", "reward calls"),
+            centred("ising-16-0.28", "ESS"), centred("ising-16-0.28", "reward calls"),
+            on_the_way("ising-16-0.28", -3)["kl"], on_the_way("ising-16-0.28", -3)["reward_calls"],
+            on_the_way("ising-16-0.28", -1)["kl"],
+        ],
+    ),
+    (
+        ANYWHERE,
+        "samples are worth {} with `posterior`, and {} where outcomes are kept",
+        lambda: [
+            100 * median(*of, "ESS")
+            for of in ((OLD, "posterior"), (BUDGET, "posterior, then variance"))
+        ],
+    ),
+    (
+        ANYWHERE,
+        "With a network that has the lattice's symmetries it is {}.",
+        lambda: [100 * centred("ising-0.28-256000-centred", "ESS")],
+    ),
     (
         STUDY,
         "That is {} of the published run's reward calls",
         lambda: [median(HOPS, "path, baseline", "reward calls") / read(HOPS)["published"]["reward_calls"]],
     ),
     (STUDY, "as many rounds as {} states that the network sees", lambda: [read(NETWORK_CALLS)["network_calls"]]),
+    (
+        STUDY,
+        "those of a warm-up: {} times the calls of ours",
+        lambda: [1.28e6 / of_calls("epyc-avx2-2-cores/ising-16-0.28.json")],
+    ),
+    (
+        STUDY,
+        "runs of {} minutes on a busy core at most",
+        lambda: [max(run["seconds"] for name in LARGER for run in read(f"epyc-avx2-2-cores/{name}.json")["results"]) / 60],
+    ),
     (STUDY, "means of {} repeats", lambda: [read(ABLATIONS)["repeats"]]),
     (STUDY, "nothing trained: {} samples", lambda: [read(GUIDANCE)["samples"]]),
     (

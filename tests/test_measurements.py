@@ -11,6 +11,7 @@ from dam.ops import _rows
 from dam.tasks import TASKS
 from dam.tasks import math as math_task
 from dam.train import DAMConfig, base, lifelines
+from experiments import replay
 from tests import measurements, pages, test_figures, test_tables
 from tests.measurements import found, outside, text_of
 
@@ -24,6 +25,11 @@ READ = [
 
 # What the code holds to, with its numbers in braces.
 OF_CODE = [
+    (
+        "experiments/README.md",
+        "after {}% of the run the variance takes over",
+        lambda: [100 * replay.Replay.late],
+    ),
     ("docs/learning.md", "`split_half` below {},", lambda: [diagnostics._NOISE]),
     ("docs/learning.md", "`kl_path` above {} nats", lambda: [diagnostics._FAR]),
     ("docs/learning.md", "`kl_path` below {} nats", lambda: [diagnostics._STILL]),
@@ -74,6 +80,16 @@ STATED = {
     "of other people or packages, which are named there": [
         ("experiments/README.md", "publishes an ESS of 0.951 to 0.971 and a KL(p_u, p*) of 0.014 to 0.025"),
         ("experiments/README.md", "an ESS of 0.9644 and a TV of 0.0799, at best 0.9713 and 0.0748"),
+        (
+            "experiments/README.md",
+            "publishes an ESS of 0.962, 0.933 and 0.981 for Ising lattices without a field at beta 0.28, 0.4407 "
+            "and 0.6",
+        ),
+        (
+            "experiments/README.md",
+            "of 0.983, 0.875 and 0.933 for Potts lattices of three colours at 0.5, 1.005 and 1.2",
+        ),
+        ("experiments/README.md", "or 50,000 with 256, that is 1.28 million calls each"),
         ("experiments/README.md", "Dirichlet-multinomial, 0.5 | 0.0149, 20,889,600, K = 16; K = 1 and 4 diverged"),
         ("experiments/README.md", "J / tau = 0.5 | 0.0617, 168,960,000, K = 32; K = 16 diverged"),
         ("experiments/README.md", "0.0829, 20,889,600, K = 16 |"),
@@ -91,6 +107,12 @@ STATED = {
     "a setting of what was measured, or of what may be": [
         ("README.md", "written as a plus with a probability of 0.6"),
         ("docs/rewards.md", "with a probability of 0.4 at each sign"),
+        ("experiments/README.md", "of width 96, with the learning rate 5e-3"),
+        ("experiments/README.md", "[256,000 calls](results/epyc-avx2-2-cores/potts-1.005-256000.json)"),
+        ("experiments/README.md", "[Ising, 0.28](results/epyc-avx2-2-cores/ising-0.28-256000-centred.json)"),
+        ("experiments/README.md", "[0.4407](results/epyc-avx2-2-cores/ising-0.4407-128000.json)"),
+        ("experiments/README.md", "[0.6](results/epyc-avx2-2-cores/ising-0.6-128000.json), [8 x 8, 0.28]("),
+        ("experiments/README.md", "[0.4407](results/epyc-avx2-2-cores/ising-8-0.4407.json)"),
         ("experiments/README.md", "[at 0.4407](results/epyc-avx512-2-cores/ising-0.4407-uniform.json)"),
         ("experiments/README.md", "deviation 2 far from the base, 0.3 where it says perturbed"),
         ("docs/choosing.md", "steps of `max_tilt` / `beta` of 10 nats and more"),
