@@ -15,8 +15,8 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path as File
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dam.adjoint import tilted_weights
-from dam.ctmc import Moves, MovesCTMC, enumeration, gillespie, matching, moves
+from dam.ctmc import Moves, MovesCTMC, Path, enumeration, gillespie, matching, moves
 from dam.ctmc.matching import MoveTargets
 from dam.ops.adjoint_weights import adjoint_weights
 from experiments import estimators, learners
@@ -317,8 +317,10 @@ class Options:
 
 
 PUBLISHED = learners.PUBLISHED
-PATH = "path, baseline"
-LEARNERS = (PATH, PUBLISHED)
+PATH, VARIANCE = "path, baseline", "path, then variance"
+LEARNERS = (PATH, VARIANCE, PUBLISHED)
+# Losses of a round's gradient steps, each made when it is taken, and the states that the network sees for it.
+Steps = Iterator[tuple[Tensor, int]]
 SIZE = 16  # trajectories of a state, of the published estimator
 FEW = 1024  # states whose rates are worth a table for each round
 LEAST_ESS = 0.5  # of all trajectories of a round, that a step toward p* leaves
@@ -348,29 +350,64 @@ def middles() -> Tensor:
     return (edges[:-1] + edges[1:]) / 2
 
 
-def path_round(case: Case, network: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
-    """Targets at all events of trajectories from the start, weighed together, and network calls.
+def path_round(
+    case: Case, network: nn.Module, options: Options, seed: int, generator: torch.Generator, variance: bool
+) -> tuple[int, Steps]:
+    """Network calls, and steps at all events of trajectories from the start, weighed together.
 
-    A step toward p* leaves half of the trajectories as effective ones, which later is the whole way.
+    A step toward p* leaves half of the trajectories as effective ones, which later is the whole way. With `variance`
+    the loss from then on is the variance of the logarithms of the weights, over a share of the trajectories for each.
     """
     process = case.numbered.process
     drawing, calls = tabulated(case, network)
-    start = case.of_start(options.batch)
-    path = gillespie(process, drawing, start, times=TIMES, base=process.base, seed=seed)
+    path = gillespie(process, drawing, case.of_start(options.batch), times=TIMES, base=process.base, seed=seed)
     gain = (path.log_ratio + path.escape_gap).sum(dim=1)
-    least = LEAST_ESS * options.batch
-    weights, _ = tilted_weights(gain[None, :, None], case.rewards[path.final[:, 0]][None], beta=1.0, ess=least)
-    return matching.path_targets(path, weights.weight), calls or path.network_calls
+    least, reward = LEAST_ESS * options.batch, case.rewards[path.final[:, 0]]
+    weights, tilt = tilted_weights(gain[None, :, None], reward[None], beta=1.0, ess=least)
+    if variance and bool(tilt == 1):
+        steps = variance_steps(case, network, options, path, generator)
+    else:
+        targets = matching.path_targets(path, weights.weight)
+        steps = matching_steps(case, network, options, targets, generator, baseline=1.0)
+    return calls or path.network_calls, steps
 
 
-def published_round(case: Case, network: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
+def matching_steps(
+    case: Case,
+    network: nn.Module,
+    options: Options,
+    targets: MoveTargets,
+    generator: torch.Generator,
+    *,
+    baseline: float = 0.0,
+) -> Steps:
+    model, process = case.model(network), case.numbered.process
+    # The model that drew, which several steps need beside a baseline.
+    teacher = case.model(copy.deepcopy(network)) if baseline else None
+    merged = targets.merged()
+    for _ in range(options.steps):
+        part = merged if len(merged.move) <= options.events else targets.drawn(options.events, generator)
+        loss = matching.loss(process, model, part, baseline=baseline, teacher=teacher)
+        yield loss, len(part.move) * (1 if teacher is None else 2)
+
+
+def variance_steps(case: Case, network: nn.Module, options: Options, path: Path, generator: torch.Generator) -> Steps:
+    model, reward = case.model(network), case.rewards[path.final[:, 0]]
+    for rows in torch.randperm(options.batch, generator=generator).chunk(options.steps):
+        log_weight = matching.log_ratio(case.numbered.process, model, path, rows) + reward[rows]
+        yield log_weight.var(), int((path.exposure[rows] > 0).sum())
+
+
+def published_round(
+    case: Case, network: nn.Module, options: Options, seed: int, generator: torch.Generator
+) -> tuple[int, Steps]:
     """Of 16 trajectories from each state, at uniform times of trajectories of the model, one's first jump."""
     count = options.batch // SIZE
-    generator = torch.Generator().manual_seed(seed)
+    choosing = torch.Generator().manual_seed(seed)
     process = case.numbered.process
     drawing, calls = tabulated(case, network)
     whole = gillespie(process, drawing, case.of_start(count), times=TIMES, seed=seed)
-    first = torch.randint(INTERVALS, (count,), generator=generator)
+    first = torch.randint(INTERVALS, (count,), generator=choosing)
     assert whole.state is not None
     entered = (whole.time == middles()[first][:, None]).int().argmax(dim=1)
     states = whole.state[torch.arange(count), entered].repeat_interleave(SIZE, dim=0)
@@ -380,9 +417,10 @@ def published_round(case: Case, network: nn.Module, options: Options, seed: int)
     path = gillespie(process, drawing, states, times=TIMES, base=process.base, first=starts, seed=seed, row_ids=ids)
     gain = (path.log_ratio + path.escape_gap).view(count, SIZE, -1)
     weight = adjoint_weights(gain, -case.rewards[path.final[:, 0]].view(count, SIZE)).weight
-    chosen = F.one_hot(torch.randint(SIZE, (count,), generator=generator), SIZE)
+    chosen = F.one_hot(torch.randint(SIZE, (count,), generator=choosing), SIZE)
     calls = calls or whole.network_calls + path.network_calls
-    return matching.path_targets(path, SIZE * chosen * weight, first_jump=True), calls
+    targets = matching.path_targets(path, SIZE * chosen * weight, first_jump=True)
+    return calls, matching_steps(case, network, options, targets, generator)
 
 
 def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any]:
@@ -391,21 +429,18 @@ def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any
     case = case_of(case_name)
     network = case.network(options.width, options.components)
     fit = learners.Fit(network, learning_rate=options.learning_rate, average=8.0)
-    model, process = case.model(network), case.numbered.process
     generator = torch.Generator().manual_seed(seed)
-    draw = path_round if name == PATH else published_round
+    draw = {
+        PATH: functools.partial(path_round, variance=False),
+        VARIANCE: functools.partial(path_round, variance=True),
+        PUBLISHED: published_round,
+    }[name]
     network_calls, curve = 0, []
     for n in estimators.bar(options.rounds, f"{name}, {case_name}, seed {seed}"):
-        targets, calls = draw(case, network, options, seed * 10**6 + n)
+        calls, steps = draw(case, network, options, seed * 10**6 + n, generator)
         network_calls += calls
-        teacher = case.model(copy.deepcopy(network)) if name == PATH else None
-        merged = targets.merged()
-        for _ in range(options.steps):
-            few = len(merged.move) <= options.events
-            part = merged if few else targets.drawn(options.events, generator)
-            network_calls += len(part.move) * (1 if teacher is None else 2)
-            baseline = 0.0 if teacher is None else 1.0
-            loss = matching.loss(process, model, part, baseline=baseline, teacher=teacher)
+        for loss, calls in steps:
+            network_calls += calls
             fit.step(loss, n / options.rounds)
         if n + 1 in evaluated(options):
             tv = float((case.law(fit.averaged) - case.target).abs().sum() / 2)
@@ -419,7 +454,7 @@ def evaluated(options: Options) -> set[int]:
     return {max(1, round(options.rounds ** (k / 6))) for k in range(7 - options.checks, 7)}
 
 
-def study(given: dict[str, Any], options: Options, output: Path) -> str:
+def study(given: dict[str, Any], options: Options, output: File) -> str:
     results: list[dict[str, Any]] = []
     case = given["case"]
     published = dict(zip(("tv", "reward_calls"), CASES[case]().published, strict=True))
