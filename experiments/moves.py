@@ -282,7 +282,9 @@ class Potentials(nn.Module):
         near = (basis[of][:, :, None] * here[:, None]).flatten(1) @ symmetric.flatten(0, 1)
         local = local + ((basis @ self.field)[of] + near)[:, None]
         out = summed(local, added) - summed(local, removed)
-        out = torch.logsumexp(out + self.share(hidden).log_softmax(dim=1)[..., None], dim=1)
+        if self.components > 1:
+            out = out + self.share(hidden).log_softmax(dim=1)[..., None]
+        out = torch.logsumexp(out, dim=1) if self.components > 1 else out[:, 0]
         pair = F.pad((basis @ symmetric.flatten(1)).view(-1, self.sites, self.sites), (0, 1, 0, 1)).flatten()
         row = of[:, None] * (self.sites + 1) ** 2
         parts = [(sign, part) for sign, of_sign in ((-1, removed), (1, added)) for part in of_sign.unbind(dim=1)]
@@ -310,6 +312,7 @@ class Options:
     batch: int = 1024  # reward calls of a round
     steps: int = 10  # gradient steps of a round
     events: int = 2048  # that a step is on: drawn ones, or all where no more are distinct
+    together: int = 64  # trajectories that a step on their variance is on
     width: int = 64
     components: int = 1  # of its mixture
     learning_rate: float = 5e-3
@@ -393,7 +396,7 @@ def matching_steps(
 
 def variance_steps(case: Case, network: nn.Module, options: Options, path: Path, generator: torch.Generator) -> Steps:
     model, reward = case.model(network), case.rewards[path.final[:, 0]]
-    for rows in torch.randperm(options.batch, generator=generator).chunk(options.steps):
+    for rows in torch.randperm(options.batch, generator=generator).split(options.together):
         log_weight = matching.log_ratio(case.numbered.process, model, path, rows) + reward[rows]
         yield log_weight.var(), int((path.exposure[rows] > 0).sum())
 

@@ -547,6 +547,27 @@ def test_what_learners_play_with_is_the_chain_of_the_case(case):
     assert torch.equal(case.space.states[case.of_start(2)[:, 0]], torch.tensor([case.start] * 2))
 
 
+def test_steps_on_the_variance_shrink_it():
+    """All trajectories of a round once: their log weights by the network as it is then spread less."""
+    case, options = moves.occupation(sites=3, particles=3), moves.Options(batch=256, together=8, width=8)
+    torch.manual_seed(0)
+    network = case.network(options.width)
+    process, generator = case.numbered.process, torch.Generator().manual_seed(0)
+    path = moves.gillespie(process, process.base, case.of_start(options.batch), times=moves.TIMES, seed=0)
+
+    def spread():
+        with torch.no_grad():
+            log_weight = moves.matching.log_ratio(process, case.model(network), path)
+        return float((log_weight + case.rewards[path.final[:, 0]]).std())
+
+    before, fit = spread(), moves.learners.Fit(network, learning_rate=2e-2)
+    steps = list(moves.variance_steps(case, network, options, path, generator))
+    assert sum(calls for _, calls in steps) == int((path.exposure > 0).sum())
+    for loss, _ in moves.variance_steps(case, network, options, path, generator):
+        fit.step(loss, 0.0)
+    assert spread() < 0.6 * before
+
+
 def test_the_study_of_moves(tmp_path):
     """In two rounds the trajectories together have come nearer; the published estimator's budget is counted alike."""
     small = ["--rounds", "2", "--batch", "64", "--steps", "2", "--events", "128", "--width", "8", "--seeds", "1"]
@@ -554,6 +575,8 @@ def test_the_study_of_moves(tmp_path):
     found = table("moves-occupation", tmp_path)
     assert all(result["curve"][-1]["reward_calls"] == 128 for result in found.values())
     assert found["path, baseline"]["tv"] < 0.4 < found["first_jump_one, state"]["tv"] + 0.05
+    # The same rounds as long as a step is not the whole way.
+    assert found["path, then variance"]["curve"][0]["tv"] < 0.4
     assert (tmp_path / "moves-occupation.png").stat().st_size > 10_000
 
 

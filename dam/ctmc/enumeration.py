@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dam.ctmc.moves import MoveJumps, MoveModel, Moves, MovesCTMC
 from dam.ctmc.simulate import Model, Process, checked_log_rates, increasing
 
-_CHUNK = 8192  # states whose moves are looked at together
+_CHUNK = 1024  # states whose moves are looked at together: hundreds out of each fit a cache
 
 
 def states(size: int, length: int) -> Tensor:
@@ -49,7 +49,7 @@ class JumpRates:
         """d law / dt, for laws [X]: what flows in minus what flows out."""
         gain = torch.zeros_like(law)
         parts = (value.split(_CHUNK) for value in (self.rates.flatten(1), self._to.flatten(1), law[:, None]))
-        for rates, to, part in zip(*parts, strict=True):  # flows that fit a cache
+        for rates, to, part in zip(*parts, strict=True):
             gain.index_add_(0, to.flatten(), (rates * part).flatten())
         return gain - self.escape * law
 

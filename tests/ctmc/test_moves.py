@@ -465,6 +465,47 @@ def test_a_table_comes_to_the_optimum():
     assert before > 0.2 and distance() < 0.04
 
 
+def test_log_ratio_of_trajectories_by_another_model():
+    """By the model that drew it is what they recorded; p_v / p_u has mean 1 over the trajectories of u."""
+    space = space_of()
+    drew, other = Table(space, scale=0.2), Table(space, scale=0.2, seed=4)
+    path = gillespie(chain(), drew, started(space, 4000), times=TIMES, base=chain().base, seed=10)
+    recorded = (path.log_ratio + path.escape_gap).sum(dim=1)
+    # Sums of about ten numbers of float64, in another order.
+    torch.testing.assert_close(matching.log_ratio(chain(), drew, path), recorded, rtol=0, atol=1e-12)
+    by_other = matching.log_ratio(chain(), other, path)
+    assert abs(float(z_scores((recorded - by_other).exp()[:, None], 1.0))) < Z
+    rows = torch.tensor([7, 3999, 0])
+    torch.testing.assert_close(matching.log_ratio(chain(), other, path, rows), by_other[rows], rtol=0, atol=1e-12)
+    plain = gillespie(UniformCTMC(2), lambda x, t: torch.zeros(*x.shape, 2), path.final % 2, times=[0, 0.5], seed=1)
+    with pytest.raises(ValueError, match="must be of moves"):
+        matching.log_ratio(chain(), drew, plain)
+
+
+def test_the_variance_of_weights_leads_to_the_optimum():
+    """On trajectories of the base alone, all of them in every step: nothing is drawn from the table that learns."""
+    process, space = chain(check=False), space_of()
+    cost = torch.linspace(0, 1, 10, dtype=torch.float64)
+    optimum = space.law(process.base, point(space), [0.0, 1.0]) * (-cost).exp()
+    optimum = optimum / optimum.sum()
+    edges = torch.tensor(TIMES, dtype=torch.float64)
+    values = torch.zeros(4, *space.to.shape, requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=0.05)
+
+    def model(states, time, listed):
+        return values[torch.searchsorted(edges, time) - 1, space.index_of(states)]
+
+    path = gillespie(process, process.base, started(space, 2000), times=TIMES, seed=11)
+    terminal = cost[space.index_of(path.final)]
+    before = float((space.law(model, point(space), TIMES) - optimum).abs().sum() / 2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (matching.log_ratio(process, model, path) - terminal).var().backward()
+        optimizer.step()
+    # 2000 draws of p* itself are as far from it as 0.025.
+    assert before > 0.1 > 3 * float((space.law(model, point(space), TIMES) - optimum).abs().sum() / 2)
+
+
 def test_targets_of_first_jumps_and_drawn_ones():
     space = space_of()
     path = gillespie(chain(), Table(space), started(space, 50), times=TIMES, seed=9)
