@@ -93,8 +93,8 @@ class Case:
         """The state to start from, by its number, int64 [B, 1]."""
         return self.space.index_of(torch.tensor([[self.start]])).expand(count, -1)
 
-    def network(self, width: int, components: int = 1) -> Potentials:
-        return Potentials(len(self.start), self.size, self.vacant, width, components)
+    def network(self, width: int) -> Potentials:
+        return Potentials(len(self.start), self.size, self.vacant, width)
 
     def model(self, network: nn.Module) -> moves.MoveModel:
         """A network of tokens, times and what moves change, as a model of the chain of numbers."""
@@ -237,37 +237,34 @@ def changed(tokens: Tensor, neighbours: Tensor, size: int, vacant: bool) -> tupl
 
 
 class Potentials(nn.Module):
-    """Log multipliers of moves, as differences of a potential that is a pairwise one and a mixture of products:
+    """Log multipliers of moves, as differences of a potential:
 
-        a_t(y, x) = W_t(y) - W_t(x) + log( sum over r of pi_r(x, t) exp(sum n_rb(x, t) - sum n_ra(x, t)) )
+        a_t(y, x) = W_t(y) - W_t(x) + sum n_b(x, t) - sum n_a(x, t)
 
     with sums over what the move takes away, a, and puts in its place, b, each a token at a site. W_t has all pairs of
-    sites, with coefficients that are polynomials of time; pi and n are a network of all sites. All 0 at the start.
-
-    One component says of each site by itself what the network thinks of it; several, what a change of one says of
-    another, as where a law has modes.
+    sites, with coefficients that are polynomials of time; n is a network of all sites. All 0 at the start.
 
     Args:
         length, size: L, and what tokens are below.
         vacant: as for `changed`.
         width: of the network.
-        components: r is below.
         degree: number of coefficients of a polynomial.
     """
 
-    def __init__(self, length: int, size: int, vacant: bool, width: int, components: int = 1, degree: int = 5):
+    def __init__(self, length: int, size: int, vacant: bool, width: int, degree: int = 5):
         super().__init__()
-        self.size, self.least, self.components, self.degree = size, int(vacant), components, degree
+        self.size, self.least, self.degree = size, int(vacant), degree
         self.sites = sites = length * (size - self.least)
         self.field = nn.Parameter(torch.zeros(degree, sites))
         self.pair = nn.Parameter(torch.zeros(degree, sites, sites))
         of = torch.arange(sites) // (size - self.least)
         self.register_buffer("other", (of[:, None] != of).float())
-        inner = [nn.Linear(sites + degree, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
-        self.network = nn.Sequential(*inner, nn.Linear(width, components * sites))
-        self.share = nn.Linear(width, components)
-        nn.init.zeros_(self.network[-1].weight)
-        nn.init.zeros_(self.network[-1].bias)
+        self.network = nn.Sequential(
+            nn.Linear(sites + degree, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sites)
+        )
+        last = self.network[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, tokens: Tensor, time: Tensor, removed: Tensor, added: Tensor) -> Tensor:
         """[B, M] of states int64 [B, L], times [B] and `changed` moves int64 [B, any, M]."""
@@ -275,16 +272,14 @@ class Potentials(nn.Module):
         power = torch.arange(self.degree, device=time.device)
         basis = (2 * times[:, None] - 1).pow(power).float()  # [N, degree]
         here = F.one_hot(tokens, self.size)[..., self.least :].float().flatten(1)
-        hidden = self.network[:-1](torch.cat((here, basis[of]), dim=1))
-        local = self.network[-1](hidden).view(len(of), self.components, self.sites)
+        network = self.network(torch.cat((here, basis[of]), dim=1))
         symmetric = (self.pair + self.pair.transpose(1, 2)) * self.other
         # What all pairs of a site have to do with its change, for all powers of time by one product.
         near = (basis[of][:, :, None] * here[:, None]).flatten(1) @ symmetric.flatten(0, 1)
-        local = local + ((basis @ self.field)[of] + near)[:, None]
-        out = summed(local, added) - summed(local, removed)
-        if self.components > 1:
-            out = out + self.share(hidden).log_softmax(dim=1)[..., None]
-        out = torch.logsumexp(out, dim=1) if self.components > 1 else out[:, 0]
+        # The number behind the last stands for nothing.
+        local = F.pad(network + (basis @ self.field)[of] + near, (0, 1))
+        out = sum(local.gather(1, part) for part in added.unbind(dim=1))
+        out = out - sum(local.gather(1, part) for part in removed.unbind(dim=1))
         pair = F.pad((basis @ symmetric.flatten(1)).view(-1, self.sites, self.sites), (0, 1, 0, 1)).flatten()
         row = of[:, None] * (self.sites + 1) ** 2
         parts = [(sign, part) for sign, of_sign in ((-1, removed), (1, added)) for part in of_sign.unbind(dim=1)]
@@ -293,12 +288,6 @@ class Potentials(nn.Module):
             at = row + one * (self.sites + 1) + other
             out = torch.add(out, pair.gather(0, at.flatten()).view_as(at), alpha=sign * other_sign)
         return out
-
-
-def summed(values: Tensor, at: Tensor) -> Tensor:
-    """Of values [B, R, sites] at numbers [B, C, M] the sums over C, [B, R, M]; the number behind the last has 0."""
-    padded = F.pad(values, (0, 1))
-    return sum(padded.gather(2, part[:, None].expand(-1, values.shape[1], -1)) for part in at.unbind(dim=1))
 
 
 # ---- learning
@@ -314,7 +303,6 @@ class Options:
     events: int = 2048  # that a step is on: drawn ones, or all where no more are distinct
     together: int = 64  # trajectories that a step on their variance is on
     width: int = 64
-    components: int = 1  # of its mixture
     learning_rate: float = 5e-3
     checks: int = 6  # evaluations, which for many states cost more than learning
 
@@ -430,7 +418,7 @@ def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any
     """Trains; total variation of the exact law of the averaged network, on the way and at the end."""
     torch.manual_seed(seed)
     case = case_of(case_name)
-    network = case.network(options.width, options.components)
+    network = case.network(options.width)
     fit = learners.Fit(network, learning_rate=options.learning_rate, average=8.0)
     generator = torch.Generator().manual_seed(seed)
     draw = {
