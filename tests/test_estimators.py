@@ -541,13 +541,13 @@ def test_what_learners_play_with_is_the_chain_of_the_case(case):
         return model(states, time, *moves.changed(states, listed.neighbours, case.size, case.vacant))
 
     expected = case.space.law(of_states, case.initial, moves.TIMES)
-    torch.testing.assert_close(case.law(model), expected, rtol=0, atol=1e-7)  # float32 rates, tolerance 1e-9
+    torch.testing.assert_close(case.law(model), expected, rtol=0, atol=3e-6)  # what 16 intervals leave out, 1e-7 each, and float32 rates
     assert torch.equal(case.space.states[case.of_start(2)[:, 0]], torch.tensor([case.start] * 2))
 
 
 def test_steps_on_the_variance_shrink_it():
-    """All trajectories of a round once: their log weights by the network as it is then spread less."""
-    case, options = moves.occupation(sites=3, particles=3), moves.Options(batch=256, together=8, width=8)
+    """All trajectories of a round three times: their log weights by the network as it is then spread less."""
+    case, options = moves.occupation(sites=3, particles=3), moves.Options(batch=256, together=16, width=8)
     torch.manual_seed(0)
     network = case.network(options.width)
     process, generator = case.numbered.process, torch.Generator().manual_seed(0)
@@ -558,11 +558,12 @@ def test_steps_on_the_variance_shrink_it():
             log_weight = moves.matching.log_ratio(process, case.model(network), path)
         return float((log_weight + case.rewards[path.final[:, 0]]).std())
 
-    before, fit = spread(), moves.learners.Fit(network, learning_rate=2e-2)
+    before, fit = spread(), moves.learners.Fit(network, learning_rate=5e-3)
     steps = list(moves.variance_steps(case, network, options, path, generator))
     assert sum(calls for _, calls in steps) == int((path.exposure > 0).sum())
-    for loss, _ in moves.variance_steps(case, network, options, path, generator):
-        fit.step(loss, 0.0)
+    for n in range(3):
+        for loss, _ in moves.variance_steps(case, network, options, path, generator):
+            fit.step(loss, n / 3)
     assert spread() < 0.6 * before
 
 
