@@ -541,7 +541,8 @@ def test_what_learners_play_with_is_the_chain_of_the_case(case):
         return model(states, time, *moves.changed(states, listed.neighbours, case.size, case.vacant))
 
     expected = case.space.law(of_states, case.initial, moves.TIMES)
-    torch.testing.assert_close(case.law(model), expected, rtol=0, atol=3e-6)  # what 16 intervals leave out, 1e-7 each, and float32 rates
+    # 16 intervals leave out 1e-7 each; rates are float32.
+    torch.testing.assert_close(case.law(model), expected, rtol=0, atol=3e-6)
     assert torch.equal(case.space.states[case.of_start(2)[:, 0]], torch.tensor([case.start] * 2))
 
 
