@@ -61,7 +61,10 @@ PRINTED = {
     "epyc-avx2-2-cores/ising-0.28-256000.json": of_results(lattice.lattice_table, lattice.network_calls_table),
     "epyc-avx2-2-cores/ising-0.4407-256000.json": of_results(lattice.lattice_table),
     "epyc-avx2-2-cores/potts-1.005-128000.json": of_results(lattice.lattice_table),
-    "epyc-avx2-2-cores/moves-occupation.json": lambda found: moves.table(found["results"], found["published"]),
+    **{
+        f"epyc-avx2-2-cores/moves-{case}.json": lambda found: moves.table(found["results"], found["published"])
+        for case in moves.CASES
+    },
     "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table),
     "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
 }
@@ -302,6 +305,7 @@ PUBLISHED = "first_jump_one, state"
 LONG = "epyc-avx512-2-cores/ising-0.28-masked-long.json"
 BUDGET = "epyc-avx2-2-cores/ising-0.28-256000.json"
 HOPS = "epyc-avx2-2-cores/moves-occupation.json"
+SPINS = {case: f"epyc-avx2-2-cores/moves-{case}.json" for case in ("potts", "ising")}
 NETWORK_CALLS = "epyc-avx2-2-cores/pinwheel-9-learners-network.json"
 ABLATIONS = "epyc-avx2-2-cores/ablations.json"
 GUIDANCE = "epyc-avx2-2-cores/guidance.json"
@@ -345,6 +349,14 @@ SENTENCES = [
         STUDY,
         "That is {} of the published run's reward calls",
         lambda: [median(HOPS, "path, baseline", "reward calls") / read(HOPS)["published"]["reward_calls"]],
+    ),
+    (
+        STUDY,
+        "Here it is {} of the published run's",
+        lambda: [
+            median(SPINS["potts"], "path, then variance", "reward calls")
+            / read(SPINS["potts"])["published"]["reward_calls"]
+        ],
     ),
     (STUDY, "as many rounds as {} states that the network sees", lambda: [read(NETWORK_CALLS)["network_calls"]]),
     (STUDY, "means of {} repeats", lambda: [read(ABLATIONS)["repeats"]]),
