@@ -358,6 +358,14 @@ SENTENCES = [
             / read(SPINS["potts"])["published"]["reward_calls"]
         ],
     ),
+    (
+        STUDY,
+        "published one, which took {} times the calls",
+        lambda: [
+            read(SPINS["ising"])["published"]["reward_calls"]
+            / median(SPINS["ising"], "path, then variance", "reward calls")
+        ],
+    ),
     (STUDY, "as many rounds as {} states that the network sees", lambda: [read(NETWORK_CALLS)["network_calls"]]),
     (STUDY, "means of {} repeats", lambda: [read(ABLATIONS)["repeats"]]),
     (STUDY, "nothing trained: {} samples", lambda: [read(GUIDANCE)["samples"]]),
