@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path as File
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dam.adjoint import tilted_weights
-from dam.ctmc import Moves, MovesCTMC, enumeration, gillespie, matching, moves
+from dam.ctmc import Moves, MovesCTMC, Path, enumeration, gillespie, matching, moves
 from dam.ctmc.matching import MoveTargets
 from dam.ops.adjoint_weights import adjoint_weights
 from experiments import estimators, learners
@@ -38,7 +39,8 @@ TIMES = [1 - (1 - k / INTERVALS) ** 1.5 for k in range(INTERVALS + 1)]
 class Case:
     """A chain of moves from one state, and the target.
 
-    `published` is what the paper's estimator came to in the independent implementation, TV and reward calls.
+    `vacant` says that token 0 stands for nothing, so that a network needs no numbers for it. `published` is what the
+    paper's estimator came to in the independent implementation, TV and reward calls.
     """
 
     name: str
@@ -47,10 +49,27 @@ class Case:
     start: tuple[int, ...]
     log_target: Callable[[Tensor], Tensor]  # log pi [B] of states [B, L], up to a constant
     published: tuple[float, int]
+    vacant: bool = True
 
     @functools.cached_property
     def space(self) -> enumeration.MoveSpace:
         return enumeration.MoveSpace(self.process, torch.tensor([self.start]), self.size)
+
+    @functools.cached_property
+    def numbered(self) -> enumeration.MoveSpace:
+        """The chain that learners play with: to list 128 moves of 14 sites costs more than to look them up."""
+        return self.space.numbered()
+
+    @functools.cached_property
+    def changes(self) -> tuple[Tensor, Tensor]:
+        """`changed` of all states, int16, without columns of which none is needed."""
+        every = [
+            [part.short() for part in changed(x, self.space.states[to], self.size, self.vacant)]
+            for x, to in zip(self.space.states.split(4096), self.space.to.split(4096), strict=True)
+        ]
+        removed, added = (torch.cat(parts) for parts in zip(*every, strict=True))
+        none = self.network(1).sites
+        return removed[:, (removed != none).any(dim=2).any(dim=0)], added[:, (added != none).any(dim=2).any(dim=0)]
 
     @functools.cached_property
     def initial(self) -> Tensor:
@@ -70,12 +89,26 @@ class Case:
         base = self.space.law(self.process.base, self.initial, [0.0, 1.0])
         return self.target.log() - base.log()
 
-    def reward(self, states: Tensor) -> Tensor:
-        return self.rewards[self.space.index_of(states)]
+    def of_start(self, count: int) -> Tensor:
+        """The state to start from, by its number, int64 [B, 1]."""
+        return self.space.index_of(torch.tensor([[self.start]])).expand(count, -1)
 
-    def law(self, model: moves.MoveModel) -> Tensor:
-        """Of X_1 under a model, as `gillespie` simulates it, float64 [X]."""
-        return self.space.law(model, self.initial, TIMES, tolerance=1e-9)
+    def network(self, width: int) -> Potentials:
+        return Potentials(len(self.start), self.size, self.vacant, width)
+
+    def model(self, network: nn.Module) -> moves.MoveModel:
+        """A network of tokens, times and what moves change, as a model of the chain of numbers."""
+
+        def log_multipliers(states: Tensor, time: Tensor, listed: Moves) -> Tensor:
+            number = states[:, 0]
+            removed, added = (part[number].long() for part in self.changes)
+            return network(self.space.states[number], time, removed, added)
+
+        return log_multipliers
+
+    def law(self, network: nn.Module) -> Tensor:
+        """Of X_1 under a network, as `gillespie` simulates it, float64 [X]."""
+        return self.numbered.law(self.model(network), self.initial, TIMES, tolerance=1e-7)
 
 
 def occupation(sites: int = 4, particles: int = 4, total: float = 4.0, shape: float = 0.5) -> Case:
@@ -91,6 +124,7 @@ def occupation(sites: int = 4, particles: int = 4, total: float = 4.0, shape: fl
         (particles,) + (0,) * (sites - 1),
         log_target,
         (0.0149, 20_889_600),
+        vacant=False,  # a site without particles is as good as any
     )
 
 
@@ -167,25 +201,64 @@ def potts(length: int = 14, labelled: int = 4, tokens: int = 4, total: float = 1
 CASES = {"occupation": occupation, "ising": ising, "potts": potts}
 
 
+@functools.cache
+def case_of(name: str) -> Case:
+    """What is found out of a case once: its states, and the law of its base."""
+    return CASES[name]()
+
+
+def changed(tokens: Tensor, neighbours: Tensor, size: int, vacant: bool) -> tuple[Tensor, Tensor]:
+    """What moves that change one site or two take away and put in its place, int64 [B, 2, M] each.
+
+    A token at a site has the number site * size + token, or with `vacant`, where token 0 stands for nothing,
+    site * (size - 1) + token - 1. The number behind the last stands for nothing, and comes last.
+
+    Args:
+        tokens: int64 [B, L].
+        neighbours: int64 [B, M, L].
+    """
+    length, least = tokens.shape[1], int(vacant)
+    differs = (neighbours != tokens[:, None]).byte()
+    first, last = differs.argmax(dim=2), length - 1 - differs.flip(2).argmax(dim=2)
+
+    def numbers(site: Tensor, token: Tensor) -> Tensor:
+        number = site * (size - least) + token - least
+        return torch.where(token < least, length * (size - least), number)
+
+    def both(tokens_at: Callable[[Tensor], Tensor]) -> Tensor:
+        one, other = numbers(first, tokens_at(first)), numbers(last, tokens_at(last))
+        other = torch.where(first == last, length * (size - least), other)
+        return torch.stack((one, other), dim=1).sort(dim=1).values
+
+    return (
+        both(lambda site: tokens.gather(1, site)),
+        both(lambda site: neighbours.gather(2, site[..., None])[..., 0]),
+    )
+
+
 class Potentials(nn.Module):
-    """Log multipliers of moves that change one site or two, as differences of a potential:
+    """Log multipliers of moves, as differences of a potential:
 
-        a_t(y, x) = W_t(y) - W_t(x) + sum over changed sites i of n_i(y_i; x, t) - n_i(x_i; x, t)
+        a_t(y, x) = W_t(y) - W_t(x) + sum n_b(x, t) - sum n_a(x, t)
 
-    W_t has all pairs of sites, with coefficients that are polynomials of time; n is a network of all sites. All 0 at
-    the start.
+    with sums over what the move takes away, a, and puts in its place, b, each a token at a site. W_t has all pairs of
+    sites, with coefficients that are polynomials of time; n is a network of all sites. All 0 at the start.
+
+    Args:
+        length, size: L, and what tokens are below.
+        vacant: as for `changed`.
+        width: of the network.
+        degree: number of coefficients of a polynomial.
     """
 
-    def __init__(self, length: int, size: int, width: int, degree: int = 5):
+    def __init__(self, length: int, size: int, vacant: bool, width: int, degree: int = 5):
         super().__init__()
-        self.length, self.size, self.degree = length, size, degree
-        sites = length * size
+        self.size, self.least, self.degree = size, int(vacant), degree
+        self.sites = sites = length * (size - self.least)
         self.field = nn.Parameter(torch.zeros(degree, sites))
         self.pair = nn.Parameter(torch.zeros(degree, sites, sites))
-        of = torch.arange(sites) // size
+        of = torch.arange(sites) // (size - self.least)
         self.register_buffer("other", (of[:, None] != of).float())
-        site = torch.arange(length).float()
-        self.register_buffer("moments", torch.stack([torch.ones(length), site, site.square()], dim=1))
         self.network = nn.Sequential(
             nn.Linear(sites + degree, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sites)
         )
@@ -193,36 +266,28 @@ class Potentials(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, states: Tensor, time: Tensor, listed: Moves) -> Tensor:
+    def forward(self, tokens: Tensor, time: Tensor, removed: Tensor, added: Tensor) -> Tensor:
+        """[B, M] of states int64 [B, L], times [B] and `changed` moves int64 [B, any, M]."""
         times, of = time.unique(return_inverse=True)
         power = torch.arange(self.degree, device=time.device)
         basis = (2 * times[:, None] - 1).pow(power).float()  # [N, degree]
-        field = basis @ self.field
+        here = F.one_hot(tokens, self.size)[..., self.least :].float().flatten(1)
+        network = self.network(torch.cat((here, basis[of]), dim=1))
         symmetric = (self.pair + self.pair.transpose(1, 2)) * self.other
-        pair = torch.einsum("nd,dab->nab", basis, symmetric)
-        here = F.one_hot(states, self.size).float().flatten(1)
-        local = field[of] + self.network(torch.cat((here, basis[of]), dim=1))
-        # The pairs' share, for all times at once: a product for each, of which one counts.
-        local = local + torch.einsum("bd,bda->ba", basis[of], (here @ symmetric).transpose(0, 1))
-        # Mean and spread of the numbers of the changed sites, one or two, name both: cheaper than to look for them.
-        sums = (listed.neighbours != states[:, None]).float() @ self.moments
-        mean, square = (sums[..., n] / sums[..., 0].clamp(min=1.0) for n in (1, 2))
-        spread = (square - mean.square()).clamp(min=0.0).sqrt()
-        i, k = (mean - spread).round().long(), (mean + spread).round().long()
-        at = [site * self.size for site in (i, k)]
-        old = [start + states.gather(1, site) for start, site in zip(at, (i, k), strict=True)]
-        new = [
-            start + listed.neighbours.gather(2, site[..., None])[..., 0] for start, site in zip(at, (i, k), strict=True)
-        ]
-        first = local.gather(1, new[0]) - local.gather(1, old[0])
-        second = local.gather(1, new[1]) - local.gather(1, old[1])
-        flat, sites = pair.flatten(), self.length * self.size
-        row = of[:, None] * sites**2
-        both = sum(
-            sign * flat[row + a * sites + b]
-            for sign, a, b in ((1, new[0], new[1]), (-1, new[0], old[1]), (-1, old[0], new[1]), (1, old[0], old[1]))
-        )
-        return first + torch.where(i == k, 0.0, second + both)
+        # What all pairs of a site have to do with its change, for all powers of time by one product.
+        near = (basis[of][:, :, None] * here[:, None]).flatten(1) @ symmetric.flatten(0, 1)
+        # The number behind the last stands for nothing.
+        local = F.pad(network + (basis @ self.field)[of] + near, (0, 1))
+        out = sum(local.gather(1, part) for part in added.unbind(dim=1))
+        out = out - sum(local.gather(1, part) for part in removed.unbind(dim=1))
+        pair = F.pad((basis @ symmetric.flatten(1)).view(-1, self.sites, self.sites), (0, 1, 0, 1)).flatten()
+        row = of[:, None] * (self.sites + 1) ** 2
+        parts = [(sign, part) for sign, of_sign in ((-1, removed), (1, added)) for part in of_sign.unbind(dim=1)]
+        for (sign, one), (other_sign, other) in itertools.combinations(parts, 2):
+            # gather, whose backward pass is several times as fast here as that of an index.
+            at = row + one * (self.sites + 1) + other
+            out = torch.add(out, pair.gather(0, at.flatten()).view_as(at), alpha=sign * other_sign)
+        return out
 
 
 # ---- learning
@@ -236,31 +301,36 @@ class Options:
     batch: int = 1024  # reward calls of a round
     steps: int = 10  # gradient steps of a round
     events: int = 2048  # that a step is on: drawn ones, or all where no more are distinct
+    together: int = 64  # trajectories that a step on their variance is on
     width: int = 64
     learning_rate: float = 5e-3
+    checks: int = 6  # evaluations, which for many states cost more than learning
 
 
 PUBLISHED = learners.PUBLISHED
-PATH = "path, baseline"
-LEARNERS = (PATH, PUBLISHED)
+PATH, VARIANCE = "path, baseline", "path, then variance"
+LEARNERS = (PATH, VARIANCE, PUBLISHED)
+# Losses of a round's gradient steps, each made when it is taken, and the states that the network sees for it.
+Steps = Iterator[tuple[Tensor, int]]
 SIZE = 16  # trajectories of a state, of the published estimator
 FEW = 1024  # states whose rates are worth a table for each round
 LEAST_ESS = 0.5  # of all trajectories of a round, that a step toward p* leaves
 
 
-def tabulated(case: Case, model: nn.Module) -> tuple[moves.MoveModel, int]:
+def tabulated(case: Case, network: nn.Module) -> tuple[moves.MoveModel, int]:
     """The model from a table of all states and intervals where these are few, and the states that it was called at."""
-    count = len(case.space.states)
+    model, states = case.model(network), case.numbered.states
+    count = len(states)
     if count > FEW:
         return model, 0
     with torch.no_grad():
-        states = case.space.states.repeat(INTERVALS, 1)
-        time = middles().repeat_interleave(count)
-        table = model(states, time, case.process.moves(states)).view(INTERVALS, count, -1)
+        every = states.repeat(INTERVALS, 1)
+        table = model(every, middles().repeat_interleave(count), case.numbered.process.moves(every))
+    table = table.view(INTERVALS, count, -1)
     edges = torch.tensor(TIMES, dtype=torch.float64)
 
     def looked_up(states: Tensor, time: Tensor, listed: Moves) -> Tensor:
-        return table[torch.searchsorted(edges, time) - 1, case.space.index_of(states)]
+        return table[torch.searchsorted(edges, time) - 1, states[:, 0]]
 
     return looked_up, INTERVALS * count
 
@@ -271,82 +341,111 @@ def middles() -> Tensor:
     return (edges[:-1] + edges[1:]) / 2
 
 
-def path_round(case: Case, model: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
-    """Targets at all events of trajectories from the start, weighed together, and network calls.
+def path_round(
+    case: Case, network: nn.Module, options: Options, seed: int, generator: torch.Generator, variance: bool
+) -> tuple[int, Steps]:
+    """Network calls, and steps at all events of trajectories from the start, weighed together.
 
-    A step toward p* leaves half of the trajectories as effective ones, which later is the whole way.
+    A step toward p* leaves half of the trajectories as effective ones, which later is the whole way. With `variance`
+    the loss from then on is the variance of the logarithms of the weights, over a share of the trajectories for each.
     """
-    drawing, calls = tabulated(case, model)
-    start = of_start(case, options.batch)
-    path = gillespie(case.process, drawing, start, times=TIMES, base=case.process.base, seed=seed)
+    process = case.numbered.process
+    drawing, calls = tabulated(case, network)
+    path = gillespie(process, drawing, case.of_start(options.batch), times=TIMES, base=process.base, seed=seed)
     gain = (path.log_ratio + path.escape_gap).sum(dim=1)
-    least = LEAST_ESS * options.batch
-    weights, _ = tilted_weights(gain[None, :, None], case.reward(path.final)[None], beta=1.0, ess=least)
-    return matching.path_targets(path, weights.weight), calls or path.network_calls
+    least, reward = LEAST_ESS * options.batch, case.rewards[path.final[:, 0]]
+    weights, tilt = tilted_weights(gain[None, :, None], reward[None], beta=1.0, ess=least)
+    if variance and bool(tilt == 1):
+        steps = variance_steps(case, network, options, path, generator)
+    else:
+        targets = matching.path_targets(path, weights.weight)
+        steps = matching_steps(case, network, options, targets, generator, baseline=1.0)
+    return calls or path.network_calls, steps
 
 
-def published_round(case: Case, model: nn.Module, options: Options, seed: int) -> tuple[MoveTargets, int]:
+def matching_steps(
+    case: Case,
+    network: nn.Module,
+    options: Options,
+    targets: MoveTargets,
+    generator: torch.Generator,
+    *,
+    baseline: float = 0.0,
+) -> Steps:
+    model, process = case.model(network), case.numbered.process
+    # The model that drew, which several steps need beside a baseline.
+    teacher = case.model(copy.deepcopy(network)) if baseline else None
+    merged = targets.merged()
+    for _ in range(options.steps):
+        part = merged if len(merged.move) <= options.events else targets.drawn(options.events, generator)
+        loss = matching.loss(process, model, part, baseline=baseline, teacher=teacher)
+        yield loss, len(part.move) * (1 if teacher is None else 2)
+
+
+def variance_steps(case: Case, network: nn.Module, options: Options, path: Path, generator: torch.Generator) -> Steps:
+    model, reward = case.model(network), case.rewards[path.final[:, 0]]
+    for rows in torch.randperm(options.batch, generator=generator).split(options.together):
+        log_weight = matching.log_ratio(case.numbered.process, model, path, rows) + reward[rows]
+        yield log_weight.var(), int((path.exposure[rows] > 0).sum())
+
+
+def published_round(
+    case: Case, network: nn.Module, options: Options, seed: int, generator: torch.Generator
+) -> tuple[int, Steps]:
     """Of 16 trajectories from each state, at uniform times of trajectories of the model, one's first jump."""
     count = options.batch // SIZE
-    generator = torch.Generator().manual_seed(seed)
-    drawing, calls = tabulated(case, model)
-    whole = gillespie(case.process, drawing, of_start(case, count), times=TIMES, seed=seed)
-    first = torch.randint(INTERVALS, (count,), generator=generator)
+    choosing = torch.Generator().manual_seed(seed)
+    process = case.numbered.process
+    drawing, calls = tabulated(case, network)
+    whole = gillespie(process, drawing, case.of_start(count), times=TIMES, seed=seed)
+    first = torch.randint(INTERVALS, (count,), generator=choosing)
     assert whole.state is not None
     entered = (whole.time == middles()[first][:, None]).int().argmax(dim=1)
     states = whole.state[torch.arange(count), entered].repeat_interleave(SIZE, dim=0)
     starts = first.repeat_interleave(SIZE)
     # Streams of trajectories that no whole one has.
     ids = torch.arange(count, count + len(states))
-    path = gillespie(
-        case.process, drawing, states, times=TIMES, base=case.process.base, first=starts, seed=seed, row_ids=ids
-    )
+    path = gillespie(process, drawing, states, times=TIMES, base=process.base, first=starts, seed=seed, row_ids=ids)
     gain = (path.log_ratio + path.escape_gap).view(count, SIZE, -1)
-    weight = adjoint_weights(gain, -case.reward(path.final).view(count, SIZE)).weight
-    chosen = F.one_hot(torch.randint(SIZE, (count,), generator=generator), SIZE)
+    weight = adjoint_weights(gain, -case.rewards[path.final[:, 0]].view(count, SIZE)).weight
+    chosen = F.one_hot(torch.randint(SIZE, (count,), generator=choosing), SIZE)
     calls = calls or whole.network_calls + path.network_calls
-    return matching.path_targets(path, SIZE * chosen * weight, first_jump=True), calls
-
-
-def of_start(case: Case, count: int) -> Tensor:
-    return torch.tensor([case.start]).expand(count, -1)
+    targets = matching.path_targets(path, SIZE * chosen * weight, first_jump=True)
+    return calls, matching_steps(case, network, options, targets, generator)
 
 
 def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any]:
     """Trains; total variation of the exact law of the averaged network, on the way and at the end."""
     torch.manual_seed(seed)
-    case = CASES[case_name]()
-    fit = learners.Fit(
-        Potentials(len(case.start), case.size, options.width), learning_rate=options.learning_rate, average=8.0
-    )
+    case = case_of(case_name)
+    network = case.network(options.width)
+    fit = learners.Fit(network, learning_rate=options.learning_rate, average=8.0)
     generator = torch.Generator().manual_seed(seed)
-    draw = path_round if name == PATH else published_round
+    draw = {
+        PATH: functools.partial(path_round, variance=False),
+        VARIANCE: functools.partial(path_round, variance=True),
+        PUBLISHED: published_round,
+    }[name]
     network_calls, curve = 0, []
     for n in estimators.bar(options.rounds, f"{name}, {case_name}, seed {seed}"):
-        targets, calls = draw(case, fit.network, options, seed * 10**6 + n)
+        calls, steps = draw(case, network, options, seed * 10**6 + n, generator)
         network_calls += calls
-        teacher = copy.deepcopy(fit.network) if name == PATH else None
-        merged = targets.merged()
-        for _ in range(options.steps):
-            few = len(merged.move) <= options.events
-            part = merged if few else targets.drawn(options.events, generator)
-            network_calls += len(part.move) * (1 if teacher is None else 2)
-            baseline = 0.0 if teacher is None else 1.0
-            loss = matching.loss(case.process, fit.network, part, baseline=baseline, teacher=teacher)
+        for loss, calls in steps:
+            network_calls += calls
             fit.step(loss, n / options.rounds)
-        if n + 1 in evaluated(options.rounds):
+        if n + 1 in evaluated(options):
             tv = float((case.law(fit.averaged) - case.target).abs().sum() / 2)
             cost = {"reward_calls": (n + 1) * options.batch, "network_calls": network_calls}
             curve.append({**cost, "tv": tv})
     return {"curve": curve, "tv": curve[-1]["tv"]}
 
 
-def evaluated(rounds: int) -> set[int]:
-    """Rounds after which the law is solved for: six, at numbers that grow by a factor."""
-    return {max(1, round(rounds ** (k / 6))) for k in range(1, 7)}
+def evaluated(options: Options) -> set[int]:
+    """Rounds after which the law is solved for: the last of six, at numbers that grow by a factor."""
+    return {max(1, round(options.rounds ** (k / 6))) for k in range(7 - options.checks, 7)}
 
 
-def study(given: dict[str, Any], options: Options, output: Path) -> str:
+def study(given: dict[str, Any], options: Options, output: File) -> str:
     results: list[dict[str, Any]] = []
     case = given["case"]
     published = dict(zip(("tv", "reward_calls"), CASES[case]().published, strict=True))

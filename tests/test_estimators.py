@@ -490,28 +490,84 @@ def test_the_three_chains_are_the_published_ones():
     assert apart.tolist() == [1] * 4 + [2] * 18 and bool(((listed.neighbours != 0).sum(dim=2) == 2).all())
 
 
-def test_potentials_differ_by_the_sum_over_all_pairs():
-    """Without its network the model is W(y) - W(x), of one changed site or two, by a sum over pairs."""
-    case = moves.potts(length=5, labelled=2)
-    model = moves.Potentials(5, 4, width=4)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in (model.field, model.pair):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    states, time = case.space.states[::17], 0.3
+@pytest.mark.parametrize("case", [moves.potts(length=5, labelled=2), moves.occupation(sites=3, particles=3)])
+def test_potentials_differ_by_the_sum_over_all_pairs(case):
+    """W(y) - W(x), of one changed site or two, by a sum over pairs; n as the network gives it."""
+    torch.manual_seed(0)
+    model, time = case.network(4), 0.3
+    states, least = case.space.states[::5], int(case.vacant)
+    length, size = len(case.start), case.size - least
     basis = torch.tensor([(2 * time - 1) ** n for n in range(model.degree)])
+    listed = case.process.moves(states)
+    changes = moves.changed(states, listed.neighbours, case.size, case.vacant)
+    given = (states, torch.full((len(states),), time, dtype=torch.float64), *changes)
+    with torch.no_grad():
+        assert float(model(*given).abs().max()) == 0.0
+        for parameter in (model.field, model.pair, model.network[-1].weight):
+            parameter.copy_(torch.randn(parameter.shape))
+    field, pair = (torch.tensordot(basis, part, dims=1) for part in (model.field, model.pair))
+
+    def present(x):
+        return [i * size + int(v) - least for i, v in enumerate(x) if v >= least]
 
     def potential(x):
-        at = torch.arange(5) * 4 + x
-        field, pair = (torch.tensordot(basis, part, dims=1) for part in (model.field, model.pair))
-        between = sum(pair[at[i], at[k]] for i in range(5) for k in range(5) if i != k)
-        return field[at].sum() + between
+        between = sum(pair[a, b] for a in present(x) for b in present(x) if a // size != b // size)
+        return field[present(x)].sum() + between
 
-    listed = case.process.moves(states)
-    found = model(states, torch.full((len(states),), time, dtype=torch.float64), listed)
+    def by_network(x, y):
+        here = torch.zeros(length * size)
+        here[present(x)] = 1.0
+        gone = sorted(set(present(x)) - set(present(y)))
+        new = sorted(set(present(y)) - set(present(x)))
+        n = model.network(torch.cat((here, basis)))
+        return n[new].sum() - n[gone].sum()
+
+    found = model(*given)
     for row, state in enumerate(states):
-        expected = torch.stack([potential(y) - potential(state) for y in listed.neighbours[row]])
-        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)  # sums of 50 numbers in float32
+        for slot in (listed.rate[row] > 0).nonzero()[:, 0].tolist():
+            there = listed.neighbours[row, slot]
+            expected = potential(there) - potential(state) + by_network(state, there)
+            torch.testing.assert_close(found[row, slot], expected, rtol=1e-4, atol=1e-4)  # 50 numbers in float32
+
+
+@pytest.mark.parametrize("case", [moves.potts(length=5, labelled=2), moves.occupation(sites=3, particles=3)])
+def test_what_learners_play_with_is_the_chain_of_the_case(case):
+    """Numbers and looked up changes against states and their own: the same law of a network that is not 0."""
+    torch.manual_seed(0)
+    model = case.network(4)
+    with torch.no_grad():
+        model.network[-1].weight.normal_()
+    assert [part.shape[1] for part in case.changes] == ([1, 1] if case.vacant else [2, 2])
+
+    def of_states(states, time, listed):
+        return model(states, time, *moves.changed(states, listed.neighbours, case.size, case.vacant))
+
+    expected = case.space.law(of_states, case.initial, moves.TIMES)
+    # 16 intervals leave out 1e-7 each; rates are float32.
+    torch.testing.assert_close(case.law(model), expected, rtol=0, atol=3e-6)
+    assert torch.equal(case.space.states[case.of_start(2)[:, 0]], torch.tensor([case.start] * 2))
+
+
+def test_steps_on_the_variance_shrink_it():
+    """All trajectories of a round three times: their log weights by the network as it is then spread less."""
+    case, options = moves.occupation(sites=3, particles=3), moves.Options(batch=256, together=16, width=8)
+    torch.manual_seed(0)
+    network = case.network(options.width)
+    process, generator = case.numbered.process, torch.Generator().manual_seed(0)
+    path = moves.gillespie(process, process.base, case.of_start(options.batch), times=moves.TIMES, seed=0)
+
+    def spread():
+        with torch.no_grad():
+            log_weight = moves.matching.log_ratio(process, case.model(network), path)
+        return float((log_weight + case.rewards[path.final[:, 0]]).std())
+
+    before, fit = spread(), moves.learners.Fit(network, learning_rate=5e-3)
+    steps = list(moves.variance_steps(case, network, options, path, generator))
+    assert sum(calls for _, calls in steps) == int((path.exposure > 0).sum())
+    for n in range(3):
+        for loss, _ in moves.variance_steps(case, network, options, path, generator):
+            fit.step(loss, n / 3)
+    assert spread() < 0.6 * before
 
 
 def test_the_study_of_moves(tmp_path):
@@ -521,6 +577,8 @@ def test_the_study_of_moves(tmp_path):
     found = table("moves-occupation", tmp_path)
     assert all(result["curve"][-1]["reward_calls"] == 128 for result in found.values())
     assert found["path, baseline"]["tv"] < 0.4 < found["first_jump_one, state"]["tv"] + 0.05
+    # The same rounds as long as a step is not the whole way.
+    assert found["path, then variance"]["curve"][0]["tv"] < 0.4
     assert (tmp_path / "moves-occupation.png").stat().st_size > 10_000
 
 

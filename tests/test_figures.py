@@ -64,7 +64,10 @@ PRINTED = {
     "epyc-avx2-2-cores/ising-0.4407-256000.json": of_results(lattice.lattice_table),
     "epyc-avx2-2-cores/potts-1.005-128000-mlp.json": of_results(lattice.lattice_table),
     "epyc-avx2-2-cores/potts-1.005-128000.json": lambda *files: lattice.lattices_table(files),
-    "epyc-avx2-2-cores/moves-occupation.json": lambda found: moves.table(found["results"], found["published"]),
+    **{
+        f"epyc-avx2-2-cores/moves-{case}.json": lambda found: moves.table(found["results"], found["published"])
+        for case in moves.CASES
+    },
     "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table),
     "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
 }
@@ -364,7 +367,10 @@ TEXT_RUNS = "xeon-avx512-2-cores/countdown-runs.json"
 UNIFORM = "epyc-avx512-2-cores/pinwheel-uniform.json"
 MASKED_CHECKERBOARD = "epyc-avx512-2-cores/checkerboard-masked.json"
 POTTS = "epyc-avx2-2-cores/potts-1.005-128000-mlp.json"
-LARGER = ("ising-8-0.28", "ising-8-0.4407", "potts-8-1.005", "ising-16-0.28")
+LARGER = [
+    f"epyc-avx2-2-cores/{name}.json" for name in ("ising-8-0.28", "ising-8-0.4407", "potts-8-1.005", "ising-16-0.28")
+]
+SPINS = {case: f"epyc-avx2-2-cores/moves-{case}.json" for case in ("potts", "ising")}
 NETWORK_CALLS = "epyc-avx2-2-cores/pinwheel-9-learners-network.json"
 ABLATIONS = "epyc-avx2-2-cores/ablations.json"
 GUIDANCE = "epyc-avx2-2-cores/guidance.json"
@@ -434,6 +440,22 @@ SENTENCES = [
         "That is {} of the published run's reward calls",
         lambda: [median(HOPS, "path, baseline", "reward calls") / read(HOPS)["published"]["reward_calls"]],
     ),
+    (
+        STUDY,
+        "Here it is {} of the published run's",
+        lambda: [
+            median(SPINS["potts"], "path, then variance", "reward calls")
+            / read(SPINS["potts"])["published"]["reward_calls"]
+        ],
+    ),
+    (
+        STUDY,
+        "published one, which took {} times the calls",
+        lambda: [
+            read(SPINS["ising"])["published"]["reward_calls"]
+            / median(SPINS["ising"], "path, then variance", "reward calls")
+        ],
+    ),
     (STUDY, "as many rounds as {} states that the network sees", lambda: [read(NETWORK_CALLS)["network_calls"]]),
     (
         STUDY,
@@ -443,7 +465,7 @@ SENTENCES = [
     (
         STUDY,
         "runs of {} minutes on a busy core at most",
-        lambda: [max(run["seconds"] for name in LARGER for run in read(f"epyc-avx2-2-cores/{name}.json")["results"]) / 60],
+        lambda: [max(run["seconds"] for file in LARGER for run in read(file)["results"]) / 60],
     ),
     (STUDY, "means of {} repeats", lambda: [read(ABLATIONS)["repeats"]]),
     (STUDY, "nothing trained: {} samples", lambda: [read(GUIDANCE)["samples"]]),

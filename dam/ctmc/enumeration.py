@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dam.ctmc.moves import MoveModel, MovesCTMC
+from dam.ctmc.moves import MoveJumps, MoveModel, Moves, MovesCTMC
 from dam.ctmc.simulate import Model, Process, checked_log_rates, increasing
 
-_CHUNK = 8192  # states whose moves are listed at a time
+_CHUNK = 1024  # states whose moves are looked at together: hundreds out of each fit a cache
 
 
 def states(size: int, length: int) -> Tensor:
@@ -44,8 +47,11 @@ class JumpRates:
 
     def forward(self, law: Tensor) -> Tensor:
         """d law / dt, for laws [X]: what flows in minus what flows out."""
-        flow = self.rates.flatten(1) * law[:, None]
-        return torch.zeros_like(law).index_add_(0, self._to.flatten(), flow.flatten()) - self.escape * law
+        gain = torch.zeros_like(law)
+        parts = (value.split(_CHUNK) for value in (self.rates.flatten(1), self._to.flatten(1), law[:, None]))
+        for rates, to, part in zip(*parts, strict=True):
+            gain.index_add_(0, to.flatten(), (rates * part).flatten())
+        return gain - self.escape * law
 
     def backward(self, value: Tensor) -> Tensor:
         """-d value / dt of conditional expectations, value(x) = E[f(X_1) | X_t = x]."""
@@ -75,6 +81,9 @@ class Rates(JumpRates):
 class MoveSpace:
     """The states that moves lead to from some, X of them, and which move leads where.
 
+    Moves are listed once. A state's moves are in the slots that its listing has them in; where M differs from one batch
+    to another, slots of rate 0 follow, up to the most.
+
     Args:
         process: lists the moves.
         start: states int64 [N, L] to start from.
@@ -82,7 +91,8 @@ class MoveSpace:
         most: more states than these are an error.
 
     Raises:
-        ValueError: a token is out of range, states have too many numbers, or there are more than `most`.
+        ValueError: a token is out of range, states have too many numbers, there are more than `most`, or a state has
+            its moves in other slots when it is listed alone.
     """
 
     def __init__(self, process: MovesCTMC, start: Tensor, size: int, *, most: int = 2**20):
@@ -109,8 +119,9 @@ class MoveSpace:
             neighbours = torch.where(moves.rate[..., None] > 0, moves.neighbours, self.states[0])
             rate.append(moves.rate)
             to.append(self.index_of(neighbours))
-        self.base_rate = torch.cat(rate)  # float64 [X, M]
-        self.to = torch.cat(to)  # int64 [X, M]
+        self.base_rate = _joined(rate)  # float64 [X, M]
+        self.to = _joined(to)  # int64 [X, M]
+        self._check_slots()
 
     def index_of(self, tokens: Tensor) -> Tensor:
         """Numbers of states [..., L] in the order of `states`, int64 [...].
@@ -126,11 +137,12 @@ class MoveSpace:
 
     def rates(self, model: MoveModel, time: float) -> JumpRates:
         """The generator under a model at a time."""
+        parts = []
         with torch.no_grad():
-            parts = [
-                self.process.jumps(part, part.new_full((len(part),), time, dtype=torch.float64)).log_rates(model).exp()
-                for part in self.states.split(_CHUNK)
-            ]
+            for part in torch.arange(len(self.states), device=self.states.device).split(_CHUNK):
+                at = torch.full_like(part, time, dtype=torch.float64)
+                jumps = MoveJumps(self.process, self.states[part], at, self._moves(part))
+                parts.append(jumps.log_rates(model).exp())
         return JumpRates(torch.cat(parts), self.to)
 
     def law(
@@ -148,6 +160,43 @@ class MoveSpace:
         """As `enumeration.value`: E[terminal(X_1) | X_t = x] for every x, float64 [X]."""
         return _value(lambda time: self.rates(model, time), terminal, times, tolerance)
 
+    def numbered(self) -> MoveSpace:
+        """The same chain on the numbers of its states, int64 [X, 1], in place of the states.
+
+        Its process looks moves up where this one's lists them. Slots are the same, and so trajectories are, but for
+        what they are called: the cheap way to simulate and match a chain of many moves whose states fit a table.
+        """
+        space = copy.copy(self)
+        space.process = dataclasses.replace(
+            self.process, list_moves=lambda number: space._moves(number[:, 0]), check=False
+        )
+        space._size = len(self.states)
+        space._found = torch.arange(len(self.states), device=self.states.device)
+        space.states = space._found[:, None]
+        return space
+
+    def _moves(self, number: Tensor) -> Moves:
+        """Those out of the states of these numbers, as they were listed."""
+        to = self.to[number]
+        neighbours = self.states.index_select(0, to.flatten())  # several times as fast as by an index of two dimensions
+        return Moves(neighbours.view(*to.shape, -1), self.base_rate[number])
+
+    def _check_slots(self) -> None:
+        """Of the state with the fewest moves, the first to be shifted where slots are those that a batch needs."""
+        number = (self.base_rate > 0).sum(dim=1).argmin()[None]
+        alone, among = self.process.moves(self.states[number]), self._moves(number)
+        slots = alone.rate.shape[1]
+        listed = alone.rate > 0
+        if slots > among.rate.shape[1] or not (
+            torch.equal(F.pad(alone.rate, (0, among.rate.shape[1] - slots)), among.rate)
+            and torch.equal(alone.neighbours[listed], among.neighbours[:, :slots][listed])
+        ):
+            raise ValueError(
+                f"MoveSpace: list_moves has the moves out of state {self.states[number][0].tolist()} in other slots "
+                "when it is listed alone than among others; a state's slots must be its own, and only slots of rate 0 "
+                "behind them may depend on the batch"
+            )
+
     def _numbers(self, tokens: Tensor) -> Tensor:
         if bool(((tokens < 0) | (tokens >= self._size)).any()):
             raise ValueError(
@@ -158,6 +207,12 @@ class MoveSpace:
     def _tokens(self, number: Tensor, length: int) -> Tensor:
         place = self._size ** torch.arange(length - 1, -1, -1, device=number.device)
         return number[:, None] // place % self._size
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of [n, M] tensors, with zeros behind those of fewer columns."""
+    columns = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, columns - part.shape[1])) for part in parts])
 
 
 def law(

@@ -182,3 +182,41 @@ def loss(
     )
     none = torch.full_like(targets.move[:, :1], -1)
     return matched + matching_loss(log_rates, none, torch.zeros_like(rest)[:, None], row_scale=rest, normalized=False)
+
+
+def log_ratio(process: MovesCTMC, model: MoveModel, path: Path, rows: Tensor | None = None) -> Tensor:
+    """log p_base - log p_v of trajectories, by a model that need not have drawn them.
+
+        sum over events of  exposure (Lambda_v - Lambda_base) + 1[jump] (log u_base - log v)
+
+    Less g(X_1) it is constant at the optimum, on trajectories of any law, so that its variance over them is a loss: the
+    log-variance divergence, whose noise vanishes there. On the model's own trajectories nothing finds a mode that the
+    model has lost, so begin with `loss`.
+
+    Args:
+        process: names the moves, and the base's rates.
+        model: differentiated; called once, at all events.
+        path: of `gillespie`, of B trajectories of the process.
+        rows: int64 [N], of which trajectories; all unless given.
+
+    Returns:
+        float64 [B], or [N].
+
+    Raises:
+        ValueError: rates are NaN or infinite, or the path is not one of moves.
+
+    Source: Richter et al., VarGrad, 2020; of chains Zhu et al., MDNS, arXiv 2508.10684.
+    """
+    if path.state is None:
+        raise ValueError("log_ratio: the path must be of moves, of gillespie with a MovesCTMC")
+    rows = torch.arange(len(path.final), device=path.final.device) if rows is None else rows
+    exposure, position = path.exposure[rows], path.position[rows]
+    row, event = (exposure > 0).nonzero(as_tuple=True)
+    jumps = process.jumps(path.state[rows[row], event], path.time[rows[row], event])
+    log_rates, base_rates = jumps.log_rates(model), jumps.log_rates(process.base)
+    gap = (log_rates.exp().sum(dim=1) - base_rates.exp().sum(dim=1)) * exposure[row, event]
+    jumped = (position[row, event] >= 0).nonzero()[:, 0]
+    move = position[row, event][jumped]
+    ratio = base_rates[jumped, move] - log_rates[jumped, move]
+    total = torch.zeros(len(rows), dtype=gap.dtype, device=gap.device)
+    return total.index_add(0, row, gap).index_add(0, row[jumped], ratio)

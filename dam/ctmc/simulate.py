@@ -187,6 +187,7 @@ def gillespie(
     times: Sequence[float] | Tensor,
     base: Model | None = None,
     first: Tensor | None = None,  # int64 [B]
+    most_events: int = 10_000,
     seed: int,
     row_ids: Tensor | None = None,  # [B]
 ) -> Path:
@@ -204,6 +205,7 @@ def gillespie(
     Args:
         process, model, tokens, times, base: as for `simulate`; both models have constant rates in an interval.
         first: the interval that each trajectory starts with, at its start; 0 unless given.
+        most_events: a trajectory with more is an error, as of a model whose rates run away; below 2^24.
         seed: of times and jumps: a trajectory depends on (seed, row id) and its rates only, not on the batch.
         row_ids: int64 [B], names each trajectory's stream; 0 .. B-1 unless given.
 
@@ -211,15 +213,17 @@ def gillespie(
         A path whose events are jumps and ends of intervals; `time` is the middle of the interval.
 
     Raises:
-        ValueError, TypeError: times do not increase; first names no interval; row_ids have another shape or dtype; or
-            rates are NaN, infinite, or so large that float64 cannot tell events apart: the message names the state and
-            the time.
+        ValueError, TypeError: times do not increase; first names no interval; most_events is out of range; row_ids have
+            another shape or dtype; or rates are NaN, infinite, so large that float64 cannot tell events apart, or lead
+            to more than most_events: the message names the state and the time.
 
     Source: Gillespie, Exact stochastic simulation of coupled chemical reactions, 1977; weights: So et al.,
     arXiv 2602.07132, Eq. 12.
     """
     edges = torch.tensor(increasing("gillespie", times), dtype=torch.float64, device=tokens.device)
     count, _ = _checked("gillespie", tokens)
+    if not 1 <= most_events < _philox.MAX_SAMPLES:  # draws are keyed by the event
+        raise ValueError(f"gillespie: most_events must be in 1 .. {_philox.MAX_SAMPLES - 1}; got {most_events}")
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     interval = _intervals(first, count, len(edges) - 1, tokens.device)
     now = edges[interval]
@@ -231,6 +235,12 @@ def gillespie(
         time = (edges[at] + edges[at + 1]) / 2
         jumps = _jumps(process, state, time)
         log_rates = jumps.log_rates(model)
+        if event == most_events:
+            raise ValueError(
+                f"gillespie: a trajectory has had {most_events} events and is at time {float(now[rows[0]]):g} of "
+                f"{float(edges[-1]):g}, in state {state[0].tolist()} with escape rate "
+                f"{float(log_rates[0].logsumexp(dim=0).exp()):g}: the model has diverged; or raise `most_events`"
+            )
         wait = _philox.exponentials(seed, Use.ARRIVAL, row_ids[rows], 1, sample=event)[:, 0]
         escape = torch.logsumexp(log_rates, dim=1).exp()
         _countable(escape, edges[at + 1] - edges[at], state, time)

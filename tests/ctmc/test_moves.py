@@ -189,6 +189,10 @@ def test_arguments_that_cannot_be_right_are_refused():
             lambda: gillespie(process, process.base, tokens, times=[0, 1], first=torch.tensor([1]), seed=0),
             r"intervals 0 \.\. 0; got \[1\]",
         ),
+        (
+            lambda: gillespie(process, process.base, tokens, times=[0, 1], most_events=2**24, seed=0),
+            r"most_events must be in 1 \.\. 16777215; got 16777216",
+        ),
         (lambda: enumeration.MoveSpace(process, tokens, 3), r"tokens must be in 0 \.\. 2"),
         (lambda: enumeration.MoveSpace(process, tokens, 4, most=5), "more than 5 states"),
         (lambda: space_of().index_of(torch.tensor([1, 0, 0])), "no moves lead to"),
@@ -210,6 +214,66 @@ def test_the_forward_equation_is_the_matrix_exponential():
     terminal = torch.rand(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     value = space.value(model, terminal, TIMES)
     assert math.isclose(float(value @ point(space)), float(terminal @ found), rel_tol=1e-12)
+
+
+def most_first(tokens):
+    """Hops with those that a state has in front, as many slots as the batch needs."""
+    neighbours, rate = moves.hop(1.0)(tokens)
+    order = (rate == 0).int().argsort(dim=1, stable=True)[:, : int((rate > 0).sum(dim=1).max())]
+    return Moves(neighbours.gather(1, order[..., None].expand(-1, -1, SITES)), rate.gather(1, order))
+
+
+def test_slots_that_only_some_batches_have(monkeypatch):
+    """The laws are those of the listing with all slots, for a model that knows moves by where they lead."""
+    monkeypatch.setattr(enumeration, "_CHUNK", 4)
+    whole, some = space_of(), space_of(MovesCTMC(most_first))
+    assert [most_first(part).rate.shape[1] for part in some.states.split(4)] == [4, 6, 4]
+    assert some.to.shape == whole.to.shape == (10, 6)
+
+    def model(states, time, listed):
+        return 0.3 * (listed.neighbours * torch.tensor([1, -1, 2])).sum(dim=2) * time[:, None]
+
+    # float64, sums in another order
+    laws = [space.law(model, point(space), TIMES) for space in (whole, some)]
+    torch.testing.assert_close(*laws, rtol=0, atol=1e-13)
+    terminal = torch.linspace(0, 1, 10, dtype=torch.float64)
+    values = [space.value(model, terminal, TIMES) for space in (whole, some)]
+    torch.testing.assert_close(*values, rtol=0, atol=1e-13)
+
+
+def test_slots_that_depend_on_the_other_states_of_a_batch_are_refused():
+    def needed(tokens):
+        neighbours, rate = moves.hop(1.0)(tokens)
+        used = (rate > 0).any(dim=0)
+        return Moves(neighbours[:, used], rate[:, used])
+
+    with pytest.raises(ValueError, match=r"state \[0, 0, 3\] in other slots when it is listed alone"):
+        space_of(MovesCTMC(needed))
+
+
+@pytest.mark.parametrize("listing", [moves.hop(1.0), most_first])
+def test_numbers_of_states_are_the_same_chain(listing):
+    process = MovesCTMC(listing)
+    space = space_of(process)
+    numbered = space.numbered()
+    assert numbered.states.tolist() == [[x] for x in range(10)]
+
+    def model(states, time, listed):
+        return 0.3 * (listed.neighbours * torch.tensor([1, -1, 2])).sum(dim=2) * time[:, None]
+
+    def of_numbers(number, time, listed):
+        return model(None, time, listed._replace(neighbours=space.states[listed.neighbours[..., 0]]))
+
+    assert torch.equal(numbered.law(of_numbers, point(space), TIMES), space.law(model, point(space), TIMES))
+    path = gillespie(process, model, started(space, 200), times=TIMES, base=process.base, seed=3)
+    start = space.index_of(started(space, 200))[:, None]
+    other = gillespie(numbered.process, of_numbers, start, times=TIMES, base=numbered.process.base, seed=3)
+    used = path.exposure > 0
+    assert torch.equal(other.state[used][:, 0], space.index_of(path.state[used]))
+    assert torch.equal(other.position, path.position)
+    # The listing that has fewer slots in some batches sums rates in another order there.
+    for name in ("exposure", "log_ratio", "escape_gap"):
+        torch.testing.assert_close(getattr(other, name), getattr(path, name), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("predicts", moves.PREDICTS)
@@ -280,6 +344,21 @@ def test_a_trajectory_depends_on_its_row_id_and_not_on_the_batch():
     for name in ("position", "state", "exposure", "log_ratio", "escape_gap"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[chosen, :events]), name
     assert not torch.equal(whole.final[:32], whole.final[32:])
+
+
+def test_trajectories_of_more_events_than_allowed_are_refused():
+    """The most that one has are allowed; rates that run away, here by e^8, are an error that names where."""
+    space = space_of()
+    options = {"times": TIMES, "seed": 3}
+    path = gillespie(chain(), Table(space), started(space, 64), **options)
+    events = path.time.shape[1]
+    again = gillespie(chain(), Table(space), started(space, 64), most_events=events, **options)
+    assert torch.equal(again.final, path.final)
+    for model, most in ((Table(space), events - 1), (Constant(8.0), 100)):
+        with pytest.raises(
+            ValueError, match=rf"has had {most} events and is at time 0\.\d+ of 1, in state .* diverged"
+        ):
+            gillespie(chain(), model, started(space, 64), most_events=most, **options)
 
 
 def test_trajectories_that_start_later():
@@ -384,6 +463,47 @@ def test_a_table_comes_to_the_optimum():
         optimizer.step()
     # 6000 draws of p* itself are as far from it as 0.014, and rates that are constant in four intervals 0.01.
     assert before > 0.2 and distance() < 0.04
+
+
+def test_log_ratio_of_trajectories_by_another_model():
+    """By the model that drew it is what they recorded; p_v / p_u has mean 1 over the trajectories of u."""
+    space = space_of()
+    drew, other = Table(space, scale=0.2), Table(space, scale=0.2, seed=4)
+    path = gillespie(chain(), drew, started(space, 4000), times=TIMES, base=chain().base, seed=10)
+    recorded = (path.log_ratio + path.escape_gap).sum(dim=1)
+    # Sums of about ten numbers of float64, in another order.
+    torch.testing.assert_close(matching.log_ratio(chain(), drew, path), recorded, rtol=0, atol=1e-12)
+    by_other = matching.log_ratio(chain(), other, path)
+    assert abs(float(z_scores((recorded - by_other).exp()[:, None], 1.0))) < Z
+    rows = torch.tensor([7, 3999, 0])
+    torch.testing.assert_close(matching.log_ratio(chain(), other, path, rows), by_other[rows], rtol=0, atol=1e-12)
+    plain = gillespie(UniformCTMC(2), lambda x, t: torch.zeros(*x.shape, 2), path.final % 2, times=[0, 0.5], seed=1)
+    with pytest.raises(ValueError, match="must be of moves"):
+        matching.log_ratio(chain(), drew, plain)
+
+
+def test_the_variance_of_weights_leads_to_the_optimum():
+    """On trajectories of the base alone, all of them in every step: nothing is drawn from the table that learns."""
+    process, space = chain(check=False), space_of()
+    cost = torch.linspace(0, 1, 10, dtype=torch.float64)
+    optimum = space.law(process.base, point(space), [0.0, 1.0]) * (-cost).exp()
+    optimum = optimum / optimum.sum()
+    edges = torch.tensor(TIMES, dtype=torch.float64)
+    values = torch.zeros(4, *space.to.shape, requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=0.05)
+
+    def model(states, time, listed):
+        return values[torch.searchsorted(edges, time) - 1, space.index_of(states)]
+
+    path = gillespie(process, process.base, started(space, 2000), times=TIMES, seed=11)
+    terminal = cost[space.index_of(path.final)]
+    before = float((space.law(model, point(space), TIMES) - optimum).abs().sum() / 2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (matching.log_ratio(process, model, path) - terminal).var().backward()
+        optimizer.step()
+    # 2000 draws of p* itself are as far from it as 0.025.
+    assert before > 0.1 > 3 * float((space.law(model, point(space), TIMES) - optimum).abs().sum() / 2)
 
 
 def test_targets_of_first_jumps_and_drawn_ones():
