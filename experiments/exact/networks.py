@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dam.models.denoiser import Head
 from experiments.exact.automata import Automaton
+from experiments.lattice import Network
 
 FORBIDDEN = -60.0  # in place of -inf, which a head with weights of 0 would make NaN
 
@@ -36,6 +37,20 @@ class Windows(nn.Module):
         return self.layers(F.one_hot(around[row[:, None], at], self.values).float().flatten(1))
 
 
+class Whole(Network):
+    """Features of a position by an MLP of all tokens.
+
+    Args:
+        density, width, depth: of `experiments.lattice.Network`.
+    """
+
+    features = 32
+
+    def forward(self, tokens: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """[n, D] at positions int64 [n] of rows [n] of tokens [B, L]."""
+        return self.hidden_at(tokens, None, row, position)
+
+
 class Beyond(nn.Module):
     """A `Denoiser` whose logits are log p_base(v | i, x) and a linear map of a network's features, 0 at the start.
 
@@ -44,7 +59,7 @@ class Beyond(nn.Module):
         network: of (tokens, row, position), with `features`.
     """
 
-    def __init__(self, base: Automaton, network: Windows):
+    def __init__(self, base: Automaton, network: Windows | Whole):
         super().__init__()
         self.base, self.network = base, network
         self.output = nn.Linear(network.features, base.to.shape[1])

@@ -15,6 +15,7 @@ from experiments.estimators import Options
 from experiments.exact import learner
 from experiments.exact.dna import Sites
 from experiments.exact.graphs import Cut, IndependentSet, random_edges
+from experiments.exact.maze import Maze
 from experiments.exact.task import Task
 
 
@@ -41,6 +42,7 @@ _SEQUENCES = Options(rounds=100, batch=256, steps=8, learning_rate=3e-3, power=1
 CASES = {
     "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 1024),
     "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 1024),
+    "maze": Case("ways through 5 x 5 cells, 16 moves of a random walk", Maze, _SEQUENCES, 1024),
     "dna": Case("binding sites in 32 letters, Markov base of order 3", Sites, _SEQUENCES, 1024),
 }
 COMMON = {"kl": ("KL(p_u, p*)", "{:.3f}"), "ess": ("ESS", "{:.3f}"), "log_z_error": ("log Z off by", "{:+.3f}")}
