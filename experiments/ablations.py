@@ -355,6 +355,7 @@ def study_chain(output: Path, positions: int) -> str:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     found = {
         **records.versions(),
+        "device": report.device(),
         "positions": positions,
         "results": [on_chain(tokens, length, positions) for tokens in VOCABULARIES for length in LENGTHS],
     }
@@ -381,7 +382,7 @@ def text_of_chain(found: dict[str, Any]) -> str:
 def study(output: Path, repeats: int) -> str:
     """Of the state whose target is known: writes JSON and PNG, and returns the tables."""
     known = Known.made()
-    found: dict[str, Any] = {**records.versions(), "repeats": repeats}
+    found: dict[str, Any] = {**records.versions(), "device": report.device(), "repeats": repeats}
     found["sizes"] = [
         {"estimator": name, "sampler": sampler, "K": size, **errors(name, known, proposal, size, repeats)}
         for name in ESTIMATES

@@ -572,8 +572,9 @@ def test_reward_calls_to_a_level():
 
 def test_divergences_within_seconds():
     """The last evaluation within the limit, a median over seeds; none where a seed has no evaluation by then."""
+    points = ((0.2, 4.0), (0.6, 2.0), (0.9, 1.0))
     results = [
-        {"learner": "d1", "curve": [{"core_seconds": s * slow, "kl": kl} for s, kl in ((0.2, 4.0), (0.6, 2.0), (0.9, 1.0))]}
+        {"learner": "d1", "curve": [{"core_seconds": s * slow, "kl": kl} for s, kl in points]}
         for slow in (1.0, 1.5, 2.0)
     ]
     (row,) = estimators.seconds_table(results).splitlines()[2:]

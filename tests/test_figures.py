@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments import ablations, guidance, lattice, moves
-from experiments.estimators import grid_table, reached
+from experiments.estimators import grid_table, reached, seconds_table
 from experiments.exact import study as exact
 from tests import pages
 from tests.tables import NUMBER, agrees, is_figure, wrong
@@ -54,7 +54,10 @@ def of_exact(found):
 
 # What prints the tables under a link to a JSON, by its path; it is given all that the same paragraph links to.
 PRINTED = {
+    "epyc-avx2-2-cores/chain.json": ablations.text_of_chain,
+    "epyc-avx2-2-cores/exact-dna.json": of_exact,
     "epyc-avx2-2-cores/exact-maxcut.json": of_exact,
+    "epyc-avx2-2-cores/exact-maze.json": of_exact,
     "epyc-avx2-2-cores/exact-mis.json": of_exact,
     "epyc-avx2-2-cores/ablations.json": ablations.text_of,
     "epyc-avx2-2-cores/guidance.json": guidance.text_of,
@@ -62,7 +65,7 @@ PRINTED = {
     "epyc-avx2-2-cores/ising-0.4407-256000.json": of_results(lattice.lattice_table),
     "epyc-avx2-2-cores/potts-1.005-128000.json": of_results(lattice.lattice_table),
     "epyc-avx2-2-cores/moves-occupation.json": lambda found: moves.table(found["results"], found["published"]),
-    "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table),
+    "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table, seconds_table),
     "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
 }
 # Every table of figures in the page of the studies.

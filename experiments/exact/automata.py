@@ -145,7 +145,9 @@ class Markov(Automaton):
         S, V = self.to.shape
         state = torch.arange(S)[:, None] * V + torch.arange(V)
         if S % V or len(self.prob) != 1 or not torch.equal(self.to, state % S):
-            raise ValueError("Markov: token v must lead from state s to (s V + v) mod V^m, with one p(v | s) at all times")
+            raise ValueError(
+                "Markov: token v must lead from state s to (s V + v) mod V^m, by one p(v | s) at all times"
+            )
 
     @functools.cached_property
     def _shared(self) -> Tensor:

@@ -30,24 +30,27 @@ class Stepped(learners.Learner):
     Args:
         ess: what is kept, as a share of the batch. The base is one joint law, so p* is the fixed point all the same.
         draw: of how many outcomes a step is made at most; they are drawn by their weights where the batch is larger.
+        null: permute the weights among the trajectories, so that they say nothing of the outcomes.
     """
 
     ess: float = 0.25
     draw: int = 128
+    null: bool = False
 
     def round(self, model: learners.Model, n: int, progress: float) -> learners.Round:
         path = model.sampled(model.blank(self.batch), self.seed_of(n))
         reward = self.density.log_density(path.final)[None]
         weights, _ = tilted_weights(self.log_ratio(path)[None], reward, beta=1.0, ess=self.ess * self.batch)
+        weight = weights.weight
+        if self.null:
+            weight = weight[:, torch.randperm(self.batch, generator=self.generator)]
         final, blank = path.final[None], path.initial[None]
         draw = self.draw if self.draw < self.batch else None
         steps = []
         for _ in range(self.steps):
             states = model.process.remask(blank, final, self.generator, stratified=True)
             steps.append(
-                group_targets(
-                    "posterior", states, final, weights.weight, model.process, draw=draw, generator=self.generator
-                )
+                group_targets("posterior", states, final, weight, model.process, draw=draw, generator=self.generator)
             )
         return self.done(steps, self.batch, path)
 
@@ -71,7 +74,6 @@ class Kept(learners.Learner):
         paths: of a step on the variance.
         again: kept outcomes, drawn by their weights, whose variance a round takes in orders drawn anew, beside that of
             its own paths. These know only what the model still draws.
-        null: permute rewards within a round, so that they say nothing of outcomes.
 
     Source: as `experiments.replay.Replay`; laws in between: Neal, Annealed importance sampling, Statistics and
     Computing 11 (2001).
@@ -83,7 +85,6 @@ class Kept(learners.Learner):
     states: int = 256
     paths: int = 32
     again: int = 64
-    null: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,8 +96,6 @@ class Kept(learners.Learner):
     def round(self, model: learners.Model, n: int, progress: float) -> learners.Round:
         path = model.sampled(model.blank(self.batch), self.seed_of(n))
         log_base, gain = self.density.log_base(path.final), self.density.reward(path.final) / self.density.beta
-        if self.null:
-            gain = gain[torch.randperm(self.batch, generator=self.generator)]
         log_ratio = log_base - path.log_prob.double().sum(dim=1)
         self.final = torch.cat((self.final, path.final))
         self.log_base, self.log_ratios, self.gain = (
@@ -158,6 +157,4 @@ def learner(name: str, task: Task, *, batch: int, steps: int, replicates: int, s
     options = {"batch": batch, "steps": steps, "replicates": replicates, "seed": seed}
     if name in OTHERS:
         return learners.learner(name, task, **options)
-    if name == STEPPED:
-        return Stepped(task, **options)
-    return Kept(task, **options, null=name == NULL)
+    return Kept(task, **options) if name == KEPT else Stepped(task, **options, null=name == NULL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import ClassVar
 
 import networkx
@@ -22,6 +23,11 @@ from experiments.exact.task import Task
 
 MOVES = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # to stay, and to each neighbour
 Cell = tuple[int, int]
+
+
+def blocks(cell: Cell, other: Cell) -> int:
+    """Moves between cells if there were no walls."""
+    return abs(cell[0] - other[0]) + abs(cell[1] - other[1])
 
 
 def random_maze(side: int, loops: int, seed: int) -> networkx.Graph:
@@ -47,9 +53,8 @@ def random_maze(side: int, loops: int, seed: int) -> networkx.Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Maze(Task):
-    """From one corner to the opposite one; r(x) = moves left when it is reached - |rows| - |columns| from it at the end.
-
-    A plan that is there after its last move has one left.
+    """From a corner to the cell that is most moves away, the first of these; r(x) = moves left when it is reached
+    - |rows| - |columns| from it at the end. A plan that is there after its last move has one left.
 
     Args:
         seed: of the maze.
@@ -60,7 +65,7 @@ class Maze(Task):
 
     seed: int
     side: int = 5
-    loops: int = 5
+    loops: int = 4
     length: int = 16
     beta: float = 0.5
     tokens = len(MOVES)
@@ -79,9 +84,10 @@ class Maze(Task):
     def start(self) -> Cell:
         return 0, 0
 
-    @property
+    @functools.cached_property
     def goal(self) -> Cell:
-        return self.side - 1, self.side - 1
+        moves = networkx.single_source_shortest_path_length(self.maze, self.start)
+        return min(self.maze, key=lambda cell: (-moves[cell], cell))
 
     @functools.cached_property
     def base(self) -> Automaton:
@@ -103,8 +109,8 @@ class Maze(Task):
     def score(self) -> Tensor:
         """What the reward is a sum of, by state and move at each time, float64 [L, S, V]."""
         there = (self.base.to == self.number(self.goal)).double().repeat(self.length, 1, 1)
-        away = torch.tensor([2 * (self.side - 1) - row - column for row in range(self.side) for column in range(self.side)])
-        there[-1] -= away[self.base.to]
+        cells = [(row, column) for row in range(self.side) for column in range(self.side)]
+        there[-1] -= torch.tensor([blocks(cell, self.goal) for cell in cells])[self.base.to]
         return there
 
     @functools.cached_property
@@ -129,7 +135,7 @@ class Maze(Task):
 
     def plan(self, cells: list[Cell]) -> Tensor:
         """The moves along neighbours from the start on, and none after that, int64 [L]."""
-        moves = [MOVES.index((b[0] - a[0], b[1] - a[1])) for a, b in zip(cells, cells[1:], strict=False)]
+        moves = [MOVES.index((b[0] - a[0], b[1] - a[1])) for a, b in itertools.pairwise(cells)]
         return torch.tensor(moves + [0] * (self.length - len(moves)))
 
     @functools.cached_property
@@ -146,11 +152,7 @@ class Maze(Task):
 
     def a_star(self) -> Tensor:
         """A plan that reaches the goal in the fewest moves, int64 [L]."""
-
-        def away(cell: Cell, goal: Cell) -> int:
-            return abs(cell[0] - goal[0]) + abs(cell[1] - goal[1])
-
-        return self.plan(networkx.astar_path(self.maze, self.start, self.goal, away))
+        return self.plan(networkx.astar_path(self.maze, self.start, self.goal, blocks))
 
     def figures(self, x: Tensor) -> dict[str, float]:
         reward = self.reward(x)

@@ -89,7 +89,7 @@ def run(case: str, options: Options, name: str, seed: int) -> dict[str, Any]:
 
 
 def study(given: dict[str, Any], output: Path) -> str:
-    case, name = CASES[given["task"]], f"exact-{given['task']}"
+    case, name = CASES[given["task"]], given["name"] or f"exact-{given['task']}"
     asked = {field.name: given[field.name] for field in dataclasses.fields(Options)}
     options = dataclasses.replace(case.options, **{k: v for k, v in asked.items() if v is not None})
     task = case.instance(0)
