@@ -117,6 +117,21 @@ def test_conditionals_of_an_automaton(name):
 
 
 @pytest.mark.parametrize("name", LAWS)
+def test_what_is_known_of_the_states_of_an_automaton(name):
+    """In front of each token given the others, and at the end given all, against sums over all sequences."""
+    law, every = LAWS[name](), oracle.sequences(5, 3)
+    p, through = law.log_prob(every).exp(), law.states(every)
+    generator = torch.Generator().manual_seed(2)
+    known = every[torch.multinomial(p, 10, replacement=True, generator=generator)]
+    states = torch.where(torch.rand(known.shape, generator=generator) < 0.6, 3, known)
+    for state, given in zip(states, law.given(states)[1], strict=True):
+        for i in range(6):
+            fits = ((state == 3) | (every == state) | (torch.arange(5) == i)).all(dim=1)
+            mass = torch.zeros(len(law.to), dtype=torch.float64).index_add_(0, through[fits, i], p[fits])
+            torch.testing.assert_close(given[i], mass / mass.sum(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAWS)
 def test_a_tilt_of_an_automaton(name):
     """log Z, the law, means and the KL, against sums over all sequences; samples by a chi-square."""
     law, every = LAWS[name](), oracle.sequences(5, 3)

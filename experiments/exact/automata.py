@@ -77,6 +77,12 @@ class Automaton:
 
         -inf for what is forbidden. Rows whose tokens are impossible together give NaN.
         """
+        return self.given(tokens)[0]
+
+    def given(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_conditionals`, and the law of the state in front of each token given all tokens but that one, and of the
+        last state given all, [B, L + 1, S].
+        """
         S, V = self.to.shape
         # Rows are the last dimension, along which sums over states and tokens run at full width.
         masked = (tokens.t() == V)[:, None]
@@ -88,12 +94,15 @@ class Automaton:
             ahead.append(self.at(t - 1)[..., None] * (value / value.amax(dim=0))[self.to])
         state = self.prob.new_zeros((S, len(tokens)))
         state[self.start] = 1
-        found = []
+        found, states = [], []
         for t in range(self.length):
-            found.append((state[:, None] * ahead.pop()).sum(dim=0))
+            both = state[:, None] * ahead.pop()
+            found.append(both.sum(dim=0))
+            states.append(both.sum(dim=1) / found[-1].sum(dim=0))
             state = self._led_to(state[:, None] * self.at(t)[..., None] * allowed[t])
             state = state / state.sum(dim=0)
-        return torch.stack(found).log().log_softmax(dim=1).permute(2, 0, 1)
+        log_prob = torch.stack(found).log().log_softmax(dim=1)
+        return log_prob.permute(2, 0, 1), torch.stack([*states, state]).permute(2, 0, 1)
 
     def tilted(self, score: Tensor) -> tuple[Automaton, float]:
         """The law p(x) e^{sum_t score_t(s_t, x_t)} / Z as an automaton, and log Z.

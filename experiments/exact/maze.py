@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dam.models.denoiser import Denoiser
 from experiments.exact.automata import Automaton, kl
-from experiments.exact.networks import Beyond, Whole
+from experiments.exact.networks import Along, States
 from experiments.exact.task import Task
 
 MOVES = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # to stay, and to each neighbour
@@ -184,4 +184,4 @@ class Maze(Task):
         }
 
     def denoiser(self) -> Denoiser:
-        return Beyond(self.base, Whole(self, width=128))
+        return Along(self.base, States(self.side**2, self.length))

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from dam.models.denoiser import Head
 from experiments.exact.automata import Automaton
-from experiments.lattice import Network
 
 FORBIDDEN = -60.0  # in place of -inf, which a head with weights of 0 would make NaN
 
@@ -37,18 +36,28 @@ class Windows(nn.Module):
         return self.layers(F.one_hot(around[row[:, None], at], self.values).float().flatten(1))
 
 
-class Whole(Network):
-    """Features of a position by an MLP of all tokens.
+class States(nn.Module):
+    """Features of a position by an MLP of the time and of what the base knows of its states: the laws of those in
+    front of the token, behind it and at the end.
 
     Args:
-        density, width, depth: of `experiments.lattice.Network`.
+        states: S.
+        length: L.
+        features: what it gives, D.
     """
 
-    features = 32
+    def __init__(self, states: int, length: int, width: int = 96, features: int = 32):
+        super().__init__()
+        self.length, self.features = length, features
+        self.layers = nn.Sequential(
+            *(nn.Linear(3 * states + length, width), nn.GELU(), nn.Linear(width, width), nn.GELU()),
+            *(nn.Linear(width, features), nn.GELU()),
+        )
 
-    def forward(self, tokens: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        """[n, D] at positions int64 [n] of rows [n] of tokens [B, L]."""
-        return self.hidden_at(tokens, None, row, position)
+    def forward(self, states: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """[n, D] at positions int64 [n] of rows [n] of laws of states [B, L + 1, S]."""
+        known = (states[row, position], states[row, position + 1], states[row, -1])
+        return self.layers(torch.cat([*known, F.one_hot(position, self.length).float()], dim=1))
 
 
 class Beyond(nn.Module):
@@ -59,7 +68,7 @@ class Beyond(nn.Module):
         network: of (tokens, row, position), with `features`.
     """
 
-    def __init__(self, base: Automaton, network: Windows | Whole):
+    def __init__(self, base: Automaton, network: Windows | States):
         super().__init__()
         self.base, self.network = base, network
         self.output = nn.Linear(network.features, base.to.shape[1])
@@ -78,3 +87,14 @@ class Beyond(nn.Module):
     def head(self) -> Head:
         weight = self.output.weight
         return Head(torch.cat([weight, torch.eye(len(weight))], dim=1), self.output.bias)
+
+
+class Along(Beyond):
+    """`Beyond` whose network is of the base's states, `Automaton.given`, in place of tokens."""
+
+    network: States
+
+    def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
+        log_prob, states = self.base.given(tokens)
+        base = log_prob[row, position].clamp(min=FORBIDDEN)
+        return torch.cat([self.network(states, row, position), base], dim=1)
