@@ -48,17 +48,18 @@ def of_results(*printers):
     return lambda *files: "\n\n".join(made([run for one in files for run in one["results"]]) for made in printers)
 
 
-def of_exact(found):
-    return exact.table(found["results"], exact.CASES[found["task"]].instance(0).columns)
+def of_exact(*files):
+    columns = exact.CASES[files[0]["task"]].instance(0).columns
+    return exact.table([run for one in files for run in one["results"]], columns)
 
 
 # What prints the tables under a link to a JSON, by its path; it is given all that the same paragraph links to.
 PRINTED = {
     "epyc-avx2-2-cores/chain.json": ablations.text_of_chain,
     "epyc-avx2-2-cores/exact-dna.json": of_exact,
-    "epyc-avx2-2-cores/exact-maxcut.json": of_exact,
+    "epyc-avx2-2-cores/exact-maxcut-kept.json": of_exact,
     "epyc-avx2-2-cores/exact-maze.json": of_exact,
-    "epyc-avx2-2-cores/exact-mis.json": of_exact,
+    "epyc-avx2-2-cores/exact-mis-kept.json": of_exact,
     "epyc-avx2-2-cores/ablations.json": ablations.text_of,
     "epyc-avx2-2-cores/guidance.json": guidance.text_of,
     "epyc-avx2-2-cores/ising-0.28-256000.json": of_results(lattice.lattice_table, lattice.network_calls_table),
