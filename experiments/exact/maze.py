@@ -67,7 +67,7 @@ class Maze(Task):
     side: int = 5
     loops: int = 4
     length: int = 16
-    beta: float = 0.5
+    beta: float = 1.0
     tokens = len(MOVES)
     columns: ClassVar = {
         "reward": ("E[r]", "{:.3f}"),

@@ -38,7 +38,7 @@ class Case:
 
 
 _GRAPHS = Options(rounds=100, batch=128, steps=8, learning_rate=4e-3, power=1.0)
-_SEQUENCES = Options(rounds=100, batch=256, steps=8, learning_rate=3e-3, power=1.0)
+_SEQUENCES = Options(rounds=50, batch=256, steps=16, learning_rate=3e-3, power=1.0)
 CASES = {
     "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 1024),
     "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 1024),
