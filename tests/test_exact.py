@@ -303,7 +303,7 @@ def test_classical_plans(seed):
     task = maze.Maze(seed)
     assert bool((task.shortest == task.a_star()).all(dim=1).any())
     assert len(task.shortest.unique(dim=0)) == len(task.shortest)
-    assert task.maze.number_of_edges() == 24 + task.loops
+    assert task.maze.number_of_edges() == 15 + task.loops
     found = task.references(100)
     assert found["A*, its one plan"]["reward"] == found["breadth-first search, all plans"]["reward"]
     assert found["p*"]["reward"] < found["A*, its one plan"]["reward"] and found["the base"]["success"] < 0.1

@@ -64,10 +64,10 @@ class Maze(Task):
     """
 
     seed: int
-    side: int = 5
-    loops: int = 4
-    length: int = 16
-    beta: float = 1.0
+    side: int = 4
+    loops: int = 3
+    length: int = 12
+    beta: float = 0.5
     tokens = len(MOVES)
     columns: ClassVar = {
         "reward": ("E[r]", "{:.3f}"),
@@ -184,4 +184,4 @@ class Maze(Task):
         }
 
     def denoiser(self) -> Denoiser:
-        return Along(self.base, States(self.side**2, self.length))
+        return Along(self.base, States(self.tokens, self.side**2, self.length, reach=self.length - 1))
