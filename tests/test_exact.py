@@ -426,7 +426,7 @@ def test_the_study_writes_its_figures(tmp_path, capsys, monkeypatch):
     arguments = ["exact", "--task", "dna", "--rounds", "2", "--batch", "32", "--steps", "1", "--seeds", "1"]
     assert main([*arguments, "--learners", "weighted denoising", "--output", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "exact-dna.json").read_text())
-    assert written["beta"] == dna.Sites.beta and written["length"] == 32 and written["rounds"] == 2
+    assert written["beta"] == dna.Sites.beta and written["length"] == 20 and written["rounds"] == 2
     assert study.table(written["results"], dna.Sites.columns) in capsys.readouterr().out
     for picture in ("exact-dna.png", "exact-dna-reward.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
