@@ -365,6 +365,11 @@ SENTENCES = [
     (STUDY, "{} positions of all trajectories of a row", lambda: [read(CHAIN)["positions"]]),
     (
         STUDY,
+        "times ESS it is {} to {}.",
+        lambda: least_and_most([run["error"] * run["ess"] for run in read(CHAIN)["results"]]),
+    ),
+    (
+        STUDY,
         "At the same reward calls, and {} network calls in place of {}, the learner",
         lambda: [median(CUTS_KEPT, KEPT, "network calls"), median(CUTS, STEPPED, "network calls")],
     ),
