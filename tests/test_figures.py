@@ -318,6 +318,7 @@ GUIDANCE = "epyc-avx2-2-cores/guidance.json"
 TODAY = "xeon-avx512-2-cores/ising-0.28-masked.json"
 SETS, SETS_KEPT = "epyc-avx2-2-cores/exact-mis.json", "epyc-avx2-2-cores/exact-mis-kept.json"
 CUTS, CUTS_KEPT = "epyc-avx2-2-cores/exact-maxcut.json", "epyc-avx2-2-cores/exact-maxcut-kept.json"
+SITES = "epyc-avx2-2-cores/exact-dna.json"
 MAZES = "epyc-avx2-2-cores/exact-maze.json"
 CHAIN = "epyc-avx2-2-cores/chain.json"
 # Passages with their numbers in braces, and what these were rounded from.
@@ -379,6 +380,13 @@ SENTENCES = [
         lambda: [
             min(of_instances(SETS, STEPPED, "found")), *sorted(of_instances(CUTS, STEPPED, "found"), reverse=True)[1:]
         ],
+    ),
+    (
+        STUDY,
+        "{} to {} of the base's divergence from p* is left",
+        lambda: least_and_most(
+            [run["figures"]["kl"] / run["references"]["the base"]["kl"] for run in read(SITES)["results"]]
+        ),
     ),
     (
         STUDY,
