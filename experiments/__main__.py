@@ -1,9 +1,9 @@
 """The studies of the method: python -m experiments grid|ising|potts|moves|sudoku|orders|countdown|...
 
 Those before orders ask which estimator learns most from a reward call, by `estimators` and `lattice`, of chains of
-listed moves by `moves`; exact holds what is learned on graphs and sequences to answers that are known; orders asks what
-keeps a run from p* whose base is a network, countdown what keeps a text model from learning; ablations and guidance
-train nothing; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
+listed moves by `moves`; exact holds what is learned on graphs, mazes and sequences to answers that are known; orders
+asks what keeps a run from p* whose base is a network, countdown what keeps a text model from learning; ablations and
+guidance train nothing; runs prints the figures of finished `dam sudoku` or `dam countdown` runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STUDIES = {
     "potts": "a Potts lattice",
     "sudoku": "the main job, estimator by estimator",
     "moves": "chains of swaps and hops, against enumeration",
-    "exact": "graphs and sequences whose optimum is known",
+    "exact": "graphs, mazes and sequences whose optimum is known",
     "orders": "a small network as base, against enumeration",
     "countdown": "a text model, one setting after another changed",
 }
@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add("--reach", type=int, help="how far a centred network sees along an axis (default: the whole lattice)")
     add = on["exact"].add_argument
     add("--task", choices=exact.CASES, required=True)
+    add("--name", help="of the JSON and PNG (default: by the task)")
     for field in dataclasses.fields(estimators.Options):
         kind = type(getattr(estimators.Options(), field.name))
         add(f"--{field.name.replace('_', '-')}", type=kind, help="default: the task's")

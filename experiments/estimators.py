@@ -32,6 +32,7 @@ from experiments.exact import learner as exact
 
 SVDD = "svdd"
 COSTS = ("reward_calls", "network_calls")  # of a point of a curve
+SECONDS = "core_seconds"  # likewise: a processor's time for drawing, rewards and gradient steps
 CHECKS = 24  # evaluations of a run, at numbers of rounds that grow by a factor
 
 
@@ -83,13 +84,17 @@ def play(
         rounds = learners.rounds_within(options.network_calls, learner, model)
     curve, at = [], checked(rounds)
     reward_calls = network_calls = 0
+    seconds = 0.0
     for n in bar(rounds, label):
+        started = time.process_time()  # what else the machine does is not in it
         played = learner.round(model, n, n / rounds)
         for targets in played.steps:
             model.step(targets, n / rounds)
+        seconds += time.process_time() - started
         reward_calls, network_calls = reward_calls + played.reward_calls, network_calls + played.network_calls
         if n + 1 in at:
-            curve.append({"reward_calls": reward_calls, "network_calls": network_calls, **evaluate()})
+            cost = {"reward_calls": reward_calls, "network_calls": network_calls, SECONDS: seconds}
+            curve.append({**cost, **evaluate()})
     return curve
 
 
@@ -215,7 +220,8 @@ def study_grid(given: dict[str, Any], options: Options, output: Path) -> str:
     draw_curves(output / f"{stem}.png", results, "kl", "KL(p* || p_u)", title)
     truth = density.law().view(density.size, density.size)
     draw_laws(output / f"{stem}-samples.png", {"p*": truth, **{n: laws[n] for n in given["learners"]}}, title)
-    return grid_table(results)
+    # Uniform chains are not played by `play`, which counts seconds.
+    return "\n\n".join((grid_table(results), *([seconds_table(results)] if given["base"] == "masked" else [])))
 
 
 def reached(curve: Sequence[dict[str, float]], figure: str, level: float) -> float:
@@ -237,6 +243,26 @@ def grid_table(results: Sequence[dict[str, Any]]) -> str:
         cells += [spread([curve[-1][figure] for curve in curves], "{:.2g}") for figure in ("kl", "tv")]
         for level in (1e-2, 1e-3, 1e-4):
             cells.append(middle([reached(curve, "kl", level) for curve in curves]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+WITHIN = (0.25, 0.5, 1.0, 2.0)
+
+
+def seconds_table(results: Sequence[dict[str, Any]]) -> str:
+    """KL at the last evaluation within so many seconds of a core, and what all of the run took: medians over seeds.
+
+    Learning rates have not fallen then as far as those of a run of that length would have.
+    """
+    lines = [f"| learner | seconds of a core | {' | '.join(f'KL after {s:g} s' for s in WITHIN)} |"]
+    lines += ["| --- " * (2 + len(WITHIN)) + "|"]
+    for name in dict.fromkeys(r["learner"] for r in results):
+        curves = [r["curve"] for r in results if r["learner"] == name]
+        cells = [name, spread([curve[-1][SECONDS] for curve in curves], "{:.2f}")]
+        for limit in WITHIN:
+            within = [[point["kl"] for point in curve if point[SECONDS] <= limit] for curve in curves]
+            cells.append(spread([points[-1] for points in within], "{:.2g}") if all(within) else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -363,14 +389,16 @@ def study_countdown(given: dict[str, Any], output: Path) -> str:
 def draw_curves(
     path: Path, results: Sequence[dict[str, Any]], figure: str, axis: str, title: str, *, log: bool = True
 ) -> None:
-    """A figure against reward calls and, where they are counted, network calls: medians and bands over seeds."""
-    costs = [cost for cost in ("reward_calls", "network_calls") if cost in results[0]["curve"][-1]]
+    """A figure against reward calls and, where they are counted, network calls and seconds: medians and bands over
+    seeds.
+    """
+    costs = [cost for cost in (*COSTS, SECONDS) if cost in results[0]["curve"][-1]]
     drawn = plots.figure_class()(figsize=(6 * len(costs), 4.5), layout="constrained")
     drawn.suptitle(title, fontsize=10)
     for axes, cost in zip(drawn.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         for name in dict.fromkeys(r["learner"] for r in results):
             curves = [r["curve"] for r in results if r["learner"] == name]
-            calls = [point[cost] for point in curves[0]]
+            calls = [statistics.median(point[cost] for point in points) for points in zip(*curves, strict=True)]
             values = torch.tensor([[point[figure] for point in curve] for curve in curves])
             style = {learners.PUBLISHED: "--", SVDD: "k:"}.get(name, "-")  # there are ten colours
             (line,) = axes.plot(calls, values.quantile(0.5, dim=0).tolist(), style, linewidth=1.2, label=name)

@@ -29,7 +29,8 @@ class Replay(Learner):
 
     From then on
 
-        1/2 Var over paths of  r(x) - log p_u(x | order),      of which the gradient is -E[(l - E[l]) grad log p_u],
+        1/2 Var over paths of  log p_base(x) + r(x) - log p_u(x | order),      of which the gradient is
+        -E[(l - E[l]) grad log p_u],
 
     l being what the variance is of: `path_targets` with these weights. It is 0 at p* and there alone, whatever law the
     paths are drawn from, if that has them all, and so is each path's share of the gradient: no noise is left. The paths
@@ -76,9 +77,18 @@ class Replay(Learner):
         """Of a step on the variance."""
         return max(2, self.positions // (2 * self.density.length))
 
+    def log_base(self, final: Tensor) -> Tensor:
+        """log p_base of outcomes, float64 [B], up to a constant: here all are equally likely."""
+        return torch.zeros(len(final), dtype=torch.float64)
+
+    def gain(self, final: Tensor) -> Tensor:
+        """r of outcomes, float64 [B]: a reward call each."""
+        return self.density.log_density(final)
+
     def round(self, model: Model, n: int, progress: float) -> Round:
         path = model.sampled(model.blank(self.batch), self.seed_of(n))
-        reward, log_ratio = self.density.log_density(path.final), self.log_ratio(path).sum(dim=1)
+        log_base, reward = self.log_base(path.final), self.gain(path.final)
+        log_ratio = log_base - path.log_prob.double().sum(dim=1)
         self._keep(path.final, reward, log_ratio)
         if self.ess:
             self.tilt = furthest_tilt(log_ratio, reward, self.ess * self.batch, self.tilt)
@@ -87,7 +97,7 @@ class Replay(Learner):
             return Round(self._re_masked(model), self.batch, self.batch * length + self.steps * self.states)
         # In the rollout, for the weights of a step, and in its loss.
         calls = 3 * self.batch * length
-        return Round(self._by_variance(model, path, reward), self.batch, calls)
+        return Round(self._by_variance(model, path, log_base + self.tilt * reward), self.batch, calls)
 
     def _keep(self, *values: Tensor) -> None:
         for name, value in zip(("final", "reward", "log_ratios"), values, strict=True):
@@ -108,9 +118,9 @@ class Replay(Learner):
             states = model.process.remask(blank, final, self.generator, stratified=True)
             yield group_targets("posterior", states, final, torch.ones(final.shape[:2]), model.process)
 
-    def _by_variance(self, model: Model, path: Trajectories, reward: Tensor) -> Iterator[MatchingTargets]:
+    def _by_variance(self, model: Model, path: Trajectories, log_law: Tensor) -> Iterator[MatchingTargets]:
         for rows in torch.randperm(self.batch, generator=self.generator).split(self.paths):
-            yield variance_targets(model, path[rows], self.tilt * reward[rows], self.bound)
+            yield variance_targets(model, path[rows], log_law[rows], self.bound)
 
 
 def furthest_tilt(log_ratio: Tensor, reward: Tensor, ess: float, tilt: float) -> float:

@@ -279,6 +279,7 @@ def test_processes_change_no_figure(tmp_path):
     for a, b in zip(one, two, strict=True):
         assert (a["learner"], a["seed"]) == (b["learner"], b["seed"])
         for mine, other in zip(a["curve"], b["curve"], strict=True):
+            assert mine.pop("core_seconds") > 0 and other.pop("core_seconds") > 0
             assert mine == pytest.approx(other, rel=1e-4)  # float32 sums by another number of threads
     assert one[0]["curve"][-1]["kl"] != pytest.approx(one[1]["curve"][-1]["kl"], rel=1e-4)
 
@@ -627,6 +628,17 @@ def test_reward_calls_to_a_level():
     assert estimators.reached(curve, "kl", 1.0) == 4 and estimators.reached(curve, "kl", 10.0) == 1
     assert estimators.reached(curve, "kl", 0.1) == math.inf
     assert estimators.checked(3000) >= {14, 3000} and len(estimators.checked(3000)) > 12
+
+
+def test_divergences_within_seconds():
+    """The last evaluation within the limit, a median over seeds; none where a seed has no evaluation by then."""
+    points = ((0.2, 4.0), (0.6, 2.0), (0.9, 1.0))
+    results = [
+        {"learner": "d1", "curve": [{"core_seconds": s * slow, "kl": kl} for s, kl in points]}
+        for slow in (1.0, 1.5, 2.0)
+    ]
+    (row,) = estimators.seconds_table(results).splitlines()[2:]
+    assert row == "| d1 | 1.35 (0.90 to 1.80) | - | 4 (4 to 4) | 2 (1 to 4) | 1 (1 to 1) |"
 
 
 def test_a_learner_of_another_study_is_refused(capsys):

@@ -1,6 +1,7 @@
 """Tasks with an exact answer: what is called exact, held to enumeration, and what is learned of it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ from dam.ctmc import enumeration
 from dam.rollout import rollout
 from experiments import estimators, learners
 from experiments.__main__ import main
-from experiments.exact import automata, dna, graphs, learner, study
+from experiments.exact import automata, dna, graphs, learner, maze, study
 from tests import oracle
 
 Z = 5.5  # false alarm of a normal score: below 1e-7 each
@@ -116,6 +117,21 @@ def test_conditionals_of_an_automaton(name):
 
 
 @pytest.mark.parametrize("name", LAWS)
+def test_what_is_known_of_the_states_of_an_automaton(name):
+    """In front of each token given the others, and at the end given all, against sums over all sequences."""
+    law, every = LAWS[name](), oracle.sequences(5, 3)
+    p, through = law.log_prob(every).exp(), law.states(every)
+    generator = torch.Generator().manual_seed(2)
+    known = every[torch.multinomial(p, 10, replacement=True, generator=generator)]
+    states = torch.where(torch.rand(known.shape, generator=generator) < 0.6, 3, known)
+    for state, given in zip(states, law.given(states)[1], strict=True):
+        for i in range(6):
+            fits = ((state == 3) | (every == state) | (torch.arange(5) == i)).all(dim=1)
+            mass = torch.zeros(len(law.to), dtype=torch.float64).index_add_(0, through[fits, i], p[fits])
+            torch.testing.assert_close(given[i], mass / mass.sum(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAWS)
 def test_a_tilt_of_an_automaton(name):
     """log Z, the law, means and the KL, against sums over all sequences; samples by a chi-square."""
     law, every = LAWS[name](), oracle.sequences(5, 3)
@@ -135,6 +151,12 @@ def test_a_tilt_of_an_automaton(name):
     pooled = [torch.cat((of[likely], of[~likely].sum()[None])) for of in (counts, q)]
     kept = pooled[1] > 0
     assert abs(oracle.chi_square_z(pooled[0][kept], pooled[1][kept])) < Z
+
+
+def test_states_that_are_not_the_last_tokens_are_no_markov_chain():
+    law = walk()
+    with pytest.raises(ValueError, match=r"Markov: token v must lead from state s to \(s V \+ v\) mod V\^m"):
+        automata.Markov(law.start, law.to, law.prob, law.length)
 
 
 # ---- binding sites
@@ -211,6 +233,148 @@ def test_a_network_begins_as_the_base(sites):
         torch.testing.assert_close(path.log_prob.sum(dim=1).double(), sites.log_base(path.final), rtol=0, atol=1e-4)
 
 
+# ---- a maze
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Nine cells, six moves, and two ways that are as short."""
+    return maze.Maze(0, side=3, loops=2, length=6, beta=0.7)
+
+
+@functools.cache
+def walked(task):
+    """By loops over all plans: how likely each is, 0 if a wall is in its way, and its reward."""
+    probability, reward, goal = [], [], task.goal
+    for plan in oracle.sequences(6, 5).tolist():
+        cell, p, r = (0, 0), 1.0, 0
+        for move in plan:
+            here = [0] if cell == goal else [0, *(m for m in range(1, 5) if task.maze.has_edge(cell, moved(cell, m)))]
+            p *= (move in here) / len(here)
+            cell = moved(cell, move)
+            r += cell == goal
+        probability.append(p)
+        reward.append(r - abs(goal[0] - cell[0]) - abs(goal[1] - cell[1]))
+    return torch.tensor([probability, reward], dtype=torch.float64)
+
+
+def moved(cell, move):
+    down, right = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))[move]
+    return cell[0] + down, cell[1] + right
+
+
+def test_plans_through_a_maze(tiny):
+    """Rewards and the base of all 15,625; log Z, p* and its figures are sums over them."""
+    every, (base, reward) = oracle.sequences(6, 5), walked(tiny)
+    free = base > 0
+    assert math.isclose(float(base.sum()), 1.0, rel_tol=1e-12) and 0.01 < free.double().mean() < 0.2
+    torch.testing.assert_close(tiny.log_base(every).exp(), base, rtol=1e-6, atol=0)  # of a float32 chain
+    assert torch.equal(tiny.reward(every[free]), reward[free])
+    score = base.log() + reward / tiny.beta
+    assert math.isclose(tiny.log_z, float(score.logsumexp(dim=0)), rel_tol=1e-5)
+    p = torch.softmax(score, dim=0)
+    torch.testing.assert_close(tiny.optimum.log_prob(every).exp(), p, rtol=1e-5, atol=0)
+    best = reward == reward[free].max()
+    assert {tuple(plan) for plan in tiny.shortest.tolist()} == {tuple(plan) for plan in every[best & free].tolist()}
+    there = torch.tensor([functools.reduce(moved, plan, (0, 0)) == tiny.goal for plan in every.tolist()])
+    exact = tiny.of_law(tiny.optimum, samples=7)
+    expected = {
+        "reward": p[free] @ reward[free],
+        "success": p[there & free].sum(),
+        "shortest": p[best & free].sum(),
+        "found": (1 - (1 - p[best & free]) ** 7).mean(),
+    }
+    assert exact == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+
+
+def test_figures_of_plans_are_those_of_their_law(tiny):
+    """Of all plans that are free of walls, each once: shares are counts."""
+    every, (base, reward) = oracle.sequences(6, 5), walked(tiny)
+    found = tiny.figures(every[base > 0])
+    count = int((base > 0).sum())
+    assert found["shortest"] == pytest.approx(len(tiny.shortest) / count) and found["found"] == 1.0
+    assert found["reward"] == pytest.approx(float(reward[base > 0].mean()))
+    assert tiny.figures(tiny.shortest[:1])["found"] == 1 / len(tiny.shortest)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_classical_plans(seed):
+    """A* finds one of the plans that breadth-first search finds; walls are where the tree and its loops have none."""
+    task = maze.Maze(seed)
+    assert bool((task.shortest == task.a_star()).all(dim=1).any())
+    assert len(task.shortest.unique(dim=0)) == len(task.shortest)
+    assert task.maze.number_of_edges() == 15 + task.loops
+    found = task.references(100)
+    assert found["A*, its one plan"]["reward"] == found["breadth-first search, all plans"]["reward"]
+    assert found["p*"]["reward"] < found["A*, its one plan"]["reward"] and found["the base"]["success"] < 0.1
+
+
+def test_mazes_that_cannot_be():
+    with pytest.raises(ValueError, match="of 3 x 3 cells a tree leaves 4 walls; got 5 loops"):
+        maze.random_maze(3, 5, 0)
+    with pytest.raises(ValueError, match="the goal is 4 moves away, and a plan has 3"):
+        _ = maze.Maze(0, side=3, loops=4, length=3).shortest
+
+
+def test_a_planner_begins_as_the_random_walk(tiny):
+    """Its trajectories cross no wall, and are as likely as the walk has them, up to float32."""
+    model = learners.DenoiserModel(tiny.denoiser(), tiny, learning_rate=1e-3)
+    path = model.sampled(model.blank(200), seed=1)
+    torch.testing.assert_close(path.log_prob.sum(dim=1).double(), tiny.log_base(path.final), rtol=0, atol=1e-4)
+
+
+# ---- the learner that keeps outcomes
+
+
+def kept(task, batch, **options):
+    return learner.Kept(task, batch=batch, steps=2, seed=0, **options)
+
+
+def test_kept_outcomes_are_weighed_toward_the_law_of_the_tilt():
+    """Those of two rounds of the base: sums of their weights, by outcome, within noise of p_a."""
+    task = small(0)
+    model = learners.DenoiserModel(task.denoiser(), task, learning_rate=1e-3)
+    by = kept(task, 20_000)
+    for n in range(2):
+        by.round(model, n, 0.0)
+    assert 0.1 < by.tilt < 1
+    weight, final = by.weights().flatten() / by.weights().sum(), by.final.flatten(0, 1).long()
+    found = torch.zeros(64, dtype=torch.float64).index_add_(0, enumeration.index_of(final, 2), weight)
+    law = torch.softmax(by.tilt * task.rewards / task.beta, dim=0)
+    # Shares of 40,000 draws from 64 outcomes, at a probability of 1/64 each, times what they weigh.
+    deviation = law * (63 / 40_000) ** 0.5
+    assert float(((found - law) / deviation).abs().max()) < Z
+
+
+def test_a_reward_is_asked_for_once():
+    asked = []
+
+    class Counting(graphs.Cut):
+        def reward(self, x):
+            asked.append(len(x))
+            return super().reward(x)
+
+    task = Counting(small(0).edges, 6)
+    model = learners.DenoiserModel(task.denoiser(), task, learning_rate=1e-3)
+    by = kept(task, 64)
+    for n in range(4):
+        played = by.round(model, n, n / 4 + 0.2)
+        # Of paths a state for each jump, looked at once for its weight and once for the loss.
+        assert played.network_calls == 64 * 6 + (2 * by.states if n < 2 else 2 * 64 * 6)
+    assert asked == [64] * 4
+
+
+def test_at_the_optimum_the_variance_asks_for_nothing(sites):
+    """Without a reward that is the base, which the model begins as, whatever the order of the path."""
+    task = dataclasses.replace(sites, beta=1e9)
+    model = learners.DenoiserModel(task.denoiser(), task, learning_rate=1e-3)
+    by = kept(task, 64, late=0.5, positions=512)
+    by.round(model, 0, 0.0)
+    asked = [targets.weight.abs().max() for targets in by.round(model, 1, 0.9).steps]
+    # Logarithms of eight jumps in float32; the sequences' own differ by several.
+    assert len(asked) == 2 and max(asked) < 1e-4 and sites.log_base(by.final.flatten(0, 1).long()).std() > 1
+
+
 # ---- the study
 
 
@@ -218,9 +382,11 @@ def small(seed):
     return graphs.Cut(graphs.random_edges("regular", 6, 3, seed), 6, beta=0.5)
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [(learner.STEPPED, -0.1, 0.3), (learner.NULL, 3.0, 10.0)])
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [(learner.KEPT, -0.1, 0.1), (learner.STEPPED, -0.1, 0.3), (learner.NULL, 3.0, 10.0)]
+)
 def test_what_is_learned_is_the_optimum(monkeypatch, name, least, most):
-    """The complete bipartite graph of three and three: of a divergence of 3.3 the learner leaves 0.02, in a mean over
+    """The complete bipartite graph of three and three: of a divergence of 3.3 the learners leave 0.02, in a mean over
     samples that can be below 0; weights of other outcomes lead it astray, to 5.6.
     """
     options = estimators.Options(rounds=20, batch=128, steps=4, learning_rate=1e-2, power=1.0)
@@ -230,7 +396,7 @@ def test_what_is_learned_is_the_optimum(monkeypatch, name, least, most):
     assert 3.3 < float(torch.xlogy(law, law * 64).sum()) < 3.4
     assert least < found["figures"]["kl"] < most
     last = found["curve"][-1]
-    assert last["reward_calls"] == 20 * 128 and last["gained"] == pytest.approx(float(name == learner.STEPPED), abs=0.2)
+    assert last["reward_calls"] == 20 * 128 and last["gained"] == pytest.approx(float(name != learner.NULL), abs=0.2)
 
 
 def test_figures_of_a_model_that_is_the_base(sites):
@@ -247,7 +413,7 @@ def test_the_study_writes_its_figures(tmp_path, capsys, monkeypatch):
     arguments = ["exact", "--task", "dna", "--rounds", "2", "--batch", "32", "--steps", "1", "--seeds", "1"]
     assert main([*arguments, "--learners", "weighted denoising", "--output", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "exact-dna.json").read_text())
-    assert written["beta"] == dna.Sites.beta and written["length"] == 32 and written["rounds"] == 2
+    assert written["beta"] == dna.Sites.beta and written["length"] == 20 and written["rounds"] == 2
     assert study.table(written["results"], dna.Sites.columns) in capsys.readouterr().out
     for picture in ("exact-dna.png", "exact-dna-reward.png"):
         assert (tmp_path / picture).stat().st_size > 10_000

@@ -60,7 +60,7 @@ class Sites(Task):
     """
 
     seed: int
-    length: int = 32
+    length: int = 20
     beta: float = 0.15
     tokens = LETTERS
     columns: ClassVar = {

@@ -1,20 +1,22 @@
-"""The learner of this study, which steps no further than an effective sample size allows, and its null control."""
+"""The learners of this study, which tilt in steps that an effective sample size allows, and their null control."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from dam.adjoint import group_targets, tilted_weights
 from experiments import learners
 from experiments.exact.task import Task
+from experiments.replay import Replay
 
-STEPPED, NULL = "posterior, steps by ESS", "null control"
+KEPT, STEPPED, NULL = "outcomes kept, steps by ESS", "posterior, steps by ESS", "null control"
 # Of the learners that there are those that ask the density alone what p* is, whatever the base.
 OTHERS = ("posterior", "weighted denoising", learners.PUBLISHED)
-LEARNERS = (STEPPED, *OTHERS, NULL)
-DEFAULT = (STEPPED, learners.PUBLISHED, NULL)
+LEARNERS = (KEPT, STEPPED, *OTHERS, NULL)
+DEFAULT = (KEPT, STEPPED, learners.PUBLISHED, NULL)
 
 
 @dataclasses.dataclass
@@ -50,9 +52,23 @@ class Stepped(learners.Learner):
         return self.done(steps, self.batch, path)
 
 
+@dataclasses.dataclass
+class Kept(Replay):
+    """`experiments.replay.Replay` with a base that is a law of its own, from which the tilt leads to p*."""
+
+    density: Task
+    ess: float = 0.25
+
+    def log_base(self, final: Tensor) -> Tensor:
+        return self.density.log_base(final)
+
+    def gain(self, final: Tensor) -> Tensor:
+        return self.density.reward(final) / self.density.beta
+
+
 def learner(name: str, task: Task, *, batch: int, steps: int, replicates: int, seed: int) -> learners.Learner:
     """A learner by its name, one of LEARNERS."""
     options = {"batch": batch, "steps": steps, "replicates": replicates, "seed": seed}
     if name in OTHERS:
         return learners.learner(name, task, **options)
-    return Stepped(task, **options, null=name == NULL)
+    return Kept(task, **options) if name == KEPT else Stepped(task, **options, null=name == NULL)

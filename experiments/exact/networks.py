@@ -19,21 +19,44 @@ class Windows(nn.Module):
         tokens: V; token V is the mask.
         reach: tokens on either side.
         features: what it gives, D.
+        beside: numbers that it is given beside the tokens.
     """
 
-    def __init__(self, tokens: int, reach: int = 7, width: int = 96, features: int = 32):
+    def __init__(self, tokens: int, reach: int = 7, width: int = 96, features: int = 32, beside: int = 0):
         super().__init__()
         self.values, self.reach, self.features = tokens + 2, reach, features  # the mask, and what is outside
+        given = (2 * reach + 1) * self.values + beside
         self.layers = nn.Sequential(
-            *(nn.Linear((2 * reach + 1) * self.values, width), nn.GELU(), nn.Linear(width, width), nn.GELU()),
+            *(nn.Linear(given, width), nn.GELU(), nn.Linear(width, width), nn.GELU()),
             *(nn.Linear(width, features), nn.GELU()),
         )
 
-    def forward(self, tokens: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        """[n, D] at positions int64 [n] of rows [n] of tokens [B, L]."""
+    def forward(self, tokens: Tensor, row: Tensor, position: Tensor, *beside: Tensor) -> Tensor:
+        """[n, D] at positions int64 [n] of rows [n] of tokens [B, L], with what is beside them [n, ...]."""
         around = F.pad(tokens, (self.reach, self.reach), value=self.values - 1)
         at = position[:, None] + torch.arange(2 * self.reach + 1)
-        return self.layers(F.one_hot(around[row[:, None], at], self.values).float().flatten(1))
+        near = F.one_hot(around[row[:, None], at], self.values).float().flatten(1)
+        return self.layers(torch.cat([near, *beside], dim=1))
+
+
+class States(Windows):
+    """Features of a position by an MLP of the tokens around it, of the time, and of what the base knows of its states:
+    the laws of those in front of the token, behind it and at the end.
+
+    Args:
+        tokens, reach, width, features: as for `Windows`.
+        states: S.
+        length: L.
+    """
+
+    def __init__(self, tokens: int, states: int, length: int, reach: int, width: int = 96, features: int = 32):
+        super().__init__(tokens, reach, width, features, beside=3 * states + length)
+        self.length = length
+
+    def known(self, states: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """Of laws of states [B, L + 1, S], [n, 3 S + L]."""
+        laws = (states[row, position], states[row, position + 1], states[row, -1])
+        return torch.cat([*laws, F.one_hot(position, self.length).float()], dim=1)
 
 
 class Beyond(nn.Module):
@@ -63,3 +86,14 @@ class Beyond(nn.Module):
     def head(self) -> Head:
         weight = self.output.weight
         return Head(torch.cat([weight, torch.eye(len(weight))], dim=1), self.output.bias)
+
+
+class Along(Beyond):
+    """`Beyond` whose network is told what the base knows of its states, `Automaton.given`."""
+
+    network: States
+
+    def hidden_at(self, tokens: Tensor, attention_mask: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
+        log_prob, states = self.base.given(tokens)
+        told = self.network(tokens, row, position, self.network.known(states, row, position))
+        return torch.cat([told, log_prob[row, position].clamp(min=FORBIDDEN)], dim=1)

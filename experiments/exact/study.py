@@ -15,6 +15,7 @@ from experiments.estimators import Options
 from experiments.exact import learner
 from experiments.exact.dna import Sites
 from experiments.exact.graphs import Cut, IndependentSet, random_edges
+from experiments.exact.maze import Maze
 from experiments.exact.task import Task
 
 
@@ -36,12 +37,12 @@ class Case:
     samples: int  # that the figures at the end are of
 
 
-_GRAPHS = Options(rounds=100, batch=128, steps=8, learning_rate=4e-3, power=1.0)
-_SEQUENCES = Options(rounds=100, batch=256, steps=8, learning_rate=3e-3, power=1.0)
+_OPTIONS = Options(rounds=100, batch=128, steps=8, learning_rate=4e-3, power=1.0)
 CASES = {
-    "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _GRAPHS, 1024),
-    "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _GRAPHS, 1024),
-    "dna": Case("binding sites in 32 letters, Markov base of order 3", Sites, _SEQUENCES, 1024),
+    "mis": Case("maximum independent set, 16 nodes of mean degree 4", independent_set, _OPTIONS, 1024),
+    "maxcut": Case("maximum cut, 16 nodes of degree 3", cut, _OPTIONS, 1024),
+    "maze": Case("ways through 4 x 4 cells, 12 moves of a random walk", Maze, _OPTIONS, 1024),
+    "dna": Case("binding sites in 20 letters, Markov base of order 3", Sites, _OPTIONS, 1024),
 }
 COMMON = {"kl": ("KL(p_u, p*)", "{:.3f}"), "ess": ("ESS", "{:.3f}"), "log_z_error": ("log Z off by", "{:+.3f}")}
 
@@ -87,7 +88,7 @@ def run(case: str, options: Options, name: str, seed: int) -> dict[str, Any]:
 
 
 def study(given: dict[str, Any], output: Path) -> str:
-    case, name = CASES[given["task"]], f"exact-{given['task']}"
+    case, name = CASES[given["task"]], given["name"] or f"exact-{given['task']}"
     asked = {field.name: given[field.name] for field in dataclasses.fields(Options)}
     options = dataclasses.replace(case.options, **{k: v for k, v in asked.items() if v is not None})
     task = case.instance(0)
