@@ -44,7 +44,9 @@ def cost_gradient(cost: Cost, state: Tensor) -> Tensor:
     finite = slope.flatten(1).isfinite().all(dim=1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
-        raise ValueError(f"the gradient of the cost is not finite at row {row}, where the cost is {float(value[row]):g}")
+        raise ValueError(
+            f"the gradient of the cost is not finite at row {row}, where the cost is {float(value.detach()[row]):g}"
+        )
     return slope
 
 
@@ -66,8 +68,9 @@ def lean_adjoint(
     Args:
         process, base: give the base's drift; None is the process's reference. The path may be of any model.
         path: of `dam.flows.simulate`, by whose method and steps it is solved. By Euler's this is the gradient of the
-            discrete cost sum h f(X_k) + g(X_K) along a path of the base, exactly; by Heun's, of the cost with the
-            trapezoidal rule, where the drift is affine in the state, and elsewhere up to what is of the order of a step.
+            discrete cost sum h f(X_k) + g(X_K) from each time on, along a path of the base, exactly; by Heun's, of the
+            cost with the trapezoidal rule, where the drift is affine in the state, and elsewhere up to what is of the
+            order of a step.
         terminal: grad g(X_1), from `cost_gradient`.
         running: f, differentiable by autograd; none unless given.
 

@@ -1,6 +1,7 @@
 """Paths of flows: laws that are simulated, their order in the step, keyed draws, checkpoints and path weights."""
 
 import math
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from dam.flows import (
     FlowProcess,
     GaussianMixture,
     Linear,
+    Steps,
     VarianceExploding,
     VariancePreserving,
     simulate,
@@ -20,6 +22,7 @@ from dam.flows import (
 # A false alarm of one test: |z| above it has probability 6e-7.
 Z = 5.0
 MEAN, SPREAD = 0.6, 0.5
+PRESERVING = VariancePreserving(low=0.5, high=6.0)  # of which much of the data is left at time 0
 
 
 def float64(*values):
@@ -41,71 +44,86 @@ class Moments(NamedTuple):
     marginal: torch.Tensor  # [K + 1], variance of X_k
 
 
-def moments(process, law, count, method):
-    """Of X_K and X_k, exactly: a step of an affine drift is affine in the state and in its noise."""
+def moments(process, law, count, method, exact=True):
+    """Of X_K and X_k, exactly: a step of an affine drift is affine in the state and in its noise. X_0 is from its law, or
+    noise alone.
+    """
     times = process.times(count)
     model = law.model(process.schedule, process.predicts)
-    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    steps = simulate(process, model, zero, times=times, method=method, seed=0).steps
-    mean, variance = 0.0, float(process.schedule.beta(times[0])) ** 2
+    steps = Steps(process, times, method, seed=0, row_ids=torch.arange(3))
+    states, noises = float64(0.0, 1.0, 0.0)[:, None], float64(0.0, 0.0, 1.0)[:, None]
+    alpha, beta = float(process.schedule.alpha(times[0])) * exact, float(process.schedule.beta(times[0]))
+    mean, variance = alpha * MEAN, (alpha * SPREAD) ** 2 + beta**2
     marginal, factors = [variance], []
     for k in range(count):
-        shift = float(steps.step(model, k, zero, zero))
-        factor = float(steps.step(model, k, one, zero)) - shift
-        noise = float(steps.step(model, k, zero, one)) - shift
-        mean, variance = factor * mean + shift, factor**2 * variance + noise**2
+        shift, with_state, with_noise = steps.step(model, k, states, noises)[:, 0].tolist()
+        factor = with_state - shift
+        mean, variance = factor * mean + shift, factor**2 * variance + (with_noise - shift) ** 2
         factors.append(factor)
         marginal.append(variance)
     later = [math.prod(factors[k:]) for k in range(count + 1)]
     return Moments(mean, variance, float64(*later) * float64(*marginal), float64(*marginal))
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("schedule", "predicts"),
-    [(Linear(), "velocity"), (VariancePreserving(low=0.5, high=6.0), "score"), (VarianceExploding(0.05, 5.0), "noise")],
-    ids=["linear", "preserving", "exploding"],
+    ("schedule", "predicts", "noise"),
+    [
+        (Linear(), "velocity", 0.0),
+        (Linear(), "velocity", 1.0),
+        (PRESERVING, "score", 0.0),
+        (PRESERVING, "score", 0.5),
+        (PRESERVING, "score", 1.0),
+        (VarianceExploding(0.05, 5.0), "noise", 0.0),
+        (VarianceExploding(0.05, 5.0), "noise", 1.0),
+    ],
 )
 def test_the_law_that_is_simulated_comes_to_the_data_s(schedule, predicts, noise):
-    """In first order of the step by Euler-Maruyama, in second by Heun, to beyond what a test of samples would see."""
+    """In first order of the step by Euler-Maruyama and in second by Heun, or faster."""
     process, law = FlowProcess(schedule, predicts, noise), gaussian()
     late = float(schedule.beta(float64(1.0))) ** 2  # that VarianceExploding leaves
 
-    def errors(count, method):
+    def error(count, method):
         found = moments(process, law, count, method)
         return abs(found.mean - MEAN) + abs(found.variance - SPREAD**2 - late)
 
-    # What alpha(0) leaves out of the initial law does not shrink with the step.
-    floor = 0.0 if noise and schedule == Linear() else 2 * process.dependence(float(process.times(400)[0]))
     for method, order in (("euler", 1), ("heun", 2)):
-        coarse, fine = errors(200, method), errors(400, method)
-        assert fine < 0.65**order * coarse + floor, (method, coarse, fine)
-    assert errors(400, "heun") < 1e-4 + floor
+        coarse, fine = error(20, method), error(40, method)
+        assert fine < 1.15 * 0.5**order * coarse, (method, coarse, fine)
+    assert error(40, "heun") < 3e-3
+
+
+def test_what_the_initial_noise_leaves_out_is_of_second_order():
+    """The memoryless SDE forgets all but alpha(0) of the alpha(0) X_1 that its start lacks."""
+    for high in (6.0, 12.0):
+        process = FlowProcess(VariancePreserving(low=0.5, high=high), "score")
+        left = float(process.schedule.alpha(float64(0.0)))
+        lacking = moments(process, gaussian(), 40, "heun", exact=False).mean
+        off = lacking - moments(process, gaussian(), 40, "heun").mean
+        # Cov(X_0, X_1) / Var(X_0), of X_0 with about the variance of the noise, times alpha(0) E[X_1].
+        assert off == pytest.approx(-(left**2) * SPREAD**2 * MEAN, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_memoryless_paths_have_the_joint_law_of_data_and_noise(method):
     """Cov(X_t, X_1) = alpha_t Var(X_1), so none at time 0."""
-    law = gaussian()
-    process = FlowProcess()
-    found, times = moments(process, law, 400, method), process.times(400)
-    expected = process.schedule.alpha(times) * SPREAD**2
-    # Of first order in the step by Euler: 1 / 400, times numbers of the order of 1; of second by Heun.
-    assert float((found.covariance - expected).abs().max()) < {"euler": 5e-3, "heun": 1e-4}[method]
+    law, process = gaussian(), FlowProcess()
+    found = moments(process, law, 80, method)
+    expected = process.schedule.alpha(process.times(80)) * SPREAD**2
+    # A step is 1 / 81; at the first of them Euler's variance is twice what it should be, and Heun's 1.09 times.
+    assert float((found.covariance - expected).abs().max()) < {"euler": 5e-3, "heun": 1e-3}[method]
     correlated = []
     for noise in (0.0, 0.3):  # an ODE forgets nothing, and little noise little
-        other = moments(FlowProcess(noise=noise), law, 400, method)
+        other = moments(FlowProcess(noise=noise), law, 80, method)
         correlated.append(float(other.covariance[0] / (other.marginal[0] * other.variance).sqrt()))
-    assert correlated[0] > 1 - 1e-12 and 0.1 < correlated[1] < 0.3
+    assert correlated[0] > 1 - 1e-12 and 0.1 < correlated[1] < 0.4
 
 
-@pytest.mark.parametrize("predicts", ["velocity", "data", "noise"])
-@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize(("predicts", "noise"), [("velocity", 0.0), ("velocity", 1.0), ("noise", 1.0), ("data", 0.0)])
 def test_samples_of_a_mixture_have_its_law(predicts, noise):
     """A model that predicts noise or data has no drift at time 1, where the last step of Heun is Euler's."""
     law, process = humps(), FlowProcess(predicts=predicts, noise=noise)
-    times = process.times(60)
-    initial = process.initial((20_000, 1), start=float(times[0]), seed=0, dtype=torch.float64)
+    times = process.times(40)
+    initial = process.initial((5000, 1), start=float(times[0]), seed=0, dtype=torch.float64)
     path = simulate(process, law.model(process.schedule, predicts), initial, times=times, seed=1)
     drawn = path.final[:, 0]
     mean, spread = law.moments()
@@ -115,17 +133,17 @@ def test_samples_of_a_mixture_have_its_law(predicts, noise):
     for edge in (-1.2, -0.9, 0.0, 1.5, 2.2):
         below = float(density[grid < edge].sum())
         z = (float((drawn < edge).double().mean()) - below) / math.sqrt(below * (1 - below) / len(drawn))
-        # The bias of 60 steps, up to 0.003 of a probability, is within a standard error.
+        # The bias of 40 steps, up to 0.003 of a probability, is within a standard error.
         assert abs(z) < Z + 1, (edge, z)
 
 
 def test_langevin_paths_keep_their_law():
     law = humps()
     process = AnnealedLangevin(lambda state, time: law.log_density(state), sigma=1.2)
-    initial = law.sample(20_000, torch.Generator().manual_seed(3))
+    initial = law.sample(5000, torch.Generator().manual_seed(3))
     path = simulate(process, None, initial, times=process.times(20), seed=4)
     mean, spread = law.moments()
-    assert abs(float((path.final.mean() - mean) / spread)) * math.sqrt(20_000) < Z
+    assert abs(float((path.final.mean() - mean) / spread)) * math.sqrt(5000) < Z
     assert float((path.final - initial).abs().mean()) > 0.3  # they moved
 
 
@@ -154,7 +172,7 @@ def test_a_path_depends_on_its_name_and_not_on_the_batch(monkeypatch):
     for rows in ([0], [5, 1], [3, 2, 4]):
         # Sums over the parts of a mixture do not depend on the batch here: two of them.
         torch.testing.assert_close(drawn_path(rows).states, whole.states[:, rows], rtol=0, atol=1e-14)
-    monkeypatch.setattr("dam.flows.simulate._DRAWN_AT_ONCE", 7)  # a step at a time
+    monkeypatch.setattr(sys.modules["dam.flows.simulate"], "_DRAWN_AT_ONCE", 7)  # a step at a time
     assert torch.equal(drawn_path().states, whole.states)
     assert not torch.equal(whole.states[1] - whole.states[0], whole.states[2] - whole.states[1])
 
@@ -205,7 +223,7 @@ def test_weights_of_paths_are_those_of_the_base():
     """E_u[W] = 1, and E_u[W f(X_1)] = E_base[f(X_1)], of the chains of steps themselves, whatever their length."""
     process, times = FlowProcess(VariancePreserving(), "score"), FlowProcess(VariancePreserving(), "score").times(30)
     base, other = (gaussian(m).model(process.schedule, "score") for m in (0.0, 0.4))
-    initial = process.initial((20_000, 1), seed=0, dtype=torch.float64)
+    initial = process.initial((5000, 1), seed=0, dtype=torch.float64)
     options = {"times": times, "method": "euler"}
     path = simulate(process, other, initial, base=base, weights=True, seed=1, **options)
     plain = simulate(process, base, initial, seed=2, **options)

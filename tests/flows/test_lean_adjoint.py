@@ -53,40 +53,53 @@ def lean(process, base, path, cost=quadratic, **options):
 # ---- closed forms
 
 
+def of_gaussian(schedule, count, first):
+    """Lean adjoints along a path of another model than the base, and what they are by the regression of X_1 on X_t:
+    a_t = Cov(X_t, X_1) / Var(X_t) grad g(X_1).
+    """
+    process = FlowProcess(schedule, "score" if schedule != FLOW.schedule else "velocity")
+    base = BASE.model(schedule, process.predicts)
+    times = torch.linspace(first, 1, count + 1, dtype=torch.float64)
+    path = simulate(process, None, float64(0.3, 1.0)[None], times=times, seed=0)
+    variance = BASE.variance[0]
+    alpha, beta = schedule.alpha(times)[:, None, None], schedule.beta(times)[:, None, None]
+    regression = alpha * variance / (alpha.square() * variance + beta.square())
+    slope = path.final - float64(1.0, 2.0)
+    return lean(process, base, path) / slope, regression, slope
+
+
 @pytest.mark.parametrize("schedule", [FLOW.schedule, Trigonometric(), VariancePreserving(0.5, 6.0)])
 def test_of_a_gaussian_base_it_is_the_regression_of_the_outcome(schedule):
-    """a_t = Cov(X_t, X_1) / Var(X_t) grad g(X_1), whoever drew the path; to 1e-6, and in second order of the step."""
-    process = FlowProcess(schedule, "velocity" if schedule == FLOW.schedule else "score")
-    base = BASE.model(schedule, process.predicts)
-    other = gaussian(float64(0.9, 0.0), float64(0.3, 0.7)).model(schedule, process.predicts)
-    errors = []
-    for count in (500, 1000):
-        path = drawn(process, other, count)
-        alpha, beta = schedule.alpha(path.times), schedule.beta(path.times)
-        variance = BASE.variance[0]
-        regression = alpha[:, None] * variance / (alpha.square()[:, None] * variance + beta.square()[:, None])
-        expected = regression[:, None] * (path.final - float64(1.0, 2.0))
-        errors.append(float((lean(process, base, path) - expected).abs().max()))
-    assert errors[1] < 1e-6 or schedule != FLOW.schedule
-    assert errors[1] < 5e-6 and 3.5 < errors[0] / errors[1] < 4.5, errors
+    """In second order of the step, by whoever's path; at no step at all, by extrapolation from two, to 1e-6."""
+    coarse, regression, _ = of_gaussian(schedule, 80, first=0.2)
+    fine, *_ = of_gaussian(schedule, 160, first=0.2)
+    assert float((fine[::2] - regression).abs().max()) < 0.3 * float((coarse - regression).abs().max()) < 1e-3
+    assert float(((4 * fine[::2] - coarse) / 3 - regression).abs().max()) < 1e-6
+
+
+@pytest.mark.full
+def test_of_a_gaussian_base_it_is_the_closed_form_to_1e_6_by_steps_alone():
+    found, regression, slope = of_gaussian(FLOW.schedule, 2000, first=0.1)
+    assert float((slope * (found - regression)).abs().max()) < 1e-6
 
 
 def test_of_langevin_on_a_gaussian_it_decays_and_adds_up_the_running_cost():
     """Drift -c x and cost q x: a_t = e^(-c (1 - t)) (a_1 - q / c) + q / c."""
     process = AnnealedLangevin(lambda state, time: -0.7 * state.square().sum(dim=1), sigma=1.5)
     c, q = 1.5**2 / 2 * 1.4, 0.8
-    path = simulate(process, None, torch.ones(3, 2, dtype=torch.float64), times=process.times(1000), seed=0)
+    path = simulate(process, None, torch.ones(3, 2, dtype=torch.float64), times=process.times(300), seed=0)
     found = lean(process, None, path, running=lambda state, time: q * state.sum(dim=1))
     decay = torch.exp(-c * (1 - path.times))[:, None, None]
     expected = decay * (path.final - float64(1.0, 2.0) - q / c) + q / c
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    # (h c)^2 / 6 of second order, h = 1 / 300, times numbers of the order of 1.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 # ---- autograd
 
 
 def replayed(path, model, rate=None, method="euler"):
-    """Gradient of the cost along a path in each of its states, by autograd through all steps and their noise."""
+    """Gradient of the cost from each time on in the path's state there, by autograd through all steps and their noise."""
     states = [path.state(0).clone().requires_grad_()]
     for k, noise in enumerate(path.steps.noises(states[0], range(len(path.steps)))):
         states.append(path.steps.step(model, k, states[k], noise))
@@ -95,7 +108,13 @@ def replayed(path, model, rate=None, method="euler"):
         rates = [rate(state, time.expand(len(state))) for state, time in zip(states, path.times, strict=True)]
         for k, length in enumerate(path.steps.length):
             total = total + length * (rates[k] if method == "euler" else (rates[k] + rates[k + 1]) / 2)
-    return torch.stack(torch.autograd.grad(total.sum(), states))
+    slopes = list(torch.autograd.grad(total.sum(), states))
+    if rate is not None and method == "heun":  # half of the rate at a state is of the step in front of it
+        for k, length in enumerate(path.steps.length):
+            slopes[k + 1] = slopes[k + 1] - length / 2 * torch.autograd.grad(
+                rate(states[k + 1], path.times[k + 1].expand(len(states[0]))).sum(), states[k + 1]
+            )[0]
+    return torch.stack(slopes)
 
 
 def rate(state, time):
@@ -119,8 +138,8 @@ def test_by_heun_along_a_path_of_a_mixture_it_comes_to_the_gradient_as_steps_shr
     """Jacobians are taken at states, not at what Heun's first half leads to."""
     model = MIXTURE.model(FLOW.schedule)
     errors = []
-    for count in (20, 80, 320):
-        path = drawn(FLOW, model, count, rows=64)
+    for count in (10, 40, 160):
+        path = drawn(FLOW, model, count, rows=32)
         errors.append(float((lean(FLOW, model, path) - replayed(path, model)).abs().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
 
@@ -141,9 +160,9 @@ def test_at_the_optimum_both_adjoints_have_the_value_s_gradient_for_their_mean()
     linear, width = float64(1.0, 2.0), float64(1.0, 1.0)
     optimum = BASE.tilted(linear, width)  # e^(-quadratic), up to a constant
     base, best = BASE.model(FLOW.schedule), optimum.model(FLOW.schedule)
-    rows, first = 4000, 0.4
+    rows, first = 2000, 0.4
     state = float64(0.5, -0.2).expand(rows, 2)
-    times = torch.linspace(first, 1, 101, dtype=torch.float64)
+    times = torch.linspace(first, 1, 51, dtype=torch.float64)
     path = simulate(FLOW, best, state, times=times, seed=7)
     when = float64(first)
     value_slope = (base(state[:1], when[None]) - best(state[:1], when[None])) / FLOW.schedule.eta(when)
@@ -154,16 +173,16 @@ def test_at_the_optimum_both_adjoints_have_the_value_s_gradient_for_their_mean()
 
     moving = state.clone().requires_grad_()
     at, total = moving, torch.zeros(rows, dtype=torch.float64)
-    for k, noise in enumerate(path.steps.noises(state, range(100))):
+    for k, noise in enumerate(path.steps.noises(state, range(50))):
         before, start = effort(at, times[k].expand(rows)), at
         at = path.steps.step(best, k, start, noise)
-        after = effort(at, times[k + 1].expand(rows)) if k < 99 else before  # eta is 0 at time 1, and so is |u|^2
+        after = effort(at, times[k + 1].expand(rows)) if k < 49 else before  # eta is 0 at time 1, and so is |u|^2
         total = total + path.steps.length[k] * (before + after) / 2
     (full,) = torch.autograd.grad((total + quadratic(at)).sum(), moving)
     assert float((full - found).abs().mean()) > 0.05
     for adjoint in (found, full):
         z = (adjoint.mean(dim=0) - value_slope[0]) / (adjoint.std(dim=0) / math.sqrt(rows))
-        # The bias of 100 steps is below half a standard error.
+        # The bias of 50 steps is below half a standard error.
         assert float(z.abs().max()) < Z + 0.5, z
 
 
@@ -185,7 +204,7 @@ def peak_bytes(function):
 
 def test_memory_grows_with_the_path_and_not_with_the_network():
     """Twice the steps take the states and adjoints of the steps more; activations of the network are those of one state."""
-    rows, dimension, width = 16, 4, 2000
+    rows, dimension, width = 16, 4, 1000
     torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Linear(dimension, width), torch.nn.Tanh(), torch.nn.Linear(width, width), torch.nn.Tanh(),
@@ -247,6 +266,6 @@ def test_terminal_gradients_and_adjoints_are_checked():
     path = drawn(FLOW, model, 5)
     with pytest.raises(ValueError, match=r"terminal must have the shape of the states, \[4, 2\]; got \[4\]"):
         lean_adjoint(FLOW, model, path, torch.ones(4, dtype=torch.float64))
-    steep = lambda state, time: torch.where(state > -9, 1e200, 0.0) * state * 1e200
+    steep = lambda state, time: 1e200 * (1e200 * state)
     with pytest.raises(ValueError, match="the lean adjoint of row 0 is not finite at the first time"):
         lean_adjoint(FLOW, steep, path, torch.ones_like(path.final))
