@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,14 +132,15 @@ def backwards(
             pull = slope = None
     if not bool(adjoint.isfinite().all()):
         row = int((~adjoint.flatten(1).isfinite().all(dim=1)).nonzero()[0])
-        raise ValueError(f"the lean adjoint of row {row} is not finite at the first time: the base's drift is too steep")
+        raise ValueError(
+            f"the lean adjoint of row {row} is not finite at the first time: the base's drift is too steep"
+        )
 
 
 def _linearised(
     process: Process, base: Model | None, state: Tensor, time: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """v -> (grad b)^T v at states, and the base's predictions there."""
-    _, pull, prediction = torch.func.vjp(
-        lambda x: process.drift_and_prediction(base, x, time), state, has_aux=True
-    )
+    linear: Any = torch.func.vjp(lambda x: process.drift_and_prediction(base, x, time), state, has_aux=True)
+    _, pull, prediction = linear
     return lambda vector: pull(vector)[0], prediction

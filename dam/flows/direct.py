@@ -5,7 +5,6 @@ They go after the cost alone: nothing keeps a model near its base but an early e
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +14,7 @@ from dam.flows.simulate import Path
 
 
 def draft_loss(path: Path, model: Model, cost: Cost, *, last: int | None = None, recompute: bool = True) -> Tensor:
-    """The mean of g(X_1) over the rows of a path, differentiable through its last steps: DRaFT, and DRaFT-K for last = K.
+    """The mean of g(X_1) over the rows of a path, differentiable through its last K steps: DRaFT-K.
 
     The last steps are taken again with the same noise, now with a graph. In front of them no gradient goes.
 
@@ -23,7 +22,7 @@ def draft_loss(path: Path, model: Model, cost: Cost, *, last: int | None = None,
         path: of `dam.flows.simulate`, drawn by this model.
         model: that is trained.
         cost: g = -r, of states [B, ...], [B].
-        last: how many steps; all unless given.
+        last: K; all unless given, DRaFT itself.
         recompute: whether activations of a step are computed again on the way back instead of kept.
 
     Raises:

@@ -49,11 +49,10 @@ def adjoint_targets(
 
         prediction = base(X_t, t) - sigma^2 / gain a_t,      weight = (gain / sigma)^2 h / (2 B)
 
-    so that `loss` is the mean over paths of 1/2 integral |u_t(X_t) + sigma a_t|^2 dt. For a memoryless flow of which the
-    velocity is predicted, v_base - eta a_t. Where the model that drew the paths is the loss's minimiser, it is the
-    optimum of
+    so that `loss` is the mean over paths of 1/2 integral |u_t(X_t) + sigma a_t|^2 dt. Of a velocity
+    the prediction is v_base - eta a_t. Where the model that drew the paths is the loss's minimiser, it is the optimum of
 
-        min over u of  E[g(X_1) + integral f(X_t, t) + |u_t(X_t)|^2 / 2 dt],      p*(X) ~ p_base(X) e^(-g - integral f)
+        min over u of  E[g(X_1) + integral f(X_t, t) + |u_t(X_t)|^2 / 2 dt],   p*(X) ~ p_base(X) e^(-g - integral f)
 
     whose X_1 is the base's, tilted by e^(-g) = e^(r / beta), if X_0 and X_1 are independent under the base.
 
@@ -67,7 +66,9 @@ def adjoint_targets(
 
     Source: Domingo-Enrich et al., arXiv 2409.08861, Sec. 5.
     """
-    process.refuse_matching()
+    refusal = process.why_not_matched()
+    if refusal is not None:
+        raise ValueError(f"adjoint_targets: {refusal}")
     count = len(path.steps)
     used = set(range(count)) if at is None else set(at)
     if not used or not used <= set(range(count)):

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians: laws whose velocities, scores and tilts are known, to hold what is simulated and learned to."""
+"""Mixtures of Gaussians: laws whose velocities, scores and tilts are known, to hold samples and models to."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class GaussianMixture:
     variance: Tensor
 
     def __post_init__(self) -> None:
-        if self.mean.dim() != 2 or self.variance.shape != self.mean.shape or self.log_weight.shape != self.mean.shape[:1]:
+        shape = self.mean.shape
+        if len(shape) != 2 or self.variance.shape != shape or self.log_weight.shape != shape[:1]:
             raise ValueError(
                 "GaussianMixture: shapes must be [M], [M, D] and [M, D]; got "
-                f"{list(self.log_weight.shape)}, {list(self.mean.shape)} and {list(self.variance.shape)}"
+                f"{list(self.log_weight.shape)}, {list(shape)} and {list(self.variance.shape)}"
             )
 
     def _log_parts(self, state: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of alpha X + beta eps at states [B, D], for [B] of these: log w_m N(x), [B, M]; x - alpha mean and variances."""
+        """Of alpha X + beta eps at states [B, D]: log w_m N(x), [B, M]; x - alpha mean and variances, [B, M, D]."""
         gap = state[:, None] - alpha[:, None, None] * self.mean
         variance = alpha.square()[:, None, None] * self.variance + beta.square()[:, None, None]
         log_density = -(gap.square() / variance + variance.log() + math.log(2 * math.pi)).sum(dim=2) / 2
@@ -61,7 +62,7 @@ class GaussianMixture:
         return mean, (weight * (self.variance + (self.mean - mean).square())).sum(dim=0).sqrt()
 
     def model(self, schedule: Schedule, predicts: str = "velocity") -> Model:
-        """What a network that was trained to the end on this law would predict, a function of states [B, D] and times [B].
+        """What a network that knows this law would predict, a function of states [B, D] and times [B].
 
         Raises:
             ValueError: `predicts` is none of FlowProcess's.
@@ -73,7 +74,7 @@ class GaussianMixture:
             alpha, beta = schedule.alpha(time), schedule.beta(time)
             log_parts, gap, variance = self._log_parts(state, alpha, beta)
             share = log_parts.softmax(dim=1)[..., None]
-            # Of each part's Gaussian: E[X_1 | x] = mean + alpha variance_1 gap / variance_t, E[eps | x] = beta gap / ...
+            # E[X_1 | x] and E[eps | x] of each part: its means and the regression of X_1 and eps on X_t.
             pull = (share * gap / variance).sum(dim=1)
             if predicts == "score":
                 return -pull

@@ -46,8 +46,9 @@ class Process(abc.ABC):
         """At which times all coefficients are finite, bool, of the times' shape."""
         return self.gain(time).isfinite() & self.diffusion(time).isfinite()
 
-    def refuse_matching(self) -> None:
-        """Raises a ValueError where matching to adjoints would not end in the tilt of the base."""
+    def why_not_matched(self) -> str | None:
+        """Why matching to adjoints would not end in the tilt of the base, and what to do; None where it does."""
+        return None
 
     def drift(self, model: Model | None, state: Tensor, time: Tensor) -> Tensor:
         """b_t(x) of a model, [B, ...], at float64 times [B], or one [] for all."""
@@ -169,12 +170,13 @@ class FlowProcess(Process):
     def finite(self, time: Tensor) -> Tensor:
         return super().finite(time) & self._pull(time).isfinite()
 
-    def refuse_matching(self) -> None:
-        if self.noise != 1:
-            raise ValueError(
-                f"FlowProcess: with noise={self.noise:g} a velocity that is matched to adjoints is not that of the "
-                "tilted law; draw trajectories and match with noise=1, and sample what was learned at any noise"
-            )
+    def why_not_matched(self) -> str | None:
+        if self.noise == 1:
+            return None
+        return (
+            f"with noise={self.noise:g} a velocity that is matched to adjoints is not that of the tilted law; draw "
+            "paths and match with noise=1, and sample what was learned at any noise"
+        )
 
     def data(self, prediction: Tensor, state: Tensor, time: Tensor) -> Tensor:
         """E[X_1 | X_t = x] by what the model predicted at states [B, ...] and times [B] or []: the one-step outcome."""

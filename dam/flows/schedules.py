@@ -51,7 +51,7 @@ class Schedule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Schedule):
-    """alpha = t, beta = 1 - t: straight lines from noise to data, of rectified flows and conditional optimal transport."""
+    """alpha = t, beta = 1 - t: straight lines, of rectified flows and conditional optimal transport."""
 
     def alpha(self, time: Tensor) -> Tensor:
         return time

@@ -110,7 +110,7 @@ def token_exponentials(seed: Tensor, row_ids: Tensor, tile: Tensor, width: int) 
 
 
 def _blocks(seed: int, use: Use, row_ids: Tensor, count: int, sample: int | range) -> tuple[Tensor, Tensor]:
-    """The first 64 bits of `count` counters of each row, as two words [..., count], of a range of samples [S, ..., count]."""
+    """The first 64 bits of `count` counters of each row, as two words [..., count]; of samples, [S, ..., count]."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
     last = sample[-1] if isinstance(sample, range) else sample

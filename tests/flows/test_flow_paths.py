@@ -19,6 +19,7 @@ from dam.flows import (
     VariancePreserving,
     simulate,
 )
+
 # A false alarm of one test: |z| above it has probability 6e-7.
 Z = 5.0
 MEAN, SPREAD = 0.6, 0.5
@@ -45,9 +46,7 @@ class Moments(NamedTuple):
 
 
 def moments(process, law, count, method, exact=True):
-    """Of X_K and X_k, exactly: a step of an affine drift is affine in the state and in its noise. X_0 is from its law, or
-    noise alone.
-    """
+    """Of X_K and X_k, exactly: a step of an affine drift is affine in state and noise. X_0 has its law, or is noise."""
     times = process.times(count)
     model = law.model(process.schedule, process.predicts)
     steps = Steps(process, times, method, seed=0, row_ids=torch.arange(3))
@@ -203,7 +202,10 @@ def test_states_between_checkpoints_are_made_again_to_the_bit(every):
 def test_a_model_that_was_trained_since_cannot_make_states_again():
     process = FlowProcess()
     network = torch.nn.Linear(2, 2).double()
-    model = lambda state, time: network(state)
+
+    def model(state, time):
+        return network(state)
+
     initial = torch.zeros(3, 2, dtype=torch.float64)
     path = simulate(process, model, initial, times=process.times(6), seed=0, checkpoint_every=3)
     path.state(4)
@@ -244,8 +246,15 @@ def test_a_constant_control_costs_half_its_square():
     process = AnnealedLangevin(lambda state, time: -state.square().sum(dim=1) / 2, sigma=0.5)
     control = float64(0.6, -0.8)
     initial = torch.zeros(4000, 2, dtype=torch.float64)
-    model = lambda state, time: control.expand(len(state), 2)
-    path = simulate(process, model, initial, times=process.times(10), method="euler", weights=True, seed=3)
+    path = simulate(
+        process,
+        lambda x, t: control.expand(len(x), 2),
+        initial,
+        times=process.times(10),
+        method="euler",
+        weights=True,
+        seed=3,
+    )
     # The log ratio of each path is N(-1/2, 1), as |u|^2 = 1 for a time of 1.
     z = (path.log_ratio.sum(dim=1) + 0.5) * 1.0
     assert abs(float(z.mean())) * math.sqrt(4000) < Z
@@ -269,7 +278,10 @@ def broken(value, after):
         ({"weights": True}, "weights are of steps that are Gaussian: method='euler'; got 'heun'"),
         ({"weights": True, "method": "euler", "process": FlowProcess().ode()}, "paths without noise have no density"),
         ({"initial": torch.zeros(3)}, r"initial must be states \[B, ...\], at least \[B, 1\]; got \[3\]"),
-        ({"model": broken(torch.nan, 0.5)}, r"row 0 is not finite at time 0.6\d* \(step 3 of 5\): the model has diverged"),
+        (
+            {"model": broken(torch.nan, 0.5)},
+            r"row 0 is not finite at time 0.6\d* \(step 3 of 5\): the model has diverged",
+        ),
         ({"model": lambda state, time: state.sum()}, "a model must predict the shape of its states"),
     ],
 )
@@ -282,7 +294,10 @@ def test_what_cannot_be_simulated_is_refused(options, message):
 
 def test_the_row_that_diverged_is_named_from_checkpoints_too():
     initial = torch.tensor([[0.0], [1.0], [2.0]])
-    model = lambda state, time: torch.where((state > 1.5) & (time[:, None] > 0.4), torch.inf, 0.0)
+
+    def model(state, time):
+        return torch.where((state > 1.5) & (time[:, None] > 0.4), torch.inf, 0.0)
+
     with pytest.raises(ValueError, match=r"row 2 is not finite at time 0.6 \(step 6 of 10\)"):
         simulate(FlowProcess().ode(), model, initial, times=[k / 10 for k in range(11)], seed=0, checkpoint_every=3)
 
@@ -291,6 +306,5 @@ def test_an_empty_batch_and_images_are_states_too():
     process = FlowProcess()
     for shape in ((0, 2), (2, 3, 4, 4)):
         initial = process.initial(shape, seed=0)
-        model = lambda state, time: -state * time.view(-1, *[1] * (state.dim() - 1))
-        path = simulate(process, model, initial, times=process.times(3), seed=0)
+        path = simulate(process, lambda x, t: -x, initial, times=process.times(3), seed=0)
         assert path.states.shape == (4, *shape) and path.final.dtype == torch.float32

@@ -1,6 +1,7 @@
-"""Schedules, processes and mixtures: the equations that their drifts, predictions and laws must satisfy, by autograd."""
+"""Schedules, processes and mixtures: the equations that drifts, predictions and laws must satisfy, by autograd."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -41,8 +42,12 @@ def fokker_planck(log_density, drift, diffusion, state):
     return -slope(drift)(state) - drift(state) * score(state) + diffusion.square() / 2 * curvature
 
 
-def log_marginal(law, schedule, state, time):
-    """log density of alpha X_1 + beta eps for X_1 of a mixture: written out here, as the library's own is what is tested."""
+def drift_on_line(process, model, time, state):
+    return process.drift(model, state[:, None], time)[:, 0]
+
+
+def log_marginal(law, schedule, time, state):
+    """log density of alpha X_1 + beta eps for X_1 of a mixture, written out: the library's own is what is tested."""
     alpha, beta = schedule.alpha(time), schedule.beta(time)
     weight = law.log_weight.log_softmax(dim=0)
     parts = [
@@ -78,10 +83,13 @@ def test_every_prediction_gives_the_drift_of_the_marginals(schedule, noise):
     for predicts in PREDICTS:
         process = FlowProcess(schedule, predicts=predicts, noise=noise)
         model = law.model(schedule, predicts)
-        log_density = lambda x: log_marginal(law, schedule, x, time)
-        drift = lambda x: process.drift(model, x[:, None], time)[:, 0]
-        change = fokker_planck(log_density, drift, process.diffusion(time), state)
-        rate = slope(lambda t: log_marginal(law, schedule, state, t))(time)
+        change = fokker_planck(
+            functools.partial(log_marginal, law, schedule, time),
+            functools.partial(drift_on_line, process, model, time),
+            process.diffusion(time),
+            state,
+        )
+        rate = slope(lambda t: log_marginal(law, schedule, t, state))(time)
         # Terms of up to 1e4 that cancel, of VarianceExploding's small noise.
         torch.testing.assert_close(change, rate, rtol=1e-8, atol=1e-8)
 
@@ -92,9 +100,12 @@ def test_langevin_keeps_the_density_that_it_is_given():
     process = AnnealedLangevin(lambda state, time: law.log_density(state), sigma=0.8)
     state = torch.linspace(-3, 3, 41, dtype=torch.float64)
     time = torch.full_like(state, 0.5)
-    log_density = lambda x: law.log_density(x[:, None])
-    drift = lambda x: process.drift(None, x[:, None], time)[:, 0]
-    flow = fokker_planck(log_density, drift, process.diffusion(time), state)
+    flow = fokker_planck(
+        lambda x: law.log_density(x[:, None]),
+        functools.partial(drift_on_line, process, None, time),
+        process.diffusion(time),
+        state,
+    )
     torch.testing.assert_close(flow, torch.zeros_like(flow), rtol=0, atol=1e-10)
 
 
