@@ -50,7 +50,7 @@ def adjoint_targets(
         prediction = base(X_t, t) - sigma^2 / gain a_t,      weight = (gain / sigma)^2 h / (2 B)
 
     so that `loss` is the mean over paths of 1/2 integral |u_t(X_t) + sigma a_t|^2 dt. Of a velocity
-    the prediction is v_base - eta a_t. Where the model that drew the paths is the loss's minimiser, it is the optimum of
+    the prediction is v_base - eta a_t. Where the model that drew the paths is its minimiser, it is the optimum of
 
         min over u of  E[g(X_1) + integral f(X_t, t) + |u_t(X_t)|^2 / 2 dt],   p*(X) ~ p_base(X) e^(-g - integral f)
 

@@ -156,6 +156,24 @@ def test_a_float32_network_is_matched_in_float32():
     assert value.dtype == torch.float32 and network.weight.grad.isfinite().all()
 
 
+@pytest.mark.full
+def test_a_compiled_network_is_taken_as_it_is():
+    """By every function, to the same numbers; of torch's compilers by the one that needs no C++."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+
+    def model(state, time):
+        return network(torch.cat((state, time[:, None]), dim=1))
+
+    found = []
+    for one in (model, torch.compile(model, backend="aot_eager")):
+        path = drawn(FLOW, one, 4, rows=3, seed=0)
+        targets = adjoint_targets(FLOW, one, path, torch.ones_like(path.final))
+        slopes = torch.autograd.grad(matching.loss(one, targets), list(network.parameters()))
+        found.append([path.final, targets.prediction, *slopes])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("process", "options", "message"),
     [

@@ -147,7 +147,7 @@ def test_by_heun_along_a_path_of_a_mixture_it_comes_to_the_gradient_as_steps_shr
     """Jacobians are taken at states, not at what Heun's first half leads to."""
     model = MIXTURE.model(FLOW.schedule)
     errors = []
-    for count in (10, 40, 160):
+    for count in (8, 32, 96):
         path = drawn(FLOW, model, count, rows=32)
         errors.append(float((lean(FLOW, model, path) - replayed(path, model)).abs().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
