@@ -91,12 +91,12 @@ def test_of_langevin_on_a_gaussian_it_decays_and_adds_up_the_running_cost():
     """Drift -c x and cost q x: a_t = e^(-c (1 - t)) (a_1 - q / c) + q / c."""
     process = AnnealedLangevin(lambda state, time: -0.7 * state.square().sum(dim=1), sigma=1.5)
     c, q = 1.5**2 / 2 * 1.4, 0.8
-    path = simulate(process, None, torch.ones(3, 2, dtype=torch.float64), times=process.times(300), seed=0)
+    path = simulate(process, None, torch.ones(3, 2, dtype=torch.float64), times=process.times(120), seed=0)
     found = lean(process, None, path, running=lambda state, time: q * state.sum(dim=1))
     decay = torch.exp(-c * (1 - path.times))[:, None, None]
     expected = decay * (path.final - float64(1.0, 2.0) - q / c) + q / c
-    # (h c)^2 / 6 of second order, h = 1 / 300, times numbers of the order of 1.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # (h c)^2 / 6 of second order, h = 1 / 120, times numbers of the order of 1.
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 # ---- autograd
@@ -147,10 +147,10 @@ def test_by_heun_along_a_path_of_a_mixture_it_comes_to_the_gradient_as_steps_shr
     """Jacobians are taken at states, not at what Heun's first half leads to."""
     model = MIXTURE.model(FLOW.schedule)
     errors = []
-    for count in (8, 32, 96):
+    for count in (8, 64):
         path = drawn(FLOW, model, count, rows=32)
         errors.append(float((lean(FLOW, model, path) - replayed(path, model)).abs().mean()))
-    assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
+    assert errors[0] > 4 * errors[1], errors
 
 
 def test_a_model_that_predicts_noise_has_its_last_step_by_euler_on_the_way_back_too():
@@ -171,7 +171,7 @@ def test_at_the_optimum_both_adjoints_have_the_value_s_gradient_for_their_mean()
     base, best = BASE.model(FLOW.schedule), optimum.model(FLOW.schedule)
     rows, first = 2000, 0.4
     state = float64(0.5, -0.2).expand(rows, 2)
-    times = torch.linspace(first, 1, 51, dtype=torch.float64)
+    times = torch.linspace(first, 1, 31, dtype=torch.float64)
     path = simulate(FLOW, best, state, times=times, seed=7)
     when = float64(first)
     value_slope = (base(state[:1], when[None]) - best(state[:1], when[None])) / FLOW.schedule.eta(when)
@@ -182,16 +182,16 @@ def test_at_the_optimum_both_adjoints_have_the_value_s_gradient_for_their_mean()
 
     moving = state.clone().requires_grad_()
     at, total = moving, torch.zeros(rows, dtype=torch.float64)
-    for k, noise in enumerate(path.steps.noises(state, range(50))):
+    for k, noise in enumerate(path.steps.noises(state, range(30))):
         before, start = effort(at, times[k].expand(rows)), at
         at = path.steps.step(best, k, start, noise)
-        after = effort(at, times[k + 1].expand(rows)) if k < 49 else before  # eta is 0 at time 1, and so is |u|^2
+        after = effort(at, times[k + 1].expand(rows)) if k < 29 else before  # eta is 0 at time 1, and so is |u|^2
         total = total + path.steps.length[k] * (before + after) / 2
     (full,) = torch.autograd.grad((total + quadratic(at)).sum(), moving)
     assert float((full - found).abs().mean()) > 0.05
     for adjoint in (found, full):
         z = (adjoint.mean(dim=0) - value_slope[0]) / (adjoint.std(dim=0) / math.sqrt(rows))
-        # The bias of 50 steps is below half a standard error.
+        # The bias of 30 steps is below half a standard error.
         assert float(z.abs().max()) < Z + 0.5, z
 
 
