@@ -124,7 +124,8 @@ def backwards(
         else:  # the transpose of Heun's
             late = adjoint + length / 2 * slope
             pulled = pull(late)
-            pull, prediction = _linearised(process, base, state, steps.times[k])  # lets go of the one at the step's end
+            pull = None  # the network's activations at the step's end, before there are those at its start
+            pull, prediction = _linearised(process, base, state, steps.times[k])
             slope = slope_of(k, state)
             adjoint = late + length / 2 * (pulled + pull(late + length * pulled) + slope)
         yield Adjoint(k, state, adjoint, prediction)

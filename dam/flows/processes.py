@@ -59,7 +59,7 @@ class Process(abc.ABC):
         drift = self.reference(state, time)
         if model is None:
             return drift, torch.zeros_like(state)
-        prediction = predicted(model, state, time)
+        prediction = predicted(model, state, time).to(state.dtype)  # states keep theirs
         return drift + over(self.gain(time), state) * prediction, prediction
 
     def times(self, steps: int) -> Tensor:

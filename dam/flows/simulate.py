@@ -166,7 +166,7 @@ def simulate(
             is the process's reference.
         initial: X at the first of the times.
         times: increasing, at least two, from `process.times` or of your own.
-        base: the model that paths are weighed against; None is the process's reference.
+        base: the model that paths are weighed against, with weights=True; None is the process's reference.
         weights: whether paths are weighed against the base, log N(X'; base's step) - log N(X'; the model's step) in
             each step: exact for what is simulated, so only by "euler", whose steps are Gaussian.
         method: "heun" or "euler".
@@ -185,6 +185,8 @@ def simulate(
         raise ValueError(f"simulate: method must be one of {', '.join(METHODS)}; got {method!r}")
     if checkpoint_every < 1:
         raise ValueError(f"simulate: checkpoint_every must be at least 1; got {checkpoint_every}")
+    if base is not None and not weights:
+        raise ValueError("simulate: base is what paths are weighed against: give weights=True too, or leave it out")
     _checks.floating("simulate", "initial", initial)
     if initial.dim() < 2:
         raise ValueError(f"simulate: initial must be states [B, ...], at least [B, 1]; got {list(initial.shape)}")

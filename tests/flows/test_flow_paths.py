@@ -272,6 +272,7 @@ def broken(value, after):
     ("options", "message"),
     [
         ({"method": "rk4"}, "method must be one of euler, heun; got 'rk4'"),
+        ({"base": broken(0.0, 0.5)}, "base is what paths are weighed against: give weights=True too"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1; got 0"),
         ({"times": [0.5, 0.5]}, "times must increase"),
         ({"times": [0.0, 1.0]}, "FlowProcess has infinite coefficients at time 0; process.times"),
@@ -306,5 +307,5 @@ def test_an_empty_batch_and_images_are_states_too():
     process = FlowProcess()
     for shape in ((0, 2), (2, 3, 4, 4)):
         initial = process.initial(shape, seed=0)
-        path = simulate(process, lambda x, t: -x, initial, times=process.times(3), seed=0)
+        path = simulate(process, lambda x, t: -x.double(), initial, times=process.times(3), seed=0)
         assert path.states.shape == (4, *shape) and path.final.dtype == torch.float32
