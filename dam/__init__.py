@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dam import diagnostics as diagnostics
     from dam import divergences as divergences
     from dam import engines as engines
+    from dam import flows as flows
     from dam import lm_eval as lm_eval
     from dam import models as models
     from dam import plots as plots
@@ -48,6 +49,7 @@ _SUBMODULES = (
     "diagnostics",
     "divergences",
     "engines",
+    "flows",
     "lm_eval",
     "models",
     "plots",

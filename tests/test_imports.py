@@ -23,6 +23,7 @@ RANK = {
     "backends": 1,
     "ops": 2,
     "ctmc": 3,
+    "flows": 3,
     "divergences": 3,
     "models": 4,
     "decoding": 4,
@@ -202,7 +203,8 @@ import sys, dam
 
 late = [name for name in dam._SUBMODULES if f"dam.{name}" in sys.modules]
 assert not late and "matplotlib" not in sys.modules, late
-assert dam.ctmc.MaskedCTMC and dam.rollout.rollout and dam.adjoint.group_targets and "train" in dir(dam)
+assert dam.ctmc.MaskedCTMC and dam.flows.FlowProcess and dam.rollout.rollout and dam.adjoint.group_targets
+assert "train" in dir(dam)
 try:
     dam.train
     raise SystemExit("dam.train was loaded")
@@ -250,7 +252,7 @@ sys.meta_path.insert(0, Block())
 
 def test_torch_and_numpy_are_enough():
     code = """
-import dam, dam.adjoint, dam.cli, dam.ctmc, dam.models, dam.plots, dam.rollout, dam.tasks.sudoku
+import dam, dam.adjoint, dam.cli, dam.ctmc, dam.flows, dam.models, dam.plots, dam.rollout, dam.tasks.sudoku
 
 assert dam.cli.main(["info"]) == 0
 for module in ("dam.train", "dam.tasks.finetune_sudoku"):

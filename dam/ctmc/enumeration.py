@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dam.ctmc.moves import MoveJumps, MoveModel, Moves, MovesCTMC
-from dam.ctmc.simulate import Model, Process, checked_log_rates, increasing
+from dam.ctmc.simulate import Model, Process, checked_log_rates
+from dam.ops import _checks
 
 _CHUNK = 1024  # states whose moves are looked at together: hundreds out of each fit a cache
 
@@ -242,7 +243,7 @@ def _law(
     rates_at: Callable[[float], JumpRates], initial: Tensor, times: Sequence[float] | Tensor, tolerance: float = 1e-14
 ) -> Tensor:
     current = initial.double()
-    for start, end in itertools.pairwise(increasing("law", times)):
+    for start, end in itertools.pairwise(_checks.increasing("law", times)):
         rates = rates_at((start + end) / 2)
         current = _uniformised(rates.forward, current, float(rates.escape.max()), end - start, tolerance)
     return current
@@ -252,7 +253,7 @@ def _value(
     rates_at: Callable[[float], JumpRates], terminal: Tensor, times: Sequence[float] | Tensor, tolerance: float = 1e-14
 ) -> Tensor:
     current = terminal.double()
-    grid = increasing("value", times)
+    grid = _checks.increasing("value", times)
     for start, end in zip(grid[-2::-1], grid[:0:-1], strict=True):
         rates = rates_at((start + end) / 2)
         current = _uniformised(rates.backward, current, float(rates.escape.max()), end - start, tolerance)

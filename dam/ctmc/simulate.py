@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dam.ops import _philox
+from dam.ops import _checks, _philox
 from dam.ops._philox import Use
 from dam.ops.jump import jump
 from dam.ops.rate_ratio import rate_ratio
@@ -137,7 +137,7 @@ def simulate(
     Source: Lewis and Shedler, Simulation of nonhomogeneous Poisson processes by thinning, 1979; uniformisation:
     Jensen, 1953; weights: So et al., arXiv 2602.07132, Eq. 12.
     """
-    grid = increasing("simulate", times)
+    grid = _checks.increasing("simulate", times)
     count, length = _checked("simulate", tokens)
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     path = _Recorder(tokens, isinstance(process, ProcessOfJumps))
@@ -220,7 +220,7 @@ def gillespie(
     Source: Gillespie, Exact stochastic simulation of coupled chemical reactions, 1977; weights: So et al.,
     arXiv 2602.07132, Eq. 12.
     """
-    edges = torch.tensor(increasing("gillespie", times), dtype=torch.float64, device=tokens.device)
+    edges = torch.tensor(_checks.increasing("gillespie", times), dtype=torch.float64, device=tokens.device)
     count, _ = _checked("gillespie", tokens)
     if not 1 <= most_events < _philox.MAX_SAMPLES:  # draws are keyed by the event
         raise ValueError(f"gillespie: most_events must be in 1 .. {_philox.MAX_SAMPLES - 1}; got {most_events}")
@@ -291,7 +291,7 @@ def tau_leap(
             f"tau_leap moves every coordinate by itself, which the moves of {type(process).__name__} do not; "
             "use gillespie or simulate"
         )
-    grid = increasing("tau_leap", times)
+    grid = _checks.increasing("tau_leap", times)
     count, length = _checked("tau_leap", tokens)
     row_ids = _philox.row_ids_of(tokens.shape[:1], tokens.device, row_ids)
     path = _Recorder(tokens)
@@ -438,13 +438,6 @@ def _checked(op: str, tokens: Tensor) -> tuple[int, int]:
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"{op}: tokens must be int64 [B, L]; got {tokens.dtype} {list(tokens.shape)}")
     return tokens.shape[0], tokens.shape[1]
-
-
-def increasing(op: str, times: Sequence[float] | Tensor) -> list[float]:
-    grid = [float(t) for t in times]
-    if len(grid) < 2 or any(not a < b for a, b in itertools.pairwise(grid)):
-        raise ValueError(f"{op}: times must increase, and be at least two; got {grid[:4]}{'...' if grid[4:] else ''}")
-    return grid
 
 
 class _Recorder:

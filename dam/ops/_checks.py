@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -224,3 +225,11 @@ def index_range(op: str, name: str, value: Tensor | None, columns: int, backend:
         low, high = (int(bound) for bound in torch.aminmax(value))
     if low < -1 or high >= columns:
         raise ValueError(f"{op}: {name} must be -1 or in [0, {columns}); got {low if low < -1 else high}")
+
+
+def increasing(op: str, times: Sequence[float] | Tensor) -> list[float]:
+    """Times of a process, at least two, each later than the one before."""
+    grid = [float(t) for t in times]
+    if len(grid) < 2 or any(not a < b for a, b in itertools.pairwise(grid)):
+        raise ValueError(f"{op}: times must increase, and be at least two; got {grid[:4]}{'...' if grid[4:] else ''}")
+    return grid

@@ -42,6 +42,8 @@ class Use(enum.IntEnum):
     OTHER_ORDER = 10  # in which the positions of an outcome might have unmasked too
     REMASK_STRATUM = 11  # which share of the numbers of masks a re-masked outcome of a group draws from
     NOISE = 12  # uniform tokens: of the first canvas, and of each step what a token is replaced with
+    START = 13  # states that diffusions start from
+    WIENER = 14  # increments of a Wiener process, those of a step being a sample
 
 
 def stream_of(use: Use) -> int:
@@ -107,15 +109,20 @@ def token_exponentials(seed: Tensor, row_ids: Tensor, tile: Tensor, width: int) 
     return lower if width <= half else torch.cat((lower, exponential(*upper)[..., : width - half]), dim=-1)
 
 
-def _blocks(seed: int, use: Use, row_ids: Tensor, count: int, sample: int) -> tuple[Tensor, Tensor]:
-    """The first 64 bits of `count` counters of each row, as two words [..., count]."""
+def _blocks(seed: int, use: Use, row_ids: Tensor, count: int, sample: int | range) -> tuple[Tensor, Tensor]:
+    """The first 64 bits of `count` counters of each row, as two words [..., count]; of samples, [S, ..., count]."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
-    if not (0 <= count <= _MAX_INDEX and 0 <= sample < MAX_SAMPLES):
-        raise ValueError(f"{count} numbers of sample {sample} do not fit the counter")
+    last = sample[-1] if isinstance(sample, range) else sample
+    if not (0 <= count <= _MAX_INDEX and 0 <= last < MAX_SAMPLES):
+        raise ValueError(f"{count} numbers of sample {last} do not fit the counter")
     row_low, row_high = _words(row_ids[..., None])
     index = torch.arange(count, device=row_ids.device)
-    second = torch.tensor(stream_of(use) + sample, device=row_ids.device)
+    if isinstance(sample, range):
+        second = torch.arange(sample.start, sample.stop, device=row_ids.device) + stream_of(use)
+        second = second.view(-1, *[1] * row_low.dim())
+    else:
+        second = torch.tensor(stream_of(use) + sample, device=row_ids.device)
     key = torch.tensor([seed & _LOW, (seed >> 32) & _LOW], device=row_ids.device)
     words = philox((index, second, row_low, row_high), (key[0], key[1]))
     return words[0], words[1]
@@ -123,13 +130,23 @@ def _blocks(seed: int, use: Use, row_ids: Tensor, count: int, sample: int) -> tu
 
 def uniform(seed: int, use: Use, row_ids: Tensor, count: int, sample: int = 0) -> Tensor:
     """`count` uniforms of each row, float64 [..., count] in (0, 1) with 52 bits, for row_ids int64 [...]."""
-    high, low = _blocks(seed, use, row_ids, count, sample)
+    return _centred(*_blocks(seed, use, row_ids, count, sample))
+
+
+def _centred(high: Tensor, low: Tensor) -> Tensor:
+    """Uniforms in (0, 1) of 52 of 64 bits, each in the middle of what it stands for."""
     return (((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52
 
 
 def exponentials(seed: int, use: Use, row_ids: Tensor, count: int, sample: int = 0) -> Tensor:
     """`count` standard exponentials of each row, float64 [..., count]."""
     return exponential(*_blocks(seed, use, row_ids, count, sample))
+
+
+def normals(seed: int, use: Use, row_ids: Tensor, count: int, samples: range) -> Tensor:
+    """`count` standard normals of each row for each sample, float64 [S, ..., count], none beyond 8.2."""
+    high, low = _blocks(seed, use, row_ids, count, samples)
+    return torch.special.ndtri(_centred(high, low))
 
 
 def ids(seed: int, use: Use, row_ids: Tensor, count: int, sample: int = 0) -> Tensor:

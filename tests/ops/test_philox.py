@@ -159,3 +159,17 @@ def test_uniforms_and_exponentials_of_rows():
 def test_what_does_not_fit_is_refused(seed, count, sample):
     with pytest.raises(ValueError, match="fit"):
         _philox.uniform(seed, Use.ORDER, torch.arange(1), count, sample)
+
+
+def test_normals_of_many_samples_are_those_of_each():
+    """By the inverse of the normal law of the same bits as `uniform` has, whichever samples are asked for at once."""
+    rows = torch.tensor([[5, 2**40], [0, 7]])
+    many = _philox.normals(3, Use.WIENER, rows, 6, range(4, 9))
+    assert many.shape == (5, 2, 2, 6)
+    for n, sample in enumerate(range(4, 9)):
+        uniform = _philox.uniform(3, Use.WIENER, rows, 6, sample)
+        assert torch.equal(many[n], torch.special.ndtri(uniform))
+    normals = _philox.normals(1, Use.START, torch.arange(200), 500, range(1)).flatten()
+    assert scipy.stats.kstest(normals.numpy(), "norm").pvalue > P_VALUE
+    with pytest.raises(ValueError, match="numbers of sample 16777216 do not fit the counter"):
+        _philox.normals(1, Use.WIENER, rows, 1, range(2**24, 2**24 + 1))
