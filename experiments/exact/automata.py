@@ -7,12 +7,15 @@ tokens are by messages forward and backward, in time linear in the length (Rabin
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from experiments.exact.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,3 +201,28 @@ def markov(prob: Tensor, length: int, memory: int) -> Markov:
     state = torch.arange(V**memory)
     to = (state[:, None] * V + torch.arange(V)) % V**memory
     return Markov(0, to, prob[state % contexts][None], length)
+
+
+class AutomatonTask(Task):
+    """A task whose base and optimum are laws of automata."""
+
+    @property
+    @abc.abstractmethod
+    def base(self) -> Automaton: ...
+
+    @property
+    @abc.abstractmethod
+    def tilted(self) -> tuple[Automaton, float]:
+        """p* and log Z."""
+
+    @property
+    def optimum(self) -> Automaton:
+        """p*."""
+        return self.tilted[0]
+
+    @property
+    def log_z(self) -> float:
+        return self.tilted[1]
+
+    def log_base(self, x: Tensor) -> Tensor:
+        return self.base.log_prob(x)

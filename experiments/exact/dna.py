@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from dam.models.denoiser import Denoiser
-from experiments.exact.automata import Automaton, kl, markov
+from experiments.exact.automata import Automaton, AutomatonTask, kl, markov
 from experiments.exact.networks import Beyond, Windows
-from experiments.exact.task import Task
 
 ORDER, WIDTH, LETTERS = 3, 6, 4
 BEST_OF = 16
@@ -51,7 +50,7 @@ def site_probabilities(consensus: Tensor, kept: Sequence[float], threshold: floa
 
 
 @dataclasses.dataclass(frozen=True)
-class Sites(Task):
+class Sites(AutomatonTask):
     """r(x) = sum over windows of how likely each is a site.
 
     Args:
@@ -102,20 +101,9 @@ class Sites(Task):
         return score
 
     @functools.cached_property
-    def _optimum(self) -> tuple[Automaton, float]:
+    def tilted(self) -> tuple[Automaton, float]:
+        """With the last five letters as states."""
         return self._long.tilted(self._score(self.site / self.beta))
-
-    @property
-    def optimum(self) -> Automaton:
-        """p*, with the last five letters as states."""
-        return self._optimum[0]
-
-    @property
-    def log_z(self) -> float:
-        return self._optimum[1]
-
-    def log_base(self, x: Tensor) -> Tensor:
-        return self.base.log_prob(x)
 
     def _windows(self, x: Tensor, width: int) -> Tensor:
         """Numbers of the windows of letters, int64 [B, L - width + 1]."""

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from dam.models.denoiser import Denoiser
-from experiments.exact.automata import Automaton, kl
+from experiments.exact.automata import Automaton, AutomatonTask, kl
 from experiments.exact.networks import Along, States
-from experiments.exact.task import Task
 
 MOVES = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # to stay, and to each neighbour
 Cell = tuple[int, int]
@@ -52,7 +51,7 @@ def random_maze(side: int, loops: int, seed: int) -> networkx.Graph:
 
 
 @dataclasses.dataclass(frozen=True)
-class Maze(Task):
+class Maze(AutomatonTask):
     """From a corner to the cell that is most moves away, the first of these; r(x) = moves left when it is reached
     - |rows| - |columns| from it at the end. A plan that is there after its last move has one left.
 
@@ -114,20 +113,9 @@ class Maze(Task):
         return there
 
     @functools.cached_property
-    def _optimum(self) -> tuple[Automaton, float]:
+    def tilted(self) -> tuple[Automaton, float]:
+        """With cells as states."""
         return self.base.tilted(self.score / self.beta)
-
-    @property
-    def optimum(self) -> Automaton:
-        """p*, with cells as states."""
-        return self._optimum[0]
-
-    @property
-    def log_z(self) -> float:
-        return self._optimum[1]
-
-    def log_base(self, x: Tensor) -> Tensor:
-        return self.base.log_prob(x)
 
     def reward(self, x: Tensor) -> Tensor:
         states = self.base.states(x)[:, :-1]
