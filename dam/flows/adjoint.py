@@ -40,7 +40,9 @@ def cost_gradient(cost: Cost, state: Tensor) -> Tensor:
             raise ValueError(f"a cost must be one number for each row, [{len(leaf)}]; got {list(value.shape)}")
         if not value.requires_grad:
             raise ValueError("the cost does not depend on the states in a way that autograd can follow")
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
+        (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        if slope is None:
+            raise ValueError("the cost does not depend on the states in a way that autograd can follow")
     finite = slope.flatten(1).isfinite().all(dim=1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
@@ -102,6 +104,11 @@ def backwards(
         raise ValueError(
             f"terminal must have the shape of the states, {list(path.final.shape)}; got {list(terminal.shape)}"
         )
+    if process != steps.process:
+        raise ValueError("the path is of another process: its steps are not those that the adjoint would be solved by")
+    if not bool(terminal.isfinite().all()):
+        raise ValueError("terminal has entries that are not finite")
+    terminal = terminal.detach().to(path.final.dtype)
 
     def slope_of(k: int, state: Tensor) -> Tensor:
         if running is None:
@@ -142,6 +149,16 @@ def _linearised(
     process: Process, base: Model | None, state: Tensor, time: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """v -> (grad b)^T v at states, and the base's predictions there."""
-    linear: Any = torch.func.vjp(lambda x: process.drift_and_prediction(base, x, time), state, has_aux=True)
+
+    def drift(x: Tensor) -> tuple[Tensor, Tensor]:
+        found, prediction = process.drift_and_prediction(base, x, time)
+        if base is not None and not prediction.requires_grad:
+            raise ValueError(
+                "the base's prediction does not depend on its states in a way that torch can follow, as under "
+                "torch.no_grad: call it without; parameters may be frozen by requires_grad_(False)"
+            )
+        return found, prediction
+
+    linear: Any = torch.func.vjp(drift, state, has_aux=True)
     _, pull, prediction = linear
     return lambda vector: pull(vector)[0], prediction

@@ -40,7 +40,7 @@ def draft_loss(path: Path, model: Model, cost: Cost, *, last: int | None = None,
             state = checkpoint(path.steps.step, model, k, state, noise, use_reentrant=False)
         else:
             state = path.steps.step(model, k, state, noise)
-    return cost(state).mean()
+    return _mean(cost, state)
 
 
 def refl_loss(process: FlowProcess, model: Model, state: Tensor, time: Tensor, cost: Cost) -> Tensor:
@@ -56,4 +56,11 @@ def refl_loss(process: FlowProcess, model: Model, state: Tensor, time: Tensor, c
     Source: Xu et al., ImageReward, arXiv 2304.05977, Alg. 1.
     """
     state = state.detach()
-    return cost(process.data(predicted(model, state, time), state, time)).mean()
+    return _mean(cost, process.data(predicted(model, state, time), state, time))
+
+
+def _mean(cost: Cost, state: Tensor) -> Tensor:
+    value = cost(state)
+    if value.shape != state.shape[:1]:
+        raise ValueError(f"a cost must be one number for each row, [{len(state)}]; got {list(value.shape)}")
+    return value.mean()

@@ -69,6 +69,10 @@ def adjoint_targets(
     refusal = process.why_not_matched()
     if refusal is not None:
         raise ValueError(f"adjoint_targets: {refusal}")
+    if float(path.times[-1]) != 1:
+        raise ValueError(
+            f"adjoint_targets: the path must end at time 1, where the cost is; got {float(path.times[-1]):g}"
+        )
     count = len(path.steps)
     used = set(range(count)) if at is None else set(at)
     if not used or not used <= set(range(count)):
@@ -83,7 +87,7 @@ def adjoint_targets(
     found = []
     for k, state, adjoint, prediction in backwards(process, base, path, terminal, running=running):
         if k in used and prediction is not None:
-            weight = (gain[k] / sigma[k]) ** 2 * path.steps.length[k] / 2 / len(state) * count / len(used)
+            weight = (gain[k] / sigma[k]) ** 2 * path.steps.length[k] / 2 / max(1, len(state)) * count / len(used)
             per_row = torch.full((2, len(state)), weight, dtype=torch.float64, device=state.device)
             per_row[0] = float(path.times[k])
             found.append(Targets(state, per_row[0], prediction - sigma[k] ** 2 / gain[k] * adjoint, per_row[1]))

@@ -74,10 +74,12 @@ class Trigonometric(Schedule):
         return torch.sin(time * math.pi / 2)
 
     def beta(self, time: Tensor) -> Tensor:
-        return torch.cos(time * math.pi / 2)
+        return torch.sin(
+            (1 - time) * math.pi / 2
+        )  # 0 at time 1, where a cosine would be a rounding, and 1 / beta finite
 
     def alpha_derivative(self, time: Tensor) -> Tensor:
-        return torch.cos(time * math.pi / 2) * math.pi / 2
+        return self.beta(time) * math.pi / 2
 
     def beta_derivative(self, time: Tensor) -> Tensor:
         return -torch.sin(time * math.pi / 2) * math.pi / 2

@@ -54,7 +54,9 @@ class Steps:
     def spread(self) -> list[float]:
         """Standard deviation of what is drawn in a step."""
         variance = self.process.diffusion(self.times).square()
-        mean = torch.where(torch.tensor(self.second_order), (variance[:-1] + variance[1:]) / 2, variance[:-1])
+        mean = torch.where(
+            torch.tensor(self.second_order, device="cpu"), (variance[:-1] + variance[1:]) / 2, variance[:-1]
+        )
         return (self.times.diff() * mean).sqrt().tolist()
 
     def noises(self, like: Tensor, steps: range) -> Iterator[Tensor]:
@@ -192,6 +194,8 @@ def simulate(
         raise ValueError(f"simulate: initial must be states [B, ...], at least [B, 1]; got {list(initial.shape)}")
     # Times and coefficients are few numbers, which nothing on a GPU should wait for.
     grid = torch.tensor(_checks.increasing("simulate", times), dtype=torch.float64, device="cpu")
+    if not (0 <= float(grid[0]) and float(grid[-1]) <= 1):
+        raise ValueError(f"simulate: times must be in [0, 1]; got {float(grid[0]):g} to {float(grid[-1]):g}")
     infinite = (~process.finite(grid[:-1])).nonzero()[:, 0]
     if len(infinite):
         raise ValueError(
@@ -208,6 +212,7 @@ def simulate(
     for k, noise in enumerate(steps.noises(initial, range(count))):
         if k % checkpoint_every == 0:
             kept[k // checkpoint_every] = state
+            state = kept[k // checkpoint_every]  # laid out as it is when steps are made again
         drift = process.drift(model, state, grid[k])
         if log_ratio is not None:
             control = (drift - process.drift(base, state, grid[k])).double().flatten(1)
