@@ -1,5 +1,6 @@
 """The lean adjoint against closed forms, autograd through paths and the value function, and the memory it takes."""
 
+import gc
 import math
 
 import pytest
@@ -200,8 +201,11 @@ def test_at_the_optimum_both_adjoints_have_the_value_s_gradient_for_their_mean()
 
 def peak_bytes(function):
     """The most bytes of tensors that a call has at once beyond what there was, by the profiler's record."""
+    gc.collect()  # else what other tests left behind may be freed meanwhile, and counted against the call
+    gc.disable()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = function()
+    gc.enable()
     total = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
