@@ -464,10 +464,19 @@ class MaskedLM:
         with self._as_asked():
             layer = self._output_layer()
             head = self._head_of(layer)
-            # Where no tokens were seen yet, one does: a model of any length takes it. Special ones, of which alone a
-            # model may make nothing, are not in the middle of a vocabulary.
-            tail = self._tail(layer, torch.full((1, 1), head.weight.shape[0] // 2, device=head.weight.device))
+            tail = self._tail(layer, torch.full((1, 1), self._some_token(head), device=head.weight.device))
             return tail.head(head, self._inner)
+
+    def _some_token(self, head: Head) -> int:
+        """One to call the model with where none were seen yet, alone, which a model of any length takes.
+
+        Special ones, of which alone a model may make nothing, are not in the middle of a vocabulary. A head may have
+        more rows than there are tokens.
+        """
+        rows = head.weight.shape[0]
+        if hasattr(self._inner, "get_input_embeddings"):
+            return min(rows, shape_of(self._inner.get_input_embeddings().weight)[0]) // 2
+        return min(rows, 8) // 2
 
 
 class Tabular(nn.Module):
