@@ -74,9 +74,8 @@ class Trigonometric(Schedule):
         return torch.sin(time * math.pi / 2)
 
     def beta(self, time: Tensor) -> Tensor:
-        return torch.sin(
-            (1 - time) * math.pi / 2
-        )  # 0 at time 1, where a cosine would be a rounding, and 1 / beta finite
+        # 0 at time 1, where a cosine would be a rounding and 1 / beta finite.
+        return torch.sin((1 - time) * math.pi / 2)
 
     def alpha_derivative(self, time: Tensor) -> Tensor:
         return self.beta(time) * math.pi / 2
