@@ -24,6 +24,14 @@ class Adjoint(NamedTuple):
     prediction: Tensor | None  # [B, ...], the base's; None at the last time, where no drift is needed
 
 
+def costs(cost: Cost, state: Tensor) -> Tensor:
+    """g at states [B, ...], [B], of which it is checked that they are so many."""
+    value = cost(state)
+    if value.shape != state.shape[:1]:
+        raise ValueError(f"a cost must be one number for each row, [{len(state)}]; got {list(value.shape)}")
+    return value
+
+
 def cost_gradient(cost: Cost, state: Tensor) -> Tensor:
     """grad g at states [B, ...], of each row's own cost.
 
@@ -35,9 +43,7 @@ def cost_gradient(cost: Cost, state: Tensor) -> Tensor:
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = state.detach().clone().requires_grad_()
-        value = cost(leaf)
-        if value.shape != leaf.shape[:1]:
-            raise ValueError(f"a cost must be one number for each row, [{len(leaf)}]; got {list(value.shape)}")
+        value = costs(cost, leaf)
         if not value.requires_grad:
             raise ValueError("the cost does not depend on the states in a way that autograd can follow")
         (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
@@ -77,7 +83,8 @@ def lean_adjoint(
         running: f, differentiable by autograd; none unless given.
 
     Raises:
-        ValueError: terminal has another shape than the states, or an adjoint is not finite.
+        ValueError: terminal has another shape than the states; it or an adjoint is not finite; the path is of another
+            process; or autograd cannot follow the base.
 
     Source: Domingo-Enrich et al., arXiv 2409.08861, Sec. 5.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dam.flows.adjoint import Cost
+from dam.flows.adjoint import Cost, costs
 from dam.flows.processes import FlowProcess, Model, predicted
 from dam.flows.simulate import Path
 
@@ -26,7 +26,7 @@ def draft_loss(path: Path, model: Model, cost: Cost, *, last: int | None = None,
         recompute: whether activations of a step are computed again on the way back instead of kept.
 
     Raises:
-        ValueError: the path has not as many steps.
+        ValueError: the path has not as many steps, or the cost another shape than [B].
 
     Source: Clark et al., Directly Fine-Tuning Diffusion Models on Differentiable Rewards, arXiv 2309.17400.
     """
@@ -40,7 +40,7 @@ def draft_loss(path: Path, model: Model, cost: Cost, *, last: int | None = None,
             state = checkpoint(path.steps.step, model, k, state, noise, use_reentrant=False)
         else:
             state = path.steps.step(model, k, state, noise)
-    return _mean(cost, state)
+    return costs(cost, state).mean()
 
 
 def refl_loss(process: FlowProcess, model: Model, state: Tensor, time: Tensor, cost: Cost) -> Tensor:
@@ -56,11 +56,4 @@ def refl_loss(process: FlowProcess, model: Model, state: Tensor, time: Tensor, c
     Source: Xu et al., ImageReward, arXiv 2304.05977, Alg. 1.
     """
     state = state.detach()
-    return _mean(cost, process.data(predicted(model, state, time), state, time))
-
-
-def _mean(cost: Cost, state: Tensor) -> Tensor:
-    value = cost(state)
-    if value.shape != state.shape[:1]:
-        raise ValueError(f"a cost must be one number for each row, [{len(state)}]; got {list(value.shape)}")
-    return value.mean()
+    return costs(cost, process.data(predicted(model, state, time), state, time)).mean()

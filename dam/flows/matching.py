@@ -62,7 +62,8 @@ def adjoint_targets(
         at: numbers of the times whose states are used, of 0 .. K - 1; all unless given. They then stand for all.
 
     Raises:
-        ValueError: the process is not one whose optimum is the tilt, it has no noise in a step, or `at` names no times.
+        ValueError: the process is not one whose optimum is the tilt, or not that of the path; the path ends before
+            time 1; it has no noise in a step; or `at` names no times.
 
     Source: Domingo-Enrich et al., arXiv 2409.08861, Sec. 5.
     """
