@@ -16,6 +16,7 @@ from dam.ctmc.moves import MoveJumps, MoveModel, Moves, MovesCTMC
 from dam.ctmc.simulate import Model, Process, checked_log_rates
 from dam.ops import _checks
 
+_LISTED_ALONE = 32  # states whose slots are checked
 _CHUNK = 1024  # states whose moves are looked at together: hundreds out of each fit a cache
 
 
@@ -92,8 +93,8 @@ class MoveSpace:
         most: more states than these are an error.
 
     Raises:
-        ValueError: a token is out of range, states have too many numbers, there are more than `most`, or a state has
-            its moves in other slots when it is listed alone.
+        ValueError: a token is out of range, states have too many numbers, there are more than `most`, or a state of
+            some that are checked has its moves in other slots when it is listed alone.
     """
 
     def __init__(self, process: MovesCTMC, start: Tensor, size: int, *, most: int = 2**20):
@@ -169,7 +170,7 @@ class MoveSpace:
         """
         space = copy.copy(self)
         space.process = dataclasses.replace(
-            self.process, list_moves=lambda number: space._moves(number[:, 0]), check=False
+            self.process, list_moves=lambda number: space._moves(space._numbers(number)), check=False
         )
         space._size = len(self.states)
         space._found = torch.arange(len(self.states), device=self.states.device)
@@ -183,20 +184,25 @@ class MoveSpace:
         return Moves(neighbours.view(*to.shape, -1), self.base_rate[number])
 
     def _check_slots(self) -> None:
-        """Of the state with the fewest moves, the first to be shifted where slots are those that a batch needs."""
-        number = (self.base_rate > 0).sum(dim=1).argmin()[None]
-        alone, among = self.process.moves(self.states[number]), self._moves(number)
-        slots = alone.rate.shape[1]
-        listed = alone.rate > 0
-        if slots > among.rate.shape[1] or not (
-            torch.equal(F.pad(alone.rate, (0, among.rate.shape[1] - slots)), among.rate)
-            and torch.equal(alone.neighbours[listed], among.neighbours[:, :slots][listed])
-        ):
-            raise ValueError(
-                f"MoveSpace: list_moves has the moves out of state {self.states[number][0].tolist()} in other slots "
-                "when it is listed alone than among others; a state's slots must be its own, and only slots of rate 0 "
-                "behind them may depend on the batch"
-            )
+        """Of some states, listed alone: the one with the fewest moves, which is the first to be shifted where slots are
+        those that a batch needs, and others all over.
+        """
+        fewest = int((self.base_rate > 0).sum(dim=1).argmin())
+        spread = torch.linspace(0, len(self.states) - 1, min(len(self.states), _LISTED_ALONE)).long().tolist()
+        for number in dict.fromkeys((fewest, *spread)):
+            state = self.states[number : number + 1]
+            alone, among = self.process.moves(state), self._moves(torch.tensor([number], device=state.device))
+            slots = alone.rate.shape[1]
+            listed = alone.rate > 0
+            if slots > among.rate.shape[1] or not (
+                torch.equal(F.pad(alone.rate, (0, among.rate.shape[1] - slots)), among.rate)
+                and torch.equal(alone.neighbours[listed], among.neighbours[:, :slots][listed])
+            ):
+                raise ValueError(
+                    f"MoveSpace: list_moves has the moves out of state {state[0].tolist()} in other slots when it is "
+                    "listed alone than among others; a state's slots must be its own, and only slots of rate 0 behind "
+                    "them may depend on the batch"
+                )
 
     def _numbers(self, tokens: Tensor) -> Tensor:
         if bool(((tokens < 0) | (tokens >= self._size)).any()):

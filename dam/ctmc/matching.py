@@ -203,12 +203,18 @@ def log_ratio(process: MovesCTMC, model: MoveModel, path: Path, rows: Tensor | N
         float64 [B], or [N].
 
     Raises:
-        ValueError: rates are NaN or infinite, or the path is not one of moves.
+        ValueError: rates are NaN or infinite; or the path is not one of moves, or was thinned, so that the time that
+            its trajectories spent in a state is not known.
 
     Source: Richter et al., VarGrad, 2020; of chains Zhu et al., MDNS, arXiv 2508.10684.
     """
     if path.state is None:
         raise ValueError("log_ratio: the path must be of moves, of gillespie with a MovesCTMC")
+    if path.thinned:
+        raise ValueError(
+            "log_ratio: of a path of simulate only the mean of the time in a state is known, not the time, so that "
+            "another model's weights would be wrong; draw with gillespie"
+        )
     rows = torch.arange(len(path.final), device=path.final.device) if rows is None else rows
     exposure, position = path.exposure[rows], path.position[rows]
     row, event = (exposure > 0).nonzero(as_tuple=True)

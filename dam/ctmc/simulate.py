@@ -94,6 +94,7 @@ class Path:
     exposure: Tensor  # float64 [B, S]: time that an event stands for, 0 where a trajectory had fewer
     network_calls: int  # states that the model was evaluated at
     state: Tensor | None = None  # int64 [B, S, L]: before each event, of a `ProcessOfJumps`
+    thinned: bool = False  # of `simulate`: the time between events is not in it, exposures stand in for it
 
 
 @torch.no_grad()
@@ -175,7 +176,7 @@ def simulate(
             exposure = torch.full_like(time, 1 / rate)
             path.record(rows, time, *jumps.named(drawn), log_ratio, escape_gap, exposure)
             path.final[rows] = jumps.destination(drawn)
-    return path.finish()
+    return dataclasses.replace(path.finish(), thinned=True)
 
 
 @torch.no_grad()

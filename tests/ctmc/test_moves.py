@@ -250,6 +250,18 @@ def test_slots_that_depend_on_the_other_states_of_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"state \[0, 0, 3\] in other slots when it is listed alone"):
         space_of(MovesCTMC(needed))
 
+    def turned(tokens):  # of all but the state with the fewest moves, where they are listed with it
+        neighbours, rate = moves.hop(1.0)(tokens)
+        most = (rate > 0).sum(dim=1) > 2
+        if len(tokens) > 1:
+            neighbours, rate = (
+                torch.where(most.view(-1, *[1] * (x.dim() - 1)), x.flip(1), x) for x in (neighbours, rate)
+            )
+        return Moves(neighbours, rate)
+
+    with pytest.raises(ValueError, match="in other slots when it is listed alone"):
+        space_of(MovesCTMC(turned))
+
 
 @pytest.mark.parametrize("listing", [moves.hop(1.0), most_first])
 def test_numbers_of_states_are_the_same_chain(listing):
@@ -257,6 +269,8 @@ def test_numbers_of_states_are_the_same_chain(listing):
     space = space_of(process)
     numbered = space.numbered()
     assert numbered.states.tolist() == [[x] for x in range(10)]
+    with pytest.raises(ValueError, match=r"in 0 \.\. 9; got -1"):  # and not the last state
+        numbered.process.moves(torch.tensor([[-1]]))
 
     def model(states, time, listed):
         return 0.3 * (listed.neighbours * torch.tensor([1, -1, 2])).sum(dim=2) * time[:, None]
@@ -419,8 +433,7 @@ def test_the_expected_gradient_is_that_of_the_cross_entropy_of_paths():
     normalizer = math.log(float(start @ space.value(process.base, (-cost).exp(), [0.0, 1.0])))
     weight = (log_weight - normalizer).exp()
     # Batches of trajectories make samples of the gradient.
-    tensors = {field.name: getattr(path, field.name) for field in dataclasses.fields(path)}
-    del tensors["network_calls"]
+    tensors = {name: value for name, value in vars(path).items() if isinstance(value, torch.Tensor)}
     reached = space.base_rate > 0
     for baseline in (0.0, 1.0):
         samples = []
@@ -480,6 +493,10 @@ def test_log_ratio_of_trajectories_by_another_model():
     plain = gillespie(UniformCTMC(2), lambda x, t: torch.zeros(*x.shape, 2), path.final % 2, times=[0, 0.5], seed=1)
     with pytest.raises(ValueError, match="must be of moves"):
         matching.log_ratio(chain(), drew, plain)
+    bounded = dataclasses.replace(chain(), largest_escape=9.0)
+    thinned = simulate(bounded, lambda x, t, listed: 0 * listed.rate, path.initial[:4], times=[0, 1], seed=1)
+    with pytest.raises(ValueError, match="draw with gillespie"):
+        matching.log_ratio(chain(), drew, thinned)
 
 
 def test_the_variance_of_weights_leads_to_the_optimum():
