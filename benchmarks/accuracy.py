@@ -18,7 +18,7 @@ from dam.benchmarks.correct import largest
 from dam.benchmarks.harness import Check
 from dam.kernels import forms
 
-# Relative errors of a row. bfloat16 rounds an entry by 2^-9 at most, once where it is a result and once where it is the
+# Relative errors of a row. bfloat16 rounds an entry by 2^-8 at most, once where it is a result and once where it is the
 # gradient of a logit that is multiplied on; errors of many terms do not add up. Values are of sums in float32.
 OF_GRADIENT, OF_VALUE = 2.0**-7, 2.0**-15
 # Draws that may differ from the reference's, whose noise is in float64: some 4e-7 of them.

@@ -29,7 +29,7 @@ def started() -> float:
 def commit() -> str | None:
     """Its commit, marked if files differ from it; None where git does not say, or this is no checkout.
 
-    An installation may lie within another project's repository.
+    An installation, or an unpacked source distribution, may lie within another project's repository.
     """
     if not is_one():
         return None
@@ -39,6 +39,8 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None
         return git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -102,6 +102,9 @@ def extensions(wheel):
 
 def tracked():
     """Names of the repository's files; none where this is no repository, but a source distribution."""
+    # Without .git here git would answer for a repository that this lies in.
+    if not (CHECKOUT / ".git").exists():
+        return set()
     listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
     return set(listed.stdout.splitlines()) if listed.returncode == 0 else set()
 

@@ -14,6 +14,7 @@ import torch
 import dam
 from dam import cli
 from dam.benchmarks import against, checkout, correct, harness, memory, options, peers, report
+from tests import release
 from tests.ops import helpers
 
 SIZES = {"rows": 70, "vocabulary": 500, "hidden": 16, "groups": 40, "trajectories": 12, "steps": 8}
@@ -454,6 +455,25 @@ def test_the_reference_is_written_where_it_is_asked_for(mine, monkeypatch, capsy
     assert bench("tilt_to_ess", "--reference") == 1
     assert "--reference: the committed figures are in a checkout" in capsys.readouterr().err
     assert checkout.commit() is None
+
+
+def test_the_commit_of_another_project_is_not_ours(tmp_path, monkeypatch):
+    """As where a source distribution is unpacked within its repository."""
+    ours = tmp_path / "vendored"
+    (ours / "benchmarks" / "results").mkdir(parents=True)
+    (ours / "setup.py").touch()
+    monkeypatch.setattr(checkout, "ROOT", ours.resolve())
+    monkeypatch.setattr(release, "CHECKOUT", ours)
+
+    def commit(folder):
+        by = ("-c", "user.name=dam", "-c", "user.email=dam@example.org")
+        for command in (("init", "-q"), ("add", "."), (*by, "commit", "-q", "--allow-empty", "-m", "theirs")):
+            subprocess.run(["git", "-C", str(folder), *command], check=True)
+
+    commit(tmp_path)
+    assert checkout.commit() is None and release.tracked() == set()
+    commit(ours)
+    assert len(checkout.commit()) == 40 and release.tracked() == {"setup.py"}
 
 
 def test_a_folder_that_is_no_checkout_is_enough(tmp_path):
