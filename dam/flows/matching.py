@@ -55,6 +55,7 @@ def adjoint_targets(
         min over u of  E[g(X_1) + integral f(X_t, t) + |u_t(X_t)|^2 / 2 dt],   p*(X) ~ p_base(X) e^(-g - integral f)
 
     whose X_1 is the base's, tilted by e^(-g) = e^(r / beta), if X_0 and X_1 are independent under the base.
+    Of each time there are B in a row, in the order of the paths.
 
     Args:
         process, base, terminal, running: as for `dam.flows.lean_adjoint`.
