@@ -197,7 +197,9 @@ class InitialParameters:
                 yield
             return
         for parameter, kept in self._copies.items():
-            kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
+            # Only where they have moved: torch.func, which may be at work, ends the process where data are replaced.
+            if (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
+                kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
         try:
             for module, name, parameter in self._places:
                 setattr(module, name, self._copies[parameter])

@@ -77,8 +77,7 @@ class Judge:
                 raise ValueError(f"the reward {self.name!r} returned {type(value).__name__}, no tensor. {_ELSEWHERE}")
             if value.shape != state.shape[:1]:
                 raise ValueError(
-                    f"the reward {self.name!r} must give one number for each row, [{len(state)}]; got "
-                    f"{list(value.shape)}"
+                    f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {list(value.shape)}"
                 )
             slope = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
         if slope is None:
@@ -102,7 +101,7 @@ class Judge:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != [len(state)]:
             wrong = RewardError(
-                f"the reward {self.name!r} must give one number for each row, [{len(state)}]; got {shape}"
+                f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {shape}"
             )
             raise self._kept(wrong, state, rows, step)
         bad = (~value.detach().isfinite()).nonzero()[:, 0].tolist()
