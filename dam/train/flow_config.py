@@ -10,7 +10,7 @@ from dam.flows.simulate import METHODS
 from dam.train.arguments import RunConfig, check_counts
 
 # What a learner is called, and whether it trains through the paths themselves, so that each pass draws its own.
-LEARNERS = {"adjoint_matching": False, "draft": True, "refl": True}
+LEARNERS = {"adjoint_matching": False, "vgg_flow": False, "draft": True, "refl": True}
 
 
 @dataclasses.dataclass
@@ -25,15 +25,17 @@ class FlowConfig(RunConfig):
     learner: str = field(
         default="adjoint_matching",
         metadata={
-            "help": f"One of {', '.join(LEARNERS)}. The last two go after the reward alone: nothing but an early end "
-            "keeps the model near the base."
+            "help": f"One of {', '.join(LEARNERS)}. The second has an objective of its own, an ODE's, whose optimum is "
+            "not the tilt. The last two go after the reward alone: nothing but an early end keeps the model near the "
+            "base."
         },
     )
     beta: float = field(
         default=1.0,
         metadata={
             "help": "Temperature of Adjoint Matching: the objective is E[-reward] + beta KL(model || base), and its "
-            "optimum the base's law times exp(reward / beta). The direct learners have none."
+            "optimum the base's law times exp(reward / beta). Of VGG-Flow the weight of the kinetic energy of the "
+            "difference of the velocities, in place of the KL. The direct learners have none."
         },
     )
     per_device_train_batch_size: int = field(
@@ -87,6 +89,19 @@ class FlowConfig(RunConfig):
     )
     refl_from: float = field(
         default=0.75, metadata={"help": 'The time from which on "refl" takes the one-step outcome, below 1.'}
+    )
+    forward_looking: bool = field(
+        default=True,
+        metadata={
+            "help": 'Whether the value of "vgg_flow" is a residual of the reward gradient at the one-step outcome, '
+            "which costs that gradient at each state; by torch.func, which the reward must bear."
+        },
+    )
+    value_consistency: float = field(
+        default=1.0, metadata={"help": "Weight of what is left of the HJB equation in the value's loss."}
+    )
+    value_boundary: float = field(
+        default=1.0, metadata={"help": "Weight of the value's distance from the reward gradient at time 1 in its loss."}
     )
     conditions: list[str] | None = field(
         default=None,
@@ -151,6 +166,9 @@ class FlowConfig(RunConfig):
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be > 0 and finite; got {self.beta}")
+        for name in ("value_consistency", "value_boundary"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite; got {getattr(self, name)}")
         if not 0 <= self.refl_from < 1:
             raise ValueError(f"refl_from must be a time in [0, 1); got {self.refl_from}")
 

@@ -25,16 +25,18 @@ def path_figures(
 
     Args:
         process: of the paths.
-        model, base: u = gain / sigma (model - base).
+        model, base: u = gain / sigma (model - base); of an ODE with 1 for sigma.
         path: of the model.
         at: numbers of times, drawn uniformly of 0 .. K - 1.
-        targets: of `dam.flows.adjoint_targets` on the same paths, which were made at these times.
+        targets: of `dam.flows.adjoint_targets` or `pontryagin_targets` on the same paths, made at these times.
 
     Returns:
-        Float64 [B] each: kl_path, an estimate of 1/2 integral |u_t|^2 dt, whose mean over paths is KL(paths of the
-        model || of the base); of targets adjoint_norm, the mean of |a_t|.
+        Float64 [B] each: an estimate of 1/2 integral |u_t|^2 dt, as kl_path, since its mean over paths is KL(paths of
+        the model || of the base), or of an ODE as control_energy; of targets adjoint_norm, the mean of |a_t|.
     """
     gain, sigma = (f(path.times[:-1]).tolist() for f in (process.gain, process.diffusion))
+    name = "kl_path" if any(sigma) else "control_energy"
+    sigma = [each or 1.0 for each in sigma]
     energy = torch.zeros(len(path.final), dtype=torch.float64, device=path.final.device)
     norm = torch.zeros_like(energy)
     for k in at:
@@ -46,4 +48,4 @@ def path_figures(
         if targets is not None:
             moved = (of_base - targets.prediction[targets.time == float(path.times[k])]).double()
             norm += (abs(gain[k]) / sigma[k] ** 2) * moved.flatten(1).norm(dim=1) / len(at)
-    return {"kl_path": energy} if targets is None else {"kl_path": energy, "adjoint_norm": norm}
+    return {name: energy} if targets is None else {name: energy, "adjoint_norm": norm}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.flows.adjoint import Cost, cost_gradient
-from dam.train.flow_rows import Rows
+from dam.train.flow_rows import Column, Rows
 from dam.train.rewards import RewardError, with_outcomes_kept
 
 DifferentiableReward = Callable[..., Tensor]  # states [B, ...] and columns of their rows by name, to [B]
@@ -60,6 +60,7 @@ class Judge:
             raise TypeError(f"the reward must be a function or a module; got {type(reward).__name__}")
         self.name = getattr(reward, "__name__", type(reward).__name__)
         self._reward, self._output_dir = reward, output_dir
+        self._within = 0  # states
         if isinstance(reward, nn.Module):
             reward.eval().requires_grad_(False)
 
@@ -131,6 +132,20 @@ class Judge:
         except ValueError as error:
             raise self._kept(RewardError(f"the reward {self.name!r}: {error}"), state, rows, step) from error
         return slope, found[0]
+
+    def within(self, columns: dict[str, Column], beta: float) -> Cost:
+        """g = -reward / beta for torch.func to differentiate: states are counted (`taken`), nothing is checked."""
+
+        def cost(state: Tensor) -> Tensor:
+            self._within += len(state)
+            return -self._reward(state, **columns) / beta
+
+        return cost
+
+    def taken(self) -> int:
+        """For how many states what `within` gave was called since the last time."""
+        count, self._within = self._within, 0
+        return count
 
     def cost(self, rows: Rows, step: int, found: list[Tensor]) -> Cost:
         """g = -reward, in a graph; what it gives is added to `found`."""

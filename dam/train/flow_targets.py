@@ -10,14 +10,14 @@ from torch import Tensor
 from dam.flows.matching import Targets
 from dam.train.flow_rows import Column, taken
 
-_CONDITION = "condition/"  # begins the name of a column in a group
+_COLUMN, _END = "column/", "end/"  # begin the names of columns, and of targets at the ends of paths, in a group
 
 
 class Batch(NamedTuple):
     """Targets of a forward and backward pass."""
 
     targets: Targets
-    conditions: dict[str, Column]  # of each target
+    columns: dict[str, Column]  # of each target
 
 
 class TargetBuffer:
@@ -41,19 +41,21 @@ class TargetBuffer:
     def clear(self) -> None:
         self._group = None
 
-    def fill(self, targets: Targets, row: Tensor, conditions: dict[str, Column]) -> None:
+    def fill(self, targets: Targets, row: Tensor, columns: dict[str, Column], ends: Targets | None = None) -> None:
         """Takes the place of what there was.
 
         Args:
             targets: N of them.
             row: int64 [N], of which path each is.
-            conditions: of the paths.
+            columns: of the paths, that passes ask for.
+            ends: of each path one, of another loss.
         """
-        kept = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in conditions.items()}
+        kept = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in columns.items()}
         self._group = {
             **{name: value.cpu() for name, value in targets._asdict().items()},
             "row": row.cpu(),
-            **{_CONDITION + name: value for name, value in kept.items()},
+            **{_COLUMN + name: value for name, value in kept.items()},
+            **({} if ends is None else {_END + name: value.cpu() for name, value in ends._asdict().items()}),
         }
 
     def batch(self, number: int, size: int, seed: int, device: torch.device) -> Batch:
@@ -75,13 +77,24 @@ class TargetBuffer:
         orders = [_order(count, seed, turn) for turn in range(begin // count, -(-end // count))]
         at = torch.cat(orders)[begin % count :][:size]
         state, time, prediction, weight = (group[name][at].to(device) for name in Targets._fields)
-        row = group["row"][at]
-        conditions: dict[str, Column] = {}
+        drawn = Targets(state, time, prediction, weight * (count / size))
+        return Batch(drawn, self._columns(group, group["row"][at], device))
+
+    def ends(self, device: torch.device) -> Batch:
+        """Those at the ends of all paths."""
+        if self._group is None:
+            raise RuntimeError("there are no targets: the rollout has not been drawn")
+        group = self._group
+        targets = Targets(*(group[_END + name].to(device) for name in Targets._fields))
+        return Batch(targets, self._columns(group, torch.arange(len(targets.time), device="cpu"), device))
+
+    def _columns(self, group: dict[str, Any], row: Tensor, device: torch.device) -> dict[str, Column]:
+        columns: dict[str, Column] = {}
         for name, column in group.items():
-            if name.startswith(_CONDITION):
+            if name.startswith(_COLUMN):
                 found = taken(column, row)
-                conditions[name.removeprefix(_CONDITION)] = found.to(device) if isinstance(found, Tensor) else found
-        return Batch(Targets(state, time, prediction, weight * (count / size)), conditions)
+                columns[name.removeprefix(_COLUMN)] = found.to(device) if isinstance(found, Tensor) else found
+        return columns
 
     def state_dict(self) -> dict[str, Any]:
         """Where each process has its own, those of this one."""

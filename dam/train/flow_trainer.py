@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import PredictionOutput, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, speed_metrics
 
 from dam.flows import matching
 from dam.flows.direct import draft_loss, refl_loss
 from dam.flows.matching import Targets, adjoint_targets
 from dam.flows.processes import FlowProcess, Model, predicted
 from dam.flows.simulate import Path, simulate
+from dam.flows.values import pontryagin_targets, value_targets
 from dam.train.base import with_base
 from dam.train.data import NumberedRow, is_stream, row_name
 from dam.train.flow_config import FlowConfig
@@ -26,7 +27,8 @@ from dam.train.flow_figures import path_figures
 from dam.train.flow_rewards import DifferentiableReward, Judge, check_takes
 from dam.train.flow_rows import Column, Rows, Unconditioned, check_rows, collate, rows_of
 from dam.train.flow_targets import TargetBuffer
-from dam.train.networks import check_dtype, evaluating, without_dropout
+from dam.train.flow_values import ValueLearner, check_value
+from dam.train.networks import check_dtype, evaluating, without_dropout, without_training
 from dam.train.processes import in_step, together
 from dam.train.progress import Progress
 from dam.train.replay import Group
@@ -58,8 +60,9 @@ class FlowTrainer(ResumableTrainer):
 
     whose optimum is p*(x) ~ p_base(x) exp(reward(x) / beta). A training step of Adjoint Matching: paths of the
     memoryless SDE -> the reward's gradient -> lean adjoints of the base -> targets -> a regression of the model on some
-    of them, several steps from one rollout (`dam.flows`, docs/flows.md). Beside it are the direct learners DRaFT and
-    ReFL, which go after the reward alone: users compare with them.
+    of them, several steps from one rollout (`dam.flows`, docs/flows.md). Beside it are VGG-Flow, of an ODE and with an
+    objective of its own, and the direct learners DRaFT and ReFL, which go after the reward alone: users compare with
+    them.
 
     Where model and reward have conditions, a class, a prompt or its embedding, a dataset has them: each row is a
     mapping from names of columns. The model is called as model(states, times, **conditions) with the columns that are
@@ -67,11 +70,11 @@ class FlowTrainer(ResumableTrainer):
     dataset both are called with states alone, and max_steps says how long a run is.
 
     Logged: reward and reward_std, of the paths' ends, of "refl" of one-step outcomes; kl_path, KL(model || base) of
-    paths, 1/2 E integral |u|^2 dt, estimated at a few times; adjoint_norm, the mean of |a_t|; reward_calls, gradients
-    of the reward for one state each, of all processes; loss and grad_norm. Of time (`dam.train.timing.Timing`):
-    time/rollout_share, time/reward_share, time/adjoint_share, time/evaluation_share and time/training_share of the time
-    since the last log, which add up to 1, paths_per_second, and time/eta_seconds. The loss of Adjoint Matching does not
-    go to zero: it ends as the variance of the adjoints given their states.
+    paths, 1/2 E integral |u|^2 dt, estimated at a few times, of VGG-Flow control_energy in its place; adjoint_norm, the
+    mean of |a_t|; reward_calls, gradients of the reward for one state each, of all processes; loss and grad_norm. Of
+    time (`dam.train.timing.Timing`): time/rollout_share, time/reward_share, time/adjoint_share, time/evaluation_share
+    and time/training_share of the time since the last log, which add up to 1, paths_per_second, and time/eta_seconds.
+    The loss of Adjoint Matching does not go to zero: it ends as the variance of the adjoints given their states.
 
     Adjoints are not clipped, which would move the optimum: a reward with gradients that are too large to follow is one
     to be made smooth, or met by a larger beta. max_grad_norm bounds what a step does.
@@ -91,6 +94,10 @@ class FlowTrainer(ResumableTrainer):
             lines, unless given.
         call: how the module is called, call(module, states, times, **conditions), where that is not
             module(states, times, **conditions). Of several processes the module may be DistributedDataParallel.
+        value: of learner "vgg_flow" a module for the value's gradient, called as value(states, times, **conditions) and
+            trained with the model: a residual of the reward gradient at the one-step outcome, or with
+            forward_looking=False all of it. Torch.func is to differentiate it in states and times. A checkpoint has it,
+            `save_model` leaves it out. Unless given, lean adjoints take its place (VGG-Flow-PMP).
         ref_model: the base. Unless given it is the model as it is now: a frozen copy, or of a PEFT model the model
             itself with a copy of its trainable parameters.
         peft_config: trains an adapter (extra `peft`).
@@ -125,6 +132,7 @@ class FlowTrainer(ResumableTrainer):
         shape: tuple[int, ...],
         process: FlowProcess | None = None,
         call: Call | None = None,
+        value: nn.Module | None = None,
         ref_model: nn.Module | None = None,
         peft_config: Any = None,
         compute_metrics: FlowMetrics | None = None,
@@ -157,8 +165,10 @@ class FlowTrainer(ResumableTrainer):
                 'learner "draft" goes back through many calls of the model, which DistributedDataParallel does not '
                 'sum over processes: run it in one, or take "adjoint_matching" or "refl"'
             )
+        self._trained_by = self.process.ode() if args.learner == "vgg_flow" else self.process
+        self._value = None if value is None else _value_learner(value, self._trained_by, args, optimizers)
         self._shape = tuple(shape)
-        self._times = self.process.times(args.diffusion_steps)
+        self._times = self._trained_by.times(args.diffusion_steps)
         self._late = [k for k in range(1, len(self._times) - 1) if float(self._times[k]) >= args.refl_from]
         if args.learner == "refl" and not self._late:
             raise ValueError(
@@ -194,6 +204,9 @@ class FlowTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self._value is not None:
+            self._value.to(self.args.device)
+            self.add_callback(self._value)
         self._base.to(self.args.device)
         self._judge.to(self.args.device)
 
@@ -211,6 +224,14 @@ class FlowTrainer(ResumableTrainer):
                 "process. Run without FSDP and DeepSpeed, with an adapter (peft_config) where memory is short"
             )
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, of the value's network too."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self._value is not None:
+            self._value.add_to(optimizer)
+        return optimizer
+
     # The model and its base
 
     def _model(self, module: nn.Module, conditions: dict[str, Column]) -> Model:
@@ -219,18 +240,18 @@ class FlowTrainer(ResumableTrainer):
 
     def _base_model(self, conditions: dict[str, Column]) -> Model:
         def base(state: Tensor, when: Tensor) -> Tensor:
-            with self._base.module(self.model) as module:
+            with self._base.module(self.model) as module, without_training(module), self._precision():
                 return self._call(module, state, when, **conditions)
 
         return base
 
-    def _conditions(self, rows: Rows) -> dict[str, Column]:
+    def _conditions(self, columns: dict[str, Column]) -> dict[str, Column]:
         """What the model is called with.
 
         Raises:
             ValueError: `conditions` names a column that is none.
         """
-        columns, wanted = rows.columns, self.args.conditions
+        wanted = self.args.conditions
         if wanted is None:
             return {name: column for name, column in columns.items() if isinstance(column, Tensor)}
         missing = [name for name in wanted if name not in columns]
@@ -260,7 +281,7 @@ class FlowTrainer(ResumableTrainer):
         with evaluating(self.model, self._precision()):
             return simulate(
                 process,
-                self._model(self.model, self._conditions(rows)),
+                self._model(self.model, self._conditions(rows.columns)),
                 start,
                 times=times,
                 method=self.args.method,
@@ -289,7 +310,8 @@ class FlowTrainer(ResumableTrainer):
         """
         if self._checked:
             return
-        rows, conditions = rows[:1], self._conditions(rows[:1])
+        rows = rows[:1]
+        conditions = self._conditions(rows.columns)
         module = self.accelerator.unwrap_model(self.model)
         called, tensors = (self._call, 3) if self._own_call else (module, 2)
         try:
@@ -303,10 +325,26 @@ class FlowTrainer(ResumableTrainer):
             for model in (self._model(self.model, conditions), self._base_model(conditions)):
                 predicted(model, start, self._times[0])
         self._judge.check(start, rows)
+        if self._value is not None:
+            base, gradient = self._gradient(self._value, rows.columns)
+            time_of_start = self._times[:1].to(start.device)
+            self._value.check(base, gradient, Targets(start, time_of_start, start, torch.ones_like(time_of_start)))
+            self._judge.taken()
         self._checked = True
 
     def _what_runs(self, checkpoint: str | bool | None) -> dict[str, Any]:
         return {**super()._what_runs(checkpoint), "reward": self._judge.name, "shape": self._shape}
+
+    def _load_beside(self, checkpoint: str) -> None:
+        check_value(checkpoint, self._value is not None)
+        if self._value is not None:
+            self._value.load(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._value is not None and self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._value.save(os.path.join(self._get_output_dir(trial=trial), name))
+        super()._save_checkpoint(model, trial)
 
     def _check_kept(self, groups: list[Group], checkpoint: str) -> None:
         for group in groups:
@@ -334,30 +372,46 @@ class FlowTrainer(ResumableTrainer):
         self._check_calls(rows)
         at, seed = self._drawn_times(), self._seed(_Draw.ROLLOUT)
         found: list[Targets] = []
+        ends: list[Targets] = []
         of_rows: list[Tensor] = []
         figures: list[dict[str, Tensor]] = []
         for part in self._pieces(len(rows)):
             piece = rows[part]
-            conditions = self._conditions(piece)
+            conditions = self._conditions(piece.columns)
             with self._timing.part("rollout"):
-                path = self._path(self.process, self._times, piece, seed, args.checkpoint_every)
+                path = self._path(self._trained_by, self._times, piece, seed, args.checkpoint_every)
             with self._timing.part("reward"):
                 slope, reward = self._judge.slopes(path.final, piece, args.beta, step)
             with self._timing.part("adjoint"), evaluating(self.model, self._precision()):
                 model, base = self._model(self.model, conditions), self._base_model(conditions)
-                targets = adjoint_targets(self.process, base, path, slope, at=at)
-                told = path_figures(self.process, model, base, path, self._figures_at(at), targets)
+                targets = self._targets(base, path, slope, at)
+                of_adjoint = targets if self._value is None else None
+                told = path_figures(self._trained_by, model, base, path, self._figures_at(at), of_adjoint)
             # The mean over the paths of the piece, as a part of that over all.
             weight = targets.weight * (len(piece) / len(rows))
             found.append(Targets(*(value.cpu() for value in targets._replace(weight=weight))))
+            every = torch.full((2, len(piece)), 1 / len(rows), dtype=torch.float64, device=slope.device)
+            every[0] = float(path.times[-1])
+            ends.append(Targets(path.final, every[0], slope, every[1]))
             of_rows.append(part.start + torch.arange(len(targets.time), device="cpu") % len(piece))
             figures.append({"reward": reward, **told})
-        joined = Targets(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-        self.progress.replay.fill(joined, torch.cat(of_rows), self._conditions(rows))
+        row, buffer = torch.cat(of_rows), self.progress.replay
+        if self._value is None:
+            buffer.fill(_one(found), row, self._conditions(rows.columns))
+        else:
+            buffer.fill(_one(found), row, rows.columns, _one(ends))
         return _joined(figures)
 
+    def _targets(self, base: Model, path: Path, slope: Tensor, at: list[int]) -> Targets:
+        """Of a learner that matches; with a value what the base predicts, which each pass moves by its own."""
+        if self._value is not None:
+            return value_targets(self._trained_by, base, lambda state, _: torch.zeros_like(state), path, at=at)
+        if self.args.learner == "vgg_flow":
+            return pontryagin_targets(self._trained_by, base, path, slope, at=at)
+        return adjoint_targets(self._trained_by, base, path, slope, at=at)
+
     def _matching_loss(self, model: nn.Module, batch: dict[str, Any], due: bool) -> Tensor:
-        """Of Adjoint Matching."""
+        """Of Adjoint Matching and VGG-Flow."""
         args, buffer = self.args, self.progress.replay
         if due:
             self._tell(together(functools.partial(self._refill, batch)))
@@ -365,12 +419,33 @@ class FlowTrainer(ResumableTrainer):
         begun = step - step % args.steps_per_rollout
         number = (step - begun) * passes + self.progress.micro_step
         seed = self._seed(_Draw.TARGETS, args.process_index, step=begun)
-        targets, conditions = buffer.batch(number, args.per_device_train_batch_size, seed, args.device)
+        targets, columns = buffer.batch(number, args.per_device_train_batch_size, seed, args.device)
         with self._dropout(_Draw.DROPOUT):
-            loss = matching.loss(self._model(model, conditions), targets)
+            trained = self._model(model, self._conditions(columns))
+            if self._value is None:
+                loss = matching.loss(trained, targets)
+            else:
+                loss = self._loss_with(self._value, trained, targets, columns)
         if number + 1 == args.steps_per_rollout * passes:
             buffer.clear()  # used up: a checkpoint of here need not hold it
         return loss
+
+    def _loss_with(self, value: ValueLearner, model: Model, targets: Targets, columns: dict[str, Column]) -> Tensor:
+        """Of the flow, matched to a value's gradient, and of that; neither has a gradient in the other."""
+        if self.progress.micro_step == 0:
+            value.begin_step()
+        base, gradient = self._gradient(value, columns)
+        ends, of_ends = self.progress.replay.ends(self.args.device)
+        matched = matching.loss(model, value.matched(targets, gradient))
+        learned = value.loss(base, gradient, targets) + value.end_loss(self._gradient(value, of_ends)[1], ends)
+        self.progress.reward_calls += self._judge.taken()
+        return matched + learned
+
+    def _gradient(self, value: ValueLearner, columns: dict[str, Column]) -> tuple[Model, Model]:
+        """The base and the value's gradient, of rows with these columns."""
+        conditions = self._conditions(columns)
+        base = self._base_model(conditions)
+        return base, value.gradient(base, self._judge.within(columns, self.args.beta), conditions)
 
     def _direct_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Of DRaFT and ReFL, on paths of this pass."""
@@ -379,7 +454,7 @@ class FlowTrainer(ResumableTrainer):
         self._check_calls(every)
         size, number = args.per_device_train_batch_size, self.progress.micro_step
         rows = every[number * size : (number + 1) * size]
-        conditions = self._conditions(rows)
+        conditions = self._conditions(rows.columns)
         with self._timing.part("rollout"):
             path = self._path(self.process, self._times, rows, self._seed(_Draw.ROLLOUT), args.checkpoint_every)
         with self._timing.part("adjoint"), evaluating(self.model, self._precision()):
@@ -513,6 +588,34 @@ def _dtype_of_states(network: nn.Module) -> torch.dtype:
     """Float64 of a model in float64, else float32: paths need more than 16 bits."""
     dtypes = {each.dtype for each in network.parameters() if each.is_floating_point()}
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _one(parts: list[Targets]) -> Targets:
+    return Targets(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _value_learner(value: Any, process: FlowProcess, args: FlowConfig, optimizers: tuple[Any, Any]) -> ValueLearner:
+    """Of a network for the value's gradient.
+
+    Raises:
+        ValueError, TypeError: the run has no use for it, or cannot train it.
+    """
+    if args.learner != "vgg_flow":
+        raise ValueError(f'value goes with learner "vgg_flow"; got {args.learner!r}')
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"value must be a torch module, which is trained; got {type(value).__name__}")
+    if not any(each.requires_grad for each in value.parameters()):
+        raise ValueError("no parameter of value is trainable")
+    if args.world_size > 1:
+        raise ValueError(
+            "value is trained in one process, as its derivatives go around DistributedDataParallel: run without "
+            "others, or without value, by the lean adjoints of paths"
+        )
+    if args.fp16:
+        raise ValueError("value is trained without a scale of its gradients: use bf16=True in place of fp16=True")
+    if any(each is not None for each in optimizers):
+        raise ValueError("with value leave optimizers out: the run's own has the value's parameters as a group")
+    return ValueLearner(value, process, args)
 
 
 def _joined(figures: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,13 +18,21 @@ def evaluating(model: nn.Module, precision: contextlib.AbstractContextManager[An
         model: as it was again afterwards.
         precision: context in which networks run, such as autocast.
     """
+    with without_training(model), torch.no_grad(), precision:
+        yield
+
+
+@contextlib.contextmanager
+def without_training(model: nn.Module) -> Iterator[None]:
+    """Context manager: the model without dropout, and as it was again afterwards."""
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
-        with torch.no_grad(), precision:
-            yield
+        yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def without_dropout(network: nn.Module) -> None:

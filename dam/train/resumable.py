@@ -224,6 +224,7 @@ class ResumableTrainer(BaseTrainer):
             check_average(checkpoint, self.args.ema_decay)
             if self._average is not None:
                 self._average.load(checkpoint)
+            self._load_beside(checkpoint)
         result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         if self._average is not None:
             self._average.finish()
@@ -240,6 +241,9 @@ class ResumableTrainer(BaseTrainer):
         """As at the start of a run."""
         self.progress.clear()
         self._timing.clear()
+
+    def _load_beside(self, checkpoint: str) -> None:
+        """What else of a checkpoint the run goes on from."""
 
     def _check_kept(self, groups: list[Group], checkpoint: str) -> None:
         """That the run can go on with what a checkpoint has kept for its next steps."""

@@ -18,13 +18,14 @@ def trainer(output, reward=near_goal, model=None, rows=ROWS, args=None, shape=(3
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learner": "reinforce"}, "learner must be one of adjoint_matching, draft, refl"),
+        ({"learner": "reinforce"}, "learner must be one of adjoint_matching, vgg_flow, draft, refl"),
         ({"beta": 0.0}, "beta must be > 0 and finite; got 0.0"),
         ({"beta": float("inf")}, "beta must be > 0 and finite"),
         ({"method": "rk4"}, "method must be one of euler, heun; got 'rk4'"),
         ({"matched_times": 7}, "matched_times must be at most diffusion_steps, 6; got 7"),
         ({"draft_steps": 0}, "draft_steps must be at least 1 or None; got 0"),
         ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
+        ({"value_boundary": 0.0}, "value_boundary must be > 0 and finite"),
         ({"refl_from": 1.0}, r"refl_from must be a time in \[0, 1\)"),
         ({"num_generations": 3}, "must be a multiple of both; got 4"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
@@ -55,6 +56,30 @@ def test_arguments_that_do_not_go_together(tmp_path, changes, message):
 def test_trainers_that_cannot_be(tmp_path, given, error, message):
     with pytest.raises(error, match=message):
         trainer(tmp_path, **given).train()
+
+
+@pytest.mark.parametrize(
+    ("value", "changes", "given", "message"),
+    [
+        (Network(), {}, {}, 'value goes with learner "vgg_flow"; got .adjoint_matching'),
+        (Network(), {"fp16": True}, {}, "value is trained without a scale of its gradients: use bf16=True"),
+        (
+            Network(),
+            {},
+            {"optimizers": (torch.optim.SGD(Network().parameters(), lr=1.0), None)},
+            "leave optimizers out",
+        ),
+        (Network().requires_grad_(False), {}, {}, "no parameter of value is trainable"),
+        (lambda state, time, goal: state, {}, {}, "value must be a torch module"),
+    ],
+)
+def test_a_value_that_cannot_be_trained(tmp_path, value, changes, given, message):
+    learner = "adjoint_matching" if "goes with" in message else "vgg_flow"
+    args = tiny_config(tmp_path, learner=learner)
+    for name, new in changes.items():
+        setattr(args, name, new)  # arguments themselves refuse fp16 on a CPU
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer(tmp_path, args=args, value=value, **given).train()
 
 
 def test_without_a_dataset_the_length_of_a_run_must_be_said(tmp_path):

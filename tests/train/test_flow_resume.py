@@ -12,9 +12,11 @@ from transformers import TrainerCallback
 from dam.train import FlowTrainer, RewardError, last_checkpoint
 
 
-def run(output, reward=near_goal, resume=None, dropout=0.0, seed=0, callbacks=None, **changes):
+def run(output, reward=near_goal, resume=None, dropout=0.0, seed=0, callbacks=None, value=False, **changes):
     model = Network(seed, dropout)
     given = {"ref_model": Network()} if seed else {}
+    if value:
+        given["value"] = Network(seed + 1)
     trainer = FlowTrainer(model, reward, tiny_config(output, **changes), ROWS, ROWS[:2], callbacks, shape=(3,), **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -33,10 +35,11 @@ def run(output, reward=near_goal, resume=None, dropout=0.0, seed=0, callbacks=No
             "ema_decay": 0.5,
         },
         {"max_steps": 3, **direct("draft", draft_steps=2)},
+        {"max_steps": 3, "learner": "vgg_flow", "value": True, "gradient_accumulation_steps": 2},
         pytest.param({"max_steps": 3, **direct("draft", recompute=False)}, marks=pytest.mark.full),
         pytest.param({"max_steps": 3, **direct("refl", gradient_accumulation_steps=2)}, marks=pytest.mark.full),
     ],
-    ids=["dropout", "parts", "draft", "draft whole", "refl"],
+    ids=["dropout", "parts", "draft", "value", "draft whole", "refl"],
 )
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes):
     whole = run(tmp_path, save_strategy="steps", save_steps=1, **changes)
@@ -111,6 +114,13 @@ def test_a_step_that_diverges_is_named_and_saved(tmp_path, step, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, callbacks=[Spoils(step)], save_strategy="steps", save_steps=1)
     assert last_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-{step}"
+
+
+def test_a_value_goes_with_its_checkpoint(tmp_path):
+    given = {"max_steps": 1, "learner": "vgg_flow", "save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, **given)
+    with pytest.raises(ValueError, match="is of a run without a value: resume with what it was saved with"):
+        run(tmp_path, value=True, resume=True, **given)
 
 
 def test_a_checkpoint_of_another_model_or_trainer_is_refused(tmp_path):

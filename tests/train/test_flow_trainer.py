@@ -62,7 +62,7 @@ def test_a_gaussian_base_is_trained_to_the_exact_tilt(tmp_path, near, changes):
     kl = [entry["kl_path"] for entry in logged(trainer) if "kl_path" in entry]
     variance, best = Law().law().variance[0], optimum.variance[0]
     gap = optimum.mean[0] - Law().law().mean[0]
-    exact = float(((best / variance) - 1 - (best / variance).log() + gap.square() / variance).sum() / 2)
+    exact = (((best / variance) - 1 - (best / variance).log() + gap.square() / variance).sum() / 2).item()
     assert kl[0] == 0 and abs(sum(kl[-3:]) / 3 - exact) < 0.25 * exact
 
 
@@ -104,7 +104,7 @@ def test_the_first_step_is_that_of_the_functions_in_a_loop(tmp_path):
     targets = flows.adjoint_targets(PROCESS, velocity, path, slope)
     loss = matching.loss(lambda state, time: reference(state, time, goal.repeat(6)), targets)
     loss.backward()
-    assert logged(trainer)[0]["loss"] == pytest.approx(float(loss), rel=1e-5)  # rounding of float32, as below
+    assert logged(trainer)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)  # rounding of float32, as below
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.detach(), (theirs - 1e-3 * theirs.grad).detach(), rtol=1e-4, atol=1e-6)
 
@@ -136,10 +136,72 @@ def test_each_target_is_used_once_in_a_turn_and_keeps_its_condition():
     assert seen[:10].sort().values.tolist() == seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
     for batch in batches:
-        assert torch.equal(batch.conditions["goal"], batch.targets.time.long() % 5)
-        assert batch.conditions["name"] == ["abcde"[n] for n in batch.conditions["goal"].tolist()]
+        assert torch.equal(batch.columns["goal"], batch.targets.time.long() % 5)
+        assert batch.columns["name"] == ["abcde"[n] for n in batch.columns["goal"].tolist()]
         assert torch.equal(batch.targets.weight, torch.full((4,), 2.5, dtype=FLOAT64))
     assert len(buffer.batch(0, 99, seed=3, device=torch.device("cpu")).targets.time) == 10
+
+
+class Value(nn.Module):
+    """The residual of a value's gradient, of three coordinates with a condition."""
+
+    def __init__(self, seed=5):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, state, time, goal):
+        return self.layers(torch.cat((state, time[:, None], goal[:, None]), dim=1))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_first_step_of_vgg_flow_is_that_of_the_functions_in_a_loop(tmp_path, looks):
+    """Of flow and value, each clipped by itself, with the reward's gradients counted."""
+    model, reference, value, of_loop = Network(), Network(), Value(), Value()
+    config = tiny_config(
+        tmp_path, learner="vgg_flow", forward_looking=looks, max_steps=1, num_iterations=1, rollout_batch_size=3,
+        per_device_train_batch_size=10**5, optim="sgd", learning_rate=1e-2, max_grad_norm=0.5, value_boundary=2.0,
+        value_consistency=0.1, lr_scheduler_type="constant", shuffle_dataset=False,
+    )  # fmt: skip
+    trainer = FlowTrainer(model, near_goal, config, ROWS, shape=(3,), value=value)
+    seed = trainer._seed(0)
+    trainer.train()
+    goal, ode = torch.tensor([row["goal"] for row in ROWS[:4]]), PROCESS.ode()
+
+    def of(goal):
+        names = ["goal"] * len(goal)
+        cost = lambda x: -near_goal(x, goal, names) / 0.5  # noqa: E731
+        base = lambda state, time: Network()(state, time, goal)  # noqa: E731
+        learned = lambda state, time: of_loop(state, time, goal)  # noqa: E731
+        return base, cost, flows.forward_looking(ode, base, cost, learned) if looks else learned
+
+    base, cost, gradient = of(goal)
+    times = ode.times(6)
+    start = ode.initial((4, 3), start=float(times[0]), seed=seed)
+    path = flows.simulate(ode, base, start, times=times, seed=seed)
+    terminal = flows.cost_gradient(cost, path.final)
+    targets = flows.value_targets(ode, base, gradient, path)
+    matched = matching.loss(lambda state, time: reference(state, time, goal.repeat(6)), targets)
+    of_all = of(goal.repeat(6))
+    left = flows.consistency_loss(ode, of_all[0], of_all[2], targets.state, targets.time)
+    end = flows.boundary_loss(gradient, path, terminal)
+    loss = matched + 0.1 * left + 2.0 * end
+    loss.backward()
+    assert logged(trainer)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)  # rounding of float32, as below
+    for trained_one, looped in ((model, reference), (value, of_loop)):
+        nn.utils.clip_grad_norm_(looped.parameters(), 0.5)
+        for ours, theirs in zip(trained_one.parameters(), looped.parameters(), strict=True):
+            torch.testing.assert_close(ours.detach(), (theirs - 1e-2 * theirs.grad).detach(), rtol=1e-4, atol=1e-6)
+    # Of paths' ends once; then of all targets, of them again in the two of the consistency, and of the ends.
+    assert trainer.reward_calls == 4 + (24 + 2 * 24 + 4) * looks
+
+
+def test_vgg_flow_without_a_value_matches_to_lean_adjoints(tmp_path):
+    """And the energy of its control is none of a KL's."""
+    trainer = trained(tmp_path, learner="vgg_flow", max_steps=20, learning_rate=3e-2, logging_steps=2)
+    first, last = logged(trainer)[0], logged(trainer)[-1]
+    assert last["reward"] > first["reward"] + 0.3 and last["control_energy"] > first["control_energy"] == 0.0
+    assert "kl_path" not in first and last["adjoint_norm"] > 0
 
 
 # ---- the model and its base
@@ -275,15 +337,17 @@ def test_without_conditions_a_run_needs_no_dataset(tmp_path):
 
 
 def test_every_key_of_the_log_is_in_its_page_and_no_other(tmp_path):
-    config = tiny_config(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
-    trainer = FlowTrainer(
-        Network(), near_goal, config, ROWS, ROWS[:2], shape=(3,), compute_metrics=lambda *_: {"<name>": 1.0}
-    )
-    trainer.train()
+    keys = set()
+    for learner in ("adjoint_matching", "vgg_flow"):
+        config = tiny_config(tmp_path, learner=learner, max_steps=1, eval_strategy="steps", eval_steps=1)
+        trainer = FlowTrainer(
+            Network(), near_goal, config, ROWS, ROWS[:2], shape=(3,), compute_metrics=lambda *_: {"<name>": 1.0}
+        )
+        trainer.train()
+        keys |= {key for entry in trainer.state.log_history for key in entry if not key.startswith("train_")}
     page = (Path(__file__).parents[2] / "docs" / "flows.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| key \|.*?\n\n", page, flags=re.DOTALL | re.MULTILINE)
     listed = re.findall(r"`([^`]+)`", " ".join(line.split(" | ")[0] for line in table.splitlines()))
-    keys = {key for entry in trainer.state.log_history for key in entry if not key.startswith("train_")}
     assert keys - {"epoch", "step", "learning_rate", "total_flos", "eval_runtime", "eval_samples_per_second"} == {
         *listed
     }
