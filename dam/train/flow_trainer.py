@@ -166,6 +166,7 @@ class FlowTrainer(ResumableTrainer):
                 'sum over processes: run it in one, or take "adjoint_matching" or "refl"'
             )
         self._trained_by = self.process.ode() if args.learner == "vgg_flow" else self.process
+        self.value = value
         self._value = None if value is None else _value_learner(value, self._trained_by, args, optimizers)
         self._shape = tuple(shape)
         self._times = self._trained_by.times(args.diffusion_steps)

@@ -47,6 +47,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes):
     for step in {last - 1} if changes.get("value") else {1, last - 1}:
         again = run(tmp_path, seed=step, resume=f"{tmp_path}/checkpoint-{step}", **changes)
         assert_same_weights(whole.model, again.model)
+        if changes.get("value"):
+            assert_same_weights(whole.value, again.value)
         assert logged(again) == logged(whole) and again.reward_calls == whole.reward_calls
     # Between two rollouts there is nothing to keep.
     state = torch.load(tmp_path / f"checkpoint-{whole.args.num_iterations}" / "dam_state.pt", weights_only=True)

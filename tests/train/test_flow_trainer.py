@@ -142,6 +142,37 @@ def test_each_target_is_used_once_in_a_turn_and_keeps_its_condition():
     assert len(buffer.batch(0, 99, seed=3, device=torch.device("cpu")).targets.time) == 10
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("learner", ["draft", "refl"])
+def test_the_first_step_of_direct_learners_is_that_of_the_functions_in_a_loop(tmp_path, learner):
+    """On two parts of the step's paths, whose gradients are averaged."""
+    model, reference = Network(), Network()
+    config = tiny_config(
+        tmp_path, max_steps=1, optim="sgd", learning_rate=1e-2, max_grad_norm=1e9, lr_scheduler_type="constant",
+        shuffle_dataset=False, draft_steps=3, refl_from=0.5,
+        **direct(learner, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    )  # fmt: skip
+    trainer = FlowTrainer(model, near_goal, config, ROWS, shape=(3,))
+    times = PROCESS.times(6)
+    late = [n for n in range(6) if float(times[n]) >= 0.5]
+    seed, k = trainer._seed(0), late[int(torch.randint(len(late), (), generator=trainer._generator(5)))]
+    trainer.train()
+    for rows in (ROWS[:2], ROWS[2:4]):
+        goal, names = torch.tensor([row["goal"] for row in rows]), [row["name"] for row in rows]
+        velocity = lambda state, time, goal=goal: reference(state, time, goal)  # noqa: E731
+        cost = lambda x, goal=goal, names=names: -near_goal(x, goal, names)  # noqa: E731
+        ids = torch.tensor([ROWS.index(row) for row in rows])
+        start = PROCESS.initial((2, 3), start=float(times[0]), seed=seed, row_ids=ids)
+        path = flows.simulate(PROCESS, velocity, start, times=times, seed=seed, row_ids=ids)
+        if learner == "draft":
+            loss = flows.draft_loss(path, velocity, cost, last=3)
+        else:
+            loss = flows.refl_loss(PROCESS, velocity, path.state(k), path.times[k], cost)
+        (loss / 2).backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), (theirs - 1e-2 * theirs.grad).detach(), rtol=1e-4, atol=1e-6)
+
+
 class Value(nn.Module):
     """The residual of a value's gradient, of three coordinates with a condition."""
 
