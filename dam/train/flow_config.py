@@ -76,8 +76,8 @@ class FlowConfig(RunConfig):
     checkpoint_every: int = field(
         default=1,
         metadata={
-            "help": "Every so manieth state of a path is kept, and the others are made again on the way back, for one "
-            "more run of the network. Least memory at the root of diffusion_steps."
+            "help": "Where targets are matched every so many-th state of a path is kept, and the others are made "
+            "again on the way back, for one more run of the network. Least memory at the root of diffusion_steps."
         },
     )
     draft_steps: int | None = field(

@@ -391,9 +391,8 @@ class FlowTrainer(ResumableTrainer):
             # The mean over the paths of the piece, as a part of that over all.
             weight = targets.weight * (len(piece) / len(rows))
             found.append(Targets(*(value.cpu() for value in targets._replace(weight=weight))))
-            every = torch.full((2, len(piece)), 1 / len(rows), dtype=torch.float64, device=slope.device)
-            every[0] = float(path.times[-1])
-            ends.append(Targets(path.final, every[0], slope, every[1]))
+            one = torch.ones(len(piece), dtype=torch.float64, device=slope.device)  # the time, too
+            ends.append(Targets(path.final, one, slope, one / len(rows)))
             of_rows.append(part.start + torch.arange(len(targets.time), device="cpu") % len(piece))
             figures.append({"reward": reward, **told})
         row, buffer = torch.cat(of_rows), self.progress.replay
@@ -457,7 +456,8 @@ class FlowTrainer(ResumableTrainer):
         rows = every[number * size : (number + 1) * size]
         conditions = self._conditions(rows.columns)
         with self._timing.part("rollout"):
-            path = self._path(self.process, self._times, rows, self._seed(_Draw.ROLLOUT), args.checkpoint_every)
+            # All states: dropout, which the loss has, would not make them again.
+            path = self._path(self.process, self._times, rows, self._seed(_Draw.ROLLOUT), checkpoint_every=1)
         with self._timing.part("adjoint"), evaluating(self.model, self._precision()):
             frozen, base = self._model(self.model, conditions), self._base_model(conditions)
             told = path_figures(self.process, frozen, base, path, self._figures_at(list(range(len(path.steps)))))

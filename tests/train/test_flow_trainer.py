@@ -359,6 +359,23 @@ def test_evaluation_draws_the_same_by_the_ode_and_saves_what_it_evaluates(tmp_pa
     assert other.evaluate()["eval_reward"] == again["eval_reward"]
 
 
+class Endless:
+    """Rows that can only be iterated over."""
+
+    def __iter__(self):
+        return iter(ROWS[:5])
+
+
+def test_rows_may_come_one_after_another(tmp_path):
+    """And are looked at when they come: a reward that takes none of them is told of before any step."""
+    trainer = trained(tmp_path, rows=Endless(), max_steps=3, **direct("draft", draft_steps=1), checkpoint_every=3)
+    assert trainer.reward_calls == 12
+    with pytest.raises(
+        ValueError, match=r"the reward 'quadratic' takes .state., and is called with 1 tensors and goal"
+    ):
+        trained(tmp_path, reward=quadratic, rows=Endless(), max_steps=1)
+
+
 def test_without_conditions_a_run_needs_no_dataset(tmp_path):
     config = tiny_config(tmp_path, max_steps=5, eval_samples=7)
     trainer = FlowTrainer(Law(), quadratic, config, shape=(2,))
