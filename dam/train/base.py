@@ -27,6 +27,9 @@ class Base(Protocol):
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         """The base as a `Denoiser`; `model` is the trained one, `factory` makes a denoiser of a module."""
 
+    def module(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """Context manager: the base as a module, for one call; `model` is the trained one, of which it may be parts."""
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Moves what the base keeps; to a dtype, where the trained model will be of it."""
 
@@ -54,6 +57,9 @@ class ReferenceModel:
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         return factory(self.model)
+
+    def module(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        return contextlib.nullcontext(self.model)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         if not is_placed(self.model):
@@ -116,6 +122,21 @@ class InitialParameters:
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
         units = _units(model)
+        self._check_trainable(model, units)
+        return _AtFirst(factory(model), self, units)
+
+    @contextlib.contextmanager
+    def module(self, model: nn.Module) -> Iterator[nn.Module]:
+        self._check_trainable(model, [])
+        with self.in_place():
+            yield model
+
+    def _check_trainable(self, model: nn.Module, units: list[Any]) -> None:
+        """That what is trained is what was copied.
+
+        Raises:
+            ValueError: it is more, or other parameters.
+        """
         known = {getattr(module, name, None) if units else each for module, name, each in self._places}
         new = [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
         if new:
@@ -123,7 +144,6 @@ class InitialParameters:
                 f"{len(new)} parameters are trainable now that were not, or were others, when the trainer was made "
                 f"({new[0]}, ...), so the base is not what the model was: make them trainable before, or pass ref_model"
             )
-        return _AtFirst(factory(model), self, units)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """They follow the model's."""
@@ -177,7 +197,9 @@ class InitialParameters:
                 yield
             return
         for parameter, kept in self._copies.items():
-            kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
+            # Only where they have moved: torch.func, which may be at work, ends the process where data are replaced.
+            if (kept.device, kept.dtype) != (parameter.device, parameter.dtype):
+                kept.data = kept.data.to(device=parameter.device, dtype=parameter.dtype)
         try:
             for module, name, parameter in self._places:
                 setattr(module, name, self._copies[parameter])

@@ -17,17 +17,19 @@ from transformers.trainer_callback import ProgressCallback
 
 from dam.train.processes import together
 from dam.train.terminal import bar, show
-from dam.train.timing import PARTS
 
 SHOWN = ("reward", "ess", "kl_path", "tilt")
+DRAWN = ("tokens", "paths")
 
 
 def progress_line(logs: Mapping[str, Any]) -> str:
-    """What a log of training says in a line: reward, ESS, KL, tilt, tokens per second, and where time goes."""
+    """What a log of training says in a line: reward, ESS, KL, tilt, what is drawn a second, and where time goes."""
     told = [f"{name} {logs[name]:.3g}" for name in SHOWN if name in logs]
-    if "tokens_per_second" in logs:
-        told.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-    shares = [f"{logs[name]:.0%} {part}" for part in PARTS if logs.get(name := f"time/{part}_share", 0.0) > 0]
+    told += [f"{logs[f'{drawn}_per_second']:,.0f} {drawn}/s" for drawn in DRAWN if f"{drawn}_per_second" in logs]
+    of_parts = {
+        name[5:-6]: share for name, share in logs.items() if name.startswith("time/") and name.endswith("_share")
+    }
+    shares = [f"{share:.0%} {part}" for part, share in of_parts.items() if share > 0]
     return ", ".join(told) + (f" ({', '.join(shares)})" if shares else "")
 
 

@@ -8,12 +8,12 @@ from dataclasses import field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS, step_limits
 from dam.decoding import ORDERS, Decoding, check_decoding
 from dam.train import grpo
-from dam.train.releases import fields_of_json, precision_of, read_json
+from dam.train.arguments import RunConfig, check_counts
+from dam.train.releases import fields_of_json, read_json
 
 # Of the fields of `Decoding` those of decoding in evaluation.
 _DECODING = {
@@ -24,15 +24,10 @@ _DECODING = {
     "top_p": "eval_top_p",
     "guidance": "eval_guidance",
 }
-# Arguments that may be others in each process of a run: where it is, and where and how it writes.
-OF_ONE_PROCESS = (
-    *("local_rank", "output_dir", "logging_dir", "run_name", "report_to", "log_level", "log_level_replica"),
-    *("disable_tqdm", "hub_token", "push_to_hub_token"),
-)
 
 
 @dataclasses.dataclass
-class DAMConfig(TrainingArguments):
+class DAMConfig(RunConfig):
     """Arguments of `DAMTrainer`, on top of those of `transformers.TrainingArguments`.
 
     Names that TRL's `GRPOConfig` has mean what they mean there. So batch sizes count completions: a rollout draws
@@ -49,17 +44,6 @@ class DAMConfig(TrainingArguments):
         "model_init_kwargs",
     ]
 
-    # Defaults of transformers' own arguments.
-    logging_steps: float = field(
-        default=10, metadata={"help": "Training steps between two logs; below 1 a share of the run."}
-    )
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Mixed precision in bfloat16. None is True on a GPU that has it, unless fp16 is set, False on "
-            "a CPU."
-        },
-    )
     per_device_train_batch_size: int = field(
         default=None,  # type: ignore[assignment]
         metadata={
@@ -73,17 +57,6 @@ class DAMConfig(TrainingArguments):
         metadata={
             "help": "Passed to AutoModelForMaskedLM.from_pretrained where the model is given by name; a dict, or JSON. "
             "dtype is float32 unless it is among them."
-        },
-    )
-    disable_dropout: bool = field(
-        default=False, metadata={"help": "No dropout in training, in the model and its adapter."}
-    )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Exponential moving average of the trained weights, below 1: after step n of the run each average "
-            "moves to the weight by 1 - min(ema_decay, (1 + n) / (10 + n)). Evaluated and saved, and what the model "
-            "has after the run, are the averages; rollouts and training go on with the weights themselves."
         },
     )
     beta: float = field(
@@ -113,9 +86,6 @@ class DAMConfig(TrainingArguments):
             "help": "How often a rollout's completions are trained on, in the mean: it feeds num_iterations * "
             "steps_per_generation passes. With steps_per_generation unset, the training steps per rollout."
         },
-    )
-    shuffle_dataset: bool = field(
-        default=True, metadata={"help": "Shuffle the prompts of each epoch. An iterable dataset keeps its own order."}
     )
     estimator: str = field(default="posterior", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
     normalizer: str = field(
@@ -248,9 +218,6 @@ class DAMConfig(TrainingArguments):
             "(SDAR, LLaDA 2), as the model's own generation and serving engines fill the last block whole."
         },
     )
-    eval_redraw: bool = field(
-        default=False, metadata={"help": "Draw anew in each evaluation, instead of the same each time."}
-    )
     eval_remasking: str = field(
         default="random",
         metadata={
@@ -353,34 +320,22 @@ class DAMConfig(TrainingArguments):
         default=False, metadata={"help": "Show one completion of each prompt, the first, instead of all."}
     )
 
-    report_to: list[str] | str | None = field(
-        default="none",
-        metadata={"help": "Where to report, besides output_dir; nowhere unless given, whatever is installed."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: other columns go to the reward functions."}
-    )
-
     def __new__(cls, *_: Any, **given: Any) -> DAMConfig:
         # Here, as the dataclass makes __init__, which would only say that it did not expect the name.
         grpo.refuse(given.keys() - cls.__dataclass_fields__.keys(), grpo.CONFIG, "GRPOConfig", cls.__name__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = 8 * self.num_generations
-        with precision_of(self):
-            super().__post_init__()
-        if self.device.type == "cpu":  # as with use_cpu: there is none to pin memory for, which loaders would warn of
-            self.dataloader_pin_memory = False
+        super().__post_init__()
         self.chat_template_kwargs = read_json(self.chat_template_kwargs)
         self.model_init_kwargs = read_json(self.model_init_kwargs)
         for name, allowed in (("estimator", ESTIMATORS), ("normalizer", NORMALIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in (
+        check_counts(
+            self,
             "num_generations",
             "num_iterations",
             "num_orders",
@@ -389,20 +344,16 @@ class DAMConfig(TrainingArguments):
             "rollout_batch_size",
             "per_device_train_batch_size",
             "max_completion_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in (
-            "diffusion_steps",
-            "block_length",
-            "replay_batch_size",
-            "steps_per_generation",
-            "generation_batch_size",
-            "num_completions_to_print",
-            "reward_workers",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
+            optional=(
+                "diffusion_steps",
+                "block_length",
+                "replay_batch_size",
+                "steps_per_generation",
+                "generation_batch_size",
+                "num_completions_to_print",
+                "reward_workers",
+            ),
+        )
         if self.block_length is not None:
             self.check_on_paths("block_length goes")
         check_decoding({field: getattr(self, name) for field, name in _DECODING.items()}, _DECODING)
@@ -416,8 +367,6 @@ class DAMConfig(TrainingArguments):
                 "per_device_train_batch_size, replay_batch_size or rollout_batch_size"
             )
         self._divide_completions()
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1) or None; got {self.ema_decay}")
         if not self.beta > 0:
             raise ValueError(f"beta must be > 0; got {self.beta}")
         if not 0 < self.max_tilt <= 1:

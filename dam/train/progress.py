@@ -5,27 +5,54 @@ from __future__ import annotations
 import collections
 import json
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dam.train.replay import ReplayBuffer, merged
+from dam.train.replay import Group
 
 _STATE = "dam_state.pt"
 _PART = "dam_replay_{}.pt"  # where processes share the replay buffer, of each the groups that it keeps
 
 
-class Progress:
-    """Counts, the replay buffer and metrics that are not logged yet.
+class Kept(Protocol):
+    """What is kept of rollouts for training steps: groups of tensors, as `dam.train.replay.ReplayBuffer` has them."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether each of several processes keeps a part of its own."""
+
+    def __len__(self) -> int: ...
+
+    def clear(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """With "groups": where they are shared, this process's part."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def load_whole(self, groups: list[Group]) -> None:
+        """Groups with all that they hold, of which this process keeps its part."""
+
+    def merged(self, parts: list[list[Group]]) -> list[Group]:
+        """What `load_whole` takes, of the parts of all processes."""
+
+
+_Replay = TypeVar("_Replay", bound=Kept)
+
+
+class Progress(Generic[_Replay]):
+    """Counts, what is kept of rollouts and metrics that are not logged yet.
 
     Args:
-        replay: the groups that training steps draw from.
+        replay: what training steps draw from.
     """
 
-    def __init__(self, replay: ReplayBuffer):
+    def __init__(self, replay: _Replay):
         self.replay = replay
         self.micro_step = 0  # of the step, with gradient accumulation
         self.reward_calls = 0
@@ -71,7 +98,7 @@ class Progress:
         """As at the start of a run."""
         self.micro_step, self.reward_calls, self.evaluation_due, self._began = 0, 0, False, None
         self._metrics.clear()
-        self.replay.load_state_dict({"groups": []})
+        self.replay.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -91,7 +118,7 @@ class Progress:
     def save(self, folder: str, process: int = 0, processes: int = 1) -> None:
         """Into a checkpoint, which is not whole until the trainer's state is written too.
 
-        Where processes share the replay buffer all call this, each of which saves its part.
+        Where processes share what is kept all call this, each of which saves its part.
         """
         os.makedirs(folder, exist_ok=True)
         state = self.state_dict()
@@ -103,35 +130,25 @@ class Progress:
                 os.remove(os.path.join(folder, TRAINER_STATE_NAME))
             torch.save(state, os.path.join(folder, _STATE))
 
-    def load(self, checkpoint: str, num_generations: int, on_paths: bool) -> None:
-        """From a checkpoint, to go on with groups of that many trajectories, with their paths or without.
+    def load(self, checkpoint: str, check: Callable[[list[Group], str], None]) -> None:
+        """From a checkpoint, to go on.
+
+        Args:
+            checkpoint: its folder.
+            check: raises where a run cannot go on with the groups of a checkpoint.
 
         Raises:
-            ValueError: it is not whole, its groups have another number of trajectories, or they lack what is needed.
+            ValueError: it is not whole, or what `check` raises.
         """
         if not _is_whole(checkpoint):
-            raise ValueError(f"{checkpoint!r} is no whole DAMTrainer checkpoint")
+            raise ValueError(f"{checkpoint!r} is no whole checkpoint of such a run")
         state = torch.load(os.path.join(checkpoint, _STATE), weights_only=True)
         if "parts" in state["replay"]:
             parts = [os.path.join(checkpoint, _PART.format(n)) for n in range(state["replay"]["parts"])]
-            state["replay"] = {"groups": merged([torch.load(path, weights_only=True) for path in parts])}
-        sizes = {len(group["weight"]) for group in state["replay"]["groups"]}
-        if not sizes <= {num_generations}:
-            raise ValueError(
-                f"the groups of {checkpoint!r} have {' and '.join(map(str, sorted(sizes)))} trajectories and cannot be "
-                f"trained on beside groups of {num_generations}: resume with the num_generations it was saved with, "
-                "or begin a new run from its weights"
-            )
-        if any(("position" in group) != on_paths for group in state["replay"]["groups"]):
-            raise ValueError(
-                f"the groups of {checkpoint!r} were drawn {'without' if on_paths else 'with'} diffusion_steps or "
-                "block_length and cannot be trained on beside others: resume with the settings it was saved with, or "
-                "begin a new run from its weights"
-            )
-        for group in state["replay"]["groups"]:
-            # Of a checkpoint that does not tell: at their own states paths are right whatever drew them.
-            group.setdefault("exact", torch.tensor(not on_paths))
-        groups = state["replay"]["groups"]
+            groups = self.replay.merged([torch.load(path, weights_only=True) for path in parts])
+        else:
+            groups = state["replay"]["groups"]
+        check(groups, checkpoint)
         self.load_state_dict({**state, "replay": {"groups": []}})
         self.replay.load_whole(groups)
 

@@ -134,16 +134,48 @@ class ReplayBuffer:
         self._groups.extend(state["groups"])
         self._added = state.get("added", len(self._groups))
 
+    def clear(self) -> None:
+        self.load_state_dict({"groups": []})
+
     def load_whole(self, groups: Sequence[Group]) -> None:
         """Groups with all that they hold, of which this process keeps its part."""
         self._groups.clear()
         self._added = 0
         self._add(groups)
 
+    def merged(self, parts: Sequence[Sequence[Group]]) -> list[Group]:
+        """Groups whole again, from the parts of all processes that shared them."""
+        return [_without_owner(versions[int(versions[0]["owner"])]) for versions in zip(*parts, strict=True)]
 
-def merged(parts: Sequence[Sequence[Group]]) -> list[Group]:
-    """Groups whole again, from the parts of all processes that shared them."""
-    return [_without_owner(versions[int(versions[0]["owner"])]) for versions in zip(*parts, strict=True)]
+
+def check_groups(groups: Sequence[Group], checkpoint: str, num_generations: int, on_paths: bool) -> None:
+    """That a run can go on with the groups of a checkpoint, beside those of its own.
+
+    Args:
+        groups: may be of a checkpoint that does not tell `exact`, which they are given.
+        checkpoint: its folder, for messages.
+        num_generations: trajectories of each group of the run.
+        on_paths: whether these keep their paths.
+
+    Raises:
+        ValueError: its groups have another number of trajectories, or they lack what is needed.
+    """
+    sizes = {len(group["weight"]) for group in groups}
+    if not sizes <= {num_generations}:
+        raise ValueError(
+            f"the groups of {checkpoint!r} have {' and '.join(map(str, sorted(sizes)))} trajectories and cannot be "
+            f"trained on beside groups of {num_generations}: resume with the num_generations it was saved with, "
+            "or begin a new run from its weights"
+        )
+    if any(("position" in group) != on_paths for group in groups):
+        raise ValueError(
+            f"the groups of {checkpoint!r} were drawn {'without' if on_paths else 'with'} diffusion_steps or "
+            "block_length and cannot be trained on beside others: resume with the settings it was saved with, or "
+            "begin a new run from its weights"
+        )
+    for group in groups:
+        # Of a checkpoint that does not tell: at their own states paths are right whatever drew them.
+        group.setdefault("exact", torch.tensor(not on_paths))
 
 
 def _without_owner(group: Group) -> Group:

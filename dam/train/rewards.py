@@ -369,15 +369,20 @@ class Rewards:
 
     def with_outcomes_kept(self, error: RewardError, outcomes: Outcomes, state: Any) -> RewardError:
         """The error that is to end a run, with where the outcomes that it is about are."""
-        path = os.path.join(self._output_dir, "failed_rollouts.pt")
-        try:
-            os.makedirs(self._output_dir, exist_ok=True)
-            torch.save({"step": state.global_step, **outcomes}, path)
-        except Exception as unsaved:  # a full disk, or a column that cannot be pickled; the cause is what matters
-            kept = f"could not be kept in {path} ({type(unsaved).__name__}: {unsaved})"
-        else:
-            kept = f"are kept in {path}"
-        return RewardError(f"{error}. The rollouts of step {state.global_step} {kept}")
+        return with_outcomes_kept(error, self._output_dir, outcomes, state.global_step)
+
+
+def with_outcomes_kept(error: RewardError, output_dir: str, outcomes: Outcomes, step: int) -> RewardError:
+    """The error that is to end a run, with where the outcomes that it is about are: output_dir/failed_rollouts.pt."""
+    path = os.path.join(output_dir, "failed_rollouts.pt")
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        torch.save({"step": step, **outcomes}, path)
+    except Exception as unsaved:  # a full disk, or a column that cannot be pickled; the cause is what matters
+        kept = f"could not be kept in {path} ({type(unsaved).__name__}: {unsaved})"
+    else:
+        kept = f"are kept in {path}"
+    return RewardError(f"{error}. The rollouts of step {step} {kept}")
 
 
 def failure_figures(failed: Sequence[Sequence[Failed]], count: int) -> dict[str, float]:

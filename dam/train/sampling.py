@@ -20,6 +20,7 @@ from dam.models.sharding import waits_for_others
 from dam.rollout import PathLogProbs, Trajectories, blocks_for, jump_log_prob, log_prob_over_orders
 from dam.train.base import Base, DenoiserFactory
 from dam.train.config import DAMConfig
+from dam.train.networks import evaluating
 from dam.train.processes import in_step, together
 from dam.train.turns import in_turns
 
@@ -68,16 +69,9 @@ class Sampler:
         self._engine_is_compared = engine is None
         self._run: int | None = None  # names this run's weights, on all processes alike
 
-    @contextlib.contextmanager
-    def evaluating(self, model: nn.Module) -> Iterator[None]:
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context manager: the model without dropout and gradients."""
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self._precision():
-                yield
-        finally:
-            model.train(was_training)
+        return evaluating(model, self._precision())
 
     def base(self, model: nn.Module) -> Denoiser:
         return self._base.denoiser(model, self._denoiser)

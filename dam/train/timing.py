@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -17,18 +17,26 @@ class Timing:
     Args:
         wait: until what was asked for is done: of a GPU, whose work goes on behind a call.
         clock: seconds.
+        parts: what time is spent on; the last is all that is none of the others.
+        drawn: what rollouts draw, whose number is counted.
     """
 
-    def __init__(self, wait: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter):
-        self._wait, self._clock = wait, clock
+    def __init__(
+        self,
+        wait: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+        parts: Sequence[str] = PARTS,
+        drawn: str = "tokens",
+    ):
+        self._wait, self._clock, self._parts, self._unit = wait, clock, tuple(parts), drawn
         self.clear()
 
     def clear(self) -> None:
         """No run."""
         self._begun: tuple[int, float] | None = None  # step and time
         self._since = 0.0  # the last `take`
-        self._tokens = 0
-        self._spent = dict.fromkeys(PARTS, 0.0)
+        self._drawn = 0
+        self._spent = dict.fromkeys(self._parts, 0.0)
         self._open: list[str] = []
         self._mark = 0.0  # up to which time is accounted for
 
@@ -43,12 +51,12 @@ class Timing:
         if self._begun is None:
             return
         now = self._clock()
-        self._spent[self._open[-1] if self._open else "training"] += now - self._mark
+        self._spent[self._open[-1] if self._open else self._parts[-1]] += now - self._mark
         self._mark = now
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Context manager: time is spent on one of PARTS, less what parts within it take."""
+        """Context manager: time is spent on one of the parts, less what parts within it take."""
         self._wait()
         self._account()
         self._open.append(name)
@@ -59,15 +67,15 @@ class Timing:
             self._account()
             self._open.pop()
 
-    def drew(self, tokens: int) -> None:
-        """So many positions were filled in by rollouts in training."""
-        self._tokens += tokens
+    def drew(self, count: int) -> None:
+        """So much was drawn by rollouts in training: of tokens the positions that were filled in."""
+        self._drawn += count
 
     def take(self, step: int, max_steps: int) -> dict[str, float]:
         """Figures since the last call, for the log; none where no time has passed.
 
         Returns:
-            time/<part>_share: of the time since the last call, in [0, 1]; they add up to 1. tokens_per_second: drawn in
+            time/<part>_share: of the time since the last call, in [0, 1]; they add up to 1. <drawn>_per_second: in
             training, per second of that time, whatever it was spent on. time/eta_seconds: until max_steps, at the pace
             of the run so far.
         """
@@ -78,11 +86,11 @@ class Timing:
         if passed <= 0:
             return {}
         told = {f"time/{name}_share": spent / passed for name, spent in self._spent.items()}
-        told["tokens_per_second"] = self._tokens / passed
+        told[f"{self._unit}_per_second"] = self._drawn / passed
         first, start = self._begun
         if step > first:
             told["time/eta_seconds"] = (self._mark - start) / (step - first) * (max_steps - step)
-        self._since, self._tokens, self._spent = self._mark, 0, dict.fromkeys(PARTS, 0.0)
+        self._since, self._drawn, self._spent = self._mark, 0, dict.fromkeys(self._parts, 0.0)
         return told
 
 

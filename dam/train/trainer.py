@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
 import math
@@ -15,15 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     EvalPrediction,
     PredictionOutput,
-    SaveStrategy,
     speed_metrics,
 )
 
@@ -41,34 +36,27 @@ from dam.adjoint import (
 )
 from dam.ctmc import MaskedCTMC
 from dam.engines import RolloutEngine
-from dam.files import usual_modes
 from dam.models.denoiser import Denoiser, blocks_of, check_left_padding
 from dam.models.families import as_denoiser
 from dam.rollout import PathLogProbs, blocks_for, path_of
 from dam.train import card, fsdp, grpo
-from dam.train.average import WeightAverage, check_average
 from dam.train.base import DenoiserFactory, with_base
-from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
 from dam.train.completions import Completions
-from dam.train.config import OF_ONE_PROCESS, DAMConfig
+from dam.train.config import DAMConfig
 from dam.train.data import (
     Collator,
-    NumberedRows,
-    PromptSampler,
-    Stream,
     check_rows,
     decoded,
-    is_stream,
     label_ids,
     outcomes,
-    outline,
     stacked,
 )
-from dam.train.lifelines import Lifelines
-from dam.train.processes import agree, each_in_step, in_step, is_shared, together
-from dam.train.progress import Progress, last_checkpoint
-from dam.train.releases import BaseTrainer, loaded, precision_of
-from dam.train.replay import Group, ReplayBuffer, stacked_groups, unstacked
+from dam.train.networks import check_dtype, without_dropout
+from dam.train.processes import each_in_step, in_step, together
+from dam.train.progress import Progress
+from dam.train.releases import loaded
+from dam.train.replay import Group, ReplayBuffer, check_groups, stacked_groups, unstacked
+from dam.train.resumable import ResumableTrainer
 from dam.train.reward_model import RewardModel, move, with_models
 from dam.train.rewards import (
     Failed,
@@ -83,8 +71,7 @@ from dam.train.rewards import (
 )
 from dam.train.rows import RowReader
 from dam.train.sampling import Sampler
-from dam.train.terminal import no_bars_in_pipes, show
-from dam.train.timing import Timing, waiter
+from dam.train.terminal import show
 from dam.train.tokens import limits_of, special_tokens
 from dam.train.zero import check_checkpoint, check_whole, check_zero, with_own_steps
 
@@ -105,7 +92,7 @@ class _Draw(enum.IntEnum):
     EVALUATION = 7
 
 
-class DAMTrainer(BaseTrainer):
+class DAMTrainer(ResumableTrainer):
     """Fine-tunes a masked-diffusion model toward a reward that nobody differentiates, staying close to a base.
 
         min over the model of  E[-reward(X_1)] + beta KL(p_model || p_base)
@@ -221,7 +208,7 @@ class DAMTrainer(BaseTrainer):
     """
 
     args: DAMConfig
-    model: Any  # a module; transformers types it loosely
+    progress: Progress[ReplayBuffer]
 
     def __init__(
         self,
@@ -303,55 +290,39 @@ class DAMTrainer(BaseTrainer):
         self._names = (_name_of(network), _name_of(network if ref_model is None else ref_model))
         network, base = with_base(network, ref_model, peft_config)
         if args.disable_dropout:
-            _without_dropout(network)
-        _check_dtype(network)
+            without_dropout(network)
+        check_dtype(network)
         self.sampler = Sampler(denoiser, self.process, args, base, self._precision, rollout_engine)
-        self.progress = Progress(ReplayBuffer(args.replay_size, tokens.pad))
         self._seen: Outcomes = {}  # what reward functions saw of this process's last rollout
         self._failed: list[Failed] = []  # where they failed
         self._completions: Completions | None = None  # of all processes' last rollout
         self._told: set[str] = set()  # names of findings
         self._compared = self._lengths_differ = False
-        _keep_batches_whole(args.accelerator_config)
-        self._network = network
-        self._alone = False  # whether this process saves a checkpoint without the others
-        with precision_of(args):
-            super().__init__(
-                model=network,
-                args=args,
-                data_collator=Collator(self._reader, tokens.pad),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-            )
-        # The loss is a mean over states: the Trainer divides it by gradient_accumulation_steps.
-        self.model_accepts_loss_kwargs = False
-        self._update = UpdateBegun()
-        self.add_callback(self._update)
-        # One callback: of two of a class transformers warns.
-        self.add_callback(OnBegin(self._evaluate_at_the_end, self._part_steps))
-        self._average: WeightAverage | None = None
-        if args.ema_decay is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("ema_decay does not go with FSDP or DeepSpeed, whose parameters are divided: set None")
-            self._average = WeightAverage(network, args.ema_decay)
-            self.add_callback(self._average)
+        super().__init__(
+            network,
+            args,
+            Progress(ReplayBuffer(args.replay_size, tokens.pad)),
+            data_collator=Collator(self._reader, tokens.pad),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
         if self.is_fsdp_enabled:  # else each process has all that the first needs to save a checkpoint alone
             self.progress.replay.share(args.process_index, args.world_size)
-        self._timing = Timing(waiter(self.args.device))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RolloutProgress())
         base.to(self.args.device, self._dtype_of_engine())
         move(self.reward_funcs, self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's, and FSDP2 on a CPU too."""
         super().create_accelerator_and_postprocess()
-        _check_parallelism(self.accelerator)
         self.is_fsdp_enabled = fsdp.prepare_plugin(self.accelerator, self.args, self._network)
+
+    def _begun(self) -> None:
+        super()._begun()
+        self._part_steps()
 
     def _dtype_of_engine(self) -> torch.dtype | None:
         """What DeepSpeed makes of the model's weights; None without it, or where it leaves them.
@@ -364,63 +335,6 @@ class DAMTrainer(BaseTrainer):
         config: Any = self.accelerator.state.deepspeed_plugin.deepspeed_config
         check_zero(config, self.args.max_grad_norm)
         return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else None
-
-    def _precision(self) -> Any:
-        """Context manager: the precision that accelerate has put around the trained model's forward pass.
-
-        No casts of weights are kept in it: one made without a gradient would serve a training step in the same context.
-        """
-        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
-
-    @property
-    def reward_calls(self) -> int:
-        """Completions rewarded in training so far, over all processes."""
-        return self.progress.reward_calls
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        batch_size = args.prompts_per_rollout * args.world_size
-        steps = max(1, len(dataset) // batch_size * args.steps_per_rollout)  # of an epoch
-        return PromptSampler(
-            len(dataset),
-            batch_size,
-            args.gradient_accumulation_steps * args.steps_per_rollout,
-            seed if args.shuffle_dataset else None,
-            lambda: self.state.global_step // steps,
-        )
-
-    def _get_dataloader(  # type: ignore[override]
-        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **options: Any
-    ) -> Any:
-        """As `Trainer._get_dataloader`, of numbered rows; a batch in training has the prompts of a whole rollout."""
-        name, args = description.lower(), self.args
-        training = name == "training"
-        if training:
-            batch_size = args.prompts_per_rollout
-        if is_stream(dataset):
-            _check_stream(args, name)
-            repeats = args.gradient_accumulation_steps * args.steps_per_rollout
-            rows: Any = Stream(dataset, name, batch_size, repeats) if training else Stream(dataset, name)
-        else:
-            rows = NumberedRows(dataset, name)
-        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        options.pop("dataloader_key", None)  # by which persistent workers would evaluate an earlier dataset again
-        return super()._get_dataloader(rows, description, batch_size, sampler, **options)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.get_batch_samples`; a row that cannot be read in one process ends all."""
-        return in_step(functools.partial(super().get_batch_samples, *args, **kwargs))
-
-    def _seed(self, purpose: _Draw, *more: int, step: int | None = None) -> int:
-        """64 bits from the run's seed, the step (this one unless given) and a purpose: nothing to save or share."""
-        entropy = [self.args.seed, self.state.global_step if step is None else step, purpose, *more]
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-    def _generator(self, purpose: _Draw) -> torch.Generator:
-        """For what is drawn on all processes alike."""
-        return torch.Generator("cpu").manual_seed(self._seed(purpose) % 2**63)
 
     def _compare(self, batch: dict[str, Any]) -> None:
         """What the model and its base say with what is trained and sampled: once, when a run starts."""
@@ -724,21 +638,14 @@ class DAMTrainer(BaseTrainer):
         """The matching loss on groups from the replay buffer, after a rollout where one is due."""
         if return_outputs:
             raise ValueError("DAMTrainer.compute_loss has no outputs to return")
-        progress = self.progress
-        self._evaluate_if_due()
-        progress.begin(self.state.global_step)
-        self._timing.begin(self.state.global_step)
-        due = self.state.global_step % self.args.steps_per_rollout == 0 or len(progress.replay) == 0
-        if progress.micro_step == 0 and due:
+        if self._begin_pass():
             self._refill(model, inputs)
         groups, names = self._replayed()
         targets = self._targets(groups, names)
-        dropout_seed = self._seed(_Draw.DROPOUT, progress.micro_step, self.args.process_index)
-        progress.micro_step += 1
         device = self.args.device
         mask = groups["attention_mask"][targets.group].to(device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(dropout_seed)
+        with self._dropout(_Draw.DROPOUT):
+            self.progress.micro_step += 1
             scaler = getattr(self.accelerator, "scaler", None)  # of fp16=True
             scale = 1.0 if scaler is None else scaler.get_scale()
             return estimator_loss(
@@ -750,81 +657,21 @@ class DAMTrainer(BaseTrainer):
                 gradient_scale=scale,
             )
 
-    def _evaluate_if_due(self) -> None:
-        """Before the next step: what an error cut short."""
-        if self.progress.evaluation_due:
-            self.evaluate()
-            self.progress.evaluation_due = False
+    def _what_runs(self, checkpoint: str | bool | None) -> dict[str, Any]:
+        return {**super()._what_runs(checkpoint), "reward functions": ", ".join(names_of(self.reward_funcs))}
 
-    def _evaluate_at_the_end(self) -> None:
-        """Where a run that is resumed has no step left, before which it would be: at an epoch's end there is none."""
-        if self.state.global_step >= self.state.max_steps:
-            self._evaluate_if_due()
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer._run_epoch`, which asks only after a step whether it was the last: a resumed run may have it."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is whole.
-
-        Raises:
-            OtherProcessError: another process has failed; it says which and why.
-        """
-        lifelines = Lifelines()
-        lifelines.begin()
-        try:
-            return self._train(resume_from_checkpoint, *args, **kwargs)
-        except BaseException as error:
-            failure = lifelines.failure(error)
-            if isinstance(failure, Exception):
-                self._save_before(failure)
-            lifelines.leave(failure)
-            if failure is error:
-                raise
-            raise failure from error
-        finally:
-            lifelines.close()
-
-    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no whole checkpoint to resume from in {self.args.output_dir!r}")
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError("no parameter of the model is trainable")
-        agree(self._what_runs(resume_from_checkpoint or None))
+    def _check_run(self, checkpoint: str | None) -> None:
         self._check_datasets()
-        if resume_from_checkpoint:
-            self._check_parts(str(resume_from_checkpoint))
-        self.progress.clear()
-        self._timing.clear()
+        if checkpoint is not None:
+            self._check_parts(checkpoint)
+
+    def _clear(self) -> None:
+        super()._clear()
         self._told.clear()
         self._compared = False
-        if resume_from_checkpoint:
-            self.progress.load(str(resume_from_checkpoint), self.args.num_generations, self._keeps_paths)
-            check_average(str(resume_from_checkpoint), self.args.ema_decay)
-            if self._average is not None:
-                self._average.load(str(resume_from_checkpoint))
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-        if self._average is not None:
-            self._average.finish()
-        return result
 
-    def _what_runs(self, checkpoint: str | bool | None) -> dict[str, Any]:
-        """All that must be the same in every process, by name."""
-        given: Any = self.eval_dataset
-        evaluated = given if isinstance(given, dict) else {"": given}
-        rows = {"train_dataset": self.train_dataset, **{f"eval_dataset {n}".strip(): d for n, d in evaluated.items()}}
-        return {
-            **{name: value for name, value in self.args.to_dict().items() if name not in OF_ONE_PROCESS},
-            "reward functions": ", ".join(names_of(self.reward_funcs)),
-            "checkpoint": os.path.basename(str(checkpoint)),
-            **{name: outline(dataset) for name, dataset in rows.items()},
-        }
+    def _check_kept(self, groups: list[Group], checkpoint: str) -> None:
+        check_groups(groups, checkpoint, self.args.num_generations, self._keeps_paths)
 
     def _check_parts(self, checkpoint: str) -> None:
         """That as many processes saved a checkpoint as DeepSpeed needs."""
@@ -841,23 +688,12 @@ class DAMTrainer(BaseTrainer):
             # In stage 0 it is the optimizer itself.
             with_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Context manager: the model has its averaged weights, where there are such."""
-        return contextlib.nullcontext() if self._average is None else self._average.in_place()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As `Trainer._save`; others may read the weights where they may read the rest."""
-        modes = usual_modes(output_dir or str(self.args.output_dir)) if self.args.should_save else None
-        with no_bars_in_pipes(), modes or contextlib.nullcontext():
-            super()._save(output_dir, state_dict)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; with ema_decay the averages. Beside them a model card, if nobody has written one."""
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         else:
-            with self._averaged():
-                super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
         if not _internal_call and self.args.should_save:  # not of a checkpoint
             card.write(output_dir or str(self.args.output_dir), self._facts())
 
@@ -916,73 +752,12 @@ class DAMTrainer(BaseTrainer):
                 seen = check_rows(self._reader, dataset, f"evaluation {name!r}" if name else "evaluation")
                 self._lengths_differ = self._lengths_differ or seen.lengths_differ
 
-    def _save_before(self, ending: Exception) -> None:
-        """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""
-        step = self.state.global_step
-        # Nothing is done yet, or weights may be half-way through an update.
-        if not self.progress.has_begun or self._update.step == step:
-            return
-        alone = not is_shared(ending)  # the other processes are elsewhere, or gone
-        if alone and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            last = last_checkpoint(str(self.args.output_dir))
-            warnings.warn(
-                f"no checkpoint of step {step} was saved, as each process has but its part of the model: "
-                + ("there is none that is whole" if last is None else f"the last that is whole is {last}"),
-                stacklevel=2,
-            )
-            return
-        if alone and not self.args.should_save:
-            return
-        self.progress.go_back(step, evaluation_due=self.control.should_evaluate)
-        strategy = self.args.save_strategy
-        try:
-            self._alone = alone
-            if alone:
-                self.args.save_strategy = SaveStrategy.NO  # by others all wait for each other where one may be the best
-            self._save_checkpoint(self.model, trial=None)
-        except Exception as error:  # the error that ends the run is the one to raise
-            warnings.warn(f"no checkpoint of step {step} could be saved: {type(error).__name__}: {error}", stacklevel=2)
-        finally:
-            self._alone, self.args.save_strategy = False, strategy
-
-    def store_flos(self) -> None:
-        """As `Trainer.store_flos`, which sums over processes; what this one counts waits for the next checkpoint."""
-        if not self._alone:
-            super().store_flos()
-
-    def _load_best_model(self) -> None:
-        self._update.step = self.state.global_step  # from here on the weights are those of another step
-        super()._load_best_model()
-        if self._average is not None:
-            self._average.forget()  # those of the best step are loaded
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = os.path.join(self._get_output_dir(trial=trial), name)
-        save = functools.partial(self.progress.save, folder, self.args.process_index, self.args.world_size)
-        if self.progress.replay.is_shared:
-            in_step(save)  # all parts are written before what makes a checkpoint whole
-        elif self.args.should_save:
-            save()
-        if self.args.should_save and self._average is not None:
-            self._average.save(folder)
-        # Writes the trainer's state last, and only then removes older checkpoints.
-        super()._save_checkpoint(model, trial)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics of the rollouts since the last log."""
-        in_step(functools.partial(self._log, logs, start_time))
-
     def _log(self, logs: dict[str, float], start_time: float | None) -> None:
-        of_training = "loss" in logs
-        if of_training:
-            times = self._timing.take(self.state.global_step, self.state.max_steps)
-            logs = {**logs, **self.progress.take_metrics(), "reward_calls": self.reward_calls, **times}
-        super().log(logs, start_time)
-        if of_training and self.is_world_process_zero():
+        super()._log(logs, start_time)
+        if "loss" in logs and self.is_world_process_zero():
             self._tell_findings()
-        if of_training and self._completions is not None and self.is_world_process_zero():
-            self._show_completions(self._completions)
+            if self._completions is not None:
+                self._show_completions(self._completions)
 
     def _tell_findings(self) -> None:
         """Why the run does not learn, each once."""
@@ -1011,18 +786,10 @@ class DAMTrainer(BaseTrainer):
         What is drawn for a prompt depends on its place in the dataset, not on the batch; each evaluation draws the
         same, unless eval_redraw is set. These reward calls are not counted in reward_calls.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
-            return metrics
-        with self._timing.part("evaluation"):
-            metrics, _, _ = self._filled_in(self.get_eval_dataloader(dataset), metric_key_prefix)
-        metrics["reward_calls"] = self.reward_calls
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _evaluated(self, loader: Any, prefix: str) -> dict[str, float]:
+        return self._filled_in(loader, prefix)[0]
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -1186,56 +953,6 @@ def _reward_figures(rolled_out: Group, drawn_by_model: int) -> dict[str, float]:
     return figures
 
 
-def _check_parallelism(accelerator: Any) -> None:
-    """That each process trains on groups of its own.
-
-    Raises:
-        ValueError: several processes are to train on the same rows, or on parts of one.
-    """
-    config = getattr(accelerator, "parallelism_config", None)  # of accelerate before 1.10 there is none
-    for name in ("tp", "cp", "sp"):
-        size = getattr(config, f"{name}_size", 1) or 1
-        if size > 1:
-            raise ValueError(
-                f"DAMTrainer draws and trains groups of its own in each process; {name}_size = {size} has several work "
-                "on the same: divide the model by FSDP2 or DeepSpeed, or call the operations, which take a head that "
-                "tensor parallelism divides (docs/scale.md)"
-            )
-
-
-def _keep_batches_whole(accelerator_config: Any) -> None:
-    """A batch is read by the process that uses it: accelerate can send and cut tensors, and not lists of columns.
-
-    Raises:
-        ValueError: told otherwise.
-    """
-    if accelerator_config.dispatch_batches:
-        raise ValueError("accelerator_config: dispatch_batches must be False: batches hold more than tensors")
-    if accelerator_config.split_batches:
-        raise ValueError(
-            "accelerator_config: split_batches must be False: per_device_train_batch_size is of each process"
-        )
-    accelerator_config.dispatch_batches = False  # None sends those of an iterable dataset, if only to this process
-
-
-def _check_stream(args: DAMConfig, name: str) -> None:
-    """An iterable dataset is read in one place, once.
-
-    Raises:
-        ValueError: several processes or workers would read it.
-    """
-    cure = "make it a list or a map-style dataset"
-    if args.world_size > 1:
-        raise ValueError(
-            f"the {name} dataset is iterable: {args.world_size} processes would share its rows by luck; {cure}"
-        )
-    if args.dataloader_num_workers > 0:
-        raise ValueError(
-            f"the {name} dataset is iterable: each of {args.dataloader_num_workers} workers would read all of it; set "
-            f"dataloader_num_workers=0, or {cure}"
-        )
-
-
 def _loaded(model: Any, kwargs: Any) -> Any:
     """The model, by its name too.
 
@@ -1252,26 +969,3 @@ def _loaded(model: Any, kwargs: Any) -> Any:
 def _name_of(network: Any) -> str:
     """Name or folder that a model was loaded from; "" of one that was made."""
     return str(getattr(getattr(network, "config", None), "_name_or_path", "") or "")
-
-
-def _without_dropout(network: nn.Module) -> None:
-    """Sets to 0 what dropout modules drop, and the rates that attention layers keep as numbers."""
-    for module in network.modules():
-        for name, value in vars(module).items():
-            of_dropout = isinstance(module, nn.modules.dropout._DropoutNd) and name == "p"
-            if isinstance(value, float) and (of_dropout or "drop" in name):
-                setattr(module, name, 0.0)
-
-
-def _check_dtype(network: nn.Module) -> None:
-    """That what is trained can be: an update of Adam's in float16 divides by an epsilon that is 0 there.
-
-    Raises:
-        ValueError: names the first parameter in float16.
-    """
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ValueError(
-                f"{name} is to be trained in float16, whose range gradients and Adam's epsilon leave: load the model "
-                "in float32 and set fp16=True, or load it in bfloat16"
-            )

@@ -134,10 +134,10 @@ def test_batch_sizes_count_completions(tmp_path, changes, prompts, steps, groups
 
 
 def test_mixed_precision_is_bfloat16_on_a_gpu_that_has_it(tmp_path, monkeypatch):
-    from dam.train import DAMConfig, config
+    from dam.train import DAMConfig, arguments
 
     for available in (True, False):
-        monkeypatch.setattr(config, "is_torch_bf16_gpu_available", lambda available=available: available)
+        monkeypatch.setattr(arguments, "is_torch_bf16_gpu_available", lambda available=available: available)
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
         assert DAMConfig(str(tmp_path)).bf16 is available
         assert DAMConfig(str(tmp_path), use_cpu=True).bf16 is False

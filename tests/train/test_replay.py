@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dam.train import ReplayBuffer
-from dam.train.replay import merged
 
 PAD = 9
 
@@ -157,7 +156,7 @@ def test_processes_that_share_the_groups_find_those_of_one(monkeypatch):
         assert all(torch.equal(groups[name], expected[name]) for name in expected)
         assert sum("final" in group for group in buffers[n].state_dict()["groups"]) == 2
         assert torch.equal(buffers[n].weights(torch.arange(6)), alone.weights(torch.arange(6)))
-    whole = merged([buffer.state_dict()["groups"] for buffer in buffers[:3]])
+    whole = buffers[0].merged([buffer.state_dict()["groups"] for buffer in buffers[:3]])
     again = ReplayBuffer(6, PAD)
     again.load_whole(whole)
     assert held(again) == held(alone) == [1, 2, 3, 4, 5, 6]

@@ -312,7 +312,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert last_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-6"
     os.remove(tmp_path / "checkpoint-6" / "dam_state.pt")  # written last
     assert last_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-4"
-    with pytest.raises(ValueError, match=r"checkpoint-6' is no whole DAMTrainer checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint-6' is no whole checkpoint of such a run"):
         DAMTrainer(tiny_model(), sum_reward, tiny_config(tmp_path), ROWS).train(f"{tmp_path}/checkpoint-6")
 
 
