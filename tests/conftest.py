@@ -1,5 +1,6 @@
 """What several test files share: the choice of backend, and a thread for what is to be the same to the bit."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -14,7 +15,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DAM_EMULATE_CUDA", "1")
 
 import dam
-from dam.backends import choice
+from dam.backends import choice, triton
+from tests import interpreted
+
+if triton.INTERPRETED:
+    interpreted.patch_once()
 
 
 def device_of(name):
@@ -46,6 +51,13 @@ def pytest_collection_modifyitems(items):
         if interpreted and any(value is torch.float16 for value in params.values()):
             if item.module.__name__ != "tests.ops.test_accuracy":
                 item.add_marker(pytest.mark.full)
+
+
+def pytest_collection_finish():
+    """What is there when tests begin stays: each training run ends with a collection of garbage by accelerate, which would
+    look through all modules and tests again, for as long as the run itself."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

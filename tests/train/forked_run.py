@@ -1,4 +1,4 @@
-"""Runs on several processes, by `python -m tests.train.forked_run OUTPUT CASE ...`: forks of one that has torch loaded.
+"""Runs on several processes, by `python -m tests.train.forked_run OUTPUT CASE ...`: forks of it.
 
 Nothing but the runs themselves ends a process when another fails. Each writes what it ends with to
 OUTPUT/CASE-RANK.pt and what it prints to OUTPUT/CASE-RANK.txt; OUTPUT/ended.json has exit statuses, and seconds since
@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ import torch._dynamo
 from peft import LoraConfig
 
 from dam.train import DAMTrainer
+from tests.ranks import free_port
 from tests.train.process_run import model, told_besides
 from tests.train.tiny import sum_reward, tiny_config
 
@@ -192,13 +192,9 @@ def process(output, case, rank, port):
 
 def main(output, *cases):
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError):  # accelerate imports it where it is installed, in seconds
-        import deepspeed  # noqa: F401
     ended = {}
     for case in cases:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        start, children = time.time(), []
+        port, start, children = free_port(), time.time(), []
         for rank in range(settings(case)[1]):
             child = os.fork()
             if child == 0:

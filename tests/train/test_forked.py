@@ -1,14 +1,13 @@
 """Runs that DDP and FSDP2 divide over processes: that of one process, goes on in others, and ends as a whole."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import PeftModel
 
 from dam.train.progress import last_checkpoint
+from tests import ranks
 from tests.train.forked_run import GROUPS, by_paths, ran, settings
 from tests.train.process_run import model
 
@@ -25,9 +24,7 @@ OTHERS = [
 
 
 def forked(output, *cases):
-    command = [sys.executable, "-m", "tests.train.forked_run", str(output), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks.succeed("tests.train.forked_run", 1, output, *cases, timeout=500.0)
     return json.loads((output / "ended.json").read_text())
 
 
