@@ -1,5 +1,6 @@
 """What several test files share: the choice of backend, and a thread for what is to be the same to the bit."""
 
+import collections
 import gc
 import importlib.util
 import os
@@ -16,7 +17,7 @@ if not torch.cuda.is_available():
 
 import dam
 from dam.backends import choice, triton
-from tests import interpreted
+from tests import covering, interpreted
 
 if triton.INTERPRETED:
     interpreted.patch_once()
@@ -41,20 +42,34 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of float16 Triton's interpreter repeats what it shows of bfloat16, a second at a time: both widen when read and
-    round when written. What depends on the type itself is for test_accuracy.py."""
+    """Triton's interpreter, which takes up to a second a case, runs what shows something new; the rest is `full`.
+
+    Of float16 it repeats what it shows of bfloat16: both widen when read and round when written. What depends on the
+    type itself is for test_accuracy.py.
+
+    Of the cases of a test it runs some in which each value of each parameter occurs, and each pair of values where
+    there are three parameters or more. The other backends run all, the kernels of dam._cuda in the emulator too.
+    """
     if torch.cuda.is_available():
         return
+    cases = collections.defaultdict(list)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        interpreted = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
-        if interpreted and any(value is torch.float16 for value in params.values()):
-            if item.module.__name__ != "tests.ops.test_accuracy":
+        if isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton":
+            float16 = any(value is torch.float16 for value in params.values())
+            if float16 and item.module.__name__ != "tests.ops.test_accuracy":
                 item.add_marker(pytest.mark.full)
+            if item.get_closest_marker("full") is None:
+                cases[item.module, item.originalname, params["backend"]].append(item)
+    for same in cases.values():
+        names = sorted(same[0].callspec.indices.keys() - {"backend"})
+        kept = covering.covering([[item.callspec.indices[name] for name in names] for item in same])
+        for place in set(range(len(same))) - kept:
+            same[place].add_marker(pytest.mark.full)
 
 
 def pytest_collection_finish():
-    """What is there when tests begin stays: each training run ends with a collection of garbage by accelerate, which would
+    """What is there when tests begin stays: a training run ends with a collection of garbage by accelerate, which would
     look through all modules and tests again, for as long as the run itself."""
     gc.collect()
     gc.freeze()

@@ -14,9 +14,12 @@ import torch
 import torch.distributed.run
 import torch.distributed.tensor.parallel
 
+from dam.backends import triton
+from tests import interpreted
+
 torch.set_num_threads(1)
 
-# accelerate imports DeepSpeed where it is installed; transformers imports a model's module when it is first asked for it.
+# accelerate imports DeepSpeed where it is installed; transformers imports a model's module when first asked for it.
 for name in (
     "accelerate.commands.launch",
     "deepspeed",
@@ -32,4 +35,6 @@ for name in (
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 
+if triton.INTERPRETED:
+    interpreted.patch_once()
 gc.freeze()  # each fork would copy the pages of what its collections of garbage look through

@@ -1,7 +1,7 @@
 """Programs whose processes are the ranks of one group, as tests start them and wait for them.
 
-Each process is a fork of a server that has the libraries loaded (preloaded.py), which a test process starts once: to import
-torch, transformers and DeepSpeed again takes 15 seconds of a core, more than what most of the programs do.
+Each process is a fork of a server that has the libraries loaded (preloaded.py), which a test process starts once: to
+import torch, transformers and DeepSpeed again takes 15 seconds of a core, more than what most of the programs do.
 """
 
 from __future__ import annotations

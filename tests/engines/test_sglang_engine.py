@@ -5,8 +5,6 @@ import dataclasses
 import http.client
 import http.server
 import json
-import subprocess
-import sys
 import threading
 import time
 
@@ -20,6 +18,7 @@ from dam.models import as_denoiser
 from dam.train import DAMTrainer
 from tests import ranks
 from tests.engines import sglang_interface as interface
+from tests.engines import standin
 from tests.engines.process_run import Judge, misbehave, model, trainer_of
 from tests.engines.stubs import wheel_of
 from tests.models.standins.trunk import MASK, PAD
@@ -30,17 +29,21 @@ STOP = 5
 
 class Server:
     def __init__(self, *options):
-        command = [sys.executable, "-m", "tests.engines.standin", "--mask", str(MASK), *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.port = int(self.process.stdout.readline())
+        context = ranks.server_of_forks()
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, "--mask", str(MASK), *options)
+        self.process = context.Process(target=standin.serve_at, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.port = self.connection.recv()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def misbehaves(self, how):
         misbehave(self.url, how)
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=10)
+        self.connection.close()
+        self.process.join(timeout=10)
 
 
 @contextlib.contextmanager

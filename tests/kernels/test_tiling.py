@@ -109,7 +109,7 @@ def test_chunks_of_columns_draw_as_one():
 @calls.each("states")
 def test_blocks_of_trajectories_and_states_change_nothing(call):
     """Sums that are carried from block to block, and rows that programs share."""
-    inputs = call.inputs(3, 700, seed=48)
+    inputs = call.inputs(3, 300, seed=48)
     whole = call(*inputs)
     with (
         configs.override("adjoint_weights", elements=16, steps=8, weights=4),

@@ -78,9 +78,9 @@ def breaks(network, at, notes):
 
 def trainer_of(output, processes=1, *, rows=ROWS, judge=None, network=None, lora=False, **changes):
     values = {
-        "max_steps": 10,
+        "max_steps": 6,
         "save_strategy": "steps",
-        "save_steps": 5,
+        "save_steps": 3,
         "num_iterations": 1,
         "optim": "adamw_torch",
         "eval_temperature": 1.0,
@@ -130,15 +130,15 @@ def work(output, case, rank):
     if name == "lora":
         return run(lora=True)
     if name.startswith("from-"):
-        return run(resume=f"{output}/{name[5:]}/checkpoint-5", lora="lora" in name)
+        return run(resume=f"{output}/{name[5:]}/checkpoint-3", lora="lora" in name)
     fails = rank == 1
     notes, dies = (functools.partial(noted, output, case, does) for does in (None, killed))
     if name == "killed":
-        return run_with(output, case, judge=Judge(7, dies) if fails else None)
+        return run_with(output, case, judge=Judge(5, dies) if fails else None)
     if name == "ill":
         network = model()
         if fails:
-            breaks(network, 7, notes)
+            breaks(network, 5, notes)
         return run_with(output, case, network=network)
     if name == "rows":
         return run_with(output, case, rows=ROWS[:-1] if fails else ROWS)
@@ -153,7 +153,7 @@ def work(output, case, rank):
             raise ValueError("no such file")
         trainer.train()
     if name == "busy":  # with something that is no collective
-        return run_with(output, case, judge=Judge(7, dies if fails else functools.partial(time.sleep, 60)))
+        return run_with(output, case, judge=Judge(5, dies if fails else functools.partial(time.sleep, 60)))
     if name == "paths":
         return run(**by_paths(processes))
     if name == "compiled":
