@@ -42,25 +42,27 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Triton's interpreter, which takes up to a second a case, runs what shows something new; the rest is `full`.
+    """Simulated kernels, which take up to a second a case, run what shows something new; the rest is `full`.
 
-    Of float16 it repeats what it shows of bfloat16: both widen when read and round when written. What depends on the
-    type itself is for test_accuracy.py.
+    Of float16 Triton's interpreter repeats what it shows of bfloat16: both widen when read and round when written. What
+    depends on the type itself is for test_accuracy.py.
 
     Of the cases of a test it runs some in which each value of each parameter occurs, and each pair of values where
-    there are three parameters or more. The other backends run all, the kernels of dam._cuda in the emulator too.
+    there are three parameters or more; the other backends run all. So do tests of launches, in tests/kernels and
+    tests/cuda: those of what kernels compute are in tests/ops.
     """
     if torch.cuda.is_available():
         return
     cases = collections.defaultdict(list)
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        if isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton":
-            float16 = any(value is torch.float16 for value in params.values())
-            if float16 and item.module.__name__ != "tests.ops.test_accuracy":
+        params, module = item.callspec.params if hasattr(item, "callspec") else {}, item.module.__name__
+        interpreted = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
+        if interpreted and any(value is torch.float16 for value in params.values()):
+            if module != "tests.ops.test_accuracy":
                 item.add_marker(pytest.mark.full)
-            if item.get_closest_marker("full") is None:
-                cases[item.module, item.originalname, params["backend"]].append(item)
+        of_launches = params and module.startswith(("tests.kernels.", "tests.cuda."))
+        if (interpreted or of_launches) and item.get_closest_marker("full") is None:
+            cases[module, item.originalname, params.get("backend")].append(item)
     for same in cases.values():
         names = sorted(same[0].callspec.indices.keys() - {"backend"})
         kept = covering.covering([[item.callspec.indices[name] for name in names] for item in same])
@@ -73,6 +75,10 @@ def pytest_collection_finish():
     look through all modules and tests again, for as long as the run itself."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extensions say that their objects are left when the process ends
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Where one is not installed, what asks for it says so itself.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -38,3 +39,4 @@ for name in (
 if triton.INTERPRETED:
     interpreted.patch_once()
 gc.freeze()  # each fork would copy the pages of what its collections of garbage look through
+atexit.register(gc.unfreeze)  # or extensions say that their objects are left when the server ends
