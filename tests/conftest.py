@@ -55,13 +55,15 @@ def pytest_collection_modifyitems(items):
         return
     cases = collections.defaultdict(list)
     for item in items:
-        params, module = item.callspec.params if hasattr(item, "callspec") else {}, item.module.__name__
-        interpreted = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
-        if interpreted and any(value is torch.float16 for value in params.values()):
+        if not hasattr(item, "callspec"):
+            continue
+        params, module = item.callspec.params, item.module.__name__
+        of_triton = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
+        if of_triton and any(value is torch.float16 for value in params.values()):
             if module != "tests.ops.test_accuracy":
                 item.add_marker(pytest.mark.full)
-        of_launches = params and module.startswith(("tests.kernels.", "tests.cuda."))
-        if (interpreted or of_launches) and item.get_closest_marker("full") is None:
+        of_launches = module.startswith(("tests.kernels.", "tests.cuda."))
+        if (of_triton or of_launches) and item.get_closest_marker("full") is None:
             cases[module, item.originalname, params.get("backend")].append(item)
     for same in cases.values():
         names = sorted(same[0].callspec.indices.keys() - {"backend"})
