@@ -54,10 +54,10 @@ def test_results_do_not_depend_on_tiling(dtype, call):
 @pytest.mark.slow
 def test_a_gradient_may_take_the_place_of_the_logits():
     """Of rows that programs share, with targets in every part."""
-    logits, target, grad = normal(3, 8000, seed=15), integers(-1, 8000, 3, 40, seed=16), normal(3, 40, seed=17)
+    logits, target, grad = normal(3, 3000, seed=15), integers(-1, 3000, 3, 40, seed=16), normal(3, 40, seed=17)
     target[:, 1] = target[:, 0]
     _, log_escape = log_prob.log_prob(logits, target, Excluded(), 1.0)
-    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
+    arguments = (target, grad, normal(3, 3000, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
     for values in TILINGS:
         with tiled(values):
             expected = log_prob.log_prob_backward(grad, logits, target, log_escape, Excluded(), 1.0)
