@@ -66,8 +66,10 @@ def pytest_collection_modifyitems(items):
         if (of_triton or of_launches) and item.get_closest_marker("full") is None:
             cases[module, item.originalname, params.get("backend")].append(item)
     for same in cases.values():
-        names = sorted(same[0].callspec.indices.keys() - {"backend"})
-        kept = covering.covering([[item.callspec.indices[name] for name in names] for item in same])
+        names = sorted(same[0].callspec.params.keys() - {"backend"})
+        # In a product a value is the same object in all of its cases.
+        columns = [[id(item.callspec.params[name]) for item in same] for name in names]
+        kept = covering.covering([[column.index(column[n]) for column in columns] for n in range(len(same))])
         for place in set(range(len(same))) - kept:
             same[place].add_marker(pytest.mark.full)
 

@@ -77,7 +77,7 @@ def test_linear_ops_do_not_depend_on_tiling(form, call):
     with dam.backend("torch"):
         expected = call(*inputs)
     for values in (
-        {"block_rows": 16, "block_columns": 64, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
+        {"block_rows": 16, "block_columns": 128, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
         {"block_rows": 32, "block_columns": 256, "block_depth": 32, "group": 3, "merge_rows": 4, "chunk_mb": 2},
     ):
         with configs.override("linear", form=form, frozen_form=form, trained_form=form, **values):
