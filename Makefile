@@ -14,12 +14,14 @@ demo: install
 	$(BIN)/dam sudoku
 
 # A process per core, of one thread each: most tests are Python, and threads of two processes would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider --durations=10
+# A file is for one of them, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -p no:cacheprovider --durations=10
 
 test: install-dev lint
 	$(PYTEST) -m 'not full'
 
-# And what only repeats: kernels compiled for more kinds of GPU.
+# And what only repeats: more cases of simulated kernels, runs on other numbers of processes, kernels compiled for more
+# kinds of GPU.
 test-full: install-dev lint
 	$(PYTEST)
 

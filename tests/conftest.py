@@ -1,5 +1,7 @@
 """What several test files share: the choice of backend, and a thread for what is to be the same to the bit."""
 
+import collections
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -14,7 +16,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DAM_EMULATE_CUDA", "1")
 
 import dam
-from dam.backends import choice
+from dam.backends import choice, triton
+from tests import covering, interpreted
+
+if triton.INTERPRETED:
+    interpreted.patch_once()
 
 
 def device_of(name):
@@ -36,16 +42,47 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of float16 Triton's interpreter repeats what it shows of bfloat16, a second at a time: both widen when read and
-    round when written. What depends on the type itself is for test_accuracy.py."""
+    """Simulated kernels, which take up to a second a case, run what shows something new; the rest is `full`.
+
+    Of float16 Triton's interpreter repeats what it shows of bfloat16: both widen when read and round when written. What
+    depends on the type itself is for test_accuracy.py.
+
+    Of the cases of a test it runs some in which each value of each parameter occurs, and each pair of values where
+    there are three parameters or more; the other backends run all. So do tests of launches, in tests/kernels and
+    tests/cuda: those of what kernels compute are in tests/ops.
+    """
     if torch.cuda.is_available():
         return
+    cases = collections.defaultdict(list)
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        interpreted = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
-        if interpreted and any(value is torch.float16 for value in params.values()):
-            if item.module.__name__ != "tests.ops.test_accuracy":
+        if not hasattr(item, "callspec"):
+            continue
+        params, module = item.callspec.params, item.module.__name__
+        of_triton = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
+        if of_triton and any(value is torch.float16 for value in params.values()):
+            if module != "tests.ops.test_accuracy":
                 item.add_marker(pytest.mark.full)
+        of_launches = module.startswith(("tests.kernels.", "tests.cuda."))
+        if (of_triton or of_launches) and item.get_closest_marker("full") is None:
+            cases[module, item.originalname, params.get("backend")].append(item)
+    for same in cases.values():
+        names = sorted(same[0].callspec.params.keys() - {"backend"})
+        # In a product a value is the same object in all of its cases.
+        columns = [[id(item.callspec.params[name]) for item in same] for name in names]
+        kept = covering.covering([[column.index(column[n]) for column in columns] for n in range(len(same))])
+        for place in set(range(len(same))) - kept:
+            same[place].add_marker(pytest.mark.full)
+
+
+def pytest_collection_finish():
+    """What is there when tests begin stays: a training run ends with a collection of garbage by accelerate, which would
+    look through all modules and tests again, for as long as the run itself."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extensions say that their objects are left when the process ends
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import contextlib
 import json
 import math
 import re
-import subprocess
-import sys
 import time
 import zipfile
 
@@ -17,6 +15,7 @@ import dam
 from dam.backends import triton
 from dam.benchmarks import accuracy, checkout, goals, gpu, harness, machine, peers, records, tune
 from dam.kernels import configs
+from tests import fresh
 from tests.calls import public_ops
 
 # On a GPU the command itself is the trial.
@@ -782,7 +781,7 @@ def test_installing_needs_nothing_of_dam():
         "from benchmarks import checkout; checkout.ensure_installed = lambda *arguments: arguments\n"
         "import runpy; sys.argv[1:] = ['gpu', '--tune']; runpy.run_module('benchmarks', run_name='__main__')"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=checkout.ROOT)
+    run = fresh.run(code)
     assert run.returncode == 1 and run.stderr.endswith("measured: ('benchmarks', ['gpu', '--tune'])\n"), run.stderr
 
 

@@ -9,6 +9,7 @@ and then of masks, the algorithm's own loop, and entries of customized_info into
 """
 
 import argparse
+import contextlib
 import http.server
 import importlib.util
 import json
@@ -231,20 +232,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"text": "", "output_ids": list(request.output_ids), "meta_info": told}
 
 
-def main():
+def serve(arguments, tell, wait):
+    """Serves on a port that is told, until `wait` returns: it ends with whoever started it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--mask", type=int, required=True)
     parser.add_argument("--fdfo", action="store_true")
     parser.add_argument("--wheel", help="SGLang's, of whose own files the scheduler is made")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     Handler.engine = Engine(given.mask, given.fdfo, given.wheel)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(server.server_address[1], flush=True)
-    # Ends with whoever started it.
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    tell(server.server_address[1])
+    threading.Thread(target=lambda: (wait(), os._exit(0)), daemon=True).start()
     server.serve_forever()
 
 
+def serve_at(connection, *arguments):
+    """The same for who has the other end of a connection: it is told the port, and closes it."""
+
+    def wait():
+        with contextlib.suppress(EOFError):
+            connection.recv()
+
+    serve(arguments, connection.send, wait)
+
+
 if __name__ == "__main__":
-    main()
+    serve(sys.argv[1:], lambda port: print(port, flush=True), sys.stdin.read)

@@ -5,8 +5,6 @@ import dataclasses
 import http.client
 import http.server
 import json
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +16,9 @@ from dam.decoding import Decoding
 from dam.engines import EngineError, InProcess, Prompts, SGLangEngine, StaleWeights, served_parameters
 from dam.models import as_denoiser
 from dam.train import DAMTrainer
+from tests import ranks
 from tests.engines import sglang_interface as interface
+from tests.engines import standin
 from tests.engines.process_run import Judge, misbehave, model, trainer_of
 from tests.engines.stubs import wheel_of
 from tests.models.standins.trunk import MASK, PAD
@@ -29,17 +29,21 @@ STOP = 5
 
 class Server:
     def __init__(self, *options):
-        command = [sys.executable, "-m", "tests.engines.standin", "--mask", str(MASK), *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.port = int(self.process.stdout.readline())
+        context = ranks.server_of_forks()
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, "--mask", str(MASK), *options)
+        self.process = context.Process(target=standin.serve_at, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.port = self.connection.recv()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def misbehaves(self, how):
         misbehave(self.url, how)
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=10)
+        self.connection.close()
+        self.process.join(timeout=10)
 
 
 @contextlib.contextmanager
@@ -297,23 +301,16 @@ def test_a_server_that_dies_ends_a_run_that_can_be_resumed(tmp_path, in_process)
 @pytest.mark.full
 def test_two_processes_share_a_server_and_end_together_when_it_dies(tmp_path, in_process):
     """The first sends the weights, both draw with them; what is drawn is what one process draws."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with served("--fdfo") as server:
         start = time.monotonic()
-        done = subprocess.run(
-            [*command, "-m", "tests.engines.process_run", str(tmp_path), server.url],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+        ranks.succeed("tests.engines.process_run", 2, tmp_path, server.url)
+    ended = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, parameter in in_process.model.state_dict().items():
-        for rank in ranks:
+        for rank in ended:
             torch.testing.assert_close(rank["weights"][name], parameter, rtol=0.0, atol=2e-5)
-    for one, other in zip(ranks[0]["groups"], in_process.progress.replay.state_dict()["groups"], strict=True):
+    for one, other in zip(ended[0]["groups"], in_process.progress.replay.state_dict()["groups"], strict=True):
         assert torch.equal(one["final"], other["final"]) and torch.equal(one["call"], other["call"])
-    assert all("the server is " in rank["error"] and rank["step"] == 1 for rank in ranks), [r["error"] for r in ranks]
+    assert all("the server is " in rank["error"] and rank["step"] == 1 for rank in ended), [r["error"] for r in ended]
     assert time.monotonic() - start < 300.0
 
 

@@ -54,10 +54,10 @@ def test_results_do_not_depend_on_tiling(dtype, call):
 @pytest.mark.slow
 def test_a_gradient_may_take_the_place_of_the_logits():
     """Of rows that programs share, with targets in every part."""
-    logits, target, grad = normal(3, 8000, seed=15), integers(-1, 8000, 3, 40, seed=16), normal(3, 40, seed=17)
+    logits, target, grad = normal(3, 3000, seed=15), integers(-1, 3000, 3, 40, seed=16), normal(3, 40, seed=17)
     target[:, 1] = target[:, 0]
     _, log_escape = log_prob.log_prob(logits, target, Excluded(), 1.0)
-    arguments = (target, grad, normal(3, 8000, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
+    arguments = (target, grad, normal(3, 3000, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
     for values in TILINGS:
         with tiled(values):
             expected = log_prob.log_prob_backward(grad, logits, target, log_escape, Excluded(), 1.0)
@@ -77,7 +77,7 @@ def test_linear_ops_do_not_depend_on_tiling(form, call):
     with dam.backend("torch"):
         expected = call(*inputs)
     for values in (
-        {"block_rows": 16, "block_columns": 64, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
+        {"block_rows": 16, "block_columns": 128, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
         {"block_rows": 32, "block_columns": 256, "block_depth": 32, "group": 3, "merge_rows": 4, "chunk_mb": 2},
     ):
         with configs.override("linear", form=form, frozen_form=form, trained_form=form, **values):
@@ -109,7 +109,7 @@ def test_chunks_of_columns_draw_as_one():
 @calls.each("states")
 def test_blocks_of_trajectories_and_states_change_nothing(call):
     """Sums that are carried from block to block, and rows that programs share."""
-    inputs = call.inputs(3, 700, seed=48)
+    inputs = call.inputs(3, 300, seed=48)
     whole = call(*inputs)
     with (
         configs.override("adjoint_weights", elements=16, steps=8, weights=4),

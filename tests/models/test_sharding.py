@@ -1,7 +1,5 @@
 """Heads of which each process holds a part."""
 
-import subprocess
-import sys
 import types
 
 import pytest
@@ -18,11 +16,7 @@ recent = pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) 
 @recent
 def test_a_head_divided_by_fsdp2_is_that_of_the_whole_model(tmp_path):
     """In the root's unit or its own, kept whole after the forward pass or not: draws, losses and mean gradients."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*command, "tests.models.sharded_run", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.succeed("tests.models.sharded_run", 2, tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert "not by rows of the vocabulary: plan that layer as ColwiseParallel" in found.pop("refused")
@@ -68,11 +62,7 @@ def test_a_head_divided_by_zero_3_is_that_of_the_whole_model(tmp_path, ways):
     Those of plain SGD with the mean gradient, which is summed over processes in another order.
     """
     pytest.importorskip("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*command, "tests.models.zero_run", str(tmp_path), *ways], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.succeed("tests.models.zero_run", 2, tmp_path, *ways)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         alone = found.pop("alone")

@@ -2,10 +2,7 @@
 
 import functools
 import importlib
-import os
 import re
-import subprocess
-import sys
 import types
 
 import pytest
@@ -13,7 +10,7 @@ import torch
 
 import dam
 from dam.backends import choice, cpu, cuda, triton
-from tests import calls
+from tests import calls, fresh
 
 UNAVAILABLE = [name for name in choice.BACKENDS if choice.why_unavailable(name) is not None]
 
@@ -25,13 +22,6 @@ def chosen(dtype=torch.float32):
 @pytest.fixture(autouse=True)
 def nothing_requested(monkeypatch):
     monkeypatch.setattr(choice, "_requested", None)
-
-
-def start(code, **environment):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 
 
 def test_the_cpp_backend_is_built():
@@ -75,10 +65,9 @@ def test_default_picks_by_device(monkeypatch):
 )
 def test_what_triton_lacks_is_named(missing, variable, message):
     code = f"import sys; {missing}; import dam; dam.backend('triton').__enter__()"
-    run = start(code, TRITON_INTERPRET=variable)
-    _, errors = run.communicate()
-    assert run.returncode != 0
-    assert re.search(f"backend 'triton' is not available: {message}", errors.splitlines()[-1]), errors
+    done = fresh.run(code, TRITON_INTERPRET=variable)
+    assert done.returncode != 0
+    assert re.search(f"backend 'triton' is not available: {message}", done.stderr.splitlines()[-1]), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -99,10 +88,9 @@ def test_what_triton_lacks_is_named(missing, variable, message):
     ],
 )
 def test_what_cuda_lacks_is_named(missing, variable, message):
-    run = start(f"import sys; {missing}; import dam; dam.backend('cuda').__enter__()", DAM_EMULATE_CUDA=variable)
-    _, errors = run.communicate()
-    assert run.returncode != 0
-    assert re.search(f"backend 'cuda' is not available: {message}", errors.splitlines()[-1]), errors
+    done = fresh.run(f"import sys; {missing}; import dam; dam.backend('cuda').__enter__()", DAM_EMULATE_CUDA=variable)
+    assert done.returncode != 0
+    assert re.search(f"backend 'cuda' is not available: {message}", done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_default_falls_back_with_a_warning(monkeypatch):
@@ -207,11 +195,11 @@ def test_every_op_runs_on_what_was_asked_for(backend, monkeypatch, call):
 
 def test_environment_variable():
     code = "import torch, dam; from dam.backends import choice; print(choice._requested); dam.jump(torch.zeros(2, 3))"
-    runs = {name: start(code, DAM_BACKEND=name) for name in ("torch", *UNAVAILABLE[:1])}
-    output = {name: run.communicate() for name, run in runs.items()}
-    assert runs["torch"].returncode == 0 and output["torch"][0].strip() == "torch", output["torch"][1]
+    done = fresh.run(code, DAM_BACKEND="torch")
+    assert done.returncode == 0 and done.stdout.strip() == "torch", done.stderr
     for name in UNAVAILABLE[:1]:
-        assert runs[name].returncode != 0 and f"backend '{name}' cannot run" in output[name][1].splitlines()[-1]
+        done = fresh.run(code, DAM_BACKEND=name)
+        assert done.returncode != 0 and f"backend '{name}' cannot run" in done.stderr.splitlines()[-1]
 
 
 def test_compiled_code_follows_the_choice():

@@ -17,6 +17,7 @@ import dam
 from dam.kernels.excluded import Excluded
 from dam.ops import _philox, _rows
 from dam.ops._excluded import split
+from tests import fresh
 
 kernels = importlib.import_module("dam._cpu")  # setup.py always builds it: without it these tests fail
 jump_op, log_prob_op, matching_op, ratio_op, adjoint_op, tilt_op, kolmogorov_op = (
@@ -638,11 +639,6 @@ def test_instruction_set_is_reported():
     assert kernels.isa() == (os.environ.get("DAM_CPU_ISA") or kernels.isas()[0])
 
 
-def run_python(arguments, isa):
-    environment = {**os.environ, "DAM_CPU_ISA": isa}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", kernels.isas())
 def test_every_instruction_set(isa):
@@ -650,7 +646,8 @@ def test_every_instruction_set(isa):
         pytest.skip("this run is about one set")
     if isa == kernels.isa():
         pytest.skip("the one this run uses")
-    done = run_python(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__], isa)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "DAM_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -661,7 +658,7 @@ def test_missing_instruction_set_is_an_error(isa):
     code = (
         "import torch, dam\ntry: dam.jump(torch.zeros(1, 3), seed=0)\nexcept (RuntimeError, ValueError) as e: print(e)"
     )
-    done = run_python(["-c", code], isa)
+    done = fresh.run(code, DAM_CPU_ISA=isa)
     assert "DAM_CPU_ISA" in done.stdout, done.stdout + done.stderr
 
 
@@ -669,6 +666,7 @@ def test_missing_instruction_set_is_an_error(isa):
 def test_one_openmp_library():
     """A second copy would bring a second pool of threads."""
     code = "import dam, torch\ndam.jump(torch.zeros(2, 9), seed=0)\nprint(open('/proc/self/maps').read())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr
     paths = {line.split()[-1] for line in done.stdout.splitlines() if "gomp" in line or "libomp" in line}
     assert len(paths) <= 1, paths

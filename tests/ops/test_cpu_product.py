@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import dam
 from dam.backends import cpu
+from tests import fresh
 
 INSTRUCTIONS = [name for name, _ in cpu.kernels.instructions()]
 TILES = pytest.mark.skipif("amx" not in INSTRUCTIONS, reason="this machine has no AMX")
@@ -121,7 +122,7 @@ def test_memory_of_many_rows_and_few_columns():
         "dam.linear_jump(hidden, weight, seed=0)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    environment = {**os.environ, "DAM_WORKSPACE_MB": "8"}
+    environment = {**os.environ, "DAM_WORKSPACE_MB": "8"}  # and no fork, which grows by what it reads of its parent's
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     # Half the workspace, results of 1 MB, 2 of states that are rearranged, and as much again for allocators.
     assert int(done.stdout) < 2 * (4 + 1 + 2) * 1024
@@ -222,8 +223,7 @@ def test_instructions_by_name(monkeypatch):
 
 def test_a_set_without_bfloat16_has_no_instructions_for_it():
     code = "from dam.backends import cpu; print(cpu.instructions())"
-    environment = {**os.environ, "DAM_CPU_ISA": "plain"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = fresh.run(code, DAM_CPU_ISA="plain")
     assert done.stdout.strip() == "float32", done.stderr
 
 

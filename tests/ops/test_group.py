@@ -1,13 +1,10 @@
 """Ops over vocabularies whose columns the ranks of a process group share: what one rank with all of them says."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from dam.ops import _group
-from tests import ranks
+from tests import fresh, ranks
 from tests.ops.helpers import normal
 
 RUN = "tests.ops.group_run"
@@ -46,7 +43,7 @@ except TypeError as error:
 else:
     raise SystemExit("taken")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from torch.profiler import profile
 import dam
 from dam.ops import _op
 from tests import calls as examples
+from tests import fresh
 
 
 @_op.op("test_square")
@@ -190,9 +189,9 @@ def lambda_of(factor):
 )
 def test_a_private_name_of_torch_that_is_gone_is_an_error(name):
     """At import, by its name: without one, tangents or gradients could be taken for 0, and nothing would say so."""
-    done = subprocess.run([sys.executable, "-c", f"import torch; del torch.{name}; import dam"], capture_output=True)
+    done = fresh.run(f"import torch; del torch.{name}; import dam")
     message = f"ImportError: dam rests on torch.{name}, which torch {torch.__version__} does not have"
-    assert done.returncode != 0 and message in done.stderr.decode()
+    assert done.returncode != 0 and message in done.stderr
 
 
 def test_private_names_of_torch_are_looked_up_in_one_place():

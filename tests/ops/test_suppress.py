@@ -154,17 +154,9 @@ def test_matching_loss(backend, name, dtype, normalized, based):
         assert bool(ours[0].isfinite().all()) and bool((ours[1][:, suppressed] == 0).all())
 
 
-@pytest.fixture(params=["", "fused", "chunked"])
-def form(request, backend, monkeypatch):
-    """The forms of a linear op that a backend has."""
-    if bool(request.param) != (backend == "triton"):
-        pytest.skip("a form of Triton's")
-    monkeypatch.setenv("DAM_LINEAR_FORM", request.param)
-
-
 @each(("a tile and more", torch.float32), ("few", torch.bfloat16), ("all but one", torch.float32))
-def test_linear_ops(backend, form, name, dtype):
-    """As a bias of -inf, but that nothing flows back to it, nor to rows of the head."""
+def test_linear_ops(backend, monkeypatch, name, dtype):
+    """As a bias of -inf, but that nothing flows back to it, nor to rows of the head; in each form."""
     suppressed, with_bias = set_of(name), name != "few"
     (target, exclude), weight = targets(suppressed), normal(ROWS, 4, seed=13)
     never = suppressed[target.clamp(min=0)] & (target >= 0)
@@ -185,9 +177,11 @@ def test_linear_ops(backend, form, name, dtype):
             found += differentiated(dam.linear_matching_loss(*leaves[:2], target, weight, **options), *leaves)
         return value, found
 
-    value, ours = results(target, bias, suppress=suppressed)
-    assert not bool(suppressed[ours[0]].any()) and torch.equal(value == -INF, never | (target == exclude[:, None]))
-    assert same(ours, results(target.where(~never, -1), barred)[1])
+    for form in ("fused", "chunked") if backend == "triton" else ("auto",):
+        monkeypatch.setenv("DAM_LINEAR_FORM", form)
+        value, ours = results(target, bias, suppress=suppressed)
+        assert not bool(suppressed[ours[0]].any()) and torch.equal(value == -INF, never | (target == exclude[:, None]))
+        assert same(ours, results(target.where(~never, -1), barred)[1])
 
 
 @pytest.mark.parametrize("trained", [True, False])

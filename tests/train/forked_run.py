@@ -1,4 +1,4 @@
-"""Runs on several processes, by `python -m tests.train.forked_run OUTPUT CASE ...`: forks of one that has torch loaded.
+"""Runs on several processes, by `python -m tests.train.forked_run OUTPUT CASE ...`: forks of it.
 
 Nothing but the runs themselves ends a process when another fails. Each writes what it ends with to
 OUTPUT/CASE-RANK.pt and what it prints to OUTPUT/CASE-RANK.txt; OUTPUT/ended.json has exit statuses, and seconds since
@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ import torch._dynamo
 from peft import LoraConfig
 
 from dam.train import DAMTrainer
+from tests.ranks import free_port
 from tests.train.process_run import model, told_besides
 from tests.train.tiny import sum_reward, tiny_config
 
@@ -78,9 +78,9 @@ def breaks(network, at, notes):
 
 def trainer_of(output, processes=1, *, rows=ROWS, judge=None, network=None, lora=False, **changes):
     values = {
-        "max_steps": 10,
+        "max_steps": 6,
         "save_strategy": "steps",
-        "save_steps": 5,
+        "save_steps": 3,
         "num_iterations": 1,
         "optim": "adamw_torch",
         "eval_temperature": 1.0,
@@ -130,15 +130,15 @@ def work(output, case, rank):
     if name == "lora":
         return run(lora=True)
     if name.startswith("from-"):
-        return run(resume=f"{output}/{name[5:]}/checkpoint-5", lora="lora" in name)
+        return run(resume=f"{output}/{name[5:]}/checkpoint-3", lora="lora" in name)
     fails = rank == 1
     notes, dies = (functools.partial(noted, output, case, does) for does in (None, killed))
     if name == "killed":
-        return run_with(output, case, judge=Judge(7, dies) if fails else None)
+        return run_with(output, case, judge=Judge(5, dies) if fails else None)
     if name == "ill":
         network = model()
         if fails:
-            breaks(network, 7, notes)
+            breaks(network, 5, notes)
         return run_with(output, case, network=network)
     if name == "rows":
         return run_with(output, case, rows=ROWS[:-1] if fails else ROWS)
@@ -153,7 +153,7 @@ def work(output, case, rank):
             raise ValueError("no such file")
         trainer.train()
     if name == "busy":  # with something that is no collective
-        return run_with(output, case, judge=Judge(7, dies if fails else functools.partial(time.sleep, 60)))
+        return run_with(output, case, judge=Judge(5, dies if fails else functools.partial(time.sleep, 60)))
     if name == "paths":
         return run(**by_paths(processes))
     if name == "compiled":
@@ -192,13 +192,9 @@ def process(output, case, rank, port):
 
 def main(output, *cases):
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError):  # accelerate imports it where it is installed, in seconds
-        import deepspeed  # noqa: F401
     ended = {}
     for case in cases:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        start, children = time.time(), []
+        port, start, children = free_port(), time.time(), []
         for rank in range(settings(case)[1]):
             child = os.fork()
             if child == 0:

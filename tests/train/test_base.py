@@ -14,6 +14,7 @@ from dam.models import MaskedLM, as_denoiser
 from dam.models.tail import POSITIONS
 from dam.train import DAMTrainer, base
 from dam.train.base import InitialParameters, with_base
+from tests import covering
 
 peft = pytest.importorskip("peft", reason="needs the package peft")
 
@@ -65,10 +66,10 @@ def entries(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["model given", "peft_config"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "given"), covering.pairs(list(KINDS), ["peft_config", "model given"]))
 def test_the_base_is_the_model_as_it_was(tmp_path, kind, given):
     """The logged KL of an untouched model is 0, and the base stays where it was while the model moves away."""
+    given = given == "model given"
     model, options = (trained(kind), {}) if given else (start(), {"peft_config": lora(kind)})
     trainer = DAMTrainer(model, sum_reward, tiny_config(tmp_path, logging_steps=1), ROWS, **options)
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -1,7 +1,6 @@
 """What a run draws depends on (seed, step, prompt, trajectory, position) only, however the work is divided."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from dam.models import MaskedLM
 from dam.rollout import jump_log_prob, rollout
 from dam.train import DAMTrainer
 from dam.train.trainer import _Draw
+from tests import covering
 from tests.train.tiny import MASK, ROWS, rotary_model, sum_reward, tiny_config, tiny_model
 
 PROMPTS = [{"prompt": [1 + n % 5] * (1 + n % 3), "name": n} for n in range(8)]  # of several lengths, so padded
@@ -42,7 +42,7 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"estimator": e, "normalizer": n} for e, n in itertools.product(ESTIMATORS, NORMALIZERS)),
+        *covering.pairs(ESTIMATORS, NORMALIZERS, lambda e, n: {"estimator": e, "normalizer": n}),
         {"null_arm": True},
         {"num_orders": 3},
         {"base_generations": 3},

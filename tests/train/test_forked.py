@@ -1,14 +1,13 @@
 """Runs that DDP and FSDP2 divide over processes: that of one process, goes on in others, and ends as a whole."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import PeftModel
 
 from dam.train.progress import last_checkpoint
+from tests import ranks
 from tests.train.forked_run import GROUPS, by_paths, ran, settings
 from tests.train.process_run import model
 
@@ -25,9 +24,7 @@ OTHERS = [
 
 
 def forked(output, *cases):
-    command = [sys.executable, "-m", "tests.train.forked_run", str(output), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks.succeed("tests.train.forked_run", 1, output, *cases, timeout=500.0)
     return json.loads((output / "ended.json").read_text())
 
 
@@ -84,18 +81,18 @@ def assert_same_log(ours, theirs):
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_ten_steps_are_those_of_one_process(runs, one, case):
-    """With Adam, whole and resumed after the fifth: parameters, and all that is logged; sums in another order."""
+def test_six_steps_are_those_of_one_process(runs, one, case):
+    """With Adam, whole and resumed after the third: parameters, and all that is logged; sums in another order."""
     for found in runs[1][case]:
         assert_same(found["weights"], one["weights"])
         assert_same_log(found["logged"], one["logged"])
-        assert found["reward_calls"] == one["reward_calls"] == 10 * GROUPS * 8
+        assert found["reward_calls"] == one["reward_calls"] == 6 * GROUPS * 8
         assert found["eval_reward"] == pytest.approx(one["eval_reward"])
         assert found["class"].startswith("FSDP") == case.startswith("fsdp")
 
 
 @pytest.mark.parametrize("case", PATHS)
-def test_ten_steps_at_states_of_paths_are_those_of_one_process(runs, one_by_paths, case):
+def test_six_steps_at_states_of_paths_are_those_of_one_process(runs, one_by_paths, case):
     """Of rows that end early, single outcomes of a buffer that processes share."""
     assert one_by_paths["logged"][0]["completions/clipped_ratio"] < 0.9
     for found in runs[1][case]:
@@ -114,13 +111,13 @@ def test_so_are_those_of_other_numbers_and_kinds(others, one, one_lora, one_by_p
 
 
 @pytest.mark.parametrize("case", LORA)
-def test_ten_steps_of_an_adapter_are_those_of_one_process(runs, one_lora, case):
+def test_six_steps_of_an_adapter_are_those_of_one_process(runs, one_lora, case):
     """Whose parameters each process draws anew, and whose base is the model itself: nothing moves at first."""
     for found in runs[1][case]:
         assert_same(found["weights"], one_lora["weights"])
         assert_same_log(found["logged"], one_lora["logged"])
-    first = one_lora["logged"][0]
-    assert first["kl_path"] == 0.0 and one_lora["logged"][-1]["kl_path"] > 0.0
+    first, *others = (entry["kl_path"] for entry in one_lora["logged"])
+    assert first == 0.0 and max(others) > 0.0
 
 
 @pytest.mark.parametrize("case", ["ddp-3", "fsdp-2"])
@@ -152,28 +149,28 @@ def test_a_saved_model_is_loaded_in_one_process(runs, case):
 
 @pytest.mark.parametrize("case", ["fsdp-2", pytest.param("ddp-3", marks=pytest.mark.full)])
 def test_a_divided_run_goes_on_in_one_process(runs, one, tmp_path, case):
-    found = ran(str(tmp_path), resume=f"{runs[0]}/{case}/checkpoint-5")
+    found = ran(str(tmp_path), resume=f"{runs[0]}/{case}/checkpoint-3")
     assert_same(found["weights"], one["weights"])
     assert found["reward_calls"] == one["reward_calls"]
 
 
 def test_an_adapter_divided_goes_on_in_one_process(runs, one_lora, tmp_path):
     torch.manual_seed(0)
-    found = ran(str(tmp_path), resume=f"{runs[0]}/fsdp-2-lora/checkpoint-5", lora=True)
+    found = ran(str(tmp_path), resume=f"{runs[0]}/fsdp-2-lora/checkpoint-3", lora=True)
     assert_same(found["weights"], one_lora["weights"])
 
 
 KILLED = "process 1 failed: it stopped without a word: it was killed"
 ILL = "process 1 failed: ArithmeticError: the model is ill"
 FAILURES = {
-    "ddp-3-killed": (KILLED, 6),
-    "fsdp-3-killed": (KILLED, 5),
-    "ddp-2-ill": (ILL, 6),
+    "ddp-3-killed": (KILLED, 4),
+    "fsdp-3-killed": (KILLED, 3),
+    "ddp-2-ill": (ILL, 4),
     "ddp-2-rows": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
 }
 MORE = {
-    "fsdp-2-ill": (ILL, 5),
-    "ddp-3-busy": (KILLED, 6),
+    "fsdp-2-ill": (ILL, 3),
+    "ddp-3-busy": (KILLED, 4),
     "ddp-2-early": ("another process ended before the run began", None),
     "ddp-2-shuffled": ("processes 0 and 1 do not do the same run, train_dataset: 24 rows", None),
     "fsdp-2-arguments": ("processes 0 and 1 do not do the same run, seed: 42 and 43; beta: 0.1 and 0.2", None),

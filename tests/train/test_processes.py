@@ -1,23 +1,20 @@
 """A run on two processes: that of one, and of its parts, and of what becomes of an error in one of them."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from dam.train.progress import last_checkpoint
+from tests import ranks
 from tests.hostile import lossy
 from tests.train.process_run import LOSSY, told, trained
 
 
 def launched(output, *cases):
     """Two processes as `torchrun` starts them; it ends all when one fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    return subprocess.run(
-        [*command, "tests.train.process_run", str(output), *cases], capture_output=True, text=True, timeout=300
-    )
+    command = ("--standalone", "--nproc_per_node", "2", "-m", "tests.train.process_run", str(output), *cases)
+    return ranks.launched("torch.distributed.run", output, *command)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +22,7 @@ def runs(tmp_path_factory):
     output = tmp_path_factory.mktemp("processes")
     cases = ("whole", "resumed", "lossy")
     done = launched(output, *cases)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.code == 0, done.text[-3000:]
     return output, {case: [torch.load(output / f"{case}-{rank}.pt") for rank in (0, 1)] for case in cases}
 
 
@@ -80,7 +77,7 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path):
 def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path, case, error):
     start = time.monotonic()
     done = launched(tmp_path, case)
-    assert done.returncode != 0 and error in done.stderr
+    assert done.code != 0 and error in done.text
     assert not list(tmp_path.glob("*.pt"))
     # Far below the half hour that a process waits for one that has stopped.
     assert time.monotonic() - start < 120
@@ -93,8 +90,8 @@ def test_an_error_in_one_process_ends_all_with_a_checkpoint(runs, tmp_path, case
 @pytest.mark.full
 def test_too_many_lost_rewards_end_all_and_the_process_that_has_some_keeps_its_rollouts(tmp_path):
     done = launched(tmp_path, "too_lossy")
-    assert done.returncode != 0
+    assert done.code != 0
     kept = tmp_path / "too_lossy" / "failed_rollouts.pt"
     message = "more than max_reward_failures, 0.1: 'lossy' error {} times, first: ValueError: no fours"
     failed = torch.load(kept, weights_only=False)["failed"]
-    assert message.format(len(failed)) in done.stderr and f"are kept in {kept}" in done.stderr
+    assert message.format(len(failed)) in done.text and f"are kept in {kept}" in done.text

@@ -3,7 +3,6 @@
 Weights are compared bitwise: every random choice depends on seed and step only, so nothing may differ.
 """
 
-import itertools
 import os
 import types
 
@@ -14,6 +13,7 @@ from transformers import BertForMaskedLM, TrainerCallback
 
 from dam.adjoint import ESTIMATORS, NORMALIZERS
 from dam.train import DAMTrainer, RewardError, last_checkpoint
+from tests import covering
 
 
 class BreaksAt:
@@ -39,7 +39,7 @@ def uninterrupted(output, *, dropout=0.0, rows=ROWS, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        *[{"estimator": e, "normalizer": n} for e, n in itertools.product(ESTIMATORS, NORMALIZERS)],
+        *covering.pairs(ESTIMATORS, NORMALIZERS, lambda e, n: {"estimator": e, "normalizer": n}),
         {"draw_outcomes": 8},
         {"gradient_accumulation_steps": 2},
         {"gradient_accumulation_steps": 2, "num_iterations": 1, "rows": ROWS[:6]},  # an epoch ends half-way
@@ -61,18 +61,17 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes):
         assert again.reward_calls == trainer.reward_calls
 
 
-@pytest.mark.parametrize("broken", [1, 2, 3])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"gradient_accumulation_steps": 2, "num_iterations": 1, "max_steps": 3},
-        {"gradient_accumulation_steps": 2, "num_iterations": 1, "max_steps": 3, "rows": ROWS[:6]},
-        {"dropout": 0.1},
-    ],
-    ids=["plain", "accumulation", "uneven epochs", "dropout"],
-)
-def test_a_mended_reward_function_loses_nothing(tmp_path, changes, broken):
+MENDED = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "num_iterations": 1, "max_steps": 3},
+    "uneven epochs": {"gradient_accumulation_steps": 2, "num_iterations": 1, "max_steps": 3, "rows": ROWS[:6]},
+    "dropout": {"dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize(("case", "broken"), covering.pairs(list(MENDED), [1, 2, 3]))
+def test_a_mended_reward_function_loses_nothing(tmp_path, case, broken):
+    changes = MENDED[case]
     model, trainer = uninterrupted(tmp_path / "whole", **changes)
     output = tmp_path / "broken"
     rows, dropout = changes.get("rows", ROWS), changes.get("dropout", 0.0)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from dam.ops._head import Head
 from dam.train.turns import in_turns
+from tests.ranks import server_of_forks
 
 # Of each process: which denoiser it asks for what.
 PLANS = [[(0, "h"), (0, "w"), (0, "h"), (0, "w"), (1, "h"), (1, "w")], [(1, "h"), (1, "w"), (0, "h")], []]
@@ -53,8 +53,7 @@ def process(rank, store, fails, results):
 @pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_each_process_gets_what_it_asks_for_and_makes_what_others_need(tmp_path, fails):
     """Where one fails between its calls, the others know and end too."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once
+    context = server_of_forks()
     results = context.Queue()
     started = [context.Process(target=process, args=(n, tmp_path / "store", fails, results)) for n in range(len(PLANS))]
     for one in started:

@@ -1,7 +1,6 @@
 """Runs under DeepSpeed, by `accelerate launch` and the files that are shipped: that of one process, and its parts."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from dam.train.zero import check_checkpoint, check_whole, check_zero
+from tests import ranks
 from tests.train.zero_run import ran, told, trainer_of
 
 FILES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -20,25 +20,17 @@ def launched(output, stage, processes, cases):
     """What each process wrote, by case."""
     pytest.importorskip("deepspeed")
     pytest.importorskip("peft")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        FILES / f"deepspeed_zero{stage}.yaml",
+    options = [
+        "--num_processes",
+        str(processes),
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        str(ranks.free_port()),
     ]
-    with socket.socket() as found:
-        found.bind(("", 0))
-        port = found.getsockname()[1]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", str(port)]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.zero_run", str(output), *cases],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["--config_file", str(FILES / f"deepspeed_zero{stage}.yaml"), *options, "-m", "tests.train.zero_run"]
+    done = ranks.launched("accelerate.commands.launch", output, *command, str(output), *cases)
+    assert done.code == 0, done.text[-3000:]
     return {case: [torch.load(output / f"{case}-{rank}.pt") for rank in range(processes)] for case in cases}
 
 

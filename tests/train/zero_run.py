@@ -43,7 +43,7 @@ def trainer_of(output, *, processes=1, rows=PROMPTS, peft_config=None, **changes
     """Steps of six prompts and six groups, of all processes together."""
     share = 6 // processes // changes.get("gradient_accumulation_steps", 1)
     settings = {
-        "max_steps": 10, "save_strategy": "steps", "save_steps": 4, "num_iterations": 1, "num_generations": 4,
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 4, "num_iterations": 1, "num_generations": 4,
         "optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-2, "logging_steps": 1, "replay_size": 9,
         "prompts": share, "replay_batch_size": share, "eval_remasking": "confidence", "eval_threshold": 0.3,
         "eval_temperature": 1.0, **changes,
