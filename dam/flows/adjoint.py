@@ -158,7 +158,8 @@ def linearised(
     """v -> (grad b)^T v at states [B, ...], the drift b there, and the base's predictions, of both no graph.
 
     By autograd and not by `torch.func.vjp`, under which a compiled network is run as it was written, and each of its
-    operations takes longer.
+    operations takes longer. A graph that one product uses up, as that of a compiled network may be, is made anew for
+    the next.
 
     Args:
         create_graph: whether autograd follows the products in v.
@@ -166,20 +167,37 @@ def linearised(
     Raises:
         ValueError: autograd cannot follow the base.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = state.detach().clone().requires_grad_()
-        drift, prediction = process.drift_and_prediction(base, leaf, time)
+
+    def evaluated() -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = state.detach().clone().requires_grad_()
+            return leaf, *process.drift_and_prediction(base, leaf, time)
+
+    leaf, drift, prediction = evaluated()
     if base is not None and not prediction.requires_grad:
         raise ValueError(
             "the base's prediction does not depend on its states in a way that torch can follow, as under "
             "torch.no_grad: call it without; parameters may be frozen by requires_grad_(False)"
         )
+    graph: tuple[Tensor, ...] | None = (leaf, drift)
+
+    def product(of: tuple[Tensor, ...], vector: Tensor, retain: bool) -> Tensor:
+        return torch.autograd.grad(
+            of[1], of[0], vector, retain_graph=retain, create_graph=create_graph, materialize_grads=True
+        )[0]
 
     def pull(vector: Tensor) -> Tensor:
+        nonlocal graph
         if not drift.requires_grad:  # of a reference that is zero
             return torch.zeros_like(state)
-        return torch.autograd.grad(
-            drift, leaf, vector, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )[0]
+        graph = graph or evaluated()[:2]
+        try:
+            return product(graph, vector, retain=True)
+        except RuntimeError as error:
+            # A compiled network may give its activations away on the way back: each of its graphs has one product.
+            if create_graph or "donated buffers" not in str(error):
+                raise
+        used, graph = graph, None
+        return product(used, vector, retain=False)
 
     return pull, drift.detach(), prediction.detach()

@@ -78,13 +78,13 @@ class GaussianMixture:
             pull = (share * gap / variance).sum(dim=1)
             if predicts == "score":
                 return -pull
-            noise = beta[:, None] * pull
             if predicts == "noise":
-                return noise
+                return beta[:, None] * pull
             data = (share * (self.mean + alpha[:, None, None] * self.variance * gap / variance)).sum(dim=1)
             if predicts == "data":
                 return data
-            return schedule.alpha_derivative(time)[:, None] * data + schedule.beta_derivative(time)[:, None] * noise
+            slopes = schedule.alpha_derivative(time)[:, None], schedule.half_variance_derivative(time)[:, None]
+            return slopes[0] * data + slopes[1] * pull
 
         return prediction
 

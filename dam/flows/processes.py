@@ -189,6 +189,8 @@ class FlowProcess(Process):
             return (state + beta.square() * prediction) / alpha
         slopes = (self.schedule.alpha_derivative, self.schedule.beta_derivative)
         alpha_slope, beta_slope = (over(f(time), state) for f in slopes)
+        # Both sides divided by the slope where it is large: it may be infinite where beta is 0.
+        beta, beta_slope = beta / beta_slope.abs().clamp(min=1), beta_slope.clamp(-1, 1)
         return (beta * prediction - beta_slope * state) / (beta * alpha_slope - alpha * beta_slope)
 
     def noised(self, data: Tensor, time: Tensor, noise: Tensor) -> Tensor:

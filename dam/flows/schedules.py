@@ -39,6 +39,10 @@ class Schedule(abc.ABC):
     def beta_derivative(self, time: Tensor) -> Tensor:
         """d beta / dt."""
 
+    def half_variance_derivative(self, time: Tensor) -> Tensor:
+        """d (beta^2 / 2) / dt, which may be finite where d beta / dt is not."""
+        return self.beta(time) * self.beta_derivative(time)
+
     def kappa(self, time: Tensor) -> Tensor:
         """d log alpha / dt."""
         return self.alpha_derivative(time) / self.alpha(time)
@@ -117,7 +121,10 @@ class VariancePreserving(Schedule):
         return self.kappa(time) * self.alpha(time)
 
     def beta_derivative(self, time: Tensor) -> Tensor:
-        return -self.kappa(time) * self.alpha(time).square() / self.beta(time)  # -inf at time 1
+        return self.half_variance_derivative(time) / self.beta(time)  # -inf at time 1
+
+    def half_variance_derivative(self, time: Tensor) -> Tensor:
+        return -self.kappa(time) * self.alpha(time).square()
 
     def kappa(self, time: Tensor) -> Tensor:
         return (self.low + (1 - time) * (self.high - self.low)) / 2

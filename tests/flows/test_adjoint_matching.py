@@ -174,6 +174,21 @@ def test_a_compiled_network_is_taken_as_it_is():
         torch.testing.assert_close(plain, compiled, rtol=1e-12, atol=1e-12)
 
 
+def test_a_compiled_and_frozen_base_serves_batches_of_any_size():
+    """Its graph of many sizes gives away activations on the way back, which can then be gone but once."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    network.requires_grad_(False)
+
+    def base(state, time):
+        return network(torch.cat((state, time[:, None]), dim=1))
+
+    compiled = torch.compile(base, backend="aot_eager")
+    for rows in (1, 4, 5):
+        path = drawn(FLOW, base, 4, rows=rows, seed=0)
+        targets = [adjoint_targets(FLOW, one, path, path.final).prediction for one in (base, compiled)]
+        torch.testing.assert_close(*targets, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("process", "options", "message"),
     [
