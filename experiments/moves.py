@@ -29,6 +29,7 @@ from dam.ctmc import Moves, MovesCTMC, Path, enumeration, gillespie, matching, m
 from dam.ctmc.matching import MoveTargets
 from dam.ops.adjoint_weights import adjoint_weights
 from experiments import estimators, learners
+from experiments.exchanges import Exchanges
 
 INTERVALS = 16
 # Shorter toward time 1, where rates change fastest.
@@ -50,6 +51,7 @@ class Case:
     log_target: Callable[[Tensor], Tensor]  # log pi [B] of states [B, L], up to a constant
     published: tuple[float, int]
     vacant: bool = True
+    side: int | None = None  # of a lattice whose symmetries the network is given
 
     @functools.cached_property
     def space(self) -> enumeration.MoveSpace:
@@ -68,7 +70,7 @@ class Case:
             for x, to in zip(self.space.states.split(4096), self.space.to.split(4096), strict=True)
         ]
         removed, added = (torch.cat(parts) for parts in zip(*every, strict=True))
-        none = self.network(1).sites
+        none = len(self.start) * (self.size - self.vacant)
         return removed[:, (removed != none).any(dim=2).any(dim=0)], added[:, (added != none).any(dim=2).any(dim=0)]
 
     @functools.cached_property
@@ -93,7 +95,9 @@ class Case:
         """The state to start from, by its number, int64 [B, 1]."""
         return self.space.index_of(torch.tensor([[self.start]])).expand(count, -1)
 
-    def network(self, width: int) -> Potentials:
+    def network(self, width: int) -> nn.Module:
+        if self.side is not None:
+            return Exchanges(self.side, self.start, width)
         return Potentials(len(self.start), self.size, self.vacant, width)
 
     def model(self, network: nn.Module) -> moves.MoveModel:
@@ -172,6 +176,7 @@ def ising(side: int = 4, coupling: float = 0.5, total: float = 10.0) -> Case:
         (1,) * up + (0,) * (sites - up),
         log_target,
         (0.0617, 168_960_000),
+        side=side,
     )
 
 
