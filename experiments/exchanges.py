@@ -21,8 +21,8 @@ class Exchanges(nn.Module):
     changes where state and start are translated, or have their colours exchanged, together; that is as far as an
     optimum is symmetric whose target and base are and whose start is not. All 0 at the start.
 
-    A product of spins in log h is one of those around a site times the spin there; gates, a product of two linear
-    functions of them, find those of four spins, where two layers of SiLU need several times as many steps.
+    Gates multiply two linear functions of the spins, as log h has products of several; what this is worth beside a
+    potential of pairs is measured by experiments/attainable.py.
 
     Args:
         side: n, of n n sites.

@@ -96,8 +96,9 @@ class Case:
         return self.space.index_of(torch.tensor([[self.start]])).expand(count, -1)
 
     def network(self, width: int) -> nn.Module:
-        if self.side is not None:
-            return Exchanges(self.side, self.start, width)
+        return self.potentials(width) if self.side is None else Exchanges(self.side, self.start, width)
+
+    def potentials(self, width: int) -> Potentials:
         return Potentials(len(self.start), self.size, self.vacant, width)
 
     def model(self, network: nn.Module) -> moves.MoveModel:
@@ -110,9 +111,13 @@ class Case:
 
         return log_multipliers
 
-    def law(self, network: nn.Module) -> Tensor:
-        """Of X_1 under a network, as `gillespie` simulates it, float64 [X]."""
-        return self.numbered.law(self.model(network), self.initial, TIMES, tolerance=1e-7)
+    def law(self, model: moves.MoveModel) -> Tensor:
+        """Of X_1 under a model of numbered states, as `gillespie` simulates it, float64 [X]."""
+        return self.numbered.law(model, self.initial, TIMES, tolerance=1e-7)
+
+    def distance(self, model: moves.MoveModel) -> float:
+        """Total variation of that law and the target."""
+        return float((self.law(model) - self.target).abs().sum() / 2)
 
 
 def occupation(sites: int = 4, particles: int = 4, total: float = 4.0, shape: float = 0.5) -> Case:
@@ -439,7 +444,7 @@ def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any
             network_calls += calls
             fit.step(loss, n / options.rounds)
         if n + 1 in evaluated(options):
-            tv = float((case.law(fit.averaged) - case.target).abs().sum() / 2)
+            tv = case.distance(case.model(fit.averaged))
             cost = {"reward_calls": (n + 1) * options.batch, "network_calls": network_calls}
             curve.append({**cost, "tv": tv})
     return {"curve": curve, "tv": curve[-1]["tv"]}
@@ -452,14 +457,14 @@ def evaluated(options: Options) -> set[int]:
 
 def study(given: dict[str, Any], options: Options, output: File) -> str:
     results: list[dict[str, Any]] = []
-    case = given["case"]
+    case, name = given["case"], given["name"] or f"moves-{given['case']}"
     published = dict(zip(("tv", "reward_calls"), CASES[case]().published, strict=True))
     setting = {"case": case, "published": published, "times": TIMES, **dataclasses.asdict(options)}
     for found in estimators.run_all(given, functools.partial(run, case, options)):
         results.append(found)
         print(f"{found['learner']}, seed {found['seed']}: TV {found['tv']:.4f}", flush=True)
-        estimators.write(output / f"moves-{case}.json", setting, results, given)
-    estimators.draw_curves(output / f"moves-{case}.png", results, "tv", "TV of p_u and p*", f"{case}, moves")
+        estimators.write(output / f"{name}.json", setting, results, given)
+    estimators.draw_curves(output / f"{name}.png", results, "tv", "TV of p_u and p*", f"{case}, moves")
     return table(results, published)
 
 

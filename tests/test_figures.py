@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dam.tasks import countdown_base, finetune_countdown
-from experiments import ablations, guidance, lattice, moves
+from experiments import ablations, attainable, guidance, lattice, moves
 from experiments.estimators import grid_table, reached, seconds_table
 from experiments.exact import study as exact
 from experiments.exact.learner import KEPT, STEPPED
@@ -70,9 +70,12 @@ PRINTED = {
     "epyc-avx2-2-cores/potts-1.005-128000-mlp.json": of_results(lattice.lattice_table),
     "epyc-avx2-2-cores/potts-1.005-128000.json": lambda *files: lattice.lattices_table(files),
     **{
-        f"epyc-avx2-2-cores/moves-{case}.json": lambda found: moves.table(found["results"], found["published"])
+        f"epyc-avx2-2-cores/moves-{case}.json": lambda *files: moves.table(
+            [run for one in files for run in one["results"]], files[0]["published"]
+        )
         for case in moves.CASES
     },
+    "epyc-avx2-2-cores/moves-ising-attainable.json": lambda found: attainable.table(found["results"]),
     "epyc-avx2-2-cores/pinwheel-9-learners.json": of_results(grid_table, seconds_table),
     "epyc-avx2-2-cores/pinwheel-9-learners-network.json": of_results(grid_table),
 }
