@@ -33,7 +33,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """log h_t(x) = log E_base[e^{-g(X_1)} | X_t = x] and the law p*_t at the middles of the intervals, float64 [N, X]."""
+    """log h_t(x) = log E_base[e^{-g(X_1)} | X_t = x] and the law p*_t at the middles of intervals, float64 [N, X]."""
 
     log_value: Tensor
     law: Tensor
