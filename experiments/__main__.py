@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     studies = parser.add_subparsers(dest="study", required=True)
     on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, **TABLES, "runs": RUNS}.items()}
     on["moves"].add_argument("--case", choices=list(moves.CASES), default="occupation", help="default: %(default)s")
-    on["moves"].add_argument("--name", help="of the JSON and PNG (default: by the case)")
     known = "nothing is learned: what the optimum's rates, and what is fitted to them, come to"
     on["moves"].add_argument("--attainable", action="store_true", help=known)
     for name in ("grid", *lattice.LATTICES):

@@ -18,7 +18,7 @@ from dam.ctmc import moves as listing
 from experiments import learners, moves
 
 OPTIMUM, PAIRS = "optimal rates", "pairs of sites, least squares"
-POTENTIALS, NETWORK = "pairs of sites and a network", "network of the study"
+POTENTIALS, NETWORK = "network of the other cases", "network of the case"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Options:
 
     steps: int = 1200
     states: int = 256
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     width: int = 64
 
 

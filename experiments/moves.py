@@ -29,7 +29,7 @@ from dam.ctmc import Moves, MovesCTMC, Path, enumeration, gillespie, matching, m
 from dam.ctmc.matching import MoveTargets
 from dam.ops.adjoint_weights import adjoint_weights
 from experiments import estimators, learners
-from experiments.exchanges import Exchanges
+from experiments.invariants import Invariants
 
 INTERVALS = 16
 # Shorter toward time 1, where rates change fastest.
@@ -96,7 +96,9 @@ class Case:
         return self.space.index_of(torch.tensor([[self.start]])).expand(count, -1)
 
     def network(self, width: int) -> nn.Module:
-        return self.potentials(width) if self.side is None else Exchanges(self.side, self.start, width)
+        if self.side is None:
+            return self.potentials(width)
+        return Invariants(self.side, self.start, self.space.states, self.space.to, width)
 
     def potentials(self, width: int) -> Potentials:
         return Potentials(len(self.start), self.size, self.vacant, width)
@@ -106,6 +108,9 @@ class Case:
 
         def log_multipliers(states: Tensor, time: Tensor, listed: Moves) -> Tensor:
             number = states[:, 0]
+            if isinstance(network, Invariants):
+                found: Tensor = network(number, time)
+                return found
             removed, added = (part[number].long() for part in self.changes)
             return network(self.space.states[number], time, removed, added)
 
@@ -457,14 +462,14 @@ def evaluated(options: Options) -> set[int]:
 
 def study(given: dict[str, Any], options: Options, output: File) -> str:
     results: list[dict[str, Any]] = []
-    case, name = given["case"], given["name"] or f"moves-{given['case']}"
+    case = given["case"]
     published = dict(zip(("tv", "reward_calls"), CASES[case]().published, strict=True))
     setting = {"case": case, "published": published, "times": TIMES, **dataclasses.asdict(options)}
     for found in estimators.run_all(given, functools.partial(run, case, options)):
         results.append(found)
         print(f"{found['learner']}, seed {found['seed']}: TV {found['tv']:.4f}", flush=True)
-        estimators.write(output / f"{name}.json", setting, results, given)
-    estimators.draw_curves(output / f"{name}.png", results, "tv", "TV of p_u and p*", f"{case}, moves")
+        estimators.write(output / f"moves-{case}.json", setting, results, given)
+    estimators.draw_curves(output / f"moves-{case}.png", results, "tv", "TV of p_u and p*", f"{case}, moves")
     return table(results, published)
 
 
