@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from benchmarks import records, report
 from dam.ctmc import moves as listing
 from experiments import learners, moves
+from experiments.invariants import Invariants
 
 OPTIMUM, PAIRS = "optimal rates", "pairs of sites, least squares"
 POTENTIALS, NETWORK = "network of the other cases", "network of the case"
@@ -99,17 +100,20 @@ def study(case_name: str, output: Path) -> str:
     torch.manual_seed(0)
     case, options = moves.case_of(case_name), Options()
     known = optimum(case)
+    network = case.network(options.width)
     tried = {
         OPTIMUM: lambda: differences(case, known.log_value),
         PAIRS: lambda: differences(case, pairs(case, known)),
         POTENTIALS: lambda: case.model(fit(case, case.potentials(options.width), known, options)),
-        NETWORK: lambda: case.model(fit(case, case.network(options.width), known, options)),
+        NETWORK: lambda: case.model(fit(case, network, known, options)),
     }
     results = []
     for name, made in tried.items():
         results.append({"rates": name, "tv": case.distance(made())})
         print(f"{name}: TV {results[-1]['tv']:.4f}", flush=True)
     setting = {**records.versions(), "device": report.device(), "case": case_name, "times": moves.TIMES}
+    if isinstance(network, Invariants):
+        setting.update(classes=len(network.correlations))
     setting.update(dataclasses.asdict(options), results=results)
     report.write_json(output / f"moves-{case_name}-attainable.json", setting)
     return table(results)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 ORDER = 4  # of correlations: most spins of a product
 
@@ -23,8 +22,8 @@ class Invariants(nn.Module):
     and whose start is not. sigma_A is -1 where A is an image by an exchange of colours and has an odd number of sites.
     All 0 at the start of learning.
 
-    The network sees each of the C classes of states that correlations tell apart once for all times, whatever the number
-    of moves.
+    The network sees each of the C classes of states that correlations tell apart once for all times, however many moves
+    are asked for.
 
     Args:
         side: n, of n n sites.
