@@ -477,6 +477,11 @@ SENTENCES = [
         "averaged over the {} symmetries of the lattice that leave the start as it is",
         lambda: [len(invariants.symmetries(4, moves.ising().start))],
     ),
+    (
+        STUDY,
+        "of which two end below {}",
+        lambda: [max(sorted(run["tv"] for run in read(SPINS["ising"])["results"])[1], 0.0125)],
+    ),
     (STUDY, "too, and leave {} classes of states", lambda: [read(REACHED)["classes"]]),
     (STUDY, "as many rounds as {} states that the network sees", lambda: [read(NETWORK_CALLS)["network_calls"]]),
     (
