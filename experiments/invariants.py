@@ -47,10 +47,9 @@ class Invariants(nn.Module):
         self.register_buffer("leads", of[to])  # [X, M]
         varied = classes[:, (classes != classes[0]).any(dim=0)].float()
         self.register_buffer("correlations", (varied - varied.mean(dim=0)) / varied.std(dim=0))  # [C, O]
-        self.network = nn.Sequential(
-            nn.Linear(varied.shape[1], width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, degree)
-        )
-        last = self.network[-1]
+        hidden = [nn.Linear(varied.shape[1], width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        last = nn.Linear(width, degree)
+        self.network = nn.Sequential(*hidden, last)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
@@ -87,7 +86,8 @@ def correlations(states: Tensor, group: Sequence[tuple[Tensor, int]]) -> Tensor:
     Each image counts as often as symmetries lead to it.
     """
     spin = 2 * states - 1
-    columns, seen = [], set()
+    columns: list[Tensor] = []
+    seen: set[tuple[int, ...]] = set()
     for order in range(1, ORDER + 1):
         for sites in itertools.combinations(range(states.shape[1]), order):
             if sites in seen:
