@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import options as of_benchmarks
 from benchmarks import records, report
-from experiments import ablations, densities, estimators, guidance, lattice, moves
+from experiments import ablations, attainable, densities, estimators, guidance, lattice, moves
 from experiments.densities import Grid
 from experiments.exact import study as exact
 
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     studies = parser.add_subparsers(dest="study", required=True)
     on = {name: studies.add_parser(name, help=text) for name, text in {**STUDIES, **TABLES, "runs": RUNS}.items()}
     on["moves"].add_argument("--case", choices=list(moves.CASES), default="occupation", help="default: %(default)s")
+    known = "nothing is learned: what the optimum's rates, and what is fitted to them, come to"
+    on["moves"].add_argument("--attainable", action="store_true", help=known)
     for name in ("grid", *lattice.LATTICES):
         if name != "potts":
             on[name].add_argument("--base", choices=("masked", "uniform"), default="masked")
@@ -134,6 +136,8 @@ def study(given: dict[str, Any]) -> int:
     }
     if given["study"] in with_options_of_its_own:
         text = with_options_of_its_own[given["study"]](given, output)
+    elif given["study"] == "moves" and given["attainable"]:
+        text = attainable.study(given["case"], output)
     elif given["study"] == "moves":
         named = {field.name: given[field.name] for field in dataclasses.fields(moves.Options)}
         text = moves.study(given, moves.Options(**named), output)

@@ -29,6 +29,7 @@ from dam.ctmc import Moves, MovesCTMC, Path, enumeration, gillespie, matching, m
 from dam.ctmc.matching import MoveTargets
 from dam.ops.adjoint_weights import adjoint_weights
 from experiments import estimators, learners
+from experiments.invariants import Invariants
 
 INTERVALS = 16
 # Shorter toward time 1, where rates change fastest.
@@ -50,6 +51,7 @@ class Case:
     log_target: Callable[[Tensor], Tensor]  # log pi [B] of states [B, L], up to a constant
     published: tuple[float, int]
     vacant: bool = True
+    side: int | None = None  # of a lattice whose symmetries the network is given
 
     @functools.cached_property
     def space(self) -> enumeration.MoveSpace:
@@ -68,7 +70,7 @@ class Case:
             for x, to in zip(self.space.states.split(4096), self.space.to.split(4096), strict=True)
         ]
         removed, added = (torch.cat(parts) for parts in zip(*every, strict=True))
-        none = self.network(1).sites
+        none = len(self.start) * (self.size - self.vacant)
         return removed[:, (removed != none).any(dim=2).any(dim=0)], added[:, (added != none).any(dim=2).any(dim=0)]
 
     @functools.cached_property
@@ -93,7 +95,12 @@ class Case:
         """The state to start from, by its number, int64 [B, 1]."""
         return self.space.index_of(torch.tensor([[self.start]])).expand(count, -1)
 
-    def network(self, width: int) -> Potentials:
+    def network(self, width: int) -> nn.Module:
+        if self.side is None:
+            return self.potentials(width)
+        return Invariants(self.side, self.start, self.space.states, self.space.to, width)
+
+    def potentials(self, width: int) -> Potentials:
         return Potentials(len(self.start), self.size, self.vacant, width)
 
     def model(self, network: nn.Module) -> moves.MoveModel:
@@ -101,14 +108,21 @@ class Case:
 
         def log_multipliers(states: Tensor, time: Tensor, listed: Moves) -> Tensor:
             number = states[:, 0]
+            if isinstance(network, Invariants):
+                found: Tensor = network(number, time)
+                return found
             removed, added = (part[number].long() for part in self.changes)
             return network(self.space.states[number], time, removed, added)
 
         return log_multipliers
 
-    def law(self, network: nn.Module) -> Tensor:
-        """Of X_1 under a network, as `gillespie` simulates it, float64 [X]."""
-        return self.numbered.law(self.model(network), self.initial, TIMES, tolerance=1e-7)
+    def law(self, model: moves.MoveModel) -> Tensor:
+        """Of X_1 under a model of numbered states, as `gillespie` simulates it, float64 [X]."""
+        return self.numbered.law(model, self.initial, TIMES, tolerance=1e-7)
+
+    def distance(self, model: moves.MoveModel) -> float:
+        """Total variation of that law and the target."""
+        return float((self.law(model) - self.target).abs().sum() / 2)
 
 
 def occupation(sites: int = 4, particles: int = 4, total: float = 4.0, shape: float = 0.5) -> Case:
@@ -172,6 +186,7 @@ def ising(side: int = 4, coupling: float = 0.5, total: float = 10.0) -> Case:
         (1,) * up + (0,) * (sites - up),
         log_target,
         (0.0617, 168_960_000),
+        side=side,
     )
 
 
@@ -434,7 +449,7 @@ def run(case_name: str, options: Options, name: str, seed: int) -> dict[str, Any
             network_calls += calls
             fit.step(loss, n / options.rounds)
         if n + 1 in evaluated(options):
-            tv = float((case.law(fit.averaged) - case.target).abs().sum() / 2)
+            tv = case.distance(case.model(fit.averaged))
             cost = {"reward_calls": (n + 1) * options.batch, "network_calls": network_calls}
             curve.append({**cost, "tv": tv})
     return {"curve": curve, "tv": curve[-1]["tv"]}

@@ -1,5 +1,6 @@
 """`python -m experiments`, its small versions: the laws that are learned, and the order of the estimators."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ import torch
 import dam
 from dam.ctmc import enumeration
 from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
-from experiments import countdown, estimators, grid, lattice, learners, moves, orders, policy
+from experiments import attainable, countdown, estimators, grid, invariants, lattice, learners, moves, orders, policy
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
 from tests import oracle
@@ -545,8 +546,61 @@ def test_what_learners_play_with_is_the_chain_of_the_case(case):
 
     expected = case.space.law(of_states, case.initial, moves.TIMES)
     # 16 intervals leave out 1e-7 each; rates are float32.
-    torch.testing.assert_close(case.law(model), expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(case.law(case.model(model)), expected, rtol=0, atol=3e-6)
     assert torch.equal(case.space.states[case.of_start(2)[:, 0]], torch.tensor([case.start] * 2))
+
+
+def test_correlations_tell_apart_what_no_symmetry_does():
+    """States of 4 x 4 spins are of one class exactly if a symmetry of the lattice and the start leads from one to the
+    other, by the least of the numbers that their images have.
+    """
+    start = torch.tensor(moves.ising().start)
+    group = invariants.symmetries(4, start.tolist())
+    # Shifts and mirrors along rows, mirrors across them, and a shift by two across them with the colours exchanged.
+    assert len(group) == 4 * 2 * 2 * 2
+    for image, sign in group:
+        assert torch.equal(sign * (2 * start - 1)[image], 2 * start - 1)
+    up = torch.tensor(list(itertools.combinations(range(16), 8)))
+    states = torch.zeros(len(up), 16, dtype=torch.int64).scatter_(1, up, 1)
+    place = 2 ** torch.arange(16)
+    least = torch.stack([(states if sign == 1 else 1 - states)[:, image] @ place for image, sign in group]).amin(dim=0)
+    known = invariants.correlations(states, group)
+    assert len(known.unique(dim=0)) == len(least.unique())
+    assert len(torch.cat((known, least[:, None]), dim=1).unique(dim=0)) == len(least.unique())
+
+
+def test_a_potential_of_invariants_is_one():
+    """What the network gives for a move is the difference of its polynomials at where it leads to and starts from."""
+    case, time = moves.ising(side=2), 0.3
+    torch.manual_seed(0)
+    network, number = case.network(4), torch.arange(6)
+    given = (number, torch.full((6,), time, dtype=torch.float64))
+    with torch.no_grad():
+        assert float(network(*given).abs().max()) == 0.0
+        network.network[-1].weight.normal_(std=4.0)
+        coefficients = network.network(network.correlations)[network.of]
+        found = network(*given)
+    potential = sum((2 * time - 1) ** k * coefficients[:, k] for k in range(network.degree))
+    assert float(potential.std()) > 0.1  # else nothing is tested
+    # Rounding of float32 sums of six terms.
+    torch.testing.assert_close(found, potential[case.space.to] - potential[:, None], rtol=1e-5, atol=1e-5)
+
+
+def test_fits_to_the_optimum_end_at_it():
+    """On 6 states a potential of pairs is any function of them, and its law the one of the optimum's rates, in 16
+    intervals 0.011 from the target; so does the case's network come there by steps on the divergence of paths.
+    """
+    case = moves.ising(side=2)
+    known = attainable.optimum(case)
+    rates = case.law(attainable.differences(case, known.log_value))
+    pairs = case.law(attainable.differences(case, attainable.pairs(case, known)))
+    torch.testing.assert_close(pairs, rates, rtol=0, atol=1e-6)
+    assert float((rates - case.target).abs().sum() / 2) < 0.015
+    torch.manual_seed(0)
+    options = attainable.Options(steps=400, states=64, width=16, learning_rate=1e-2)
+    fitted = attainable.fit(case, case.network(options.width), known, options)
+    off = [float((case.law(model) - rates).abs().sum() / 2) for model in (case.process.base, case.model(fitted))]
+    assert off[1] < 0.1 * off[0]
 
 
 def test_steps_on_the_variance_shrink_it():
