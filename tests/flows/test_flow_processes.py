@@ -126,7 +126,7 @@ def test_the_one_step_outcome_is_the_mean_of_the_data(schedule, predicts):
         # The rule is exact to rounding for what is smooth and vanishes at the ends, but VarianceExploding's noise of
         # 0.13 at time 0.7 multiplies rounding.
         torch.testing.assert_close(outcome, expected, rtol=1e-9, atol=1e-9)
-    # At time 1 it is the state, also where the noise falls infinitely fast; but for what noise is left, times a score < 5.
+    # At time 1 it is the state, where noise falls infinitely fast too, but for what is left of it times a score < 5.
     time = float64(1.0)
     end = process.data(law.model(schedule, predicts)(state[:, None], time.expand(3)), state[:, None], time)[:, 0]
     torch.testing.assert_close(end, state, rtol=1e-12, atol=1e-12 + 5 * float(schedule.beta(time)) ** 2)
