@@ -33,7 +33,7 @@ SDE = flows.FlowProcess()
 ODE = SDE.ode()
 MODES, RADIUS, SPREAD = 4, 1.3, 0.45
 TOP = (1.3, 0.4)  # of the reward's hill
-BETAS = (2.0, 1.0, 0.5)
+BETAS = (4.0, 2.0, 1.0)
 EXTENT, POINTS = 3.6, 49  # of the grid: 0.15 apart, a third of a mode's width
 STEPS = 12  # of Runge and Kutta's method, from one end of time to the other
 SAMPLES = 2048  # that a model draws from evenly spread noise, for what is a mean over them
@@ -203,10 +203,10 @@ class Counted:
 class Learner:
     """A model on its way, and how a round of paths teaches it.
 
-    Rows of a round, what follows them and the learning rate were tried at beta 1 and 0.5, with one seed.
+    Rows of a round, what follows them and the learning rate were tried at beta 1, with one seed.
     """
 
-    rows, steps, learning_rate, process = 512, 10, 2e-3, ODE
+    rows, steps, learning_rate, process = 256, 10, 4e-3, ODE
     knows_beta = True  # or goes after the reward alone
 
     def __init__(self, beta: float, calls: int, seed: int):
@@ -265,7 +265,7 @@ class Pontryagin(AdjointMatching):
 class Values(Learner):
     """VGG-Flow: a value that looks forward, and a model matched to it, both at some states of each round's paths."""
 
-    rows, learning_rate = 64, 4e-3
+    rows = 64
     passes, states, times = 4, 64, 2  # steps of the optimizer, states for each, and times of the model's targets
 
     def __init__(self, beta: float, calls: int, seed: int):
@@ -324,7 +324,7 @@ LEARNERS: dict[str, type[Learner]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls = "of the reward's gradient, for each learner (default: %(default)s)"
-    parser.add_argument("--calls", type=options.positive, default=65_536, help=calls)
+    parser.add_argument("--calls", type=options.positive, default=32_768, help=calls)
     parser.add_argument("--seeds", type=options.positive, default=3, help="seeds 0 .. N-1 (default: %(default)s)")
     parser.add_argument("--betas", type=float, nargs="+", default=list(BETAS), help="default: %(default)s")
     listed = f"of {'; '.join(LEARNERS)} (default: all)"
