@@ -278,7 +278,8 @@ class Values(Learner):
         return [*self.model.parameters(), *self.correction.parameters()]
 
     def calls_of_a_round(self) -> int:
-        return self.rows * (1 + self.times) + self.passes * (2 * self.states + self.rows)
+        # The value is asked for at every state of a path that starts a step, whatever is used of it.
+        return self.rows * (1 + self.steps) + self.passes * (2 * self.states + self.rows)
 
     def round(self) -> None:
         path = self.path()

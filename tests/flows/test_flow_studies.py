@@ -28,7 +28,7 @@ def run(tmp_path, study, *arguments):
 
 def test_the_density_of_an_ode_is_that_of_what_it_draws():
     """log p by the change of variables, against the mixture's own, to the error of 12 steps of fourth order."""
-    state = BASE.sample(200, torch.Generator().manual_seed(0))
+    state = BASE.sample(60, torch.Generator().manual_seed(0))
     start, integral = mixtures.along(BASE.model(mixtures.SDE.schedule), state, 1.0, 0.0)
     found = mixtures.log_normal(start) + integral
     assert float((found - BASE.log_density(state)).abs().mean()) < 2e-3
@@ -64,7 +64,9 @@ def test_modes_that_are_lost_are_not_counted():
 
 
 @pytest.mark.parametrize("name", mixtures.LEARNERS)
-def test_learners_stay_within_their_calls_and_begin_as_the_base(name):
+def test_learners_stay_within_their_calls_and_begin_as_the_base(name, monkeypatch):
+    monkeypatch.setattr(mixtures.LEARNERS[name], "rows", 8)
+    monkeypatch.setattr(mixtures.LEARNERS[name], "steps", 4)
     calls = 2 * mixtures.LEARNERS[name](1.0, 1, 0).calls_of_a_round() + 1
     learner = mixtures.LEARNERS[name](1.0, calls, seed=0)
     state, time = torch.randn(5, 2), torch.linspace(0, 1, 5)
@@ -77,13 +79,14 @@ def test_learners_stay_within_their_calls_and_begin_as_the_base(name):
 def test_a_study_of_mixtures_is_written_as_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(mixtures, "STEPS", 3)
     monkeypatch.setattr(mixtures, "SAMPLES", 64)
+    monkeypatch.setattr(mixtures.Learner, "rows", 16)
     names = ["DRaFT", "ReFL"]
-    sizes = ["--calls", "600", "--seeds", "2", "--betas", "2", "0.5", "--learners", *names]
+    sizes = ["--calls", "40", "--seeds", "2", "--betas", "2", "0.5", "--learners", *names]
     found = run(tmp_path, "mixtures", *sizes)
     assert [(one["learner"], one["seed"], one["beta"]) for one in found["results"]] == [
         (name, seed, beta) for seed in (0, 1) for name in names for beta in (2.0, 0.5)
     ]
-    assert {one["calls"] for one in found["results"]} == {512} and found["calls"] == 600
+    assert {one["calls"] for one in found["results"]} == {32} and found["calls"] == 40
     rows = mixtures.text_of(found).splitlines()
     assert len(rows) == 2 + 2 * (len(names) + 2)
     drafts = sorted(one["kl"] for one in found["results"] if (one["learner"], one["beta"]) == ("DRaFT", 0.5))
@@ -97,6 +100,7 @@ SMALL = ["--steps", "3", "--rows", "4", "--dimension", "2", "--width", "8", "--r
 
 
 def test_a_step_and_the_plain_loop_have_the_same_gradients_and_both_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "GROWN", {"steps": "K"})
     found = run(tmp_path, "cost", *SMALL)
     assert found["gradients_apart"] < cost.TOLERANCE
     assert set(found["median_seconds"]) == {cost.FLOOR, "dam", "plain loop"} == set(found["peak_bytes"])
@@ -110,6 +114,7 @@ def test_a_step_and_the_plain_loop_have_the_same_gradients_and_both_are_measured
     assert step.off() > cost.TOLERANCE
 
 
+@pytest.mark.full
 def test_adjoints_take_memory_for_states_and_not_for_the_network_at_each_step():
     """As a table of the page has it: twice the steps, rows or dimensions are no more than twice the memory, and with a
     network twice as wide it grows by one evaluation's activations, where autograd through the path has all of them.
