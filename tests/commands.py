@@ -222,10 +222,11 @@ def _module(name: str, arguments: Sequence[str]) -> None:
         return _pytest(arguments)
     if name in OTHERS:
         return None
-    if importlib.util.find_spec(name) is None:
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:  # a package is run by its __main__
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    if spec is None:
         raise Wrong(f"there is no module {name}")
-    is_package = importlib.util.find_spec(f"{name}.__main__") if name.count(".") == 0 else None
-    spec = importlib.util.find_spec(f"{name}.__main__" if is_package else name)
     if arguments and "ArgumentParser" in Path(spec.origin).read_text(encoding="utf-8"):
         parsed(importlib.import_module(spec.name).main, f"python -m {name}", arguments)
     return None

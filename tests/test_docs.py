@@ -151,6 +151,7 @@ def test_commands_within_lines_are_such_as_the_programs_take():
         "pip install '.[trian]'",
         "python -m benchmark",
         "python -m experiments gird",
+        "python -m benchmarks.flows mixtures --cals 100",
         "python -m pytest tests/ops/test_rate_ratios.py",
         "accelerate launch --config_file examples/accelerate/fsdp3.yaml examples/accelerate/train.py --model M",
         "accelerate launch --num_processes 2 examples/accelerate/train.py --model M --output_dir o --max_stops 4",

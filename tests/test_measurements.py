@@ -195,6 +195,7 @@ def compared_tables(page):
     printed = [
         tables.every_case(tables.RESULTS / test_tables.CPU),
         tables.shared_vocabulary(tables.RESULTS / test_tables.XEON / "scale.json", 32766),
+        *test_tables.of_flows(),
         *(part for part in calculation.text().split("\n\n") if part.startswith("|")),
     ]
     yield from (text.count("\n", 0, text.index(table)) for table in printed if table in text)

@@ -2,10 +2,12 @@
 
 import json
 import re
+import statistics
 
 import pytest
 
 from dam.benchmarks import calculation, checkout, report, tables
+from dam.benchmarks.flows import __main__ as studies
 from tests.measurements import differences
 
 MAPPING = json.loads((tables.RESULTS / "tables.json").read_text(encoding="utf-8"))
@@ -23,6 +25,21 @@ def test_tables_with_every_case_stand_as_they_are_printed():
 
     for part in calculation.text().split("\n\n"):
         assert not part.startswith("|") or part in page
+
+
+def of_flows():
+    """Tables of the studies of flows, as they are printed."""
+    for name in studies.STUDIES:
+        path = tables.RESULTS / "epyc-avx2-2-cores" / f"flows-{name}.json"
+        if path.exists():  # a study whose figures stand elsewhere has a file of another name
+            yield from studies.of(name).text_of(json.loads(path.read_text(encoding="utf-8"))).split("\n\n")
+
+
+def test_tables_of_the_studies_of_flows_stand_as_they_are_printed():
+    found = list(of_flows())
+    assert len(found) >= 3
+    for table in found:
+        assert table in PAGES["docs/flows.md"]
 
 
 def test_what_the_page_of_dam_bench_shows_was_measured():
@@ -82,7 +99,53 @@ def call_at_positions():
     return [min(found), max(found)]
 
 
+def of_mixtures(learner, beta, figure):
+    """Median over seeds."""
+    runs = flows_mixtures()["results"]
+    return statistics.median(run[figure] for run in runs if (run["learner"], run["beta"]) == (learner, beta))
+
+
+def at_beta(of, beta, figure):
+    """Of the base or the tilt."""
+    (found,) = [one[figure] for one in flows_mixtures()[of] if one["beta"] == beta]
+    return found
+
+
+def flows_mixtures():
+    return tables._load(tables.RESULTS / "epyc-avx2-2-cores" / "flows-mixtures.json")
+
+
 SENTENCES = [
+    (
+        "docs/flows.md",
+        "calls the reward's gradient {} times;",
+        lambda: [flows_mixtures()["calls"]],
+    ),
+    (
+        "docs/flows.md",
+        "in {} minutes of a core",
+        lambda: [flows_mixtures()["processor_seconds"] / 60],
+    ),
+    (
+        "docs/flows.md",
+        "at a KL of at most {} in all runs.",
+        lambda: [max(run["kl"] for run in flows_mixtures()["results"] if run["learner"] == "Adjoint Matching")],
+    ),
+    (
+        "docs/flows.md",
+        "at beta 1 a KL of {}, {} times that of the base, with an entropy of {} where p* has {}.",
+        lambda: [
+            of_mixtures("VGG-Flow-PMP", 1.0, "kl"),
+            of_mixtures("VGG-Flow-PMP", 1.0, "kl") / at_beta("base", 1.0, "kl"),
+            of_mixtures("VGG-Flow-PMP", 1.0, "entropy"),
+            at_beta("tilt", 1.0, "entropy"),
+        ],
+    ),
+    (
+        "docs/flows.md",
+        "DRaFT ends with {} mode and an entropy of {}, ReFL with {} and {}.",
+        lambda: [of_mixtures(name, 1.0, figure) for name in ("DRaFT", "ReFL") for figure in ("modes", "entropy")],
+    ),
     (
         "README.md",
         "`jump` takes {} ms and softmax + multinomial {} times as long; `linear_log_prob` with a gradient {} s, and "

@@ -22,6 +22,7 @@ from dam.benchmarks import records, report
 PROG = "python -m benchmarks.flows"
 # Modules of this folder. One is imported where it is asked for: another's may need what is not installed.
 STUDIES = {
+    "mixtures": "learners toward the tilt of a two-dimensional mixture, over temperatures",
     "cost": "time and memory of a learner's step, beside a plain loop in torch",
 }
 
@@ -67,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(given))
     name, path = options.pop("study"), options.pop("json")
     torch.set_num_threads(1)
-    began = time.process_time()
+    versions, began = records.versions(), time.process_time()
     found = of(name).study(options)
     machine = {"device": report.device(), "cpu": report.cpu_model(), "instruction_set": cpu.isa(), "threads": 1}
     command = ["python", "-m", "benchmarks.flows", *(part for part in given if path is None or part != str(path))]
     found = {
-        **records.versions(),
+        **versions,
         **machine,
         "command": [part for part in command if part != "--json"],
         "processor_seconds": time.process_time() - began,

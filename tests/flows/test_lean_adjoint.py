@@ -251,6 +251,28 @@ def test_no_graph_is_left_behind():
     assert network.weight.grad is None
 
 
+@pytest.mark.full
+def test_a_compiled_base_is_run_as_compiled_on_the_way_back_too():
+    """As it is not within a transform of torch.func."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    ran = []
+
+    def backend(graph, _):
+        def run(*given):
+            ran.append(len(given))
+            return graph(*given)
+
+        return run
+
+    compiled = torch.compile(lambda state, time: network(state), backend=backend)
+    path = drawn(FLOW, compiled, 5)
+    in_front, plain = len(ran), drawn(FLOW, lambda state, time: network(state), 5)
+    assert in_front >= 5
+    found = lean(FLOW, compiled, path)
+    assert len(ran) - in_front >= 5
+    torch.testing.assert_close(found, lean(FLOW, lambda state, time: network(state), plain), rtol=1e-12, atol=1e-12)
+
+
 # ---- errors
 
 
