@@ -308,7 +308,7 @@ def named(result):
     if "machine_info" in result:
         first, cpu = result["benchmarks"][0], result["machine_info"]["cpu"]["brand_raw"]
         return {**first["extra_info"]["versions"], "cpu": cpu, "repeats": first["stats"]["rounds"]}
-    return result["results"][0] if "results" in result else result
+    return {**result, **result["results"][0]} if "results" in result else result
 
 
 def test_json_says_where_and_with_what_it_was_measured():
