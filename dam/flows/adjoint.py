@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,18 +128,18 @@ def backwards(
     adjoint = terminal
     yield Adjoint(k, state, adjoint, None)
     slope = slope_of(k, state) if steps.second_order[-1] else None
-    pull = _linearised(process, base, state, steps.times[k])[0] if steps.second_order[-1] else None
+    pull = linearised(process, base, state, steps.times[k])[0] if steps.second_order[-1] else None
     for k, state in states:
         length = steps.length[k]
         if pull is None or slope is None:  # Euler's step
-            pull, prediction = _linearised(process, base, state, steps.times[k])
+            pull, _, prediction = linearised(process, base, state, steps.times[k])
             slope = slope_of(k, state)
             adjoint = adjoint + length * (pull(adjoint) + slope)
         else:  # the transpose of Heun's
             late = adjoint + length / 2 * slope
             pulled = pull(late)
             pull = None  # the network's activations at the step's end, before there are those at its start
-            pull, prediction = _linearised(process, base, state, steps.times[k])
+            pull, _, prediction = linearised(process, base, state, steps.times[k])
             slope = slope_of(k, state)
             adjoint = late + length / 2 * (pulled + pull(late + length * pulled) + slope)
         yield Adjoint(k, state, adjoint, prediction)
@@ -152,20 +152,34 @@ def backwards(
         )
 
 
-def _linearised(
-    process: Process, base: Model | None, state: Tensor, time: Tensor
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """v -> (grad b)^T v at states, and the base's predictions there."""
+def linearised(
+    process: Process, base: Model | None, state: Tensor, time: Tensor, *, create_graph: bool = False
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """v -> (grad b)^T v at states [B, ...], the drift b there, and the base's predictions, of both no graph.
 
-    def drift(x: Tensor) -> tuple[Tensor, Tensor]:
-        found, prediction = process.drift_and_prediction(base, x, time)
-        if base is not None and not prediction.requires_grad:
-            raise ValueError(
-                "the base's prediction does not depend on its states in a way that torch can follow, as under "
-                "torch.no_grad: call it without; parameters may be frozen by requires_grad_(False)"
-            )
-        return found, prediction
+    By autograd and not by `torch.func.vjp`, under which a compiled network is run as it was written, and each of its
+    operations takes longer.
 
-    linear: Any = torch.func.vjp(drift, state, has_aux=True)
-    _, pull, prediction = linear
-    return lambda vector: pull(vector)[0], prediction
+    Args:
+        create_graph: whether autograd follows the products in v.
+
+    Raises:
+        ValueError: autograd cannot follow the base.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = state.detach().clone().requires_grad_()
+        drift, prediction = process.drift_and_prediction(base, leaf, time)
+    if base is not None and not prediction.requires_grad:
+        raise ValueError(
+            "the base's prediction does not depend on its states in a way that torch can follow, as under "
+            "torch.no_grad: call it without; parameters may be frozen by requires_grad_(False)"
+        )
+
+    def pull(vector: Tensor) -> Tensor:
+        if not drift.requires_grad:  # of a reference that is zero
+            return torch.zeros_like(state)
+        return torch.autograd.grad(
+            drift, leaf, vector, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )[0]
+
+    return pull, drift.detach(), prediction.detach()

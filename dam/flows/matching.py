@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dam.flows.adjoint import RunningCost, backwards
+from dam.flows.adjoint import Adjoint, RunningCost, backwards
 from dam.flows.processes import Model, Process, predicted
 from dam.flows.simulate import Path
 
@@ -70,14 +70,8 @@ def adjoint_targets(
     refusal = process.why_not_matched()
     if refusal is not None:
         raise ValueError(f"adjoint_targets: {refusal}")
-    if float(path.times[-1]) != 1:
-        raise ValueError(
-            f"adjoint_targets: the path must end at time 1, where the cost is; got {float(path.times[-1]):g}"
-        )
-    count = len(path.steps)
-    used = set(range(count)) if at is None else set(at)
-    if not used or not used <= set(range(count)):
-        raise ValueError(f"adjoint_targets: at must name times of 0 .. {count - 1}; got {sorted(used)[:8]}")
+    ends_with_cost("adjoint_targets", path)
+    used = used_times("adjoint_targets", path, at)
     gain, sigma = (f(path.times[:-1]).tolist() for f in (process.gain, process.diffusion))
     still = [k for k in sorted(used) if not (gain[k] and sigma[k])]
     if still:
@@ -85,8 +79,38 @@ def adjoint_targets(
             f"adjoint_targets: at time {float(path.times[still[0]]):g} of the path there is no noise or no model: a "
             "control has nothing to be matched by"
         )
-    found = []
-    for k, state, adjoint, prediction in backwards(process, base, path, terminal, running=running):
+    return joined(path, backwards(process, base, path, terminal, running=running), used, gain, sigma)
+
+
+def ends_with_cost(name: str, path: Path) -> None:
+    """Refuses a path that ends before time 1, where the cost is; `name` is of who asks."""
+    if float(path.times[-1]) != 1:
+        raise ValueError(f"{name}: the path must end at time 1, where the cost is; got {float(path.times[-1]):g}")
+
+
+def used_times(name: str, path: Path, at: Sequence[int] | None) -> set[int]:
+    """Numbers of the times whose states are used, all but the last unless given; `name` is of who asks.
+
+    Raises:
+        ValueError: there are none, or one is no time of the path's steps.
+    """
+    count = len(path.steps)
+    used = set(range(count)) if at is None else set(at)
+    if not used or not used <= set(range(count)):
+        raise ValueError(f"{name}: at must name times of 0 .. {count - 1}; got {sorted(used)[:8]}")
+    return used
+
+
+def joined(
+    path: Path, entries: Iterable[Adjoint], used: set[int], gain: Sequence[float], sigma: Sequence[float]
+) -> Targets:
+    """Targets of a control -sigma a, b = b_base + sigma u, by adjoints a and the base's predictions at some times.
+
+    Args:
+        gain, sigma: of each step's start.
+    """
+    found, count = [], len(path.steps)
+    for k, state, adjoint, prediction in entries:
         if k in used and prediction is not None:
             weight = (gain[k] / sigma[k]) ** 2 * path.steps.length[k] / 2 / max(1, len(state)) * count / len(used)
             per_row = torch.full((2, len(state)), weight, dtype=torch.float64, device=state.device)

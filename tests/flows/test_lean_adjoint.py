@@ -1,11 +1,11 @@
 """The lean adjoint against closed forms, autograd through paths and the value function, and the memory it takes."""
 
-import gc
 import math
 
 import pytest
 import torch
 
+from dam.benchmarks import memory
 from dam.flows import (
     AnnealedLangevin,
     FlowProcess,
@@ -199,22 +199,6 @@ def test_at_the_optimum_both_adjoints_have_the_value_s_gradient_for_their_mean()
 # ---- memory
 
 
-def peak_bytes(function):
-    """The most bytes of tensors that a call has at once beyond what there was, by the profiler's record."""
-    gc.collect()  # else what other tests left behind may be freed meanwhile, and counted against the call
-    gc.disable()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        result = function()
-    gc.enable()
-    total = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            most = max(most, total)
-    del result
-    return most
-
-
 def test_memory_grows_with_the_path_and_not_with_the_network():
     """More steps take their states more, and activations of the network are those of one evaluation."""
     rows, dimension, width = 16, 4, 1000
@@ -243,14 +227,14 @@ def test_memory_grows_with_the_path_and_not_with_the_network():
         return path
 
     run(2)
-    few, many = (peak_bytes(lambda count=count: run(count)) for count in (4, 24))
+    few, many = (memory.tensor_bytes(lambda count=count: run(count)) for count in (4, 24))
     # Per step a state and its noise, and what Python keeps of times; an activation is 500 states.
     assert many - few < 20 * 6 * state_bytes < activation, (few, many)
-    graph_few, graph_many = (peak_bytes(lambda count=count: run(count, autograd=True)) for count in (4, 8))
+    graph_few, graph_many = (memory.tensor_bytes(lambda count=count: run(count, autograd=True)) for count in (4, 8))
     assert graph_many - graph_few > 4 * 2 * activation
     # Heun's step has two evaluations, of which the first is let go before the second.
-    assert peak_bytes(lambda: run(4, method="heun")) - few < activation
-    sparse = peak_bytes(lambda: run(24, every=5))
+    assert memory.tensor_bytes(lambda: run(4, method="heun")) - few < activation
+    sparse = memory.tensor_bytes(lambda: run(24, every=5))
     assert sparse <= many
 
 

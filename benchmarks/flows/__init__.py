@@ -1,0 +1,1 @@
+"""Studies of dam.flows, a module each: `python -m benchmarks.flows`."""
