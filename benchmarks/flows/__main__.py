@@ -22,6 +22,7 @@ from dam.benchmarks import records, report
 PROG = "python -m benchmarks.flows"
 # Modules of this folder. One is imported where it is asked for: another's may need what is not installed.
 STUDIES = {
+    "samplers": "samplers of densities, beside exact samples",
     "cost": "time and memory of a learner's step, beside a plain loop in torch",
 }
 

@@ -1,4 +1,4 @@
-"""Non-equilibrium annealed sampling: a path of densities from a Gaussian to a target, its cost, and weights of its paths."""
+"""Annealing from a Gaussian to a target: densities on the way, the running cost, weights of paths."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Brownian(Process):
         dX = sigma^2 m_t(X) dt + sigma dW,      sigma(t) = largest (smallest / largest)^t
 
     The control is u = sigma m. As X_0 is one point, it is independent of X_1. A bridge to X_1 is Gaussian, under the
-    reference and, as controls of the optimal kind only weigh outcomes anew, under the optimum: so X_t is drawn from X_1.
+    reference and under the optimum too, which only weighs outcomes anew: so X_t can be drawn from X_1 alone.
 
     Args:
         smallest, largest: sigma at times 1 and 0.
@@ -36,9 +36,7 @@ class Brownian(Process):
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= self.largest < math.inf:
-            raise ValueError(
-                f"Brownian: noise must be 0 < smallest <= largest; got {self.smallest} and {self.largest}"
-            )
+            raise ValueError(f"Brownian: noise must be 0 < smallest <= largest; got {self.smallest} and {self.largest}")
 
     @classmethod
     def reaching(cls, deviation: float, ratio: float, steps: int) -> Brownian:

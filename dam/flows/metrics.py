@@ -14,9 +14,7 @@ def _pot() -> Any:
     try:
         import ot
     except ImportError as error:
-        raise ImportError(
-            "transport costs need POT: pip install 'discrete-adjoint-matching[sampler]'"
-        ) from error
+        raise ImportError("transport costs need POT: pip install 'discrete-adjoint-matching[sampler]'") from error
     return ot
 
 
@@ -49,9 +47,7 @@ class Sinkhorn(NamedTuple):
     error: float  # sum of |column sums - 1 / B|: 0 where it has converged
 
 
-def sinkhorn(
-    cost: np.ndarray, *, epsilon: float = 1e-3, iterations: int = 2000, threshold: float = 1e-3
-) -> Sinkhorn:
+def sinkhorn(cost: np.ndarray, *, epsilon: float = 1e-3, iterations: int = 2000, threshold: float = 1e-3) -> Sinkhorn:
     """Sinkhorn's iterations in the log domain between equal samples, from potentials of 0, as figures are published.
 
     At epsilon = 1e-3 and costs of order 10 these 2,000 iterations are far from converged: the value then says how near

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -27,14 +28,12 @@ class Perceptron(nn.Module):
         octaves: sines and cosines of pi x / scale times 1, 2, 4, ...: for targets that are much finer than `scale`.
     """
 
-    def __init__(
-        self, dim: int, *, scale: float, output: float, hidden: int = 128, layers: int = 3, octaves: int = 0
-    ):
+    def __init__(self, dim: int, *, scale: float, output: float, hidden: int = 128, layers: int = 3, octaves: int = 0):
         super().__init__()
         self.scale, self.output, self.octaves = scale, output, octaves
         sizes = [dim * (1 + 2 * octaves) + 2 * _TIME_FREQUENCIES + 1, *[hidden] * layers]
         parts: list[nn.Module] = []
-        for n, m in zip(sizes[:-1], sizes[1:], strict=True):
+        for n, m in itertools.pairwise(sizes):
             parts += [nn.Linear(n, m), nn.SiLU()]
         last = nn.Linear(sizes[-1], dim)
         nn.init.zeros_(last.weight)
@@ -66,6 +65,7 @@ class ParticleNetwork(nn.Module):
     def __init__(self, particles: int, dimensions: int, *, scale: float, output: float, hidden: int = 64):
         super().__init__()
         self.particles, self.dimensions, self.scale, self.output = particles, dimensions, scale, output
+        self.centres: Tensor
         self.register_buffer("centres", torch.linspace(0, 4, 16), persistent=False)
         edge = len(self.centres) + 1 + 2 * _TIME_FREQUENCIES + 1
         self.message = nn.Sequential(nn.Linear(edge, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())

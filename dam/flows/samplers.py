@@ -47,8 +47,8 @@ class Counted:
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise EnergyError(
-                f"the energy of row {row} is {float(value.detach()[row]):g}: an energy must be finite wherever paths go. "
-                "If states are not what they should be, steps are too long or the noise is too strong"
+                f"the energy of row {row} is {float(value.detach()[row]):g}: an energy must be finite wherever paths "
+                "go. If states are not what they should be, steps are too long or the noise is too strong"
             )
         return value
 
@@ -94,6 +94,8 @@ class Settings:
         deviation: of the Gaussian that it starts from: of X_1 under the Brownian reference, of X_0 for NAAS.
         ratio: of the Brownian reference's first noise to its last.
         sigma, power: of NAAS's Langevin dynamics and of its annealing.
+        grid: times of NAAS's second stage are 1 - (1 - s)^grid of even s: above 1 steps are short near the end, where
+            the density is narrow and long ones would leave it too wide.
         learning_rate: of Adam, which falls to a twentieth along a cosine over the rounds.
         largest_slope: norm that gradients of a row are cut to.
         rounds: of the whole run.
@@ -113,6 +115,7 @@ class Settings:
     ratio: float = 1.0
     sigma: float = 1.0
     power: float = 1.0
+    grid: float = 1.0
     learning_rate: float = 1e-3
     largest_slope: float = math.inf
     seed: int = 0
@@ -124,8 +127,9 @@ class Settings:
         for name in ("deviation", "sigma", "learning_rate", "largest_slope"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Settings: {name} must be > 0; got {getattr(self, name)}")
-        if not self.ratio >= 1:
-            raise ValueError(f"Settings: ratio must be at least 1; got {self.ratio}")
+        for name in ("ratio", "grid"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"Settings: {name} must be at least 1; got {getattr(self, name)}")
 
 
 class Samples(NamedTuple):
@@ -284,7 +288,7 @@ class AnnealedSampling(Sampler):
         super().__init__(energy, dim, {"start": start, "model": model}, settings)
         self.annealing = Annealing(self.energy, settings.deviation, settings.sigma, settings.power)
         self.process = self.annealing.process
-        self.times = self.process.times(settings.steps)
+        self.times = 1 - (1 - self.process.times(settings.steps)) ** settings.grid
         self.first = Brownian.reaching(settings.deviation, settings.ratio, settings.steps)
         self.first_times = self.first.times(settings.steps)
         self.starts = Buffer(settings.paths * settings.kept)

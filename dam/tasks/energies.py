@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -223,6 +224,10 @@ class Particles(Energy):
 
         return energy
 
+    def centre_log_normalizer(self, deviation: float) -> float:
+        """log Z of what `lifted` adds: of sqrt(N) times the centre, a Gaussian."""
+        return self.dimensions * math.log(2 * math.pi * deviation**2) / 2
+
 
 def _double_well(distance: Tensor) -> Tensor:
     gap = (distance - 4).square()
@@ -297,8 +302,6 @@ def aligned_squares(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     Args:
         left, right: centred states of N particles in the plane, float64 [A, 2 N] and [B, 2 N].
     """
-    import itertools
-
     a = left[:, 0::2] + 1j * left[:, 1::2]
     b = right[:, 0::2] + 1j * right[:, 1::2]
     # The best turn by an angle makes the product of complex states real: its size is what is gained.

@@ -198,7 +198,7 @@ def test_the_annealed_optimum_starts_and_ends_where_it_should_and_its_lean_adjoi
     times = process.times(100)
 
     def model(state, time):
-        return -SIGMA * float(value[int(round(float(time[0]) * (len(fine) - 1)))]) * state
+        return -SIGMA * float(value[round(float(time[0]) * (len(fine) - 1))]) * state
 
     deviation = 1 / math.sqrt(1 / START**2 + float(value[0]))
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +213,7 @@ def test_the_annealed_optimum_starts_and_ends_where_it_should_and_its_lean_adjoi
         slope = float((state * adjoint).sum() / state.square().sum())
         rest = adjoint - slope * state
         error = float(rest.std() / state.std()) / math.sqrt(state.numel())
-        expected = float(value[int(round(float(times[k]) * (len(fine) - 1)))])
+        expected = float(value[round(float(times[k]) * (len(fine) - 1))])
         assert slope == pytest.approx(expected, abs=0.06 * expected + Z * error), k
 
 
@@ -222,7 +222,10 @@ def test_the_mean_weight_of_annealed_paths_is_the_normaliser_whatever_the_contro
     """Exactly so on a grid of 6 steps, where the integral of the running cost is off by far more."""
     anneal = annealing()
     start = START * torch.randn(40_000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    model = lambda x, t: control * x
+
+    def model(x, t):
+        return control * x
+
     path = simulate(anneal.process, model, start, times=anneal.process.times(6), method="euler", seed=2)
     weight = torch.exp(anneal.log_weights(path) - math.log(2 * math.pi * END**2))
     error = float(weight.std()) / math.sqrt(40_000)
@@ -281,7 +284,10 @@ def test_learners_reach_a_gaussian_target_and_its_normaliser(kind):
     for _ in range(SETTINGS.rounds):
         logged = sampler.round()
     after = sampler.sample(4000, seed=10**6)
-    share = lambda w: float(torch.exp(2 * w.logsumexp(0) - (2 * w).logsumexp(0))) / len(w)
+
+    def share(w):
+        return float(torch.exp(2 * w.logsumexp(0) - (2 * w).logsumexp(0))) / len(w)
+
     assert share(before.log_weight) < 0.5 and share(after.log_weight) > 0.8
     error = after.final.mean(dim=0) - MEAN
     assert (error.abs() < 0.1 * VARIANCE.sqrt()).all()
@@ -321,7 +327,9 @@ def test_an_energy_that_is_no_number_is_named_and_leaves_what_was(kind):
 
 
 def test_a_path_that_diverges_is_named():
-    steep = lambda x: 1e4 * x.square().square().sum(dim=1)
+    def steep(x):
+        return 1e4 * x.square().square().sum(dim=1)
+
     with pytest.raises((EnergyError, ValueError), match="steps are too long"):
         learner("naas", energy=steep).round()
 
@@ -362,7 +370,10 @@ def test_networks_begin_at_zero_and_particles_turn_shift_and_swap_with_their_pre
     torch.nn.init.normal_(network.pair[-1].weight)
     state = 3 * torch.randn(5, 4, 2, dtype=torch.float64)
     time = torch.rand(5, dtype=torch.float64)
-    flat = lambda x: network(x.reshape(5, 8), time).view(5, 4, 2)
+
+    def flat(x):
+        return network(x.reshape(5, 8), time).view(5, 4, 2)
+
     moved = flat(state)
     assert bool((moved.abs() > 0.01).any())
     turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
@@ -382,6 +393,7 @@ def test_networks_begin_at_zero_and_particles_turn_shift_and_swap_with_their_pre
         (lambda: Settings(rounds=0), "rounds must be at least 1"),
         (lambda: Settings(sigma=0.0), "sigma must be > 0"),
         (lambda: Settings(ratio=0.5), "ratio must be at least 1"),
+        (lambda: Settings(grid=0.5), "grid must be at least 1"),
         (lambda: Buffer(0), "capacity must be at least 1"),
     ],
 )
