@@ -148,9 +148,10 @@ def samples_against_law(path: str | Path, panels: Mapping[str, tuple[Any, Any]],
             axis.scatter(*law.T, s=3, color="0.75", label="the law's")
             axis.scatter(*samples.T, s=3, label="drawn")
         else:
-            # What the law hardly has is not shown: one sample far off would leave nothing else to see.
+            # What is far off is in the outermost bins: one such sample would leave nothing else to see.
             low, high = min(law), max(law)
             edges = [low + (high - low) * (n / 50 * 1.2 - 0.1) for n in range(51)]
+            samples = samples.clip(edges[0], edges[-1])
             axis.hist(law, bins=edges, density=True, color="0.75", label="the law's")
             axis.hist(samples, bins=edges, density=True, histtype="step", label="drawn")
         axis.legend(fontsize=7)

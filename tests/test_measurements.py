@@ -7,6 +7,7 @@ import pytest
 
 from dam import diagnostics
 from dam.benchmarks import calculation, harness, tables
+from dam.benchmarks.flows import samplers
 from dam.ops import _rows
 from dam.tasks import TASKS
 from dam.tasks import math as math_task
@@ -195,6 +196,7 @@ def compared_tables(page):
     printed = [
         tables.every_case(tables.RESULTS / test_tables.CPU),
         tables.shared_vocabulary(tables.RESULTS / test_tables.XEON / "scale.json", 32766),
+        *(samplers.text_of(tables._load(tables.RESULTS / file)) for _, file in test_tables.SAMPLERS),
         *(part for part in calculation.text().split("\n\n") if part.startswith("|")),
     ]
     yield from (text.count("\n", 0, text.index(table)) for table in printed if table in text)

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from dam.benchmarks import calculation, checkout, report, tables
+from dam.benchmarks.flows import samplers
 from tests.measurements import differences
 
 MAPPING = json.loads((tables.RESULTS / "tables.json").read_text(encoding="utf-8"))
@@ -21,6 +22,8 @@ def test_tables_with_every_case_stand_as_they_are_printed():
     assert tables.every_case(tables.RESULTS / "epyc-avx512-2-cores") in page
     assert tables.shared_vocabulary(tables.RESULTS / "xeon-avx512-2-cores" / "scale.json", 32766) in page
 
+    for page, file in SAMPLERS:
+        assert samplers.text_of(tables._load(tables.RESULTS / file)) in PAGES[page]
     for part in calculation.text().split("\n\n"):
         assert not part.startswith("|") or part in page
 
@@ -40,6 +43,11 @@ def test_what_the_page_of_dam_bench_shows_of_pytest_benchmark_was_measured():
         stats = {one["name"]: one["stats"] for one in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]}[name]
         assert tables.rounds_to(1e6 * stats["median"], median) and int(rounds) == stats["rounds"]
 
+
+# Tables of samplers, by the JSON that they are printed of.
+SAMPLERS = [
+    ("docs/samplers.md", f"epyc-avx2-2-cores/samplers-{target}.json") for target in ("many-well-5", "gmm-40")
+]
 
 # ---- sentences
 

@@ -24,11 +24,8 @@ def test_the_published_means_of_the_40_gaussians():
 
 
 @pytest.mark.parametrize("name", ["gmm-40", "funnel-10", "many-well-5", "many-well-50"])
-def test_the_normaliser_by_importance_sampling_from_exact_samples(name):
-    """E over samples of q(x) e^E for a q that is normalised is 1 / Z: here q is each sample's own Gaussian kernel.
-
-    By the score: E[x . grad E] is D for every law that falls off at infinity, and holds for exact samples only.
-    """
+def test_exact_samples_are_of_the_energy(name):
+    """E[x . grad E] is D for a law e^(-E) / Z that falls off at infinity, by parts: for samples of another it is not."""
     energy = TARGETS[name]()
     state = energy.sample(20_000, generator()).requires_grad_()
     (slope,) = torch.autograd.grad(energy(state).sum(), state)
@@ -37,12 +34,12 @@ def test_the_normaliser_by_importance_sampling_from_exact_samples(name):
 
 
 def test_the_normaliser_of_many_wells_is_that_of_one_to_a_power():
-    axis = torch.linspace(-6, 6, 100_001, dtype=torch.float64)[:, None]
+    axis = torch.linspace(-6, 6, 20_001, dtype=torch.float64)[:, None]
     one = float(torch.trapezoid(torch.exp(-ManyWell(1, 1)(axis)), axis[:, 0]))
     assert ManyWell().log_normalizer == pytest.approx(5 * math.log(one), abs=1e-9)
     assert ManyWell(7, 5).log_normalizer == pytest.approx(5 * math.log(one) + math.log(2 * math.pi), abs=1e-9)
-    plane = torch.cartesian_prod(*[torch.linspace(-60, 60, 1201, dtype=torch.float64)] * 2)
-    assert float(torch.exp(-gmm_40()(plane)).sum() * 0.1**2) == pytest.approx(1, abs=1e-6)
+    plane = torch.cartesian_prod(*[torch.linspace(-60, 60, 241, dtype=torch.float64)] * 2)
+    assert float(torch.exp(-gmm_40()(plane)).sum() * 0.5**2) == pytest.approx(1, abs=1e-6)
     law = torch.distributions.Normal(torch.zeros(()).double(), 3.0)
     x = torch.randn(4, 10, generator=generator(), dtype=torch.float64)
     rest = torch.distributions.Normal(torch.zeros(4, 1).double(), torch.exp(x[:, :1] / 2))
@@ -102,10 +99,10 @@ def test_aligned_distances_are_the_least_over_turns_mirrors_and_swaps():
     assert np.abs(np.diag(aligned_squares(state.numpy(), copy.flatten(1).numpy()))).max() < 1e-12
     found = aligned_squares(state[:1].numpy(), state[1:2].numpy())[0, 0]
     tried = []
-    for order, angle in itertools.product(itertools.permutations(range(4)), np.linspace(0, 2 * math.pi, 200)):
+    for order, angle in itertools.product(itertools.permutations(range(4)), np.linspace(0, 2 * math.pi, 61)):
         turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
         for mirror in (1.0, -1.0):
             other = (x[1, list(order)] * torch.tensor([1.0, mirror])) @ turn.double()
             tried.append(float((x[0] - other).square().sum()))
     assert found <= min(tried) + 1e-12
-    assert found == pytest.approx(min(tried), rel=5e-3)
+    assert found == pytest.approx(min(tried), rel=2e-2)
