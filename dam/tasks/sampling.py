@@ -46,10 +46,11 @@ class Preset:
 _PRESETS: dict[tuple[str, str], Preset] = {
     ("many-well-5", "naas"): Preset(
         Settings(
-            rounds=24,
-            paths=512,
-            updates=80,
-            kept=20,
+            rounds=28,
+            paths=2048,
+            updates=60,
+            batch=2048,
+            kept=8,
             steps=80,
             deviation=1.2,
             sigma=1.2,
@@ -74,10 +75,10 @@ _PRESETS: dict[tuple[str, str], Preset] = {
     ),
     ("gmm-40", "naas"): Preset(
         Settings(
-            rounds=24,
-            paths=512,
-            updates=80,
-            kept=20,
+            rounds=10,
+            paths=1024,
+            updates=60,
+            kept=8,
             steps=120,
             deviation=30.0,
             sigma=20.0,
@@ -94,8 +95,8 @@ _PRESETS: dict[tuple[str, str], Preset] = {
         Settings(
             rounds=60,
             paths=512,
-            updates=60,
-            kept=20,
+            updates=30,
+            kept=40,
             steps=100,
             deviation=30.0,
             ratio=20.0,

@@ -80,14 +80,17 @@ def test_energies_of_known_arrangements():
 
 
 def test_long_chains_of_two_particles_have_the_law_of_their_distance():
-    """Of two particles in the plane the density of the distance d is in proportion to d e^(-pair(d)): its mean."""
+    """Of two particles in the plane the density of the distance d is in proportion to d e^(-pair(d)): means of d, and of
+    the energy, which tells the temperature.
+    """
     two = energies.Particles(2, 2, energies._double_well)
     grid = torch.linspace(0.01, 9, 20_000, dtype=torch.float64)
     height = grid * torch.exp(-energies._double_well(grid))
-    expected = float((grid * height).sum() / height.sum())
-    spread = math.sqrt(float((grid.square() * height).sum() / height.sum()) - expected**2)
-    distance = two.distances(metropolis(two, 400, steps=2000, length=0.5, seed=0))
-    assert abs(float(distance.mean()) - expected) < Z * spread / math.sqrt(400)
+    distance = two.distances(metropolis(two, 800, steps=600, length=0.7, seed=0))
+    for figure in (lambda d: d, energies._double_well):
+        expected = float((figure(grid) * height).sum() / height.sum())
+        spread = math.sqrt(float((figure(grid).square() * height).sum() / height.sum()) - expected**2)
+        assert abs(float(figure(distance).mean()) - expected) < Z * spread / math.sqrt(800)
 
 
 def test_aligned_distances_are_the_least_over_turns_mirrors_and_swaps():

@@ -1,5 +1,6 @@
 """Runs of samplers into a folder: what they leave, that they go on as they were, and what the command refuses."""
 
+import functools
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dam.cli import main
+from dam.flows import metrics
 from dam.tasks import energies, sampling
 from dam.tasks.energies import TARGETS
 
@@ -14,7 +16,9 @@ SMALL = {"rounds": 2, "paths": 20, "updates": 3, "batch": 16, "kept": 2, "steps"
 
 
 def tiny(monkeypatch):
-    """Presets of a few paths, for one target with each learner."""
+    """Presets of a few paths, for one target with each learner; Sinkhorn's 2,000 iterations would be most of a test."""
+    few = functools.partial(metrics.sinkhorn, iterations=20)
+    monkeypatch.setattr(metrics, "sinkhorn", few)
     for learner in sampling.LEARNERS:
         found = sampling.preset("many-well-5", learner)
         settings = sampling.dataclasses.replace(found.settings, **SMALL)
