@@ -45,9 +45,7 @@ def test_what_the_page_of_dam_bench_shows_of_pytest_benchmark_was_measured():
 
 
 # Tables of samplers, by the JSON that they are printed of.
-SAMPLERS = [
-    ("docs/samplers.md", f"epyc-avx2-2-cores/samplers-{target}.json") for target in ("many-well-5", "gmm-40")
-]
+SAMPLERS = [("docs/samplers.md", f"epyc-avx2-2-cores/samplers-{target}.json") for target in ("many-well-5", "gmm-40")]
 
 # ---- sentences
 
@@ -59,6 +57,12 @@ GiB = 2**30
 def of(figure, file, case=None, **row):
     """One figure of a record, as tables.json names them."""
     return tables._value(figure, {"file": file, "case": case, **row})
+
+
+def of_sampler(learner, figure):
+    """On Many-Well-5."""
+    found = tables._load(tables.RESULTS / SAMPLERS[0][1])["results"]
+    return next(run[figure] for run in found if run["learner"] == learner)
 
 
 def unchecked(op, rows):
@@ -91,6 +95,16 @@ def call_at_positions():
 
 
 SENTENCES = [
+    (
+        "docs/samplers.md",
+        "from {} times as many energy calls",
+        lambda: [of_sampler("naas", "energy_calls") / of_sampler("adjoint-sampling", "energy_calls")],
+    ),
+    (
+        "docs/samplers.md",
+        "exact samples it is {}, where the squared distance that it would converge to is {},",
+        lambda: [of_sampler(samplers.EXACT, "sinkhorn"), of_sampler(samplers.EXACT, "w2") ** 2],
+    ),
     (
         "README.md",
         "`jump` takes {} ms and softmax + multinomial {} times as long; `linear_log_prob` with a gradient {} s, and "

@@ -32,15 +32,12 @@ class Preset:
     Args:
         settings: of training.
         output: of the networks' predictions; the start's of NAAS, and Adjoint Sampling's, is a gradient's.
-        hidden, octaves: see `Perceptron`.
-        scale: of states; the deviation that the learner starts from unless given.
+        hidden: their width.
     """
 
     settings: Settings
     output: float = 1.0
     hidden: int = 64
-    octaves: int = 0
-    scale: float | None = None
 
 
 _PRESETS: dict[tuple[str, str], Preset] = {
@@ -73,40 +70,6 @@ _PRESETS: dict[tuple[str, str], Preset] = {
         ),
         output=5.0,
     ),
-    ("gmm-40", "naas"): Preset(
-        Settings(
-            rounds=10,
-            paths=1024,
-            updates=60,
-            kept=8,
-            steps=120,
-            deviation=30.0,
-            sigma=20.0,
-            power=2.0,
-            grid=2.0,
-            learning_rate=1e-3,
-            largest_slope=5.0,
-        ),
-        output=5.0,
-        octaves=3,
-        scale=40.0,
-    ),
-    ("gmm-40", "adjoint-sampling"): Preset(
-        Settings(
-            rounds=60,
-            paths=512,
-            updates=30,
-            kept=40,
-            steps=100,
-            deviation=30.0,
-            ratio=20.0,
-            learning_rate=1e-3,
-            largest_slope=5.0,
-        ),
-        output=1.0,
-        octaves=3,
-        scale=40.0,
-    ),
 }
 
 
@@ -137,12 +100,12 @@ def sampler(target: str, learner: str, **changes: Any) -> Sampler:
     settings = dataclasses.replace(chosen.settings, **changes)
     energy = TARGETS[target]()
     cost: Callable[[Tensor], Tensor] = energy.lifted(settings.deviation) if isinstance(energy, Particles) else energy
-    scale = settings.deviation if chosen.scale is None else chosen.scale
+    scale = settings.deviation
 
     def network(output: float) -> nn.Module:
         if isinstance(energy, Particles):
             return ParticleNetwork(energy.count, energy.dimensions, scale=scale, output=output, hidden=chosen.hidden)
-        return Perceptron(energy.dim, scale=scale, output=output, hidden=chosen.hidden, octaves=chosen.octaves)
+        return Perceptron(energy.dim, scale=scale, output=output, hidden=chosen.hidden)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -29,9 +29,7 @@ def test_sinkhorn_is_pots_after_as_many_iterations(epsilon, iterations):
     right[:10] += 20
     cost = metrics.squared_distances(left, right)
     a, b = np.full(40, 1 / 40), np.full(30, 1 / 30)
-    _, log = ot.bregman.sinkhorn_log(
-        a, b, cost, epsilon, numItermax=iterations, stopThr=0, log=True, warn=False
-    )
+    _, log = ot.bregman.sinkhorn_log(a, b, cost, epsilon, numItermax=iterations, stopThr=0, log=True, warn=False)
     expected = epsilon * (a @ (log["log_u"] - np.log(a)) + b @ (log["log_v"] - np.log(b)))
     found = metrics.sinkhorn(cost, epsilon=epsilon, iterations=iterations, threshold=0)
     assert found.iterations == iterations

@@ -25,7 +25,7 @@ def test_the_published_means_of_the_40_gaussians():
 
 @pytest.mark.parametrize("name", ["gmm-40", "funnel-10", "many-well-5", "many-well-50"])
 def test_exact_samples_are_of_the_energy(name):
-    """E[x . grad E] is D for a law e^(-E) / Z that falls off at infinity, by parts: for samples of another it is not."""
+    """E[x . grad E] is D for the law e^(-E) / Z, by parts, if that falls off at infinity: for another law it is not."""
     energy = TARGETS[name]()
     state = energy.sample(20_000, generator()).requires_grad_()
     (slope,) = torch.autograd.grad(energy(state).sum(), state)
@@ -70,7 +70,7 @@ def test_particles_do_not_know_where_they_are_and_which_is_which(make):
 
 
 def test_energies_of_known_arrangements():
-    """Four particles in a square of side 4 with diagonals of 4 sqrt 2; two at a distance of 1 in the potential of 13."""
+    """Four in a square of side 4 with diagonals of 4 sqrt 2; two at a distance of 1 in the potential of 13."""
     square = torch.tensor([[0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0]], dtype=torch.float64)
     gap = 4 * math.sqrt(2) - 4
     assert float(dw_4()(square)) == pytest.approx(2 * (0.9 * gap**4 - 4 * gap**2))
@@ -80,8 +80,8 @@ def test_energies_of_known_arrangements():
 
 
 def test_long_chains_of_two_particles_have_the_law_of_their_distance():
-    """Of two particles in the plane the density of the distance d is in proportion to d e^(-pair(d)): means of d, and of
-    the energy, which tells the temperature.
+    """Of two particles in the plane the density of the distance d is in proportion to d e^(-pair(d)): means of d, and
+    of the energy, which tells the temperature.
     """
     two = energies.Particles(2, 2, energies._double_well)
     grid = torch.linspace(0.01, 9, 20_000, dtype=torch.float64)
