@@ -1,4 +1,4 @@
-"""The command line: dam train, dam generate, dam eval, dam sudoku, dam countdown, dam bench, dam info."""
+"""The command line: dam train, dam generate, dam eval, dam sampler, dam sudoku, dam countdown, dam bench, dam info."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that a run leaves, and who may read them."""
+"""Files that a run leaves: its folder, and who may read them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _PRIVATE = stat.S_IRUSR | stat.S_IWUSR
 
@@ -43,3 +44,43 @@ def _usual_mode(folder: str | os.PathLike[str]) -> int:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     probe.unlink()
     return mode
+
+
+def next_output(name: str, root: Path = Path("runs")) -> Path:
+    """A folder for a new run that does not exist yet: runs/<name>-1, runs/<name>-2, ..."""
+    return root / f"{name}-{_last_number(name, root) + 1}"
+
+
+def last_output(name: str, root: Path = Path("runs")) -> Path:
+    """The newest folder that `next_output` gave."""
+    if _last_number(name, root) == 0:
+        raise ValueError(f"nothing to resume: there is no run in {root}/; name one with --output")
+    return root / f"{name}-{_last_number(name, root)}"
+
+
+def _last_number(name: str, root: Path) -> int:
+    names = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
+    return max([int(number) for number in names if number.isdigit()], default=0)
+
+
+def unused(output: Path) -> Path:
+    """A folder that holds nothing yet.
+
+    Raises:
+        ValueError: it does.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
+    return output
+
+
+def refuse_changes(earlier: dict[str, Any], asked: dict[str, Any], what: str) -> None:
+    """Options, of which those asked for now must be those of before.
+
+    Raises:
+        ValueError: lists what differs, of `what` was started earlier.
+    """
+    changed = [name for name in {**earlier, **asked} if asked.get(name) != earlier.get(name)]
+    if changed:
+        listed = ", ".join(f"{name} {earlier.get(name)!r} (now {asked.get(name)!r})" for name in changed)
+        raise ValueError(f"{what} was started with other options: {listed}")

@@ -130,3 +130,29 @@ def training(path: str | Path, history: Sequence[Mapping[str, Any]], *, title: s
         axis.set_visible(False)
     figure.supxlabel("reward calls")
     figure.savefig(path, dpi=150)
+
+
+def samples_against_law(path: str | Path, panels: Mapping[str, tuple[Any, Any]], *, title: str = "") -> None:
+    """Writes a PNG of samples beside those of the law they should be of: points of the plane, or histograms.
+
+    Args:
+        panels: of each panel's name the samples and those of the law, arrays [N, 2] or [N].
+    """
+    figure = figure_class()(figsize=(4 * len(panels), 3.6), layout="constrained")
+    figure.suptitle(title)
+    for axis, (name, (samples, law)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        axis.set_title(name, fontsize=9)
+        if law.ndim == 2:
+            axis.scatter(*law.T, s=3, color="0.75", label="the law's")
+            axis.scatter(*samples.T, s=3, label="drawn")
+        else:
+            # What is far off is in the outermost bins: one such sample would leave nothing else to see.
+            low, high = min(law), max(law)
+            edges = [low + (high - low) * (n / 50 * 1.2 - 0.1) for n in range(51)]
+            samples = samples.clip(edges[0], edges[-1])
+            axis.hist(law, bins=edges, density=True, color="0.75", label="the law's")
+            axis.hist(samples, bins=edges, density=True, histtype="step", label="drawn")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=150)

@@ -69,6 +69,7 @@ OPTIONAL = (
     "peft",
     "deepspeed",
     "matplotlib",
+    "ot",
     "tqdm",
     "yaml",
     "lm_eval",

@@ -8,6 +8,7 @@ import pytest
 
 from dam.benchmarks import calculation, checkout, report, tables
 from dam.benchmarks.flows import __main__ as studies
+from dam.benchmarks.flows import samplers
 from tests.measurements import differences
 
 MAPPING = json.loads((tables.RESULTS / "tables.json").read_text(encoding="utf-8"))
@@ -23,6 +24,8 @@ def test_tables_with_every_case_stand_as_they_are_printed():
     assert tables.every_case(tables.RESULTS / "epyc-avx512-2-cores") in page
     assert tables.shared_vocabulary(tables.RESULTS / "xeon-avx512-2-cores" / "scale.json", 32766) in page
 
+    for other, file in SAMPLERS:
+        assert samplers.text_of(tables._load(tables.RESULTS / file)) in PAGES[other]
     for part in calculation.text().split("\n\n"):
         assert not part.startswith("|") or part in page
 
@@ -58,6 +61,10 @@ def test_what_the_page_of_dam_bench_shows_of_pytest_benchmark_was_measured():
         assert tables.rounds_to(1e6 * stats["median"], median) and int(rounds) == stats["rounds"]
 
 
+# Tables of samplers, by the JSON that they are printed of.
+SAMPLERS = [("docs/samplers.md", "epyc-avx2-2-cores/samplers-many-well-5.json")]
+
+
 # ---- sentences
 
 CPU, GPU, XEON = "epyc-avx512-2-cores", "nvidia-h100-80gb-hbm3", "xeon-avx512-2-cores"
@@ -68,6 +75,12 @@ GiB = 2**30
 def of(figure, file, case=None, **row):
     """One figure of a record, as tables.json names them."""
     return tables._value(figure, {"file": file, "case": case, **row})
+
+
+def of_sampler(learner, figure):
+    """On Many-Well-5."""
+    found = tables._load(tables.RESULTS / SAMPLERS[0][1])["results"]
+    return next(run[figure] for run in found if run["learner"] == learner)
 
 
 def unchecked(op, rows):
@@ -145,6 +158,16 @@ SENTENCES = [
         "docs/flows.md",
         "DRaFT ends with {} mode and an entropy of {}, ReFL with {} and {}.",
         lambda: [of_mixtures(name, 1.0, figure) for name in ("DRaFT", "ReFL") for figure in ("modes", "entropy")],
+    ),
+    (
+        "docs/samplers.md",
+        "from {} times as many energy calls",
+        lambda: [of_sampler("naas", "energy_calls") / of_sampler("adjoint-sampling", "energy_calls")],
+    ),
+    (
+        "docs/samplers.md",
+        "exact samples it is {}, where the squared distance that it would converge to is {},",
+        lambda: [of_sampler(samplers.EXACT, "sinkhorn"), of_sampler(samplers.EXACT, "w2") ** 2],
     ),
     (
         "README.md",

@@ -23,6 +23,7 @@ PROG = "python -m benchmarks.flows"
 # Modules of this folder. One is imported where it is asked for: another's may need what is not installed.
 STUDIES = {
     "mixtures": "learners toward the tilt of a two-dimensional mixture, over temperatures",
+    "samplers": "samplers of densities, beside exact samples",
     "cost": "time and memory of a learner's step, beside a plain loop in torch",
 }
 

@@ -1,4 +1,4 @@
-"""The command lines of `dam train`, `dam generate` and `dam eval`, and their exit codes; parsed with torch alone."""
+"""The command lines of dam train, generate, eval and sampler, and their exit codes; parsed with torch alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from dam.decoding import ORDERS
 
-COMMANDS = ("train", "generate", "eval")
+COMMANDS = ("train", "generate", "eval", "sampler")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the three commands."""
+    """Adds the four commands."""
+    _add_sampler(commands)
     _add_train(commands)
     generate = commands.add_parser(
         "generate",
@@ -64,6 +65,28 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     option("--resume", action="store_true", help="continue the run in --output (default: the newest one)")
     option("--dry-run", action="store_true", help="two steps of a small random model of the same class, on a few rows")
     option("--list", action="store_true", help="the recipes that come with dam")
+
+
+def _add_sampler(commands: argparse._SubParsersAction) -> None:
+    sampler = commands.add_parser(
+        "sampler",
+        help="train a sampler of a density",
+        description="Trains a sampler of a density e^(-E) from its energy alone (docs/samplers.md). The same command "
+        "with --resume goes on with a run that was interrupted, to the same result.",
+        argument_default=argparse.SUPPRESS,  # what is not given is the preset's
+    )
+    option = sampler.add_argument
+    option("--target", metavar="NAME", default="many-well-5", help="default: many-well-5; another name lists all")
+    option("--learner", metavar="NAME", default="naas", help="naas (default) or adjoint-sampling")
+    option("--output", metavar="DIR", type=Path, default=None, help="default: a new folder in runs/")
+    option("--resume", action="store_true", default=False, help="continue the run in --output (default: the newest)")
+    option("--samples", metavar="N", type=int, default=500, help="of each look at it (default: 500)")
+    option("--looks", metavar="N", type=int, default=10, help="at samples, each with a checkpoint (default: 10)")
+    option("--rounds", metavar="N", type=int)
+    option("--paths", metavar="N", type=int, help="of each round")
+    option("--steps", metavar="N", type=int, help="of a path")
+    option("--learning-rate", metavar="R", type=float)
+    option("--seed", metavar="S", type=int)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +142,12 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs one of the three; the exit status."""
+    """Runs one of the four; the exit status."""
     prog = f"dam {options.command}"
+    if options.command == "sampler":
+        from dam.commands import sampler  # needs nothing of transformers, as the others do
+
+        return sampler.command(options)
     if getattr(options, "batch_size", 1) < 1:
         print(f"{prog}: --batch-size must be at least 1; got {options.batch_size}", file=sys.stderr)
         return 1

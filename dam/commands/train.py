@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
 
+from dam import files
 from dam.models import as_denoiser, blocks_of
 from dam.recipes.characters import characters_tokenizer
 from dam.recipes.recipe import ModelSection, Recipe, RecipeError, parsed, read
@@ -75,7 +76,7 @@ def train(
     recipe.training_config("unused")  # all arguments are right, and the processes know each other
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
-            return _dry_run(recipe, task, finetune.unused(output) if output else Path(temporary))
+            return _dry_run(recipe, task, files.unused(output) if output else Path(temporary))
     given = str(output or recipe.output or "")
     folder = Path(given or together(lambda: str(_folder(name, resume)))[0])
     in_step(lambda: _claim(recipe, folder, resume) if PartialState().is_main_process else None)
@@ -113,7 +114,7 @@ def task_of(name: str) -> LanguageTask:
 
 
 def _folder(name: str, resume: bool) -> Path:
-    return finetune.last_output(name) if resume else finetune.next_output(name)
+    return files.last_output(name) if resume else files.next_output(name)
 
 
 def recorded(output: Path) -> Recipe:
@@ -130,9 +131,9 @@ def recorded(output: Path) -> Recipe:
 def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
     """Makes sure that `output` can be written and holds this run or none."""
     if resume:
-        finetune.refuse_changes(_fixed(recorded(output)), _fixed(recipe), f"the run in {output}")
+        files.refuse_changes(_fixed(recorded(output)), _fixed(recipe), f"the run in {output}")
         return
-    finetune.unused(output).mkdir(parents=True, exist_ok=True)
+    files.unused(output).mkdir(parents=True, exist_ok=True)
 
 
 def _record(recipe: Recipe, output: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dam import plots
+from dam.files import last_output, next_output, refuse_changes, unused
 from dam.train import DAMConfig, DAMTrainer, RewardError, last_checkpoint
 from dam.train.callbacks import MetricsFile, OnSave, RolloutProgress, StopOnSignal
 from dam.train.rewards import RewardFunction
@@ -171,23 +172,6 @@ def _recorded(task: type[Task] | Task, output: Path) -> dict[str, Any]:
     return record
 
 
-def next_output(name: str, root: Path = Path("runs")) -> Path:
-    """A folder for a new run that does not exist yet: runs/<name>-1, runs/<name>-2, ..."""
-    return root / f"{name}-{_last_number(name, root) + 1}"
-
-
-def last_output(name: str, root: Path = Path("runs")) -> Path:
-    """The newest folder that `next_output` gave."""
-    if _last_number(name, root) == 0:
-        raise ValueError(f"nothing to resume: there is no run in {root}/; name one with --output")
-    return root / f"{name}-{_last_number(name, root)}"
-
-
-def _last_number(name: str, root: Path) -> int:
-    names = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
-    return max([int(number) for number in names if number.isdigit()], default=0)
-
-
 def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool = False) -> dict[str, Any]:
     """Runs a task into the folder `output`; returns and writes the final metrics.
 
@@ -265,29 +249,6 @@ def _claim(task: Task, output: Path, resume: bool) -> float:
     if not resume:
         _record(output, task, seconds)
     return seconds
-
-
-def unused(output: Path) -> Path:
-    """A folder that holds nothing yet.
-
-    Raises:
-        ValueError: it does.
-    """
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty: continue the run in it with --resume, or name another --output")
-    return output
-
-
-def refuse_changes(earlier: dict[str, Any], asked: dict[str, Any], what: str) -> None:
-    """Options, of which those asked for now must be those of before.
-
-    Raises:
-        ValueError: lists what differs, of `what` was started earlier.
-    """
-    changed = [name for name in {**earlier, **asked} if asked.get(name) != earlier.get(name)]
-    if changed:
-        listed = ", ".join(f"{name} {earlier.get(name)!r} (now {asked.get(name)!r})" for name in changed)
-        raise ValueError(f"{what} was started with other options: {listed}")
 
 
 def config(task: Task, output: Path) -> DAMConfig:

@@ -1,0 +1,91 @@
+"""Small networks for samplers of densities: functions of states [B, D] and times [B] that give numbers [B, D]."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+_TIME_FREQUENCIES = 4
+
+
+def _time_features(time: Tensor) -> Tensor:
+    """[B, 2 F + 1]."""
+    angle = math.pi * time[:, None] * torch.arange(1, _TIME_FREQUENCIES + 1, device=time.device, dtype=time.dtype)
+    return torch.cat((time[:, None], angle.sin(), angle.cos()), dim=1)
+
+
+class Perceptron(nn.Module):
+    """SiLU layers on a state, sines of it and of the time. It begins as 0, the reference without a control.
+
+    Args:
+        dim: D.
+        scale: of states, by which they are divided.
+        output: of what is predicted, by which the last layer is multiplied.
+        hidden, layers: width and number of hidden layers.
+        octaves: sines and cosines of pi x / scale times 1, 2, 4, ...: for targets that are much finer than `scale`.
+    """
+
+    def __init__(self, dim: int, *, scale: float, output: float, hidden: int = 128, layers: int = 3, octaves: int = 0):
+        super().__init__()
+        self.scale, self.output, self.octaves = scale, output, octaves
+        sizes = [dim * (1 + 2 * octaves) + 2 * _TIME_FREQUENCIES + 1, *[hidden] * layers]
+        parts: list[nn.Module] = []
+        for n, m in itertools.pairwise(sizes):
+            parts += [nn.Linear(n, m), nn.SiLU()]
+        last = nn.Linear(sizes[-1], dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(*parts, last)
+
+    def forward(self, state: Tensor, time: Tensor) -> Tensor:
+        scaled = state / self.scale
+        angle = [math.pi * 2**n * scaled for n in range(self.octaves)]
+        waves = [f(a) for a in angle for f in (torch.sin, torch.cos)]
+        return self.output * self.net(torch.cat((scaled, *waves, _time_features(time)), dim=1))
+
+
+class ParticleNetwork(nn.Module):
+    """Displacements of N particles that turn, shift and swap with them: messages of pairs by distance and time.
+
+        prediction_i = sum_j (x_i - x_j) phi(h_i + h_j, |x_i - x_j|, t),      h_i = sum_j psi(|x_i - x_j|, t)
+
+    So it moves no centre of mass. It begins as 0.
+
+    Args:
+        particles, dimensions: N and their space's; states are [B, N * dimensions].
+        scale, output: as for `Perceptron`.
+        hidden: width.
+
+    Source: Satorras et al., E(n) Equivariant Graph Neural Networks, arXiv 2102.09844, of which it is a small one.
+    """
+
+    def __init__(self, particles: int, dimensions: int, *, scale: float, output: float, hidden: int = 64):
+        super().__init__()
+        self.particles, self.dimensions, self.scale, self.output = particles, dimensions, scale, output
+        self.centres: Tensor
+        self.register_buffer("centres", torch.linspace(0, 4, 16), persistent=False)
+        edge = len(self.centres) + 1 + 2 * _TIME_FREQUENCIES + 1
+        self.message = nn.Sequential(nn.Linear(edge, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        last = nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.pair = nn.Sequential(
+            nn.Linear(edge + hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last
+        )
+
+    def forward(self, state: Tensor, time: Tensor) -> Tensor:
+        x = state.view(len(state), self.particles, self.dimensions) / self.scale
+        gap = x[:, :, None] - x[:, None]
+        distance = (gap.square().sum(dim=3, keepdim=True) + 1e-8).sqrt()
+        # Bumps of the distance, 4 scales wide together: a pair's force changes sign within a fraction of one.
+        bumps = torch.exp(-((distance - self.centres) ** 2) * 8)
+        times = _time_features(time)[:, None, None].expand(-1, self.particles, self.particles, -1)
+        edge = torch.cat((distance, bumps, times), dim=3)
+        others = 1 - torch.eye(self.particles, dtype=state.dtype, device=state.device)
+        node = (self.message(edge) * others[:, :, None]).sum(dim=2) / self.particles
+        both = node[:, :, None] + node[:, None]
+        force = self.pair(torch.cat((edge, both), dim=3)) * gap / (distance + 1)
+        return self.output * force.sum(dim=2).view_as(state)

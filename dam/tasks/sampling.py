@@ -1,0 +1,249 @@
+"""One run of a sampler of a density: train it into a folder, look at it on the way, and go on after a kill.
+
+Which learner, with which settings, is good for a target was tried out; the table here says it once, for the command
+line and for the benchmarks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dam import files, plots
+from dam.flows import metrics
+from dam.flows.networks import ParticleNetwork, Perceptron
+from dam.flows.samplers import AdjointSampling, AnnealedSampling, Sampler, Samples, Settings
+from dam.tasks.energies import TARGETS, Energy, Particles, aligned_squares, metropolis
+
+LEARNERS = ("naas", "adjoint-sampling")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Settings of a learner on a target, and of its networks.
+
+    Args:
+        settings: of training.
+        output: of the networks' predictions; the start's of NAAS, and Adjoint Sampling's, is a gradient's.
+        hidden: their width.
+    """
+
+    settings: Settings
+    output: float = 1.0
+    hidden: int = 64
+
+
+_PRESETS: dict[tuple[str, str], Preset] = {
+    ("many-well-5", "naas"): Preset(
+        Settings(
+            rounds=28,
+            paths=2048,
+            updates=60,
+            batch=2048,
+            kept=8,
+            steps=80,
+            deviation=1.2,
+            sigma=1.2,
+            grid=1.5,
+            learning_rate=1e-3,
+            largest_slope=20.0,
+        ),
+    ),
+    ("many-well-5", "adjoint-sampling"): Preset(
+        Settings(
+            rounds=60,
+            paths=512,
+            updates=30,
+            kept=40,
+            steps=80,
+            deviation=1.2,
+            ratio=3.0,
+            learning_rate=1e-3,
+            largest_slope=10.0,
+        ),
+        output=5.0,
+    ),
+}
+
+
+def preset(target: str, learner: str) -> Preset:
+    """What was tried out for a learner on a target.
+
+    Raises:
+        ValueError: there is no such target or learner, or it was not tried out.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"there are the targets {', '.join(TARGETS)}; got {target!r}")
+    if learner not in LEARNERS:
+        raise ValueError(f"there are the learners {', '.join(LEARNERS)}; got {learner!r}")
+    if (target, learner) not in _PRESETS:
+        tried = ", ".join(f"{target} with {learner}" for target, learner in _PRESETS)
+        raise ValueError(f"no settings are known for {target} with {learner}. There are {tried}")
+    return _PRESETS[target, learner]
+
+
+def sampler(target: str, learner: str, **changes: Any) -> Sampler:
+    """A learner with untrained networks.
+
+    Args:
+        target, learner: of `TARGETS` and `LEARNERS`.
+        changes: of the preset's settings.
+    """
+    chosen = preset(target, learner)
+    settings = dataclasses.replace(chosen.settings, **changes)
+    energy = TARGETS[target]()
+    cost: Callable[[Tensor], Tensor] = energy.lifted(settings.deviation) if isinstance(energy, Particles) else energy
+    scale = settings.deviation
+
+    def network(output: float) -> nn.Module:
+        if isinstance(energy, Particles):
+            return ParticleNetwork(energy.count, energy.dimensions, scale=scale, output=output, hidden=chosen.hidden)
+        return Perceptron(energy.dim, scale=scale, output=output, hidden=chosen.hidden)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if learner == "adjoint-sampling":
+            return AdjointSampling(cost, energy.dim, network(chosen.output), settings)
+        return AnnealedSampling(cost, energy.dim, network(chosen.output), network(chosen.output), settings)
+
+
+def reference(energy: Energy, count: int, seed: int) -> Tensor:
+    """Samples of the law to hold others to, float64 [count, D]: exact ones, or those of long chains."""
+    drawn = energy.sample(count, torch.Generator().manual_seed(seed))
+    if drawn is not None:
+        return drawn
+    assert isinstance(energy, Particles)
+    return metropolis(energy, count, steps=20_000, length=0.25 if energy.dim < 10 else 0.05, seed=seed)
+
+
+def measured(energy: Energy, samples: Samples, law: Tensor, deviation: float) -> dict[str, float]:
+    """What weights tell, and how far samples are from those of the law: see `distances`.
+
+    Args:
+        energy: of the target.
+        samples: of a sampler.
+        law: samples of the law, [N, D].
+        deviation: of the Gaussian that the learner starts from, for the centre of mass of particles.
+
+    Returns:
+        ess, a share; log_z and elbo, and log_z_error where log Z is known.
+    """
+    log_weight = samples.log_weight
+    if isinstance(energy, Particles):
+        log_weight = log_weight - energy.centre_log_normalizer(deviation)
+    told = metrics.estimates(log_weight)
+    found = {"ess": told.ess, "log_z": told.log_normalizer, "elbo": told.elbo}
+    if energy.log_normalizer is not None:
+        found["log_z_error"] = told.log_normalizer - energy.log_normalizer
+    return {**found, **distances(energy, samples.final.detach().double(), law)}
+
+
+def distances(energy: Energy, final: Tensor, law: Tensor) -> dict[str, float]:
+    """How far samples are from as many of the law.
+
+    Args:
+        energy: of the target.
+        final, law: samples, float64 [N, D].
+
+    Returns:
+        w2 and energy_w2, not squared; sinkhorn, of squared distances, where there are no arrangements to align; modes,
+        those whose cells hold at least a fifth of their share. Particles in space have energy_w2 only.
+    """
+    found: dict[str, float] = {}
+    if isinstance(energy, Particles):
+        final = energy.centred(final)
+        if energy.dimensions == 2:
+            found["w2"] = metrics.wasserstein(aligned_squares(final.numpy(), law.numpy())) ** 0.5
+    else:
+        squares = metrics.squared_distances(final, law)
+        found["w2"] = metrics.wasserstein(squares) ** 0.5
+        found["sinkhorn"] = metrics.sinkhorn(squares).cost
+    found["energy_w2"] = metrics.energy_w2(energy(final), energy(law))
+    if energy.modes is not None:
+        counts = metrics.mode_counts(final, energy.modes)
+        found["modes"] = int((counts * 5 * len(counts) >= len(final)).sum())
+    return found
+
+
+# ---- a folder
+
+STATE = "sampler.pt"
+
+
+def run(
+    output: Path,
+    target: str,
+    learner: str,
+    *,
+    changes: dict[str, Any],
+    samples: int = 500,
+    looks: int = 10,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains a sampler into a folder, or goes on with the one that is there; what it came to.
+
+    The folder holds sampler.pt, all that a run goes on from, written by renaming; metrics.jsonl; and samples.png, the
+    last look at samples beside those of the law.
+
+    Args:
+        output: new, or of a run with the same arguments.
+        target, learner, changes: see `sampler`.
+        samples: drawn at each look.
+        looks: over the whole run; each writes a checkpoint.
+        say: is given a line at each look.
+
+    Raises:
+        ValueError: an argument is out of range; an energy is no number or paths diverged, when the run goes on from its
+            last checkpoint as if nothing had been.
+    """
+    one = sampler(target, learner, **changes)
+    energy = TARGETS[target]()
+    law = reference(energy, samples, seed=2**31)
+    asked = {"target": target, "learner": learner, "samples": samples, **dataclasses.asdict(one.settings)}
+    history: list[dict[str, Any]] = []
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / STATE).exists():
+        state = torch.load(output / STATE, weights_only=True)
+        files.refuse_changes(state["asked"], asked, f"the run in {output}")
+        one.load_state_dict(state["sampler"])
+        history = state["history"]
+    rounds = one.settings.rounds
+    between = max(1, rounds // looks)
+    while one.round_number < rounds:
+        logged = one.round()
+        if one.round_number % between == 0 or one.round_number == rounds:
+            drawn = one.sample(samples, seed=2**40 + one.round_number)
+            found = measured(energy, drawn, law, one.settings.deviation)
+            history.append({**logged, **found})
+            say(f"round {one.round_number}/{rounds}: " + ", ".join(f"{n} {v:.4g}" for n, v in found.items()))
+            _save(output, one, asked, history)
+            _draw(output / "samples.png", energy, drawn.final.double(), law, f"{target}, {learner}")
+    return history[-1]
+
+
+def _save(output: Path, one: Sampler, asked: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    part = output / f"{STATE}.part"
+    torch.save({"sampler": one.state_dict(), "asked": asked, "history": history}, part)
+    os.replace(part, output / STATE)
+    lines = "".join(json.dumps(entry) + "\n" for entry in history)
+    (output / "metrics.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _draw(path: Path, energy: Energy, final: Tensor, law: Tensor, title: str) -> None:
+    if isinstance(energy, Particles):
+        panels = {"distances": (energy.distances(final).flatten(), energy.distances(law).flatten())}
+    elif energy.dim == 2:
+        panels = {"samples": (final, law)}
+    else:
+        panels = {f"coordinate {n}": (final[:, n], law[:, n]) for n in (0, 1)}
+    panels["energy"] = (energy(final), energy(law))
+    plots.samples_against_law(
+        path, {name: (left.numpy(), right.numpy()) for name, (left, right) in panels.items()}, title=title
+    )
