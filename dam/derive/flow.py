@@ -94,6 +94,7 @@ class Memory:
 
     own: dict[str, set[str]] = field(default_factory=dict)
     reach: dict[str, set[str]] = field(default_factory=dict)
+    acquired: dict[tuple[str, str], set[int]] = field(default_factory=dict)  # (name, memory): by which statements
 
     def mine(self, identifier: str) -> set[str]:
         return self.own.setdefault(identifier, {identifier})
@@ -133,7 +134,14 @@ def memory(statements: list[Statement]) -> Memory:
     everything = list(walk(statements))
     for _ in range(3):  # containers may be filled after they are read, in a loop
         for st in everything:
+            changed = [*writes(st)] if not isinstance(st, (If, For, While)) else []
+            changed += [st.target] if isinstance(st, For) else []
+            changed += [st.name] if isinstance(st, (Store, Append)) else []
+            before = {n: set(found.all(n)) for n in changed}
             _remember(st, found)
+            for n in changed:
+                for memory_ in found.all(n) - (before[n] - {n}):
+                    found.acquired.setdefault((n, memory_), set()).add(id(st))
     return found
 
 
@@ -181,8 +189,11 @@ class _Place:
     loops: tuple[int, ...]  # which loops it is in, outermost first
 
 
-def check_memory(single: Single, found: Memory, whole: bool) -> tuple[bool, dict[int, str]]:
+def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> tuple[bool, dict[int, str]]:
     """That no array is written to while another name for its memory is still to be read.
+
+    Derived code passes: it puts back what it wrote before it reads a value again, so that each is what it was when it
+    got its name.
 
     Returns:
         Whether an argument is written to; and, by the identity of an augmented assignment, the names that make it one of
@@ -231,10 +242,26 @@ def check_memory(single: Single, found: Memory, whole: bool) -> tuple[bool, dict
         made = made_at.get(identifier, [_Place(0, ())])
         for place in read_at.get(identifier, ()):
             if place.number > at.number:
-                return True
+                # What is made between the write and the read sees what was written.
+                if not all(at.number < m.number <= place.number for m in made):
+                    return True
+                continue
             common = [a for a, b in zip(place.loops, at.loops, strict=False) if a == b]
             # Read earlier in a loop that comes round again, unless it is made anew in front of that each time.
             if common and not all(m.loops[: len(common)] == tuple(common) and m.number <= place.number for m in made):
+                return True
+        return False
+
+    def by_then(other: str, memory_: str, at: _Place) -> bool:
+        """Whether a name may have that memory when it is written to, since it was made."""
+        made = made_at.get(memory_, [])
+        if len(made) != 1:
+            return True
+        (start,) = made
+        for statement in found.acquired.get((other, memory_), ()):
+            place = places[statement]
+            common = tuple(a for a, b in zip(place.loops, at.loops, strict=False) if a == b)
+            if not (start.number < at.number < place.number and common == start.loops):
                 return True
         return False
 
@@ -247,11 +274,13 @@ def check_memory(single: Single, found: Memory, whole: bool) -> tuple[bool, dict
                 for other in {*found.own, *found.reach}
                 if single.variable.get(other, other) not in (variable, *exempt)
                 and other != identifier
-                and found.all(other) & changed
+                and any(by_then(other, m, at) for m in found.all(other) & changed)
                 and read_later(other, at)
             }
         )
 
+    if derived:
+        return False, {}
     writes_argument = False
     in_place: dict[int, str] = {}
     for st in walk(single.statements):
@@ -327,7 +356,7 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
             elif entry.partials:
                 given = {of(bound[p]) for p in bound if p in entry.partials}
                 symbol = next(iter(given - {SCALAR} or {SCALAR})) if len(given - {SCALAR}) <= 1 else None
-            elif "axis" in bound and "keepdims" in bound:
+            elif entry.module != "rt" and "axis" in bound and "keepdims" in bound:
                 plain = [isinstance(bound[p], ast.Constant) and not bound[p].value for p in ("axis", "keepdims")]  # type: ignore[attr-defined]
                 axis = bound["axis"]
                 if all(plain) and isinstance(axis, ast.Constant) and axis.value is None:

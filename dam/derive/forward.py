@@ -83,7 +83,8 @@ class Forward:
             case Store():
                 self.store(st, out)
             case Append():
-                out.append(_plain(text("x.append(v)", x=name(st.name), v=st.value)))
+                how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
+                out.append(_plain(text(how, x=name(st.name), v=st.value)))
                 if st.name in self.active:
                     out.append(_effect(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line))
             case Pop():
@@ -178,7 +179,7 @@ class Forward:
             d = self.of(argument)
             if parameter in entry.partials:
                 term = fold(ast.BinOp(d, ast.Mult(), filled(entry.partials[parameter], names)))
-                same = self.shapes.get(argument.id) == self.shapes.get(y.id)
+                same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y.id, y.id)
                 others = {p for p in bound if p in entry.partials} - {parameter}
                 whole = whole or same or not others or bool(loads(term) & {n for p in others for n in loads(bound[p])})
             elif parameter in entry.forward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import inspect
 import textwrap
 import types
@@ -32,6 +33,7 @@ class Source:
     namespace: Mapping[str, Any]
     defaults: tuple[Any, ...] = ()
     keyword_defaults: Mapping[str, Any] | None = None
+    derived: bool = False
 
     def line(self, node: ast.AST) -> Line:
         number = getattr(node, "lineno", self.node.lineno)
@@ -76,9 +78,9 @@ def of(function: Callable[..., Any]) -> Source:
         namespace=_namespace(function),
         defaults=function.__defaults__ or (),
         keyword_defaults=function.__kwdefaults__,
+        derived=text is not None,
     )
-    if node.decorator_list:
-        raise source.refuse(node.decorator_list[0], f"{named} is decorated, and what a decorator does is not known")
+    # Decorators of the definition do not matter: the function at hand is what its own code says, whoever handed it on.
     if code.co_name == "<lambda>":
         return source
     if tuple(_parameters(node)) != code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
@@ -116,12 +118,7 @@ def _lambda(named: str, code: types.CodeType, lines: list[str]) -> ast.FunctionD
     for node in ast.walk(tree):
         if isinstance(node, ast.Lambda):
             inner = _compiled(node, code.co_freevars)
-            if (inner.co_code, inner.co_names, inner.co_varnames, _plain(inner)) == (
-                code.co_code,
-                code.co_names,
-                code.co_varnames,
-                _plain(code),
-            ):
+            if _likeness(inner) == _likeness(code):
                 found[ast.dump(node)] = node
     if len(found) != 1:
         many = "more than one lambda of its lines could be it" if found else "no lambda of its lines is it"
@@ -134,8 +131,15 @@ def _lambda(named: str, code: types.CodeType, lines: list[str]) -> ast.FunctionD
     return ast.copy_location(definition, node)
 
 
-def _plain(code: types.CodeType) -> tuple[Any, ...]:
-    return tuple(repr(c) for c in code.co_consts if not isinstance(c, (types.CodeType, str)))
+def _likeness(code: types.CodeType) -> tuple[Any, ...]:
+    """What tells functions of a few lines apart; how a method is called depends on imports around, and is left out."""
+    steps = tuple(
+        (i.opname.replace("LOAD_METHOD", "LOAD_ATTR"), i.argrepr if i.opname in ("BINARY_OP", "COMPARE_OP") else "")
+        for i in dis.get_instructions(code)
+        if i.opname != "PUSH_NULL"
+    )
+    constants = tuple(repr(c) for c in code.co_consts if not isinstance(c, (types.CodeType, str)))
+    return steps, code.co_names, code.co_varnames, constants
 
 
 def _compiled(node: ast.Lambda, free: tuple[str, ...]) -> types.CodeType:

@@ -20,7 +20,7 @@ from dam.derive.forward import Forward
 from dam.derive.normal import Callee, Normaliser, name
 from dam.derive.primitives import copied
 from dam.derive.reverse import Primal, Reverse, assign, text
-from dam.derive.simplify import free, names_read, with_shared, without_dead
+from dam.derive.simplify import free, names_read, with_shared, without_copies, without_dead
 from dam.derive.single import Single
 
 _IMPORTS = {"np": np, "torch": torch, "math": math, "rt": runtime}
@@ -76,7 +76,7 @@ class Module:
         single = Single(normal.out, normal.parameters, normal.result, lambda n: n in self.names or n in self.bound)
         names = flow.active(single.statements, active, single.result)
         memory = flow.memory(single.statements)
-        writes, in_place = flow.check_memory(single, memory, whole)
+        writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
         return normal, single, names, memory, writes, in_place
 
     def signature(self, callee: Callee, extra: list[str] | None = None) -> ast.arguments:
@@ -118,7 +118,8 @@ class Module:
 
     def passes(self, body: list[ast.stmt], single: Single, memory: flow.Memory, parameters: list[str]) -> list[ast.stmt]:
         """Dead code out, twice computed values shared."""
-        body = without_dead(body, frozenset(self.pure))
+        body = [copied(st) for st in without_dead(body, frozenset(self.pure))]
+        body = without_copies(body, {*parameters})
         counts: dict[str, int] = dict.fromkeys(parameters, 1)
         for st in body:
             for inner in ast.walk(st):
@@ -152,6 +153,11 @@ class Module:
     def _reverse(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
         normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
         reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind)
+        if not whole:  # what was passed is put back as it was, for those who passed it
+            given = {*normal.parameters}
+            for st in flow.walk(single.statements):
+                if type(st).__name__ in ("Store", "Append", "Pop") and memory.mine(st.name) & given:  # type: ignore[union-attr]
+                    reverse.restored.add(id(st))
         code, state = reverse.run({single.result: True} if single.result in names else {})
         return normal, single, names, memory, writes, in_place, reverse, code, state
 

@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dam.derive import functions, primitives, tables
+import numpy as np
+import torch
+
+from dam.derive import functions, primitives, runtime, tables
 from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
 from dam.derive.primitives import Primitive, copied
-from dam.derive.runtime import insert_grad_of
 
 assert tables.FUNCTIONS  # loaded with this module
 
@@ -74,6 +76,7 @@ class Append:
     name: str
     value: ast.expr
     line: Line
+    puts_back: bool = False  # what a derivative's own backward pass had popped
 
 
 @dataclass
@@ -335,7 +338,7 @@ class Normaliser:
                     if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
                         if any(self.depends(a) for a in call.args) and call.func.attr in ("append", "extend", "insert"):
                             varied.add(call.func.value.id)
-                    elif self.resolve(call.func) is _restore() and any(self.depends(a) for a in call.args):
+                    elif self.resolve(call.func) in (runtime.restore, runtime.store_tangent, runtime.put_back) and any(self.depends(a) for a in call.args):
                         varied |= _roots(call.args[0])
             if len(varied) == before:
                 return varied
@@ -423,8 +426,11 @@ class Normaliser:
     # ---- expressions
 
     def fresh(self, stem: str = "t") -> str:
-        self.temporaries += 1
-        return f"{stem}_{self.temporaries}"
+        while True:
+            self.temporaries += 1
+            made = f"{stem}_{self.temporaries}"
+            if made not in self.locals and made not in self.source.namespace:
+                return made
 
     def emit(self, statement: Statement) -> None:
         self.out.append(statement)
@@ -513,8 +519,10 @@ class Normaliser:
             return ast.Slice(*parts)
         if isinstance(node, ast.Tuple):
             return ast.Tuple([self.index(e) for e in node.elts], ast.Load())
-        if self.depends(node):
-            raise self.refuse(node, f"the index {ast.unparse(node)} depends on a variable with a derivative")
+        if self.depends(node) and not self._calls_inside(node):
+            # An index has no slope, whatever it is made of.
+            plain = self.constant(node)
+            return plain if self.simple(node) else self.let(self.fresh(), plain, "constant", node)
         return self.atom(node)
 
     def assign(self, target: str, node: ast.expr, in_place: bool = False) -> None:
@@ -614,7 +622,8 @@ class Normaliser:
         except primitives.Unsupported as error:
             raise self.refuse(self.here, str(error)) from None
         for parameter, value in values.items():
-            if parameter not in entry.differentiable and self.depends(value):
+            # What derived source calls takes such for its shape only.
+            if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt":
                 raise self.refuse(
                     self.here, f"{ast.unparse(node)} has no derivative in its argument {parameter}; stop_gradient makes it a constant"
                 )
@@ -638,12 +647,12 @@ class Normaliser:
         known = primitives.key(found)
         if (written := primitives.WRITTEN.get(known)) is not None:
             return self.call(node, Callee(functions.of(written), written)), "call"
+        if found in (np.einsum, torch.einsum) and known not in primitives.FUNCTIONS:
+            return self._einsum(node, "np" if found is np.einsum else "torch"), "primitive"
         entry = primitives.FUNCTIONS.get(known)
         if entry is not None and known in (max, min) and len(node.args) != 2:
             raise self.refuse(node, f"{ast.unparse(node.func)} of more or fewer than two numbers has no derivative here; use np.max")
         if entry is not None:
-            if entry.name.endswith("einsum"):
-                return self._einsum(node, entry), "primitive"
             called = name(self.bind(entry.name, entry.function)) if entry.rule else self._canonical(entry)
             new = ast.Call(
                 called,
@@ -660,8 +669,33 @@ class Normaliser:
     def argument(self, node: ast.expr) -> ast.expr:
         return self.atom(node)
 
-    def _einsum(self, node: ast.Call, entry: Primitive) -> ast.expr:
-        raise self.refuse(node, "einsum has no derivative here")
+    def _einsum(self, node: ast.Call, module: str) -> ast.expr:
+        """A sum of products: of each operand the adjoint is one too, of the adjoint and of the others."""
+        if not node.args or not isinstance(node.args[0], ast.Constant) or not isinstance(node.args[0].value, str) or node.keywords:
+            raise self.refuse(node, "einsum has a derivative where its subscripts are a string, written out, and nothing else")
+        subscripts = node.args[0].value.replace(" ", "")
+        inputs, arrow, output = subscripts.partition("->")
+        operands = inputs.split(",")
+        if not arrow or "." in subscripts or len(operands) != len(node.args) - 1:
+            raise self.refuse(node, "einsum has a derivative with '->' and without '...', an operand for each subscript")
+        if any(len(set(o)) != len(o) for o in operands):
+            raise self.refuse(node, "einsum with an index twice in one operand has no derivative here; use np.diag first")
+        names = [f"x{k}" for k in range(len(operands))]
+        reverse, forward = {}, {}
+        for k, own in enumerate(operands):
+            terms = [(output, "g"), *((o, n) for j, (o, n) in enumerate(zip(operands, names, strict=True)) if j != k)]
+            lost = "".join(i for i in own if not any(i in t for t, _ in terms))
+            if lost:  # summed in this operand alone
+                terms.append((own, f"{module}.ones_like({names[k]})"))
+            pattern = ",".join(t for t, _ in terms) + "->" + own
+            reverse[names[k]] = f"{module}.einsum('{pattern}', {', '.join(t for _, t in terms)})"
+            given = ", ".join(f"d_{n}" if j == k else n for j, n in enumerate(names))
+            forward[names[k]] = f"{module}.einsum('{subscripts}', {given})"
+        entry = Primitive(
+            f"{module}.einsum", primitives.signature(", ".join(["subscripts", *names])), module, reverse=reverse, forward=forward
+        )
+        call = ast.Call(self._canonical(entry), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], [])
+        return self.primitive(call, entry)
 
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
         """list(x), tuple(x), dict(a=x), and sums of generators."""
@@ -679,8 +713,6 @@ class Normaliser:
         return None
 
     def _method(self, node: ast.Call, function: ast.Attribute) -> tuple[ast.expr, str]:
-        if not self.depends(function.value):
-            raise self.refuse(node, f"{ast.unparse(function)} is not known when the function is transformed")
         written = primitives.WRITTEN_METHODS.get(function.attr)
         if written is not None:
             plain = ast.copy_location(ast.Call(function.value, [function.value, *node.args], node.keywords), node)
@@ -875,8 +907,13 @@ class Normaliser:
                     return
                 raise self.refuse(node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here")
         found = self.resolve(function)
-        if found is _restore():
-            whole, index, old = value.args
+        if found is runtime.put_back:
+            whole, back = value.args
+            assert isinstance(whole, ast.Name)
+            self.emit(Append(whole.id, self.atom(back), self.source.line(node), puts_back=True))
+            return
+        if found in (runtime.restore, runtime.store_tangent):
+            whole, index, old = value.args[:3]
             assert isinstance(whole, ast.Name)
             self.emit(Store(whole.id, self.index(index), self.atom(old), self.source.line(node), restores=True))
             return
@@ -983,9 +1020,9 @@ class Normaliser:
                 whole = self._named(call.func.value)
                 pick: ast.expr = ast.Subscript(whole, name(k), ast.Load())
                 if call.func.attr == "values":
-                    return primitives.filled("list(x)", {"x": whole}), [_set_target(target, pick, at)]
+                    return primitives.filled("rt.keys(x)", {"x": whole}), [_set_target(target, pick, at)]
                 if isinstance(target, ast.Tuple) and len(target.elts) == 2:
-                    return primitives.filled("list(x)", {"x": whole}), [
+                    return primitives.filled("rt.keys(x)", {"x": whole}), [
                         _set_target(target.elts[0], name(k), at),
                         _set_target(target.elts[1], pick, at),
                     ]
@@ -1008,7 +1045,7 @@ class Normaliser:
     def on_With(self, node: ast.With) -> None:
         (item,) = node.items if len(node.items) == 1 else (None,)
         call = None if item is None else item.context_expr
-        if not isinstance(call, ast.Call) or self.resolve(call.func) is not insert_grad_of:
+        if not isinstance(call, ast.Call) or self.resolve(call.func) is not runtime.insert_grad_of:
             raise self.refuse(node, "the only with that has a meaning here is that of insert_grad_of")
         assert item is not None
         if len(call.args) != 1 or not isinstance(call.args[0], ast.Name) or not isinstance(item.optional_vars, ast.Name):
@@ -1031,12 +1068,6 @@ class Normaliser:
 
         body = [Rename(rename).visit(copied(s)) for s in node.body]
         self.emit(Surgery(variable, alias, body, self.source.line(node)))
-
-
-def _restore() -> Any:
-    from dam.derive import runtime
-
-    return runtime.restore
 
 
 def _own_statements(node: ast.stmt) -> list[ast.stmt]:

@@ -221,15 +221,14 @@ class Reverse:
         for parameter, argument in bound.items():
             if parameter not in entry.differentiable or not loads(argument) & self.active:
                 continue
-            if isinstance(argument, ast.Tuple):
-                continue
-            assert isinstance(argument, ast.Name)
+            if not isinstance(argument, ast.Name):
+                continue  # an expression without a slope
             names: dict[str, ast.expr] = {**bound, "y": name(y), "m": module}
             if parameter in entry.partials:
                 names["g"] = name(self.adjoint(y))
                 partial = filled(entry.partials[parameter], names)
                 expression = fold(ast.BinOp(names["g"], ast.Mult(), partial))
-                same = self.shapes.get(argument.id) == self.shapes.get(y)
+                same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
                 if not same and not is_zero(expression):
                     expression = text("rt.unbroadcast(g, x)", g=expression, x=argument)
                 self.add(argument.id, expression, state[y], st.line, state, out)
@@ -316,7 +315,7 @@ class Reverse:
             self.restored.add(id(st))
         if id(st) in self.restored:
             self.primal.add(st.target)
-            out.append(_effect(text("x.append(v)", x=name(st.name), v=name(st.target)), st.line))
+            out.append(_effect(text("rt.put_back(x, v)", x=name(st.name), v=name(st.target)), st.line))
         if st.name in self.active and (st.target in state or st.name in state):
             b = self.adjoint(st.name)
             old: ast.expr = name(b) if st.name in state else ast.Constant(0.0)
@@ -408,7 +407,8 @@ class Reverse:
             return
         b = self.adjoint(st.name)
         start: ast.expr = self.whole(st.name, state) if st.name in state else text("rt.zeros_like(x)", x=name(st.name))
-        out.append(assign(st.alias, start, st.line))
+        # The block may write into it, and the adjoint may be another value's too.
+        out.append(assign(st.alias, text("rt.copied(b)", b=start), st.line))
         for inner in st.body:
             made = primitives.copied(inner)
             made.line = st.line
@@ -485,7 +485,8 @@ class Primal:
                     node.line = st.line  # type: ignore[attr-defined]
                     out.append(node)
             case Append():
-                out.append(_effect(text("x.append(v)", x=name(st.name), v=st.value), st.line))
+                how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
+                out.append(_effect(text(how, x=name(st.name), v=st.value), st.line))
             case Pop():
                 out.append(assign(st.target, text("x.pop()", x=name(st.name)), st.line))
             case Effect():

@@ -262,7 +262,8 @@ def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
     """b, an adjoint of x, with g added at i."""
     if isinstance(x, dict):
         b = dict(zeros_like(x) if _is_zero(b) else b)
-        b[i] = add(b.get(i, 0.0), full(g, x[i]))
+        if i in x:  # saved(x, i) finds nothing where a key is new
+            b[i] = add(b.get(i, 0.0), full(g, x[i]))
         return b
     if isinstance(x, (tuple, list)):
         items = list(zeros_like(x) if _is_zero(b) else b)
@@ -302,7 +303,8 @@ def zeroed(b: Any, i: Any, x: Any) -> Any:
         DerivativeError: x holds integers, or i names a place twice, of which one value is lost.
     """
     if isinstance(x, dict):
-        return {**zeros_like(x), **b, i: zeros_like(x[i])} if isinstance(b, dict) else b
+        # The key may be gone again.
+        return {**zeros_like(x), **b, i: zeros_like(b.get(i))} if isinstance(b, dict) else b
     if isinstance(x, (tuple, list)):
         if _is_zero(b):
             return b
@@ -330,6 +332,8 @@ def stored(b: Any, i: Any, x: Any, v: Any) -> Any:
     """The adjoint of v in `x[i] = v`, from b, that of x afterwards."""
     if _is_zero(b):
         return zeros_like(v)
+    if isinstance(x, dict):
+        return full(b.get(i, 0.0), v)
     return unbroadcast(b[i], v) if _is_array(x) else b[i]
 
 
@@ -346,6 +350,11 @@ def restore(x: Any, i: Any, old: Any) -> None:
         del x[i]
     else:
         x[i] = old
+
+
+def put_back(x: list[Any], v: Any) -> None:
+    """Appends what was popped: an effect on whoever has the list, unlike an append to one that nobody reads."""
+    x.append(v)
 
 
 def store_tangent(d: Any, i: Any, v: Any, x: Any) -> None:
@@ -913,6 +922,10 @@ def insert_grad_of(x: Any) -> Iterator[Any]:
 
 
 Function = Callable[..., Any]
+
+
+def keys(x: Any) -> list[Any]:
+    return list(x)
 
 
 def sequence(x: Any) -> Any:

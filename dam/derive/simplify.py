@@ -10,7 +10,7 @@ from dam.derive.primitives import copied
 
 # Writing these again costs nothing, so they are not shared.
 _CHEAP = (ast.Name, ast.Constant)
-_EFFECTS = {"restore", "part", "rebound", "distinct", "differentiable", "print", "seed", "seeded", "tangent", "gradient"}
+_EFFECTS = {"restore", "put_back", "store_tangent", "part", "rebound", "distinct", "differentiable", "print", "seed", "seeded", "tangent", "gradient"}
 
 
 def _number(node: ast.expr) -> float | int | None:
@@ -212,7 +212,7 @@ def without_dead(statements: list[ast.stmt], pure_names: frozenset[str] = frozen
 
 
 def _count(statements: Iterable[ast.stmt]) -> int:
-    return sum(1 for s in statements for _ in ast.walk(s))
+    return sum(1 + _count(getattr(s, "body", ())) + _count(getattr(s, "orelse", ())) for s in statements)
 
 
 def _alive(statements: list[ast.stmt], live: set[str], pure: frozenset[str]) -> tuple[list[ast.stmt], set[str]]:
@@ -365,3 +365,58 @@ class _Replace(ast.NodeTransformer):
         if isinstance(node, (ast.Call, ast.BinOp)) and ast.unparse(node) == self.text:
             return ast.Name(self.name, ast.Load())
         return self.generic_visit(node)
+
+
+# ---- copies
+
+
+def without_copies(statements: list[ast.stmt], fixed: set[str]) -> list[ast.stmt]:
+    """`a = value` and `b = a`, the only reader of a, as one assignment; of the two names the shorter stays.
+
+    Args:
+        fixed: names that must stay: parameters.
+    """
+    uses: dict[str, list[ast.Name]] = {}
+    for one in statements:
+        for n in ast.walk(one):
+            if isinstance(n, ast.Name):
+                uses.setdefault(n.id, []).append(n)
+    for block in _blocks(statements):
+        position = 0
+        while position < len(block):
+            st = block[position]
+            position += 1
+            if not (isinstance(st, ast.Assign) and isinstance(st.targets[0], ast.Name) and isinstance(st.value, ast.Name)):
+                continue
+            new, old = st.targets[0].id, st.value.id
+            if new in fixed or old in fixed or new == old or len(uses[old]) != 2:
+                continue
+            made = [k for k, one in enumerate(block[: position - 1]) if _assigns(one, old)]
+            if len(made) != 1:
+                continue
+            between = block[made[0] + 1 : position - 1]
+            if any(isinstance(n, ast.Name) and n.id == new for one in between for n in ast.walk(one)):
+                continue
+            keep, drop = (old, new) if len(old) < len(new) else (new, old)
+            del block[position - 1]
+            position -= 1
+            merged = [n for n in (*uses[old], *uses.pop(new)) if n is not st.targets[0] and n is not st.value]
+            uses.pop(old, None)
+            for n in merged:
+                n.id = keep
+            uses[keep] = merged
+            uses.setdefault(drop, [])
+    return statements
+
+
+def _assigns(st: ast.stmt, identifier: str) -> bool:
+    return isinstance(st, ast.Assign) and isinstance(st.targets[0], ast.Name) and st.targets[0].id == identifier
+
+
+def _blocks(statements: list[ast.stmt]) -> list[list[ast.stmt]]:
+    found = [statements]
+    for st in statements:
+        for block in ("body", "orelse"):
+            if isinstance(st, (ast.If, ast.For, ast.While)) and getattr(st, block, None):
+                found += _blocks(getattr(st, block))
+    return found

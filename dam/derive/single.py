@@ -165,7 +165,7 @@ class Single:
                 index, value = expression(st.index), expression(st.value)
                 out.append(Store(of(st.name), index, value, st.line, st.restores, st.within))
             case Append():
-                out.append(Append(of(st.name), expression(st.value), st.line))
+                out.append(Append(of(st.name), expression(st.value), st.line, st.puts_back))
             case Pop():
                 whole = of(st.name)
                 out.append(Pop(new(st.target), whole, st.line))

@@ -413,7 +413,7 @@ for _name in ("floor", "ceil", "trunc", "isnan", "isinf", "isfinite", "isclose")
     WITHOUT_SLOPE.add(getattr(math, _name))
 WITHOUT_SLOPE |= {len, isinstance, type, int, bool, str, repr, range, print, hasattr, callable, id, any, all, round, format,
                   rt.stop_gradient, rt.zeros_like, rt.seed, rt.count, rt.among, rt.larger, rt.within, rt.sign, rt.rebound,
-                  rt.differentiable, rt.distinct, np.full}
+                  rt.differentiable, rt.distinct, rt.part, rt.sequence, rt.keys, np.full}
 METHODS_WITHOUT_SLOPE |= {"argmax", "argmin", "argsort", "any", "all", "nonzero", "dim", "size", "numel", "keys", "tolist",
                           "round", "floor", "ceil", "sign", "detach", "index", "count", "new_zeros", "new_ones",
                           "is_floating_point", "startswith", "endswith", "isnan", "searchsorted", "bool", "long"}
