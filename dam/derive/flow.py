@@ -145,10 +145,18 @@ def memory(statements: list[Statement]) -> Memory:
     return found
 
 
+def _arguments(value: ast.expr) -> set[str]:
+    """Names in a value, those of what is called left out: it is no memory of the result."""
+    called = {id(n.func) for n in ast.walk(value) if isinstance(n, ast.Call)}
+    modules = {"np", "torch", "math", "rt"}
+    functions = {n.id for n in ast.walk(value) if isinstance(n, ast.Name) and id(n) in called}
+    return loads(value) - modules - functions
+
+
 def _remember(st: Statement, found: Memory) -> None:
     match st:
         case Let(target=target, kind=kind, value=value):
-            names = loads(value)
+            names = _arguments(value)
             own, reach = found.mine(target), found.within(target)
             if kind == "copy" or kind == "constant" and isinstance(value, ast.Name):
                 for n in names:

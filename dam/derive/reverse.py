@@ -192,7 +192,7 @@ class Reverse:
                     keys = [ast.Constant(k) for k in range(len(values))]
                 for key, one in zip(keys, values, strict=True):
                     if isinstance(one, ast.Name):
-                        self.add(one.id, ast.Subscript(whole, key, ast.Load()), True, st.line, state, out)
+                        self.add(one.id, ast.Subscript(whole, key, ast.Load()), False, st.line, state, out)
             case "primitive":
                 self.primitive(st, state, out)
             case "call":
@@ -297,7 +297,7 @@ class Reverse:
         b, x = name(self.adjoint(st.name)), name(st.name)
         if isinstance(st.value, ast.Name) and st.value.id in self.active:
             value = text("rt.stored(b, i, x, v)", b=b, i=index, x=x, v=st.value)
-            self.add(st.value.id, value, True, st.line, state, out)
+            self.add(st.value.id, value, False, st.line, state, out)
         out.append(assign(b.id, text("rt.zeroed(b, i, x)", b=b, i=index, x=x), st.line))
 
     def append(self, st: Append, state: State, out: list[ast.stmt]) -> None:
@@ -307,7 +307,7 @@ class Reverse:
             return
         b = name(self.adjoint(st.name))
         if isinstance(st.value, ast.Name):
-            self.add(st.value.id, text("rt.last(b)", b=b), state[st.name], st.line, state, out)
+            self.add(st.value.id, text("rt.last(b)", b=b), False, st.line, state, out)
         out.append(assign(b.id, text("rt.without_last(b)", b=b), st.line))
 
     def pop(self, st: Pop, state: State, out: list[ast.stmt]) -> None:

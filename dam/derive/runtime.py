@@ -212,6 +212,15 @@ def zeros_like(x: Any) -> Any:
     return 0.0
 
 
+def _blank(x: Any) -> Any:
+    """An adjoint of a structure without contributions; of lists and dicts within it, whose length may change, 0.0."""
+    if isinstance(x, dict):
+        return {k: 0.0 if isinstance(v, (list, dict)) else _blank(v) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return _sequence(x, [0.0 if isinstance(v, (list, dict)) else _blank(v) for v in x])
+    return zeros_like(x)
+
+
 def full(b: Any, x: Any) -> Any:
     """b with the shape of x: an adjoint that may be a number still."""
     if isinstance(x, (tuple, list, dict)):
@@ -261,12 +270,12 @@ def placed(g: Any, i: Any, x: Any) -> Any:
 def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
     """b, an adjoint of x, with g added at i."""
     if isinstance(x, dict):
-        b = dict(zeros_like(x) if _is_zero(b) else b)
+        b = dict(_blank(x) if _is_zero(b) else b)
         if i in x:  # saved(x, i) finds nothing where a key is new
             b[i] = add(b.get(i, 0.0), full(g, x[i]))
         return b
     if isinstance(x, (tuple, list)):
-        items = list(zeros_like(x) if _is_zero(b) else b)
+        items = list(_blank(x) if _is_zero(b) else b)
         if isinstance(i, slice):
             items[i] = [add(one, other) for one, other in zip(items[i], full(g, x[i]), strict=True)]
         else:
@@ -297,23 +306,16 @@ def _tuple(i: Any) -> tuple[Any, ...]:
 
 
 def zeroed(b: Any, i: Any, x: Any) -> Any:
-    """b, an adjoint of x after `x[i] = v`, as the adjoint of x before.
-
-    Raises:
-        DerivativeError: x holds integers, or i names a place twice, of which one value is lost.
-    """
+    """b, an adjoint of x after `x[i] = v`, as the adjoint of x before."""
     if isinstance(x, dict):
         # The key may be gone again.
-        return {**zeros_like(x), **b, i: zeros_like(b.get(i))} if isinstance(b, dict) else b
+        return {**_blank(x), **b, i: zeros_like(b.get(i))} if isinstance(b, dict) else b
     if isinstance(x, (tuple, list)):
         if _is_zero(b):
             return b
         items = list(b)
         items[i] = zeros_like(x[i])
         return items
-    differentiable(x, "an array written to")
-    if _advanced(i):
-        _written_once(i, x)
     b = full(b, x)
     b = b.clone() if isinstance(b, torch.Tensor) else b.copy()
     b[i] = 0.0
@@ -329,7 +331,15 @@ def _written_once(i: Any, x: Any) -> None:
 
 
 def stored(b: Any, i: Any, x: Any, v: Any) -> Any:
-    """The adjoint of v in `x[i] = v`, from b, that of x afterwards."""
+    """The adjoint of v in `x[i] = v`, from b, that of x afterwards.
+
+    Raises:
+        DerivativeError: x holds integers, or i names a place twice, of which one value is lost.
+    """
+    if _is_array(x):
+        differentiable(x, "an array written to")
+        if _advanced(i):
+            _written_once(i, x)
     if _is_zero(b):
         return zeros_like(v)
     if isinstance(x, dict):
@@ -388,7 +398,7 @@ def last(b: Any) -> Any:
 
 def with_last(b: Any, g: Any, x: Any) -> Any:
     """An adjoint of a list as that of the list x before its last item, of adjoint g, was popped."""
-    return [*(zeros_like(x[:-1]) if _is_zero(b) else b), full(g, x[-1])]
+    return [*(_blank(x[:-1]) if _is_zero(b) else b), full(g, x[-1])]
 
 
 def spread(g: Any, items: Any) -> Any:
@@ -453,6 +463,8 @@ def unbroadcast(g: Any, x: Any) -> Any:
 
 def unbroadcast_any(g: Any, x: Any) -> Any:
     """g as an adjoint of x, an array or a structure: summed where x was a number for a whole."""
+    if _is_zero(g):
+        return 0.0
     if isinstance(g, (tuple, list)):
         if isinstance(x, (tuple, list)):
             return _sequence(x, [unbroadcast_any(one, other) for one, other in zip(g, x, strict=True)])

@@ -204,11 +204,18 @@ def _is_linalg(node: ast.expr) -> bool:
 
 def without_dead(statements: list[ast.stmt], pure_names: frozenset[str] = frozenset()) -> list[ast.stmt]:
     """Code without assignments that nothing reads, until none is left."""
+    own = set().union(*(names_bound(st) for st in statements))
     while True:
-        kept, _ = _alive(statements, set(), pure_names)
+        # A list of the surroundings is read by others.
+        kept, _ = _alive(statements, _appended(statements) - own, pure_names)
         if _count(kept) == _count(statements):
             return kept
         statements = kept
+
+
+def _appended(statements: Iterable[ast.stmt]) -> set[str]:
+    found = (_appends(n) for st in statements for n in ast.walk(st) if isinstance(n, ast.Expr))
+    return {one for one in found if one is not None}
 
 
 def _count(statements: Iterable[ast.stmt]) -> int:

@@ -69,6 +69,8 @@ def _derived(
 ) -> Function:
     read = functions.of(f)
     arguments = read.node.args
+    if arguments.vararg or arguments.kwarg:
+        raise read.refuse(read.node, "a function with *args or **kwargs has no derivative here; name its parameters")
     parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     names = _names(read.name, parameters, wrt)
     module, callee = Module(), Callee(read, f)
