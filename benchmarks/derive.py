@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     record: dict[str, Any] = {
-        "device": machine.cpu_name() if hasattr(machine, "cpu_name") else "",
+        "device": machine.Machine.this().cpu if hasattr(machine.Machine, "this") else "",
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__, "torch": torch.__version__},
         "budget": {"rounds": options.rounds, "threads": 1, "steps": STEPS},
         "cases": {},

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dam.derive import primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, For, If, Let, Pop, Statement, Store, Unpack, While, loads
+from dam.derive.primitives import walk as tree_walk
 from dam.derive.single import Single, reads, writes
 
 SCALAR = "()"
@@ -147,9 +148,9 @@ def memory(statements: list[Statement]) -> Memory:
 
 def _arguments(value: ast.expr) -> set[str]:
     """Names in a value, those of what is called left out: it is no memory of the result."""
-    called = {id(n.func) for n in ast.walk(value) if isinstance(n, ast.Call)}
+    called = {id(n.func) for n in tree_walk(value) if isinstance(n, ast.Call)}
     modules = {"np", "torch", "math", "rt"}
-    functions = {n.id for n in ast.walk(value) if isinstance(n, ast.Name) and id(n) in called}
+    functions = {n.id for n in tree_walk(value) if isinstance(n, ast.Name) and id(n) in called}
     return loads(value) - modules - functions
 
 
@@ -392,7 +393,7 @@ def numbers(statements: list[Statement]) -> set[str]:
                     continue
                 plain = isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult))
                 if not plain or names & found or any(
-                    isinstance(c, ast.Constant) and isinstance(c.value, float) for c in ast.walk(value)
+                    isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value)
                 ):
                     found |= names
         if len(found) == before:

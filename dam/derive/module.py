@@ -18,7 +18,7 @@ from dam.derive import flow, functions, runtime
 from dam.derive.errors import Line
 from dam.derive.forward import Forward
 from dam.derive.normal import Callee, Normaliser, name
-from dam.derive.primitives import copied
+from dam.derive.primitives import copied, walk
 from dam.derive.reverse import Primal, Reverse, assign, text
 from dam.derive.simplify import free, names_read, with_shared, without_copies, without_dead
 from dam.derive.single import Single
@@ -122,7 +122,7 @@ class Module:
         body = without_copies(body, {*parameters})
         counts: dict[str, int] = dict.fromkeys(parameters, 1)
         for st in body:
-            for inner in ast.walk(st):
+            for inner in walk(st):
                 if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                     counts[inner.id] = counts.get(inner.id, 0) + 1
         changed: set[str] = set()
@@ -337,7 +337,7 @@ def _size(value: Any) -> float:
 
 def _uncommented(body: list[ast.stmt]) -> None:
     for st in body:
-        for inner in ast.walk(st):
+        for inner in walk(st):
             if hasattr(inner, "line"):
                 inner.line = None
 

@@ -21,7 +21,7 @@ from dam.derive import functions, primitives, runtime, tables
 from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
-from dam.derive.primitives import Primitive, copied
+from dam.derive.primitives import Primitive, copied, walk
 
 assert tables.FUNCTIONS  # loaded with this module
 
@@ -147,17 +147,19 @@ def name(identifier: str) -> ast.Name:
 
 def loads(node: ast.AST) -> set[str]:
     """Names that are read in a tree, those that it binds itself left out."""
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Load) else set()
+    if isinstance(node, ast.Constant):
+        return set()
     if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-        bound = {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+        bound = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
         inside = set().union(*(loads(child) for child in ast.iter_child_nodes(node)))
         return inside - bound
     if isinstance(node, ast.comprehension):
         return loads(node.iter).union(*(loads(test) for test in node.ifs))
     if isinstance(node, ast.Lambda):
-        arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+        arguments = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)}
         return (loads(node.body) - arguments) | loads(node.args)
-    if isinstance(node, ast.Name):
-        return {node.id} if isinstance(node.ctx, ast.Load) else set()
     return set().union(*(loads(child) for child in ast.iter_child_nodes(node)))
 
 
@@ -181,11 +183,11 @@ class Rename(ast.NodeTransformer):
         return node
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
-        return self._scope(node, {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)})
+        return self._scope(node, {a.arg for a in walk(node.args) if isinstance(a, ast.arg)})
 
     def _comprehension(self, node: Any) -> ast.AST:
         return self._scope(
-            node, {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+            node, {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
         )
 
     visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension
@@ -246,7 +248,7 @@ class Normaliser:
         self.key = callee.key
         self.temporaries = 0
         node = self.source.node
-        for inner in ast.walk(node):
+        for inner in walk(node):
             if (reason := REFUSED.get(type(inner))) is not None:
                 raise self.refuse(inner, reason)
         arguments = node.args
@@ -254,7 +256,7 @@ class Normaliser:
             raise self.refuse(node, "a function with *args or **kwargs has no derivative here; name its parameters")
         self.parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
         result = RESULT
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {*self.parameters}
+        names = {n.id for n in walk(node) if isinstance(n, ast.Name)} | {*self.parameters}
         while result in names:
             result += "_"
         self.result = result
@@ -287,7 +289,7 @@ class Normaliser:
                     raise self.refuse(inner, "a lambda needs one name of its own; write it as a def")
                 defined[target.id] = _function_of_lambda(target.id, inner.value)
         counts: dict[str, int] = {}
-        for inner in (n for one in body for n in ast.walk(one)):
+        for inner in (n for one in body for n in walk(one)):
             if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                 counts[inner.id] = counts.get(inner.id, 0) + 1
         for identifier, node in defined.items():
@@ -302,7 +304,7 @@ class Normaliser:
                     names |= captured.get(other, set()) | outer.get(other, set())
         for identifier, node in defined.items():
             lifted = copied(node)
-            own = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+            own = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)}
             if lost := captured[identifier] & (own | _assigned(node.body)):
                 raise self.refuse(node, f"{sorted(lost)[0]} means two things in {identifier}; rename one of them")
             for one in sorted(captured[identifier]):
@@ -323,7 +325,7 @@ class Normaliser:
         self.varied = varied
         while True:
             before = len(varied)
-            for node in (n for one in body for n in ast.walk(one)):
+            for node in (n for one in body for n in walk(one)):
                 if isinstance(node, ast.Assign) and self.depends(node.value):
                     for target in node.targets:
                         varied |= _roots(target)
@@ -442,7 +444,7 @@ class Normaliser:
 
     def constant(self, node: ast.expr) -> ast.expr:
         """A value without a derivative, as written; names of the surroundings get theirs in the module."""
-        for inner in ast.walk(node):
+        for inner in walk(node):
             if isinstance(inner, ast.Call):
                 if isinstance(inner.func, ast.Name) and inner.func.id in self.functions:
                     raise self.refuse(node, f"{inner.func.id}, defined inside, is called within an expression that has no "
@@ -468,7 +470,7 @@ class Normaliser:
 
     def _calls_inside(self, node: ast.expr) -> bool:
         return any(
-            isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in self.functions for n in ast.walk(node)
+            isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in self.functions for n in walk(node)
         )
 
     def simple(self, node: ast.expr) -> bool:
@@ -579,7 +581,7 @@ class Normaliser:
 
     def _written(self, statement: ast.stmt, at: ast.AST, varied: set[str]) -> None:
         self.varied |= varied
-        for inner in ast.walk(statement):
+        for inner in walk(statement):
             if not hasattr(inner, "lineno"):
                 ast.copy_location(inner, at)
         self.locals |= _assigned([statement])
@@ -707,7 +709,7 @@ class Normaliser:
         if found is list and len(node.args) == 1:
             item = self.fresh("item")
             made = ast.ListComp(name(item), [ast.comprehension(ast.Name(item, ast.Store()), node.args[0], [], 0)])
-            for inner in ast.walk(made):
+            for inner in walk(made):
                 ast.copy_location(inner, node)
             return name(self._loops(made)), "copy"
         return None
@@ -873,7 +875,7 @@ class Normaliser:
 
     def on_AugAssign(self, node: ast.AugAssign) -> None:
         read = copied(node.target)
-        for inner in ast.walk(read):
+        for inner in walk(read):
             if hasattr(inner, "ctx"):
                 inner.ctx = ast.Load()
         if isinstance(node.target, ast.Name):
@@ -1081,10 +1083,10 @@ def _own_statements(node: ast.stmt) -> list[ast.stmt]:
 
 
 def _free(node: ast.FunctionDef) -> set[str]:
-    own = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} | _assigned(node.body)
+    own = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)} | _assigned(node.body)
     inside: set[str] = set()
     for statement in node.body:
-        for inner in ast.walk(statement):
+        for inner in walk(statement):
             if isinstance(inner, ast.FunctionDef):
                 inside |= _free(inner)
         inside |= loads(statement)
@@ -1108,7 +1110,7 @@ def _set(target: str, value: ast.expr) -> ast.stmt:
 
 def _set_target(target: ast.expr, value: ast.expr, at: ast.AST) -> ast.stmt:
     node = ast.Assign([copied(target)], value)
-    for inner in ast.walk(node):
+    for inner in walk(node):
         if not hasattr(inner, "lineno"):
             ast.copy_location(inner, at)
     return ast.copy_location(node, at)
@@ -1136,7 +1138,7 @@ def _as_value(index: ast.expr, plain: bool = False) -> ast.expr:
 
 def _renamed_comprehension(node: Any, fresh: Mapping[str, str]) -> Any:
     new = copied(node)
-    for inner in ast.walk(new):
+    for inner in walk(new):
         if isinstance(inner, ast.Name) and inner.id in fresh:
             inner.id = fresh[inner.id]
     return new

@@ -30,7 +30,7 @@ from dam.derive.normal import (
     loads,
     name,
 )
-from dam.derive.primitives import Primitive, filled
+from dam.derive.primitives import Primitive, filled, walk
 from dam.derive.simplify import fold, free, is_zero
 from dam.derive.single import Single, written
 
@@ -77,6 +77,7 @@ class Reverse:
         self.numbers = flow.numbers(single.statements)
         self.names: dict[str, str] = {}
         self.restored: set[int] = set()
+        self.writes = any(isinstance(st, (Store, Append, Pop)) for st in flow.walk(single.statements))
         self.primal = {*parameters, *written(single.statements)}
 
     def adjoint(self, value: str) -> str:
@@ -90,6 +91,8 @@ class Reverse:
             self._forget(self.single.statements)
             state = dict(seeds)
             code = self.block(self.single.statements, state)
+            if not self.writes:
+                return code, state
             needed = free(code) | self._kept_names(self.single.statements)
             memory = set().union(*(self.memory.all(n) for n in needed & self.primal))
             changed = {
@@ -433,7 +436,7 @@ def _is_range(node: ast.expr) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    return all(isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load)) for n in ast.walk(node))
+    return all(isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load)) for n in walk(node))
 
 
 def _values(st: For | While) -> set[str]:
@@ -565,14 +568,14 @@ def _joined(body: list[ast.stmt], carry: list[ast.stmt]) -> tuple[list[ast.stmt]
         assert isinstance(copy, ast.Assign) and isinstance(copy.value, ast.Name) and isinstance(copy.targets[0], ast.Name)
         old, new = copy.value.id, copy.targets[0].id
         at = [k for k, s in enumerate(body) if isinstance(s, ast.Assign) and _is_name(s.targets[0], old)]
-        count = sum(1 for s in [*body, *carry] for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == old)
+        count = sum(1 for s in [*body, *carry] for n in walk(s) if isinstance(n, ast.Name) and n.id == old)
         later = body[at[0] + 1 :] if len(at) == 1 else []
-        reads_new = any(isinstance(n, ast.Name) and n.id == new for s in later for n in ast.walk(s))
-        others = any(isinstance(n, ast.Name) and n.id == new for s in carry if s is not copy for n in ast.walk(s))
-        inside = sum(1 for s in later for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == old)
+        reads_new = any(isinstance(n, ast.Name) and n.id == new for s in later for n in walk(s))
+        others = any(isinstance(n, ast.Name) and n.id == new for s in carry if s is not copy for n in walk(s))
+        inside = sum(1 for s in later for n in walk(s) if isinstance(n, ast.Name) and n.id == old)
         if len(at) == 1 and not reads_new and not others and count == inside + 2:
             for s in body[at[0] :]:
-                for n in ast.walk(s):
+                for n in walk(s):
                     if isinstance(n, ast.Name) and n.id == old:
                         n.id = new
         else:

@@ -48,14 +48,14 @@ def differentiable(x: Any, name: str) -> None:
     Raises:
         DerivativeError: it has integers, booleans, complex numbers or none at all.
     """
-    if isinstance(x, float):
+    if isinstance(x, float) or type(x) is np.ndarray and x.dtype.kind == "f":
         return
     if isinstance(x, (tuple, list, dict)):
         items = x.items() if isinstance(x, dict) else enumerate(x)
         for at, value in items:
             differentiable(value, f"{name}[{at!r}]")
     elif isinstance(x, (np.ndarray, np.generic)):
-        if not np.issubdtype(x.dtype, np.floating):
+        if x.dtype.kind != "f":
             raise DerivativeError(f"no derivative in {name}, whose dtype is {x.dtype}; give floating-point numbers")
     elif isinstance(x, torch.Tensor):
         if not x.is_floating_point():
@@ -150,6 +150,8 @@ def tangent(d: Any, x: Any) -> Any:
 
 def gradient(b: Any, x: Any) -> Any:
     """The adjoint of an argument in the argument's own structure and shape."""
+    if type(b) is np.ndarray and type(x) is np.ndarray and b.shape == x.shape:
+        return b
     return _matched(b, x, "the gradient")
 
 
@@ -498,6 +500,10 @@ def broadcast(b: Any, x: Any) -> Any:
 
 def expand(g: Any, x: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """The adjoint of x when g is that of x.sum(axis, keepdims)."""
+    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
+        found = np.empty(x.shape, x.dtype)
+        found.fill(g)
+        return found
     if not _is_array(x):
         return g if _is_array(x) or _shape(g) == () else g.reshape(())[()]
     if axis is not None and not keepdims and _shape(g) != ():
@@ -596,6 +602,8 @@ def transposed_by_method(g: Any, axes: tuple[Any, ...]) -> Any:
 
 
 def swapped(x: Any, a: int = -1, b: int = -2) -> Any:
+    if type(x) is np.ndarray:
+        return x.swapaxes(a, b)
     return _lib(x).swapaxes(x, a, b)
 
 
@@ -765,18 +773,22 @@ def dot(x: Any, z: Any) -> Any:
     """numpy's dot."""
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return x * z
-    return tensordot(x, z, _contracted(x, z))
+    return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
+    if x.ndim <= 2 and z.ndim <= 2:
+        return matmul_left(g, x, z)
     return tensordot_left(g, x, z, _contracted(x, z))
 
 
 def dot_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
+    if x.ndim <= 2 and z.ndim <= 2:
+        return matmul_right(g, x, z)
     return tensordot_right(g, x, z, _contracted(x, z))
 
 

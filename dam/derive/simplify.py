@@ -6,7 +6,7 @@ import ast
 import math
 from collections.abc import Iterable
 
-from dam.derive.primitives import copied
+from dam.derive.primitives import copied, walk
 
 # Writing these again costs nothing, so they are not shared.
 _CHEAP = (ast.Name, ast.Constant)
@@ -136,11 +136,11 @@ def _called(node: ast.expr) -> str:
 
 
 def names_read(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
 def names_bound(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def free(statements: Iterable[ast.stmt]) -> set[str]:
@@ -168,7 +168,7 @@ def _bound_by(statements: list[ast.stmt]) -> set[str]:
 
 def _pure(node: ast.expr, pure_names: frozenset[str]) -> bool:
     """Whether computing a value has no effect, so that it may be left out."""
-    for inner in ast.walk(node):
+    for inner in walk(node):
         if isinstance(inner, ast.Call):
             called = _called(inner)
             root, _, rest = called.partition(".")
@@ -214,8 +214,13 @@ def without_dead(statements: list[ast.stmt], pure_names: frozenset[str] = frozen
 
 
 def _appended(statements: Iterable[ast.stmt]) -> set[str]:
-    found = (_appends(n) for st in statements for n in ast.walk(st) if isinstance(n, ast.Expr))
-    return {one for one in found if one is not None}
+    found: set[str] = set()
+    for st in statements:
+        if isinstance(st, ast.Expr) and (one := _appends(st)) is not None:
+            found.add(one)
+        for block in ("body", "orelse"):
+            found |= _appended(getattr(st, block, ()))
+    return found
 
 
 def _count(statements: Iterable[ast.stmt]) -> int:
@@ -351,7 +356,7 @@ def _value(st: ast.stmt) -> ast.expr:
 
 def _shareable(node: ast.expr, steady: set[str]) -> list[ast.expr]:
     found = []
-    for inner in ast.walk(node):
+    for inner in walk(node):
         costs = isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Pow, ast.MatMult, ast.Div))
         if isinstance(inner, ast.Call):
             root, _, rest = _called(inner).partition(".")
@@ -385,7 +390,7 @@ def without_copies(statements: list[ast.stmt], fixed: set[str]) -> list[ast.stmt
     """
     uses: dict[str, list[ast.Name]] = {}
     for one in statements:
-        for n in ast.walk(one):
+        for n in walk(one):
             if isinstance(n, ast.Name):
                 uses.setdefault(n.id, []).append(n)
     for block in _blocks(statements):
@@ -402,7 +407,7 @@ def without_copies(statements: list[ast.stmt], fixed: set[str]) -> list[ast.stmt
             if len(made) != 1:
                 continue
             between = block[made[0] + 1 : position - 1]
-            if any(isinstance(n, ast.Name) and n.id == new for one in between for n in ast.walk(one)):
+            if any(isinstance(n, ast.Name) and n.id == new for one in between for n in walk(one)):
                 continue
             keep, drop = (old, new) if len(old) < len(new) else (new, old)
             del block[position - 1]
