@@ -8,17 +8,18 @@ output says so, where it is not installed: `pip install autograd`.
 from __future__ import annotations
 
 import argparse
-import json
+import linecache
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dam.benchmarks import machine
+from dam.benchmarks import records, report
 from dam.derive import grad
 
 STEPS = 1000
@@ -45,7 +46,13 @@ def small_array_torch(w, x):
 
 def fifty_lines() -> str:
     """A function of 50 lines with loops, branches and stores, as text."""
-    lines = ["def f(x):", "    y = np.zeros(3)", "    s = x[0] * x[1]", "    for i in range(3):", "        y[i] = np.sin(x[i]) * s"]
+    lines = [
+        "def f(x):",
+        "    y = np.zeros(3)",
+        "    s = x[0] * x[1]",
+        "    for i in range(3):",
+        "        y[i] = np.sin(x[i]) * s",
+    ]
     lines += ["        if y[i] > 0.5:", "            s = s * y[i]"]
     k = 0
     while len(lines) < 49:
@@ -108,8 +115,6 @@ def median_times(candidates: dict[str, Callable[[], Any]], rounds: int, calls: i
 
 def transformation(rounds: int) -> float:
     """CPU seconds of grad on a function of 50 lines."""
-    import linecache
-
     text, space = fifty_lines(), {"np": np}
     linecache.cache["<fifty lines>"] = (len(text), None, text.splitlines(keepends=True), "<fifty lines>")
     exec(compile(text, "<fifty lines>", "exec"), space)
@@ -122,15 +127,24 @@ def transformation(rounds: int) -> float:
     return float(np.median(times))
 
 
+def _release(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.derive", description=__doc__)
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     record: dict[str, Any] = {
-        "device": machine.Machine.this().cpu if hasattr(machine.Machine, "this") else "",
-        "versions": {"python": sys.version.split()[0], "numpy": np.__version__, "torch": torch.__version__},
+        **records.versions(),
+        "cpu": report.cpu_model(),
+        "numpy": np.__version__,
+        "autograd": _release("autograd"),
         "budget": {"rounds": options.rounds, "threads": 1, "steps": STEPS},
         "cases": {},
     }
@@ -141,13 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "microseconds": {k: 1e6 * v for k, v in found.items()},
             "times": {k: v / own for k, v in found.items() if k != "dam.derive"},
         }
-        print(name, {k: f"{1e6 * v:.0f} us" for k, v in found.items()}, {k: f"{v / own:.1f}x" for k, v in found.items()})
+        print(
+            name, {k: f"{1e6 * v:.0f} us" for k, v in found.items()}, {k: f"{v / own:.1f}x" for k, v in found.items()}
+        )
         if "autograd" not in candidates:
             print("autograd is not installed and is left out")
-    record["transformation of 50 lines, ms"] = 1e3 * transformation(options.rounds)
-    print(f"transformation of 50 lines: {record['transformation of 50 lines, ms']:.1f} ms")
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record["transformation_ms"] = 1e3 * transformation(options.rounds)
+    print(f"transformation of 50 lines: {record['transformation_ms']:.1f} ms")
+    if options.json:
+        report.write_json(options.json, record)
     return 0
 
 

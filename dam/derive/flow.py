@@ -168,12 +168,11 @@ def _remember(st: Statement, found: Memory) -> None:
                     reach |= found.all(n)
             else:
                 fresh = (
-                    not _may_be_view(value)
-                    if kind == "constant"
-                    else kind == "primitive" and not value.primitive.view  # type: ignore[attr-defined]
+                    not _may_be_view(value) if kind == "constant" else kind == "primitive" and not value.primitive.view  # type: ignore[attr-defined]
                 )
+                shallow = kind == "primitive" and value.primitive.shallow  # type: ignore[attr-defined]
                 for n in names:
-                    reach |= found.within(n)
+                    reach |= found.all(n) if shallow else found.within(n)
                     if not fresh:
                         own |= found.all(n)
         case Unpack(targets=targets, value=whole):
@@ -187,7 +186,9 @@ def _remember(st: Statement, found: Memory) -> None:
             for n in loads(value):
                 found.within(whole).update(found.all(n))
         case For(target=target, iter=iterable):
-            if not (isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and iterable.func.id == "range"):
+            if not (
+                isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and iterable.func.id == "range"
+            ):
                 for n in loads(iterable):
                     found.mine(target).update(found.all(n))
 
@@ -305,12 +306,15 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                     st.line,
                 )
             if outside := [n for n in found.mine(st.name) if n not in single.variable]:
-                raise DerivativeError(f"{variable} may be {outside[0]} of the surroundings, which is written to; copy it", st.line)
+                raise DerivativeError(
+                    f"{variable} may be {outside[0]} of the surroundings, which is written to; copy it", st.line
+                )
             if found.mine(st.name) & parameters:
                 writes_argument = True
                 if not whole:
                     raise DerivativeError(
-                        f"a function that is called writes into its argument {variable}; let it return a new array", st.line
+                        f"a function that is called writes into its argument {variable}; let it return a new array",
+                        st.line,
                     )
         elif isinstance(st, Let) and st.in_place and isinstance(st.value, ast.BinOp):
             for n in loads(st.value.left):
@@ -392,11 +396,11 @@ def numbers(statements: list[Statement]) -> set[str]:
                 if not entry.partials:
                     continue
                 plain = isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult))
-                if not plain or names & found or any(
-                    isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value)
+                if (
+                    not plain
+                    or names & found
+                    or any(isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value))
                 ):
                     found |= names
         if len(found) == before:
             return found
-
-

@@ -52,6 +52,7 @@ class Forward:
         self.single, self.active = single, active
         self.twin, self.primal_name, self.in_place = twin, primal_name, in_place
         self.shapes = flow.shapes(single.statements, parameters)
+        self.writes = any(isinstance(st, (Store, Append, Pop)) for st in flow.walk(single.statements))
         self.names: dict[str, str] = {}
 
     def tangent(self, value: str) -> str:
@@ -86,12 +87,14 @@ class Forward:
                 how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
                 out.append(_plain(text(how, x=name(st.name), v=st.value)))
                 if st.name in self.active:
-                    out.append(_effect(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line))
+                    out.append(
+                        _effect(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line)
+                    )
             case Pop():
                 out.append(assign(st.target, text("x.pop()", x=name(st.name))))
                 if st.name in self.active:
-                    target = self.tangent(st.target) if st.target in self.active else self.single.fresh("unused")
-                    out.append(assign(target, text("d.pop()", d=name(self.tangent(st.name))), st.line))
+                    popped = self.tangent(st.target) if st.target in self.active else self.single.fresh("unused")
+                    out.append(assign(popped, text("d.pop()", d=name(self.tangent(st.name))), st.line))
                 elif st.target in self.active:
                     out.append(assign(self.tangent(st.target), self.of(name(st.target)), st.line))
             case Effect():
@@ -149,7 +152,12 @@ class Forward:
         if not varied:
             out.append(assign(d, text("rt.zeros_like(y)", y=name(y)), st.line))
         elif st.kind == "primitive":
-            out.append(assign(d, self.primitive(st), st.line))
+            made = self.primitive(st)
+            entry = st.value.primitive  # type: ignore[attr-defined]
+            if self.writes and not entry.view and not isinstance(made, (ast.BinOp, ast.UnaryOp)):
+                # As y = x + 1.0 has memory of its own, so must its tangent, which is x's.
+                made = text("rt.copied(d)", d=made)
+            out.append(assign(d, made, st.line))
         elif st.kind == "copy":
             out.append(assign(d, self.of(st.value), st.line))
         elif st.kind == "item":
@@ -158,7 +166,7 @@ class Forward:
         else:
             value = st.value
             if isinstance(value, ast.Dict):
-                made: ast.expr = ast.Dict(value.keys, [self.of(v) for v in value.values])
+                made = ast.Dict(value.keys, [self.of(v) for v in value.values])
             else:
                 assert isinstance(value, (ast.Tuple, ast.List))
                 made = type(value)([self.of(v) for v in value.elts], ast.Load())
@@ -174,7 +182,11 @@ class Forward:
         terms: list[ast.expr] = []
         whole = False
         for parameter, argument in bound.items():
-            if parameter not in entry.differentiable or not isinstance(argument, ast.Name) or argument.id not in self.active:
+            if (
+                parameter not in entry.differentiable
+                or not isinstance(argument, ast.Name)
+                or argument.id not in self.active
+            ):
                 continue
             d = self.of(argument)
             if parameter in entry.partials:
@@ -194,8 +206,10 @@ class Forward:
         total = terms[0]
         for term in terms[1:]:
             # Of structures, + would join them.
-            total = ast.BinOp(total, ast.Add(), term) if entry.partials or not _structured(entry) else text(
-                "rt.add(a, b)", a=total, b=term
+            total = (
+                ast.BinOp(total, ast.Add(), term)
+                if entry.partials or not _structured(entry)
+                else text("rt.add(a, b)", a=total, b=term)
             )
         return fold(total) if whole else text("rt.broadcast(d, y)", d=fold(total), y=y)
 

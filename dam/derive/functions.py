@@ -55,7 +55,9 @@ def of(function: Callable[..., Any]) -> Source:
     if isinstance(function, types.MethodType):
         raise DerivativeError(f"{named} is a method; give a function of its arguments instead")
     if not isinstance(function, types.FunctionType):
-        raise DerivativeError(f"{named} has no Python source ({type(function).__name__}); register its derivative with adjoint")
+        raise DerivativeError(
+            f"{named} has no Python source ({type(function).__name__}); register its derivative with adjoint"
+        )
     if hasattr(function, "__wrapped__"):
         raise DerivativeError(f"{named} is decorated; give the function beneath (its __wrapped__)")
     code = function.__code__

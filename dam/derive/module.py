@@ -93,11 +93,15 @@ class Module:
         if source.defaults or not given.defaults:
             arguments.defaults = [self._default(v) for v in source.defaults]
             keywords = source.keyword_defaults or {}
-            arguments.kw_defaults = [self._default(keywords[a.arg]) if a.arg in keywords else None for a in given.kwonlyargs]
+            arguments.kw_defaults = [
+                self._default(keywords[a.arg]) if a.arg in keywords else None for a in given.kwonlyargs
+            ]
         else:
             for one in (*given.defaults, *(d for d in given.kw_defaults if d is not None)):
                 if not isinstance(one, ast.Constant):
-                    raise source.refuse(source.node, "a default of a function defined inside must be a number or a string")
+                    raise source.refuse(
+                        source.node, "a default of a function defined inside must be a number or a string"
+                    )
             arguments.defaults = [copied(d) for d in given.defaults]
             arguments.kw_defaults = [copied(d) for d in given.kw_defaults]
         for one_more in extra or ():
@@ -106,7 +110,12 @@ class Module:
         return arguments
 
     def _default(self, value: Any) -> ast.expr:
-        if value is None or isinstance(value, (bool, int, float, str)) and value == value and abs(_size(value)) != math.inf:
+        if (
+            value is None
+            or isinstance(value, (bool, int, float, str))
+            and value == value
+            and abs(_size(value)) != math.inf
+        ):
             return ast.Constant(value)
         return name(self.bind("default", value))
 
@@ -116,7 +125,9 @@ class Module:
         node.first = first  # type: ignore[attr-defined]
         self.functions.append(node)
 
-    def passes(self, body: list[ast.stmt], single: Single, memory: flow.Memory, parameters: list[str]) -> list[ast.stmt]:
+    def passes(
+        self, body: list[ast.stmt], single: Single, memory: flow.Memory, parameters: list[str]
+    ) -> list[ast.stmt]:
         """Dead code out, twice computed values shared."""
         body = [copied(st) for st in without_dead(body, frozenset(self.pure))]
         body = without_copies(body, {*parameters})
@@ -219,7 +230,9 @@ class Module:
         for parameter in wrt:
             b = reverse.adjoint(parameter) if parameter in state else None
             value = ast.Constant(0.0) if b is None else name(b)
-            code.append(assign(single.fresh(f"gradient_{parameter}"), text("rt.gradient(b, x)", b=value, x=name(parameter))))
+            code.append(
+                assign(single.fresh(f"gradient_{parameter}"), text("rt.gradient(b, x)", b=value, x=name(parameter)))
+            )
         outputs: list[ast.expr] = [code[k - len(wrt)].targets[0] for k in range(len(wrt))]  # type: ignore[attr-defined]
         outputs = [name(o.id) for o in outputs]  # type: ignore[attr-defined]
         primal = self._primal_body(single, memory, reverse, in_place, set())
@@ -247,9 +260,7 @@ class Module:
         return given
 
     def _checks(self, wrt: list[str], parameters: list[str], writes: bool) -> list[ast.stmt]:
-        body: list[ast.stmt] = [
-            ast.Expr(text("rt.differentiable(x, n)", x=name(p), n=ast.Constant(p))) for p in wrt
-        ]
+        body: list[ast.stmt] = [ast.Expr(text("rt.differentiable(x, n)", x=name(p), n=ast.Constant(p))) for p in wrt]
         if writes and len(parameters) > 1:
             keywords = [ast.keyword(p, name(p)) for p in parameters]
             body.append(ast.Expr(ast.Call(ast.Attribute(name("rt"), "distinct", ast.Load()), [], keywords)))
@@ -402,5 +413,3 @@ def _headed(st: ast.If | ast.For | ast.While) -> ast.stmt:
     if isinstance(st, ast.For):
         return ast.fix_missing_locations(ast.For(st.target, st.iter, body, []))
     return ast.fix_missing_locations(ast.While(st.test, body, []))
-
-

@@ -186,9 +186,7 @@ class Rename(ast.NodeTransformer):
         return self._scope(node, {a.arg for a in walk(node.args) if isinstance(a, ast.arg)})
 
     def _comprehension(self, node: Any) -> ast.AST:
-        return self._scope(
-            node, {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
-        )
+        return self._scope(node, {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)})
 
     visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension
 
@@ -279,7 +277,9 @@ class Normaliser:
         for inner in (n for one in body for n in _own_statements(one)):
             if isinstance(inner, ast.FunctionDef):
                 if inner.decorator_list:
-                    raise self.refuse(inner.decorator_list[0], "a decorated function inside of another is not supported")
+                    raise self.refuse(
+                        inner.decorator_list[0], "a decorated function inside of another is not supported"
+                    )
                 if inner.name in defined:
                     raise self.refuse(inner, f"{inner.name} is defined twice; give each its own name")
                 defined[inner.name] = inner
@@ -294,7 +294,9 @@ class Normaliser:
                 counts[inner.id] = counts.get(inner.id, 0) + 1
         for identifier, node in defined.items():
             if counts.get(identifier, 0) > 1 or identifier in self.parameters:
-                raise self.refuse(node, f"{identifier} is a function here and something else there; give each its own name")
+                raise self.refuse(
+                    node, f"{identifier} is a function here and something else there; give each its own name"
+                )
         free = {identifier: _free(node) for identifier, node in defined.items()}
         outer = {k: set(v.captured) for k, v in self.functions.items()}
         captured = {k: {n for n in v if n in self.locals and n not in defined} for k, v in free.items()}
@@ -313,7 +315,9 @@ class Normaliser:
             source = Source(
                 identifier, lifted, self.source.file, self.source.first, self.source.lines, self.source.namespace
             )
-            self.functions[identifier] = Callee(source, (self.key, identifier, node.lineno), tuple(sorted(captured[identifier])))
+            self.functions[identifier] = Callee(
+                source, (self.key, identifier, node.lineno), tuple(sorted(captured[identifier]))
+            )
         for identifier in defined:
             self.functions[identifier].local = self.functions
         self.defined = set(defined)
@@ -340,7 +344,9 @@ class Normaliser:
                     if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
                         if any(self.depends(a) for a in call.args) and call.func.attr in ("append", "extend", "insert"):
                             varied.add(call.func.value.id)
-                    elif self.resolve(call.func) in (runtime.restore, runtime.store_tangent, runtime.put_back) and any(self.depends(a) for a in call.args):
+                    elif self.resolve(call.func) in (runtime.restore, runtime.store_tangent, runtime.put_back) and any(
+                        self.depends(a) for a in call.args
+                    ):
                         varied |= _roots(call.args[0])
             if len(varied) == before:
                 return varied
@@ -348,7 +354,11 @@ class Normaliser:
     def _counters(self, node: ast.For | ast.comprehension) -> set[str]:
         """Of targets of enumerate and items the name of the index, which has no derivative."""
         call = node.iter
-        if isinstance(call, ast.Call) and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(node.target, ast.Tuple)
+            and isinstance(node.target.elts[0], ast.Name)
+        ):
             method = isinstance(call.func, ast.Attribute) and call.func.attr == "items"
             if method or self.resolve(call.func) is enumerate:
                 return {node.target.elts[0].id}
@@ -627,7 +637,8 @@ class Normaliser:
             # What derived source calls takes such for its shape only.
             if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt":
                 raise self.refuse(
-                    self.here, f"{ast.unparse(node)} has no derivative in its argument {parameter}; stop_gradient makes it a constant"
+                    self.here,
+                    f"{ast.unparse(node)} has no derivative in its argument {parameter}; stop_gradient makes it a constant",
                 )
         node.primitive = entry  # type: ignore[attr-defined]
         return node
@@ -653,7 +664,9 @@ class Normaliser:
             return self._einsum(node, "np" if found is np.einsum else "torch"), "primitive"
         entry = primitives.FUNCTIONS.get(known)
         if entry is not None and known in (max, min) and len(node.args) != 2:
-            raise self.refuse(node, f"{ast.unparse(node.func)} of more or fewer than two numbers has no derivative here; use np.max")
+            raise self.refuse(
+                node, f"{ast.unparse(node.func)} of more or fewer than two numbers has no derivative here; use np.max"
+            )
         if entry is not None:
             called = name(self.bind(entry.name, entry.function)) if entry.rule else self._canonical(entry)
             new = ast.Call(
@@ -673,15 +686,26 @@ class Normaliser:
 
     def _einsum(self, node: ast.Call, module: str) -> ast.expr:
         """A sum of products: of each operand the adjoint is one too, of the adjoint and of the others."""
-        if not node.args or not isinstance(node.args[0], ast.Constant) or not isinstance(node.args[0].value, str) or node.keywords:
-            raise self.refuse(node, "einsum has a derivative where its subscripts are a string, written out, and nothing else")
+        if (
+            not node.args
+            or not isinstance(node.args[0], ast.Constant)
+            or not isinstance(node.args[0].value, str)
+            or node.keywords
+        ):
+            raise self.refuse(
+                node, "einsum has a derivative where its subscripts are a string, written out, and nothing else"
+            )
         subscripts = node.args[0].value.replace(" ", "")
         inputs, arrow, output = subscripts.partition("->")
         operands = inputs.split(",")
         if not arrow or "." in subscripts or len(operands) != len(node.args) - 1:
-            raise self.refuse(node, "einsum has a derivative with '->' and without '...', an operand for each subscript")
+            raise self.refuse(
+                node, "einsum has a derivative with '->' and without '...', an operand for each subscript"
+            )
         if any(len(set(o)) != len(o) for o in operands):
-            raise self.refuse(node, "einsum with an index twice in one operand has no derivative here; use np.diag first")
+            raise self.refuse(
+                node, "einsum with an index twice in one operand has no derivative here; use np.diag first"
+            )
         names = [f"x{k}" for k in range(len(operands))]
         reverse, forward = {}, {}
         for k, own in enumerate(operands):
@@ -694,9 +718,15 @@ class Normaliser:
             given = ", ".join(f"d_{n}" if j == k else n for j, n in enumerate(names))
             forward[names[k]] = f"{module}.einsum('{subscripts}', {given})"
         entry = Primitive(
-            f"{module}.einsum", primitives.signature(", ".join(["subscripts", *names])), module, reverse=reverse, forward=forward
+            f"{module}.einsum",
+            primitives.signature(", ".join(["subscripts", *names])),
+            module,
+            reverse=reverse,
+            forward=forward,
         )
-        call = ast.Call(self._canonical(entry), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], [])
+        call = ast.Call(
+            self._canonical(entry), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], []
+        )
         return self.primitive(call, entry)
 
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
@@ -870,7 +900,9 @@ class Normaliser:
         if not isinstance(base, ast.Name):
             raise self.refuse(at, f"an assignment into {ast.unparse(base)} is not supported")
         if base.id not in self.locals:
-            raise self.refuse(at, f"{base.id} is not a variable of the function, and writing into it has no derivative here")
+            raise self.refuse(
+                at, f"{base.id} is not a variable of the function, and writing into it has no derivative here"
+            )
         self.emit(Store(base.id, self.index(target.slice), value, self.source.line(at), within=within))
 
     def on_AugAssign(self, node: ast.AugAssign) -> None:
@@ -907,7 +939,9 @@ class Normaliser:
                 if function.attr == "append" and len(value.args) == 1:
                     self.emit(Append(function.value.id, self.atom(value.args[0]), self.source.line(node)))
                     return
-                raise self.refuse(node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here")
+                raise self.refuse(
+                    node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here"
+                )
         found = self.resolve(function)
         if found is runtime.put_back:
             whole, back = value.args
@@ -963,7 +997,9 @@ class Normaliser:
 
     def on_While(self, node: ast.While) -> None:
         if self._calls_inside(node.test):
-            raise self.refuse(node, "a function defined inside is called in the condition of a while; call it in the body")
+            raise self.refuse(
+                node, "a function defined inside is called in the condition of a while; call it in the body"
+            )
         test = self.constant(node.test)
         body = self.inner(node.body)
         self.emit(While(test, body, self.source.line(node), getattr(node, "stop", None)))
@@ -1002,15 +1038,29 @@ class Normaliser:
                 whole = self._named(arguments[0])
                 indices = primitives.filled("range(len(x) - 1, -1, -1)", {"x": whole})
                 return indices, [_set_target(target, _item(whole, k), at)]
-            if function is enumerate and len(arguments) in (1, 2) and isinstance(target, ast.Tuple) and len(target.elts) == 2:
-                whole = self._named(arguments[0])
+            if (
+                function is enumerate
+                and len(arguments) in (1, 2)
+                and isinstance(target, ast.Tuple)
+                and len(target.elts) == 2
+            ):
+                inner = arguments[0]
+                if isinstance(inner, ast.Call) and self.resolve(inner.func) is zip and len(arguments) == 1:
+                    count, first = self._items(inner, target.elts[1], k, at)
+                    return count, [_set_target(target.elts[0], name(k), at), *first]
+                whole = self._named(inner)
                 shift = self.constant(arguments[1]) if len(arguments) == 2 else ast.Constant(0)
                 number = primitives.filled("k + n", {"k": name(k), "n": shift}) if len(arguments) == 2 else name(k)
                 return primitives.filled("range(len(x))", {"x": whole}), [
                     _set_target(target.elts[0], number, at),
                     _set_target(target.elts[1], _item(whole, k), at),
                 ]
-            if function is zip and not call.keywords or function is zip and all(k_.arg == "strict" for k_ in call.keywords):
+            if (
+                function is zip
+                and not call.keywords
+                or function is zip
+                and all(k_.arg == "strict" for k_ in call.keywords)
+            ):
                 if not isinstance(target, ast.Tuple) or len(target.elts) != len(arguments):
                     raise self.refuse(at, "a loop over zip needs as many names as there are sequences")
                 wholes = [self._named(a) for a in arguments]
@@ -1050,8 +1100,14 @@ class Normaliser:
         if not isinstance(call, ast.Call) or self.resolve(call.func) is not runtime.insert_grad_of:
             raise self.refuse(node, "the only with that has a meaning here is that of insert_grad_of")
         assert item is not None
-        if len(call.args) != 1 or not isinstance(call.args[0], ast.Name) or not isinstance(item.optional_vars, ast.Name):
-            raise self.refuse(node, "insert_grad_of takes a variable and gives its adjoint a name: with insert_grad_of(x) as dx")
+        if (
+            len(call.args) != 1
+            or not isinstance(call.args[0], ast.Name)
+            or not isinstance(item.optional_vars, ast.Name)
+        ):
+            raise self.refuse(
+                node, "insert_grad_of takes a variable and gives its adjoint a name: with insert_grad_of(x) as dx"
+            )
         variable, alias = call.args[0].id, item.optional_vars.id
         if variable not in self.varied:
             raise self.refuse(node, f"no derivative flows through {variable}")

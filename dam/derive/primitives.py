@@ -28,6 +28,7 @@ class Primitive:
         reverse: by parameter, the adjoint that a call adds to that of the argument.
         forward: the tangent of the result, as a sum over parameters.
         view: whether the result may share memory with an argument.
+        shallow: whether what the result holds may, as of a copied list; not the result itself.
         fresh_shape: "same" as its one argument, "scalar", or None where it is not known.
     """
 
@@ -39,6 +40,7 @@ class Primitive:
     forward: Mapping[str, str] = field(default_factory=dict)
     rule: Callable[..., Any] | None = None
     view: bool = False
+    shallow: bool = False
     shape: str | None = None
     function: Any = None  # of a rule: what it is the derivative of
 
@@ -87,17 +89,6 @@ def parsed(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
 
 
-class Fill(ast.NodeTransformer):
-    """Puts expressions in the places of names."""
-
-    def __init__(self, names: Mapping[str, ast.expr]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        found = self.names.get(node.id)
-        return copied(found) if found is not None else ast.Name(node.id, ast.Load())
-
-
 def copied(node: Any) -> Any:
     """A deep copy of a tree, with its positions and whatever else its nodes carry."""
     if isinstance(node, list):
@@ -126,7 +117,21 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def filled(text: str, names: Mapping[str, ast.expr]) -> ast.expr:
-    return Fill(names).visit(copied(parsed(text)))
+    """The expression of a text, copies of other expressions in the places of names."""
+    return _filled(parsed(text), names)
+
+
+def _filled(node: Any, names: Mapping[str, ast.expr]) -> Any:
+    if isinstance(node, ast.Name):
+        found = names.get(node.id)
+        return ast.Name(node.id, ast.Load()) if found is None else copied(found)
+    if isinstance(node, list):
+        return [_filled(one, names) for one in node]
+    new = node.__class__()
+    for name in node._fields:
+        value = getattr(node, name)
+        setattr(new, name, _filled(value, names) if isinstance(value, (ast.AST, list)) else value)
+    return new
 
 
 class Unsupported(Exception):

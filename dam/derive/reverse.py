@@ -237,7 +237,9 @@ class Reverse:
                 self.add(argument.id, expression, state[y], st.line, state, out)
             else:
                 names["g"] = self.whole(y, state)
-                self.add(argument.id, filled(entry.reverse[parameter], names), True, st.line, state, out)
+                # Of adjoints of structures, an item may be 0.0 still.
+                full = not (entry.module == "rt" and entry.view)
+                self.add(argument.id, filled(entry.reverse[parameter], names), full, st.line, state, out)
 
     def ruled(self, st: Let, entry: Primitive, bound: dict[str, ast.expr], state: State, out: list[ast.stmt]) -> None:
         """A derivative that a user registered: a function of (adjoint, result, *arguments)."""
@@ -258,7 +260,9 @@ class Reverse:
         """Of a call, parameters and the names that are active there."""
         assert isinstance(value, ast.Call)
         return [
-            (str(k.arg), k.value.id) for k in value.keywords if isinstance(k.value, ast.Name) and k.value.id in self.active
+            (str(k.arg), k.value.id)
+            for k in value.keywords
+            if isinstance(k.value, ast.Name) and k.value.id in self.active
         ]
 
     def call(self, st: Let, state: State, out: list[ast.stmt]) -> None:
@@ -436,7 +440,10 @@ def _is_range(node: ast.expr) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    return all(isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load)) for n in walk(node))
+    return all(
+        isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load))
+        for n in walk(node)
+    )
 
 
 def _values(st: For | While) -> set[str]:
@@ -565,7 +572,9 @@ def _joined(body: list[ast.stmt], carry: list[ast.stmt]) -> tuple[list[ast.stmt]
     """Assigns what the next iteration begins with at once, where nothing reads the old value afterwards."""
     rest = []
     for copy in carry:
-        assert isinstance(copy, ast.Assign) and isinstance(copy.value, ast.Name) and isinstance(copy.targets[0], ast.Name)
+        assert (
+            isinstance(copy, ast.Assign) and isinstance(copy.value, ast.Name) and isinstance(copy.targets[0], ast.Name)
+        )
         old, new = copy.value.id, copy.targets[0].id
         at = [k for k, s in enumerate(body) if isinstance(s, ast.Assign) and _is_name(s.targets[0], old)]
         count = sum(1 for s in [*body, *carry] for n in walk(s) if isinstance(n, ast.Name) and n.id == old)

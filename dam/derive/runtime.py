@@ -100,7 +100,9 @@ def rebound(x: Any, names: str) -> None:
         DerivativeError: x is an array or a list, which += changes under its other name too.
     """
     if isinstance(x, (np.ndarray, torch.Tensor, list, dict)):
-        raise DerivativeError(f"an augmented assignment changes {names} in place too, which is read later; copy it first")
+        raise DerivativeError(
+            f"an augmented assignment changes {names} in place too, which is read later; copy it first"
+        )
 
 
 def part(x: Any, i: Any) -> Any:
@@ -129,7 +131,9 @@ def seed(y: Any) -> Any:
     if _is_array(y) and _size(y) == 1:
         differentiable(y, "the result")
         return _lib(y).ones_like(y)
-    raise DerivativeError(f"grad needs a scalar result, and this one is {_said(y)}; autodiff takes an adjoint of any shape")
+    raise DerivativeError(
+        f"grad needs a scalar result, and this one is {_said(y)}; autodiff takes an adjoint of any shape"
+    )
 
 
 def seeded(b: Any, y: Any) -> Any:
@@ -261,7 +265,9 @@ def packed(items: Sequence[Any], x: Any) -> Any:
         raise DerivativeError(f"{len(items)} adjoints for {len(x)} items")
     if isinstance(x, (tuple, list)):
         return _sequence(x, [full(b, one) for b, one in zip(items, x, strict=True)])
-    return _lib(x).stack([full(b, one) if _is_array(one) else _lib(x).asarray(b) for b, one in zip(items, x, strict=True)])
+    return _lib(x).stack(
+        [full(b, one) if _is_array(one) else _lib(x).asarray(b) for b, one in zip(items, x, strict=True)]
+    )
 
 
 def placed(g: Any, i: Any, x: Any) -> Any:
@@ -271,6 +277,8 @@ def placed(g: Any, i: Any, x: Any) -> Any:
 
 def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
     """b, an adjoint of x, with g added at i."""
+    if _is_zero(x):  # an adjoint without contributions, of which every item is 0.0
+        return 0.0
     if isinstance(x, dict):
         b = dict(_blank(x) if _is_zero(b) else b)
         if i in x:  # saved(x, i) finds nothing where a key is new
@@ -354,7 +362,9 @@ def saved(x: Any, i: Any) -> Any:
     if isinstance(x, dict):
         return x.get(i, _MISSING)
     value = x[i]
-    return value.copy() if isinstance(value, np.ndarray) else value.clone() if isinstance(value, torch.Tensor) else value
+    return (
+        value.copy() if isinstance(value, np.ndarray) else value.clone() if isinstance(value, torch.Tensor) else value
+    )
 
 
 def restore(x: Any, i: Any, old: Any) -> None:
@@ -400,6 +410,8 @@ def last(b: Any) -> Any:
 
 def with_last(b: Any, g: Any, x: Any) -> Any:
     """An adjoint of a list as that of the list x before its last item, of adjoint g, was popped."""
+    if _is_zero(x):  # an adjoint without contributions, which stays one
+        return 0.0
     return [*(_blank(x[:-1]) if _is_zero(b) else b), full(g, x[-1])]
 
 

@@ -6,16 +6,29 @@ import ast
 import math
 from collections.abc import Iterable
 
-from dam.derive.primitives import copied, walk
+from dam.derive.primitives import walk
 
 # Writing these again costs nothing, so they are not shared.
 _CHEAP = (ast.Name, ast.Constant)
-_EFFECTS = {"restore", "put_back", "store_tangent", "part", "rebound", "distinct", "differentiable", "print", "seed", "seeded", "tangent", "gradient"}
+_EFFECTS = {
+    "restore",
+    "put_back",
+    "store_tangent",
+    "part",
+    "rebound",
+    "distinct",
+    "differentiable",
+    "print",
+    "seed",
+    "seeded",
+    "tangent",
+    "gradient",
+}
 
 
 def _number(node: ast.expr) -> float | int | None:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
+        return node.value  # type: ignore[return-value]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         inner = _number(node.operand)
         return None if inner is None else -inner
@@ -53,7 +66,11 @@ class Fold(ast.NodeTransformer):
                     return self.visit(ast.UnaryOp(ast.USub(), node.left))
                 if left == -1.0:
                     return self.visit(ast.UnaryOp(ast.USub(), node.right))
-                if isinstance(node.right, ast.BinOp) and isinstance(node.right.op, ast.Div) and _number(node.right.left) == 1.0:
+                if (
+                    isinstance(node.right, ast.BinOp)
+                    and isinstance(node.right.op, ast.Div)
+                    and _number(node.right.left) == 1.0
+                ):
                     return ast.BinOp(node.left, ast.Div(), node.right.right)
                 if isinstance(node.right, ast.UnaryOp) and isinstance(node.right.op, ast.USub) and right is None:
                     return ast.UnaryOp(ast.USub(), self.visit(ast.BinOp(node.left, ast.Mult(), node.right.operand)))
@@ -122,7 +139,8 @@ def _computed(op: ast.operator, left: float, right: float) -> float | None:
 
 
 def fold(node: ast.expr) -> ast.expr:
-    return Fold().visit(copied(node))
+    """The same value with less arithmetic; the tree itself may be changed."""
+    return Fold().visit(node)
 
 
 def _called(node: ast.expr) -> str:
@@ -174,7 +192,18 @@ def _pure(node: ast.expr, pure_names: frozenset[str]) -> bool:
             root, _, rest = called.partition(".")
             if root in ("np", "torch", "math", "rt") and rest.split(".")[-1] not in _EFFECTS:
                 continue
-            if called in pure_names or called in ("len", "range", "float", "abs", "min", "max", "sum", "list", "slice", "reversed"):
+            if called in pure_names or called in (
+                "len",
+                "range",
+                "float",
+                "abs",
+                "min",
+                "max",
+                "sum",
+                "list",
+                "slice",
+                "reversed",
+            ):
                 continue
             if isinstance(inner.func, ast.Attribute) and root not in ("np", "torch", "math", "rt"):
                 if inner.func.attr in _PURE_METHODS:
@@ -255,9 +284,10 @@ def _alive(statements: list[ast.stmt], live: set[str], pure: frozenset[str]) -> 
             st = _at(ast.If(test=test, body=body, orelse=orelse), st)
             live = of_body | of_orelse | names_read(test)
         elif isinstance(st, (ast.For, ast.While)):
-            st, live = _loop_alive(st, live, pure)
-            if st is None:
+            loop, live = _loop_alive(st, live, pure)
+            if loop is None:
                 continue
+            st = loop
         elif isinstance(st, ast.Expr) and _appends(st) is not None:
             if _appends(st) not in live:
                 continue
@@ -277,7 +307,9 @@ def _appends(st: ast.Expr) -> str | None:
     return None
 
 
-def _loop_alive(st: ast.For | ast.While, live: set[str], pure: frozenset[str]) -> tuple[ast.For | ast.While | None, set[str]]:
+def _loop_alive(
+    st: ast.For | ast.While, live: set[str], pure: frozenset[str]
+) -> tuple[ast.For | ast.While | None, set[str]]:
     head = names_read(st.iter) if isinstance(st, ast.For) else names_read(st.test)
     around = set(live) | (head if isinstance(st, ast.While) else set())
     while True:
@@ -330,7 +362,11 @@ def with_shared(statements: list[ast.stmt], fresh: object, steady: set[str]) -> 
         if len(places) < 2:
             continue
         first = out[places[0]]
-        whole = isinstance(first, ast.Assign) and ast.unparse(first.value) == text and isinstance(first.targets[0], ast.Name)
+        whole = (
+            isinstance(first, ast.Assign)
+            and ast.unparse(first.value) == text
+            and isinstance(first.targets[0], ast.Name)
+        )
         if whole and first.targets[0].id in steady:  # type: ignore[attr-defined]
             name = first.targets[0].id  # type: ignore[attr-defined]
             changed = places[1:]
@@ -398,7 +434,9 @@ def without_copies(statements: list[ast.stmt], fixed: set[str]) -> list[ast.stmt
         while position < len(block):
             st = block[position]
             position += 1
-            if not (isinstance(st, ast.Assign) and isinstance(st.targets[0], ast.Name) and isinstance(st.value, ast.Name)):
+            if not (
+                isinstance(st, ast.Assign) and isinstance(st.targets[0], ast.Name) and isinstance(st.value, ast.Name)
+            ):
                 continue
             new, old = st.targets[0].id, st.value.id
             if new in fixed or old in fixed or new == old or len(uses[old]) != 2:

@@ -111,7 +111,9 @@ class Single:
         result: the name of the function's result.
     """
 
-    def __init__(self, statements: list[Statement], parameters: list[str], result: str, taken: Callable[[str], bool]) -> None:
+    def __init__(
+        self, statements: list[Statement], parameters: list[str], result: str, taken: Callable[[str], bool]
+    ) -> None:
         self.taken = taken
         self.used: set[str] = set(parameters)
         self.variable = {p: p for p in parameters}

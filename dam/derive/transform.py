@@ -86,7 +86,9 @@ def _names(function: str, parameters: list[str], wrt: int | str | Sequence[int |
     for one in (wrt,) if isinstance(wrt, (int, str)) else wrt:
         known = one in parameters if isinstance(one, str) else -len(parameters) <= one < len(parameters)
         if not known:
-            raise DerivativeError(f"{function} has no parameter {one!r} to differentiate in; it has {', '.join(parameters)}")
+            raise DerivativeError(
+                f"{function} has no parameter {one!r} to differentiate in; it has {', '.join(parameters)}"
+            )
         found.append(one if isinstance(one, str) else parameters[one])
     if not found or len(set(found)) != len(found):
         raise DerivativeError(f"wrt names parameters, each once; got {wrt!r}")
@@ -103,7 +105,9 @@ def source(f: Function) -> str:
     """
     text = getattr(f, "__dict__", {}).get(functions.TEXT)
     if text is None:
-        raise DerivativeError(f"{getattr(f, '__name__', f)!r} was not derived; source is of what grad and autodiff return")
+        raise DerivativeError(
+            f"{getattr(f, '__name__', f)!r} was not derived; source is of what grad and autodiff return"
+        )
     return text
 
 

@@ -753,7 +753,9 @@ def diff_case(x):
 
 @case(A)
 def reshaped(x):
-    return np.sum(np.reshape(x, (3, 2)) ** 2 @ np.ones(2)) + np.sum(x.reshape(-1)[1:4] ** 3) + np.sum(np.ravel(x)[2] * x)
+    return (
+        np.sum(np.reshape(x, (3, 2)) ** 2 @ np.ones(2)) + np.sum(x.reshape(-1)[1:4] ** 3) + np.sum(np.ravel(x)[2] * x)
+    )
 
 
 @case(A)
@@ -783,7 +785,11 @@ def broadcast_to_case(x):
 
 @case(V, U)
 def concatenated(x, y):
-    return np.sum(np.concatenate([x, y * 2.0, x]) ** 2 * np.arange(9.0)) if False else np.sum(np.concatenate([x, y * 2.0, x]) ** 3)
+    return (
+        np.sum(np.concatenate([x, y * 2.0, x]) ** 2 * np.arange(9.0))
+        if False
+        else np.sum(np.concatenate([x, y * 2.0, x]) ** 3)
+    )
 
 
 @case(A, A * 2.0)
@@ -810,7 +816,11 @@ def array_of_scalars(x, y):
 
 @case(V, torch=False)
 def tiled(x):
-    return np.sum(np.tile(x, 2)[1:5] ** 2) + np.sum(np.tile(x, (2, 2)) ** 3) + np.sum(np.repeat(x, 2) ** 2 * np.arange(6.0))
+    return (
+        np.sum(np.tile(x, 2)[1:5] ** 2)
+        + np.sum(np.tile(x, (2, 2)) ** 3)
+        + np.sum(np.repeat(x, 2) ** 2 * np.arange(6.0))
+    )
 
 
 @case(V, torch=False)
@@ -1211,3 +1221,21 @@ def memo(x):
         else:
             cache[i] = cache[i - 1] * cache[i - 2]
     return cache[3]
+
+
+@case(V, torch=False)
+def copied_and_written(x):
+    y = x.copy()
+    z = x + 1.0
+    for i in range(1, 3):
+        y[i] += y[i - 1] * 0.5
+        z[i] = y[i] * x[0]
+    return np.sum(y[::-1] * x) + np.sum(z * z * x)
+
+
+@case(V)
+def enumerated_pairs(x):
+    total = 0.0
+    for i, (a, b) in enumerate(zip(x, x[1:])):  # noqa: B905
+        total += (i + 1) * a * b
+    return total

@@ -13,7 +13,15 @@ from dam.derive import autodiff, grad
 X, Y = np.array([0.7, 1.3, 0.4]), np.array([[0.9], [0.2]])
 LEAVES = st.sampled_from(["x", "y", "k", "0.5", "2.0", "x[0]", "y[1]", "x[1:] * 1.0 + k", "x"])
 # Bounded, so that no tree overflows, and smooth.
-ONE = ["m.sin({})", "m.cos({})", "m.tanh({})", "m.exp(-m.square({}))", "-({})", "m.sqrt(1.0 + m.square({}))", "({}) ** 2 * 0.1"]
+ONE = [
+    "m.sin({})",
+    "m.cos({})",
+    "m.tanh({})",
+    "m.exp(-m.square({}))",
+    "-({})",
+    "m.sqrt(1.0 + m.square({}))",
+    "({}) ** 2 * 0.1",
+]
 TWO = ["({}) + ({})", "({}) - ({})", "({}) * ({})", "({}) / (1.5 + m.cos({}))"]
 STATEMENTS = ["{} = {}", "{0} = {1}\n    if m.sum({0}) > 0.3:\n        {0} = {0} * k"]
 
