@@ -115,7 +115,8 @@ def median_times(candidates: dict[str, Callable[[], Any]], rounds: int, calls: i
 
 def transformation(rounds: int) -> float:
     """CPU seconds of grad on a function of 50 lines."""
-    text, space = fifty_lines(), {"np": np}
+    text = fifty_lines()
+    space: dict[str, Any] = {"np": np}
     linecache.cache["<fifty lines>"] = (len(text), None, text.splitlines(keepends=True), "<fifty lines>")
     exec(compile(text, "<fifty lines>", "exec"), space)
     grad(space["f"])

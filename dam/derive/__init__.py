@@ -1,4 +1,4 @@
-"""Derivatives as source: functions of numpy and torch calls into functions that can be read, by transforming their code."""
+"""Derivatives as source: of functions of numpy and torch, by transforming their code."""
 
 from dam.derive.errors import DerivativeError
 from dam.derive.runtime import insert_grad_of, stop_gradient

@@ -1,8 +1,8 @@
-"""Bodies without return, break and continue: what follows an early exit goes into the other branch, or under a flag.
+"""Bodies without return, break and continue: what follows goes into the other branch, or under a flag.
 
-A `return` in the middle becomes an assignment to RESULT. Where one branch of an `if` always leaves, the rest of the block
-moves into the other; where it only may leave, a flag is set and the rest is guarded by it. A loop that may be left
-early keeps the name of its flag in the attribute `stop`: it is tested once, at the end of the loop's body.
+A `return` in the middle becomes an assignment to RESULT. Where one branch of an `if` always leaves, the rest of
+the block moves into the other; where it only may leave, a flag is set and the rest is guarded by it. A loop that may
+be left early keeps the name of its flag in the attribute `stop`: it is tested once, at the end of the loop's body.
 """
 
 from __future__ import annotations

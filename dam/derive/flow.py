@@ -125,9 +125,10 @@ def _may_be_view(value: ast.expr) -> bool:
     return True
 
 
-_FRESH = {"zeros", "ones", "empty", "zeros_like", "ones_like", "empty_like", "full", "full_like", "array", "arange", "eye",
-          "linspace", "len", "range", "float", "int", "rand", "randn", "tensor", "shape", "copied", "saved", "argsort",
-          "argmax", "argmin", "seed", "count", "among", "larger", "where", "abs"}  # fmt: skip
+_FRESH = {
+    *"zeros ones empty zeros_like ones_like empty_like full full_like array arange eye linspace len range".split(),
+    *"float int rand randn tensor shape copied saved argsort argmax argmin seed count among larger where abs".split(),
+}
 
 
 def memory(statements: list[Statement]) -> Memory:
@@ -159,11 +160,11 @@ def _remember(st: Statement, found: Memory) -> None:
         case Let(target=target, kind=kind, value=value):
             names = _arguments(value)
             own, reach = found.mine(target), found.within(target)
-            if kind == "copy" or kind == "constant" and isinstance(value, ast.Name):
+            if kind == "copy" or (kind == "constant" and isinstance(value, ast.Name)):
                 for n in names:
                     own |= found.mine(n)
                     reach |= found.within(n)
-            elif kind == "structure" or kind == "constant" and isinstance(value, (ast.List, ast.Tuple, ast.Dict)):
+            elif kind == "structure" or (kind == "constant" and isinstance(value, (ast.List, ast.Tuple, ast.Dict))):
                 for n in names:
                     reach |= found.all(n)
             else:
@@ -206,7 +207,7 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
     got its name.
 
     Returns:
-        Whether an argument is written to; and, by the identity of an augmented assignment, the names that make it one of
+        Whether an argument is written to; and, by the identity of an augmented assignment, the name that makes one of
         arrays wrong, to be checked when it runs.
 
     Raises:
@@ -302,7 +303,8 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
             variable = single.variable.get(st.name, st.name)
             if names:
                 raise DerivativeError(
-                    f"{variable} is written to while {names[0]}, which may share its memory, is still to be read; copy one",
+                    f"{variable} is written to while {names[0]}, which may share its memory, is still to be read; "
+                    "copy one",
                     st.line,
                 )
             if outside := [n for n in found.mine(st.name) if n not in single.variable]:

@@ -110,11 +110,8 @@ class Module:
         return arguments
 
     def _default(self, value: Any) -> ast.expr:
-        if (
-            value is None
-            or isinstance(value, (bool, int, float, str))
-            and value == value
-            and abs(_size(value)) != math.inf
+        if value is None or (
+            isinstance(value, (bool, int, float, str)) and value == value and abs(_size(value)) != math.inf
         ):
             return ast.Constant(value)
         return name(self.bind("default", value))
@@ -196,7 +193,7 @@ class Module:
         stem = callee.source.name
         self.made[known] = forward, backward = self.unique(f"{stem}_forward"), self.unique(f"{stem}_backward")
         self.pure |= {forward, backward}
-        normal, single, names, memory, _, in_place, reverse, code, state = self._reverse(callee, active, False)
+        normal, single, _, memory, _, in_place, reverse, code, state = self._reverse(callee, active, False)
         returned: list[ast.expr] = []
         for parameter in sorted(active):
             if parameter not in state:
@@ -363,14 +360,15 @@ def _stated(identifier: str, value: Any) -> str:
     """The line that gives a name its value, where there is one."""
     if inspect.ismodule(value):
         return _import(identifier, value)
-    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return f"{identifier} = {value!r}"
     if isinstance(value, (tuple, list)) and all(isinstance(v, (bool, int, str, float)) for v in value):
         return f"{identifier} = {value!r}"
     if type(value) is np.ndarray and value.size <= _WRITTEN_OUT and value.dtype.kind in "fiub":
         return f'{identifier} = __import__("numpy").array({value.tolist()!r}, dtype="{value.dtype}")'
     if type(value) is torch.Tensor and value.numel() <= _WRITTEN_OUT and value.device.type == "cpu":
-        return f'{identifier} = __import__("torch").tensor({value.tolist()!r}, dtype=__import__("torch").{str(value.dtype)[6:]})'
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f'{identifier} = __import__("torch").tensor({value.tolist()!r}, dtype=__import__("torch").{dtype})'
     where, called = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
     if isinstance(where, str) and called.isidentifier():
         return f"from {where} import {called}" + ("" if called == identifier else f" as {identifier}")

@@ -136,8 +136,8 @@ class Surgery:
 Statement = Let | Unpack | Store | Append | Pop | Effect | If | For | While | Surgery
 
 MUTATORS = {
-    "extend", "insert", "remove", "clear", "sort", "reverse", "update", "setdefault", "popitem", "fill", "put", "resize",
-    "partition", "shuffle", "itemset", "setflags", "add", "discard",
+    "extend", "insert", "remove", "clear", "sort", "reverse", "update", "setdefault", "popitem", "fill", "put",
+    "resize",     "partition", "shuffle", "itemset", "setflags", "add", "discard",
 }  # fmt: skip
 
 
@@ -289,9 +289,9 @@ class Normaliser:
                     raise self.refuse(inner, "a lambda needs one name of its own; write it as a def")
                 defined[target.id] = _function_of_lambda(target.id, inner.value)
         counts: dict[str, int] = {}
-        for inner in (n for one in body for n in walk(one)):
-            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                counts[inner.id] = counts.get(inner.id, 0) + 1
+        for any_ in (n for one in body for n in walk(one)):
+            if isinstance(any_, ast.Name) and isinstance(any_.ctx, ast.Store):
+                counts[any_.id] = counts.get(any_.id, 0) + 1
         for identifier, node in defined.items():
             if counts.get(identifier, 0) > 1 or identifier in self.parameters:
                 raise self.refuse(
@@ -457,7 +457,7 @@ class Normaliser:
         for inner in walk(node):
             if isinstance(inner, ast.Call):
                 if isinstance(inner.func, ast.Name) and inner.func.id in self.functions:
-                    raise self.refuse(node, f"{inner.func.id}, defined inside, is called within an expression that has no "
+                    raise self.refuse(node, f"{inner.func.id}, defined inside, is called in an expression that has no "
                                       "derivative; call it on a line of its own")  # fmt: skip
                 if (
                     isinstance(inner.func, ast.Attribute)
@@ -638,7 +638,8 @@ class Normaliser:
             if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt":
                 raise self.refuse(
                     self.here,
-                    f"{ast.unparse(node)} has no derivative in its argument {parameter}; stop_gradient makes it a constant",
+                    f"{ast.unparse(node)} has no derivative in its argument {parameter}; "
+                    "stop_gradient makes it a constant",
                 )
         node.primitive = entry  # type: ignore[attr-defined]
         return node
@@ -749,7 +750,7 @@ class Normaliser:
         if written is not None:
             plain = ast.copy_location(ast.Call(function.value, [function.value, *node.args], node.keywords), node)
             return self.call(plain, Callee(functions.of(written), written)), "call"
-        if function.attr == "get" and len(node.args) == 1 or function.attr == "copy" and not node.args:
+        if (function.attr == "get" and len(node.args) == 1) or (function.attr == "copy" and not node.args):
             if function.attr == "get":
                 return ast.Subscript(self.atom(function.value), self.index(node.args[0]), ast.Load()), "item"
         if function.attr in ("astype", "to", "type", "float", "values", "items"):
@@ -918,8 +919,8 @@ class Normaliser:
             index = self.index(node.target.slice)
             place = ast.copy_location(ast.Subscript(node.target.value, _as_value(index, plain=True), ast.Load()), node)
             whole = ast.copy_location(ast.BinOp(place, node.op, node.value), node)
-            value = self.atom(whole)
-            self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), value, node)
+            new = self.atom(whole)
+            self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), new, node)
         else:
             raise self.refuse(node, f"an assignment to {ast.unparse(node.target)} has no derivative here")
 
@@ -1055,11 +1056,8 @@ class Normaliser:
                     _set_target(target.elts[0], number, at),
                     _set_target(target.elts[1], _item(whole, k), at),
                 ]
-            if (
-                function is zip
-                and not call.keywords
-                or function is zip
-                and all(k_.arg == "strict" for k_ in call.keywords)
+            if (function is zip and not call.keywords) or (
+                function is zip and all(k_.arg == "strict" for k_ in call.keywords)
             ):
                 if not isinstance(target, ast.Tuple) or len(target.elts) != len(arguments):
                     raise self.refuse(at, "a loop over zip needs as many names as there are sequences")

@@ -505,10 +505,10 @@ class Primal:
                 out.append(node_)
             case If():
                 body, orelse = self.block(st.body), self.block(st.orelse)
-                node = ast.If(test=st.test, body=body or [ast.Pass()], orelse=orelse)
-                node.line = st.line  # type: ignore[attr-defined]
+                branch = ast.If(test=st.test, body=body or [ast.Pass()], orelse=orelse)
+                branch.line = st.line  # type: ignore[attr-defined]
                 self._undefined(st, out)
-                out.append(node)
+                out.append(branch)
             case For() | While():
                 self.loop(st, out)
             case Surgery():
@@ -564,13 +564,13 @@ class Primal:
             node = ast.For(target=ast.Name(st.target, ast.Store()), iter=st.iter, body=body or [ast.Pass()], orelse=[])
         else:
             node = ast.While(test=st.test, body=body or [ast.Pass()], orelse=[])
-        node.line = st.line  # type: ignore[attr-defined]
+        node.line = st.line  # type: ignore[union-attr]
         out.append(node)
 
 
 def _joined(body: list[ast.stmt], carry: list[ast.stmt]) -> tuple[list[ast.stmt], list[ast.stmt]]:
     """Assigns what the next iteration begins with at once, where nothing reads the old value afterwards."""
-    rest = []
+    rest: list[ast.stmt] = []
     for copy in carry:
         assert (
             isinstance(copy, ast.Assign) and isinstance(copy.value, ast.Name) and isinstance(copy.targets[0], ast.Name)

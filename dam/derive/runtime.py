@@ -1,8 +1,8 @@
-"""What derived source calls: adjoints of broadcasting, reductions, subscripts and structures, for numpy and torch.
+"""What derived source calls: adjoints of broadcasting, reductions, subscripts, structures; numpy and torch.
 
-Adjoints have the structure of what they belong to: an array for an array, a list for a list. The number 0.0 stands for an
-adjoint to which nothing has been added yet, whatever its structure. Nothing here changes its arguments but `restore`.
-Most functions have derivatives of their own in dam.derive.tables, so that derived source can be derived again.
+Adjoints have the structure of what they belong to: an array for an array, a list for a list. The number 0.0 stands
+for an adjoint to which nothing has been added yet, whatever its structure. Only `restore`, `put_back` and
+`store_tangent` change their arguments. Most functions have derivatives of their own in dam.derive.tables, so that derived source can be derived again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def differentiable(x: Any, name: str) -> None:
     Raises:
         DerivativeError: it has integers, booleans, complex numbers or none at all.
     """
-    if isinstance(x, float) or type(x) is np.ndarray and x.dtype.kind == "f":
+    if isinstance(x, float) or (type(x) is np.ndarray and x.dtype.kind == "f"):
         return
     if isinstance(x, (tuple, list, dict)):
         items = x.items() if isinstance(x, dict) else enumerate(x)

@@ -377,7 +377,7 @@ def with_shared(statements: list[ast.stmt], fresh: object, steady: set[str]) -> 
         for place in dict.fromkeys(changed):
             target = out[place]
             if isinstance(target, ast.Assign) and not (whole and target is first):
-                target.value = replace.visit(target.value)
+                target.value = replace.visit(target.value)  # type: ignore[assignment]
         if not whole or first.targets[0].id not in steady:  # type: ignore[attr-defined]
             made = ast.Assign([ast.Name(name, ast.Store())], ast.parse(text, mode="eval").body)
             out.insert(places[0], _at(made, first))

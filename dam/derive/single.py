@@ -193,7 +193,7 @@ class Single:
         for statements in (st.body, st.orelse):
             inside = dict(environment)
             sides.append((self.block(statements, inside, live), inside))
-        (body, of_body), (orelse, of_orelse) = sides
+        (body, _), (orelse, _) = sides
         for variable in sorted((written(st.body) | written(st.orelse)) & live):
             ends = [inside.get(variable) for _, inside in sides]
             if ends[0] == ends[1]:

@@ -450,11 +450,14 @@ _TENSORDOT: dict[str, Any] = {
     "forward": {"x": "rt.tensordot(d_x, z, axes)", "z": "rt.tensordot(x, d_z, axes)"},
 }
 _everywhere("tensordot", "x, z, axes=2", modules="np", **_TENSORDOT)
+_IN_TORCH: dict[str, Any] = {
+    mode: {k: v.replace("axes", "dims") for k, v in texts.items()} for mode, texts in _TENSORDOT.items()
+}
 _everywhere(
     "tensordot",
     "x, z, dims=2",
     modules="torch",
-    **{mode: {k: v.replace("axes", "dims") for k, v in texts.items()} for mode, texts in _TENSORDOT.items()},
+    **_IN_TORCH,
 )
 FUNCTIONS[key(rt.tensordot)] = _entry("rt.tensordot", "x, z, axes=2", "rt", **_TENSORDOT)
 FUNCTIONS[key(rt.tensordot_left)] = _entry(
@@ -647,7 +650,8 @@ _runtime("expand_matrix", "x", {"x": "rt.total(g, (-2, -1))"}, {"x": "rt.expand_
 
 for _name in (
     "shape ndim size argmax argmin argsort sign floor ceil round rint trunc isnan isinf isfinite zeros_like ones_like "
-    "empty_like zeros ones empty arange array_equal allclose any all equal greater less greater_equal less_equal not_equal "
+    "empty_like zeros ones empty arange array_equal allclose any all equal greater less greater_equal less_equal "
+    "not_equal "
     "searchsorted count_nonzero nonzero floor_divide logical_and logical_or logical_not isclose signbit heaviside eye "
     "linspace full triu_indices tril_indices diag_indices indices logical_xor result_type iscomplexobj isscalar numel "
     "is_tensor argwhere bincount digitize shares_memory may_share_memory"

@@ -25,7 +25,7 @@ def grad(f: Function, wrt: int | str | Sequence[int | str] = (0,), *, preserve_r
         preserve_result: return f's result too, after the gradients.
 
     Returns:
-        A function that returns the gradient, of the structure and shape of its argument; a tuple of them for more than one.
+        A function that returns the gradient, of the structure and shape of its argument; a tuple for more than one.
         `source` gives its text.
 
     Raises:
@@ -48,7 +48,7 @@ def autodiff(
 
     Args:
         f, wrt: as for `grad`.
-        mode: "reverse": the derivative takes the adjoint of the result as `init_grad`, of its structure; a scalar's is 1
+        mode: "reverse": it takes the adjoint of the result as `init_grad`, of its structure; a scalar's is 1
             unless given. "forward": it takes a tangent for each parameter x of wrt, as `d_x`, and has no default.
         preserve_result: return f's result too, at the end.
 

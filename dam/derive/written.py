@@ -37,7 +37,7 @@ def std_by_method(x, axis=None, ddof=None, keepdims=False):
 
 
 def norm(x, ord=None, axis=None, keepdims=False):
-    if ord is None or ord == "fro" or ord == 2 and (axis is not None or x.ndim == 1):
+    if ord is None or ord == "fro" or (ord == 2 and (axis is not None or x.ndim == 1)):
         return rt.total(x * x, axis, keepdims) ** 0.5
     if axis is None and x.ndim > 1:
         raise NotImplementedError("no derivative of this norm of a matrix; give an axis")

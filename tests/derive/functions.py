@@ -1,4 +1,4 @@
-"""Functions in numpy, what they are in torch where this can be said, and arguments: what the tests of dam.derive go through."""
+"""Functions of numpy and their arguments: what the tests of dam.derive go through."""
 
 import math
 
@@ -239,7 +239,7 @@ def continue_in_loop(x):
 @case(1.1)
 def loop_else(x):
     y = x
-    for i in range(3):
+    for i in range(3):  # noqa: B007
         if y > 100.0:
             break
         y = y * x
@@ -337,7 +337,7 @@ def loop_no_iterations(x):
 @case(0.8)
 def loop_variable_after(x):
     y = x
-    for i in range(4):
+    for i in range(4):  # noqa: B007
         y = y * x
     return y * i
 
@@ -1236,6 +1236,6 @@ def copied_and_written(x):
 @case(V)
 def enumerated_pairs(x):
     total = 0.0
-    for i, (a, b) in enumerate(zip(x, x[1:])):  # noqa: B905
+    for i, (a, b) in enumerate(zip(x, x[1:])):  # noqa: B905, RUF007
         total += (i + 1) * a * b
     return total

@@ -76,7 +76,7 @@ def arguments_of(name):
     return f, [fresh(a) for a in arguments], wrt, order, in_torch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def derived(name):
     f, _, wrt, _, _ = CASES[name]
     return grad(f, wrt, preserve_result=True)

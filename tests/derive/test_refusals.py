@@ -67,7 +67,7 @@ def starred_call(x):
 
 
 def starred_unpack(x):
-    a, *b = x
+    a, *_ = x
     return a
 
 
