@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         **records.versions(),
+        "command": "python -m benchmarks.derive --json FILE",
         "cpu": report.cpu_model(),
         "numpy": np.__version__,
         "autograd": _release("autograd"),

@@ -2,7 +2,8 @@
 
 Adjoints have the structure of what they belong to: an array for an array, a list for a list. The number 0.0 stands
 for an adjoint to which nothing has been added yet, whatever its structure. Only `restore`, `put_back` and
-`store_tangent` change their arguments. Most functions have derivatives of their own in dam.derive.tables, so that derived source can be derived again.
+`store_tangent` change their arguments.
+Most functions have derivatives of their own in dam.derive.tables, so that derived source can be derived again.
 """
 
 from __future__ import annotations
