@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dam import canvas as canvas
     from dam import ctmc as ctmc
     from dam import decoding as decoding
+    from dam import derive as derive
     from dam import diagnostics as diagnostics
     from dam import divergences as divergences
     from dam import engines as engines
@@ -46,6 +47,7 @@ _SUBMODULES = (
     "canvas",
     "ctmc",
     "decoding",
+    "derive",
     "diagnostics",
     "divergences",
     "engines",

@@ -13,7 +13,7 @@ import dam
 PACKAGE = Path(__file__).parent.parent / "dam"
 # Those that are in dam by a link.
 LINKED = tuple(PACKAGE.parent / name for name in ("kernels", "benchmarks"))
-# A module imports from its own part and from parts of lower rank. plots knows nothing of the rest.
+# A module imports from its own part and from parts of lower rank. plots and derive know nothing of the rest.
 RANK = {
     "_cpu": 0,
     "kernels": 0,
@@ -40,7 +40,7 @@ RANK = {
     "lm_eval": 10,
     "cli": 10,
 }
-LEAVES = {"plots": 0}
+LEAVES = {"plots": 0, "derive": 0}
 # Within a part, a module imports modules of lower rank only; the first pattern that fits a name gives its rank. Of the
 # other parts it holds that they have no circle.
 WITHIN = {

@@ -1,0 +1,408 @@
+"""What is active, what may share memory, which values have the same shape: facts about single-name statements."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from dam.derive import primitives
+from dam.derive.errors import DerivativeError
+from dam.derive.normal import Append, For, If, Let, Pop, Statement, Store, Unpack, While, loads
+from dam.derive.primitives import walk as tree_walk
+from dam.derive.single import Single, reads, writes
+
+SCALAR = "()"
+
+
+def walk(statements: Iterable[Statement]) -> Iterator[Statement]:
+    """All statements, those of blocks after the one that has them, a loop's carry last."""
+    for st in statements:
+        yield st
+        match st:
+            case If():
+                yield from walk(st.body)
+                yield from walk(st.orelse)
+            case For() | While():
+                yield from walk(st.body)
+                yield from st.carry
+
+
+def arguments(st: Let) -> dict[str, ast.expr]:
+    """What a statement's value has a slope in, by parameter or position."""
+    value = st.value
+    if st.kind == "copy":
+        return {"x": value}
+    if st.kind == "item":
+        assert isinstance(value, ast.Subscript)
+        return {"x": value.value}
+    if st.kind == "structure":
+        if isinstance(value, ast.Dict):
+            return {str(k): v for k, v in enumerate(value.values)}
+        assert isinstance(value, (ast.Tuple, ast.List))
+        return {str(k): v for k, v in enumerate(value.elts)}
+    if st.kind == "call":
+        assert isinstance(value, ast.Call)
+        return {str(k.arg): k.value for k in value.keywords}
+    if st.kind == "primitive":
+        entry = value.primitive  # type: ignore[attr-defined]
+        bound = primitives.bound(entry, value)
+        return {p: bound[p] for p in bound if p in entry.differentiable}
+    return {}
+
+
+def edges(st: Statement) -> list[tuple[str, str]]:
+    """Pairs (from, to) of names along which a derivative flows."""
+    match st:
+        case Let():
+            return [(n, st.target) for v in arguments(st).values() for n in loads(v)]
+        case Unpack():
+            return [(st.value, t) for t in st.targets]
+        case Store() | Append():
+            return [(n, st.name) for n in loads(st.value)]
+        case Pop():
+            return [(st.name, st.target)]
+    return []
+
+
+def active(statements: list[Statement], inputs: Iterable[str], result: str) -> set[str]:
+    """Names that depend on an input and that the result depends on."""
+    forward: dict[str, set[str]] = {}
+    backward: dict[str, set[str]] = {}
+    for st in walk(statements):
+        for one, other in edges(st):
+            forward.setdefault(one, set()).add(other)
+            backward.setdefault(other, set()).add(one)
+    return _reached(forward, inputs) & _reached(backward, [result])
+
+
+def _reached(graph: dict[str, set[str]], start: Iterable[str]) -> set[str]:
+    found, waiting = set(start), list(start)
+    while waiting:
+        for other in graph.get(waiting.pop(), ()):
+            if other not in found:
+                found.add(other)
+                waiting.append(other)
+    return found
+
+
+# ---- memory
+
+
+@dataclass
+class Memory:
+    """Which memory a name may be of: its own, or within it as a list has its items'."""
+
+    own: dict[str, set[str]] = field(default_factory=dict)
+    reach: dict[str, set[str]] = field(default_factory=dict)
+    acquired: dict[tuple[str, str], set[int]] = field(default_factory=dict)  # (name, memory): by which statements
+
+    def mine(self, identifier: str) -> set[str]:
+        return self.own.setdefault(identifier, {identifier})
+
+    def within(self, identifier: str) -> set[str]:
+        return self.reach.setdefault(identifier, set())
+
+    def all(self, identifier: str) -> set[str]:
+        return self.mine(identifier) | self.within(identifier)
+
+
+FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
+VIEWS = {"asarray", "asanyarray", "reshape", "ravel", "transpose", "squeeze", "expand_dims", "swapaxes", "moveaxis",
+         "broadcast_to", "atleast_1d", "atleast_2d", "diag", "flip", "split", "as_tensor", "from_numpy"}  # fmt: skip
+
+
+def _may_be_view(value: ast.expr) -> bool:
+    """Whether a value without a derivative may share memory with what it is made of."""
+    if isinstance(value, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Constant, ast.BoolOp, ast.JoinedStr, ast.ListComp)):
+        return False
+    if isinstance(value, ast.Call):
+        function = value.func
+        called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        if isinstance(function, ast.Attribute) and called in FRESH_METHODS:
+            return False
+        return called in VIEWS or not isinstance(function, (ast.Attribute, ast.Name)) or called not in _FRESH
+    return True
+
+
+_FRESH = {
+    *"zeros ones empty zeros_like ones_like empty_like full full_like array arange eye linspace len range".split(),
+    *"float int rand randn tensor shape copied saved argsort argmax argmin seed count among larger where abs".split(),
+}
+
+
+def memory(statements: list[Statement]) -> Memory:
+    found = Memory()
+    everything = list(walk(statements))
+    for _ in range(3):  # containers may be filled after they are read, in a loop
+        for st in everything:
+            changed = [*writes(st)] if not isinstance(st, (If, For, While)) else []
+            changed += [st.target] if isinstance(st, For) else []
+            changed += [st.name] if isinstance(st, (Store, Append)) else []
+            before = {n: set(found.all(n)) for n in changed}
+            _remember(st, found)
+            for n in changed:
+                for memory_ in found.all(n) - (before[n] - {n}):
+                    found.acquired.setdefault((n, memory_), set()).add(id(st))
+    return found
+
+
+def _arguments(value: ast.expr) -> set[str]:
+    """Names in a value, those of what is called left out: it is no memory of the result."""
+    called = {id(n.func) for n in tree_walk(value) if isinstance(n, ast.Call)}
+    modules = {"np", "torch", "math", "rt"}
+    functions = {n.id for n in tree_walk(value) if isinstance(n, ast.Name) and id(n) in called}
+    return loads(value) - modules - functions
+
+
+def _remember(st: Statement, found: Memory) -> None:
+    match st:
+        case Let(target=target, kind=kind, value=value):
+            names = _arguments(value)
+            own, reach = found.mine(target), found.within(target)
+            if kind == "copy" or (kind == "constant" and isinstance(value, ast.Name)):
+                for n in names:
+                    own |= found.mine(n)
+                    reach |= found.within(n)
+            elif kind == "structure" or (kind == "constant" and isinstance(value, (ast.List, ast.Tuple, ast.Dict))):
+                for n in names:
+                    reach |= found.all(n)
+            else:
+                fresh = (
+                    not _may_be_view(value) if kind == "constant" else kind == "primitive" and not value.primitive.view  # type: ignore[attr-defined]
+                )
+                shallow = kind == "primitive" and value.primitive.shallow  # type: ignore[attr-defined]
+                for n in names:
+                    reach |= found.all(n) if shallow else found.within(n)
+                    if not fresh:
+                        own |= found.all(n)
+        case Unpack(targets=targets, value=whole):
+            for target in targets:
+                found.mine(target).update(found.all(whole))
+                found.within(target).update(found.within(whole))
+        case Pop(target=target, name=whole):
+            found.mine(target).update(found.within(whole))
+            found.within(target).update(found.within(whole))
+        case Store(name=whole, value=value) | Append(name=whole, value=value):
+            for n in loads(value):
+                found.within(whole).update(found.all(n))
+        case For(target=target, iter=iterable):
+            if not (
+                isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and iterable.func.id == "range"
+            ):
+                for n in loads(iterable):
+                    found.mine(target).update(found.all(n))
+
+
+@dataclass(frozen=True)
+class _Place:
+    number: int
+    loops: tuple[int, ...]  # which loops it is in, outermost first
+
+
+def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> tuple[bool, dict[int, str]]:
+    """That no array is written to while another name for its memory is still to be read.
+
+    Derived code passes: it puts back what it wrote before it reads a value again, so that each is what it was when it
+    got its name.
+
+    Returns:
+        Whether an argument is written to; and, by the identity of an augmented assignment, the name that makes one of
+        arrays wrong, to be checked when it runs.
+
+    Raises:
+        DerivativeError: such a write.
+    """
+    places: dict[int, _Place] = {}
+    read_at: dict[str, list[_Place]] = {}
+    made_at: dict[str, list[_Place]] = {}
+    counter = 0
+
+    def visit(statements: Iterable[Statement], loops: tuple[int, ...]) -> None:
+        nonlocal counter
+        for st in statements:
+            counter += 1
+            place = _Place(counter, loops)
+            places[id(st)] = place
+            inner = (*loops, counter)
+            if isinstance(st, While):
+                place = _Place(counter, inner)
+            for n in reads(st):
+                read_at.setdefault(n, []).append(place)
+            if not isinstance(st, (If, For, While)):
+                for n in writes(st):
+                    made_at.setdefault(n, []).append(place)
+            match st:
+                case If():
+                    visit(st.body, loops)
+                    visit(st.orelse, loops)
+                case For():
+                    made_at.setdefault(st.target, []).append(_Place(counter, inner))
+                    visit(st.body, inner)
+                    visit(st.carry, inner)
+                case While():
+                    visit(st.body, inner)
+                    visit(st.carry, inner)
+
+    visit(single.statements, ())
+    counter += 1
+    read_at.setdefault(single.result, []).append(_Place(counter, ()))
+    parameters = {n for n in single.variable if single.variable[n] == n and n not in made_at}
+
+    def read_later(identifier: str, at: _Place) -> bool:
+        made = made_at.get(identifier, [_Place(0, ())])
+        for place in read_at.get(identifier, ()):
+            if place.number > at.number:
+                # What is made between the write and the read sees what was written.
+                if not all(at.number < m.number <= place.number for m in made):
+                    return True
+                continue
+            common = [a for a, b in zip(place.loops, at.loops, strict=False) if a == b]
+            # Read earlier in a loop that comes round again, unless it is made anew in front of that each time.
+            if common and not all(m.loops[: len(common)] == tuple(common) and m.number <= place.number for m in made):
+                return True
+        return False
+
+    def by_then(other: str, memory_: str, at: _Place) -> bool:
+        """Whether a name may have that memory when it is written to, since it was made."""
+        made = made_at.get(memory_, [])
+        if len(made) != 1:
+            return True
+        (start,) = made
+        for statement in found.acquired.get((other, memory_), ()):
+            place = places[statement]
+            common = tuple(a for a, b in zip(place.loops, at.loops, strict=False) if a == b)
+            if not (start.number < at.number < place.number and common == start.loops):
+                return True
+        return False
+
+    def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
+        changed = found.mine(identifier)
+        variable = single.variable.get(identifier, identifier)
+        return sorted(
+            {
+                single.variable.get(other, other)
+                for other in {*found.own, *found.reach}
+                if single.variable.get(other, other) not in (variable, *exempt)
+                and other != identifier
+                and any(by_then(other, m, at) for m in found.all(other) & changed)
+                and read_later(other, at)
+            }
+        )
+
+    if derived:
+        return False, {}
+    writes_argument = False
+    in_place: dict[int, str] = {}
+    for st in walk(single.statements):
+        if isinstance(st, (Store, Append, Pop)):
+            exempt = st.within if isinstance(st, Store) else ()
+            if isinstance(st, Pop):
+                exempt = (single.variable.get(st.target, st.target),)
+            names = others(st.name, places[id(st)], exempt)
+            variable = single.variable.get(st.name, st.name)
+            if names:
+                raise DerivativeError(
+                    f"{variable} is written to while {names[0]}, which may share its memory, is still to be read; "
+                    "copy one",
+                    st.line,
+                )
+            if outside := [n for n in found.mine(st.name) if n not in single.variable]:
+                raise DerivativeError(
+                    f"{variable} may be {outside[0]} of the surroundings, which is written to; copy it", st.line
+                )
+            if found.mine(st.name) & parameters:
+                writes_argument = True
+                if not whole:
+                    raise DerivativeError(
+                        f"a function that is called writes into its argument {variable}; let it return a new array",
+                        st.line,
+                    )
+        elif isinstance(st, Let) and st.in_place and isinstance(st.value, ast.BinOp):
+            for n in loads(st.value.left):
+                names = others(n, places[id(st)], (single.variable.get(st.target, st.target),))
+                mine = found.mine(n) & parameters
+                outside = [o for o in found.mine(n) if o not in single.variable]
+                if outside:
+                    names.append(outside[0])
+                if mine:
+                    writes_argument = True
+                    if not whole:
+                        names.append("its argument")
+                if names:
+                    in_place[id(st)] = names[0]
+    return writes_argument, in_place
+
+
+# ---- shapes and kinds
+
+
+def assigned_again(statements: list[Statement]) -> set[str]:
+    """Names with more than one assignment: where branches meet, and what loops carry."""
+    seen: set[str] = set()
+    again: set[str] = set()
+    for st in walk(statements):
+        for n in () if isinstance(st, (If, For, While)) else writes(st):
+            (again if n in seen else seen).add(n)
+    return again
+
+
+def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, str]:
+    """By name a symbol: two values with the same one have the same shape."""
+    found = {p: p for p in parameters}
+    again = assigned_again(statements)
+
+    def of(node: ast.expr) -> str | None:
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            return SCALAR
+        return found.get(node.id) if isinstance(node, ast.Name) else None
+
+    for st in walk(statements):
+        if not isinstance(st, Let) or st.target in again:
+            continue
+        value, symbol = st.value, None
+        if st.kind in ("copy", "constant"):
+            symbol = of(value)
+        elif st.kind == "primitive":
+            entry = value.primitive  # type: ignore[attr-defined]
+            bound = primitives.bound(entry, value)
+            if entry.shape == "same":
+                symbol = of(bound["x"])
+            elif entry.partials:
+                given = {of(bound[p]) for p in bound if p in entry.partials}
+                symbol = next(iter(given - {SCALAR} or {SCALAR})) if len(given - {SCALAR}) <= 1 else None
+            elif entry.module != "rt" and "axis" in bound and "keepdims" in bound:
+                plain = [isinstance(bound[p], ast.Constant) and not bound[p].value for p in ("axis", "keepdims")]  # type: ignore[attr-defined]
+                axis = bound["axis"]
+                if all(plain) and isinstance(axis, ast.Constant) and axis.value is None:
+                    symbol = SCALAR
+        found[st.target] = symbol or st.target
+    return found
+
+
+def numbers(statements: list[Statement]) -> set[str]:
+    """Names of numbers and arrays, never of structures: what arithmetic is done with."""
+    found: set[str] = set()
+    everything = [st for st in walk(statements) if isinstance(st, Let)]
+    while True:
+        before = len(found)
+        for st in everything:
+            value = st.value
+            names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
+            if st.kind == "constant" and isinstance(value, ast.Constant) and isinstance(value.value, float):
+                found.add(st.target)
+            elif st.kind == "copy" and names & found:
+                found |= names
+            elif st.kind == "primitive":
+                entry = value.primitive  # type: ignore[attr-defined]
+                if not entry.partials:
+                    continue
+                plain = isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult))
+                if (
+                    not plain
+                    or names & found
+                    or any(isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value))
+                ):
+                    found |= names
+        if len(found) == before:
+            return found

@@ -1,0 +1,413 @@
+"""The module that is written for one derivative: its functions, the names they need, its text."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import linecache
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from dam.derive import flow, functions, runtime
+from dam.derive.errors import Line
+from dam.derive.forward import Forward
+from dam.derive.normal import Callee, Normaliser, name
+from dam.derive.primitives import copied, walk
+from dam.derive.reverse import Primal, Reverse, assign, text
+from dam.derive.simplify import free, names_read, with_shared, without_copies, without_dead
+from dam.derive.single import Single
+
+_IMPORTS = {"np": np, "torch": torch, "math": math, "rt": runtime}
+# An array of up to this many numbers is written out in the text, a larger one named.
+_WRITTEN_OUT = 64
+_modules = 0
+
+
+class Module:
+    """Functions that are written together, and what their free names stand for."""
+
+    def __init__(self) -> None:
+        self.bound: dict[str, Any] = {}
+        self.names: set[str] = {*_IMPORTS}
+        self.locals: set[str] = set()
+        self.functions: list[ast.FunctionDef] = []
+        self.made: dict[Any, Any] = {}
+        self.pure: set[str] = set()
+
+    # ---- names
+
+    def unique(self, stem: str) -> str:
+        candidate, number = stem, 0
+        while candidate in self.names or candidate in self.locals or hasattr(builtins, candidate):
+            number += 1
+            candidate = f"{stem}_{number}"
+        self.names.add(candidate)
+        return candidate
+
+    def bind(self, identifier: str, value: Any) -> str:
+        """A name for a value of the surroundings; the same one each time."""
+        if getattr(builtins, identifier, None) is value and value is not None and identifier not in self.locals:
+            return identifier
+        for short, module in _IMPORTS.items():
+            if value is module:
+                return short
+        for known, other in self.bound.items():
+            if other is value:
+                return known
+        given = self.unique(identifier)
+        self.bound[given] = value
+        return given
+
+    # ---- functions
+
+    def _prepared(
+        self, callee: Callee, active: frozenset[str], whole: bool
+    ) -> tuple[Normaliser, Single, set[str], flow.Memory, bool, dict[int, str]]:
+        normal = Normaliser(callee, active, self.bind)
+        for parameter in normal.parameters:
+            if parameter in _IMPORTS:
+                raise normal.refuse(callee.source.node, f"a parameter may not be called {parameter}; rename it")
+        single = Single(normal.out, normal.parameters, normal.result, lambda n: n in self.names or n in self.bound)
+        names = flow.active(single.statements, active, single.result)
+        memory = flow.memory(single.statements)
+        writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
+        return normal, single, names, memory, writes, in_place
+
+    def signature(self, callee: Callee, extra: list[str] | None = None) -> ast.arguments:
+        """A function's parameters, their defaults as they are."""
+        source = callee.source
+        given = source.node.args
+        arguments = ast.arguments(
+            posonlyargs=[ast.arg(a.arg) for a in given.posonlyargs],
+            args=[ast.arg(a.arg) for a in given.args],
+            kwonlyargs=[ast.arg(a.arg) for a in given.kwonlyargs],
+            defaults=[],
+            kw_defaults=[],
+        )
+        if source.defaults or not given.defaults:
+            arguments.defaults = [self._default(v) for v in source.defaults]
+            keywords = source.keyword_defaults or {}
+            arguments.kw_defaults = [
+                self._default(keywords[a.arg]) if a.arg in keywords else None for a in given.kwonlyargs
+            ]
+        else:
+            for one in (*given.defaults, *(d for d in given.kw_defaults if d is not None)):
+                if not isinstance(one, ast.Constant):
+                    raise source.refuse(
+                        source.node, "a default of a function defined inside must be a number or a string"
+                    )
+            arguments.defaults = [copied(d) for d in given.defaults]
+            arguments.kw_defaults = [copied(d) for d in given.kw_defaults]
+        for one_more in extra or ():
+            arguments.kwonlyargs.append(ast.arg(one_more))
+            arguments.kw_defaults.append(ast.Constant(None))
+        return arguments
+
+    def _default(self, value: Any) -> ast.expr:
+        if value is None or (
+            isinstance(value, (bool, int, float, str)) and value == value and abs(_size(value)) != math.inf
+        ):
+            return ast.Constant(value)
+        return name(self.bind("default", value))
+
+    def define(self, identifier: str, arguments: ast.arguments, body: list[ast.stmt], first: str | None = None) -> None:
+        node = ast.FunctionDef(name=identifier, args=arguments, body=body, decorator_list=[])
+        node.type_params = []  # type: ignore[attr-defined]
+        node.first = first  # type: ignore[attr-defined]
+        self.functions.append(node)
+
+    def passes(
+        self, body: list[ast.stmt], single: Single, memory: flow.Memory, parameters: list[str]
+    ) -> list[ast.stmt]:
+        """Dead code out, twice computed values shared."""
+        body = [copied(st) for st in without_dead(body, frozenset(self.pure))]
+        body = without_copies(body, {*parameters})
+        counts: dict[str, int] = dict.fromkeys(parameters, 1)
+        for st in body:
+            for inner in walk(st):
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                    counts[inner.id] = counts.get(inner.id, 0) + 1
+        changed: set[str] = set()
+        for one in flow.walk(single.statements):
+            if (where := getattr(one, "name", None)) is not None and type(one).__name__ in ("Store", "Append", "Pop"):
+                changed |= memory.mine(where)
+        steady = {n for n, count in counts.items() if count == 1 and not memory.all(n) & changed}
+        return with_shared(body, single.fresh, steady)
+
+    def primal(self, callee: Callee) -> str:
+        """The name of a called function that has no derivative here."""
+        if not callee.local and not callee.captured and callable(callee.key):
+            return self.bind(callee.source.name, callee.key)
+        known = ("primal", callee.key)
+        if known not in self.made:
+            self.made[known] = given = self.unique(callee.source.name)
+            normal, single, _, _, _, in_place = self._prepared(callee, frozenset(), False)
+            self._claim(normal, single)
+            body = Primal(None, set(), self.primal, in_place).block(single.statements)
+            body.append(ast.Return(name(single.result)))
+            _uncommented(body)
+            self.define(given, self.signature(callee), body)
+        return self.made[known]
+
+    def _claim(self, normal: Normaliser, single: Single) -> None:
+        self.locals |= single.used
+
+    def _reverse(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
+        normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
+        reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind)
+        if not whole:  # what was passed is put back as it was, for those who passed it
+            given = {*normal.parameters}
+            for st in flow.walk(single.statements):
+                if type(st).__name__ in ("Store", "Append", "Pop") and memory.mine(st.name) & given:  # type: ignore[union-attr]
+                    reverse.restored.add(id(st))
+        code, state = reverse.run({single.result: True} if single.result in names else {})
+        return normal, single, names, memory, writes, in_place, reverse, code, state
+
+    def _primal_body(
+        self, single: Single, memory: flow.Memory, reverse: Reverse, in_place: dict[int, str], kept: set[str]
+    ) -> list[ast.stmt]:
+        primal = Primal(reverse, reverse.restored, self.primal, in_place)
+        for st in flow.walk(single.statements):
+            kept |= set(getattr(st, "kept_names", ()))
+        primal.kept_anywhere = kept
+        body = primal.block(single.statements)
+        _uncommented(body)
+        restored = [
+            st.name for st in flow.walk(single.statements) if id(st) in reverse.restored and hasattr(st, "name")
+        ]
+        if any(memory.mine(n) & memory.all(single.result) for n in restored):
+            body.append(assign(single.result, text("rt.copied(x)", x=name(single.result))))
+        return body
+
+    def pair(self, callee: Callee, active: frozenset[str]) -> tuple[str, str]:
+        """Names of the two functions of a called one: its result with what is kept, and its backward pass."""
+        known = ("pair", callee.key, active)
+        if known in self.made:
+            return self.made[known]
+        stem = callee.source.name
+        self.made[known] = forward, backward = self.unique(f"{stem}_forward"), self.unique(f"{stem}_backward")
+        self.pure |= {forward, backward}
+        normal, single, _, memory, _, in_place, reverse, code, state = self._reverse(callee, active, False)
+        returned: list[ast.expr] = []
+        for parameter in sorted(active):
+            if parameter not in state:
+                returned.append(text("rt.zeros_like(x)", x=name(parameter)))
+            else:
+                returned.append(reverse.whole(parameter, state))
+        code.append(ast.Return(returned[0] if len(returned) == 1 else ast.Tuple(returned, ast.Load())))
+        seed = reverse.adjoint(single.result)
+        kept = sorted((free(code) - {seed}) & (reverse.primal | {*normal.parameters}))
+        body = self._primal_body(single, memory, reverse, in_place, {*kept})
+        self._claim(normal, single)
+        values = ast.Tuple([name(k) for k in kept], ast.Load())
+        body.append(ast.Return(ast.Tuple([name(single.result), values], ast.Load())))
+        body = self.passes(body, single, memory, normal.parameters)
+        self.define(forward, self.signature(callee), body, f"{stem}, with what its backward pass needs")
+        argument = single.fresh("kept")
+        if kept:
+            code.insert(0, assign(kept if len(kept) > 1 else [*kept], name(argument)))
+        code = self.passes(code, single, memory, [argument, seed])
+        arguments = ast.arguments(
+            posonlyargs=[], args=[ast.arg(argument), ast.arg(seed)], kwonlyargs=[], defaults=[], kw_defaults=[]
+        )
+        self.define(backward, arguments, code, f"of the adjoint of its result: those of {', '.join(sorted(active))}")
+        return forward, backward
+
+    def reverse(self, callee: Callee, wrt: list[str], preserve_result: bool, seeded: bool) -> str:
+        """The gradient function; the name of it."""
+        given = self.unique(f"d{callee.source.name}")
+        normal, single, _, memory, writes, in_place, reverse, code, state = self._reverse(callee, frozenset(wrt), True)
+        body: list[ast.stmt] = self._checks(wrt, normal.parameters, writes)
+        for parameter in wrt:
+            b = reverse.adjoint(parameter) if parameter in state else None
+            value = ast.Constant(0.0) if b is None else name(b)
+            code.append(
+                assign(single.fresh(f"gradient_{parameter}"), text("rt.gradient(b, x)", b=value, x=name(parameter)))
+            )
+        outputs: list[ast.expr] = [code[k - len(wrt)].targets[0] for k in range(len(wrt))]  # type: ignore[attr-defined]
+        outputs = [name(o.id) for o in outputs]  # type: ignore[attr-defined]
+        primal = self._primal_body(single, memory, reverse, in_place, set())
+        extra = []
+        b = reverse.adjoint(single.result)
+        if seeded:
+            extra = ["init_grad"]
+            start = text("rt.seeded(b, y)", b=name("init_grad"), y=name(single.result))
+        else:
+            start = text("rt.seed(y)", y=name(single.result))
+        self._claim(normal, single)
+        body += [*primal, assign(b, start), *code]
+        # A return shows each gradient once where it is made.
+        for _ in wrt:
+            body.pop()
+        values = [code[len(code) - len(wrt) + k].value for k in range(len(wrt))]  # type: ignore[attr-defined]
+        if preserve_result:
+            values.append(name(single.result))
+        body.append(ast.Return(values[0] if len(values) == 1 else ast.Tuple(values, ast.Load())))
+        body = self.passes(body, single, memory, normal.parameters)
+        if "init_grad" in single.used and seeded:
+            raise normal.refuse(callee.source.node, "init_grad is a name of the derivative's own; rename the variable")
+        said = f"gradient of {callee.source.name} with respect to {', '.join(wrt)}"
+        self.define(given, self.signature(callee, extra), body, said)
+        return given
+
+    def _checks(self, wrt: list[str], parameters: list[str], writes: bool) -> list[ast.stmt]:
+        body: list[ast.stmt] = [ast.Expr(text("rt.differentiable(x, n)", x=name(p), n=ast.Constant(p))) for p in wrt]
+        if writes and len(parameters) > 1:
+            keywords = [ast.keyword(p, name(p)) for p in parameters]
+            body.append(ast.Expr(ast.Call(ast.Attribute(name("rt"), "distinct", ast.Load()), [], keywords)))
+        return body
+
+    def _forward(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
+        normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
+        forward = Forward(single, names, normal.parameters, self.twin, self.primal, in_place)
+        for parameter in active:
+            forward.names[parameter] = f"d_{parameter}"
+            if f"d_{parameter}" in single.used:
+                raise normal.refuse(callee.source.node, f"d_{parameter} is a name of the derivative's own; rename it")
+            single.used.add(f"d_{parameter}")
+        code = forward.block(single.statements)
+        self._claim(normal, single)
+        result = forward.of(name(single.result))
+        return normal, single, memory, writes, code, result
+
+    def twin(self, callee: Callee, active: frozenset[str]) -> str:
+        """The name of the function of a called one's result and tangent."""
+        known = ("twin", callee.key, active)
+        if known not in self.made:
+            self.made[known] = given = self.unique(f"{callee.source.name}_tangent")
+            self.pure.add(given)
+            normal, single, memory, _, code, result = self._forward(callee, active, False)
+            code.append(ast.Return(ast.Tuple([name(single.result), result], ast.Load())))
+            extra = [f"d_{p}" for p in sorted(active)]
+            code = self.passes(code, single, memory, [*normal.parameters, *extra])
+            self.define(given, self.signature(callee, extra), code, f"{callee.source.name} and its tangent")
+        return self.made[known]
+
+    def forward(self, callee: Callee, wrt: list[str], preserve_result: bool) -> str:
+        """The function of a result's tangent; the name of it."""
+        given = self.unique(f"d{callee.source.name}")
+        normal, single, memory, writes, code, result = self._forward(callee, frozenset(wrt), True)
+        body = self._checks(wrt, normal.parameters, writes)
+        for parameter in wrt:
+            d = name(f"d_{parameter}")
+            body.append(assign(f"d_{parameter}", text("rt.tangent(d, x)", d=d, x=name(parameter))))
+        values = [result, name(single.result)] if preserve_result else [result]
+        body += [*code, ast.Return(values[0] if len(values) == 1 else ast.Tuple(values, ast.Load()))]
+        body = self.passes(body, single, memory, normal.parameters)
+        extra = [f"d_{p}" for p in wrt]
+        said = f"tangent of {callee.source.name} along {', '.join(extra)}"
+        self.define(given, self.signature(callee, extra), body, said)
+        return given
+
+    # ---- text
+
+    def text(self) -> str:
+        """The module's source: imports and values of the surroundings, then functions."""
+        lines = []
+        read = set().union(*(names_read(f) for f in self.functions))
+        for short, module in _IMPORTS.items():
+            if short in read:
+                lines.append(_import(short, module))
+        for identifier, value in sorted(self.bound.items()):
+            if identifier in read:
+                lines.append(_stated(identifier, value))
+        for node in self.functions:
+            lines += ["", "", *_printed(node)]
+        return "\n".join(lines).strip() + "\n"
+
+    def function(self, identifier: str) -> Callable[..., Any]:
+        """The function of that name, compiled from the text."""
+        global _modules
+        _modules += 1
+        source = self.text()
+        file = f"<derived {identifier} {_modules}>"
+        tree = ast.parse(source)
+        # Names are bound to the very values, not to what the head of the text would make of them.
+        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        space: dict[str, Any] = {**_IMPORTS, **self.bound, "__name__": f"derived_{identifier}"}
+        exec(compile(tree, file, "exec"), space)
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        for node in tree.body:
+            assert isinstance(node, ast.FunctionDef)
+            space[node.name].__dict__[functions.TEXT] = source
+        return space[identifier]
+
+
+def _size(value: Any) -> float:
+    return value if isinstance(value, (int, float)) else 0.0
+
+
+def _uncommented(body: list[ast.stmt]) -> None:
+    for st in body:
+        for inner in walk(st):
+            if hasattr(inner, "line"):
+                inner.line = None
+
+
+def _import(identifier: str, module: types.ModuleType) -> str:
+    if module is runtime:
+        return f"from dam.derive import runtime as {identifier}"
+    return f"import {module.__name__}" + ("" if module.__name__ == identifier else f" as {identifier}")
+
+
+def _stated(identifier: str, value: Any) -> str:
+    """The line that gives a name its value, where there is one."""
+    if inspect.ismodule(value):
+        return _import(identifier, value)
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return f"{identifier} = {value!r}"
+    if isinstance(value, (tuple, list)) and all(isinstance(v, (bool, int, str, float)) for v in value):
+        return f"{identifier} = {value!r}"
+    if type(value) is np.ndarray and value.size <= _WRITTEN_OUT and value.dtype.kind in "fiub":
+        return f'{identifier} = __import__("numpy").array({value.tolist()!r}, dtype="{value.dtype}")'
+    if type(value) is torch.Tensor and value.numel() <= _WRITTEN_OUT and value.device.type == "cpu":
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f'{identifier} = __import__("torch").tensor({value.tolist()!r}, dtype=__import__("torch").{dtype})'
+    where, called = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
+    if isinstance(where, str) and called.isidentifier():
+        return f"from {where} import {called}" + ("" if called == identifier else f" as {identifier}")
+    return f"# {identifier}: {type(value).__name__} of the function's surroundings, to be put here"
+
+
+def _printed(node: ast.FunctionDef) -> list[str]:
+    lines = [f"def {node.name}({ast.unparse(node.args)}):"]
+    if first := getattr(node, "first", None):
+        lines.append(f'    """{first[0].upper()}{first[1:]}."""')
+    said: list[Line | None] = [None]
+    _block(node.body, 1, lines, said)
+    return lines
+
+
+def _block(body: list[ast.stmt], depth: int, lines: list[str], said: list[Line | None]) -> None:
+    space = "    " * depth
+    for st in body:
+        line = getattr(st, "line", None)
+        comment = f"  # {line.text}" if line is not None and line != said[0] else ""
+        said[0] = line
+        if isinstance(st, (ast.If, ast.For, ast.While)):
+            head = ast.unparse(_headed(st)).splitlines()[0]
+            lines.append(f"{space}{head}{comment}")
+            _block(st.body, depth + 1, lines, said)
+            if isinstance(st, ast.If) and st.orelse:
+                lines.append(f"{space}else:")
+                _block(st.orelse, depth + 1, lines, said)
+            said[0] = None
+            continue
+        found = ast.unparse(ast.fix_missing_locations(st)).splitlines()
+        lines.append(f"{space}{found[0]}{comment}")
+        lines += [f"{space}{one}" for one in found[1:]]
+
+
+def _headed(st: ast.If | ast.For | ast.While) -> ast.stmt:
+    body: list[ast.stmt] = [ast.Pass()]
+    if isinstance(st, ast.If):
+        return ast.fix_missing_locations(ast.If(st.test, body, []))
+    if isinstance(st, ast.For):
+        return ast.fix_missing_locations(ast.For(st.target, st.iter, body, []))
+    return ast.fix_missing_locations(ast.While(st.test, body, []))

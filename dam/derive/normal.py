@@ -1,0 +1,1198 @@
+"""The normal form of a function: statements with one operation each, on names and constants, without early exits.
+
+A value that depends on an active parameter is split until each statement has one operation that has a derivative. What
+does not depend on one stays as it was written. Comprehensions, conditional expressions and iteration over arrays become
+the loops and branches that they stand for; functions defined inside get what they capture as keyword arguments.
+`dam.derive.single` then gives each value a name of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dam.derive import functions, primitives, runtime, tables
+from dam.derive.errors import DerivativeError, Line
+from dam.derive.exits import RESULT, without_exits
+from dam.derive.functions import Source
+from dam.derive.primitives import Primitive, copied, walk
+
+assert tables.FUNCTIONS  # loaded with this module
+
+
+@dataclass
+class Callee:
+    """A Python function that is differentiated too; what it captures of the one around it comes as keywords."""
+
+    source: Source
+    key: Any
+    captured: tuple[str, ...] = ()
+    local: Mapping[str, Callee] = field(default_factory=dict)
+
+
+@dataclass
+class Let:
+    """target = value. Kinds: constant, copy, primitive, call, structure, item."""
+
+    target: str
+    value: ast.expr
+    line: Line
+    kind: str
+    variable: str = ""  # the name in the source, before it was told apart
+    in_place: bool = False  # an augmented assignment
+    kept: str = ""  # of a call: what its backward pass needs
+
+
+@dataclass
+class Unpack:
+    """targets = value, item by item."""
+
+    targets: list[str]
+    value: str
+    line: Line
+
+
+@dataclass
+class Store:
+    """name[index] = value, in place."""
+
+    name: str
+    index: ast.expr
+    value: ast.expr
+    line: Line
+    restores: bool = False  # puts back what a derivative's own backward pass had changed
+    within: tuple[str, ...] = ()  # variables that this is a part of, which are stored to next
+    saved: str = ""  # what is overwritten, where the backward pass needs it
+
+
+@dataclass
+class Append:
+    name: str
+    value: ast.expr
+    line: Line
+    puts_back: bool = False  # what a derivative's own backward pass had popped
+
+
+@dataclass
+class Pop:
+    target: str
+    name: str
+    line: Line
+
+
+@dataclass
+class Effect:
+    """A statement without a value and without a derivative: print, assert, raise."""
+
+    node: ast.stmt
+    line: Line
+
+
+@dataclass
+class If:
+    test: ast.expr
+    body: list[Statement]
+    orelse: list[Statement]
+    line: Line
+
+
+@dataclass
+class For:
+    target: str
+    iter: ast.expr
+    body: list[Statement]
+    line: Line
+    stop: str | None
+    carry: list[Let] = field(default_factory=list)  # what the next iteration begins with
+    kept: str = ""
+
+
+@dataclass
+class While:
+    test: ast.expr
+    body: list[Statement]
+    line: Line
+    stop: str | None
+    carry: list[Let] = field(default_factory=list)
+    kept: str = ""
+
+
+@dataclass
+class Surgery:
+    """A block of the backward pass on the adjoint of a variable."""
+
+    name: str
+    alias: str
+    body: list[ast.stmt]
+    line: Line
+
+
+Statement = Let | Unpack | Store | Append | Pop | Effect | If | For | While | Surgery
+
+MUTATORS = {
+    "extend", "insert", "remove", "clear", "sort", "reverse", "update", "setdefault", "popitem", "fill", "put",
+    "resize",     "partition", "shuffle", "itemset", "setflags", "add", "discard",
+}  # fmt: skip
+
+
+def name(identifier: str) -> ast.Name:
+    return ast.Name(identifier, ast.Load())
+
+
+def loads(node: ast.AST) -> set[str]:
+    """Names that are read in a tree, those that it binds itself left out."""
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Load) else set()
+    if isinstance(node, ast.Constant):
+        return set()
+    if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+        bound = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
+        inside = set().union(*(loads(child) for child in ast.iter_child_nodes(node)))
+        return inside - bound
+    if isinstance(node, ast.comprehension):
+        return loads(node.iter).union(*(loads(test) for test in node.ifs))
+    if isinstance(node, ast.Lambda):
+        arguments = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)}
+        return (loads(node.body) - arguments) | loads(node.args)
+    return set().union(*(loads(child) for child in ast.iter_child_nodes(node)))
+
+
+class Rename(ast.NodeTransformer):
+    """Names of a tree by another, those that it binds itself left alone."""
+
+    def __init__(self, rename: Callable[[str], str]) -> None:
+        self.rename = rename
+        self.bound: list[set[str]] = []
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if any(node.id in names for names in self.bound):
+            return node
+        node.id = self.rename(node.id)
+        return node
+
+    def _scope(self, node: Any, names: set[str]) -> ast.AST:
+        self.bound.append(names)
+        self.generic_visit(node)
+        self.bound.pop()
+        return node
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        return self._scope(node, {a.arg for a in walk(node.args) if isinstance(a, ast.arg)})
+
+    def _comprehension(self, node: Any) -> ast.AST:
+        return self._scope(node, {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)})
+
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension
+
+
+def _assigned(body: list[ast.stmt]) -> set[str]:
+    """Names that statements bind in their own scope."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            return
+        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+            return
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    for one in body:
+        visit(one)
+    return found
+
+
+def _function_of_lambda(identifier: str, node: ast.Lambda) -> ast.FunctionDef:
+    body = ast.copy_location(ast.Return(node.body), node)
+    made = ast.FunctionDef(name=identifier, args=node.args, body=[body], decorator_list=[])
+    made.type_params = []  # type: ignore[attr-defined]
+    return ast.copy_location(made, node)
+
+
+REFUSED: dict[type, str] = {
+    ast.Try: "try has no derivative here",
+    ast.Global: "a function that assigns globals has no derivative here",
+    ast.Nonlocal: "a function that assigns variables of another has no derivative here",
+    ast.ClassDef: "a class inside of a function is not supported",
+    ast.AsyncFunctionDef: "coroutines have no derivative",
+    ast.AsyncFor: "coroutines have no derivative",
+    ast.AsyncWith: "coroutines have no derivative",
+    ast.Yield: "generators have no derivative; return a list",
+    ast.YieldFrom: "generators have no derivative; return a list",
+    ast.Await: "coroutines have no derivative",
+    ast.NamedExpr: "an assignment inside of an expression is not supported; give it a line of its own",
+    ast.Import: "an import inside of a function is not supported; move it to the top of the file",
+    ast.ImportFrom: "an import inside of a function is not supported; move it to the top of the file",
+    ast.Match: "match is not supported; write if and elif",
+}
+
+
+class Normaliser:
+    """One function with some of its parameters active, as statements of the normal form."""
+
+    def __init__(self, callee: Callee, active: frozenset[str], bind: Callable[[str, Any], str]) -> None:
+        self.source = callee.source
+        self.bind = bind  # gives a value of the surroundings a name in the module that is written
+        self.functions = dict(callee.local)
+        self.key = callee.key
+        self.temporaries = 0
+        node = self.source.node
+        for inner in walk(node):
+            if (reason := REFUSED.get(type(inner))) is not None:
+                raise self.refuse(inner, reason)
+        arguments = node.args
+        if arguments.vararg or arguments.kwarg:
+            raise self.refuse(node, "a function with *args or **kwargs has no derivative here; name its parameters")
+        self.parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        result = RESULT
+        names = {n.id for n in walk(node) if isinstance(n, ast.Name)} | {*self.parameters}
+        while result in names:
+            result += "_"
+        self.result = result
+        body = without_exits([copied(s) for s in node.body], result)
+        self.locals = {*self.parameters, *_assigned(body)}
+        self._lift(body)
+        self.varied = self._varied(body, set(active))
+        self.out: list[Statement] = []
+        self.here: ast.AST = node
+        self.block(body)
+
+    def refuse(self, node: ast.AST, message: str) -> DerivativeError:
+        return self.source.refuse(node if hasattr(node, "lineno") else self.here, message)
+
+    # ---- functions inside
+
+    def _lift(self, body: list[ast.stmt]) -> None:
+        """Finds functions defined inside, also lambdas with a name, and what they capture."""
+        defined: dict[str, ast.FunctionDef] = {}
+        for inner in (n for one in body for n in _own_statements(one)):
+            if isinstance(inner, ast.FunctionDef):
+                if inner.decorator_list:
+                    raise self.refuse(
+                        inner.decorator_list[0], "a decorated function inside of another is not supported"
+                    )
+                if inner.name in defined:
+                    raise self.refuse(inner, f"{inner.name} is defined twice; give each its own name")
+                defined[inner.name] = inner
+            elif isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Lambda):
+                (target,) = inner.targets if len(inner.targets) == 1 else (None,)
+                if not isinstance(target, ast.Name) or target.id in defined:
+                    raise self.refuse(inner, "a lambda needs one name of its own; write it as a def")
+                defined[target.id] = _function_of_lambda(target.id, inner.value)
+        counts: dict[str, int] = {}
+        for any_ in (n for one in body for n in walk(one)):
+            if isinstance(any_, ast.Name) and isinstance(any_.ctx, ast.Store):
+                counts[any_.id] = counts.get(any_.id, 0) + 1
+        for identifier, node in defined.items():
+            if counts.get(identifier, 0) > 1 or identifier in self.parameters:
+                raise self.refuse(
+                    node, f"{identifier} is a function here and something else there; give each its own name"
+                )
+        free = {identifier: _free(node) for identifier, node in defined.items()}
+        outer = {k: set(v.captured) for k, v in self.functions.items()}
+        captured = {k: {n for n in v if n in self.locals and n not in defined} for k, v in free.items()}
+        for _ in defined:
+            for identifier, names in captured.items():
+                for other in free[identifier]:
+                    names |= captured.get(other, set()) | outer.get(other, set())
+        for identifier, node in defined.items():
+            lifted = copied(node)
+            own = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)}
+            if lost := captured[identifier] & (own | _assigned(node.body)):
+                raise self.refuse(node, f"{sorted(lost)[0]} means two things in {identifier}; rename one of them")
+            for one in sorted(captured[identifier]):
+                lifted.args.kwonlyargs.append(ast.arg(one))
+                lifted.args.kw_defaults.append(None)
+            source = Source(
+                identifier, lifted, self.source.file, self.source.first, self.source.lines, self.source.namespace
+            )
+            self.functions[identifier] = Callee(
+                source, (self.key, identifier, node.lineno), tuple(sorted(captured[identifier]))
+            )
+        for identifier in defined:
+            self.functions[identifier].local = self.functions
+        self.defined = set(defined)
+
+    # ---- what depends on active parameters
+
+    def _varied(self, body: list[ast.stmt], varied: set[str]) -> set[str]:
+        """Names that depend on active ones anywhere, whatever the order of statements."""
+        self.varied = varied
+        while True:
+            before = len(varied)
+            for node in (n for one in body for n in walk(one)):
+                if isinstance(node, ast.Assign) and self.depends(node.value):
+                    for target in node.targets:
+                        varied |= _roots(target)
+                elif isinstance(node, ast.AugAssign) and (self.depends(node.value) or self.depends(node.target)):
+                    varied |= _roots(node.target)
+                elif isinstance(node, ast.AnnAssign) and node.value is not None and self.depends(node.value):
+                    varied |= _roots(node.target)
+                elif isinstance(node, (ast.For, ast.comprehension)) and self.depends(node.iter):
+                    varied |= _roots(node.target) - self._counters(node)
+                elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                    call = node.value
+                    if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+                        if any(self.depends(a) for a in call.args) and call.func.attr in ("append", "extend", "insert"):
+                            varied.add(call.func.value.id)
+                    elif self.resolve(call.func) in (runtime.restore, runtime.store_tangent, runtime.put_back) and any(
+                        self.depends(a) for a in call.args
+                    ):
+                        varied |= _roots(call.args[0])
+            if len(varied) == before:
+                return varied
+
+    def _counters(self, node: ast.For | ast.comprehension) -> set[str]:
+        """Of targets of enumerate and items the name of the index, which has no derivative."""
+        call = node.iter
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(node.target, ast.Tuple)
+            and isinstance(node.target.elts[0], ast.Name)
+        ):
+            method = isinstance(call.func, ast.Attribute) and call.func.attr == "items"
+            if method or self.resolve(call.func) is enumerate:
+                return {node.target.elts[0].id}
+        return set()
+
+    def resolve(self, node: ast.expr) -> Any:
+        """The object that a dotted name of the surroundings stands for, or None."""
+        path: list[str] = []
+        while isinstance(node, ast.Attribute):
+            path.append(node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name) or node.id in self.locals or node.id in self.functions:
+            return None
+        if node.id not in self.source.namespace:
+            return None
+        value = self.source.namespace[node.id]
+        for attribute in reversed(path):
+            if not inspect.ismodule(value) and not isinstance(value, type):
+                return None
+            value = getattr(value, attribute, None)
+        return value
+
+    def without_slope(self, call: ast.Call) -> bool:
+        found = self.resolve(call.func)
+        if found is not None:
+            return primitives.key(found) in primitives.WITHOUT_SLOPE
+        return (
+            isinstance(call.func, ast.Attribute)
+            and call.func.attr in primitives.METHODS_WITHOUT_SLOPE
+            and not self._is_module(call.func.value)
+        )
+
+    def _is_module(self, node: ast.expr) -> bool:
+        return inspect.ismodule(self.resolve(node))
+
+    def depends(self, node: ast.AST) -> bool:
+        """Whether a value has a slope in active ones, as far as names tell."""
+        if isinstance(node, ast.Name):
+            return node.id in self.varied
+        if isinstance(node, (ast.Compare, ast.Lambda, ast.JoinedStr)):
+            return False
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return False
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.BitAnd, ast.BitOr)):
+            return False
+        if isinstance(node, ast.Attribute) and node.attr in primitives.ATTRIBUTES_WITHOUT_SLOPE:
+            return False
+        if isinstance(node, ast.Subscript):
+            return self.depends(node.value)
+        if isinstance(node, ast.IfExp):
+            return self.depends(node.body) or self.depends(node.orelse)
+        if isinstance(node, ast.Call):
+            if self.without_slope(node):
+                return False
+            if isinstance(node.func, ast.Name) and node.func.id in self.functions:
+                if any(one in self.varied for one in self.functions[node.func.id].captured):
+                    return True
+            elif isinstance(node.func, ast.Attribute) and self.depends(node.func.value):
+                return True
+            return any(self.depends(a) for a in (*node.args, *(k.value for k in node.keywords)))
+        if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.SetComp)):
+            return self._comprehended(node, [node.elt])
+        if isinstance(node, ast.DictComp):
+            return self._comprehended(node, [node.value])
+        return any(self.depends(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+
+    def _comprehended(self, node: Any, values: list[ast.expr]) -> bool:
+        added = set()
+        for generator in node.generators:
+            if self.depends(generator.iter):
+                added |= _roots(generator.target) - self._counters(generator) - self.varied
+        self.varied |= added
+        found = any(self.depends(v) for v in values)
+        self.varied -= added
+        return found
+
+    # ---- expressions
+
+    def fresh(self, stem: str = "t") -> str:
+        while True:
+            self.temporaries += 1
+            made = f"{stem}_{self.temporaries}"
+            if made not in self.locals and made not in self.source.namespace:
+                return made
+
+    def emit(self, statement: Statement) -> None:
+        self.out.append(statement)
+
+    def let(self, target: str, value: ast.expr, kind: str, at: ast.AST, in_place: bool = False) -> ast.Name:
+        self.locals.add(target)
+        self.emit(Let(target, value, self.source.line(at), kind, target, in_place))
+        return name(target)
+
+    def constant(self, node: ast.expr) -> ast.expr:
+        """A value without a derivative, as written; names of the surroundings get theirs in the module."""
+        for inner in walk(node):
+            if isinstance(inner, ast.Call):
+                if isinstance(inner.func, ast.Name) and inner.func.id in self.functions:
+                    raise self.refuse(node, f"{inner.func.id}, defined inside, is called in an expression that has no "
+                                      "derivative; call it on a line of its own")  # fmt: skip
+                if (
+                    isinstance(inner.func, ast.Attribute)
+                    and not self._is_module(inner.func.value)
+                    and (inner.func.attr in MUTATORS | {"pop", "append"})
+                    and _roots(inner.func.value) & self.locals
+                ):
+                    raise self.refuse(node, f".{inner.func.attr}() within an expression changes what it is called on")
+            elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load) and inner.id in self.functions:
+                raise self.refuse(node, f"{inner.id}, a function defined inside, is used as a value")
+
+        def rename(identifier: str) -> str:
+            if identifier in self.locals:
+                return identifier
+            if identifier not in self.source.namespace:
+                raise self.refuse(node, f"{identifier} is not defined")
+            return self.bind(identifier, self.source.namespace[identifier])
+
+        return Rename(rename).visit(copied(node))
+
+    def _calls_inside(self, node: ast.expr) -> bool:
+        return any(
+            isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in self.functions for n in walk(node)
+        )
+
+    def simple(self, node: ast.expr) -> bool:
+        """Whether an expression may be written twice: it is of names and numbers, and nothing can have changed it."""
+        if isinstance(node, (ast.Name, ast.Constant)):
+            return True
+        if isinstance(node, ast.UnaryOp):
+            return self.simple(node.operand)
+        if isinstance(node, ast.BinOp):
+            return self.simple(node.left) and self.simple(node.right)
+        if isinstance(node, ast.Tuple):
+            return all(self.simple(e) for e in node.elts)
+        if isinstance(node, ast.Slice):
+            return all(self.simple(e) for e in (node.lower, node.upper, node.step) if e is not None)
+        if isinstance(node, ast.Attribute):
+            return self.resolve(node) is not None  # np.newaxis, np.pi
+        return False
+
+    def atom(self, node: ast.expr) -> ast.expr:
+        """A name, a constant, or arithmetic of such without a derivative."""
+        if not self.depends(node):
+            if self._calls_inside(node):
+                return self._split_constant(node)
+            plain = self.constant(node)
+            return plain if self.simple(node) else self.let(self.fresh(), plain, "constant", node)
+        if isinstance(node, ast.Name):
+            return name(node.id)
+        target = self.fresh()
+        self.varied.add(target)
+        self.assign(target, node)
+        return name(target)
+
+    def _split_constant(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Call):
+            target = self.fresh()
+            self.assign(target, node)
+            return name(target)
+        new = copied(node)
+        for field_, value in ast.iter_fields(new):
+            if isinstance(value, ast.expr) and self._calls_inside(value):
+                setattr(new, field_, self._split_constant(value))
+        return self.let(self.fresh(), self.constant(new), "constant", node)
+
+    def index(self, node: ast.expr) -> ast.expr:
+        """A subscript, each part of it simple."""
+        if isinstance(node, ast.Slice):
+            parts = (None if e is None else self.index(e) for e in (node.lower, node.upper, node.step))
+            return ast.Slice(*parts)
+        if isinstance(node, ast.Tuple):
+            return ast.Tuple([self.index(e) for e in node.elts], ast.Load())
+        if self.depends(node) and not self._calls_inside(node):
+            # An index has no slope, whatever it is made of.
+            plain = self.constant(node)
+            return plain if self.simple(node) else self.let(self.fresh(), plain, "constant", node)
+        return self.atom(node)
+
+    def assign(self, target: str, node: ast.expr, in_place: bool = False) -> None:
+        """target = node, with whatever comes before."""
+        value, kind = self.operation(node)
+        self.let(target, value, kind, node, in_place)
+
+    def operation(self, node: ast.expr) -> tuple[ast.expr, str]:
+        """One operation on atoms, and its kind."""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.functions:
+            return self.call(node, self.functions[node.func.id]), "call"
+        if not self.depends(node):
+            if self._calls_inside(node):
+                return self._split_constant(node), "constant"
+            return self.constant(node), "constant"
+        if isinstance(node, ast.Name):
+            return name(node.id), "copy"
+        if isinstance(node, (ast.BinOp, ast.UnaryOp)):
+            entry = primitives.OPERATORS.get(type(node.op))
+            if entry is None:
+                raise self.refuse(node, f"the operator in {ast.unparse(node)} has no derivative")
+            new = copied(node)
+            if isinstance(new, ast.BinOp):
+                new.left, new.right = self.atom(node.left), self.atom(node.right)  # type: ignore[union-attr]
+            else:
+                new.operand = self.atom(node.operand)  # type: ignore[union-attr]
+            return self.primitive(new, entry), "primitive"
+        if isinstance(node, ast.Subscript):
+            return ast.Subscript(self.atom(node.value), self.index(node.slice), ast.Load()), "item"
+        if isinstance(node, (ast.Tuple, ast.List)):
+            if any(isinstance(e, ast.Starred) for e in node.elts):
+                raise self.refuse(node, "a * within a tuple or list with a derivative is not supported")
+            return type(node)([self.atom(e) for e in node.elts], ast.Load()), "structure"
+        if isinstance(node, ast.Dict):
+            if any(k is None for k in node.keys):
+                raise self.refuse(node, "a ** within a dict with a derivative is not supported")
+            keys = [self.atom(k) for k in node.keys if k is not None]
+            return ast.Dict(list(keys), [self.atom(v) for v in node.values]), "structure"
+        if isinstance(node, ast.Attribute):
+            entry = primitives.ATTRIBUTES.get(node.attr)
+            if entry is None:
+                raise self.refuse(node, f"the attribute .{node.attr} has no derivative here")
+            return self.primitive(ast.Attribute(self.atom(node.value), node.attr, ast.Load()), entry), "primitive"
+        if isinstance(node, ast.IfExp):
+            target = self.fresh("chosen")
+            branch = ast.If(node.test, [_set(target, node.body)], [_set(target, node.orelse)])
+            self._written(branch, node, {target})
+            return name(target), "copy"
+        if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.DictComp)):
+            return name(self._loops(node)), "copy"
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        raise self.refuse(node, f"{ast.unparse(node)} has no derivative here ({type(node).__name__})")
+
+    def _written(self, statement: ast.stmt, at: ast.AST, varied: set[str]) -> None:
+        self.varied |= varied
+        for inner in walk(statement):
+            if not hasattr(inner, "lineno"):
+                ast.copy_location(inner, at)
+        self.locals |= _assigned([statement])
+        ast.fix_missing_locations(statement)
+        self.statement(statement)
+
+    def _loops(self, node: ast.ListComp | ast.GeneratorExp | ast.DictComp) -> str:
+        """A comprehension as the loops that it stands for; returns the name of what they fill."""
+        target = self.fresh("items")
+        fresh = {n: self.fresh(n) for g in node.generators for n in _roots(g.target)}
+        renamed = _renamed_comprehension(node, fresh)
+        body: ast.stmt
+        if isinstance(renamed, ast.DictComp):
+            place = ast.Subscript(name(target), renamed.key, ast.Store())
+            body = ast.Assign([place], renamed.value)
+            start: ast.expr = ast.Dict([], [])
+        else:
+            append = ast.Attribute(name(target), "append", ast.Load())
+            body = ast.Expr(ast.Call(append, [renamed.elt], []))
+            start = ast.List([], ast.Load())
+        for generator in reversed(renamed.generators):
+            for test in reversed(generator.ifs):
+                body = ast.If(test, [body], [])
+            body = ast.For(generator.target, generator.iter, [body], [])
+            body.stop = None  # type: ignore[attr-defined]
+        self.locals.add(target)
+        varied = {target}
+        for generator in renamed.generators:
+            if self.depends(generator.iter):
+                found = _roots(generator.target) - self._counters(generator)
+                self.varied |= found
+                varied |= found
+        self.let(target, start, "constant", node)
+        self._written(body, node, varied)
+        return target
+
+    def primitive(self, node: ast.expr, entry: Primitive) -> ast.expr:
+        try:
+            values = primitives.bound(entry, node)
+        except primitives.Unsupported as error:
+            raise self.refuse(self.here, str(error)) from None
+        for parameter, value in values.items():
+            # What derived source calls takes such for its shape only.
+            if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt":
+                raise self.refuse(
+                    self.here,
+                    f"{ast.unparse(node)} has no derivative in its argument {parameter}; "
+                    "stop_gradient makes it a constant",
+                )
+        node.primitive = entry  # type: ignore[attr-defined]
+        return node
+
+    def _canonical(self, entry: Primitive) -> ast.expr:
+        return copied(primitives.parsed(entry.name))
+
+    def _call(self, node: ast.Call) -> tuple[ast.expr, str]:
+        if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+            raise self.refuse(node, "a call with * or ** arguments has no derivative here; write the arguments out")
+        found = self.resolve(node.func)
+        if found is None and isinstance(node.func, ast.Attribute) and not self._is_module(node.func.value):
+            return self._method(node, node.func)
+        if found is None:
+            raise self.refuse(node, f"{ast.unparse(node.func)} is not known when the function is transformed")
+        special = self._structural(node, found)
+        if special is not None:
+            return special
+        known = primitives.key(found)
+        if (written := primitives.WRITTEN.get(known)) is not None:
+            return self.call(node, Callee(functions.of(written), written)), "call"
+        if found in (np.einsum, torch.einsum) and known not in primitives.FUNCTIONS:
+            return self._einsum(node, "np" if found is np.einsum else "torch"), "primitive"
+        entry = primitives.FUNCTIONS.get(known)
+        if entry is not None and known in (max, min) and len(node.args) != 2:
+            raise self.refuse(
+                node, f"{ast.unparse(node.func)} of more or fewer than two numbers has no derivative here; use np.max"
+            )
+        if entry is not None:
+            called = name(self.bind(entry.name, entry.function)) if entry.rule else self._canonical(entry)
+            new = ast.Call(
+                called,
+                [self.argument(a) for a in node.args],
+                [ast.keyword(k.arg, self.argument(k.value)) for k in node.keywords],
+            )
+            return self.primitive(new, entry), "primitive"
+        if inspect.isfunction(found):
+            return self.call(node, Callee(functions.of_or_refused(found, self, node), found)), "call"
+        raise self.refuse(
+            node, f"{ast.unparse(node.func)} has no known derivative and no Python source; register one with adjoint"
+        )
+
+    def argument(self, node: ast.expr) -> ast.expr:
+        return self.atom(node)
+
+    def _einsum(self, node: ast.Call, module: str) -> ast.expr:
+        """A sum of products: of each operand the adjoint is one too, of the adjoint and of the others."""
+        if (
+            not node.args
+            or not isinstance(node.args[0], ast.Constant)
+            or not isinstance(node.args[0].value, str)
+            or node.keywords
+        ):
+            raise self.refuse(
+                node, "einsum has a derivative where its subscripts are a string, written out, and nothing else"
+            )
+        subscripts = node.args[0].value.replace(" ", "")
+        inputs, arrow, output = subscripts.partition("->")
+        operands = inputs.split(",")
+        if not arrow or "." in subscripts or len(operands) != len(node.args) - 1:
+            raise self.refuse(
+                node, "einsum has a derivative with '->' and without '...', an operand for each subscript"
+            )
+        if any(len(set(o)) != len(o) for o in operands):
+            raise self.refuse(
+                node, "einsum with an index twice in one operand has no derivative here; use np.diag first"
+            )
+        names = [f"x{k}" for k in range(len(operands))]
+        reverse, forward = {}, {}
+        for k, own in enumerate(operands):
+            terms = [(output, "g"), *((o, n) for j, (o, n) in enumerate(zip(operands, names, strict=True)) if j != k)]
+            lost = "".join(i for i in own if not any(i in t for t, _ in terms))
+            if lost:  # summed in this operand alone
+                terms.append((own, f"{module}.ones_like({names[k]})"))
+            pattern = ",".join(t for t, _ in terms) + "->" + own
+            reverse[names[k]] = f"{module}.einsum('{pattern}', {', '.join(t for _, t in terms)})"
+            given = ", ".join(f"d_{n}" if j == k else n for j, n in enumerate(names))
+            forward[names[k]] = f"{module}.einsum('{subscripts}', {given})"
+        entry = Primitive(
+            f"{module}.einsum",
+            primitives.signature(", ".join(["subscripts", *names])),
+            module,
+            reverse=reverse,
+            forward=forward,
+        )
+        call = ast.Call(
+            self._canonical(entry), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], []
+        )
+        return self.primitive(call, entry)
+
+    def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
+        """list(x), tuple(x), dict(a=x), and sums of generators."""
+        if found is dict:
+            if node.args:
+                return None
+            pairs = [(ast.Constant(k.arg), self.atom(k.value)) for k in node.keywords]
+            return ast.Dict([k for k, _ in pairs], [v for _, v in pairs]), "structure"
+        if found is list and len(node.args) == 1:
+            item = self.fresh("item")
+            made = ast.ListComp(name(item), [ast.comprehension(ast.Name(item, ast.Store()), node.args[0], [], 0)])
+            for inner in walk(made):
+                ast.copy_location(inner, node)
+            return name(self._loops(made)), "copy"
+        return None
+
+    def _method(self, node: ast.Call, function: ast.Attribute) -> tuple[ast.expr, str]:
+        written = primitives.WRITTEN_METHODS.get(function.attr)
+        if written is not None:
+            plain = ast.copy_location(ast.Call(function.value, [function.value, *node.args], node.keywords), node)
+            return self.call(plain, Callee(functions.of(written), written)), "call"
+        if (function.attr == "get" and len(node.args) == 1) or (function.attr == "copy" and not node.args):
+            if function.attr == "get":
+                return ast.Subscript(self.atom(function.value), self.index(node.args[0]), ast.Load()), "item"
+        if function.attr in ("astype", "to", "type", "float", "values", "items"):
+            raise self.refuse(node, f".{function.attr}() has no derivative here")
+        entry = primitives.METHODS.get(function.attr)
+        if entry is None:
+            raise self.refuse(node, f"the method .{function.attr}() has no derivative here")
+        new = ast.Call(
+            ast.Attribute(self.atom(function.value), function.attr, ast.Load()),
+            [self.argument(a) for a in node.args],
+            [ast.keyword(k.arg, self.argument(k.value)) for k in node.keywords],
+        )
+        return self.primitive(new, entry), "primitive"
+
+    def call(self, node: ast.Call, callee: Callee) -> ast.expr:
+        """A call of a function that is differentiated too, its arguments in the order of its parameters."""
+        arguments = callee.source.node.args
+        if arguments.vararg or arguments.kwarg:
+            raise self.refuse(node, f"{callee.source.name} takes *args or **kwargs, which has no derivative here")
+        if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+            raise self.refuse(node, "a call with * or ** arguments has no derivative here; write the arguments out")
+        positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+        if len(node.args) > len(positional):
+            raise self.refuse(node, f"{callee.source.name} takes {len(positional)} arguments")
+        given = {**dict(zip(positional, node.args, strict=False)), **{str(k.arg): k.value for k in node.keywords}}
+        alias = {"dim": "axis", "keepdim": "keepdims"}
+        names = {*positional, *(a.arg for a in arguments.kwonlyargs)}
+        given = {(alias[k] if k in alias and k not in names else k): v for k, v in given.items()}
+        if unknown := given.keys() - names:
+            raise self.refuse(node, f"{ast.unparse(node.func)} with {sorted(unknown)[0]}= has no derivative here")
+        keywords = [ast.keyword(k, self.argument(v)) for k, v in given.items()]
+        keywords += [ast.keyword(k, name(k)) for k in callee.captured]
+        new = ast.Call(name(callee.source.name), [], keywords)
+        new.callee = callee  # type: ignore[attr-defined]
+        return new
+
+    # ---- statements
+
+    def block(self, body: list[ast.stmt]) -> None:
+        for node in body:
+            self.statement(node)
+
+    def inner(self, body: list[ast.stmt]) -> list[Statement]:
+        saved, self.out = self.out, []
+        self.block(body)
+        found, self.out = self.out, saved
+        return found
+
+    def statement(self, node: ast.stmt) -> None:
+        self.here = node
+        method = getattr(self, f"on_{type(node).__name__}", None)
+        if method is None:
+            raise self.refuse(node, f"{type(node).__name__} is not supported")
+        method(node)
+
+    def on_Pass(self, node: ast.Pass) -> None:
+        pass
+
+    def on_FunctionDef(self, node: ast.FunctionDef) -> None:
+        pass  # lifted
+
+    def on_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.value, ast.Lambda):
+            return  # lifted
+        if len(node.targets) > 1:
+            value = self.atom(node.value)
+            for target in node.targets:
+                self.target(target, value, node)
+            return
+        self.target(node.targets[0], node.value, node)
+
+    def on_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.target(node.target, node.value, node)
+
+    def target(self, target: ast.expr, value: ast.expr, at: ast.stmt) -> None:
+        if isinstance(target, ast.Name):
+            popped = self._popped(value)
+            if popped is not None:
+                self.emit(Pop(target.id, popped, self.source.line(at)))
+                return
+            self.assign(target.id, value)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            self._unpack(target, value, at)
+        elif isinstance(target, ast.Subscript):
+            self._store(target, self.atom(value), at)
+        else:
+            raise self.refuse(at, f"an assignment to {ast.unparse(target)} has no derivative here")
+
+    def _popped(self, value: ast.expr) -> str | None:
+        if (
+            isinstance(value, ast.Call)
+            and isinstance(value.func, ast.Attribute)
+            and value.func.attr == "pop"
+            and isinstance(value.func.value, ast.Name)
+            and value.func.value.id in self.locals
+        ):
+            if value.args or value.keywords:
+                raise self.refuse(value, "pop(k) has no derivative here; pop() has")
+            return value.func.value.id
+        return None
+
+    def _unpack(self, target: ast.Tuple | ast.List, value: ast.expr, at: ast.stmt) -> None:
+        if any(isinstance(e, ast.Starred) for e in target.elts):
+            raise self.refuse(at, "an assignment with * has no derivative here")
+        if isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts):
+            parts: list[ast.expr] = []
+            for element in value.elts:
+                part = self.atom(element)
+                # Names may be assigned before they are read: a, b = b, a.
+                if loads(part) & _roots(target):
+                    part = self.let(self.fresh(), part, "copy" if self.depends(element) else "constant", at)
+                    if self.depends(element):
+                        self.varied.add(part.id)
+                parts.append(part)
+            for one, part in zip(target.elts, parts, strict=True):
+                self.target(one, part, at)
+            return
+        whole = self.atom(value)
+        if not isinstance(whole, ast.Name):
+            whole = self.let(self.fresh(), whole, "constant", at)
+        names = [e.id if isinstance(e, ast.Name) else self.fresh() for e in target.elts]
+        self.locals |= {*names}
+        self.emit(Unpack(names, whole.id, self.source.line(at)))
+        for one, given in zip(target.elts, names, strict=True):
+            if not isinstance(one, ast.Name):
+                if self.depends(value):
+                    self.varied.add(given)
+                self.target(one, name(given), at)
+
+    def _store(self, target: ast.Subscript, value: ast.expr, at: ast.stmt, within: tuple[str, ...] = ()) -> None:
+        base = target.value
+        if isinstance(base, ast.Subscript):
+            whole = self.atom(base.value)
+            place = self.index(base.slice)
+            if not isinstance(whole, ast.Name):
+                raise self.refuse(at, f"an assignment into {ast.unparse(base)} is not supported")
+            inner = self.fresh("part")
+            self.emit(Effect(_statement("rt.part(x, i)", {"x": whole, "i": _as_value(place)}), self.source.line(at)))
+            depends = self.depends(base.value)
+            self.let(inner, ast.Subscript(whole, place, ast.Load()), "item", at)
+            if depends or self.depends(value):
+                self.varied.add(inner)
+            within = (*within, *_roots(base), *([whole.id] if isinstance(whole, ast.Name) else []))
+            self._store(ast.Subscript(name(inner), target.slice, ast.Store()), value, at, within)
+            self._store(ast.Subscript(copied(base.value), copied(base.slice), ast.Store()), name(inner), at, within)
+            return
+        if not isinstance(base, ast.Name):
+            raise self.refuse(at, f"an assignment into {ast.unparse(base)} is not supported")
+        if base.id not in self.locals:
+            raise self.refuse(
+                at, f"{base.id} is not a variable of the function, and writing into it has no derivative here"
+            )
+        self.emit(Store(base.id, self.index(target.slice), value, self.source.line(at), within=within))
+
+    def on_AugAssign(self, node: ast.AugAssign) -> None:
+        read = copied(node.target)
+        for inner in walk(read):
+            if hasattr(inner, "ctx"):
+                inner.ctx = ast.Load()
+        if isinstance(node.target, ast.Name):
+            value = ast.copy_location(ast.BinOp(read, node.op, node.value), node)
+            self.assign(node.target.id, value, in_place=True)
+        elif isinstance(node.target, ast.Subscript):
+            # The index once, also where it is not simple.
+            index = self.index(node.target.slice)
+            place = ast.copy_location(ast.Subscript(node.target.value, _as_value(index, plain=True), ast.Load()), node)
+            whole = ast.copy_location(ast.BinOp(place, node.op, node.value), node)
+            new = self.atom(whole)
+            self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), new, node)
+        else:
+            raise self.refuse(node, f"an assignment to {ast.unparse(node.target)} has no derivative here")
+
+    def on_Expr(self, node: ast.Expr) -> None:
+        value = node.value
+        if isinstance(value, ast.Constant):
+            return
+        if not isinstance(value, ast.Call):
+            raise self.refuse(node, "an expression whose value is not used")
+        function = value.func
+        popped = self._popped(value)
+        if popped is not None:
+            self.emit(Pop(self.fresh(), popped, self.source.line(node)))
+            return
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            if function.value.id in self.locals:
+                if function.attr == "append" and len(value.args) == 1:
+                    self.emit(Append(function.value.id, self.atom(value.args[0]), self.source.line(node)))
+                    return
+                raise self.refuse(
+                    node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here"
+                )
+        found = self.resolve(function)
+        if found is runtime.put_back:
+            whole, back = value.args
+            assert isinstance(whole, ast.Name)
+            self.emit(Append(whole.id, self.atom(back), self.source.line(node), puts_back=True))
+            return
+        if found in (runtime.restore, runtime.store_tangent):
+            whole, index, old = value.args[:3]
+            assert isinstance(whole, ast.Name)
+            self.emit(Store(whole.id, self.index(index), self.atom(old), self.source.line(node), restores=True))
+            return
+        if found is not None and (primitives.key(found) in primitives.WITHOUT_SLOPE or inspect.ismodule(found)):
+            self.emit(Effect(ast.Expr(self.constant(value)), self.source.line(node)))
+            return
+        names = {n for a in (*value.args, *(k.value for k in value.keywords)) for n in loads(a)}
+        if names & self.locals or found is None:
+            raise self.refuse(node, f"{ast.unparse(function)} is called for an effect that is not known")
+        self.emit(Effect(ast.Expr(self.constant(value)), self.source.line(node)))
+
+    def on_Assert(self, node: ast.Assert) -> None:
+        new = copied(node)
+        new.test = self.constant(node.test)
+        new.msg = None if node.msg is None else self.constant(node.msg)
+        self.emit(Effect(new, self.source.line(node)))
+
+    def on_Raise(self, node: ast.Raise) -> None:
+        new = copied(node)
+        new.exc = None if node.exc is None else self.constant(node.exc)
+        new.cause = None if node.cause is None else self.constant(node.cause)
+        self.emit(Effect(new, self.source.line(node)))
+
+    def on_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            if not isinstance(target, ast.Name):
+                raise self.refuse(node, "del of a part of something is not supported")
+
+    def test(self, node: ast.expr) -> ast.expr:
+        """A condition, which has no derivative itself, with a name of its own."""
+        plain = self._condition(node)
+        if isinstance(plain, ast.Name):
+            return plain
+        return self.let(self.fresh("test"), plain, "constant", node)
+
+    def _condition(self, node: ast.expr) -> ast.expr:
+        if self._calls_inside(node):
+            return self._split_constant(node)
+        return self.constant(node)
+
+    def on_If(self, node: ast.If) -> None:
+        test = self.test(node.test)
+        body, orelse = self.inner(node.body), self.inner(node.orelse)
+        self.emit(If(test, body, orelse, self.source.line(node)))
+
+    def on_While(self, node: ast.While) -> None:
+        if self._calls_inside(node.test):
+            raise self.refuse(
+                node, "a function defined inside is called in the condition of a while; call it in the body"
+            )
+        test = self.constant(node.test)
+        body = self.inner(node.body)
+        self.emit(While(test, body, self.source.line(node), getattr(node, "stop", None)))
+
+    def on_For(self, node: ast.For) -> None:
+        stop = getattr(node, "stop", None)
+        call = node.iter
+        body = list(node.body)
+        if not self.depends(call):
+            if self._calls_inside(call):
+                iterable: ast.expr = self._split_constant(call)
+            else:
+                iterable = self.constant(call)
+            if isinstance(node.target, ast.Name):
+                target = node.target.id
+            else:
+                target = self.fresh("item")
+                body.insert(0, _set_target(node.target, name(target), node))
+            self.locals.add(target)
+            self.emit(For(target, iterable, self.inner(body), self.source.line(node), stop))
+            return
+        k = self.fresh("k")
+        self.locals.add(k)
+        count, first = self._items(call, node.target, k, node)
+        # What is assigned first in the body may itself have a derivative.
+        self.locals |= _assigned(first)
+        statements = self.inner([*first, *body])
+        self.emit(For(k, count, statements, self.source.line(node), stop))
+
+    def _items(self, call: ast.expr, target: ast.expr, k: str, at: ast.stmt) -> tuple[ast.expr, list[ast.stmt]]:
+        """Iteration by index: the indices, and the statements that pick items."""
+        if isinstance(call, ast.Call):
+            function = self.resolve(call.func)
+            arguments = call.args
+            if function is reversed and len(arguments) == 1:
+                whole = self._named(arguments[0])
+                indices = primitives.filled("range(len(x) - 1, -1, -1)", {"x": whole})
+                return indices, [_set_target(target, _item(whole, k), at)]
+            if (
+                function is enumerate
+                and len(arguments) in (1, 2)
+                and isinstance(target, ast.Tuple)
+                and len(target.elts) == 2
+            ):
+                inner = arguments[0]
+                if isinstance(inner, ast.Call) and self.resolve(inner.func) is zip and len(arguments) == 1:
+                    count, first = self._items(inner, target.elts[1], k, at)
+                    return count, [_set_target(target.elts[0], name(k), at), *first]
+                whole = self._named(inner)
+                shift = self.constant(arguments[1]) if len(arguments) == 2 else ast.Constant(0)
+                number = primitives.filled("k + n", {"k": name(k), "n": shift}) if len(arguments) == 2 else name(k)
+                return primitives.filled("range(len(x))", {"x": whole}), [
+                    _set_target(target.elts[0], number, at),
+                    _set_target(target.elts[1], _item(whole, k), at),
+                ]
+            if (function is zip and not call.keywords) or (
+                function is zip and all(k_.arg == "strict" for k_ in call.keywords)
+            ):
+                if not isinstance(target, ast.Tuple) or len(target.elts) != len(arguments):
+                    raise self.refuse(at, "a loop over zip needs as many names as there are sequences")
+                wholes = [self._named(a) for a in arguments]
+                lengths = ", ".join(f"len({w.id})" for w in wholes)
+                shortest = f"min({lengths})" if len(wholes) > 1 else lengths
+                first = [_set_target(one, _item(w, k), at) for one, w in zip(target.elts, wholes, strict=True)]
+                return copied(primitives.parsed(f"range({shortest})")), first
+            if isinstance(call.func, ast.Attribute) and call.func.attr in ("items", "values") and not arguments:
+                whole = self._named(call.func.value)
+                pick: ast.expr = ast.Subscript(whole, name(k), ast.Load())
+                if call.func.attr == "values":
+                    return primitives.filled("rt.keys(x)", {"x": whole}), [_set_target(target, pick, at)]
+                if isinstance(target, ast.Tuple) and len(target.elts) == 2:
+                    return primitives.filled("rt.keys(x)", {"x": whole}), [
+                        _set_target(target.elts[0], name(k), at),
+                        _set_target(target.elts[1], pick, at),
+                    ]
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "keys":
+                return self.constant(call), [_set_target(target, name(k), at)]
+        whole = self._named(call)
+        # A dict gives its keys, an array or a list its items.
+        return primitives.filled("range(len(rt.sequence(x)))", {"x": whole}), [_set_target(target, _item(whole, k), at)]
+
+    def _named(self, node: ast.expr) -> ast.Name:
+        if isinstance(node, ast.Name) and node.id in self.locals:
+            return name(node.id)
+        made = self.atom(node)
+        if isinstance(made, ast.Name) and made.id in self.locals:
+            if self.depends(node):
+                self.varied.add(made.id)
+            return made
+        return self.let(self.fresh(), made, "constant", node)
+
+    def on_With(self, node: ast.With) -> None:
+        (item,) = node.items if len(node.items) == 1 else (None,)
+        call = None if item is None else item.context_expr
+        if not isinstance(call, ast.Call) or self.resolve(call.func) is not runtime.insert_grad_of:
+            raise self.refuse(node, "the only with that has a meaning here is that of insert_grad_of")
+        assert item is not None
+        if (
+            len(call.args) != 1
+            or not isinstance(call.args[0], ast.Name)
+            or not isinstance(item.optional_vars, ast.Name)
+        ):
+            raise self.refuse(
+                node, "insert_grad_of takes a variable and gives its adjoint a name: with insert_grad_of(x) as dx"
+            )
+        variable, alias = call.args[0].id, item.optional_vars.id
+        if variable not in self.varied:
+            raise self.refuse(node, f"no derivative flows through {variable}")
+        assigned = _assigned(node.body) - {alias}
+        fresh = {n: self.fresh(n) for n in assigned}
+        fresh[alias] = alias
+
+        def rename(identifier: str) -> str:
+            if identifier in fresh:
+                return fresh[identifier]
+            if identifier in self.locals:
+                return identifier
+            if identifier not in self.source.namespace:
+                raise self.refuse(node, f"{identifier} is not defined")
+            return self.bind(identifier, self.source.namespace[identifier])
+
+        body = [Rename(rename).visit(copied(s)) for s in node.body]
+        self.emit(Surgery(variable, alias, body, self.source.line(node)))
+
+
+def _own_statements(node: ast.stmt) -> list[ast.stmt]:
+    """A statement and those inside of it, of the same function."""
+    found = [node]
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt):
+                found += _own_statements(child)
+    return found
+
+
+def _free(node: ast.FunctionDef) -> set[str]:
+    own = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)} | _assigned(node.body)
+    inside: set[str] = set()
+    for statement in node.body:
+        for inner in walk(statement):
+            if isinstance(inner, ast.FunctionDef):
+                inside |= _free(inner)
+        inside |= loads(statement)
+    return inside - own
+
+
+def _roots(node: ast.AST) -> set[str]:
+    """Variables that an assignment to this target, or a call on it, changes."""
+    if isinstance(node, ast.Name):
+        return {node.id}
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return set().union(*(_roots(e) for e in node.elts))
+    if isinstance(node, (ast.Subscript, ast.Attribute, ast.Starred)):
+        return _roots(node.value)
+    return set()
+
+
+def _set(target: str, value: ast.expr) -> ast.stmt:
+    return ast.Assign([ast.Name(target, ast.Store())], value)
+
+
+def _set_target(target: ast.expr, value: ast.expr, at: ast.AST) -> ast.stmt:
+    node = ast.Assign([copied(target)], value)
+    for inner in walk(node):
+        if not hasattr(inner, "lineno"):
+            ast.copy_location(inner, at)
+    return ast.copy_location(node, at)
+
+
+def _item(whole: ast.expr, k: str) -> ast.expr:
+    return ast.Subscript(copied(whole), name(k), ast.Load())
+
+
+def _statement(text: str, names: Mapping[str, ast.expr]) -> ast.stmt:
+    return ast.Expr(primitives.filled(text, names))
+
+
+def _as_value(index: ast.expr, plain: bool = False) -> ast.expr:
+    """A subscript as a value: slices by their constructor."""
+    if plain:
+        return index
+    if isinstance(index, ast.Slice):
+        parts = [e or ast.Constant(None) for e in (index.lower, index.upper, index.step)]
+        return ast.Call(name("slice"), list(parts), [])
+    if isinstance(index, ast.Tuple):
+        return ast.Tuple([_as_value(e) for e in index.elts], ast.Load())
+    return index
+
+
+def _renamed_comprehension(node: Any, fresh: Mapping[str, str]) -> Any:
+    new = copied(node)
+    for inner in walk(new):
+        if isinstance(inner, ast.Name) and inner.id in fresh:
+            inner.id = fresh[inner.id]
+    return new

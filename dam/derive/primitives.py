@@ -1,0 +1,181 @@
+"""What is known of a function: how a call of it is read, and the text of its derivatives.
+
+A derivative is an expression in the names of the call's parameters, `y` for its result, `g` for the adjoint of that,
+and `d_x` for the tangent of a parameter x. `m` stands for the module of the function called: one entry serves
+numpy, torch and math where a function means the same in all.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Signature = inspect.Signature
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """A function with a derivative that is known.
+
+    Attributes:
+        name: as it is printed, "np.sin"; "" for an operator or a method.
+        signature: its parameters, the supported ones alone: others are refused by name.
+        partials: by parameter, the partial derivative of an elementwise function; g times it is un-broadcast.
+        reverse: by parameter, the adjoint that a call adds to that of the argument.
+        forward: the tangent of the result, as a sum over parameters.
+        view: whether the result may share memory with an argument.
+        shallow: whether what the result holds may, as of a copied list; not the result itself.
+        fresh_shape: "same" as its one argument, "scalar", or None where it is not known.
+    """
+
+    name: str
+    signature: Signature
+    module: str = "np"
+    partials: Mapping[str, str] = field(default_factory=dict)
+    reverse: Mapping[str, str] = field(default_factory=dict)
+    forward: Mapping[str, str] = field(default_factory=dict)
+    rule: Callable[..., Any] | None = None
+    view: bool = False
+    shallow: bool = False
+    shape: str | None = None
+    function: Any = None  # of a rule: what it is the derivative of
+
+    @property
+    def differentiable(self) -> set[str]:
+        return {*self.partials, *self.reverse}
+
+
+# Differentiable functions by themselves (their identity), operators by type of node, methods and attributes by name.
+FUNCTIONS: dict[Any, Primitive] = {}
+OPERATORS: dict[type, Primitive] = {}
+METHODS: dict[str, Primitive] = {}
+ATTRIBUTES: dict[str, Primitive] = {}
+# Functions whose result does not depend on its arguments in a way that has a slope: shapes, indices, comparisons.
+WITHOUT_SLOPE: set[Any] = set()
+METHODS_WITHOUT_SLOPE: set[str] = set()
+ATTRIBUTES_WITHOUT_SLOPE = {"shape", "ndim", "size", "dtype", "device", "itemsize", "nbytes"}
+# Functions that are differentiated as another one, written in the supported language.
+WRITTEN: dict[Any, Callable[..., Any]] = {}
+WRITTEN_METHODS: dict[str, Callable[..., Any]] = {}
+
+
+def key(function: Any) -> Any:
+    """What a function is found by; bound built-ins of the same name are not the same object each time."""
+    try:
+        hash(function)
+    except TypeError:
+        return id(function)
+    return function
+
+
+def signature(text: str) -> Signature:
+    """Of "x, axis=None, *, keepdims=False"."""
+    return _signature(text)
+
+
+@functools.cache
+def _signature(text: str) -> Signature:
+    space: dict[str, Any] = {}
+    exec(f"def f({text}): pass", space)  # the text is this library's own
+    return inspect.signature(space["f"])
+
+
+@functools.cache
+def parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+def copied(node: Any) -> Any:
+    """A deep copy of a tree, with its positions and whatever else its nodes carry."""
+    if isinstance(node, list):
+        return [copied(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return node
+    new = node.__class__()
+    kept = new.__dict__
+    for name, value in node.__dict__.items():
+        kept[name] = copied(value) if isinstance(value, (ast.AST, list)) else value
+    return new
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a tree, in no order; `ast.walk` gives them from the top, which nobody needs and takes longer."""
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        yield one
+        for name in one._fields:
+            value = one.__dict__.get(name)
+            if isinstance(value, ast.AST):
+                waiting.append(value)
+            elif isinstance(value, list):
+                waiting += [item for item in value if isinstance(item, ast.AST)]
+
+
+def filled(text: str, names: Mapping[str, ast.expr]) -> ast.expr:
+    """The expression of a text, copies of other expressions in the places of names."""
+    return _filled(parsed(text), names)
+
+
+def _filled(node: Any, names: Mapping[str, ast.expr]) -> Any:
+    if isinstance(node, ast.Name):
+        found = names.get(node.id)
+        return ast.Name(node.id, ast.Load()) if found is None else copied(found)
+    if isinstance(node, list):
+        return [_filled(one, names) for one in node]
+    new = node.__class__()
+    for name in node._fields:
+        value = getattr(node, name)
+        setattr(new, name, _filled(value, names) if isinstance(value, (ast.AST, list)) else value)
+    return new
+
+
+class Unsupported(Exception):
+    """A call has an argument that its entry does not know; the message says which."""
+
+
+def bound(primitive: Primitive, node: ast.expr) -> dict[str, ast.expr]:
+    """Arguments of a call, operator or attribute by parameter, defaults filled in; of *rest a tuple.
+
+    Raises:
+        Unsupported: an argument is not among the parameters.
+    """
+    if isinstance(node, ast.BinOp):
+        return {"x": node.left, "z": node.right}
+    if isinstance(node, ast.UnaryOp):
+        return {"x": node.operand}
+    if isinstance(node, ast.Attribute):
+        return {"x": node.value}
+    assert isinstance(node, ast.Call)
+    positional = list(node.args)
+    if primitive.name == "":
+        assert isinstance(node.func, ast.Attribute)
+        positional.insert(0, node.func.value)
+    keywords = {k.arg: k.value for k in node.keywords if k.arg is not None}
+    if len(keywords) != len(node.keywords) or any(isinstance(a, ast.Starred) for a in positional):
+        raise Unsupported("a call with * or ** arguments has no derivative here")
+    for one, other in (("dim", "axis"), ("keepdim", "keepdims"), ("input", "x"), ("tensors", "l")):
+        if one in keywords and one not in primitive.signature.parameters:
+            keywords[other] = keywords.pop(one)
+    try:
+        arguments = primitive.signature.bind(*positional, **keywords)
+    except TypeError as error:
+        takes = str(primitive.signature)
+        raise Unsupported(f"{ast.unparse(node.func)}: {error}; what has a derivative here takes {takes}") from None
+    values: dict[str, ast.expr] = {}
+    for name, parameter in primitive.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            values[name] = ast.Tuple(list(arguments.arguments.get(name, ())), ast.Load())
+        else:
+            given = arguments.arguments.get(name)
+            values[name] = ast.Constant(parameter.default) if given is None else given
+    return values
+
+
+def register(functions: Iterable[Any], primitive: Primitive) -> None:
+    for function in functions:
+        FUNCTIONS[key(function)] = primitive

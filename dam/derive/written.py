@@ -1,0 +1,170 @@
+"""Functions of numpy and torch in terms of others: their derivatives are those of this source, of any order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dam.derive import runtime as rt
+
+
+def var(x, axis=None, ddof=0, keepdims=False):
+    centred = x - np.mean(x, axis=axis, keepdims=True)
+    return np.sum(centred * centred, axis=axis, keepdims=keepdims) / (rt.count(x, axis) - ddof)
+
+
+def std(x, axis=None, ddof=0, keepdims=False):
+    return np.sqrt(var(x, axis=axis, ddof=ddof, keepdims=keepdims))
+
+
+def torch_var(x, dim=None, correction=1, keepdim=False):
+    centred = x - torch.mean(x, dim=dim, keepdim=True)
+    return rt.total(centred * centred, dim, keepdim) / (rt.count(x, dim) - correction)
+
+
+def torch_std(x, dim=None, correction=1, keepdim=False):
+    return torch.sqrt(torch_var(x, dim=dim, correction=correction, keepdim=keepdim))
+
+
+def var_by_method(x, axis=None, ddof=None, keepdims=False):
+    freedom = (1 if isinstance(x, torch.Tensor) else 0) if ddof is None else ddof
+    centred = x - rt.expand(rt.total(x, axis, True), x, axis, True) / rt.count(x, axis)
+    return rt.total(centred * centred, axis, keepdims) / (rt.count(x, axis) - freedom)
+
+
+def std_by_method(x, axis=None, ddof=None, keepdims=False):
+    return var_by_method(x, axis=axis, ddof=ddof, keepdims=keepdims) ** 0.5
+
+
+def norm(x, ord=None, axis=None, keepdims=False):
+    if ord is None or ord == "fro" or (ord == 2 and (axis is not None or x.ndim == 1)):
+        return rt.total(x * x, axis, keepdims) ** 0.5
+    if axis is None and x.ndim > 1:
+        raise NotImplementedError("no derivative of this norm of a matrix; give an axis")
+    if ord == 1:
+        return rt.total(abs(x), axis, keepdims)
+    if ord == np.inf or ord == -np.inf:
+        raise NotImplementedError("no derivative of this norm; write np.max(np.abs(x))")
+    return rt.total(abs(x) ** ord, axis, keepdims) ** (1.0 / ord)
+
+
+def vstack(arrays):
+    return np.concatenate([np.atleast_2d(one) for one in arrays], axis=0)
+
+
+def hstack(arrays):
+    raised = [np.atleast_1d(one) for one in arrays]
+    if raised[0].ndim == 1:
+        return np.concatenate(raised, axis=0)
+    return np.concatenate(raised, axis=1)
+
+
+def dstack(arrays):
+    return np.concatenate([np.atleast_3d(one) for one in arrays], axis=2)
+
+
+def column_stack(arrays):
+    return np.concatenate([np.transpose(np.atleast_2d(one)) if np.ndim(one) < 2 else one for one in arrays], axis=1)
+
+
+def diff(x, n=1, axis=-1):
+    at = axis % x.ndim
+    before = (slice(None),) * at + (slice(None, -1),)
+    after = (slice(None),) * at + (slice(1, None),)
+    for _ in range(n):
+        x = x[after] - x[before]
+    return x
+
+
+def average(x, axis=None, weights=None):
+    if weights is None:
+        return np.mean(x, axis=axis)
+    if np.ndim(weights) != np.ndim(x):
+        raise NotImplementedError("no derivative of an average with weights of another shape; broadcast them first")
+    return np.sum(x * weights, axis=axis) / np.sum(weights, axis=axis)
+
+
+def kron(x, z):
+    if x.ndim == 1 and z.ndim == 1:
+        return np.reshape(np.outer(x, z), (-1,))
+    if x.ndim != 2 or z.ndim != 2:
+        raise NotImplementedError("a derivative of kron is of two vectors or two matrices")
+    blocks = x[:, None, :, None] * z[None, :, None, :]
+    return np.reshape(blocks, (x.shape[0] * z.shape[0], x.shape[1] * z.shape[1]))
+
+
+def cross(x, z):
+    if x.shape[-1] != 3 or z.shape[-1] != 3:
+        raise NotImplementedError("a derivative of cross is of vectors of 3 in the last axis")
+    first = x[..., 1] * z[..., 2] - x[..., 2] * z[..., 1]
+    second = x[..., 2] * z[..., 0] - x[..., 0] * z[..., 2]
+    third = x[..., 0] * z[..., 1] - x[..., 1] * z[..., 0]
+    return np.stack([first, second, third], axis=-1)
+
+
+def ptp(x, axis=None, keepdims=False):
+    return np.max(x, axis=axis, keepdims=keepdims) - np.min(x, axis=axis, keepdims=keepdims)
+
+
+def cumprod(x, axis=None):
+    if axis is not None and x.ndim != 1:
+        raise NotImplementedError("a derivative of cumprod is of a vector, or without an axis")
+    flat = np.ravel(x)
+    products = []
+    so_far = 1.0
+    for k in range(flat.shape[0]):
+        so_far = so_far * flat[k]
+        products.append(so_far)
+    return np.stack(products)
+
+
+def sinc(x):
+    at = np.pi * np.where(x == 0, 1e-20, x)
+    return np.sin(at) / at
+
+
+def interp(x, xp, fp):
+    """Piecewise linear, constant beyond the ends; its slope in xp is none of the supported ones."""
+    xp = rt.stop_gradient(xp)
+    k = np.clip(np.searchsorted(rt.stop_gradient(xp), rt.stop_gradient(x)) - 1, 0, len(xp) - 2)
+    inside = np.clip(x, xp[0], xp[-1])
+    share = (inside - xp[k]) / (xp[k + 1] - xp[k])
+    return fp[k] * (1.0 - share) + fp[k + 1] * share
+
+
+def solve(a, b):
+    return rt.matmul(rt.swapped(rt.inverse_transposed(a)), b)
+
+
+def softplus(x):
+    return torch.logaddexp(x, 0.0 * x)
+
+
+def logsumexp(x, dim, keepdim=False):
+    top = rt.stop_gradient(torch.amax(x, dim=dim, keepdim=True))
+    found = torch.log(torch.sum(torch.exp(x - top), dim=dim, keepdim=True)) + top
+    return found if keepdim else torch.squeeze(found, dim)
+
+
+def softmax(x, dim):
+    risen = torch.exp(x - rt.stop_gradient(torch.amax(x, dim=dim, keepdim=True)))
+    return risen / torch.sum(risen, dim=dim, keepdim=True)
+
+
+def log_softmax(x, dim):
+    return x - logsumexp(x, dim, keepdim=True)
+
+
+def power_slope(x, n):
+    if isinstance(n, (int, float)):
+        if n == 0:
+            return 0.0 * x
+        return n * x ** (n - 1)
+    safe = rt.where(n == 0, n + 1.0, n)
+    return rt.where(n == 0, 0.0 * safe, n * x ** (safe - 1.0))
+
+
+def power_log(x, n):
+    at_zero = rt.within(x, 0.0, 0.0) * rt.larger(n, 0.0)
+    safe = x + at_zero
+    return (1.0 - at_zero) * safe**n * rt.log(safe)

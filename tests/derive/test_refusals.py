@@ -1,0 +1,413 @@
+"""What has no derivative is refused by name, with its line; what only shows when it runs, then."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from dam.derive import DerivativeError, adjoint, autodiff, grad, insert_grad_of, source, stop_gradient
+
+GLOBAL = np.ones(3)
+V = np.array([0.4, -0.9, 1.3])
+
+
+def has_try(x):
+    try:
+        return x * x
+    except ValueError:
+        return x
+
+
+def has_yield(x):
+    yield x
+
+
+def has_global(x):
+    global GLOBAL
+    GLOBAL = x
+    return x
+
+
+def has_class(x):
+    class Inner:
+        pass
+
+    return x
+
+
+def has_walrus(x):
+    return (y := x * x) + y
+
+
+def has_import(x):
+    import math
+
+    return math.sin(x)
+
+
+def has_with(x):
+    with np.errstate(all="ignore"):
+        return x * x
+
+
+def has_varargs(*x):
+    return x[0]
+
+
+def has_match(x):
+    match x:
+        case 1:
+            return x
+    return x * x
+
+
+def starred_call(x):
+    return np.arctan2(*[x, x])
+
+
+def starred_unpack(x):
+    a, *_ = x
+    return a
+
+
+def unknown_c_function(x):
+    return np.sum(np.fft.fft(x).real)
+
+
+def unknown_method(x):
+    return x.searching(3.0)
+
+
+def unknown_keyword(x):
+    return np.sum(x, where=x > 0)
+
+
+def unknown_parameter(x, g):
+    return g(x)
+
+
+def writes_global(x):
+    GLOBAL[0] = x[0]
+    return np.sum(GLOBAL)
+
+
+def writes_global_alias(x):
+    y = GLOBAL
+    y[0] = x[0]
+    return np.sum(y)
+
+
+def writes_view(x):
+    y = x * 1.0
+    z = y[0:2]
+    z[0] = x[1] * 2.0
+    return np.sum(y)
+
+
+def writes_alias(x):
+    y = x * 1.0
+    z = y
+    y[0] = 3.0
+    return np.sum(z * x)
+
+
+def writes_transposed(x):
+    y = np.reshape(x * 1.0, (3, 1))
+    z = y.T
+    y[0] = 2.0
+    return np.sum(z**2)
+
+
+def writes_in_list(x):
+    y = x * 1.0
+    items = [y]
+    y[0] = 2.0
+    return np.sum(items[0] ** 2)
+
+
+def shared_in_loop(x):
+    rows, row = [], np.zeros(3)
+    for i in range(2):
+        row[i] = x[i]
+        rows.append(row)
+    return np.sum(rows[0] * rows[1])
+
+
+def overwrite(u, v):
+    u[0] = v
+    return u
+
+
+def callee_writes(x):
+    y = x * 1.0
+    overwrite(y, x[1] * 2.0)
+    z = overwrite(y, x[1])
+    return np.sum(z)
+
+
+def writes_attribute(x, o):
+    o.value = x
+    return x
+
+
+def mutates_list(x):
+    items = [x, x * x]
+    items.insert(0, x)
+    return items[0]
+
+
+def computed_axis(x, y):
+    return np.sum(np.where(x, x, y))
+
+
+def array_range(x):
+    return np.sum(np.einsum("ii->i", x))
+
+
+def decorated(f):
+    @functools.wraps(f)
+    def wrapper(*a):
+        return f(*a)
+
+    return wrapper
+
+
+@decorated
+def wrapped(x):
+    return x
+
+
+class Holder:
+    def method(self, x):
+        return x
+
+
+REFUSED = [
+    (has_try, "try has no derivative"),
+    (has_yield, "generators have no derivative"),
+    (has_global, "assigns globals"),
+    (has_class, "a class inside"),
+    (has_walrus, "assignment inside of an expression"),
+    (has_import, "an import inside"),
+    (has_with, "insert_grad_of"),
+    (has_varargs, r"\*args"),
+    (has_match, "match is not supported"),
+    (starred_call, r"a call with \*"),
+    (starred_unpack, r"an assignment with \*"),
+    (unknown_c_function, "np.fft.fft has no known derivative"),
+    (unknown_method, r"the method .searching\(\) has no derivative"),
+    (unknown_keyword, "unexpected keyword argument 'where'"),
+    (unknown_parameter, "g is not known when"),
+    (writes_global, "GLOBAL is not a variable of the function"),
+    (writes_global_alias, "GLOBAL of the surroundings, which is written to"),
+    (writes_view, "z is written to while y, which may share its memory"),
+    (writes_alias, "y is written to while z"),
+    (writes_transposed, "y is written to while z"),
+    (writes_in_list, "y is written to while items"),
+    (shared_in_loop, "row is written to while rows"),
+    (callee_writes, "called for an effect|writes into its argument"),
+    (writes_attribute, "an assignment to o.value"),
+    (mutates_list, r".insert\(\) changes items"),
+    (array_range, "an index twice in one operand"),
+]
+
+
+@pytest.mark.parametrize(("f", "message"), REFUSED, ids=[f.__name__ for f, _ in REFUSED])
+def test_what_is_refused_says_why_and_shows_its_line(f, message):
+    with pytest.raises(DerivativeError, match=message) as caught:
+        grad(f)
+    line = caught.value.line
+    assert line.file == __file__ and f"{__file__}:{line.number}: {line.text}" in str(caught.value)
+    with open(__file__, encoding="utf-8") as file:
+        assert file.read().splitlines()[line.number - 1].strip() == line.text
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (np.sin, "no Python source"),
+        (len, "no Python source"),
+        (Holder().method, "is a method"),
+        (wrapped, "is decorated"),
+        (functools.partial(has_try, 1.0), "no Python source"),
+        (eval("lambda x: x"), "cannot be got"),
+    ],
+    ids=["ufunc", "builtin", "method", "wrapper", "partial", "text"],
+)
+def test_what_has_no_source_says_so(f, message):
+    with pytest.raises(DerivativeError, match=message):
+        grad(f)
+
+
+def test_one_of_two_equal_lambdas_is_found_by_what_it_computes():
+    one, other = lambda x: x * x + x, lambda x: x * x * x
+    assert grad(one)(2.0) == 5.0 and grad(other)(2.0) == 12.0
+
+
+def test_parameters_that_are_not_there():
+    with pytest.raises(DerivativeError, match="no parameter 'z'"):
+        grad(stores_twice, "z")
+    with pytest.raises(DerivativeError, match="each once"):
+        grad(stores_twice, (0, 0))
+    with pytest.raises(ValueError, match="'reverse' or 'forward'"):
+        autodiff(stores_twice, "backward")
+    with pytest.raises(DerivativeError, match="was not derived"):
+        source(stores_twice)
+
+
+# ---- what shows when it runs
+
+
+def square(x):
+    return x * x
+
+
+def stores_twice(x):
+    y = np.zeros(3)
+    y[[0, 0]] = x[:2]
+    return np.sum(y)
+
+
+def stores_in_integers(x):
+    y = np.array([1, 2, 3])
+    y[0] = x[0]
+    return np.sum(y * x)
+
+
+def writes_into_both(x, y):
+    x[0] = y[1]
+    return np.sum(x * y)
+
+
+def adds_in_place(x):
+    y = x
+    y += 1.0
+    return np.sum(x * y)
+
+
+def writes_into_copy(x):
+    y = np.zeros((2, 3))
+    y[[0, 1]][0] = x
+    return np.sum(y * y)
+
+
+def joins_lists(x):
+    return sum(x + x)
+
+
+@pytest.mark.parametrize(
+    ("f", "arguments", "message"),
+    [
+        (square, (3,), "no derivative in x, a int"),
+        (square, (np.arange(3),), "whose dtype is int64"),
+        (square, (1j,), "a complex"),
+        (square, (V,), "needs a scalar result"),
+        (square, (torch.arange(3),), "torch.int64"),
+        (stores_twice, (V,), "names a place twice"),
+        (stores_in_integers, (V,), "whose dtype is int64"),
+        (writes_into_both, (V, V), "share memory"),
+        (adds_in_place, (V.copy(),), "changes y and x in place"),
+        (writes_into_copy, (V,), "changes a copy"),
+        (joins_lists, ([1.0, 2.0],), "arithmetic on a list|its value a list"),
+    ],
+)
+def test_what_is_wrong_with_arguments_is_refused_when_it_runs(f, arguments, message):
+    with pytest.raises(DerivativeError, match=message):
+        grad(f)(*arguments)
+
+
+def test_adjoints_and_tangents_have_the_shape_of_their_values():
+    with pytest.raises(DerivativeError, match="the adjoint given"):
+        autodiff(square)(V, init_grad=np.ones(2))
+    with pytest.raises(DerivativeError, match="the tangent given"):
+        autodiff(square, "forward")(V, d_x=np.ones(2))
+
+
+def test_augmented_assignment_of_numbers_under_two_names_is_right():
+    def f(x):
+        y = x
+        y += 1.0
+        return x * y
+
+    assert grad(f)(2.0) == 5.0
+
+
+def test_arguments_stay_as_they_were_where_the_function_would_change_them():
+    def f(x):
+        y = x * 2.0
+        y[0] = x[1] * y[0]
+        return np.sum(y * y)
+
+    x = V.copy()
+    grad(f)(x)
+    np.testing.assert_array_equal(x, V)
+
+
+# ---- surgery and registration
+
+
+def test_an_adjoint_can_be_looked_at_changed_and_replaced():
+    seen = []
+
+    def looked(x):
+        y = x * 3.0
+        with insert_grad_of(y) as dy:
+            seen.append(dy)
+        return y * y
+
+    def clipped(x):
+        y = x * 3.0
+        with insert_grad_of(y) as dy:
+            dy = np.clip(dy, -1.0, 1.0)
+        return y * y
+
+    def written(x):
+        y = x * 1.0
+        with insert_grad_of(y) as dy:
+            dy[0] = 0.0
+        return np.sum(y * x)
+
+    assert grad(looked)(2.0) == 36.0 and seen == [12.0]
+    assert grad(clipped)(2.0) == 3.0 and clipped(2.0) == 36.0
+    np.testing.assert_array_equal(grad(written)(V), [V[0], 2 * V[1], 2 * V[2]])
+    with pytest.raises(DerivativeError, match="forward mode has none"):
+        autodiff(clipped, "forward")
+
+
+def test_stop_gradient_makes_a_constant():
+    def f(x):
+        return stop_gradient(x * x) * x
+
+    assert grad(f)(3.0) == 9.0 and f(3.0) == 27.0
+
+
+def opaque(x, scale):
+    return float(np.frompyfunc(lambda v: v * v, 1, 1)(x)) * scale
+
+
+def test_a_registered_derivative_is_used_and_differentiated_again():
+    @adjoint(opaque)
+    def rule(g, y, x, scale):
+        return g * 2.0 * x * scale, g * x * x
+
+    def f(x, scale):
+        return opaque(x, scale) * x
+
+    assert grad(f, (0, 1))(3.0, 2.0) == (54.0, 27.0)
+    assert grad(grad(f))(3.0, 2.0) == pytest.approx(36.0)
+    with pytest.raises(DerivativeError, match="for the backward pass only"):
+        autodiff(f, "forward")
+
+
+def test_tracebacks_show_derived_lines():
+    import traceback
+
+    def f(x):
+        return np.log(x["missing"])
+
+    try:
+        grad(f)({"a": 1.0})
+    except KeyError as error:
+        shown = "".join(traceback.format_exception(error))
+    assert "x['missing']" in shown and "<derived df" in shown
