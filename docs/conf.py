@@ -56,11 +56,12 @@ napoleon_use_rtype = False
 default_role = "py:obj"  # `dam.jump` leads there, and what is no name is code
 nitpicky = True
 # Most of what stands in backquotes is no name of ours, and no page of others is read: the build needs no network.
-_OTHERS = "torch|transformers|collections|pathlib|fractions|abc|os|lm_eval"
+_OTHERS = "torch|numpy|transformers|accelerate|collections|pathlib|fractions|abc|os|lm_eval"
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     ("py:class", rf"({_OTHERS})\..*|Tensor|Fraction|(dict|tuple)\[.*"),
-    ("py:class", r"dam\.(.*\._|models\.(prefix|canvas)\.|train\.pretrained\.).*"),  # not part of the reference
+    # Not part of the reference.
+    ("py:class", r"dam\.(.*\._|models\.(prefix|canvas)\.|train\.(pretrained|progress)\.|derive\.errors\.Line).*"),
     ("py:exc", "OtherProcessError"),
 ]
 
