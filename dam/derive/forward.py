@@ -20,12 +20,12 @@ from dam.derive.normal import (
     Surgery,
     Unpack,
     While,
-    _as_value,
+    as_value,
     loads,
     name,
 )
 from dam.derive.primitives import Primitive, filled
-from dam.derive.reverse import _effect, assign, text
+from dam.derive.reverse import assign, effect_of, text
 from dam.derive.simplify import fold, is_zero
 from dam.derive.single import Single
 
@@ -88,7 +88,7 @@ class Forward:
                 out.append(_plain(text(how, x=name(st.name), v=st.value)))
                 if st.name in self.active:
                     out.append(
-                        _effect(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line)
+                        effect_of(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line)
                     )
             case Pop():
                 out.append(assign(st.target, text("x.pop()", x=name(st.name))))
@@ -116,14 +116,14 @@ class Forward:
 
     def store(self, st: Store, out: list[ast.stmt]) -> None:
         if st.restores:
-            out.append(_plain(text("rt.restore(x, i, v)", x=name(st.name), i=_as_value(st.index), v=st.value)))
+            out.append(_plain(text("rt.restore(x, i, v)", x=name(st.name), i=as_value(st.index), v=st.value)))
         else:
             out.append(ast.Assign([ast.Subscript(name(st.name), st.index, ast.Store())], st.value))
         if st.name not in self.active:
             return
         d = name(self.tangent(st.name))
-        index, value = _as_value(st.index), self.of(st.value)
-        out.append(_effect(text("rt.store_tangent(d, i, v, x)", d=d, i=index, v=value, x=name(st.name)), st.line))
+        index, value = as_value(st.index), self.of(st.value)
+        out.append(effect_of(text("rt.store_tangent(d, i, v, x)", d=d, i=index, v=value, x=name(st.name)), st.line))
 
     def let(self, st: Let, out: list[ast.stmt]) -> None:
         if id(st) in self.in_place and isinstance(st.value, ast.BinOp):

@@ -889,7 +889,7 @@ class Normaliser:
             if not isinstance(whole, ast.Name):
                 raise self.refuse(at, f"an assignment into {ast.unparse(base)} is not supported")
             inner = self.fresh("part")
-            self.emit(Effect(_statement("rt.part(x, i)", {"x": whole, "i": _as_value(place)}), self.source.line(at)))
+            self.emit(Effect(_statement("rt.part(x, i)", {"x": whole, "i": as_value(place)}), self.source.line(at)))
             depends = self.depends(base.value)
             self.let(inner, ast.Subscript(whole, place, ast.Load()), "item", at)
             if depends or self.depends(value):
@@ -917,7 +917,7 @@ class Normaliser:
         elif isinstance(node.target, ast.Subscript):
             # The index once, also where it is not simple.
             index = self.index(node.target.slice)
-            place = ast.copy_location(ast.Subscript(node.target.value, _as_value(index, plain=True), ast.Load()), node)
+            place = ast.copy_location(ast.Subscript(node.target.value, as_value(index, plain=True), ast.Load()), node)
             whole = ast.copy_location(ast.BinOp(place, node.op, node.value), node)
             new = self.atom(whole)
             self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), new, node)
@@ -1178,7 +1178,7 @@ def _statement(text: str, names: Mapping[str, ast.expr]) -> ast.stmt:
     return ast.Expr(primitives.filled(text, names))
 
 
-def _as_value(index: ast.expr, plain: bool = False) -> ast.expr:
+def as_value(index: ast.expr, plain: bool = False) -> ast.expr:
     """A subscript as a value: slices by their constructor."""
     if plain:
         return index
@@ -1186,7 +1186,7 @@ def _as_value(index: ast.expr, plain: bool = False) -> ast.expr:
         parts = [e or ast.Constant(None) for e in (index.lower, index.upper, index.step)]
         return ast.Call(name("slice"), list(parts), [])
     if isinstance(index, ast.Tuple):
-        return ast.Tuple([_as_value(e) for e in index.elts], ast.Load())
+        return ast.Tuple([as_value(e) for e in index.elts], ast.Load())
     return index
 
 

@@ -26,7 +26,7 @@ from dam.derive.normal import (
     Surgery,
     Unpack,
     While,
-    _as_value,
+    as_value,
     loads,
     name,
 )
@@ -183,7 +183,7 @@ class Reverse:
                 self.add(value.id, g, full, st.line, state, out)
             case "item":
                 assert isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name)
-                self.item(value.value.id, _as_value(value.slice), g, st.line, state, out)
+                self.item(value.value.id, as_value(value.slice), g, st.line, state, out)
             case "structure":
                 whole = self.whole(y, state)
                 keys: list[ast.expr]
@@ -293,12 +293,12 @@ class Reverse:
             state.pop(target, None)
 
     def store(self, st: Store, state: State, out: list[ast.stmt]) -> None:
-        index = _as_value(st.index)
+        index = as_value(st.index)
         if id(st) in self.restored:
             if not st.saved:
                 st.saved = self.single.fresh(f"{st.name}_saved")
                 self.primal.add(st.saved)
-            out.append(_effect(text("rt.restore(x, i, old)", x=name(st.name), i=index, old=name(st.saved)), st.line))
+            out.append(effect_of(text("rt.restore(x, i, old)", x=name(st.name), i=index, old=name(st.saved)), st.line))
         if st.name not in state or st.name not in self.active:
             return
         b, x = name(self.adjoint(st.name)), name(st.name)
@@ -309,7 +309,7 @@ class Reverse:
 
     def append(self, st: Append, state: State, out: list[ast.stmt]) -> None:
         if id(st) in self.restored:
-            out.append(_effect(text("x.pop()", x=name(st.name)), st.line))
+            out.append(effect_of(text("x.pop()", x=name(st.name)), st.line))
         if st.name not in state or st.name not in self.active:
             return
         b = name(self.adjoint(st.name))
@@ -322,7 +322,7 @@ class Reverse:
             self.restored.add(id(st))
         if id(st) in self.restored:
             self.primal.add(st.target)
-            out.append(_effect(text("rt.put_back(x, v)", x=name(st.name), v=name(st.target)), st.line))
+            out.append(effect_of(text("rt.put_back(x, v)", x=name(st.name), v=name(st.target)), st.line))
         if st.name in self.active and (st.target in state or st.name in state):
             b = self.adjoint(st.name)
             old: ast.expr = name(b) if st.name in state else ast.Constant(0.0)
@@ -424,7 +424,7 @@ class Reverse:
         state[st.name] = True
 
 
-def _effect(value: ast.expr, line: Line) -> ast.stmt:
+def effect_of(value: ast.expr, line: Line) -> ast.stmt:
     node = ast.Expr(value)
     node.line = line  # type: ignore[attr-defined]
     return node
@@ -476,7 +476,7 @@ class Primal:
             case Let():
                 if id(st) in self.in_place and isinstance(st.value, ast.BinOp):
                     names = f"{st.variable} and {self.in_place[id(st)]}"
-                    out.append(_effect(text("rt.rebound(x, n)", x=st.value.left, n=ast.Constant(names)), st.line))
+                    out.append(effect_of(text("rt.rebound(x, n)", x=st.value.left, n=ast.Constant(names)), st.line))
                 if st.kind == "call":
                     self.call(st, out)
                 else:
@@ -485,18 +485,18 @@ class Primal:
                 out.append(assign(st.targets, name(st.value), st.line))
             case Store():
                 if id(st) in self.restored and st.saved:
-                    saved = text("rt.saved(x, i)", x=name(st.name), i=_as_value(st.index))
+                    saved = text("rt.saved(x, i)", x=name(st.name), i=as_value(st.index))
                     out.append(assign(st.saved, saved, st.line))
                 if st.restores:
-                    restore = text("rt.restore(x, i, v)", x=name(st.name), i=_as_value(st.index), v=st.value)
-                    out.append(_effect(restore, st.line))
+                    restore = text("rt.restore(x, i, v)", x=name(st.name), i=as_value(st.index), v=st.value)
+                    out.append(effect_of(restore, st.line))
                 else:
                     node = ast.Assign([ast.Subscript(name(st.name), st.index, ast.Store())], st.value)
                     node.line = st.line  # type: ignore[attr-defined]
                     out.append(node)
             case Append():
                 how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
-                out.append(_effect(text(how, x=name(st.name), v=st.value), st.line))
+                out.append(effect_of(text(how, x=name(st.name), v=st.value), st.line))
             case Pop():
                 out.append(assign(st.target, text("x.pop()", x=name(st.name)), st.line))
             case Effect():
@@ -547,7 +547,7 @@ class Primal:
             names = st.kept_names  # type: ignore[union-attr]
             values: list[ast.expr] = [name(n) for n in names]
             kept = values[0] if len(values) == 1 else ast.Tuple(values, ast.Load())
-            append = _effect(text("kept.append(v)", kept=name(st.kept), v=kept), st.line)
+            append = effect_of(text("kept.append(v)", kept=name(st.kept), v=kept), st.line)
             heads = {c.target for c in st.carry}
             if set(names) <= heads | ({st.target} if isinstance(st, For) else set()):
                 body.insert(0, append)
