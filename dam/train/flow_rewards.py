@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dam.flows.adjoint import Cost, cost_gradient
-from dam.train.flow_rows import Column, Rows
+from dam.train.flow_rows import Rows, shown
 from dam.train.rewards import RewardError, with_outcomes_kept
 
 DifferentiableReward = Callable[..., Tensor]  # states [B, ...] and columns of their rows by name, to [B]
@@ -73,18 +73,31 @@ class Judge:
         check_takes(self._reward, f"the reward {self.name!r}", 1, rows.columns)
         with torch.enable_grad():
             leaf = state.detach().clone().requires_grad_()
-            value = self._reward(leaf, **rows.columns)
+            try:
+                value = self._of(leaf, rows)
+            except Exception as error:
+                raise ValueError(
+                    f"the reward {self.name!r} raised {type(error).__name__} at {shown(leaf, rows.columns)}: {error}"
+                ) from error
             if not isinstance(value, Tensor):
                 raise ValueError(f"the reward {self.name!r} returned {type(value).__name__}, no tensor. {_ELSEWHERE}")
             if value.shape != state.shape[:1]:
                 raise ValueError(
                     f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {list(value.shape)}"
                 )
-            slope = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+            # Of the first row's own.
+            slope = torch.autograd.grad(value[0], leaf, allow_unused=True)[0] if value.requires_grad else None
         if slope is None:
             raise ValueError(
                 f"the reward {self.name!r} does not depend on the states in a way that autograd can follow: it is "
                 f"computed without a gradient, or of numbers. {_ELSEWHERE}"
+            )
+        of_others = slope[1:]
+        if bool(((of_others != 0) & of_others.isfinite()).any()):
+            raise ValueError(
+                f"the reward {self.name!r} of a state depends on the other states of its batch, as one less the "
+                "batch's mean does: their sum, which is differentiated, has another gradient, or none. Give each row "
+                "its own, and fixed numbers for a mean and a scale"
             )
 
     def rewards(self, state: Tensor, rows: Rows, step: int) -> Tensor:
@@ -95,7 +108,7 @@ class Judge:
                 in output_dir/failed_rollouts.pt.
         """
         try:
-            value = self._reward(state, **rows.columns)
+            value = self._of(state, rows)
         except Exception as error:
             failed = RewardError(f"the reward {self.name!r} raised {type(error).__name__}: {error}")
             raise self._kept(failed, state, rows, step) from error
@@ -133,12 +146,12 @@ class Judge:
             raise self._kept(RewardError(f"the reward {self.name!r}: {error}"), state, rows, step) from error
         return slope, found[0]
 
-    def within(self, columns: dict[str, Column], beta: float) -> Cost:
-        """g = -reward / beta for torch.func to differentiate: states are counted (`taken`), nothing is checked."""
+    def within(self, rows: Rows, beta: float, step: int) -> Cost:
+        """g = -reward / beta for torch.func to differentiate; counts states (`taken`), and raises as `rewards`."""
 
         def cost(state: Tensor) -> Tensor:
             self._within += len(state)
-            return -self._reward(state, **columns) / beta
+            return -self.rewards(state, rows, step) / beta
 
         return cost
 
@@ -162,6 +175,12 @@ class Judge:
         if isinstance(self._reward, nn.Module):
             self._reward.to(device)
 
+    def _of(self, state: Tensor, rows: Rows) -> Tensor:
+        """Of a copy of the states: a reward may write into what it is given."""
+        return self._reward(state.clone(), **rows.columns)
+
     def _kept(self, error: RewardError, state: Tensor, rows: Rows, step: int) -> RewardError:
-        outcomes = {"states": state.detach().cpu(), "row_ids": rows.row_id.cpu(), "columns": rows.columns}
+        # By way of numbers: what torch.func has wrapped is no tensor to save.
+        states = torch.tensor(state.detach().tolist(), dtype=state.dtype, device="cpu")
+        outcomes = {"states": states, "row_ids": rows.row_id.cpu(), "columns": rows.columns}
         return with_outcomes_kept(error, self._output_dir, outcomes, step)

@@ -15,6 +15,7 @@ from dam import flows
 from dam.flows import matching
 from dam.train import FlowTrainer
 from dam.train.flow_figures import path_figures
+from dam.train.flow_rows import Rows
 from dam.train.flow_targets import TargetBuffer
 
 LINEAR, QUADRATIC = torch.tensor([1.0, 0.6], dtype=FLOAT64), torch.tensor([1.0, 0.5], dtype=FLOAT64)
@@ -69,10 +70,10 @@ def test_a_gaussian_base_is_trained_to_the_exact_tilt(tmp_path, near, changes):
 @pytest.mark.parametrize("learner", ["draft", pytest.param("refl", marks=pytest.mark.full)])
 def test_direct_learners_go_after_the_reward(tmp_path, learner):
     """Beyond the tilt of any beta: the mean toward the reward's maximum, and the spread of the law lost."""
-    model = Law()
+    model, late = Law(), {"draft": {"draft_steps": 2}, "refl": {"refl_from": 0.6}}
     config = tiny_config(
-        tmp_path, max_steps=25, diffusion_steps=5, learning_rate=0.1, logging_steps=25, draft_steps=2, refl_from=0.6,
-        **direct(learner, per_device_train_batch_size=16),
+        tmp_path, max_steps=25, diffusion_steps=5, learning_rate=0.1, logging_steps=25,
+        **direct(learner, per_device_train_batch_size=16, **late[learner]),
     )  # fmt: skip
     FlowTrainer(model, quadratic, config, shape=(2,)).train()
     best, (mean, spread) = LINEAR / QUADRATIC, (value.detach() for value in model.law().moments())
@@ -130,14 +131,15 @@ def test_each_target_is_used_once_in_a_turn_and_keeps_its_condition():
     buffer = TargetBuffer()
     number = torch.arange(10.0)
     targets = matching.Targets(number[:, None], number.double(), number[:, None], torch.ones(10, dtype=FLOAT64))
-    buffer.fill(targets, torch.arange(10) % 5, {"goal": torch.arange(5), "name": list("abcde")})
+    rows = Rows(torch.arange(5), {"goal": torch.arange(5), "name": list("abcde")})
+    buffer.fill(targets, torch.arange(10) % 5, rows)
     batches = [buffer.batch(n, 4, seed=3, device=torch.device("cpu")) for n in range(5)]
     seen = torch.cat([batch.targets.time for batch in batches])
     assert seen[:10].sort().values.tolist() == seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
     for batch in batches:
-        assert torch.equal(batch.columns["goal"], batch.targets.time.long() % 5)
-        assert batch.columns["name"] == ["abcde"[n] for n in batch.columns["goal"].tolist()]
+        assert torch.equal(batch.rows.columns["goal"], batch.targets.time.long() % 5)
+        assert batch.rows.columns["name"] == ["abcde"[n] for n in batch.rows.columns["goal"].tolist()]
         assert torch.equal(batch.targets.weight, torch.full((4,), 2.5, dtype=FLOAT64))
     assert len(buffer.batch(0, 99, seed=3, device=torch.device("cpu")).targets.time) == 10
 
@@ -147,10 +149,11 @@ def test_each_target_is_used_once_in_a_turn_and_keeps_its_condition():
 def test_the_first_step_of_direct_learners_is_that_of_the_functions_in_a_loop(tmp_path, learner):
     """On two parts of the step's paths, whose gradients are averaged."""
     model, reference = Network(), Network()
+    of_learner = {"draft": {"draft_steps": 3}, "refl": {"refl_from": 0.5}}
     config = tiny_config(
         tmp_path, max_steps=1, optim="sgd", learning_rate=1e-2, max_grad_norm=1e9, lr_scheduler_type="constant",
-        shuffle_dataset=False, draft_steps=3, refl_from=0.5,
-        **direct(learner, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        shuffle_dataset=False,
+        **direct(learner, per_device_train_batch_size=2, gradient_accumulation_steps=2, **of_learner[learner]),
     )  # fmt: skip
     trainer = FlowTrainer(model, near_goal, config, ROWS, shape=(3,))
     times = PROCESS.times(6)
