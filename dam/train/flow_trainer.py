@@ -190,12 +190,12 @@ class FlowTrainer(ResumableTrainer):
             train_dataset = Unconditioned(rows_of_a_step * -(-args.max_steps // args.steps_per_rollout))
             eval_dataset = Unconditioned(args.eval_samples) if eval_dataset is None else eval_dataset
         network, self._base = with_base(model, ref_model, peft_config)
-        if isinstance(reward, nn.Module):
-            check_apart(reward, "the reward", network)
         if value is not None:
             check_apart(value, "value", network, effect="both would train")
-            if isinstance(reward, nn.Module):
-                check_apart(value, "value", reward, effect="the reward's would be frozen with")
+        if isinstance(reward, nn.Module):
+            check_apart(reward, "the reward", network)
+            if value is not None:
+                check_apart(reward, "the reward", value, of="value")
         self._judge = Judge(reward, str(args.output_dir))
         if args.disable_dropout:
             without_dropout(network)
@@ -352,7 +352,7 @@ class FlowTrainer(ResumableTrainer):
             check_readable(self._kept_of(rows).columns)
         if self._value is not None:
             base, gradient = self._gradient(self._value, rows)
-            time_of_start = self._times[:1].to(start.device)
+            time_of_start = self._times[:1].to(start.device).repeat(2)
             self._value.check(base, gradient, Targets(start, time_of_start, start, torch.ones_like(time_of_start)))
             self._judge.taken()
         self._checked = True
@@ -377,7 +377,8 @@ class FlowTrainer(ResumableTrainer):
                 cure = f"Its weights are in {' and '.join(map(str, narrow))}: set bf16=True, or load it in float32"
             first_line = str(error).partition("\n")[0].removesuffix(".")
             raise ValueError(
-                f"{type(module).__name__} raised {type(error).__name__} at {shown(state, conditions)}: {first_line}. {cure}"
+                f"{type(module).__name__} raised {type(error).__name__} at {shown(state, conditions)}: {first_line}. "
+                f"{cure}"
             ) from error
 
     @property

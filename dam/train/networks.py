@@ -36,14 +36,21 @@ def without_training(model: nn.Module) -> Iterator[None]:
 
 
 def check_apart(
-    module: nn.Module, name: str, trained: nn.Module, *, effect: str = "would be frozen with it", cure: str = ""
+    module: nn.Module,
+    name: str,
+    trained: nn.Module,
+    *,
+    of: str = "the model",
+    effect: str = "would be frozen with it",
+    cure: str = "",
 ) -> None:
     """That a module has no parameter that is trained with another.
 
     Args:
         module, name: of it, as arguments call it.
         trained: the module to train.
-        effect: what would happen to the parameters, in the message.
+        of: what that is, in the message.
+        effect: what would happen to the parameters.
         cure: what else to do.
 
     Raises:
@@ -53,7 +60,7 @@ def check_apart(
     shared = [trainable[parameter] for parameter in module.parameters() if parameter in trainable]
     if shared:
         raise ValueError(
-            f"{name} shares {len(shared)} parameters with the model ({shared[0]}, ...), which {effect}: give it a copy "
+            f"{name} shares {len(shared)} parameters with {of} ({shared[0]}, ...), which {effect}: give it a copy "
             f"(copy.deepcopy){cure}"
         )
 

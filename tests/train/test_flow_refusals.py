@@ -193,6 +193,7 @@ class Blunt(Network):
         ),
         (
             {
+                "reward": lambda state, goal, name: near_goal(state, goal, []),
                 "rows": [{**row, "name": PurePosixPath("goal")} for row in ROWS],
                 "conditions": ["goal", "name"],
                 "model": Named(),
@@ -260,7 +261,7 @@ def test_what_is_trained_elsewhere_is_refused(tmp_path):
             "the reward shares 4 parameters with the model .*frozen with it: give it a copy",
         ),
         ({"value": Shares(model.layers)}, "value shares 4 parameters with the model .*, which both would train"),
-        ({"reward": Shares(value.layers), "value": value}, "the reward shares 4 parameters"),
+        ({"reward": Shares(value.layers), "value": value}, "the reward shares 4 parameters with value"),
     ]:
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, model=model, args=args, **given)
