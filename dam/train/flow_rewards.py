@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class Judge:
         self.name = getattr(reward, "__name__", type(reward).__name__)
         self._reward, self._output_dir = reward, output_dir
         self._within = 0  # states
+        self._failed: Any = None  # states that `within` was called at last in vain
         if isinstance(reward, nn.Module):
             reward.eval().requires_grad_(False)
 
@@ -108,23 +110,25 @@ class Judge:
                 in output_dir/failed_rollouts.pt.
         """
         try:
+            return self._checked(state, rows)
+        except RewardError as error:
+            raise self._kept(error, state, rows, step) from error.__cause__
+
+    def _checked(self, state: Tensor, rows: Rows) -> Tensor:
+        """As `rewards`, and nothing is kept."""
+        try:
             value = self._of(state, rows)
         except Exception as error:
-            failed = RewardError(f"the reward {self.name!r} raised {type(error).__name__}: {error}")
-            raise self._kept(failed, state, rows, step) from error
+            raise RewardError(f"the reward {self.name!r} raised {type(error).__name__}: {error}") from error
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != [len(state)]:
-            wrong = RewardError(
-                f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {shape}"
-            )
-            raise self._kept(wrong, state, rows, step)
+            raise RewardError(f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {shape}")
         bad = (~value.detach().isfinite()).nonzero()[:, 0].tolist()
         if bad:
-            wrong = RewardError(
+            raise RewardError(
                 f"the reward {self.name!r} is {float(value.detach()[bad[0]])} at path {bad[0]}, row id "
                 f"{int(rows.row_id[bad[0]])}, and not finite at {len(bad)} of {len(state)}"
             )
-            raise self._kept(wrong, state, rows, step)
         return value
 
     def slopes(self, state: Tensor, rows: Rows, beta: float, step: int) -> tuple[Tensor, Tensor]:
@@ -146,14 +150,29 @@ class Judge:
             raise self._kept(RewardError(f"the reward {self.name!r}: {error}"), state, rows, step) from error
         return slope, found[0]
 
-    def within(self, rows: Rows, beta: float, step: int) -> Cost:
-        """g = -reward / beta for torch.func to differentiate; counts states (`taken`), and raises as `rewards`."""
+    def within(self, rows: Rows, beta: float) -> Cost:
+        """g = -reward / beta for torch.func to differentiate, inside of `keeping`: states are counted (`taken`)."""
 
         def cost(state: Tensor) -> Tensor:
             self._within += len(state)
-            return -self.rewards(state, rows, step) / beta
+            try:
+                return -self._checked(state, rows) / beta
+            except RewardError:
+                # As numbers: what torch.func has wrapped is no tensor to save.
+                self._failed = state.detach().tolist(), state.dtype, rows
+                raise
 
         return cost
+
+    @contextlib.contextmanager
+    def keeping(self, step: int) -> Iterator[None]:
+        """Context manager: what `within` gives raises as `rewards` does."""
+        try:
+            yield
+        except RewardError as error:
+            states, dtype, rows = self._failed
+            failed = torch.tensor(states, dtype=dtype, device="cpu")
+            raise self._kept(error, failed, rows, step) from error.__cause__
 
     def taken(self) -> int:
         """For how many states what `within` gave was called since the last time."""
@@ -180,7 +199,5 @@ class Judge:
         return self._reward(state.clone(), **rows.columns)
 
     def _kept(self, error: RewardError, state: Tensor, rows: Rows, step: int) -> RewardError:
-        # By way of numbers: what torch.func has wrapped is no tensor to save.
-        states = torch.tensor(state.detach().tolist(), dtype=state.dtype, device="cpu")
-        outcomes = {"states": states, "row_ids": rows.row_id.cpu(), "columns": rows.columns}
+        outcomes = {"states": state.detach().cpu(), "row_ids": rows.row_id.cpu(), "columns": rows.columns}
         return with_outcomes_kept(error, self._output_dir, outcomes, step)

@@ -353,7 +353,8 @@ class FlowTrainer(ResumableTrainer):
         if self._value is not None:
             base, gradient = self._gradient(self._value, rows)
             time_of_start = self._times[:1].to(start.device).repeat(2)
-            self._value.check(base, gradient, Targets(start, time_of_start, start, torch.ones_like(time_of_start)))
+            with self._judge.keeping(self.state.global_step):
+                self._value.check(base, gradient, Targets(start, time_of_start, start, torch.ones_like(time_of_start)))
             self._judge.taken()
         self._checked = True
 
@@ -511,16 +512,20 @@ class FlowTrainer(ResumableTrainer):
         args, step = self.args, self.state.global_step
         seed = self._seed(_Draw.ENDS, args.process_index, step=step - step % args.steps_per_rollout)
         ends, of_ends = self.progress.replay.ends(number, args.per_device_train_batch_size, seed, args.device)
-        matched = matching.loss(model, value.matched(targets, gradient))
-        learned = value.loss(base, gradient, targets) + value.end_loss(self._gradient(value, of_ends)[1], ends)
+        with self._judge.keeping(step):
+            matched = matching.loss(model, value.matched(targets, gradient))
+            if args.forward_looking and not bool(matched.detach().isfinite()):
+                outcome = self._trained_by.data(predicted(base, *targets[:2]), *targets[:2])
+                self._judge.slopes(outcome.detach(), rows, args.beta, step)  # raises where it is the reward's gradient
+            learned = value.loss(base, gradient, targets) + value.end_loss(self._gradient(value, of_ends)[1], ends)
         self.progress.reward_calls += self._judge.taken()
         return matched + learned
 
     def _gradient(self, value: ValueLearner, rows: Rows) -> tuple[Model, Model]:
         """The base and the value's gradient, of these rows."""
         conditions = self._conditions(rows.columns)
-        base, step = self._base_model(conditions), self.state.global_step
-        return base, value.gradient(base, self._judge.within(rows, self.args.beta, step), conditions)
+        base = self._base_model(conditions)
+        return base, value.gradient(base, self._judge.within(rows, self.args.beta), conditions)
 
     def _direct_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Of DRaFT and ReFL, on paths of this pass."""

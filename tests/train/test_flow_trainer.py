@@ -1,5 +1,6 @@
 """FlowTrainer: that it ends in the tilt of the base, what it calls with what, and what it logs, evaluates and saves."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -108,6 +109,49 @@ def test_the_first_step_is_that_of_the_functions_in_a_loop(tmp_path):
     assert logged(trainer)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)  # rounding of float32, as below
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.detach(), (theirs - 1e-3 * theirs.grad).detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"learner": "vgg_flow", "method": "euler"}], ids=["adjoint_matching", "vgg_flow"]
+)
+def test_targets_are_used_in_one_order_whatever_pieces_paths_are_drawn_in(tmp_path, changes):
+    """Batches of some of them, so that another order is another run; what is left is the rounding of float32."""
+    whole, pieces = (
+        trained(
+            tmp_path / str(size), rollout_batch_size=size, matched_times=4, per_device_train_batch_size=5, **changes
+        )
+        for size in (1024, 3)
+    )
+    for ours, theirs in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_direct_learners_sample_by_the_ode_too(tmp_path):
+    """No noise is in their paths: another seed is another start alone. A figure that is no KL has another name."""
+    trainer = trained(tmp_path, process=PROCESS.ode(), max_steps=15, learning_rate=5e-2, **direct("draft"))
+    first, last = logged(trainer)[0], logged(trainer)[-1]
+    assert last["reward"] > first["reward"] + 0.3 and last["control_energy"] > 0 and "kl_path" not in last
+
+
+def writes(state, goal, name):
+    state.clamp_(-0.1, 0.1)
+    return near_goal(state, goal, name)
+
+
+@pytest.mark.parametrize("changes", [{}, direct("draft")], ids=["adjoint_matching", "draft"])
+def test_a_reward_may_write_into_its_states(tmp_path, changes):
+    """It is given a copy: samples and gradients are those of one that does not."""
+    clamped = lambda state, goal, name: near_goal(state.clamp(-0.1, 0.1), goal, name)  # noqa: E731
+    one, other = (trained(tmp_path, reward=reward, max_steps=2, **changes) for reward in (writes, clamped))
+    assert_same_weights(one.model, other.model)
+    samples = torch.as_tensor(one.predict(ROWS).predictions)
+    assert float(samples.abs().max()) > 0.1 and torch.equal(samples, torch.as_tensor(other.predict(ROWS).predictions))
+
+
+def test_a_configuration_may_be_changed_by_replace(tmp_path):
+    config = tiny_config(tmp_path, **direct("draft"))
+    changed = dataclasses.replace(config, per_device_train_batch_size=8)
+    assert (config.prompts_per_rollout, changed.prompts_per_rollout) == (4, 8)
 
 
 def test_figures_of_paths_are_those_of_their_weights():
@@ -371,7 +415,7 @@ class Endless:
 
 def test_rows_may_come_one_after_another(tmp_path):
     """And are looked at when they come: a reward that takes none of them is told of before any step."""
-    trainer = trained(tmp_path, rows=Endless(), max_steps=3, **direct("draft", draft_steps=1), checkpoint_every=3)
+    trainer = trained(tmp_path, rows=Endless(), max_steps=3, **direct("draft", draft_steps=1))
     assert trainer.reward_calls == 12
     with pytest.raises(
         ValueError, match=r"the reward 'quadratic' takes .state., and is called with 1 tensors and goal"
