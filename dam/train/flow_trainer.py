@@ -70,12 +70,13 @@ class FlowTrainer(ResumableTrainer):
 
     Where model and reward have conditions, a class, a prompt or its embedding, a dataset has them: each row is a
     mapping from names of columns. The model is called as model(states, times, **conditions) with the columns that are
-    numbers, or those that `FlowConfig.conditions` names, the reward as reward(states, **columns) with all. Without a
-    dataset both are called with states alone, and max_steps says how long a run is.
+    numbers, or those that `FlowConfig.conditions` names, the reward as reward(states, **columns) with all. Which are
+    numbers, and in which dtype, is decided once for all rows (`dam.train.flow_rows.Columns`). Without a dataset both
+    are called with states alone, and max_steps says how long a run is.
 
     Logged: reward and reward_std, of the paths' ends, of "refl" of one-step outcomes; kl_path, KL(model || base) of
-    paths, 1/2 E integral |u|^2 dt, estimated at a few times, of VGG-Flow control_energy in its place; adjoint_norm, the
-    mean of |a_t|; reward_calls, gradients of the reward for one state each, of all processes; loss and grad_norm. Of
+    paths, 1/2 E integral |u|^2 dt, estimated at a few times, of an ODE control_energy in its place; adjoint_norm, the
+    mean of |a_t|; reward_calls, states that the reward's gradient was taken at, of all processes; loss, grad_norm. Of
     time (`dam.train.timing.Timing`): time/rollout_share, time/reward_share, time/adjoint_share, time/evaluation_share
     and time/training_share of the time since the last log, which add up to 1, paths_per_second, and time/eta_seconds.
     The loss of Adjoint Matching does not go to zero: it ends as the variance of the adjoints given their states.
@@ -85,23 +86,24 @@ class FlowTrainer(ResumableTrainer):
 
     What is drawn for a path depends on (args.seed, step, row of the dataset, number of the path among its row's) only:
     not on rollout_batch_size or the number of processes. A resumed run goes on to the same result, with as many
-    processes.
+    processes. The first loss that it logs is the mean since it went on.
 
     Args:
         model: a module that predicts what `process` says, called at states [B, ...] and times [B].
-        reward: of states [B, ...], [B], in a graph; a module is frozen and moved. A state's own reward must not depend
-            on the others of a batch.
+        reward: of states [B, ...], which are a copy, [B], in a graph; a module is frozen and moved. A
+            state's own reward must not depend on the others of a batch.
         args: a `FlowConfig`.
         train_dataset, eval_dataset: rows of conditions; none for a model without.
         shape: of one state.
-        process: what the model predicts and on which schedule, with noise=1: `FlowProcess()`, velocities of straight
-            lines, unless given.
+        process: what the model predicts and on which schedule, with noise=1 for Adjoint Matching:
+            `FlowProcess()`, velocities of straight lines, unless given.
         call: how the module is called, call(module, states, times, **conditions), where that is not
             module(states, times, **conditions). Of several processes the module may be DistributedDataParallel.
         value: of learner "vgg_flow" a module for the value's gradient, called as value(states, times, **conditions) and
             trained with the model: a residual of the reward gradient at the one-step outcome, or with
             forward_looking=False all of it. Torch.func is to differentiate it in states and times. A checkpoint has it,
-            `save_model` leaves it out. Unless given, lean adjoints take its place (VGG-Flow-PMP).
+            `save_model` leaves it out; load_best_model_at_end loads it too. Unless given, lean adjoints take its place
+            (VGG-Flow-PMP).
         ref_model: the base. Unless given it is the model as it is now: a frozen copy, or of a PEFT model the model
             itself with a copy of its trainable parameters.
         peft_config: trains an adapter (extra `peft`).
@@ -110,7 +112,8 @@ class FlowTrainer(ResumableTrainer):
 
     Raises:
         ValueError, TypeError: bad arguments, before any work: a reward without a gradient, a column that nothing takes,
-            a process that is not memoryless; or a step that diverges: paths, adjoints or a loss that are not finite.
+            a process that is not memoryless, parameters that two modules share, a norm in the base of an adapter
+            that follows batches; or a step that diverges: paths, adjoints or a loss that are not finite.
         RewardError: the reward raised, or it or its gradient is not finite. The states are kept in
             output_dir/failed_rollouts.pt.
 
