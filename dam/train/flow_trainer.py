@@ -23,7 +23,7 @@ from dam.flows.matching import Targets, adjoint_targets
 from dam.flows.processes import FlowProcess, Model, predicted
 from dam.flows.simulate import Path, simulate
 from dam.flows.values import pontryagin_targets, value_targets
-from dam.train.base import with_base
+from dam.train.base import InitialParameters, with_base
 from dam.train.data import NumberedRow, is_stream, row_name
 from dam.train.flow_config import FlowConfig
 from dam.train.flow_figures import path_figures
@@ -347,9 +347,7 @@ class FlowTrainer(ResumableTrainer):
         with self._told_apart(module, start, conditions):
             with evaluating(self.model, self._precision()):
                 predicted(self._model(self.model, conditions), start, self._times[0])
-            with torch.no_grad():
-                pull = linearised(self._trained_by, base, start, self._times[0])[0]
-                pull(start)
+            self._check_pull(base, start)
         self._judge.check(start, rows)
         if self._is_kept:
             check_readable(self._kept_of(rows).columns)
@@ -371,19 +369,40 @@ class FlowTrainer(ResumableTrainer):
         except Exception as error:
             narrow = {each.dtype for each in module.parameters() if each.is_floating_point() and each.itemsize == 2}
             cure = "The columns that the model is called with are named by `conditions`"
-            if isinstance(error, CheckpointError):
-                cure = (
-                    "The base is the model with its first parameters, which it no longer has when activations are "
-                    "computed again: checkpoint where module.training is True alone, as the base never is, or train "
-                    "without an adapter"
-                )
-            elif narrow and not (self.args.bf16 or self.args.fp16):
+            if narrow and not (self.args.bf16 or self.args.fp16):
                 cure = f"Its weights are in {' and '.join(map(str, narrow))}: set bf16=True, or load it in float32"
             first_line = str(error).partition("\n")[0].removesuffix(".")
             raise ValueError(
                 f"{type(module).__name__} raised {type(error).__name__} at {shown(state, conditions)}: {first_line}. "
                 f"{cure}"
             ) from error
+
+    def _check_pull(self, base: Model, state: Tensor) -> None:
+        """That a vector can be pulled back through the base, which is the model with other parameters for a call only.
+
+        Raises:
+            ValueError: the model is called again for that, by when it has its own.
+        """
+        with torch.no_grad():
+            pull = linearised(self._trained_by, base, state, self._times[0])[0]
+        again: list[nn.Module] = []
+        modules = self.model.modules() if isinstance(self._base, InitialParameters) else ()
+        hooks = [each.register_forward_pre_hook(lambda module, _: again.append(module)) for each in modules]
+        try:
+            pull(state)
+        except CheckpointError:
+            if not again:
+                raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if again:
+            raise ValueError(
+                f"the model computes activations of {type(again[0]).__name__} again on the way back "
+                "(torch.utils.checkpoint). Of an adapter the base is the model with its first parameters, which it no "
+                "longer has by then: checkpoint where module.training is True alone, as the base never is, or train "
+                "without an adapter"
+            )
 
     @property
     def _is_kept(self) -> bool:
