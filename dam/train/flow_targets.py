@@ -92,7 +92,7 @@ class TargetBuffer:
         return self._drawn("", at, row[at], device)
 
     def ends(self, number: int, size: int, seed: int, device: torch.device) -> Batch:
-        """Of those at the ends of paths as large a part as of the targets, drawn as these are: see `batch`."""
+        """Of those at the ends of paths as large a part as of the targets, rounded up, in turn too: see `batch`."""
         count = len(self._kept["row_id"])
         at = _turn(count, number, -(-count * min(size, len(self)) // len(self)), seed)
         return self._drawn(_END, at, at, device)
