@@ -167,9 +167,12 @@ class Judge:
     @contextlib.contextmanager
     def keeping(self, step: int) -> Iterator[None]:
         """Context manager: what `within` gives raises as `rewards` does."""
+        self._failed = None
         try:
             yield
         except RewardError as error:
+            if self._failed is None:  # of another call, whose states are kept
+                raise
             states, dtype, rows = self._failed
             failed = torch.tensor(states, dtype=dtype, device="cpu")
             raise self._kept(error, failed, rows, step) from error.__cause__

@@ -67,7 +67,7 @@ def test_a_pass_takes_its_part_of_the_ends(tmp_path):
 
 
 class BadAt:
-    """The reward, but its n-th call raises, or is not a number for a path, or has no gradient there."""
+    """The reward, but its n-th call raises, or is not a number for a path; or from then on it has no gradient."""
 
     def __init__(self, n, how):
         self.left, self.how = n, how
@@ -75,8 +75,10 @@ class BadAt:
     def __call__(self, state, goal, name):
         self.left -= 1
         value = near_goal(state, goal, name)
-        if self.left:
+        if self.left > 0 or (self.left < 0 and self.how != "slope"):
             return value
+        if self.how == "slope":  # a root at 0: a number, and no gradient; from here on
+            return value - (state[:, 0] * 0).abs().sqrt()
         if self.how == "raises":
             raise ConnectionError("the judge is away")
         return torch.where(torch.arange(len(value)) == 2, torch.nan, value)
@@ -87,6 +89,7 @@ class BadAt:
     [
         ("raises", "the reward 'BadAt' raised ConnectionError: the judge is away. The rollouts of step 0 are kept in"),
         ("nan", "the reward 'BadAt' is nan at path 2, row id ., and not finite at 1 of 8. The rollouts of step 0"),
+        ("slope", "the reward 'BadAt': the gradient of the cost is not finite at row 0, .* The rollouts of step 0"),
     ],
 )
 def test_a_reward_that_misbehaves_within_the_value_is_named(tmp_path, how, message):
