@@ -16,6 +16,7 @@ from dam.models.sharding import is_divided, is_fsdp, is_partitioned, is_placed, 
 from dam.models.trunk import SharedTrunk
 from dam.ops._head import Head
 from dam.train.adapters import check_targets
+from dam.train.networks import check_apart
 from dam.train.processes import match
 
 DenoiserFactory = Callable[[nn.Module], Denoiser]
@@ -46,13 +47,7 @@ class ReferenceModel:
     """
 
     def __init__(self, model: nn.Module, trained: nn.Module):
-        trainable = {parameter: name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-        shared = [trainable[parameter] for parameter in model.parameters() if parameter in trainable]
-        if shared:
-            raise ValueError(
-                f"ref_model shares {len(shared)} parameters with the model ({shared[0]}, ...), which would be frozen "
-                "with it: give it a copy (copy.deepcopy), or leave ref_model out"
-            )
+        check_apart(model, "ref_model", trained, cure=", or leave ref_model out")
         self.model = model.eval().requires_grad_(False)
 
     def denoiser(self, model: nn.Module, factory: DenoiserFactory) -> Denoiser:
@@ -99,10 +94,17 @@ class InitialParameters:
         model: as it is now.
 
     Raises:
-        ValueError: nothing of the model is trainable.
+        ValueError: nothing of the model is trainable, or it has statistics that training changes without a gradient.
     """
 
     def __init__(self, model: nn.Module):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+                raise ValueError(
+                    f"{name}, {type(module).__name__}, of the model follows the batches of training, and the base, "
+                    "which is the model with its first parameters, would too; nor does a checkpoint of an adapter hold "
+                    "that: set track_running_stats=False, take another norm, or train without an adapter"
+                )
         copies: dict[nn.Parameter, nn.Parameter] = {}
         self._model = model
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []

@@ -12,6 +12,15 @@ from dam.train.arguments import RunConfig, check_counts
 # What a learner is called, and whether it trains through the paths themselves, so that each pass draws its own.
 LEARNERS = {"adjoint_matching": False, "vgg_flow": False, "draft": True, "refl": True}
 
+_MATCHING = ("adjoint_matching", "vgg_flow")
+# Of which learners an argument is, where not of all.
+_OF = {
+    **dict.fromkeys(("beta", "matched_times", "checkpoint_every"), _MATCHING),
+    **dict.fromkeys(("draft_steps", "recompute"), ("draft",)),
+    **dict.fromkeys(("forward_looking", "value_consistency", "value_boundary"), ("vgg_flow",)),
+    "refl_from": ("refl",),
+}
+
 
 @dataclasses.dataclass
 class FlowConfig(RunConfig):
@@ -48,8 +57,8 @@ class FlowConfig(RunConfig):
     generation_batch_size: int = field(
         default=None,  # type: ignore[assignment]
         metadata={
-            "help": "Paths of a rollout, of all processes. None is 64; of direct learners it is what the passes of a "
-            "step draw, per_device_train_batch_size * gradient_accumulation_steps * processes, and may be nothing else."
+            "help": "Paths of a rollout, of all processes. None becomes 64; of direct learners it stays, for what "
+            "the passes of a step draw, per_device_train_batch_size * gradient_accumulation_steps * processes."
         },
     )
     num_generations: int = field(default=1, metadata={"help": "Paths of a rollout for each row of the dataset."})
@@ -114,7 +123,11 @@ class FlowConfig(RunConfig):
         default=None, metadata={"help": "Steps of the ODE in evaluation and predict. None is diffusion_steps."}
     )
     eval_samples: int = field(
-        default=256, metadata={"help": "Samples of an evaluation without a dataset. With one it is one of each row."}
+        default=256,
+        metadata={
+            "help": "Samples of an evaluation without a dataset, per_device_eval_batch_size of them in a network call. "
+            "With a dataset it is one of each row."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -145,18 +158,18 @@ class FlowConfig(RunConfig):
                 f"per_device_train_batch_size * gradient_accumulation_steps * processes, {of_a_step}, or None; got "
                 f"{self.generation_batch_size}"
             )
-        if self.generation_batch_size is None:
-            self.generation_batch_size = of_a_step if direct else 64
+        if self.generation_batch_size is None and not direct:
+            self.generation_batch_size = 64
         check_counts(
             self,
-            *("per_device_train_batch_size", "generation_batch_size", "num_generations", "num_iterations"),
+            *("per_device_train_batch_size", "num_generations", "num_iterations"),
             *("diffusion_steps", "rollout_batch_size", "checkpoint_every", "eval_samples"),
-            optional=("matched_times", "draft_steps", "eval_diffusion_steps"),
+            optional=("generation_batch_size", "matched_times", "draft_steps", "eval_diffusion_steps"),
         )
-        if self.generation_batch_size % (self.num_generations * self.world_size):
+        if self._paths_per_rollout % (self.num_generations * self.world_size):
             raise ValueError(
                 f"generation_batch_size counts paths, {self.num_generations} for each row (num_generations) in each of "
-                f"{self.world_size} processes, and must be a multiple of both; got {self.generation_batch_size}"
+                f"{self.world_size} processes, and must be a multiple of both; got {self._paths_per_rollout}"
             )
         for name in ("matched_times", "draft_steps"):
             given = getattr(self, name)
@@ -171,6 +184,13 @@ class FlowConfig(RunConfig):
                 raise ValueError(f"{name} must be > 0 and finite; got {getattr(self, name)}")
         if not 0 <= self.refl_from < 1:
             raise ValueError(f"refl_from must be a time in [0, 1); got {self.refl_from}")
+        for each in dataclasses.fields(self):
+            learners = _OF.get(each.name, (self.learner,))
+            if self.learner not in learners and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"{each.name} is of learner {' and '.join(learners)}, and {self.learner} takes no notice of it: "
+                    f"leave it out; got {getattr(self, each.name)}"
+                )
 
     @property
     def is_direct(self) -> bool:
@@ -178,9 +198,16 @@ class FlowConfig(RunConfig):
         return LEARNERS[self.learner]
 
     @property
+    def _paths_per_rollout(self) -> int:
+        """Of all processes."""
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def prompts_per_rollout(self) -> int:
         """Rows that each process draws paths for at once."""
-        return self.generation_batch_size // (self.num_generations * self.world_size)
+        return self._paths_per_rollout // (self.num_generations * self.world_size)
 
     @property
     def steps_per_rollout(self) -> int:

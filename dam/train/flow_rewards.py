@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dam.flows.adjoint import Cost, cost_gradient
-from dam.train.flow_rows import Column, Rows
+from dam.train.flow_rows import Rows, shown
 from dam.train.rewards import RewardError, with_outcomes_kept
 
 DifferentiableReward = Callable[..., Tensor]  # states [B, ...] and columns of their rows by name, to [B]
@@ -61,6 +62,7 @@ class Judge:
         self.name = getattr(reward, "__name__", type(reward).__name__)
         self._reward, self._output_dir = reward, output_dir
         self._within = 0  # states
+        self._failed: Any = None  # states that `within` was called at last in vain
         if isinstance(reward, nn.Module):
             reward.eval().requires_grad_(False)
 
@@ -73,18 +75,31 @@ class Judge:
         check_takes(self._reward, f"the reward {self.name!r}", 1, rows.columns)
         with torch.enable_grad():
             leaf = state.detach().clone().requires_grad_()
-            value = self._reward(leaf, **rows.columns)
+            try:
+                value = self._of(leaf, rows)
+            except Exception as error:
+                raise ValueError(
+                    f"the reward {self.name!r} raised {type(error).__name__} at {shown(leaf, rows.columns)}: {error}"
+                ) from error
             if not isinstance(value, Tensor):
                 raise ValueError(f"the reward {self.name!r} returned {type(value).__name__}, no tensor. {_ELSEWHERE}")
             if value.shape != state.shape[:1]:
                 raise ValueError(
                     f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {list(value.shape)}"
                 )
-            slope = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+            # Of the first row's own.
+            slope = torch.autograd.grad(value[0], leaf, allow_unused=True)[0] if value.requires_grad else None
         if slope is None:
             raise ValueError(
                 f"the reward {self.name!r} does not depend on the states in a way that autograd can follow: it is "
                 f"computed without a gradient, or of numbers. {_ELSEWHERE}"
+            )
+        of_others = slope[1:]
+        if bool(((of_others != 0) & of_others.isfinite()).any()):
+            raise ValueError(
+                f"the reward {self.name!r} of a state depends on the other states of its batch, as one less the "
+                "batch's mean does: their sum, which is differentiated, has another gradient, or none. Give each row "
+                "its own, and fixed numbers for a mean and a scale"
             )
 
     def rewards(self, state: Tensor, rows: Rows, step: int) -> Tensor:
@@ -95,23 +110,25 @@ class Judge:
                 in output_dir/failed_rollouts.pt.
         """
         try:
-            value = self._reward(state, **rows.columns)
+            return self._checked(state, rows)
+        except RewardError as error:
+            raise self._kept(error, state, rows, step) from error.__cause__
+
+    def _checked(self, state: Tensor, rows: Rows) -> Tensor:
+        """As `rewards`, and nothing is kept."""
+        try:
+            value = self._of(state, rows)
         except Exception as error:
-            failed = RewardError(f"the reward {self.name!r} raised {type(error).__name__}: {error}")
-            raise self._kept(failed, state, rows, step) from error
+            raise RewardError(f"the reward {self.name!r} raised {type(error).__name__}: {error}") from error
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != [len(state)]:
-            wrong = RewardError(
-                f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {shape}"
-            )
-            raise self._kept(wrong, state, rows, step)
+            raise RewardError(f"the reward {self.name!r} must give a number for each row, [{len(state)}]; got {shape}")
         bad = (~value.detach().isfinite()).nonzero()[:, 0].tolist()
         if bad:
-            wrong = RewardError(
+            raise RewardError(
                 f"the reward {self.name!r} is {float(value.detach()[bad[0]])} at path {bad[0]}, row id "
                 f"{int(rows.row_id[bad[0]])}, and not finite at {len(bad)} of {len(state)}"
             )
-            raise self._kept(wrong, state, rows, step)
         return value
 
     def slopes(self, state: Tensor, rows: Rows, beta: float, step: int) -> tuple[Tensor, Tensor]:
@@ -133,14 +150,32 @@ class Judge:
             raise self._kept(RewardError(f"the reward {self.name!r}: {error}"), state, rows, step) from error
         return slope, found[0]
 
-    def within(self, columns: dict[str, Column], beta: float) -> Cost:
-        """g = -reward / beta for torch.func to differentiate: states are counted (`taken`), nothing is checked."""
+    def within(self, rows: Rows, beta: float) -> Cost:
+        """g = -reward / beta for torch.func to differentiate, inside of `keeping`: states are counted (`taken`)."""
 
         def cost(state: Tensor) -> Tensor:
             self._within += len(state)
-            return -self._reward(state, **columns) / beta
+            try:
+                return -self._checked(state, rows) / beta
+            except RewardError:
+                # As numbers: what torch.func has wrapped is no tensor to save.
+                self._failed = state.detach().tolist(), state.dtype, rows
+                raise
 
         return cost
+
+    @contextlib.contextmanager
+    def keeping(self, step: int) -> Iterator[None]:
+        """Context manager: what `within` gives raises as `rewards` does."""
+        self._failed = None
+        try:
+            yield
+        except RewardError as error:
+            if self._failed is None:  # of another call, whose states are kept
+                raise
+            states, dtype, rows = self._failed
+            failed = torch.tensor(states, dtype=dtype, device="cpu")
+            raise self._kept(error, failed, rows, step) from error.__cause__
 
     def taken(self) -> int:
         """For how many states what `within` gave was called since the last time."""
@@ -161,6 +196,10 @@ class Judge:
         """Moves a reward that is a module."""
         if isinstance(self._reward, nn.Module):
             self._reward.to(device)
+
+    def _of(self, state: Tensor, rows: Rows) -> Tensor:
+        """Of a copy of the states: a reward may write into what it is given."""
+        return self._reward(state.clone(), **rows.columns)
 
     def _kept(self, error: RewardError, state: Tensor, rows: Rows, step: int) -> RewardError:
         outcomes = {"states": state.detach().cpu(), "row_ids": rows.row_id.cpu(), "columns": rows.columns}

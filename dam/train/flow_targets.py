@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dam.flows.matching import Targets
-from dam.train.flow_rows import Column, taken
+from dam.train.flow_rows import Column, Rows, taken
 
 _COLUMN, _END = "column/", "end/"  # begin the names of columns, and of targets at the ends of paths, in a group
 
@@ -17,7 +19,7 @@ class Batch(NamedTuple):
     """Targets of a forward and backward pass."""
 
     targets: Targets
-    columns: dict[str, Column]  # of each target
+    rows: Rows  # of each target
 
 
 class TargetBuffer:
@@ -41,19 +43,35 @@ class TargetBuffer:
     def clear(self) -> None:
         self._group = None
 
-    def fill(self, targets: Targets, row: Tensor, columns: dict[str, Column], ends: Targets | None = None) -> None:
+    @property
+    def _kept(self) -> dict[str, Any]:
+        if self._group is None:
+            raise RuntimeError("there are no targets: the rollout has not been drawn")
+        return self._group
+
+    def fill(
+        self,
+        targets: Targets,
+        row: Tensor,
+        rows: Rows,
+        ends: Targets | None = None,
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
         """Takes the place of what there was.
 
         Args:
             targets: N of them.
             row: int64 [N], of which path each is.
-            columns: of the paths, that passes ask for.
+            rows: of the paths, with the columns that passes ask for.
             ends: of each path one, of another loss.
+            told: numbers and texts that say what the targets are of, for `check_told`.
         """
-        kept = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in columns.items()}
+        kept = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.columns.items()}
         self._group = {
             **{name: value.cpu() for name, value in targets._asdict().items()},
             "row": row.cpu(),
+            "row_id": rows.row_id.cpu(),
+            "told": dict(told or {}),
             **{_COLUMN + name: value for name, value in kept.items()},
             **({} if ends is None else {_END + name: value.cpu() for name, value in ends._asdict().items()}),
         }
@@ -69,24 +87,21 @@ class TargetBuffer:
             seed: of the orders.
             device: that they are moved to.
         """
-        if self._group is None:
-            raise RuntimeError("there are no targets: the rollout has not been drawn")
-        group, count = self._group, len(self)
-        size = min(size, count)
-        begin, end = number * size, (number + 1) * size
-        orders = [_order(count, seed, turn) for turn in range(begin // count, -(-end // count))]
-        at = torch.cat(orders)[begin % count :][:size]
-        state, time, prediction, weight = (group[name][at].to(device) for name in Targets._fields)
-        drawn = Targets(state, time, prediction, weight * (count / size))
-        return Batch(drawn, self._columns(group, group["row"][at], device))
+        row, count = self._kept["row"], len(self)
+        at = _turn(count, number, min(size, count), seed)
+        return self._drawn("", at, row[at], device)
 
-    def ends(self, device: torch.device) -> Batch:
-        """Those at the ends of all paths."""
-        if self._group is None:
-            raise RuntimeError("there are no targets: the rollout has not been drawn")
-        group = self._group
-        targets = Targets(*(group[_END + name].to(device) for name in Targets._fields))
-        return Batch(targets, self._columns(group, torch.arange(len(targets.time), device="cpu"), device))
+    def ends(self, number: int, size: int, seed: int, device: torch.device) -> Batch:
+        """Of those at the ends of paths as large a part as of the targets, rounded up, in turn too: see `batch`."""
+        count = len(self._kept["row_id"])
+        at = _turn(count, number, -(-count * min(size, len(self)) // len(self)), seed)
+        return self._drawn(_END, at, at, device)
+
+    def _drawn(self, which: str, at: Tensor, row: Tensor, device: torch.device) -> Batch:
+        group = self._kept
+        state, time, prediction, weight = (group[which + name][at].to(device) for name in Targets._fields)
+        drawn = Targets(state, time, prediction, weight * (len(group[which + "time"]) / len(at)))
+        return Batch(drawn, Rows(group["row_id"][row].to(device), self._columns(group, row, device)))
 
     def _columns(self, group: dict[str, Any], row: Tensor, device: torch.device) -> dict[str, Column]:
         columns: dict[str, Column] = {}
@@ -118,6 +133,51 @@ class TargetBuffer:
                 "resume with as many, or from a step at which a rollout begins, a multiple of num_iterations"
             )
         return parts[self._process] if len(parts) == self._processes else []
+
+
+def _turn(count: int, number: int, size: int, seed: int) -> Tensor:
+    """Which of `count` the n-th part of a size has, int64 [size]: all in turn, in orders that a seed gives."""
+    begin, end = number * size, (number + 1) * size
+    orders = [_order(count, seed, turn) for turn in range(begin // count, -(-end // count))]
+    return torch.cat(orders)[begin % count :][:size]
+
+
+def check_readable(columns: Mapping[str, Column]) -> None:
+    """That columns can be kept in checkpoints, which are read without running what is in them.
+
+    Raises:
+        ValueError: one cannot; names it.
+    """
+    for name, column in columns.items():
+        if isinstance(column, Tensor):
+            continue
+        file = io.BytesIO()
+        try:
+            torch.save(column, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # of pickling, whatever a class raises, or of reading
+            kinds = ", ".join(sorted({type(each).__name__ for each in column}))
+            raise ValueError(
+                f"column {name!r} is kept with the targets of a rollout, and a checkpoint cannot hold {kinds}: give "
+                "texts, numbers, or lists and dicts of them, a path to be opened by the reward for one; or set "
+                f"num_iterations=1, of which nothing is kept ({type(error).__name__})"
+            ) from error
+
+
+def check_told(group: Mapping[str, Any], told: Mapping[str, Any], checkpoint: str) -> None:
+    """That targets of a checkpoint are of what runs.
+
+    Raises:
+        ValueError: they are not; names what differs.
+    """
+    then = group.get("told", {})
+    differ = [f"{name} {then.get(name)}, now {now}" for name, now in told.items() if then.get(name) != now]
+    if differ:
+        raise ValueError(
+            f"{checkpoint!r} is of within a rollout, whose targets were made with {'; '.join(differ)}: resume with "
+            "what it was saved with, from a step at which a rollout begins, or begin a new run from its weights"
+        )
 
 
 def _order(count: int, seed: int, turn: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import os
@@ -12,23 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, speed_metrics
 
 from dam.flows import matching
+from dam.flows.adjoint import linearised
 from dam.flows.direct import draft_loss, refl_loss
 from dam.flows.matching import Targets, adjoint_targets
 from dam.flows.processes import FlowProcess, Model, predicted
 from dam.flows.simulate import Path, simulate
 from dam.flows.values import pontryagin_targets, value_targets
-from dam.train.base import with_base
+from dam.train.base import InitialParameters, with_base
 from dam.train.data import NumberedRow, is_stream, row_name
 from dam.train.flow_config import FlowConfig
 from dam.train.flow_figures import path_figures
 from dam.train.flow_rewards import DifferentiableReward, Judge, check_takes
-from dam.train.flow_rows import Column, Rows, Unconditioned, check_rows, collate, rows_of
-from dam.train.flow_targets import TargetBuffer
+from dam.train.flow_rows import Column, Columns, Rows, Unconditioned, rows_of, shown
+from dam.train.flow_targets import TargetBuffer, check_readable, check_told
 from dam.train.flow_values import ValueLearner, check_value
-from dam.train.networks import check_dtype, evaluating, without_dropout, without_training
+from dam.train.networks import check_apart, check_dtype, evaluating, without_dropout, without_training
 from dam.train.processes import in_step, together
 from dam.train.progress import Progress
 from dam.train.replay import Group
@@ -51,6 +54,7 @@ class _Draw(enum.IntEnum):
     FIGURES = 4
     LATE = 5  # times of one-step outcomes
     EVALUATION = 6
+    ENDS = 7
 
 
 class FlowTrainer(ResumableTrainer):
@@ -66,12 +70,13 @@ class FlowTrainer(ResumableTrainer):
 
     Where model and reward have conditions, a class, a prompt or its embedding, a dataset has them: each row is a
     mapping from names of columns. The model is called as model(states, times, **conditions) with the columns that are
-    numbers, or those that `FlowConfig.conditions` names, the reward as reward(states, **columns) with all. Without a
-    dataset both are called with states alone, and max_steps says how long a run is.
+    numbers, or those that `FlowConfig.conditions` names, the reward as reward(states, **columns) with all. Which are
+    numbers, and in which dtype, is decided once for all rows (`dam.train.flow_rows.Columns`). Without a dataset both
+    are called with states alone, and max_steps says how long a run is.
 
     Logged: reward and reward_std, of the paths' ends, of "refl" of one-step outcomes; kl_path, KL(model || base) of
-    paths, 1/2 E integral |u|^2 dt, estimated at a few times, of VGG-Flow control_energy in its place; adjoint_norm, the
-    mean of |a_t|; reward_calls, gradients of the reward for one state each, of all processes; loss and grad_norm. Of
+    paths, 1/2 E integral |u|^2 dt, estimated at a few times, of an ODE control_energy in its place; adjoint_norm, the
+    mean of |a_t|; reward_calls, states that the reward's gradient was taken at, of all processes; loss, grad_norm. Of
     time (`dam.train.timing.Timing`): time/rollout_share, time/reward_share, time/adjoint_share, time/evaluation_share
     and time/training_share of the time since the last log, which add up to 1, paths_per_second, and time/eta_seconds.
     The loss of Adjoint Matching does not go to zero: it ends as the variance of the adjoints given their states.
@@ -81,23 +86,24 @@ class FlowTrainer(ResumableTrainer):
 
     What is drawn for a path depends on (args.seed, step, row of the dataset, number of the path among its row's) only:
     not on rollout_batch_size or the number of processes. A resumed run goes on to the same result, with as many
-    processes.
+    processes. The first loss that it logs is the mean since it went on.
 
     Args:
         model: a module that predicts what `process` says, called at states [B, ...] and times [B].
-        reward: of states [B, ...], [B], in a graph; a module is frozen and moved. A state's own reward must not depend
-            on the others of a batch.
+        reward: of states [B, ...], which are a copy, [B], in a graph; a module is frozen and moved. A
+            state's own reward must not depend on the others of a batch.
         args: a `FlowConfig`.
         train_dataset, eval_dataset: rows of conditions; none for a model without.
         shape: of one state.
-        process: what the model predicts and on which schedule, with noise=1: `FlowProcess()`, velocities of straight
-            lines, unless given.
+        process: what the model predicts and on which schedule, with noise=1 for Adjoint Matching:
+            `FlowProcess()`, velocities of straight lines, unless given.
         call: how the module is called, call(module, states, times, **conditions), where that is not
             module(states, times, **conditions). Of several processes the module may be DistributedDataParallel.
         value: of learner "vgg_flow" a module for the value's gradient, called as value(states, times, **conditions) and
             trained with the model: a residual of the reward gradient at the one-step outcome, or with
             forward_looking=False all of it. Torch.func is to differentiate it in states and times. A checkpoint has it,
-            `save_model` leaves it out. Unless given, lean adjoints take its place (VGG-Flow-PMP).
+            `save_model` leaves it out; load_best_model_at_end loads it too. Unless given, lean adjoints take its place
+            (VGG-Flow-PMP).
         ref_model: the base. Unless given it is the model as it is now: a frozen copy, or of a PEFT model the model
             itself with a copy of its trainable parameters.
         peft_config: trains an adapter (extra `peft`).
@@ -106,7 +112,8 @@ class FlowTrainer(ResumableTrainer):
 
     Raises:
         ValueError, TypeError: bad arguments, before any work: a reward without a gradient, a column that nothing takes,
-            a process that is not memoryless; or a step that diverges: paths, adjoints or a loss that are not finite.
+            a process that is not memoryless, parameters that two modules share, a norm in the base of an adapter
+            that follows batches; or a step that diverges: paths, adjoints or a loss that are not finite.
         RewardError: the reward raised, or it or its gradient is not finite. The states are kept in
             output_dir/failed_rollouts.pt.
 
@@ -151,9 +158,9 @@ class FlowTrainer(ResumableTrainer):
                 "density are trained in a loop of your own (docs/flows.md)"
             )
         refusal = self.process.why_not_matched()
-        if refusal is not None:
+        if refusal is not None and args.learner == "adjoint_matching":
             raise ValueError(f"process: {refusal}")
-        if not shape or min(shape) < 1:
+        if not isinstance(shape, (tuple, list)) or not shape or min(shape) < 1:
             raise ValueError(f"shape must be that of one state, at least (1,); got {shape}")
         if args.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
             raise ValueError(
@@ -176,7 +183,6 @@ class FlowTrainer(ResumableTrainer):
                 f"a path of {args.diffusion_steps} steps has no time in [refl_from, 1) behind its first: lower "
                 f"refl_from, {args.refl_from}, or raise diffusion_steps"
             )
-        self._judge = Judge(reward, str(args.output_dir))
         self._call: Call = _called if call is None else call
         self._own_call = call is not None
         if train_dataset is None:
@@ -187,11 +193,19 @@ class FlowTrainer(ResumableTrainer):
             train_dataset = Unconditioned(rows_of_a_step * -(-args.max_steps // args.steps_per_rollout))
             eval_dataset = Unconditioned(args.eval_samples) if eval_dataset is None else eval_dataset
         network, self._base = with_base(model, ref_model, peft_config)
+        if value is not None:
+            check_apart(value, "value", network, effect="both would train")
+        if isinstance(reward, nn.Module):
+            check_apart(reward, "the reward", network)
+            if value is not None:
+                check_apart(reward, "the reward", value, of="value")
+        self._judge = Judge(reward, str(args.output_dir))
         if args.disable_dropout:
             without_dropout(network)
         check_dtype(network)
         self._dtype = _dtype_of_states(network)
         self._checked = False
+        self._columns = Columns(args.conditions)
         self._metrics = compute_metrics
         super().__init__(
             network,
@@ -199,7 +213,7 @@ class FlowTrainer(ResumableTrainer):
             Progress(TargetBuffer(args.process_index, args.world_size)),
             parts=PARTS,
             drawn="paths",
-            data_collator=collate,
+            data_collator=self._columns,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
@@ -229,20 +243,20 @@ class FlowTrainer(ResumableTrainer):
         """As the Trainer's, of the value's network too."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if made and self._value is not None:
-            self._value.add_to(optimizer)
+        if made and self._value is not None and self.value is not None:
+            self._value.add_to(optimizer, self.get_decay_parameter_names(self.value))
         return optimizer
 
     # The model and its base
 
     def _model(self, module: nn.Module, conditions: dict[str, Column]) -> Model:
         """As `dam.flows` calls models, with the conditions of the rows."""
-        return lambda state, when: self._call(module, state, when, **conditions)
+        return lambda state, when: _tensor_of(self._call(module, state, when, **conditions))
 
     def _base_model(self, conditions: dict[str, Column]) -> Model:
         def base(state: Tensor, when: Tensor) -> Tensor:
             with self._base.module(self.model) as module, without_training(module), self._precision():
-                return self._call(module, state, when, **conditions)
+                return _tensor_of(self._call(module, state, when, **conditions))
 
         return base
 
@@ -296,12 +310,19 @@ class FlowTrainer(ResumableTrainer):
     def _check_run(self, checkpoint: str | None) -> None:
         given: Any = self.eval_dataset
         rows: Any = self.train_dataset
-        check_rows(rows, "training")
+        self._columns.clear()
+        self._columns.look(rows, "training")
         for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
-            check_rows(dataset, f"evaluation {name!r}" if name else "evaluation")
+            if dataset is not None:
+                self._columns.look(dataset, f"evaluation {name!r}" if name else "evaluation")
         self._checked = False
         if not is_stream(rows):
-            self._check_calls(self._rows(collate([NumberedRow(0, row_name(0, "training"), rows[0])]), 1))
+            self._check_calls(self._rows(self._columns([NumberedRow(0, row_name(0, "training"), rows[0])]), 1))
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """As a `ResumableTrainer`'s, of a dataset whose columns are known."""
+        self._columns.meet(dataset, description.lower())
+        return super()._get_dataloader(dataset, description, *args, **options)
 
     def _check_calls(self, rows: Rows) -> None:
         """Once a run: that model, base and reward can be called as they will be.
@@ -311,7 +332,7 @@ class FlowTrainer(ResumableTrainer):
         """
         if self._checked:
             return
-        rows = rows[:1]
+        rows = rows[torch.zeros(2, dtype=torch.int64, device="cpu")]  # two, that one may be seen to depend on the other
         conditions = self._conditions(rows.columns)
         module = self.accelerator.unwrap_model(self.model)
         called, tensors = (self._call, 3) if self._own_call else (module, 2)
@@ -320,21 +341,97 @@ class FlowTrainer(ResumableTrainer):
         except ValueError as error:
             raise ValueError(f"{error}. The columns that the model is called with are named by `conditions`") from None
         start = self.process.initial(
-            (1, *self._shape), start=float(self._times[0]), seed=0, dtype=self._dtype, device=self.args.device
+            (2, *self._shape), start=float(self._times[0]), seed=0, dtype=self._dtype, device=self.args.device
         )
-        with evaluating(self.model, self._precision()):
-            for model in (self._model(self.model, conditions), self._base_model(conditions)):
-                predicted(model, start, self._times[0])
+        base = self._base_model(conditions)
+        with self._told_apart(module, start, conditions):
+            with evaluating(self.model, self._precision()):
+                predicted(self._model(self.model, conditions), start, self._times[0])
+            self._check_pull(base, start)
         self._judge.check(start, rows)
+        if self._is_kept:
+            check_readable(self._kept_of(rows).columns)
         if self._value is not None:
-            base, gradient = self._gradient(self._value, rows.columns)
-            time_of_start = self._times[:1].to(start.device)
-            self._value.check(base, gradient, Targets(start, time_of_start, start, torch.ones_like(time_of_start)))
+            base, gradient = self._gradient(self._value, rows)
+            time_of_start = self._times[:1].to(start.device).repeat(2)
+            with self._judge.keeping(self.state.global_step):
+                self._value.check(base, gradient, Targets(start, time_of_start, start, torch.ones_like(time_of_start)))
             self._judge.taken()
         self._checked = True
 
+    @contextlib.contextmanager
+    def _told_apart(self, module: nn.Module, state: Tensor, conditions: dict[str, Column]) -> Iterator[None]:
+        """Context manager: what model and base raise is told with what they are called with."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except Exception as error:
+            narrow = {each.dtype for each in module.parameters() if each.is_floating_point() and each.itemsize == 2}
+            cure = "The columns that the model is called with are named by `conditions`"
+            if narrow and not (self.args.bf16 or self.args.fp16):
+                cure = f"Its weights are in {' and '.join(map(str, narrow))}: set bf16=True, or load it in float32"
+            first_line = str(error).partition("\n")[0].removesuffix(".")
+            raise ValueError(
+                f"{type(module).__name__} raised {type(error).__name__} at {shown(state, conditions)}: {first_line}. "
+                f"{cure}"
+            ) from error
+
+    def _check_pull(self, base: Model, state: Tensor) -> None:
+        """That a vector can be pulled back through the base, which is the model with other parameters for a call only.
+
+        Raises:
+            ValueError: the model is called again for that, by when it has its own.
+        """
+        with torch.no_grad():
+            pull = linearised(self._trained_by, base, state, self._times[0])[0]
+        again: list[nn.Module] = []
+        modules = self.model.modules() if isinstance(self._base, InitialParameters) else ()
+        hooks = [each.register_forward_pre_hook(lambda module, _: again.append(module)) for each in modules]
+        try:
+            pull(state)
+        except CheckpointError:
+            if not again:
+                raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if again:
+            raise ValueError(
+                f"the model computes activations of {type(again[0]).__name__} again on the way back "
+                "(torch.utils.checkpoint). Of an adapter the base is the model with its first parameters, which it no "
+                "longer has by then: checkpoint where module.training is True alone, as the base never is, or train "
+                "without an adapter"
+            )
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether checkpoints are to hold targets."""
+        return not self.args.is_direct and self.args.steps_per_rollout > 1
+
+    def _kept_of(self, rows: Rows) -> Rows:
+        """With the columns that passes ask for: of a value the reward is called in them."""
+        return rows if self._value is not None else Rows(rows.row_id, self._conditions(rows.columns))
+
+    def _made_with(self) -> dict[str, Any]:
+        """What targets are of, in numbers and texts."""
+        schedule, some = self.process.schedule, torch.linspace(0.1, 0.9, 5, dtype=torch.float64, device="cpu")
+        return {
+            "learner": self.args.learner,
+            "beta": self.args.beta,
+            "predicts": self.process.predicts,
+            "schedule": [*schedule.alpha(some).tolist(), *schedule.beta(some).tolist()],
+        }
+
     def _what_runs(self, checkpoint: str | bool | None) -> dict[str, Any]:
         return {**super()._what_runs(checkpoint), "reward": self._judge.name, "shape": self._shape}
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's, with the value of that step."""
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if self._value is not None and best is not None:
+            self._value.load(best)
 
     def _load_beside(self, checkpoint: str) -> None:
         check_value(checkpoint, self._value is not None)
@@ -355,6 +452,7 @@ class FlowTrainer(ResumableTrainer):
                     f"{checkpoint!r} has no targets for states of shape {self._shape}: it is of another model, or no "
                     "checkpoint of a FlowTrainer; begin a new run from its weights"
                 )
+            check_told(group, self._made_with(), checkpoint)
 
     def _drawn_times(self) -> list[int]:
         """Numbers of the times that targets are made at, the same for all paths of a rollout."""
@@ -374,7 +472,6 @@ class FlowTrainer(ResumableTrainer):
         at, seed = self._drawn_times(), self._seed(_Draw.ROLLOUT)
         found: list[Targets] = []
         ends: list[Targets] = []
-        of_rows: list[Tensor] = []
         figures: list[dict[str, Tensor]] = []
         for part in self._pieces(len(rows)):
             piece = rows[part]
@@ -393,13 +490,12 @@ class FlowTrainer(ResumableTrainer):
             found.append(Targets(*(value.cpu() for value in targets._replace(weight=weight))))
             one = torch.ones(len(piece), dtype=torch.float64, device=slope.device)  # the time, too
             ends.append(Targets(path.final, one, slope, one / len(rows)))
-            of_rows.append(part.start + torch.arange(len(targets.time), device="cpu") % len(piece))
             figures.append({"reward": reward, **told})
-        row, buffer = torch.cat(of_rows), self.progress.replay
-        if self._value is None:
-            buffer.fill(_one(found), row, self._conditions(rows.columns))
-        else:
-            buffer.fill(_one(found), row, rows.columns, _one(ends))
+        row, kept = torch.arange(len(rows), device="cpu").repeat(len(at)), self._kept_of(rows)
+        if self._is_kept:
+            check_readable(kept.columns)
+        of_ends = None if self._value is None else _one(ends, 1)
+        self.progress.replay.fill(_one(found, len(at)), row, kept, of_ends, self._made_with())
         return _joined(figures)
 
     def _targets(self, base: Model, path: Path, slope: Tensor, at: list[int]) -> Targets:
@@ -419,33 +515,39 @@ class FlowTrainer(ResumableTrainer):
         begun = step - step % args.steps_per_rollout
         number = (step - begun) * passes + self.progress.micro_step
         seed = self._seed(_Draw.TARGETS, args.process_index, step=begun)
-        targets, columns = buffer.batch(number, args.per_device_train_batch_size, seed, args.device)
+        targets, rows = buffer.batch(number, args.per_device_train_batch_size, seed, args.device)
         with self._dropout(_Draw.DROPOUT):
-            trained = self._model(model, self._conditions(columns))
+            trained = self._model(model, self._conditions(rows.columns))
             if self._value is None:
                 loss = matching.loss(trained, targets)
             else:
-                loss = self._loss_with(self._value, trained, targets, columns)
+                loss = self._loss_with(self._value, trained, targets, rows, number)
         if number + 1 == args.steps_per_rollout * passes:
             buffer.clear()  # used up: a checkpoint of here need not hold it
         return loss
 
-    def _loss_with(self, value: ValueLearner, model: Model, targets: Targets, columns: dict[str, Column]) -> Tensor:
+    def _loss_with(self, value: ValueLearner, model: Model, targets: Targets, rows: Rows, number: int) -> Tensor:
         """Of the flow, matched to a value's gradient, and of that; neither has a gradient in the other."""
         if self.progress.micro_step == 0:
             value.begin_step()
-        base, gradient = self._gradient(value, columns)
-        ends, of_ends = self.progress.replay.ends(self.args.device)
-        matched = matching.loss(model, value.matched(targets, gradient))
-        learned = value.loss(base, gradient, targets) + value.end_loss(self._gradient(value, of_ends)[1], ends)
+        base, gradient = self._gradient(value, rows)
+        args, step = self.args, self.state.global_step
+        seed = self._seed(_Draw.ENDS, args.process_index, step=step - step % args.steps_per_rollout)
+        ends, of_ends = self.progress.replay.ends(number, args.per_device_train_batch_size, seed, args.device)
+        with self._judge.keeping(step):
+            matched = matching.loss(model, value.matched(targets, gradient))
+            if args.forward_looking and not bool(matched.detach().isfinite()):
+                outcome = self._trained_by.data(predicted(base, *targets[:2]), *targets[:2])
+                self._judge.slopes(outcome.detach(), rows, args.beta, step)  # raises where it is the reward's gradient
+            learned = value.loss(base, gradient, targets) + value.end_loss(self._gradient(value, of_ends)[1], ends)
         self.progress.reward_calls += self._judge.taken()
         return matched + learned
 
-    def _gradient(self, value: ValueLearner, columns: dict[str, Column]) -> tuple[Model, Model]:
-        """The base and the value's gradient, of rows with these columns."""
-        conditions = self._conditions(columns)
+    def _gradient(self, value: ValueLearner, rows: Rows) -> tuple[Model, Model]:
+        """The base and the value's gradient, of these rows."""
+        conditions = self._conditions(rows.columns)
         base = self._base_model(conditions)
-        return base, value.gradient(base, self._judge.within(columns, self.args.beta), conditions)
+        return base, value.gradient(base, self._judge.within(rows, self.args.beta), conditions)
 
     def _direct_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Of DRaFT and ReFL, on paths of this pass."""
@@ -530,6 +632,9 @@ class FlowTrainer(ResumableTrainer):
             PredictionOutput(predictions [N, ...], label_ids None, metrics).
         """
         dataset: Any = self.eval_dataset if test_dataset is None else test_dataset
+        if dataset is None or isinstance(dataset, dict):
+            got = "none" if dataset is None else f"those of {', '.join(dataset)}"
+            raise ValueError(f"predict draws for one dataset, test_dataset or the trainer's eval_dataset; got {got}")
         metrics, samples = self._sampled(self.get_test_dataloader(dataset), metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(predictions=samples.numpy(), label_ids=None, metrics=metrics)
@@ -591,8 +696,19 @@ def _dtype_of_states(network: nn.Module) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _one(parts: list[Targets]) -> Targets:
-    return Targets(*(torch.cat(each) for each in zip(*parts, strict=True)))
+def _tensor_of(prediction: Any) -> Tensor:
+    if not isinstance(prediction, Tensor):
+        raise ValueError(
+            f"the model gives {type(prediction).__name__}, no tensor: say which of it is the prediction, "
+            "call=lambda model, x, t, **c: model(x, t, **c)[0] for one"
+        )
+    return prediction
+
+
+def _one(parts: list[Targets], times: int) -> Targets:
+    """Of all paths, of each time in a row, whatever pieces they were drawn in."""
+    of_each = ([value.unflatten(0, (times, -1)) for value in values] for values in zip(*parts, strict=True))
+    return Targets(*(torch.cat(values, dim=1).flatten(0, 1) for values in of_each))
 
 
 def _value_learner(value: Any, process: FlowProcess, args: FlowConfig, optimizers: tuple[Any, Any]) -> ValueLearner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dam.flows.processes import FlowProcess, Model, over, predicted
 from dam.flows.values import consistency_loss, forward_looking
 from dam.train.flow_config import FlowConfig
 from dam.train.flow_rows import Column
+from dam.train.networks import without_dropout, without_training
 
 _STATE = "dam_value.pt"
 
@@ -31,6 +33,8 @@ class ValueLearner(TrainerCallback):
 
     def __init__(self, value: nn.Module, process: FlowProcess, args: FlowConfig):
         self._value, self._process, self._args = value, process, args
+        if args.disable_dropout:
+            without_dropout(value)
 
     def gradient(self, base: Model, cost: Cost, conditions: dict[str, Column]) -> Model:
         """grad V of rows with these conditions, for g = `cost`."""
@@ -44,7 +48,7 @@ class ValueLearner(TrainerCallback):
 
     def matched(self, targets: Targets, gradient: Model) -> Targets:
         """Of targets that predict what the base does, those of the value as it is now."""
-        with torch.no_grad():
+        with torch.no_grad(), without_training(self._value):
             found = predicted(gradient, targets.state, targets.time)
         moved = found / over(self._process.gain(targets.time), found)
         return targets._replace(prediction=targets.prediction - moved.to(targets.prediction.dtype))
@@ -68,9 +72,21 @@ class ValueLearner(TrainerCallback):
         self._value.train()
         self._value.zero_grad(set_to_none=True)
 
-    def add_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """The network's parameters, as a group of their own."""
-        optimizer.add_param_group({"params": [each for each in self._value.parameters() if each.requires_grad]})
+    def add_to(self, optimizer: torch.optim.Optimizer, decayed: Collection[str]) -> None:
+        """The network's parameters, as groups of their own.
+
+        Args:
+            optimizer: of the model.
+            decayed: names of those that weight_decay is of; of others it is 0.
+        """
+        trainable = {name: each for name, each in self._value.named_parameters() if each.requires_grad}
+        for decay, names in (
+            (self._args.weight_decay, trainable.keys() & set(decayed)),
+            (0.0, trainable.keys() - set(decayed)),
+        ):
+            params = [each for name, each in trainable.items() if name in names]
+            if params:
+                optimizer.add_param_group({"params": params, "weight_decay": decay})
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

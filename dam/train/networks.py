@@ -35,6 +35,36 @@ def without_training(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
+def check_apart(
+    module: nn.Module,
+    name: str,
+    trained: nn.Module,
+    *,
+    of: str = "the model",
+    effect: str = "would be frozen with it",
+    cure: str = "",
+) -> None:
+    """That a module has no parameter that is trained with another.
+
+    Args:
+        module, name: of it, as arguments call it.
+        trained: the module to train.
+        of: what that is, in the message.
+        effect: what would happen to the parameters.
+        cure: what else to do.
+
+    Raises:
+        ValueError: they share parameters.
+    """
+    trainable = {parameter: which for which, parameter in trained.named_parameters() if parameter.requires_grad}
+    shared = [trainable[parameter] for parameter in module.parameters() if parameter in trainable]
+    if shared:
+        raise ValueError(
+            f"{name} shares {len(shared)} parameters with {of} ({shared[0]}, ...), which {effect}: give it a copy "
+            f"(copy.deepcopy){cure}"
+        )
+
+
 def without_dropout(network: nn.Module) -> None:
     """Sets to 0 what dropout modules drop, and the rates that attention layers keep as numbers."""
     for module in network.modules():

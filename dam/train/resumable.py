@@ -102,7 +102,7 @@ class ResumableTrainer(BaseTrainer):
 
     @property
     def reward_calls(self) -> int:
-        """Completions rewarded in training so far, over all processes."""
+        """Completions, or states of flows, rewarded in training so far, over all processes."""
         return self.progress.reward_calls
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:

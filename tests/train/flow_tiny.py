@@ -66,6 +66,5 @@ def tiny_config(output, **changes):
 
 def direct(learner, **changes):
     """The changes that make a configuration that of a direct learner."""
-    return {"learner": learner, "generation_batch_size": None, "per_device_train_batch_size": 4, **changes} | {
-        "num_iterations": None
-    }
+    of_others = {"generation_batch_size": None, "num_iterations": None, "beta": 1.0}
+    return {"learner": learner, "per_device_train_batch_size": 4, **changes} | of_others

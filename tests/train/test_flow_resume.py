@@ -9,12 +9,15 @@ from flow_tiny import ROWS, Network, direct, near_goal, tiny_config
 from tiny import assert_same_weights, logged
 from transformers import TrainerCallback
 
+from dam.flows import FlowProcess, Trigonometric
 from dam.train import FlowTrainer, RewardError, last_checkpoint
 
 
 def run(output, reward=near_goal, resume=None, dropout=0.0, seed=0, callbacks=None, value=False, **changes):
     model = Network(seed, dropout)
-    given = {"ref_model": Network()} if seed else {}
+    given = {name: changes.pop(name) for name in ("process",) if name in changes}
+    if seed:
+        given["ref_model"] = Network()
     if value:
         given["value"] = Network(seed + 1)
     trainer = FlowTrainer(model, reward, tiny_config(output, **changes), ROWS, ROWS[:2], callbacks, shape=(3,), **given)
@@ -124,6 +127,23 @@ def test_a_value_goes_with_its_checkpoint(tmp_path):
     run(tmp_path, **given)
     with pytest.raises(ValueError, match="is of a run without a value: resume with what it was saved with"):
         run(tmp_path, value=True, resume=True, **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learner": "vgg_flow"}, "learner adjoint_matching, now vgg_flow"),
+        ({"beta": 0.25}, "beta 0.5, now 0.25"),
+        ({"process": FlowProcess(predicts="data")}, "predicts velocity, now data"),
+        ({"process": FlowProcess(Trigonometric())}, "schedule .*, now "),
+    ],
+)
+def test_targets_are_gone_on_with_as_what_they_were_made(tmp_path, changes, message):
+    run(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match=rf"checkpoint-1' is of within a rollout, .* were made with {message}"):
+        run(tmp_path, resume=f"{tmp_path}/checkpoint-1", **changes)
+    if "beta" in changes:  # where a rollout begins there are none
+        assert run(tmp_path, resume=f"{tmp_path}/checkpoint-2", **changes).state.global_step == 6
 
 
 def test_a_checkpoint_of_another_model_or_trainer_is_refused(tmp_path):

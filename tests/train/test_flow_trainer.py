@@ -1,5 +1,6 @@
 """FlowTrainer: that it ends in the tilt of the base, what it calls with what, and what it logs, evaluates and saves."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dam import flows
 from dam.flows import matching
 from dam.train import FlowTrainer
 from dam.train.flow_figures import path_figures
+from dam.train.flow_rows import Rows
 from dam.train.flow_targets import TargetBuffer
 
 LINEAR, QUADRATIC = torch.tensor([1.0, 0.6], dtype=FLOAT64), torch.tensor([1.0, 0.5], dtype=FLOAT64)
@@ -69,10 +71,10 @@ def test_a_gaussian_base_is_trained_to_the_exact_tilt(tmp_path, near, changes):
 @pytest.mark.parametrize("learner", ["draft", pytest.param("refl", marks=pytest.mark.full)])
 def test_direct_learners_go_after_the_reward(tmp_path, learner):
     """Beyond the tilt of any beta: the mean toward the reward's maximum, and the spread of the law lost."""
-    model = Law()
+    model, late = Law(), {"draft": {"draft_steps": 2}, "refl": {"refl_from": 0.6}}
     config = tiny_config(
-        tmp_path, max_steps=25, diffusion_steps=5, learning_rate=0.1, logging_steps=25, draft_steps=2, refl_from=0.6,
-        **direct(learner, per_device_train_batch_size=16),
+        tmp_path, max_steps=25, diffusion_steps=5, learning_rate=0.1, logging_steps=25,
+        **direct(learner, per_device_train_batch_size=16, **late[learner]),
     )  # fmt: skip
     FlowTrainer(model, quadratic, config, shape=(2,)).train()
     best, (mean, spread) = LINEAR / QUADRATIC, (value.detach() for value in model.law().moments())
@@ -109,6 +111,49 @@ def test_the_first_step_is_that_of_the_functions_in_a_loop(tmp_path):
         torch.testing.assert_close(ours.detach(), (theirs - 1e-3 * theirs.grad).detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"learner": "vgg_flow", "method": "euler"}], ids=["adjoint_matching", "vgg_flow"]
+)
+def test_targets_are_used_in_one_order_whatever_pieces_paths_are_drawn_in(tmp_path, changes):
+    """Batches of some of them, so that another order is another run; what is left is the rounding of float32."""
+    whole, pieces = (
+        trained(
+            tmp_path / str(size), rollout_batch_size=size, matched_times=4, per_device_train_batch_size=5, **changes
+        )
+        for size in (1024, 3)
+    )
+    for ours, theirs in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_direct_learners_sample_by_the_ode_too(tmp_path):
+    """No noise is in their paths: another seed is another start alone. A figure that is no KL has another name."""
+    trainer = trained(tmp_path, process=PROCESS.ode(), max_steps=15, learning_rate=5e-2, **direct("draft"))
+    first, last = logged(trainer)[0], logged(trainer)[-1]
+    assert last["reward"] > first["reward"] + 0.3 and last["control_energy"] > 0 and "kl_path" not in last
+
+
+def writes(state, goal, name):
+    state.clamp_(-0.1, 0.1)
+    return near_goal(state, goal, name)
+
+
+@pytest.mark.parametrize("changes", [{}, direct("draft")], ids=["adjoint_matching", "draft"])
+def test_a_reward_may_write_into_its_states(tmp_path, changes):
+    """It is given a copy: samples and gradients are those of one that does not."""
+    clamped = lambda state, goal, name: near_goal(state.clamp(-0.1, 0.1), goal, name)  # noqa: E731
+    one, other = (trained(tmp_path, reward=reward, max_steps=2, **changes) for reward in (writes, clamped))
+    assert_same_weights(one.model, other.model)
+    samples = torch.as_tensor(one.predict(ROWS).predictions)
+    assert float(samples.abs().max()) > 0.1 and torch.equal(samples, torch.as_tensor(other.predict(ROWS).predictions))
+
+
+def test_a_configuration_may_be_changed_by_replace(tmp_path):
+    config = tiny_config(tmp_path, **direct("draft"))
+    changed = dataclasses.replace(config, per_device_train_batch_size=8)
+    assert (config.prompts_per_rollout, changed.prompts_per_rollout) == (4, 8)
+
+
 def test_figures_of_paths_are_those_of_their_weights():
     """KL(model || base) and |a_t| against `simulate`'s weights and `lean_adjoint`, at all times."""
     base, model = Law(), Law(mean=(1.0, 0.2), variance=(0.5, 0.7))
@@ -130,14 +175,15 @@ def test_each_target_is_used_once_in_a_turn_and_keeps_its_condition():
     buffer = TargetBuffer()
     number = torch.arange(10.0)
     targets = matching.Targets(number[:, None], number.double(), number[:, None], torch.ones(10, dtype=FLOAT64))
-    buffer.fill(targets, torch.arange(10) % 5, {"goal": torch.arange(5), "name": list("abcde")})
+    rows = Rows(torch.arange(5), {"goal": torch.arange(5), "name": list("abcde")})
+    buffer.fill(targets, torch.arange(10) % 5, rows)
     batches = [buffer.batch(n, 4, seed=3, device=torch.device("cpu")) for n in range(5)]
     seen = torch.cat([batch.targets.time for batch in batches])
     assert seen[:10].sort().values.tolist() == seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
     for batch in batches:
-        assert torch.equal(batch.columns["goal"], batch.targets.time.long() % 5)
-        assert batch.columns["name"] == ["abcde"[n] for n in batch.columns["goal"].tolist()]
+        assert torch.equal(batch.rows.columns["goal"], batch.targets.time.long() % 5)
+        assert batch.rows.columns["name"] == ["abcde"[n] for n in batch.rows.columns["goal"].tolist()]
         assert torch.equal(batch.targets.weight, torch.full((4,), 2.5, dtype=FLOAT64))
     assert len(buffer.batch(0, 99, seed=3, device=torch.device("cpu")).targets.time) == 10
 
@@ -147,10 +193,11 @@ def test_each_target_is_used_once_in_a_turn_and_keeps_its_condition():
 def test_the_first_step_of_direct_learners_is_that_of_the_functions_in_a_loop(tmp_path, learner):
     """On two parts of the step's paths, whose gradients are averaged."""
     model, reference = Network(), Network()
+    of_learner = {"draft": {"draft_steps": 3}, "refl": {"refl_from": 0.5}}
     config = tiny_config(
         tmp_path, max_steps=1, optim="sgd", learning_rate=1e-2, max_grad_norm=1e9, lr_scheduler_type="constant",
-        shuffle_dataset=False, draft_steps=3, refl_from=0.5,
-        **direct(learner, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        shuffle_dataset=False,
+        **direct(learner, per_device_train_batch_size=2, gradient_accumulation_steps=2, **of_learner[learner]),
     )  # fmt: skip
     trainer = FlowTrainer(model, near_goal, config, ROWS, shape=(3,))
     times = PROCESS.times(6)
@@ -368,7 +415,7 @@ class Endless:
 
 def test_rows_may_come_one_after_another(tmp_path):
     """And are looked at when they come: a reward that takes none of them is told of before any step."""
-    trainer = trained(tmp_path, rows=Endless(), max_steps=3, **direct("draft", draft_steps=1), checkpoint_every=3)
+    trainer = trained(tmp_path, rows=Endless(), max_steps=3, **direct("draft", draft_steps=1))
     assert trainer.reward_calls == 12
     with pytest.raises(
         ValueError, match=r"the reward 'quadratic' takes .state., and is called with 1 tensors and goal"
