@@ -398,7 +398,7 @@ class Normaliser:
         """Whether a value has a slope in active ones, as far as names tell."""
         if isinstance(node, ast.Name):
             return node.id in self.varied
-        if isinstance(node, (ast.Compare, ast.Lambda, ast.JoinedStr)):
+        if isinstance(node, (ast.Compare, ast.Lambda)):
             return False
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return False
@@ -456,6 +456,9 @@ class Normaliser:
         """A value without a derivative, as written; names of the surroundings get theirs in the module."""
         for inner in walk(node):
             if isinstance(inner, ast.Call):
+                if self.resolve(inner.func) in (eval, exec, locals, globals, vars):
+                    raise self.refuse(node, f"{ast.unparse(inner.func)} reads variables by their names, which has no "
+                                      "derivative here")  # fmt: skip
                 if isinstance(inner.func, ast.Name) and inner.func.id in self.functions:
                     raise self.refuse(node, f"{inner.func.id}, defined inside, is called in an expression that has no "
                                       "derivative; call it on a line of its own")  # fmt: skip
@@ -660,6 +663,8 @@ class Normaliser:
             return special
         known = primitives.key(found)
         if (written := primitives.WRITTEN.get(known)) is not None:
+            if inspect.getmodule(found) is not torch:
+                node = primitives.with_arrays(node, inspect.signature(written).parameters, {"arrays", "axis"})
             return self.call(node, Callee(functions.of(written), written)), "call"
         if found in (np.einsum, torch.einsum) and known not in primitives.FUNCTIONS:
             return self._einsum(node, "np" if found is np.einsum else "torch"), "primitive"
@@ -669,6 +674,9 @@ class Normaliser:
                 node, f"{ast.unparse(node.func)} of more or fewer than two numbers has no derivative here; use np.max"
             )
         if entry is not None:
+            if entry.name.startswith("np.") and found not in (np.array, np.asarray, np.asanyarray):
+                others = {"l", *entry.signature.parameters} - (entry.differentiable - {"l"})
+                node = primitives.with_arrays(node, entry.signature.parameters, others)
             called = name(self.bind(entry.name, entry.function)) if entry.rule else self._canonical(entry)
             new = ast.Call(
                 called,

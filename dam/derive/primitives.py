@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,11 @@ def bound(primitive: Primitive, node: ast.expr) -> dict[str, ast.expr]:
     except TypeError as error:
         takes = str(primitive.signature)
         raise Unsupported(f"{ast.unparse(node.func)}: {error}; what has a derivative here takes {takes}") from None
+    flag = arguments.arguments.get("keepdims")
+    plain = isinstance(flag, ast.Constant) and isinstance(flag.value, bool)
+    if primitive.module != "rt" and any(flag is one for one in positional) and not plain:
+        # Of numpy's methods a dtype is in this place, of torch's keepdim.
+        raise Unsupported(f"{ast.unparse(node.func)}: what is in the place of keepdims is neither True nor False")
     values: dict[str, ast.expr] = {}
     for name, parameter in primitive.signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -174,6 +179,31 @@ def bound(primitive: Primitive, node: ast.expr) -> dict[str, ast.expr]:
             given = arguments.arguments.get(name)
             values[name] = ast.Constant(parameter.default) if given is None else given
     return values
+
+
+def with_arrays(node: ast.Call, parameters: Mapping[str, inspect.Parameter], lists: Collection[str | None]) -> ast.Call:
+    """A call of numpy with np.array around lists that are written out in the place of an array.
+
+    Args:
+        node: the call, as it was written.
+        parameters: those of the function, in their order.
+        lists: parameters that are lists or tuples themselves.
+    """
+    root: ast.expr = node.func
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    if root is node.func:
+        return node  # from numpy import f: what its array is called is not known
+
+    def array(name: str | None, value: ast.expr) -> ast.expr:
+        if name in lists or not isinstance(value, (ast.List, ast.Tuple, ast.ListComp)):
+            return value
+        function = ast.copy_location(ast.Attribute(copied(root), "array", ast.Load()), value)
+        return ast.copy_location(ast.Call(function, [value], []), value)
+
+    values = [array(name, value) for name, value in zip(parameters, node.args, strict=False)]
+    keywords = [ast.keyword(k.arg, array(k.arg, k.value)) for k in node.keywords]
+    return ast.copy_location(ast.Call(node.func, [*values, *node.args[len(values) :]], keywords), node)
 
 
 def register(functions: Iterable[Any], primitive: Primitive) -> None:

@@ -9,6 +9,7 @@ Most functions have derivatives of their own in dam.derive.tables, so that deriv
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,17 @@ def _lib(*values: Any) -> Any:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (np.ndarray, torch.Tensor))
+
+
+def _is_complex(x: Any) -> bool:
+    if isinstance(x, torch.Tensor):
+        return x.is_complex()
+    return isinstance(x, complex) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind == "c")
+
+
+def _array(x: Any) -> Any:
+    """x, or the array that numpy makes of a list."""
+    return listed(x, x) if isinstance(x, (tuple, list)) else x
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -155,7 +167,7 @@ def tangent(d: Any, x: Any) -> Any:
 
 def gradient(b: Any, x: Any) -> Any:
     """The adjoint of an argument in the argument's own structure and shape."""
-    if type(b) is np.ndarray and type(x) is np.ndarray and b.shape == x.shape:
+    if type(b) is np.ndarray and type(x) is np.ndarray and b.shape == x.shape and b.dtype == x.dtype:
         return b
     return _matched(b, x, "the gradient")
 
@@ -171,17 +183,20 @@ def _matched(b: Any, x: Any, what: str) -> Any:
         if _is_zero(b):
             return zeros_like(x)
         return {k: _matched(b.get(k, 0.0), v, what) for k, v in x.items()}
+    if _is_complex(b):
+        raise DerivativeError(f"{what} is complex; derivatives are of real numbers alone")
     if _is_array(x):
         if _shape(b) == _shape(x) and _is_array(b):
-            return b
+            if isinstance(x, torch.Tensor):
+                return b.to(x.dtype) if isinstance(b, torch.Tensor) and x.is_floating_point() else b
+            return b.astype(x.dtype, copy=False) if isinstance(b, np.ndarray) and x.dtype.kind == "f" else b
         if _shape(b) == ():
             return full(b, x)
         raise DerivativeError(f"{what} is {_said(b)}, its value {_said(x)}")
-    if _is_array(b) and _size(b) == 1:
-        return b.reshape(())[()]
     if isinstance(b, (tuple, list, dict)) or _size(b) != 1:
         raise DerivativeError(f"{what} is {_said(b)}, its value {_said(x)}")
-    return b
+    b = b.reshape(())[()] if _is_array(b) else b
+    return x.dtype.type(b) if isinstance(x, np.floating) else b
 
 
 def _size(x: Any) -> int:
@@ -438,6 +453,16 @@ def unlisted(g: Any, items: Any) -> Any:
     return g
 
 
+def floating(b: Any, y: Any) -> Any:
+    """b, an adjoint or a tangent of y or of what y was converted from.
+
+    Raises:
+        DerivativeError: y was converted to integers, booleans or complex numbers.
+    """
+    differentiable(y, "what an array was converted to")
+    return b
+
+
 def listed(b: Any, items: Any) -> Any:
     """An array of nested lists."""
     if not isinstance(items, (tuple, list)):
@@ -513,6 +538,10 @@ def broadcast(b: Any, x: Any) -> Any:
 
 def expand(g: Any, x: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """The adjoint of x when g is that of x.sum(axis, keepdims)."""
+    if isinstance(x, (tuple, list)):
+        return unlisted(expand(g, _array(x), axis, keepdims), x)
+    if isinstance(g, tuple):
+        raise DerivativeError("max and min with dim give a tuple in torch; use amax and amin")
     if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
         found = np.empty(x.shape, x.dtype)
         found.fill(g)
@@ -529,6 +558,7 @@ def expand(g: Any, x: Any, axis: Any = None, keepdims: Any = False) -> Any:
 
 def total(b: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """Sum, of numpy or torch."""
+    b = _array(b)
     if not _is_array(b):
         return b
     if isinstance(b, torch.Tensor):
@@ -538,7 +568,7 @@ def total(b: Any, axis: Any = None, keepdims: Any = False) -> Any:
 
 def count(x: Any, axis: Any = None) -> float:
     """How many numbers one of x's reduction over axis is made of."""
-    shape = _shape(x)
+    shape = _shape(_array(x))
     return float(np.prod([shape[a] for a in _axes(axis, len(shape))]))
 
 
@@ -546,6 +576,7 @@ def among(x: Any, y: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """1 where x is the extreme y of its reduction, shared equally where several are."""
     if isinstance(y, tuple):
         raise DerivativeError("max and min with dim give a tuple in torch; use amax and amin")
+    _no_list(x)
     where_ = x == expand(y, x, axis, keepdims)
     ones = where_.astype(x.dtype) if isinstance(x, np.ndarray) else where_.to(x.dtype) if _is_array(x) else 1.0
     return ones / expand(total(ones, axis, keepdims), x, axis, keepdims) if _is_array(x) else 1.0
@@ -553,15 +584,29 @@ def among(x: Any, y: Any, axis: Any = None, keepdims: Any = False) -> Any:
 
 def others(x: Any, axis: Any = None) -> Any:
     """Of each number of x the product of the others along axis, without dividing: some may be 0."""
+    _no_list(x)
     if not _is_array(x) or x.ndim == 0:
         return 1.0
     lib = _lib(x)
-    flat = x.reshape(-1) if axis is None else lib.moveaxis(x, int(axis), -1)
+    flat, unflat = _reduced_last(x, axis)
     ones = lib.ones_like(flat[..., :1])
     before = lib.cumprod(_joined(lib, [ones, flat[..., :-1]]), -1)
     back = lib.cumprod(_joined(lib, [ones, lib.flip(flat, (-1,))[..., :-1]]), -1)
-    found = before * lib.flip(back, (-1,))
-    return found.reshape(x.shape) if axis is None else lib.moveaxis(found, -1, int(axis))
+    return unflat(before * lib.flip(back, (-1,)))
+
+
+def _reduced_last(x: Any, axis: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """x with the axes of a reduction as its last one, and how an array of that form gets x's."""
+    axes = _axes(axis, x.ndim)
+    last = tuple(range(x.ndim - len(axes), x.ndim))
+    turned = moved(x, axes, last)
+    flat = turned.reshape((*turned.shape[: x.ndim - len(axes)], -1))
+    return flat, lambda found: moved(found.reshape(turned.shape), last, axes)
+
+
+def _no_list(x: Any) -> None:
+    if isinstance(x, (tuple, list)):
+        raise DerivativeError("a list is taken for an array, which has no derivative here; write np.array(...) of it")
 
 
 def _joined(lib: Any, parts: list[Any]) -> Any:
@@ -587,8 +632,34 @@ def cumsum(x: Any, axis: Any = None) -> Any:
 
 def reshape_like(g: Any, x: Any) -> Any:
     if _is_array(x):
+        if isinstance(g, float):
+            return full(g, x)
         return g if g.shape == x.shape else g.reshape(x.shape)
     return g.reshape(())[()] if _is_array(g) else g
+
+
+def reordered(g: Any, x: Any, order: Any) -> Any:
+    """g in the shape of x, in numpy's order of items; an integer is the first axis that torch flattens.
+
+    Raises:
+        DerivativeError: the order depends on how x lies in memory.
+    """
+    if order == "F":
+        return g.reshape(_shape(x), order="F") if _is_array(x) else reshape_like(g, x)
+    if isinstance(order, str) and order != "C":
+        raise DerivativeError(f"order={order!r} has no derivative here; write 'C' or 'F'")
+    return reshape_like(g, x)
+
+
+def without_imaginary(b: Any, x: Any) -> Any:
+    """b, an adjoint or a tangent of the real part of x, or of its absolute value.
+
+    Raises:
+        DerivativeError: x is complex: derivatives are of real numbers alone.
+    """
+    if _is_complex(x):
+        raise DerivativeError("complex numbers have no derivative here; write their real and imaginary parts")
+    return b
 
 
 def transposed(x: Any, axes: Any = None) -> Any:
@@ -645,8 +716,8 @@ def split_back(g: Any, parts: Any, axis: Any = 0) -> Any:
         return g.reshape(parts.shape)
     found, start = [], 0
     for one in parts:
-        stop = start + one.shape[axis]
-        found.append(g[(slice(None),) * (int(axis) % g.ndim) + (slice(start, stop),)])
+        stop = start + _array(one).shape[axis]
+        found.append(unlisted(g[(slice(None),) * (int(axis) % g.ndim) + (slice(start, stop),)], one))
         start = stop
     return _sequence(parts, found)
 
@@ -659,6 +730,7 @@ def joined(parts: Any, axis: Any = 0) -> Any:
 def unstack(g: Any, parts: Any, axis: Any = 0) -> Any:
     """The adjoint of a sequence of arrays when g is that of their stack."""
     taken = [g[(slice(None),) * (int(axis) % g.ndim) + (k,)] for k in range(len(parts))]
+    taken = [unlisted(b, one) for b, one in zip(taken, parts, strict=True)]
     return _sequence(parts, taken) if isinstance(parts, (tuple, list)) else _lib(g).stack(taken)
 
 
@@ -682,14 +754,15 @@ def unrepeat(g: Any, x: Any, repeats: Any, axis: Any = None) -> Any:
     size = _size(x) if axis is None else x.shape[axis]
     index = np.repeat(np.arange(size), repeats)
     if axis is None:
-        return reshape_like(add_at(zeros_like(x).reshape(-1), index, g, x.reshape(-1)), x)
+        return reshape_like(placed(g, index, _row(zeros_like(x))), x)
     place = (slice(None),) * (int(axis) % x.ndim) + (index,)
     return add_at(0.0, place, g, x)
 
 
 def sorted_back(g: Any, x: Any, axis: Any = -1) -> Any:
     """The adjoint of x when g is that of sort(x, axis)."""
-    return along(g, np.argsort(np.argsort(x, axis, kind="stable"), axis, kind="stable"), axis)
+    found = along(g, np.argsort(np.argsort(x, axis, kind="stable"), axis, kind="stable"), axis)
+    return reshape_like(found, x) if axis is None else found
 
 
 def sorted_along(d: Any, x: Any, axis: Any = -1) -> Any:
@@ -720,16 +793,17 @@ def others_back(g: Any, x: Any, axis: Any = None) -> Any:
 
     sum_j g_j prod_{l not in (j, k)} x_l, as the derivative of a product in which one factor is varied after the other.
     """
+    if not _is_array(x):
+        return 0.0
     lib = _lib(x)
-    flat = x.reshape(-1) if axis is None else lib.moveaxis(x, int(axis), -1)
-    slopes = g.reshape(-1) if axis is None else lib.moveaxis(g, int(axis), -1)
+    flat, unflat = _reduced_last(x, axis)
+    slopes, _ = _reduced_last(g, axis)
     rows = []
     for k in range(flat.shape[-1]):
         rest = _joined(lib, [flat[..., :k], flat[..., k + 1 :]])
         of_rest = _joined(lib, [slopes[..., :k], slopes[..., k + 1 :]])
         rows.append((of_rest * others(rest, -1)).sum(-1))
-    found = lib.stack(rows, -1)
-    return found.reshape(x.shape) if axis is None else lib.moveaxis(found, -1, int(axis))
+    return unflat(lib.stack(rows, -1))
 
 
 def traced(g: Any, x: Any) -> Any:
@@ -756,10 +830,26 @@ def diagonal_back(g: Any, x: Any, k: Any = 0) -> Any:
 # ---- products
 
 
+def _of_arrays(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A product that takes lists of numbers and numbers for arrays; an adjoint is of the structure of its argument."""
+    belongs = {"left": -2, "right": -1}.get(f.__name__.rpartition("_")[2])
+
+    @functools.wraps(f)
+    def product(*arguments: Any) -> Any:
+        if type(arguments[-1]) is np.ndarray and type(arguments[-2]) is np.ndarray:
+            return f(*arguments)
+        found = f(*(_array(a) for a in arguments))
+        return found if belongs is None else unlisted(found, arguments[belongs])
+
+    return product
+
+
+@_of_arrays
 def matmul(x: Any, z: Any) -> Any:
     return x @ z
 
 
+@_of_arrays
 def matmul_left(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of x when g is that of x @ z."""
     if z.ndim == 1:
@@ -769,6 +859,7 @@ def matmul_left(g: Any, x: Any, z: Any) -> Any:
     return unbroadcast(g @ swapped(z), x)
 
 
+@_of_arrays
 def matmul_right(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of z when g is that of x @ z."""
     if x.ndim == 1:
@@ -782,6 +873,7 @@ def _contracted(x: Any, z: Any) -> Any:
     return ([x.ndim - 1], [max(z.ndim - 2, 0)])
 
 
+@_of_arrays
 def dot(x: Any, z: Any) -> Any:
     """numpy's dot."""
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
@@ -789,6 +881,7 @@ def dot(x: Any, z: Any) -> Any:
     return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
+@_of_arrays
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
@@ -797,6 +890,7 @@ def dot_left(g: Any, x: Any, z: Any) -> Any:
     return tensordot_left(g, x, z, _contracted(x, z))
 
 
+@_of_arrays
 def dot_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -805,18 +899,21 @@ def dot_right(g: Any, x: Any, z: Any) -> Any:
     return tensordot_right(g, x, z, _contracted(x, z))
 
 
+@_of_arrays
 def inner(x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return x * z
     return tensordot(x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
+@_of_arrays
 def inner_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
     return tensordot_left(g, x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
+@_of_arrays
 def inner_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -842,7 +939,7 @@ def tensordot_left(g: Any, x: Any, z: Any, axes: Any = 2) -> Any:
     mine, its, free, rest = _split_axes(x, z, axes)
     found = tensordot(g, z, (list(range(len(free), len(free) + len(rest))), rest)) if rest else _outer(g, z)
     order = free + [mine[its.index(a)] for a in sorted(its)]
-    return untransposed(found, _inverse(order)) if order else found
+    return untransposed(found, order) if order else found
 
 
 def tensordot_right(g: Any, x: Any, z: Any, axes: Any = 2) -> Any:
@@ -850,27 +947,37 @@ def tensordot_right(g: Any, x: Any, z: Any, axes: Any = 2) -> Any:
     mine, its, free, rest = _split_axes(x, z, axes)
     found = tensordot(x, g, (free, list(range(len(free))))) if free else _outer(x, g)
     order = [its[mine.index(a)] for a in sorted(mine)] + rest
-    return untransposed(found, _inverse(order)) if order else found
+    return untransposed(found, order) if order else found
 
 
 def _outer(x: Any, z: Any) -> Any:
     return tensordot(_lib(x, z).asarray(x), _lib(x, z).asarray(z), 0)
 
 
-def _inverse(order: list[int]) -> tuple[int, ...]:
-    return tuple(int(k) for k in np.argsort(order))
-
-
+@_of_arrays
 def outer(x: Any, z: Any) -> Any:
-    return x.reshape(-1)[:, None] * z.reshape(-1)
+    return _row(x)[:, None] * _row(z)
 
 
+@_of_arrays
 def outer_left(g: Any, x: Any, z: Any) -> Any:
-    return reshape_like(g @ z.reshape(-1), x)
+    return reshape_like(g @ _row(z), x)
 
 
+@_of_arrays
 def outer_right(g: Any, x: Any, z: Any) -> Any:
-    return reshape_like(x.reshape(-1) @ g, z)
+    return reshape_like(_row(x) @ g, z)
+
+
+def _row(x: Any) -> Any:
+    return (x if _is_array(x) else np.asarray(x)).reshape(-1)
+
+
+def cofactors(x: Any) -> Any:
+    """The slope of the determinant, det(x) x^-T, of singular matrices too: by products of other singular values."""
+    linalg = _lib(x).linalg
+    left, values, right = linalg.svd(x)
+    return (linalg.det(left) * linalg.det(right))[..., None, None] * (left @ (others(values, -1)[..., None] * right))
 
 
 def inverse_transposed(x: Any) -> Any:
@@ -896,8 +1003,17 @@ def power_slope(x: Any, n: Any) -> Any:
     return where(n == 0, 0.0 * safe, n * x ** (safe - 1.0))
 
 
+def integral(n: Any) -> bool:
+    """Whether a number or an array is of integers, in which nothing has a slope."""
+    if isinstance(n, torch.Tensor):
+        return not n.is_floating_point()
+    return isinstance(n, int) or (hasattr(n, "dtype") and n.dtype.kind in "iub")
+
+
 def power_log(x: Any, n: Any) -> Any:
-    """d x**n / dn, which is 0 at x = 0 where n > 0."""
+    """d x**n / dn, which is 0 at x = 0 where n > 0, and of integers n, as x may be negative."""
+    if integral(n):
+        return 0.0
     if isinstance(x, (int, float)) and not _is_array(n):
         return 0.0 if x == 0 and n > 0 else x**n * log(x)
     at_zero = (x == 0) & (n > 0)
@@ -926,6 +1042,12 @@ def within(x: Any, low: Any, high: Any) -> Any:
 
 
 def sign(x: Any) -> Any:
+    """The slope of the absolute value.
+
+    Raises:
+        DerivativeError: x is complex.
+    """
+    without_imaginary(0.0, x)
     return torch.sign(x) if isinstance(x, torch.Tensor) else np.sign(x)
 
 

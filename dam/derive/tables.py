@@ -91,7 +91,8 @@ ONE = {
     "nan_to_num": "1.0 * (x == x)",
 }
 for _names, _partial in ONE.items():
-    _everywhere(_names, "x", method=True, partials={"x": _partial}, shape="same")
+    # torch.positive gives its very argument.
+    _everywhere(_names, "x", method=True, partials={"x": _partial}, shape="same", view=_names == "positive")
 
 # ---- elementwise, of two or three
 
@@ -122,7 +123,7 @@ _BINARY: dict[Any, tuple[str, str]] = {
 for _operator, (_left, _right) in _BINARY.items():
     OPERATORS[_operator] = _entry("", "x, z", "np", partials={"x": _left, "z": _right})
 OPERATORS[ast.USub] = _entry("", "x", "np", partials={"x": "-1.0"}, shape="same")
-OPERATORS[ast.UAdd] = _entry("", "x", "np", partials={"x": "1.0"}, shape="same")
+OPERATORS[ast.UAdd] = _entry("", "x", "np", partials={"x": "1.0"}, shape="same", view=True)
 _everywhere(
     "where",
     "c, x, z",
@@ -144,6 +145,7 @@ FUNCTIONS[key(rt.where)] = _entry(
     reverse={"x": "rt.unbroadcast(rt.where(c, g, 0.0 * g), x)", "z": "rt.unbroadcast(rt.where(c, 0.0 * g, g), z)"},
     forward={"x": "rt.where(c, d_x, 0.0 * y)", "z": "rt.where(c, 0.0 * y, d_z)"},
 )
+_everywhere("heaviside", "x, z", modules="np torch", partials={"x": "0.0", "z": "1.0 * (x == 0)"})
 _everywhere(
     "clip clamp", "x, a_min=None, a_max=None", modules="np", method=True, partials={"x": "rt.within(x, a_min, a_max)"}
 )
@@ -157,13 +159,15 @@ for _function in (float, np.float64, np.float32):
         "np",
         reverse={"x": "rt.reshape_like(g, x)"},
         forward={"x": "rt.reshape_like(d_x, y)"},
+        view=True,
     )
 FUNCTIONS[key(abs)] = _entry("abs", "x", "np", partials={"x": "rt.sign(x)"}, shape="same")
 FUNCTIONS[key(pow)] = _entry(
     "pow", "x, z", "np", partials={"x": TWO["power pow float_power"][0], "z": TWO["power pow float_power"][1]}
 )
-FUNCTIONS[key(max)] = _entry("max", "x, z", "np", partials={"x": "rt.larger(x, z)", "z": "rt.larger(z, x)"})
-FUNCTIONS[key(min)] = _entry("min", "x, z", "np", partials={"x": "rt.larger(z, x)", "z": "rt.larger(x, z)"})
+_LARGER, _SMALLER = {"x": "rt.larger(x, z)", "z": "rt.larger(z, x)"}, {"x": "rt.larger(z, x)", "z": "rt.larger(x, z)"}
+FUNCTIONS[key(max)] = _entry("max", "x, z", "np", partials=_LARGER, view=True)
+FUNCTIONS[key(min)] = _entry("min", "x, z", "np", partials=_SMALLER, view=True)
 
 # ---- reductions
 
@@ -172,7 +176,7 @@ _SUM: dict[str, Any] = {
     "forward": {"x": "rt.total(d_x, axis, keepdims)"},
 }
 _MEAN: dict[str, Any] = {
-    "reverse": {"x": "rt.expand(g, x, axis, keepdims) / rt.count(x, axis)"},
+    "reverse": {"x": "rt.expand(g / rt.count(x, axis), x, axis, keepdims)"},
     "forward": {"x": "rt.total(d_x, axis, keepdims) / rt.count(x, axis)"},
 }
 _EXTREME: dict[str, Any] = {
@@ -184,10 +188,15 @@ _PRODUCT: dict[str, Any] = {
     "forward": {"x": "rt.total(d_x * rt.others(x, axis), axis, keepdims)"},
 }
 _REDUCED = "x, axis=None, keepdims=False"
-_everywhere("sum", _REDUCED, modules="np torch", **_SUM)
-_everywhere("mean", _REDUCED, modules="np torch", **_MEAN)
-_everywhere("max min amax amin", _REDUCED, modules="np torch", **_EXTREME)
-_everywhere("prod", _REDUCED, modules="np torch", **_PRODUCT)
+for _names, _texts in {"sum": _SUM, "mean": _MEAN, "amax amin max min": _EXTREME, "prod": _PRODUCT}.items():
+    # The third argument of numpy's is a dtype.
+    _everywhere(_names, "x, axis=None, *, keepdims=False", modules="np", **_texts)
+    _everywhere(_names.removesuffix(" max min"), _REDUCED, modules="torch", **_texts)
+# With an axis torch's give a tuple.
+_EXTREME_OF_ALL: dict[str, Any] = {
+    mode: {"x": texts["x"].replace("axis, keepdims", "None, False")} for mode, texts in _EXTREME.items()
+}
+_everywhere("max min", "x", modules="torch", **_EXTREME_OF_ALL)
 for _name, _texts in {
     "sum": _SUM,
     "mean": _MEAN,
@@ -220,9 +229,16 @@ FUNCTIONS[key(sum)] = _entry("sum", "l", "np", reverse={"l": "rt.spread(g, l)"},
 # ---- shapes: the same memory in another form
 
 _LIKE: dict[str, Any] = {"reverse": {"x": "rt.reshape_like(g, x)"}, "view": True}
+_ORDERED: dict[str, Any] = {
+    "reverse": {"x": "rt.reordered(g, x, order)"},
+    "forward": {"x": "rt.reordered(d_x, y, order)"},
+    "view": True,
+}
+_everywhere("reshape", "x, shape, order='C'", modules="np", **_ORDERED)
+_everywhere("ravel", "x, order='C'", modules="np", **_ORDERED)
+_everywhere("ravel", "x", modules="torch", forward={"x": "torch.ravel(d_x)"}, **_LIKE)
 for _name, _parameters, _text in (
     ("reshape", "x, shape", "m.reshape(d_x, shape)"),
-    ("ravel", "x", "m.ravel(d_x)"),
     ("squeeze", "x, axis=None", "rt.reshape_like(d_x, y)"),
     ("expand_dims", "x, axis", "rt.reshape_like(d_x, y)"),
     ("unsqueeze", "x, axis", "rt.reshape_like(d_x, y)"),
@@ -232,35 +248,31 @@ for _name, _parameters, _text in (
     ("atleast_3d", "x", "rt.reshape_like(d_x, y)"),
 ):
     _everywhere(_name, _parameters, modules="np torch", forward={"x": _text}, **_LIKE)
-for _name in ("reshape", "view", "ravel", "flatten", "squeeze", "unsqueeze"):
+for _name in ("ravel", "flatten"):
+    METHODS[_name] = _entry("", "x, order='C', end_dim=-1", "np", **_ORDERED)
+for _name in ("reshape", "view", "squeeze", "unsqueeze"):
     METHODS[_name] = _entry("", "x, *shape", "np", forward={"x": "rt.reshape_like(d_x, y)"}, **_LIKE)
 METHODS["item"] = _entry(
     "", "x", "np", reverse={"x": "rt.reshape_like(g, x)"}, forward={"x": "rt.reshape_like(d_x, y)"}
 )
 _SAME: dict[str, Any] = {"reverse": {"x": "g"}, "forward": {"x": "d_x"}}
-_everywhere("copy clone ascontiguousarray real", "x", modules="np torch", **_SAME, shape="same")
+_everywhere("copy clone", "x", modules="np torch", **_SAME, shape="same")
+_everywhere("ascontiguousarray", "x", modules="np", **_SAME, view=True)
+_REAL: dict[str, Any] = {
+    "reverse": {"x": "rt.without_imaginary(g, x)"},
+    "forward": {"x": "rt.without_imaginary(d_x, x)"},
+}
+_everywhere("real", "x", modules="np torch", **_REAL, shape="same", view=True)
 for _name in ("copy", "clone", "contiguous", "double"):
     shallow = _name in ("copy", "clone")
     METHODS[_name] = _entry("", "x", "np", view=not shallow, shallow=shallow, shape="same", **_SAME)
-_everywhere(
-    "array", "x, dtype=None", modules="np", reverse={"x": "rt.unlisted(g, x)"}, forward={"x": "rt.listed(d_x, x)"}
-)
-_everywhere(
-    "asarray asanyarray",
-    "x, dtype=None",
-    modules="np",
-    view=True,
-    reverse={"x": "rt.unlisted(g, x)"},
-    forward={"x": "rt.listed(d_x, x)"},
-)
-_everywhere(
-    "asarray as_tensor tensor",
-    "x, dtype=None",
-    modules="torch",
-    view=True,
-    reverse={"x": "rt.unlisted(g, x)"},
-    forward={"x": "rt.listed(d_x, x)"},
-)
+_LISTED: dict[str, Any] = {
+    "reverse": {"x": "rt.unlisted(rt.floating(g, y), x)"},
+    "forward": {"x": "rt.listed(rt.floating(d_x, y), x)"},
+}
+_everywhere("array", "x, dtype=None", modules="np", **_LISTED)
+_everywhere("asarray asanyarray", "x, dtype=None", modules="np", view=True, **_LISTED)
+_everywhere("asarray as_tensor tensor", "x, dtype=None", modules="torch", view=True, **_LISTED)
 _everywhere(
     "transpose",
     "x, axes=None",
@@ -295,7 +307,7 @@ METHODS["permute"] = _entry(
 )
 _T: dict[str, Any] = {"reverse": {"x": "rt.transposed(g)"}, "forward": {"x": "rt.transposed(d_x)"}}
 ATTRIBUTES["T"] = _entry("", "x", "np", view=True, **_T)
-ATTRIBUTES["real"] = _entry("", "x", "np", view=True, **_SAME)
+ATTRIBUTES["real"] = _entry("", "x", "np", view=True, **_REAL)
 ATTRIBUTES["mT"] = _entry("", "x", "np", view=True, reverse={"x": "rt.swapped(g)"}, forward={"x": "rt.swapped(d_x)"})
 _everywhere("t", "x", modules="torch", method=True, view=True, **_T)
 _everywhere(
@@ -397,6 +409,21 @@ _everywhere(
     forward={"x": "np.take(d_x, indices)"},
 )
 
+_everywhere(
+    "full",
+    "shape, x, dtype=None",
+    modules="np",
+    reverse={"x": "rt.unbroadcast(rt.floating(g, y), x)"},
+    forward={"x": "np.full(shape, rt.floating(d_x, y))"},
+)
+_everywhere(
+    "bincount",
+    "x, weights=None, minlength=0",
+    modules="np torch",
+    reverse={"weights": "g[x]"},
+    forward={"weights": "m.bincount(x, d_weights, minlength)"},
+)
+
 # ---- several arrays in one
 
 _JOINED: dict[str, Any] = {"reverse": {"l": "rt.split_back(g, l, axis)"}, "forward": {"l": "rt.joined(d_l, axis)"}}
@@ -488,8 +515,16 @@ _everywhere(
     "linalg.det",
     "x",
     modules="np torch",
-    reverse={"x": "rt.expand_matrix(g * y) * rt.inverse_transposed(x)"},
-    forward={"x": "y * rt.total(rt.inverse_transposed(x) * d_x, (-2, -1))"},
+    reverse={"x": "rt.expand_matrix(g) * rt.cofactors(x)"},
+    forward={"x": "rt.total(rt.cofactors(x) * d_x, (-2, -1))"},
+)
+# Second derivatives of the determinant, which are symmetric: the adjoint is the tangent.
+_COFACTORS = (
+    "rt.expand_matrix(rt.total(rt.inverse_transposed(x) * d_x, (-2, -1))) * y"
+    " - rt.inverse_transposed(x) @ rt.swapped(d_x) @ y"
+)
+FUNCTIONS[key(rt.cofactors)] = _entry(
+    "rt.cofactors", "x", "rt", reverse={"x": _COFACTORS.replace("d_x", "g")}, forward={"x": _COFACTORS}
 )
 WRITTEN[key(np.linalg.solve)] = written.solve
 WRITTEN[key(torch.linalg.solve)] = written.solve
@@ -521,6 +556,7 @@ WRITTEN.update(
         key(np.cumprod): written.cumprod,
         key(np.sinc): written.sinc,
         key(np.interp): written.interp,
+        key(np.linspace): written.linspace,
         key(torch.nn.functional.softplus): written.softplus,
         key(torch.logsumexp): written.logsumexp,
         key(torch.softmax): written.softmax,
@@ -585,6 +621,7 @@ _runtime("spread", "b, l", {"b": "rt.unbroadcast_any(rt.gathered(g, l), b)"}, {"
 _runtime("gathered", "b, l", {"b": "rt.spread(g, b)"}, {"b": "rt.gathered(d_b, l)"})
 _runtime("unlisted", "b, l", {"b": "rt.listed(g, l)"}, {"b": "rt.unlisted(d_b, l)"}, view=True)
 _runtime("listed", "b, l", {"b": "rt.unlisted(g, b)"}, {"b": "rt.listed(d_b, l)"}, view=True)
+_runtime("floating", "b, y", {"b": "g"}, {"b": "d_b"}, view=True)
 _runtime("unbroadcast", "b, x", {"b": "rt.broadcast(g, b)"}, {"b": "rt.unbroadcast(d_b, x)"}, view=True)
 _runtime("unbroadcast_any", "b, x", {"b": "rt.full(g, b)"}, {"b": "rt.unbroadcast_any(d_b, x)"}, view=True)
 _runtime("broadcast", "b, x", {"b": "rt.unbroadcast(g, b)"}, {"b": "rt.broadcast(d_b, x)"}, view=True)
@@ -593,17 +630,23 @@ _runtime(
     "b, x, axis=None, keepdims=False",
     {"b": "rt.reshape_like(rt.total(g, axis, keepdims), b)"},
     {"b": "rt.expand(d_b, x, axis, keepdims)"},
+    view=True,
 )
 _runtime(
     "total",
     "b, axis=None, keepdims=False",
     {"b": "rt.expand(g, b, axis, keepdims)"},
     {"b": "rt.total(d_b, axis, keepdims)"},
+    view=True,
 )
 _runtime("others", "x, axis=None", {"x": "rt.others_back(g, x, axis)"}, {"x": "rt.others_back(d_x, x, axis)"})
 _runtime("cumulated", "b, axis, x", {"b": "rt.cumsum(g, axis)"}, {"b": "rt.cumulated(d_b, axis, x)"})
 _runtime("cumsum", "x, axis=None", {"x": "rt.cumulated(g, axis, x)"}, {"x": "rt.cumsum(d_x, axis)"})
 _runtime("reshape_like", "b, x", {"b": "rt.reshape_like(g, b)"}, {"b": "rt.reshape_like(d_b, x)"}, view=True)
+_runtime(
+    "reordered", "b, x, order", {"b": "rt.reordered(g, b, order)"}, {"b": "rt.reordered(d_b, x, order)"}, view=True
+)
+_runtime("without_imaginary", "b, x", {"b": "g"}, {"b": "d_b"}, view=True)
 _runtime("transposed", "x, axes=None", {"x": "rt.untransposed(g, axes)"}, {"x": "rt.transposed(d_x, axes)"}, view=True)
 _runtime(
     "untransposed", "x, axes=None", {"x": "rt.transposed(g, axes)"}, {"x": "rt.untransposed(d_x, axes)"}, view=True
@@ -643,18 +686,18 @@ _runtime("sorted_along", "b, x, axis=-1", {"b": "rt.sorted_back(g, x, axis)"}, {
 _runtime("traced", "b, x", {"b": "rt.trace(g)"}, {"b": "rt.traced(d_b, x)"})
 _runtime("trace", "x", {"x": "rt.traced(g, x)"}, {"x": "rt.trace(d_x)"})
 _runtime("diagonal_back", "b, x, k=0", {"b": "rt.diagonal(g, k)"}, {"b": "rt.diagonal_back(d_b, x, k)"})
-_runtime("diagonal", "x, k=0", {"x": "rt.diagonal_back(g, x, k)"}, {"x": "rt.diagonal(d_x, k)"})
+_runtime("diagonal", "x, k=0", {"x": "rt.diagonal_back(g, x, k)"}, {"x": "rt.diagonal(d_x, k)"}, view=True)
 _runtime("expand_matrix", "x", {"x": "rt.total(g, (-2, -1))"}, {"x": "rt.expand_matrix(d_x)"}, view=True)
 
 # ---- without a slope
 
 for _name in (
     "shape ndim size argmax argmin argsort sign floor ceil round rint trunc isnan isinf isfinite zeros_like ones_like "
-    "empty_like zeros ones empty arange array_equal allclose any all equal greater less greater_equal less_equal "
+    "empty_like zeros ones empty array_equal allclose any all equal greater less greater_equal less_equal "
     "not_equal "
-    "searchsorted count_nonzero nonzero floor_divide logical_and logical_or logical_not isclose signbit heaviside eye "
-    "linspace full triu_indices tril_indices diag_indices indices logical_xor result_type iscomplexobj isscalar numel "
-    "is_tensor argwhere bincount digitize shares_memory may_share_memory"
+    "searchsorted count_nonzero nonzero floor_divide logical_and logical_or logical_not isclose signbit eye "
+    "triu_indices tril_indices diag_indices indices logical_xor result_type iscomplexobj isscalar numel "
+    "is_tensor argwhere digitize shares_memory may_share_memory"
 ).split():
     for _module in (np, torch):
         if hasattr(_module, _name):
@@ -667,8 +710,6 @@ WITHOUT_SLOPE |= {
     type,
     int,
     bool,
-    str,
-    repr,
     range,
     print,
     hasattr,
@@ -677,7 +718,7 @@ WITHOUT_SLOPE |= {
     any,
     all,
     round,
-    format,
+    rt.integral,
     rt.stop_gradient,
     rt.zeros_like,
     rt.seed,
@@ -692,7 +733,6 @@ WITHOUT_SLOPE |= {
     rt.part,
     rt.sequence,
     rt.keys,
-    np.full,
 }
 METHODS_WITHOUT_SLOPE |= {
     "argmax",
@@ -705,7 +745,6 @@ METHODS_WITHOUT_SLOPE |= {
     "size",
     "numel",
     "keys",
-    "tolist",
     "round",
     "floor",
     "ceil",

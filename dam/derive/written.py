@@ -6,14 +6,15 @@ import numpy as np
 import torch
 
 from dam.derive import runtime as rt
+from dam.derive.errors import DerivativeError
 
 
-def var(x, axis=None, ddof=0, keepdims=False):
+def var(x, axis=None, *, ddof=0, keepdims=False):
     centred = x - np.mean(x, axis=axis, keepdims=True)
     return np.sum(centred * centred, axis=axis, keepdims=keepdims) / (rt.count(x, axis) - ddof)
 
 
-def std(x, axis=None, ddof=0, keepdims=False):
+def std(x, axis=None, *, ddof=0, keepdims=False):
     return np.sqrt(var(x, axis=axis, ddof=ddof, keepdims=keepdims))
 
 
@@ -26,13 +27,13 @@ def torch_std(x, dim=None, correction=1, keepdim=False):
     return torch.sqrt(torch_var(x, dim=dim, correction=correction, keepdim=keepdim))
 
 
-def var_by_method(x, axis=None, ddof=None, keepdims=False):
+def var_by_method(x, axis=None, *, ddof=None, keepdims=False):
     freedom = (1 if isinstance(x, torch.Tensor) else 0) if ddof is None else ddof
     centred = x - rt.expand(rt.total(x, axis, True), x, axis, True) / rt.count(x, axis)
     return rt.total(centred * centred, axis, keepdims) / (rt.count(x, axis) - freedom)
 
 
-def std_by_method(x, axis=None, ddof=None, keepdims=False):
+def std_by_method(x, axis=None, *, ddof=None, keepdims=False):
     return var_by_method(x, axis=axis, ddof=ddof, keepdims=keepdims) ** 0.5
 
 
@@ -40,11 +41,11 @@ def norm(x, ord=None, axis=None, keepdims=False):
     if ord is None or ord == "fro" or (ord == 2 and (axis is not None or x.ndim == 1)):
         return rt.total(x * x, axis, keepdims) ** 0.5
     if axis is None and x.ndim > 1:
-        raise NotImplementedError("no derivative of this norm of a matrix; give an axis")
+        raise DerivativeError("no derivative of this norm of a matrix; give an axis")
     if ord == 1:
         return rt.total(abs(x), axis, keepdims)
     if ord == np.inf or ord == -np.inf:
-        raise NotImplementedError("no derivative of this norm; write np.max(np.abs(x))")
+        raise DerivativeError("no derivative of this norm; write np.max(np.abs(x))")
     return rt.total(abs(x) ** ord, axis, keepdims) ** (1.0 / ord)
 
 
@@ -80,7 +81,7 @@ def average(x, axis=None, weights=None):
     if weights is None:
         return np.mean(x, axis=axis)
     if np.ndim(weights) != np.ndim(x):
-        raise NotImplementedError("no derivative of an average with weights of another shape; broadcast them first")
+        raise DerivativeError("no derivative of an average with weights of another shape; broadcast them first")
     return np.sum(x * weights, axis=axis) / np.sum(weights, axis=axis)
 
 
@@ -88,27 +89,27 @@ def kron(x, z):
     if x.ndim == 1 and z.ndim == 1:
         return np.reshape(np.outer(x, z), (-1,))
     if x.ndim != 2 or z.ndim != 2:
-        raise NotImplementedError("a derivative of kron is of two vectors or two matrices")
+        raise DerivativeError("a derivative of kron is of two vectors or two matrices")
     blocks = x[:, None, :, None] * z[None, :, None, :]
     return np.reshape(blocks, (x.shape[0] * z.shape[0], x.shape[1] * z.shape[1]))
 
 
 def cross(x, z):
     if x.shape[-1] != 3 or z.shape[-1] != 3:
-        raise NotImplementedError("a derivative of cross is of vectors of 3 in the last axis")
+        raise DerivativeError("a derivative of cross is of vectors of 3 in the last axis")
     first = x[..., 1] * z[..., 2] - x[..., 2] * z[..., 1]
     second = x[..., 2] * z[..., 0] - x[..., 0] * z[..., 2]
     third = x[..., 0] * z[..., 1] - x[..., 1] * z[..., 0]
     return np.stack([first, second, third], axis=-1)
 
 
-def ptp(x, axis=None, keepdims=False):
+def ptp(x, axis=None, *, keepdims=False):
     return np.max(x, axis=axis, keepdims=keepdims) - np.min(x, axis=axis, keepdims=keepdims)
 
 
 def cumprod(x, axis=None):
     if axis is not None and x.ndim != 1:
-        raise NotImplementedError("a derivative of cumprod is of a vector, or without an axis")
+        raise DerivativeError("a derivative of cumprod is of a vector, or without an axis")
     flat = np.ravel(x)
     products = []
     so_far = 1.0
@@ -130,6 +131,13 @@ def interp(x, xp, fp):
     inside = np.clip(x, xp[0], xp[-1])
     share = (inside - xp[k]) / (xp[k + 1] - xp[k])
     return fp[k] * (1.0 - share) + fp[k + 1] * share
+
+
+def linspace(start, stop, num=50, endpoint=True):
+    if np.ndim(start) > 0 or np.ndim(stop) > 0:
+        raise DerivativeError("a derivative of linspace is between two numbers")
+    share = np.linspace(0.0, 1.0, num, endpoint)
+    return start * (1.0 - share) + stop * share
 
 
 def solve(a, b):
@@ -156,15 +164,14 @@ def log_softmax(x, dim):
 
 
 def power_slope(x, n):
-    if isinstance(n, (int, float)):
-        if n == 0:
-            return 0.0 * x
-        return n * x ** (n - 1)
-    safe = rt.where(n == 0, n + 1.0, n)
-    return rt.where(n == 0, 0.0 * safe, n * x ** (safe - 1.0))
+    # Where n is 0 the slope is, but not its own slope in n, which is 1 / x.
+    both = rt.within(x, 0.0, 0.0) * rt.within(n, 0.0, 0.0)
+    return n * (x + both) ** (n - 1)
 
 
 def power_log(x, n):
+    if rt.integral(n):
+        return 0.0 * x
     at_zero = rt.within(x, 0.0, 0.0) * rt.larger(n, 0.0)
     safe = x + at_zero
     return (1.0 - at_zero) * safe**n * rt.log(safe)

@@ -1239,3 +1239,112 @@ def enumerated_pairs(x):
     for i, (a, b) in enumerate(zip(x, x[1:])):  # noqa: B905, RUF007
         total += (i + 1) * a * b
     return total
+
+
+# ---- orders, axes, conversions, lists in the place of arrays
+
+
+@case(A, torch=False)
+def flattened_in_order(x):
+    along = np.arange(6.0)
+    return (
+        np.sum(x.flatten("F") * along) ** 2
+        + np.sum(x.ravel(order="F") ** 2 * along)
+        + np.sum(np.reshape(x, (3, 2), "F") * B * np.reshape(np.ravel(x, "F"), (3, 2)))
+    )
+
+
+@case(C, torch=False)
+def contracted_in_other_orders(x):
+    y = np.reshape(x, (3, 2, 4))
+    one = np.tensordot(x, y, ([1, 2], [0, 2]))
+    other = np.tensordot(x, y, ([2, 0], [2, 1]))
+    cube = x[:, :2, :2]
+    return np.sum(one**2) + np.sum(other**2 * S) + np.sum(np.tensordot(cube, cube, ([1, 2], [2, 0])) ** 2)
+
+
+@case(0.4, 1.7, torch=False)
+def between_two_numbers(x, y):
+    return np.sum(np.linspace(x, y, 5) ** 2) + np.sum(np.linspace(0.0, x, 4, endpoint=False) * y)
+
+
+@case(0.4, V, torch=False)
+def filled_and_counted(s, x):
+    return np.sum(np.full((2, 3), s) * x) ** 2 + np.sum(np.bincount(np.array([0, 2, 0]), weights=x * s) ** 2)
+
+
+@case(V, torch=False)
+def lists_as_arrays(x):
+    total = np.sum([v**2 for v in x]) * np.mean([x[0], x[2] ** 2]) + np.max([x[0], x[1]])
+    return total + np.dot([x[0], x[1]], [x[1], x[2]]) * np.dot([1.0, 2.0, 3.0], x) + np.linalg.norm([x[0], x[1]])
+
+
+@case(V, torch=False)
+def named_lists_as_arrays(x):
+    items = [x[0] * x[1], x[2], x[0] ** 2]
+    return np.sum(items) * np.mean(items) + np.dot(items, x) ** 2 + np.sum(np.outer(items, x) ** 2)
+
+
+@case(V, torch=False)
+def lists_joined(x):
+    return np.sum(np.concatenate([[x[0] * x[1]], x[1:]]) ** 2 * x) + np.sum(np.stack([[x[0], x[1]], x[1:]]) ** 3)
+
+
+@case(0.7, torch=False)
+def numbers_as_arrays(s):
+    return np.sum(np.outer(s, s) + np.tile(s, 2) ** 2 + np.repeat(s, 2)) * s
+
+
+@case(0.7, V, torch=False)
+def numbers_in_other_shapes(s, x):
+    y = np.reshape(s, (1, 1)) + np.expand_dims(s, 0) * np.atleast_1d(s)
+    return np.sum(y * x) + np.sum(np.stack([s, s**2]) ** 2) + np.sum(np.outer(x, 2.0) * s) + np.prod(s) * s
+
+
+@case(C, torch=False)
+def product_over_axes(x):
+    return np.sum(np.prod(x[:, :2, :2], axis=(0, 2)) ** 2) + np.sum(np.sort(x, axis=None) ** 2 * np.arange(24.0))
+
+
+@case((np.array([0.4, 0.9, 1.3]), np.array([0.0, 2.0, 0.0])), torch=False)
+def power_at_exponent_zero(p):
+    x, y = p
+    return np.sum(x**y * x)
+
+
+@case(0.0, torch=False)
+def power_of_itself_at_zero(s):
+    return (s + 1.0) ** s
+
+
+@case((-1.3, 0.7), torch=False)
+def negative_base_in_loop(p):
+    exponents = [2, 3]
+    d = {"v": p[0], "n": 3}
+    total = p[1]
+    for i in range(3):
+        total = total * p[0] ** i + p[0] ** exponents[i % 2]
+    return total * d["v"] ** d["n"]
+
+
+@case(-1.3, torch=False)
+def negative_base_in_structure(s):
+    p = (s, 2)
+    return p[0] ** p[1] * s
+
+
+@case(np.diag([1.3, 0.8, 0.0]) + 0.0 * S, order=1, torch=False)
+def singular_determinant(x):
+    return np.linalg.det(x)
+
+
+@case(V, torch=False)
+def own_memory_of_conversions(x):
+    y = np.ascontiguousarray(x * 1.0)
+    y[0] = y[1] ** 2
+    return np.sum(y * x)
+
+
+@case(V, torch=False)
+def heaviside_of_both(x):
+    return np.sum(np.heaviside(np.array([0.0, 1.0, -1.0]), x) * x)

@@ -411,3 +411,147 @@ def test_tracebacks_show_derived_lines():
     except KeyError as error:
         shown = "".join(traceback.format_exception(error))
     assert "x['missing']" in shown and "<derived df" in shown
+
+
+# ---- what would lose a derivative, or give one of something else
+
+
+def range_of_numbers(s):
+    return np.sum(np.arange(s, 3.0) ** 2)
+
+
+def through_text(s):
+    return float(f"{s}") * s
+
+
+def through_string(s):
+    return float(str(s)) * s
+
+
+def through_evaluation(s):
+    return eval("s * 2") * s
+
+
+def through_python_numbers(x):
+    return sum(x.tolist())
+
+
+def dtype_by_position(x):
+    return np.sum(np.sum(x, 1, np.float64) ** 2)
+
+
+def dtype_of_method(x):
+    return np.sum(x.mean(1, float) ** 2)
+
+
+def dtype_of_variance(x):
+    return np.sum(np.var(x, 0, float))
+
+
+def torch_extreme_of_axis(x):
+    return torch.sum(torch.max(x, 0)[0])
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (range_of_numbers, "np.arange has no known derivative"),
+        (through_text, "JoinedStr"),
+        (through_string, "str has no known derivative"),
+        (through_evaluation, "eval reads variables by their names"),
+        (through_python_numbers, r".tolist\(\) has no derivative"),
+        (dtype_by_position, "too many positional arguments"),
+        (dtype_of_method, "the place of keepdims"),
+        (dtype_of_variance, "var takes 2 arguments"),
+        (torch_extreme_of_axis, "too many positional arguments"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_no_derivative_is_lost_without_a_word(f, message, mode):
+    with pytest.raises(DerivativeError, match=message) as caught:
+        autodiff(f, mode)
+    assert caught.value.line is not None and caught.value.line.file == __file__
+
+
+def in_memory_order(x):
+    return np.sum(x.ravel("K") * np.arange(3.0))
+
+
+def to_integers(x):
+    return np.sum(np.array(x, dtype=int) * x)
+
+
+def extreme_of_named_list(x):
+    items = [x[0], x[1]]
+    return np.max(items)
+
+
+def real_part(x):
+    return np.sum(np.real(x * 1j))
+
+
+def real_attribute(x):
+    return np.sum((x * 1j).real)
+
+
+def modulus(x):
+    return np.sum(np.abs(x + 1j))
+
+
+def of_matrix_norm(x):
+    return np.linalg.norm(np.outer(x, x), 2)
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (in_memory_order, "order='K'"),
+        (to_integers, "converted to"),
+        (extreme_of_named_list, "a list is taken for an array"),
+        (real_part, "complex numbers have no derivative"),
+        (real_attribute, "complex numbers have no derivative"),
+        (modulus, "complex numbers have no derivative"),
+        (of_matrix_norm, "norm of a matrix"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_what_values_show_is_refused_in_both_modes(f, message, mode):
+    tangent = {"d_x": np.ones(3)} if mode == "forward" else {}
+    with pytest.raises(DerivativeError, match=message):
+        autodiff(f, mode)(V, **tangent)
+
+
+def test_views_are_seen_as_such():
+    """Without, the write to y would be lost in x."""
+
+    def contiguous(x):
+        y = np.ascontiguousarray(x)
+        y[0] = y[1] ** 2
+        return np.sum(x * x)
+
+    def real(x):
+        y = np.real(x)
+        y[0] = y[1] ** 2
+        return np.sum(x * x)
+
+    def positive(x):
+        y = +x
+        y[0] = y[1] ** 2
+        return torch.sum(x * x)
+
+    for f in (contiguous, real, positive):
+        with pytest.raises(DerivativeError, match="y is written to while x"):
+            grad(f)
+
+
+def test_gradients_have_the_dtype_of_their_arguments():
+    def f(x, s):
+        return np.sum(x * np.arange(3.0)) * s
+
+    x = V.astype(np.float32)
+    gradient, slope = grad(f, (0, 1))(x, np.float32(1.5))
+    assert gradient.dtype == np.float32 and type(slope) is np.float32
+    tangent = autodiff(grad(f), "forward")(x, np.float32(1.5), d_x=np.ones(3))
+    assert tangent.shape == (3,)
