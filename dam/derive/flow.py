@@ -107,6 +107,7 @@ class Memory:
         return self.mine(identifier) | self.within(identifier)
 
 
+_DISPLAYS = (ast.List, ast.Tuple, ast.Dict, ast.ListComp, ast.DictComp, ast.GeneratorExp)
 FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
 VIEWS = {"asarray", "asanyarray", "reshape", "ravel", "transpose", "squeeze", "expand_dims", "swapaxes", "moveaxis",
          "broadcast_to", "atleast_1d", "atleast_2d", "diag", "flip", "split", "as_tensor", "from_numpy"}  # fmt: skip
@@ -160,6 +161,10 @@ def _remember(st: Statement, found: Memory) -> None:
         case Let(target=target, kind=kind, value=value):
             names = _arguments(value)
             own, reach = found.mine(target), found.within(target)
+            if kind == "constant" and isinstance(value, (ast.BinOp, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
+                if any(isinstance(n, _DISPLAYS) for n in tree_walk(value)):  # [x] * 2, [x for _ in y]
+                    for n in names:
+                        reach |= found.all(n)
             if kind == "copy" or (kind == "constant" and isinstance(value, ast.Name)):
                 for n in names:
                     own |= found.mine(n)
@@ -190,7 +195,7 @@ def _remember(st: Statement, found: Memory) -> None:
             if not (
                 isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and iterable.func.id == "range"
             ):
-                for n in loads(iterable):
+                for n in _arguments(iterable):
                     found.mine(target).update(found.all(n))
 
 
@@ -320,7 +325,7 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                     )
         elif isinstance(st, Let) and st.in_place and isinstance(st.value, ast.BinOp):
             for n in loads(st.value.left):
-                names = others(n, places[id(st)], (single.variable.get(st.target, st.target),))
+                names = others(n, places[id(st)], (single.variable.get(st.target, st.target), *st.within))
                 mine = found.mine(n) & parameters
                 outside = [o for o in found.mine(n) if o not in single.variable]
                 if outside:
@@ -332,6 +337,19 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                 if names:
                     in_place[id(st)] = names[0]
     return writes_argument, in_place
+
+
+def rebound_check(st: Let, in_place: dict[int, str]) -> ast.expr | None:
+    """Of an augmented assignment that would be wrong of arrays, the check that it is of numbers."""
+    if id(st) not in in_place or not isinstance(st.value, ast.BinOp):
+        return None
+    names: dict[str, ast.expr] = {"x": st.value.left}
+    if not st.container:
+        said = ast.Constant(f"{st.variable} and {in_place[id(st)]}")
+        return primitives.filled("rt.rebound(x, n)", {**names, "n": said})
+    said = ast.Constant(f"an item of {st.within[0] if st.within else st.container} and {in_place[id(st)]}")
+    whole = ast.Name(st.container, ast.Load())
+    return primitives.filled("rt.rebound(x, n, whole)", {**names, "n": said, "whole": whole})
 
 
 # ---- shapes and kinds

@@ -474,9 +474,8 @@ class Primal:
     def statement(self, st: Statement, out: list[ast.stmt]) -> None:
         match st:
             case Let():
-                if id(st) in self.in_place and isinstance(st.value, ast.BinOp):
-                    names = f"{st.variable} and {self.in_place[id(st)]}"
-                    out.append(effect_of(text("rt.rebound(x, n)", x=st.value.left, n=ast.Constant(names)), st.line))
+                if (check := flow.rebound_check(st, self.in_place)) is not None:
+                    out.append(effect_of(check, st.line))
                 if st.kind == "call":
                     self.call(st, out)
                 else:

@@ -689,6 +689,7 @@ WITHOUT_SLOPE |= {
     rt.rebound,
     rt.differentiable,
     rt.distinct,
+    rt.alone,
     rt.part,
     rt.sequence,
     rt.keys,
