@@ -170,8 +170,10 @@ def _remember(st: Statement, found: Memory) -> None:
                     own |= found.mine(n)
                     reach |= found.within(n)
             elif kind == "structure" or (kind == "constant" and isinstance(value, (ast.List, ast.Tuple, ast.Dict))):
-                for n in names:
-                    reach |= found.all(n)
+                elements = value.values if isinstance(value, ast.Dict) else value.elts  # type: ignore[attr-defined]
+                for one in elements:
+                    for n in _arguments(one):
+                        reach |= found.within(n) if isinstance(one, (ast.BinOp, ast.UnaryOp)) else found.all(n)
             else:
                 fresh = (
                     not _may_be_view(value) if kind == "constant" else kind == "primitive" and not value.primitive.view  # type: ignore[attr-defined]
@@ -398,8 +400,12 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
     return found
 
 
-def numbers(statements: list[Statement]) -> set[str]:
-    """Names of numbers and arrays, never of structures: what arithmetic is done with."""
+def numbers(statements: list[Statement], derived: bool) -> set[str]:
+    """Names of numbers and arrays, never of structures: what arithmetic is done with.
+
+    Args:
+        derived: of statements of a derivative, where 0.0 may be the adjoint of a structure.
+    """
     found: set[str] = set()
     everything = [st for st in walk(statements) if isinstance(st, Let)]
     while True:
@@ -408,7 +414,8 @@ def numbers(statements: list[Statement]) -> set[str]:
             value = st.value
             names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
             if st.kind == "constant" and isinstance(value, ast.Constant) and isinstance(value.value, float):
-                found.add(st.target)
+                if not (derived and value.value == 0.0):
+                    found.add(st.target)
             elif st.kind == "copy" and names & found:
                 found |= names
             elif st.kind == "primitive":

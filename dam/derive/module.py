@@ -160,7 +160,7 @@ class Module:
 
     def _reverse(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
         normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
-        reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind)
+        reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind, callee.source.derived)
         if not whole:  # what was passed is put back as it was, for those who passed it
             given = {*normal.parameters}
             for st in flow.walk(single.statements):

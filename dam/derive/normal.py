@@ -930,10 +930,10 @@ class Normaliser:
             self.varied |= ({item.id} if varies else set()) | ({new} if varies or self.depends(node.value) else set())
             check = _statement("rt.alone(x, i)", {"x": whole, "i": as_value(index)})
             self.emit(Effect(check, self.source.line(node)))
-            value, kind = self.operation(sum_)
+            made, kind = self.operation(sum_)
             self.locals.add(new)
             line, within = self.source.line(node), tuple(sorted(_roots(node.target)))
-            self.emit(Let(new, value, line, kind, new, in_place=True, container=whole.id, within=within))
+            self.emit(Let(new, made, line, kind, new, in_place=True, container=whole.id, within=within))
             self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), name(new), node)
         else:
             raise self.refuse(node, f"an assignment to {ast.unparse(node.target)} has no derivative here")

@@ -140,7 +140,7 @@ def alone(x: Any, i: Any) -> None:
         for leaf in _leaves(other):
             if any(leaf is one or _share(leaf, one) for one in changed):
                 raise DerivativeError(
-                    f"item {i!r} is changed in place and shares memory with item {key!r} of the same structure; copy one"
+                    f"item {i!r}, which is changed in place, shares memory with item {key!r} of its structure; copy one"
                 )
 
 

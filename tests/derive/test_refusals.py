@@ -309,7 +309,7 @@ def adds_to_an_entry(x):
 
 
 def adds_to_a_row(x):
-    rows = [row for row in x]  # noqa: C416
+    rows = [row for row in x]
     rows[0] += 1.0
     return np.sum(x * x)
 
