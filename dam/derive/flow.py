@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dam.derive import primitives
 from dam.derive.errors import DerivativeError
-from dam.derive.normal import Append, For, If, Let, Pop, Statement, Store, Unpack, While, loads
+from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While, loads
 from dam.derive.primitives import walk as tree_walk
 from dam.derive.single import Single, reads, writes
 
@@ -149,7 +149,9 @@ def memory(statements: list[Statement]) -> Memory:
 
 
 def _arguments(value: ast.expr) -> set[str]:
-    """Names in a value, those of what is called left out: it is no memory of the result."""
+    """Names in a value, those of what is called and of an index left out: they are no memory of the result."""
+    if isinstance(value, ast.Subscript):
+        return _arguments(value.value)
     called = {id(n.func) for n in tree_walk(value) if isinstance(n, ast.Call)}
     modules = {"np", "torch", "math", "rt"}
     functions = {n.id for n in tree_walk(value) if isinstance(n, ast.Name) and id(n) in called}
@@ -283,22 +285,29 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                 return True
         return False
 
-    def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
+    def sharing(identifier: str, at: _Place, exempt: tuple[str, ...]) -> set[str]:
+        """Names that may share its memory when it is written to, and are read later."""
         changed = found.mine(identifier)
         variable = single.variable.get(identifier, identifier)
-        return sorted(
-            {
-                single.variable.get(other, other)
-                for other in {*found.own, *found.reach}
-                if single.variable.get(other, other) not in (variable, *exempt)
-                and other != identifier
-                and any(by_then(other, m, at) for m in found.all(other) & changed)
-                and read_later(other, at)
-            }
-        )
+        return {
+            other
+            for other in {*found.own, *found.reach}
+            if single.variable.get(other, other) not in (variable, *exempt)
+            and other != identifier
+            and any(by_then(other, m, at) for m in found.all(other) & changed)
+            and read_later(other, at)
+        }
+
+    def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
+        return sorted({single.variable.get(o, o) for o in sharing(identifier, at, exempt)})
 
     if derived:
         return False, {}
+    made_by: dict[str, list[Statement]] = {}
+    for st in walk(single.statements):
+        for n in () if isinstance(st, (If, For, While)) else writes(st):
+            made_by.setdefault(n, []).append(st)
+    checks: dict[int, Effect] = {}
     writes_argument = False
     in_place: dict[int, str] = {}
     for st in walk(single.statements):
@@ -306,8 +315,17 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
             exempt = st.within if isinstance(st, Store) else ()
             if isinstance(st, Pop):
                 exempt = (single.variable.get(st.target, st.target),)
-            names = others(st.name, places[id(st)], exempt)
+            shared = sharing(st.name, places[id(st)], exempt)
             variable = single.variable.get(st.name, st.name)
+            # An item may be a number, which shares nothing: that shows when it runs.
+            items = {o for o in shared if made_by.get(o) and all(_is_item(m) for m in made_by[o])}
+            for o in sorted(items):
+                said = f"{variable} is written to ({st.line.text}) while {single.variable.get(o, o)}, a part of it, "
+                check = {"x": ast.Name(o, ast.Load()), "m": ast.Constant(said + "is still to be read; copy one")}
+                for maker in made_by[o]:
+                    effect = ast.Expr(primitives.filled("rt.number(x, m)", check))
+                    checks.setdefault(id(maker), Effect(effect, maker.line))
+            names = sorted({single.variable.get(o, o) for o in shared - items})
             if names:
                 raise DerivativeError(
                     f"{variable} is written to while {names[0]}, which may share its memory, is still to be read; "
@@ -338,7 +356,29 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                         names.append("its argument")
                 if names:
                     in_place[id(st)] = names[0]
+    _insert_after(single.statements, checks)
     return writes_argument, in_place
+
+
+def _is_item(st: Statement) -> bool:
+    """Whether a statement picks one item, by no slice."""
+    return (
+        isinstance(st, Let)
+        and isinstance(st.value, ast.Subscript)
+        and not any(isinstance(n, ast.Slice) for n in tree_walk(st.value.slice))
+    )
+
+
+def _insert_after(statements: list[Statement], effects: dict[int, Effect]) -> None:
+    for st in list(statements):
+        match st:
+            case If():
+                _insert_after(st.body, effects)
+                _insert_after(st.orelse, effects)
+            case For() | While():
+                _insert_after(st.body, effects)
+        if id(st) in effects:
+            statements.insert(statements.index(st) + 1, effects[id(st)])
 
 
 def rebound_check(st: Let, in_place: dict[int, str]) -> ast.expr | None:

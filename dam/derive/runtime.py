@@ -110,6 +110,16 @@ def rebound(x: Any, names: str, whole: Any = None) -> None:
         raise DerivativeError(f"an augmented assignment changes {names} in place too, which is read later; {how}")
 
 
+def number(x: Any, message: str) -> None:
+    """That an item is a number, where one that is an array would share memory with what is written to next.
+
+    Raises:
+        DerivativeError: with the message, if it is an array or a structure.
+    """
+    if isinstance(x, (np.ndarray, torch.Tensor, list, tuple, dict)):
+        raise DerivativeError(message)
+
+
 def part(x: Any, i: Any) -> Any:
     """x[i], which is about to be written to: the very memory of x.
 

@@ -690,6 +690,7 @@ WITHOUT_SLOPE |= {
     rt.differentiable,
     rt.distinct,
     rt.alone,
+    rt.number,
     rt.part,
     rt.sequence,
     rt.keys,

@@ -1345,3 +1345,48 @@ def augmented_items_of_arrays(x, s):
     pair[1][0] *= s
     pair[1][1] += 1.0
     return np.sum(pair[0] * pair[1][0]) * pair[1][1]
+
+
+@case(V, torch=False)
+def swapped_items(x):
+    x[0], x[1] = x[1], x[0]
+    t = x[1]
+    x[1] = x[2]
+    x[2] = t
+    return np.sum(x**2 * np.array([1.0, 2.0, 3.0]))
+
+
+@case([1.3, 0.4, 0.7], torch=False)
+def swapped_items_of_a_list(q):
+    q[0], q[1] = q[1], q[0]
+    return q[0] * 3.0 + q[1] ** 2 * q[2]
+
+
+@case(V, torch=False)
+def bubble_sorted(x):
+    for i in range(3):
+        for j in range(2 - i):
+            if x[j] > x[j + 1]:
+                t = x[j]
+                x[j] = x[j + 1]
+                x[j + 1] = t * t
+    return np.sum(x * np.array([1.0, 2.0, 3.0]))
+
+
+@case(0.7, torch=False)
+def grid_of_an_array(s):
+    d = np.zeros((2, 2))
+    for i in range(2):
+        for j in range(2):
+            d[i][j] = s * i + j
+    return np.sum(d**2)
+
+
+@case(0.7, torch=False)
+def grid_of_lists(s):
+    g = [[0.0] * 2 for _ in range(2)]
+    for i in range(2):
+        g[i][i] = s**3
+        for j in range(i + 1):
+            g[i][j] += s * s * i + j
+    return g[1][1] * g[1][0] + g[0][0]

@@ -385,6 +385,20 @@ def writes_into_an_item(x):
     return np.sum(x[0] * x[1])
 
 
+def swaps_rows(x):
+    x[0], x[1] = x[1], x[0]
+    return np.sum(x[0] ** 2)
+
+
+def holds_a_row(x):
+    rows = [x * 1.0, x * 2.0]
+    first = rows[0]
+    rows[0] = x * x
+    first[0] = x[1]
+    rows[0][1] = 1.0
+    return np.sum(first * rows[0])
+
+
 def writes_into_copy(x):
     y = np.zeros((2, 3))
     y[[0, 1]][0] = x
@@ -421,6 +435,11 @@ def joins_lists(x):
         (writes_into_a_repeated_list, (V,), "shares memory with item 1"),
         (writes_into_what_is_deeper_too, (V,), "shares memory with item 1"),
         (writes_into_an_item, ([V, V],), "x and x share memory"),
+        (
+            swaps_rows,
+            (np.ones((2, 3)),),
+            r"x is written to \(x\[0\], x\[1\] = x\[1\], x\[0\]\) while t_2, a part of it",
+        ),
         (writes_into_copy, (V,), "changes a copy"),
         (joins_lists, ([1.0, 2.0],), "arithmetic on a list|its value a list"),
     ],
