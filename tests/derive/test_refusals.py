@@ -390,15 +390,6 @@ def swaps_rows(x):
     return np.sum(x[0] ** 2)
 
 
-def holds_a_row(x):
-    rows = [x * 1.0, x * 2.0]
-    first = rows[0]
-    rows[0] = x * x
-    first[0] = x[1]
-    rows[0][1] = 1.0
-    return np.sum(first * rows[0])
-
-
 def writes_into_copy(x):
     y = np.zeros((2, 3))
     y[[0, 1]][0] = x
