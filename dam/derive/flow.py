@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dam.derive import primitives
 from dam.derive.errors import DerivativeError
-from dam.derive.normal import Append, For, If, Let, Pop, Statement, Store, Unpack, While, loads
+from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While, loads
 from dam.derive.primitives import walk as tree_walk
 from dam.derive.single import Single, reads, writes
 
@@ -107,6 +107,7 @@ class Memory:
         return self.mine(identifier) | self.within(identifier)
 
 
+_DISPLAYS = (ast.List, ast.Tuple, ast.Dict, ast.ListComp, ast.DictComp, ast.GeneratorExp)
 FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
 VIEWS = {"asarray", "asanyarray", "reshape", "ravel", "transpose", "squeeze", "expand_dims", "swapaxes", "moveaxis",
          "broadcast_to", "atleast_1d", "atleast_2d", "diag", "flip", "split", "as_tensor", "from_numpy"}  # fmt: skip
@@ -148,7 +149,9 @@ def memory(statements: list[Statement]) -> Memory:
 
 
 def _arguments(value: ast.expr) -> set[str]:
-    """Names in a value, those of what is called left out: it is no memory of the result."""
+    """Names in a value, those of what is called and of an index left out: they are no memory of the result."""
+    if isinstance(value, ast.Subscript):
+        return _arguments(value.value)
     called = {id(n.func) for n in tree_walk(value) if isinstance(n, ast.Call)}
     modules = {"np", "torch", "math", "rt"}
     functions = {n.id for n in tree_walk(value) if isinstance(n, ast.Name) and id(n) in called}
@@ -160,13 +163,19 @@ def _remember(st: Statement, found: Memory) -> None:
         case Let(target=target, kind=kind, value=value):
             names = _arguments(value)
             own, reach = found.mine(target), found.within(target)
+            if kind == "constant" and isinstance(value, (ast.BinOp, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
+                if any(isinstance(n, _DISPLAYS) for n in tree_walk(value)):  # [x] * 2, [x for _ in y]
+                    for n in names:
+                        reach |= found.all(n)
             if kind == "copy" or (kind == "constant" and isinstance(value, ast.Name)):
                 for n in names:
                     own |= found.mine(n)
                     reach |= found.within(n)
             elif kind == "structure" or (kind == "constant" and isinstance(value, (ast.List, ast.Tuple, ast.Dict))):
-                for n in names:
-                    reach |= found.all(n)
+                elements = value.values if isinstance(value, ast.Dict) else value.elts  # type: ignore[attr-defined]
+                for one in elements:
+                    for n in _arguments(one):
+                        reach |= found.within(n) if isinstance(one, (ast.BinOp, ast.UnaryOp)) else found.all(n)
             else:
                 fresh = (
                     not _may_be_view(value) if kind == "constant" else kind == "primitive" and not value.primitive.view  # type: ignore[attr-defined]
@@ -190,7 +199,7 @@ def _remember(st: Statement, found: Memory) -> None:
             if not (
                 isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and iterable.func.id == "range"
             ):
-                for n in loads(iterable):
+                for n in _arguments(iterable):
                     found.mine(target).update(found.all(n))
 
 
@@ -276,22 +285,29 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                 return True
         return False
 
-    def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
+    def sharing(identifier: str, at: _Place, exempt: tuple[str, ...]) -> set[str]:
+        """Names that may share its memory when it is written to, and are read later."""
         changed = found.mine(identifier)
         variable = single.variable.get(identifier, identifier)
-        return sorted(
-            {
-                single.variable.get(other, other)
-                for other in {*found.own, *found.reach}
-                if single.variable.get(other, other) not in (variable, *exempt)
-                and other != identifier
-                and any(by_then(other, m, at) for m in found.all(other) & changed)
-                and read_later(other, at)
-            }
-        )
+        return {
+            other
+            for other in {*found.own, *found.reach}
+            if single.variable.get(other, other) not in (variable, *exempt)
+            and other != identifier
+            and any(by_then(other, m, at) for m in found.all(other) & changed)
+            and read_later(other, at)
+        }
+
+    def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
+        return sorted({single.variable.get(o, o) for o in sharing(identifier, at, exempt)})
 
     if derived:
         return False, {}
+    made_by: dict[str, list[Statement]] = {}
+    for st in walk(single.statements):
+        for n in () if isinstance(st, (If, For, While)) else writes(st):
+            made_by.setdefault(n, []).append(st)
+    checks: dict[int, Effect] = {}
     writes_argument = False
     in_place: dict[int, str] = {}
     for st in walk(single.statements):
@@ -299,8 +315,17 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
             exempt = st.within if isinstance(st, Store) else ()
             if isinstance(st, Pop):
                 exempt = (single.variable.get(st.target, st.target),)
-            names = others(st.name, places[id(st)], exempt)
+            shared = sharing(st.name, places[id(st)], exempt)
             variable = single.variable.get(st.name, st.name)
+            # An item may be a number, which shares nothing: that shows when it runs.
+            items = {o for o in shared if made_by.get(o) and all(_is_item(m) for m in made_by[o])}
+            for o in sorted(items):
+                said = f"{variable} is written to ({st.line.text}) while {single.variable.get(o, o)}, a part of it, "
+                check = {"x": ast.Name(o, ast.Load()), "m": ast.Constant(said + "is still to be read; copy one")}
+                for maker in made_by[o]:
+                    effect = ast.Expr(primitives.filled("rt.number(x, m)", check))
+                    checks.setdefault(id(maker), Effect(effect, maker.line))
+            names = sorted({single.variable.get(o, o) for o in shared - items})
             if names:
                 raise DerivativeError(
                     f"{variable} is written to while {names[0]}, which may share its memory, is still to be read; "
@@ -320,7 +345,7 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                     )
         elif isinstance(st, Let) and st.in_place and isinstance(st.value, ast.BinOp):
             for n in loads(st.value.left):
-                names = others(n, places[id(st)], (single.variable.get(st.target, st.target),))
+                names = others(n, places[id(st)], (single.variable.get(st.target, st.target), *st.within))
                 mine = found.mine(n) & parameters
                 outside = [o for o in found.mine(n) if o not in single.variable]
                 if outside:
@@ -331,7 +356,42 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                         names.append("its argument")
                 if names:
                     in_place[id(st)] = names[0]
+    _insert_after(single.statements, checks)
     return writes_argument, in_place
+
+
+def _is_item(st: Statement) -> bool:
+    """Whether a statement picks one item, by no slice."""
+    return (
+        isinstance(st, Let)
+        and isinstance(st.value, ast.Subscript)
+        and not any(isinstance(n, ast.Slice) for n in tree_walk(st.value.slice))
+    )
+
+
+def _insert_after(statements: list[Statement], effects: dict[int, Effect]) -> None:
+    for st in list(statements):
+        match st:
+            case If():
+                _insert_after(st.body, effects)
+                _insert_after(st.orelse, effects)
+            case For() | While():
+                _insert_after(st.body, effects)
+        if id(st) in effects:
+            statements.insert(statements.index(st) + 1, effects[id(st)])
+
+
+def rebound_check(st: Let, in_place: dict[int, str]) -> ast.expr | None:
+    """Of an augmented assignment that would be wrong of arrays, the check that it is of numbers."""
+    if id(st) not in in_place or not isinstance(st.value, ast.BinOp):
+        return None
+    names: dict[str, ast.expr] = {"x": st.value.left}
+    if not st.container:
+        said = ast.Constant(f"{st.variable} and {in_place[id(st)]}")
+        return primitives.filled("rt.rebound(x, n)", {**names, "n": said})
+    said = ast.Constant(f"an item of {st.within[0] if st.within else st.container} and {in_place[id(st)]}")
+    whole = ast.Name(st.container, ast.Load())
+    return primitives.filled("rt.rebound(x, n, whole)", {**names, "n": said, "whole": whole})
 
 
 # ---- shapes and kinds
@@ -380,8 +440,12 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
     return found
 
 
-def numbers(statements: list[Statement]) -> set[str]:
-    """Names of numbers and arrays, never of structures: what arithmetic is done with."""
+def numbers(statements: list[Statement], derived: bool) -> set[str]:
+    """Names of numbers and arrays, never of structures: what arithmetic is done with.
+
+    Args:
+        derived: of statements of a derivative, where 0.0 may be the adjoint of a structure.
+    """
     found: set[str] = set()
     everything = [st for st in walk(statements) if isinstance(st, Let)]
     while True:
@@ -390,7 +454,8 @@ def numbers(statements: list[Statement]) -> set[str]:
             value = st.value
             names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
             if st.kind == "constant" and isinstance(value, ast.Constant) and isinstance(value.value, float):
-                found.add(st.target)
+                if not (derived and value.value == 0.0):
+                    found.add(st.target)
             elif st.kind == "copy" and names & found:
                 found |= names
             elif st.kind == "primitive":

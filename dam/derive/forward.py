@@ -107,6 +107,8 @@ class Forward:
                 if st.stop:
                     body.append(ast.If(test=name(st.stop), body=[ast.Break()], orelse=[]))
                 if isinstance(st, For):
+                    if st.target in self.active:  # a row of a constant, which is written into
+                        body.insert(0, assign(self.tangent(st.target), text("rt.zeros_like(x)", x=name(st.target))))
                     target = ast.Name(st.target, ast.Store())
                     out.append(ast.For(target=target, iter=st.iter, body=body or [ast.Pass()], orelse=[]))
                 else:
@@ -126,9 +128,8 @@ class Forward:
         out.append(effect_of(text("rt.store_tangent(d, i, v, x)", d=d, i=index, v=value, x=name(st.name)), st.line))
 
     def let(self, st: Let, out: list[ast.stmt]) -> None:
-        if id(st) in self.in_place and isinstance(st.value, ast.BinOp):
-            names = f"{st.variable} and {self.in_place[id(st)]}"
-            out.append(_plain(text("rt.rebound(x, n)", x=st.value.left, n=ast.Constant(names))))
+        if (check := flow.rebound_check(st, self.in_place)) is not None:
+            out.append(_plain(check))
         y = st.target
         d = self.tangent(y) if y in self.active else ""
         varied = [n for v in flow.arguments(st).values() for n in loads(v) if n in self.active]

@@ -160,7 +160,7 @@ class Module:
 
     def _reverse(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
         normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
-        reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind)
+        reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind, callee.source.derived)
         if not whole:  # what was passed is put back as it was, for those who passed it
             given = {*normal.parameters}
             for st in flow.walk(single.statements):
@@ -258,7 +258,7 @@ class Module:
 
     def _checks(self, wrt: list[str], parameters: list[str], writes: bool) -> list[ast.stmt]:
         body: list[ast.stmt] = [ast.Expr(text("rt.differentiable(x, n)", x=name(p), n=ast.Constant(p))) for p in wrt]
-        if writes and len(parameters) > 1:
+        if writes:
             keywords = [ast.keyword(p, name(p)) for p in parameters]
             body.append(ast.Expr(ast.Call(ast.Attribute(name("rt"), "distinct", ast.Load()), [], keywords)))
         return body
@@ -272,6 +272,12 @@ class Module:
                 raise normal.refuse(callee.source.node, f"d_{parameter} is a name of the derivative's own; rename it")
             single.used.add(f"d_{parameter}")
         code = forward.block(single.statements)
+        # What is not asked for may be written into, or appended to.
+        code[:0] = [
+            assign(forward.tangent(p), text("rt.zeros_like(x)", x=name(p)))
+            for p in normal.parameters
+            if p in names and p not in active
+        ]
         self._claim(normal, single)
         result = forward.of(name(single.result))
         return normal, single, memory, writes, code, result

@@ -46,6 +46,8 @@ class Let:
     kind: str
     variable: str = ""  # the name in the source, before it was told apart
     in_place: bool = False  # an augmented assignment
+    container: str = ""  # of one to an item: what the item is in
+    within: tuple[str, ...] = ()  # and the variables that this is a part of, which are stored to next
     kept: str = ""  # of a call: what its backward pass needs
 
 
@@ -245,6 +247,7 @@ class Normaliser:
         self.functions = dict(callee.local)
         self.key = callee.key
         self.temporaries = 0
+        self.rebound: set[str] = set()  # what the loop whose items are being named assigns
         node = self.source.node
         for inner in walk(node):
             if (reason := REFUSED.get(type(inner))) is not None:
@@ -926,9 +929,20 @@ class Normaliser:
             # The index once, also where it is not simple.
             index = self.index(node.target.slice)
             place = ast.copy_location(ast.Subscript(node.target.value, as_value(index, plain=True), ast.Load()), node)
-            whole = ast.copy_location(ast.BinOp(place, node.op, node.value), node)
-            new = self.atom(whole)
-            self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), new, node)
+            whole = self._named(node.target.value)
+            varies = self.depends(place)
+            kind = "item" if varies else "constant"
+            item = self.let(self.fresh(), ast.Subscript(whole, copied(index), ast.Load()), kind, node)
+            sum_ = ast.copy_location(ast.BinOp(item, node.op, node.value), node)
+            new = self.fresh()
+            self.varied |= ({item.id} if varies else set()) | ({new} if varies or self.depends(node.value) else set())
+            check = _statement("rt.alone(x, i)", {"x": whole, "i": as_value(index)})
+            self.emit(Effect(check, self.source.line(node)))
+            made, kind = self.operation(sum_)
+            self.locals.add(new)
+            line, within = self.source.line(node), tuple(sorted(_roots(node.target)))
+            self.emit(Let(new, made, line, kind, new, in_place=True, container=whole.id, within=within))
+            self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), name(new), node)
         else:
             raise self.refuse(node, f"an assignment to {ast.unparse(node.target)} has no derivative here")
 
@@ -1032,7 +1046,17 @@ class Normaliser:
             return
         k = self.fresh("k")
         self.locals.add(k)
+        outer, self.rebound = self.rebound, _assigned([node])
         count, first = self._items(call, node.target, k, node)
+        self.rebound = outer
+        for inner in (n for one in body for n in walk(one)):
+            if (
+                isinstance(inner, ast.Call)
+                and isinstance(inner.func, ast.Attribute)
+                and inner.func.attr in ("append", "pop")
+                and loads(inner.func.value) & loads(count)
+            ):
+                raise self.refuse(inner, "a list that changes its length while a loop goes over it; loop over a copy")
         # What is assigned first in the body may itself have a derivative.
         self.locals |= _assigned(first)
         statements = self.inner([*first, *body])
@@ -1091,8 +1115,14 @@ class Normaliser:
         return primitives.filled("range(len(rt.sequence(x)))", {"x": whole}), [_set_target(target, _item(whole, k), at)]
 
     def _named(self, node: ast.expr) -> ast.Name:
+        """A name for a value, one that a loop over it does not assign: Python evaluates what it goes over once."""
         if isinstance(node, ast.Name) and node.id in self.locals:
-            return name(node.id)
+            if node.id not in self.rebound:
+                return name(node.id)
+            varies = self.depends(node)
+            held = self.let(self.fresh(node.id), name(node.id), "copy" if varies else "constant", node)
+            self.varied |= {held.id} if varies else set()
+            return held
         made = self.atom(node)
         if isinstance(made, ast.Name) and made.id in self.locals:
             if self.depends(node):

@@ -60,6 +60,7 @@ class Reverse:
         active: the names with an adjoint.
         pair: names of the forward and the backward function of a call, for the parameters that are active.
         bind: gives an object a name in the module.
+        derived: whether the function is itself a derivative.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Reverse:
         parameters: list[str],
         pair: Callable[[Any, frozenset[str]], tuple[str, str]],
         bind: Callable[[str, Any], str],
+        derived: bool,
     ) -> None:
         self.single, self.active, self.memory = single, active, memory
         self.pair, self.bind = pair, bind
         self.shapes = flow.shapes(single.statements, parameters)
-        self.numbers = flow.numbers(single.statements)
+        self.numbers = flow.numbers(single.statements, derived)
         self.names: dict[str, str] = {}
         self.restored: set[int] = set()
         self.writes = any(isinstance(st, (Store, Append, Pop)) for st in flow.walk(single.statements))
@@ -474,9 +476,8 @@ class Primal:
     def statement(self, st: Statement, out: list[ast.stmt]) -> None:
         match st:
             case Let():
-                if id(st) in self.in_place and isinstance(st.value, ast.BinOp):
-                    names = f"{st.variable} and {self.in_place[id(st)]}"
-                    out.append(effect_of(text("rt.rebound(x, n)", x=st.value.left, n=ast.Constant(names)), st.line))
+                if (check := flow.rebound_check(st, self.in_place)) is not None:
+                    out.append(effect_of(check, st.line))
                 if st.kind == "call":
                     self.call(st, out)
                 else:

@@ -106,16 +106,30 @@ def _leaves(x: Any) -> Iterator[Any]:
         yield x
 
 
-def rebound(x: Any, names: str) -> None:
+def rebound(x: Any, names: str, whole: Any = None) -> None:
     """That `x += v` made a new object, where another name for the old one is read afterwards.
+
+    Args:
+        whole: what x is an item of. Items of an array are written into it, which is in place too.
 
     Raises:
         DerivativeError: x is an array or a list, which += changes under its other name too.
     """
+    if _is_array(whole):
+        return
     if isinstance(x, (np.ndarray, torch.Tensor, list, dict)):
-        raise DerivativeError(
-            f"an augmented assignment changes {names} in place too, which is read later; copy it first"
-        )
+        how = "copy it first" if whole is None else "write x[i] = x[i] + v where a new value is meant"
+        raise DerivativeError(f"an augmented assignment changes {names} in place too, which is read later; {how}")
+
+
+def number(x: Any, message: str) -> None:
+    """That an item is a number, where one that is an array would share memory with what is written to next.
+
+    Raises:
+        DerivativeError: with the message, if it is an array or a structure.
+    """
+    if isinstance(x, (np.ndarray, torch.Tensor, list, tuple, dict)):
+        raise DerivativeError(message)
 
 
 def part(x: Any, i: Any) -> Any:
@@ -126,7 +140,30 @@ def part(x: Any, i: Any) -> Any:
     """
     if _is_array(x) and _advanced(i):
         raise DerivativeError("x[i][j] = v with an array of indices i changes a copy; write x[i, j] = v")
+    alone(x, i)
     return x[i]
+
+
+def alone(x: Any, i: Any) -> None:
+    """That x[i], which is about to be changed in place, is no other item of a structure x, nor within one.
+
+    Raises:
+        DerivativeError: it is, and has two adjoints there.
+    """
+    if _is_array(x) or isinstance(i, slice):
+        return
+    changed = list(_leaves(x[i]))
+    if not changed:
+        return
+    at = range(len(x))[i] if isinstance(x, (tuple, list)) else i
+    for key, other in x.items() if isinstance(x, dict) else enumerate(x):
+        if key == at or isinstance(other, float):
+            continue
+        for leaf in _leaves(other):
+            if any(leaf is one or _share(leaf, one) for one in changed):
+                raise DerivativeError(
+                    f"item {i!r}, which is changed in place, shares memory with item {key!r} of its structure; copy one"
+                )
 
 
 def _advanced(i: Any) -> bool:

@@ -158,8 +158,10 @@ class Single:
 
         match st:
             case Let():
-                value = expression(st.value)
-                out.append(Let(new(st.target), value, st.line, st.kind, st.target, st.in_place))
+                value, container = expression(st.value), of(st.container)
+                target = new(st.target)
+                made_ = Let(target, value, st.line, st.kind, st.target, st.in_place, container, st.within)
+                out.append(made_)
             case Unpack():
                 whole = of(st.value)
                 out.append(Unpack([new(t) for t in st.targets], whole, st.line))
@@ -255,7 +257,7 @@ def substitute(statements: Iterable[Statement], old: str, new: str) -> None:
     for st in statements:
         match st:
             case Let():
-                st.target, st.value = one(st.target), renamed.visit(st.value)
+                st.target, st.value, st.container = one(st.target), renamed.visit(st.value), one(st.container)
             case Unpack():
                 st.targets, st.value = [one(t) for t in st.targets], one(st.value)
             case Store():

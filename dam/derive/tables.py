@@ -730,6 +730,8 @@ WITHOUT_SLOPE |= {
     rt.rebound,
     rt.differentiable,
     rt.distinct,
+    rt.alone,
+    rt.number,
     rt.part,
     rt.sequence,
     rt.keys,

@@ -1241,6 +1241,157 @@ def enumerated_pairs(x):
     return total
 
 
+@case(V)
+def loop_rebinds_what_it_goes_over(x):
+    total = 0.0
+    for i, v in enumerate(x):
+        x = x * v + i
+        total += x[0]
+    return total
+
+
+@case(V)
+def loop_rebinds_plain(x):
+    total = 0.0
+    for v in x:
+        x = x * v
+        total = total + x[1]
+    return total
+
+
+@case(V, P)
+def loop_rebinds_zipped(x, y):
+    total = 0.0
+    for a, b in zip(x, y):  # noqa: B905
+        x = y * a
+        y = x + b
+        total += y[0] * x[2]
+    return total
+
+
+@case(V)
+def loop_rebinds_reversed(x):
+    total = 0.0
+    for v in reversed(x):
+        x = x * v + 1.0
+        total += x[0]
+    return total
+
+
+@case({"a": 1.3, "b": 0.4})
+def loop_rebinds_items(d):
+    total = 0.0
+    for _, v in d.items():
+        d = {"a": v * 2.0, "b": v * v}
+        total += d["a"] * d["b"]
+    return total
+
+
+@case([1.3, 0.4, 0.7])
+def loop_shortens_what_it_goes_over(q):
+    total = 0.0
+    for a in q:
+        q = q[1:]
+        total += a * sum(q)
+    return total
+
+
+@case(V)
+def loop_target_of_its_own_name(x):
+    total = 0.0
+    for x in x:  # noqa: B020
+        total += x * x
+    return total
+
+
+@case(V, 0.7, wrt=(1,), torch=False)
+def written_into_what_is_not_asked_for(x, s):
+    x[0] = s * s
+    x[x < 0.0] = s
+    return np.sum(x**2)
+
+
+@case([1.3, 0.4], {"a": 1.1}, 0.7, wrt=(2,))
+def appended_to_what_is_not_asked_for(q, d, s):
+    q.append(s * s)
+    q[0] = s
+    d["b"] = s
+    return q[0] * q[2] + d["b"] * d["a"]
+
+
+@case(0.7, torch=False)
+def rows_of_a_constant(s):
+    total = 0.0
+    for row in np.ones((2, 3)):
+        row[0] = s * s
+        total += np.sum(row**2)
+    return total
+
+
+@case([1.3, 0.4], V, torch=False)
+def augmented_items(q, x):
+    y = x * 2.0
+    table = {"a": x[0], "b": 1.0}
+    q[0] += q[1] * x[0]
+    y[1] *= q[0]
+    table["b"] += table["a"] * q[1]
+    return np.sum(x * y) + table["b"] * q[0]
+
+
+@case(V, 0.7)
+def augmented_items_of_arrays(x, s):
+    pair = [x * s, [x * x, s * 1.5]]
+    pair[0] += x
+    pair[1][0] *= s
+    pair[1][1] += 1.0
+    return np.sum(pair[0] * pair[1][0]) * pair[1][1]
+
+
+@case(V, torch=False)
+def swapped_items(x):
+    x[0], x[1] = x[1], x[0]
+    t = x[1]
+    x[1] = x[2]
+    x[2] = t
+    return np.sum(x**2 * np.array([1.0, 2.0, 3.0]))
+
+
+@case([1.3, 0.4, 0.7], torch=False)
+def swapped_items_of_a_list(q):
+    q[0], q[1] = q[1], q[0]
+    return q[0] * 3.0 + q[1] ** 2 * q[2]
+
+
+@case(V, torch=False)
+def bubble_sorted(x):
+    for i in range(3):
+        for j in range(2 - i):
+            if x[j] > x[j + 1]:
+                t = x[j]
+                x[j] = x[j + 1]
+                x[j + 1] = t * t
+    return np.sum(x * np.array([1.0, 2.0, 3.0]))
+
+
+@case(0.7, torch=False)
+def grid_of_an_array(s):
+    d = np.zeros((2, 2))
+    for i in range(2):
+        for j in range(2):
+            d[i][j] = s * i + j
+    return np.sum(d**2)
+
+
+@case(0.7, torch=False)
+def grid_of_lists(s):
+    g = [[0.0] * 2 for _ in range(2)]
+    for i in range(2):
+        g[i][i] = s**3
+        for j in range(i + 1):
+            g[i][j] += s * s * i + j
+    return g[1][1] * g[1][0] + g[0][0]
+
+
 # ---- orders, axes, conversions, lists in the place of arrays
 
 

@@ -251,6 +251,40 @@ def test_third_derivatives():
     assert third(0.7) == pytest.approx(24 * 0.7 + 8 * np.exp(1.4), rel=1e-12)
 
 
+def power_in_loop(x):
+    result = 1.0
+    for _ in range(4):
+        result = result * x
+    return result
+
+
+def power_in_while(x):
+    result = x
+    while result < 2.0:
+        result = result * result
+    return result
+
+
+def power_in_list(x):
+    powers = [x]
+    for _ in range(3):
+        powers.append(powers[-1] * x)
+    return powers[-1]
+
+
+def power_in_array(x):
+    powers = np.ones(5)
+    for k in range(1, 5):
+        powers[k] = powers[k - 1] * x
+    return powers[4]
+
+
+@pytest.mark.parametrize("f", [power_in_loop, power_in_while, power_in_list, power_in_array])
+def test_third_derivatives_of_loops(f):
+    """Each is x^4 at 1.3; exact but for some ten roundings."""
+    assert grad(grad(grad(f)))(1.3) == pytest.approx(24 * 1.3, rel=1e-14)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_source_alone_gives_the_same_numbers(name, monkeypatch):
     """Executed in an empty namespace, with nothing that could transform again."""

@@ -134,6 +134,15 @@ def shared_in_loop(x):
     return np.sum(rows[0] * rows[1])
 
 
+def appends_to_what_it_goes_over(x):
+    items, total = [x, x * x], 0.0
+    for v in items:
+        total += v * v
+        if len(items) < 4:
+            items.append(v)
+    return total
+
+
 def overwrite(u, v):
     u[0] = v
     return u
@@ -206,6 +215,7 @@ REFUSED = [
     (writes_transposed, "y is written to while z"),
     (writes_in_list, "y is written to while items"),
     (shared_in_loop, "row is written to while rows"),
+    (appends_to_what_it_goes_over, "changes its length while a loop goes over it"),
     (callee_writes, "called for an effect|writes into its argument"),
     (writes_attribute, "an assignment to o.value"),
     (mutates_list, r".insert\(\) changes items"),
@@ -286,6 +296,100 @@ def adds_in_place(x):
     return np.sum(x * y)
 
 
+def adds_to_an_item(x):
+    items = [x, x * 2.0]
+    items[0] += 1.0
+    return np.sum(x * items[0])
+
+
+def adds_to_an_entry(x):
+    table = {"a": x}
+    table["a"] *= 2.0
+    return np.sum(x * table["a"])
+
+
+def adds_to_a_row(x):
+    rows = [row for row in x]
+    rows[0] += 1.0
+    return np.sum(x * x)
+
+
+def adds_to_an_item_of_two_lists(x):
+    one, other = [x], [x]
+    one[0] += 1.0
+    return np.sum(other[0] * x[0])
+
+
+def adds_to_an_item_that_is_two(x):
+    items = [x for _ in range(2)]
+    items[0] += 1.0
+    return np.sum(items[0] * items[1])
+
+
+def adds_to_a_constant(x):
+    c = np.ones(3)
+    items = [c]
+    items[0] *= 3.0
+    return np.sum(x * c)
+
+
+def adds_to_a_repeated_constant(x):
+    items = [np.zeros(3)] * 3
+    items[0] += 1.0
+    return np.sum(x * items[1])
+
+
+def adds_to_a_constant_in_a_loop(x):
+    c = np.ones(3)
+    items = [c]
+    for _ in range(2):
+        items[0] += 1.0
+    return np.sum(x * c)
+
+
+def adds_to_items_of_a_repeated_constant(x):
+    c = np.ones(3)
+    items = [c] * 2
+    items[0] *= 3.0
+    return np.sum(x * c)
+
+
+def writes_into_one_row_twice(x):
+    row = [x[0], 1.0]
+    table = {"p": row, "q": row}
+    table["p"][0] = x[1] ** 2
+    return table["q"][0] * 2.0
+
+
+def writes_into_a_repeated_array(x):
+    items = [x * 1.0] * 2
+    items[0][0] = x[1]
+    return np.sum(items[1] ** 2)
+
+
+def writes_into_a_repeated_list(x):
+    grid = [[0.0] * 2] * 2
+    grid[0][0] = x[1]
+    return grid[1][0] * 3.0
+
+
+def writes_into_what_is_deeper_too(x):
+    row = [x[0], 1.0]
+    grid = [row, [2.0, [row]]]
+    grid[0][0] = x[1] ** 2
+    return grid[1][1][0][0] * 2.0
+
+
+def writes_into_an_item(x):
+    x[0][0] = x[1][1]
+    return np.sum(x[0] * x[1])
+
+
+def swaps_rows(x):
+    x[0], x[1] = x[1], x[0]
+    return np.sum(x[0] ** 2)
+
+
 def writes_into_copy(x):
     y = np.zeros((2, 3))
     y[[0, 1]][0] = x
@@ -308,6 +412,25 @@ def joins_lists(x):
         (stores_in_integers, (V,), "whose dtype is int64"),
         (writes_into_both, (V, V), "share memory"),
         (adds_in_place, (V.copy(),), "changes y and x in place"),
+        (adds_to_an_item, (V,), "an item of items and x in place"),
+        (adds_to_an_entry, (V,), "an item of table and x in place"),
+        (adds_to_a_row, (np.ones((2, 3)),), "an item of rows and x in place"),
+        (adds_to_an_item_of_two_lists, (V,), "an item of one and other in place"),
+        (adds_to_an_item_that_is_two, (V,), "shares memory with item 1"),
+        (adds_to_a_constant, (V,), "an item of items and c in place"),
+        (adds_to_a_repeated_constant, (V,), "shares memory with item 1"),
+        (adds_to_a_constant_in_a_loop, (V,), "an item of items and c in place"),
+        (adds_to_items_of_a_repeated_constant, (V,), "shares memory with item 1"),
+        (writes_into_one_row_twice, (V,), "shares memory with item 'q'"),
+        (writes_into_a_repeated_array, (V,), "shares memory with item 1"),
+        (writes_into_a_repeated_list, (V,), "shares memory with item 1"),
+        (writes_into_what_is_deeper_too, (V,), "shares memory with item 1"),
+        (writes_into_an_item, ([V, V],), "x and x share memory"),
+        (
+            swaps_rows,
+            (np.ones((2, 3)),),
+            r"x is written to \(x\[0\], x\[1\] = x\[1\], x\[0\]\) while t_2, a part of it",
+        ),
         (writes_into_copy, (V,), "changes a copy"),
         (joins_lists, ([1.0, 2.0],), "arithmetic on a list|its value a list"),
     ],
