@@ -112,12 +112,11 @@ def test_a_wheel_of_other_kernels_is_refused(tmp_path):
             versions.check_wheel(wheel(*names))
 
 
-def test_the_readme_names_no_release_that_was_not_tried():
-    """Releases are of three numbers: the one that all tests run with, and those of docs/versions.json."""
-    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    pinned = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
-    (told,) = re.findall(r"^All tests run with torch .*?\n\n", readme, flags=re.DOTALL | re.MULTILINE)
-    first, *others = re.findall(r"\d+\.\d+\.\d+", told)
-    assert f"torch=={first}\n" in pinned
-    records = json.loads(versions.RECORDS.read_text(encoding="utf-8")) if versions.RECORDS.exists() else []
-    assert set(others) <= {each[each["package"]] for each in records if each["good"]}
+def test_pages_name_no_release_that_was_not_tried():
+    """Releases are of three numbers: those that all tests run with, and those of docs/versions.json."""
+    pages = [(CHECKOUT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/install.md")]
+    told = {number for page in pages for number in re.findall(r"(?:==|\b)(\d+\.\d+\.\d+)\b", page)}
+    pinned = re.findall(r"==(\S+)", (CHECKOUT / "constraints.txt").read_text(encoding="utf-8"))
+    names = ("torch", "transformers", "accelerate", "peft")
+    records = json.loads(versions.RECORDS.read_text(encoding="utf-8"))
+    assert told <= {*pinned, *(each[name] for each in records if each["good"] for name in names)}

@@ -87,7 +87,7 @@ class ResumableTrainer(BaseTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's, for processes that each train on rows of their own."""
         super().create_accelerator_and_postprocess()
-        _check_parallelism(self.accelerator, type(self).__name__)
+        check_parallelism(self.accelerator, type(self).__name__)
 
     def _begun(self) -> None:
         """When a run begins or goes on, before its first step."""
@@ -361,7 +361,7 @@ class ResumableTrainer(BaseTrainer):
         """The figures of an evaluation."""
 
 
-def _check_parallelism(accelerator: Any, trainer: str) -> None:
+def check_parallelism(accelerator: Any, trainer: str) -> None:
     """That each process trains on rows of its own.
 
     Raises:

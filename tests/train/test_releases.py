@@ -7,16 +7,18 @@ import torch
 import transformers
 from tiny import ROWS, sum_reward, tiny_config, tiny_model
 
-from dam.train import DAMConfig, DAMTrainer, releases
+from dam.train import DAMConfig, DAMTrainer, FlowTrainer, releases
 from tests import versions
 
 OUTERMOST = {"__init__", "train", "predict"}  # a caller's
+MODULES = ("dam.train.trainer", "dam.train.flow_trainer", "dam.train.resumable", "dam.train.releases")
 
 
-def test_no_method_is_overridden_in_vain():
+@pytest.mark.parametrize("trainer", [DAMTrainer, FlowTrainer])
+def test_no_method_is_overridden_in_vain(trainer):
     """A release that has none of that name, or does not call it, would go on without it and say nothing."""
     source = inspect.getsource(transformers.trainer) + inspect.getsource(releases)
-    ours = [cls for cls in DAMTrainer.__mro__ if cls.__module__ in ("dam.train.trainer", "dam.train.releases")]
+    ours = [cls for cls in trainer.__mro__ if cls.__module__ in MODULES]
     methods = {name for cls in ours for name in vars(cls) if inspect.isfunction(vars(cls)[name])}
     overridden = {name for name in methods if hasattr(releases.BaseTrainer, name)} - OUTERMOST
     assert {*releases.OVERRIDDEN, "_get_dataloader", "compute_loss", "get_batch_samples", "log"} <= overridden
@@ -24,7 +26,7 @@ def test_no_method_is_overridden_in_vain():
         assert hasattr(releases.BaseTrainer, name), name
         assert f"self.{name}(" in source or f"self.{name}," in source, name
     # Instead of an epoch, what reads its batches.
-    assert hasattr(transformers.Trainer, "_run_epoch") or releases._NoStepBeyond in DAMTrainer.__mro__
+    assert hasattr(transformers.Trainer, "_run_epoch") or releases._NoStepBeyond in trainer.__mro__
 
 
 @pytest.mark.parametrize(
