@@ -47,6 +47,8 @@ class Annealing:
     def __post_init__(self) -> None:
         if not 0 < self.deviation < math.inf:
             raise ValueError(f"Annealing: deviation must be > 0 and finite; got {self.deviation}")
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"Annealing: sigma must be > 0 and finite; got {self.sigma}")
         if not 1 <= self.power < math.inf:
             raise ValueError(f"Annealing: power must be at least 1 and finite; got {self.power}")
 

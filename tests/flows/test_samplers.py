@@ -389,6 +389,7 @@ def test_networks_begin_at_zero_and_particles_turn_shift_and_swap_with_their_pre
         (lambda: Brownian(2.0, 1.0), "0 < smallest <= largest"),
         (lambda: Brownian.reaching(0.0, 2.0, 5), "deviation must be > 0"),
         (lambda: Annealing(gaussian_energy, 0.0), "deviation must be > 0"),
+        (lambda: Annealing(gaussian_energy, 1.0, 0.0), "sigma must be > 0"),
         (lambda: Annealing(gaussian_energy, 1.0, 1.0, 0.5), "power must be at least 1"),
         (lambda: Settings(rounds=0), "rounds must be at least 1"),
         (lambda: Settings(sigma=0.0), "sigma must be > 0"),
