@@ -369,6 +369,7 @@ def test_results_are_named_after_the_device(model, slug):
     assert report.slug(model) == slug
 
 
+@pytest.mark.full
 def test_pytest_benchmark_runs_the_same_functions():
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_tilt_to_ess.py", "--benchmark-disable")
     done = subprocess.run(

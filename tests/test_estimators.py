@@ -316,6 +316,7 @@ def test_a_network_that_knows_nothing_has_the_weights_of_the_base():
     assert abs(found["kl"] - kl) < Z * spread
 
 
+@pytest.mark.full
 def test_order_on_the_lattice(tmp_path, capsys):
     """At equal reward calls the posterior is ahead of the published estimator, beyond what seeds differ by (0.02)."""
     arguments = ["ising", "--side", "2", "--rounds", "32", "--batch", "256", "--samples", "4096", "--seeds", "1"]
@@ -392,7 +393,7 @@ def test_the_study_of_orders(tmp_path, capsys):
     assert "| 0.2 | 0.029 (0.013 to 0.083) | 0.057 (0.031 to 0.070) |" in capsys.readouterr().out  # README's figures
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_study_of_countdown(tmp_path, monkeypatch, capsys):
     """A base of three steps: no figure to be seen, but a table with what the log of each case tells."""
     monkeypatch.chdir(tmp_path)
