@@ -462,7 +462,7 @@ def test_two_builds_run_side_by_side(tmp_path, capsys):
     assert builds.FLOOR in cases and {"before", "dam"} == cases["jump"].keys()
     # The code that was changed is the one that ran as "before", and nowhere else.
     assert cases["jump"]["before"] > 0.05
-    assert found["instruction_set"] == cpu.isa() and found["rows"] == 2
+    assert (found["cpu"], found["instruction_set"], found["rows"]) == (report.cpu_model(), cpu.isa(), 2)
     torches = {build: versions["torch"] for build, versions in found["builds"].items()}
     assert torches == {"before": torch.__version__, "dam": "9.9.9"}
     assert {re.match(r"\w+", name)[0] for name in cases} >= {*public_ops(), "rollout"}

@@ -458,16 +458,17 @@ def test_figures_of_finished_runs(tmp_path, capsys):
     ]
     (tmp_path / "puzzles.csv").write_text("\n".join(["Puzzle,Solution", *rows, ""]))
     sudoku.base_model().save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"solved": 0.5, "example": "a grid"}))
+    metrics = {"solved": 0.5, "reward_calls": 1024}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({**metrics, "example": "a grid"}))
     (tmp_path / "run" / "run.json").write_text(json.dumps({"options": {"null_arm": True}}))
     arguments = ["runs", str(tmp_path / "run"), "--json", str(tmp_path / "runs.json")]
     assert main(arguments) == 0
-    assert json.loads(capsys.readouterr().out) == [{"solved": 0.5, "null_arm": True}]
+    assert json.loads(capsys.readouterr().out) == [{**metrics, "null_arm": True}]
     assert main([*arguments, "--puzzles", str(tmp_path / "puzzles.csv")]) == 0
     told = json.loads((tmp_path / "runs.json").read_text())
-    assert {"dam", "torch", "python", "device"} <= told.keys()
+    assert {"dam", "torch", "python", "device"} <= told.keys() and told["reward_calls"] == [1024]
     run, base = told["results"]
-    assert run == {"solved": 0.5, "null_arm": True, **{key: base[key] for key in ("other_file", "other_file_unseen")}}
+    assert run == {**metrics, "null_arm": True, **{key: base[key] for key in ("other_file", "other_file_unseen")}}
     assert base["base"] is True and base["other_file"]["puzzles"] == 12 and base["other_file_unseen"]["puzzles"] == 6
 
 
