@@ -21,13 +21,12 @@ from dam.derive.normal import (
     Unpack,
     While,
     as_value,
-    loads,
-    name,
 )
-from dam.derive.primitives import Primitive, filled
+from dam.derive.primitives import Primitive
 from dam.derive.reverse import assign, effect_of, text
 from dam.derive.simplify import fold, is_zero
 from dam.derive.single import Single
+from dam.derive.trees import filled, loads, name
 
 
 class Forward:
@@ -98,7 +97,7 @@ class Forward:
                 elif st.target in self.active:
                     out.append(assign(self.tangent(st.target), self.of(name(st.target)), st.line))
             case Effect():
-                out.append(primitives.copied(st.node))
+                out.append(st.node)
             case If():
                 body, orelse = self.block(st.body), self.block(st.orelse)
                 out.append(ast.If(test=st.test, body=body or [ast.Pass()], orelse=orelse))
