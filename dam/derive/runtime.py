@@ -61,7 +61,10 @@ def differentiable(x: Any, name: str) -> None:
     Raises:
         DerivativeError: it has integers, booleans, complex numbers or none at all.
     """
-    if isinstance(x, float) or (type(x) is np.ndarray and x.dtype.kind == "f"):
+    if type(x) is np.ndarray:
+        if x.dtype.kind == "f":
+            return
+    elif isinstance(x, float):
         return
     if isinstance(x, (tuple, list, dict)):
         items = x.items() if isinstance(x, dict) else enumerate(x)
@@ -204,7 +207,7 @@ def tangent(d: Any, x: Any) -> Any:
 
 def gradient(b: Any, x: Any) -> Any:
     """The adjoint of an argument in the argument's own structure and shape."""
-    if type(b) is np.ndarray and type(x) is np.ndarray and b.shape == x.shape and b.dtype == x.dtype:
+    if type(b) is np.ndarray and type(x) is np.ndarray and b.dtype is x.dtype and b.shape == x.shape:
         return b
     return _matched(b, x, "the gradient")
 
@@ -575,14 +578,14 @@ def broadcast(b: Any, x: Any) -> Any:
 
 def expand(g: Any, x: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """The adjoint of x when g is that of x.sum(axis, keepdims)."""
+    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
+        found = np.empty_like(x)
+        found.fill(g)
+        return found
     if isinstance(x, (tuple, list)):
         return unlisted(expand(g, _array(x), axis, keepdims), x)
     if isinstance(g, tuple):
         raise DerivativeError("max and min with dim give a tuple in torch; use amax and amin")
-    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
-        found = np.empty(x.shape, x.dtype)
-        found.fill(g)
-        return found
     if not _is_array(x):
         return g if _is_array(x) or _shape(g) == () else g.reshape(())[()]
     if axis is not None and not keepdims and _shape(g) != ():
@@ -868,17 +871,36 @@ def diagonal_back(g: Any, x: Any, k: Any = 0) -> Any:
 
 
 def _of_arrays(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A product that takes lists of numbers and numbers for arrays; an adjoint is of the structure of its argument."""
-    belongs = {"left": -2, "right": -1}.get(f.__name__.rpartition("_")[2])
+    """A product that takes lists of numbers and numbers for arrays."""
 
     @functools.wraps(f)
-    def product(*arguments: Any) -> Any:
-        if type(arguments[-1]) is np.ndarray and type(arguments[-2]) is np.ndarray:
-            return f(*arguments)
-        found = f(*(_array(a) for a in arguments))
-        return found if belongs is None else unlisted(found, arguments[belongs])
+    def product(x: Any, z: Any) -> Any:
+        return f(_array(x), _array(z))
 
     return product
+
+
+def _adjoint_of_arrays(of_vector: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The adjoint of an argument of such a product, with the structure of the argument.
+
+    Args:
+        of_vector: the same for a matrix x and a vector z of numpy, of which most products are.
+    """
+
+    def decorated(f: Callable[..., Any]) -> Callable[..., Any]:
+        left = f.__name__.endswith("_left")
+
+        @functools.wraps(f)
+        def product(g: Any, x: Any, z: Any) -> Any:
+            if type(x) is np.ndarray and type(z) is np.ndarray:
+                if of_vector is not None and x.ndim == 2 and z.ndim == 1:
+                    return of_vector(g, x, z)
+                return f(g, x, z)
+            return unlisted(f(_array(g), _array(x), _array(z)), x if left else z)
+
+        return product
+
+    return decorated
 
 
 @_of_arrays
@@ -886,7 +908,7 @@ def matmul(x: Any, z: Any) -> Any:
     return x @ z
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
 def matmul_left(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of x when g is that of x @ z."""
     if z.ndim == 1:
@@ -896,7 +918,7 @@ def matmul_left(g: Any, x: Any, z: Any) -> Any:
     return unbroadcast(g @ swapped(z), x)
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g, x))
 def matmul_right(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of z when g is that of x @ z."""
     if x.ndim == 1:
@@ -918,7 +940,7 @@ def dot(x: Any, z: Any) -> Any:
     return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
@@ -927,7 +949,7 @@ def dot_left(g: Any, x: Any, z: Any) -> Any:
     return tensordot_left(g, x, z, _contracted(x, z))
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g, x))
 def dot_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -943,14 +965,14 @@ def inner(x: Any, z: Any) -> Any:
     return tensordot(x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def inner_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
     return tensordot_left(g, x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def inner_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -996,12 +1018,12 @@ def outer(x: Any, z: Any) -> Any:
     return _row(x)[:, None] * _row(z)
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def outer_left(g: Any, x: Any, z: Any) -> Any:
     return reshape_like(g @ _row(z), x)
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def outer_right(g: Any, x: Any, z: Any) -> Any:
     return reshape_like(_row(x) @ g, z)
 

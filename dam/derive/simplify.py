@@ -6,6 +6,7 @@ import ast
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from dam.derive.trees import KEPT, children, loads, mentions, name, rebuilt, renamed, shown, stores, walk
 
@@ -370,7 +371,7 @@ def _at(new: ast.stmt, old: ast.stmt) -> ast.stmt:
 # ---- what is computed twice
 
 
-def with_shared(statements: list[ast.stmt], fresh: object, steady: set[str]) -> list[ast.stmt]:
+def with_shared(statements: list[ast.stmt], fresh: Callable[[str], str], steady: set[str]) -> list[ast.stmt]:
     """Calls and powers of steady names that a block has twice, computed once in front of the first.
 
     Args:
@@ -448,7 +449,7 @@ def _costly(node: ast.AST) -> list[ast.expr]:
 _SHARED = {"sin", "cos", "tan", "exp", "log", "sqrt", "tanh", "sinh", "cosh", "expm1", "log1p"}
 
 
-def _replaced(node: ast.AST, text: str, identifier: str) -> ast.AST:
+def _replaced(node: Any, text: str, identifier: str) -> Any:
     """A tree with a name in the place of what has that text."""
     if isinstance(node, (ast.Call, ast.BinOp)) and shown(node) == text:
         return name(identifier)

@@ -81,9 +81,9 @@ def live_before(statements: list[Statement], after: set[str]) -> set[str]:
 def _live_before_one(statement: Statement, live: set[str]) -> set[str]:
     match statement:
         case If(body=body, orelse=orelse):
-            return reads(statement) | live_before(body, live) | live_before(orelse, live)
+            return live_before(body, live) | live_before(orelse, live) | reads(statement)
         case For() | While():
-            return reads(statement) | live_at_head(statement, live)
+            return live_at_head(statement, live) | reads(statement)
     return (live - writes(statement)) | reads(statement)
 
 
