@@ -80,13 +80,14 @@ class Module:
         writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
         return normal, single, names, memory, writes, in_place
 
-    def signature(self, callee: Callee, extra: list[str] | None = None) -> ast.arguments:
-        """A function's parameters, their defaults as they are."""
+    def signature(self, callee: Callee, extra: list[str] | None = None, inner: bool = False) -> ast.arguments:
+        """A function's parameters, their defaults as they are; of a function of the module's own all by name."""
         source = callee.source
         given = source.node.args
+        positional = [] if inner else given.posonlyargs
         arguments = ast.arguments(
-            posonlyargs=[ast.arg(a.arg) for a in given.posonlyargs],
-            args=[ast.arg(a.arg) for a in given.args],
+            posonlyargs=[ast.arg(a.arg) for a in positional],
+            args=[ast.arg(a.arg) for a in (*given.posonlyargs, *given.args)[len(positional) :]],
             kwonlyargs=[ast.arg(a.arg) for a in given.kwonlyargs],
             defaults=[],
             kw_defaults=[],
@@ -148,7 +149,7 @@ class Module:
             body = Primal(None, set(), self.primal, in_place).block(single.statements)
             body.append(ast.Return(name(single.result)))
             _uncommented(body)
-            self.define(given, self.signature(callee), body)
+            self.define(given, self.signature(callee, inner=True), body)
         return self.made[known]
 
     def _claim(self, normal: Normaliser, single: Single) -> None:
@@ -204,7 +205,7 @@ class Module:
         values = ast.Tuple([name(k) for k in kept], ast.Load())
         body.append(ast.Return(ast.Tuple([name(single.result), values], ast.Load())))
         body = self.passes(body, single, memory, normal.parameters)
-        self.define(forward, self.signature(callee), body, f"{stem}, with what its backward pass needs")
+        self.define(forward, self.signature(callee, inner=True), body, f"{stem}, with what its backward pass needs")
         argument = single.fresh("kept")
         if kept:
             code.insert(0, assign(kept if len(kept) > 1 else [*kept], name(argument)))
@@ -288,7 +289,7 @@ class Module:
             code.append(ast.Return(ast.Tuple([name(single.result), result], ast.Load())))
             extra = [f"d_{p}" for p in sorted(active)]
             code = self.passes(code, single, memory, [*normal.parameters, *extra])
-            self.define(given, self.signature(callee, extra), code, f"{callee.source.name} and its tangent")
+            self.define(given, self.signature(callee, extra, inner=True), code, f"{callee.source.name} and its tangent")
         return self.made[known]
 
     def forward(self, callee: Callee, wrt: list[str], preserve_result: bool) -> str:

@@ -9,7 +9,9 @@ the loops and branches that they stand for; functions defined inside get what th
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +146,10 @@ MUTATORS = {
 }  # fmt: skip
 
 
+# Methods without a slope that numpy has with a place for the result as their second argument.
+_REDUCING_METHODS = {"argmax", "argmin", "any", "all", "round"}
+
+
 def _assigned(body: list[ast.stmt]) -> set[str]:
     """Names that statements bind in their own scope."""
     found: set[str] = set()
@@ -192,6 +198,15 @@ REFUSED: dict[type, str] = {
 _VARIES = f"{KEPT}varies"
 
 
+def called_by_name(function: str, value: ast.Call) -> ast.Call:
+    """A call of a function as its author wrote it, which may have parameters that are given by position only."""
+    first = [a.arg for a in value.callee.source.node.args.posonlyargs]  # type: ignore[attr-defined]
+    given = {k.arg: k.value for k in value.keywords}
+    return ast.Call(
+        name(function), [given[p] for p in first if p in given], [k for k in value.keywords if k.arg not in first]
+    )
+
+
 class Normaliser:
     """One function with some of its parameters active, as statements of the normal form."""
 
@@ -218,6 +233,7 @@ class Normaliser:
         body = without_exits(node.body, result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
+        self.displays = self._displays(body)
         self.varied = self._varied(body, set(active))
         self.out: list[Statement] = []
         self.here: ast.AST = node
@@ -312,6 +328,29 @@ class Normaliser:
             if len(varied) == before:
                 return varied
 
+    def _displays(self, body: list[ast.stmt]) -> dict[str, ast.expr]:
+        """Tuples, lists and dicts that are written out, of which code reads items at constants and nothing else."""
+        nodes = [n for one in body for n in walk(one)]
+        found: dict[str, ast.expr] = {}
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
+                if isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
+                    found[node.targets[0].id] = node.value
+        if not found:
+            return found
+        uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
+        uses.subtract(n for node in nodes if (n := self._of_item(node)) is not None)
+        return {identifier: display for identifier, display in found.items() if uses[identifier] == 1}
+
+    def _of_item(self, node: ast.AST) -> str | None:
+        """The name whose item at a constant this is, or whose structure an adjoint gets in a derivative."""
+        whole: ast.AST | None = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Constant):
+            whole = node.value
+        elif isinstance(node, ast.Call) and self.resolve(node.func) in (runtime.placed, runtime.add_at):
+            whole = node.args[-1]
+        return whole.id if isinstance(whole, ast.Name) else None
+
     def _counters(self, node: ast.For | ast.comprehension) -> set[str]:
         """Of targets of enumerate and items the name of the index, which has no derivative."""
         call = node.iter
@@ -379,6 +418,14 @@ class Normaliser:
         if isinstance(node, ast.Attribute) and node.attr in primitives.ATTRIBUTES_WITHOUT_SLOPE:
             return False
         if isinstance(node, ast.Subscript):
+            if (
+                isinstance(node.value, ast.Name)
+                and node.value.id in self.displays
+                and isinstance(node.slice, ast.Constant)
+            ):
+                item = _item_of(self.displays[node.value.id], node.slice.value)
+                if item is not None:
+                    return self.depends(item)
             return self.depends(node.value)
         if isinstance(node, ast.IfExp):
             return self.depends(node.body) or self.depends(node.orelse)
@@ -430,6 +477,7 @@ class Normaliser:
             return node
         for inner in walk(node):
             if isinstance(inner, ast.Call):
+                self._no_place_for_results(inner)
                 if self.resolve(inner.func) in (eval, exec, locals, globals, vars):
                     raise self.refuse(node, f"{ast.unparse(inner.func)} reads variables by their names, which has no "
                                       "derivative here")  # fmt: skip
@@ -447,6 +495,20 @@ class Normaliser:
                 raise self.refuse(node, f"{inner.id}, a function defined inside, is used as a value")
         free = loads(node)
         return renamed(node, {n: self._outside(n, node) for n in dict.fromkeys(mentions(node)) if n in free})
+
+    def _no_place_for_results(self, call: ast.Call) -> None:
+        """Refuses calls of numpy and torch that write their result into an argument."""
+        found = self.resolve(call.func)
+        named = any(k.arg == "out" for k in call.keywords)
+        if isinstance(found, np.ufunc):
+            named = named or len(call.args) > found.nin
+        elif found is not None and inspect.getmodule(found) is np and len(call.args) > 2 and inspect.isroutine(found):
+            with contextlib.suppress(TypeError, ValueError):
+                named = named or "out" in inspect.signature(found).bind_partial(*call.args).arguments
+        elif found is None and isinstance(call.func, ast.Attribute):
+            named = named or (call.func.attr in _REDUCING_METHODS and len(call.args) > 1)
+        if named:
+            raise self.refuse(call, f"{ast.unparse(call)} writes into an argument; assign its result to a name instead")
 
     def _outside(self, identifier: str, at: ast.AST) -> str:
         """What a name of the function, or of its surroundings, is called in the module."""
@@ -735,6 +797,10 @@ class Normaliser:
                 return ast.Subscript(self.atom(function.value), self.index(node.args[0]), ast.Load()), "item"
         if function.attr in ("astype", "to", "type", "float", "values", "items"):
             raise self.refuse(node, f".{function.attr}() has no derivative here")
+        if function.attr == "view" and any(
+            isinstance(self.resolve(a), (torch.dtype, np.dtype, type)) for a in node.args
+        ):
+            raise self.refuse(node, f"{ast.unparse(node)} is of a dtype, which has no derivative here")
         entry = primitives.METHODS.get(function.attr)
         if entry is None:
             raise self.refuse(node, f"the method .{function.attr}() has no derivative here")
@@ -759,6 +825,10 @@ class Normaliser:
         alias = {"dim": "axis", "keepdim": "keepdims"}
         names = {*positional, *(a.arg for a in arguments.kwonlyargs)}
         given = {(alias[k] if k in alias and k not in names else k): v for k, v in given.items()}
+        if any(
+            isinstance(v, ast.Constant) and isinstance(v.value, bool) and k in ("axis", "dim") for k, v in given.items()
+        ):
+            raise self.refuse(node, f"{ast.unparse(node)}: an axis is no bool; name the argument")
         if unknown := given.keys() - names:
             raise self.refuse(node, f"{ast.unparse(node.func)} with {sorted(unknown)[0]}= has no derivative here")
         keywords = [ast.keyword(k, self.argument(v)) for k, v in given.items()]
@@ -1145,6 +1215,19 @@ def _free(node: ast.FunctionDef) -> set[str]:
                 inside |= _free(inner)
         inside |= loads(statement)
     return inside - own
+
+
+def _item_of(display: ast.expr, key: Any) -> ast.expr | None:
+    """What a display has at a key, where that is certain."""
+    if isinstance(display, ast.Dict):
+        keys = [k.value if isinstance(k, ast.Constant) else None for k in display.keys]
+        known = None not in keys and keys.count(key) == 1
+        return display.values[keys.index(key)] if known else None
+    assert isinstance(display, (ast.Tuple, ast.List))
+    plain = (
+        type(key) is int and 0 <= key < len(display.elts) and not any(isinstance(e, ast.Starred) for e in display.elts)
+    )
+    return display.elts[key] if plain else None
 
 
 def _roots(node: ast.AST) -> set[str]:

@@ -27,6 +27,7 @@ from dam.derive.normal import (
     Unpack,
     While,
     as_value,
+    called_by_name,
 )
 from dam.derive.primitives import Primitive
 from dam.derive.simplify import fold, free, is_zero
@@ -544,7 +545,7 @@ class Primal:
             forward, _ = self.reverse.pair(callee, parameters)
             out.append(assign([st.target, st.kept], ast.Call(name(forward), [], st.value.keywords), st.line))
             return
-        out.append(assign(st.target, ast.Call(name(self.primal_name(callee)), [], st.value.keywords), st.line))
+        out.append(assign(st.target, called_by_name(self.primal_name(callee), st.value), st.line))
 
     def loop(self, st: For | While, out: list[ast.stmt]) -> None:
         keeps = bool(getattr(st, "keeps", False))

@@ -347,6 +347,8 @@ def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
         else:
             items[i] = add(items[i], full(g, x[i]))
         return _sequence(x, items)
+    if not _is_array(x):  # numpy's numbers have items, x[()] and x[...]
+        return b + reshape_like(g, x)
     b = full(b, x)
     if isinstance(x, torch.Tensor):
         b = b.clone()
@@ -382,6 +384,8 @@ def zeroed(b: Any, i: Any, x: Any) -> Any:
         items = list(b)
         items[i] = zeros_like(x[i])
         return items
+    if isinstance(b, (tuple, list, dict)):  # x is the number 0.0 in the place of a structure
+        return 0.0
     b = full(b, x)
     b = b.clone() if isinstance(b, torch.Tensor) else b.copy()
     b[i] = 0.0
@@ -607,7 +611,13 @@ def total(b: Any, axis: Any = None, keepdims: Any = False) -> Any:
 
 
 def count(x: Any, axis: Any = None) -> float:
-    """How many numbers one of x's reduction over axis is made of."""
+    """How many numbers one of x's reduction over axis is made of.
+
+    Raises:
+        DerivativeError: the axis is a bool, which torch takes for another argument.
+    """
+    if isinstance(axis, bool):
+        raise DerivativeError(f"{axis} is in the place of an axis; name the argument that it is")
     shape = _shape(_array(x))
     return float(np.prod([shape[a] for a in _axes(axis, len(shape))]))
 
