@@ -205,6 +205,7 @@ import sys, dam
 late = [name for name in dam._SUBMODULES if f"dam.{name}" in sys.modules]
 assert not late and "matplotlib" not in sys.modules, late
 assert not [name for name in sys.modules if name.startswith(("dam.flows", "dam.train"))]
+assert dam.ctmc.schedules.define and not [name for name in sys.modules if name.startswith("dam.derive")]
 assert dam.ctmc.MaskedCTMC and dam.flows.FlowProcess and dam.rollout.rollout and dam.adjoint.group_targets
 assert "train" in dir(dam)
 try:

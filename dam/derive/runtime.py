@@ -61,7 +61,10 @@ def differentiable(x: Any, name: str) -> None:
     Raises:
         DerivativeError: it has integers, booleans, complex numbers or none at all.
     """
-    if isinstance(x, float) or (type(x) is np.ndarray and x.dtype.kind == "f"):
+    if type(x) is np.ndarray:
+        if x.dtype.kind == "f":
+            return
+    elif isinstance(x, float):
         return
     if isinstance(x, (tuple, list, dict)):
         items = x.items() if isinstance(x, dict) else enumerate(x)
@@ -204,7 +207,7 @@ def tangent(d: Any, x: Any) -> Any:
 
 def gradient(b: Any, x: Any) -> Any:
     """The adjoint of an argument in the argument's own structure and shape."""
-    if type(b) is np.ndarray and type(x) is np.ndarray and b.shape == x.shape and b.dtype == x.dtype:
+    if type(b) is np.ndarray and type(x) is np.ndarray and b.dtype is x.dtype and b.shape == x.shape:
         return b
     return _matched(b, x, "the gradient")
 
@@ -344,6 +347,8 @@ def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
         else:
             items[i] = add(items[i], full(g, x[i]))
         return _sequence(x, items)
+    if not _is_array(x):  # numpy's numbers have items, x[()] and x[...]
+        return b + reshape_like(g, x)
     b = full(b, x)
     if isinstance(x, torch.Tensor):
         b = b.clone()
@@ -379,6 +384,8 @@ def zeroed(b: Any, i: Any, x: Any) -> Any:
         items = list(b)
         items[i] = zeros_like(x[i])
         return items
+    if isinstance(b, (tuple, list, dict)):  # x is the number 0.0 in the place of a structure
+        return 0.0
     b = full(b, x)
     b = b.clone() if isinstance(b, torch.Tensor) else b.copy()
     b[i] = 0.0
@@ -575,14 +582,14 @@ def broadcast(b: Any, x: Any) -> Any:
 
 def expand(g: Any, x: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """The adjoint of x when g is that of x.sum(axis, keepdims)."""
+    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
+        found = np.empty_like(x)
+        found.fill(g)
+        return found
     if isinstance(x, (tuple, list)):
         return unlisted(expand(g, _array(x), axis, keepdims), x)
     if isinstance(g, tuple):
         raise DerivativeError("max and min with dim give a tuple in torch; use amax and amin")
-    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
-        found = np.empty(x.shape, x.dtype)
-        found.fill(g)
-        return found
     if not _is_array(x):
         return g if _is_array(x) or _shape(g) == () else g.reshape(())[()]
     if axis is not None and not keepdims and _shape(g) != ():
@@ -604,7 +611,13 @@ def total(b: Any, axis: Any = None, keepdims: Any = False) -> Any:
 
 
 def count(x: Any, axis: Any = None) -> float:
-    """How many numbers one of x's reduction over axis is made of."""
+    """How many numbers one of x's reduction over axis is made of.
+
+    Raises:
+        DerivativeError: the axis is a bool, which torch takes for another argument.
+    """
+    if isinstance(axis, bool):
+        raise DerivativeError(f"{axis} is in the place of an axis; name the argument that it is")
     shape = _shape(_array(x))
     return float(np.prod([shape[a] for a in _axes(axis, len(shape))]))
 
@@ -868,17 +881,36 @@ def diagonal_back(g: Any, x: Any, k: Any = 0) -> Any:
 
 
 def _of_arrays(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A product that takes lists of numbers and numbers for arrays; an adjoint is of the structure of its argument."""
-    belongs = {"left": -2, "right": -1}.get(f.__name__.rpartition("_")[2])
+    """A product that takes lists of numbers and numbers for arrays."""
 
     @functools.wraps(f)
-    def product(*arguments: Any) -> Any:
-        if type(arguments[-1]) is np.ndarray and type(arguments[-2]) is np.ndarray:
-            return f(*arguments)
-        found = f(*(_array(a) for a in arguments))
-        return found if belongs is None else unlisted(found, arguments[belongs])
+    def product(x: Any, z: Any) -> Any:
+        return f(_array(x), _array(z))
 
     return product
+
+
+def _adjoint_of_arrays(of_vector: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The adjoint of an argument of such a product, with the structure of the argument.
+
+    Args:
+        of_vector: the same for a matrix x and a vector z of numpy, of which most products are.
+    """
+
+    def decorated(f: Callable[..., Any]) -> Callable[..., Any]:
+        left = f.__name__.endswith("_left")
+
+        @functools.wraps(f)
+        def product(g: Any, x: Any, z: Any) -> Any:
+            if type(x) is np.ndarray and type(z) is np.ndarray:
+                if of_vector is not None and x.ndim == 2 and z.ndim == 1:
+                    return of_vector(g, x, z)
+                return f(g, x, z)
+            return unlisted(f(_array(g), _array(x), _array(z)), x if left else z)
+
+        return product
+
+    return decorated
 
 
 @_of_arrays
@@ -886,7 +918,7 @@ def matmul(x: Any, z: Any) -> Any:
     return x @ z
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
 def matmul_left(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of x when g is that of x @ z."""
     if z.ndim == 1:
@@ -896,7 +928,7 @@ def matmul_left(g: Any, x: Any, z: Any) -> Any:
     return unbroadcast(g @ swapped(z), x)
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g, x))
 def matmul_right(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of z when g is that of x @ z."""
     if x.ndim == 1:
@@ -918,7 +950,7 @@ def dot(x: Any, z: Any) -> Any:
     return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
@@ -927,7 +959,7 @@ def dot_left(g: Any, x: Any, z: Any) -> Any:
     return tensordot_left(g, x, z, _contracted(x, z))
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g, x))
 def dot_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -943,14 +975,14 @@ def inner(x: Any, z: Any) -> Any:
     return tensordot(x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def inner_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
     return tensordot_left(g, x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def inner_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -996,12 +1028,12 @@ def outer(x: Any, z: Any) -> Any:
     return _row(x)[:, None] * _row(z)
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def outer_left(g: Any, x: Any, z: Any) -> Any:
     return reshape_like(g @ _row(z), x)
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def outer_right(g: Any, x: Any, z: Any) -> Any:
     return reshape_like(_row(x) @ g, z)
 

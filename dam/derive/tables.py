@@ -603,7 +603,7 @@ _runtime(
     view=True,
 )
 _runtime(
-    "zeroed", "b, i, x", {"b": "rt.unbroadcast_any(rt.zeroed(g, i, x), b)"}, {"b": "rt.zeroed(d_b, i, x)"}, view=True
+    "zeroed", "b, i, x", {"b": "rt.unbroadcast_any(rt.zeroed(g, i, b), b)"}, {"b": "rt.zeroed(d_b, i, x)"}, view=True
 )
 _runtime("stored", "b, i, x, v", {"b": "rt.stored_back(g, i, x, b)"}, {"b": "rt.stored(d_b, i, x, v)"}, view=True)
 _runtime("stored_back", "b, i, x, like", {"b": "rt.unbroadcast_any(g[i], b)"}, {"b": "rt.stored_back(d_b, i, x, like)"})

@@ -510,15 +510,3 @@ def test_arrivals_are_those_of_a_poisson_process():
     assert scipy.stats.kstest(times[times < 1.5].numpy() - 0.5, "uniform").pvalue > P_VALUE
     assert bool((times[:, -1] >= 1.5).all())
     assert bool((_arrivals(0.0, 0.5, 1.5, 4, rows[:2], 0) == torch.inf).all())
-
-
-def test_schedules_of_users():
-    """The derivative and inverse of alpha(t) = t^3, and what is not a schedule."""
-    schedule = UserSchedule(lambda t: t**3)
-    t = torch.linspace(0.05, 1, 20, dtype=torch.float64)
-    # Bisection ends within a float64's rounding of t.
-    torch.testing.assert_close(schedule.derivative(t), 3 * t**2, rtol=1e-12, atol=0)
-    torch.testing.assert_close(schedule.inverse(t**3), t, rtol=1e-12, atol=0)
-    for bad in (lambda t: 1 - t, lambda t: t / 2, lambda t: 2 * t - 1):
-        with pytest.raises(ValueError, match="alpha must increase"):
-            UserSchedule(bad)

@@ -1154,6 +1154,31 @@ def layers(parameters):
     return np.sum(h**2)
 
 
+@case([0.4, 0.7], torch=False)
+def lengthened_by_a_slice(q):
+    q[1:] = [q[0] * 2.0, q[1] * 3.0, q[0] * q[1]]
+    return q[1] * q[2] * q[3]
+
+
+@case(V, torch=False)
+def whole_of_a_number(x):
+    z = np.sum(x * x)
+    z += 1.0
+    return z[()] * z + z[...] * x[0]
+
+
+def positional_only(a, b=2.0, /, c=1.0):
+    return a * b + c
+
+
+@case(0.7, torch=False)
+def called_with_positional_only(x, /):
+    def inner(a, /, b):
+        return a * b * x
+
+    return positional_only(x, x * 2.0) * inner(x, b=3.0) + positional_only(2.0, c=3.0) * positional_only(x)
+
+
 # ---- larger ones
 
 
@@ -1482,6 +1507,14 @@ def negative_base_in_loop(p):
 def negative_base_in_structure(s):
     p = (s, 2)
     return p[0] ** p[1] * s
+
+
+@case(-1.3, torch=False)
+def negative_base_and_float_exponents(s):
+    pair = (s, 2.0)
+    table = {"v": s * s, "n": 3.0, "m": -1.0}
+    items = [s, 2.0]
+    return pair[0] ** pair[1] * table["v"] ** table["n"] + pair[0] ** table["m"] * s ** items[1]
 
 
 @case(np.diag([1.3, 0.8, 0.0]) + 0.0 * S, order=1, torch=False)

@@ -575,9 +575,52 @@ def torch_extreme_of_axis(x):
     return torch.sum(torch.max(x, 0)[0])
 
 
+def view_of_another_dtype(x):
+    return torch.sum(x.view(torch.float32))
+
+
+def biased_variance(x):
+    return torch.var(x, False)
+
+
+def biased_variance_of_method(x):
+    return x.var(False)
+
+
+def sign_into_another(x):
+    y = x * 2.0
+    s = np.sign(x, y)
+    return np.sum(y * x) + s[0]
+
+
+def floor_for_its_effect(x):
+    y = np.zeros(3)
+    np.floor(x, out=y)
+    return np.sum(y * x)
+
+
+def rounded_into_another(x):
+    y = np.zeros(3)
+    np.round(x, 1, y)
+    return np.sum(y * x)
+
+
+def extreme_into_another(x):
+    y = np.zeros(1, int)
+    k = x[:, None].argmax(0, y)
+    return np.sum(y * x) + k[0]
+
+
 @pytest.mark.parametrize(
     ("f", "message"),
     [
+        (view_of_another_dtype, "is of a dtype"),
+        (biased_variance, "an axis is no bool"),
+        (biased_variance_of_method, "an axis is no bool"),
+        (sign_into_another, "writes into an argument"),
+        (floor_for_its_effect, "writes into an argument"),
+        (rounded_into_another, "writes into an argument"),
+        (extreme_into_another, "writes into an argument"),
         (range_of_numbers, "np.arange has no known derivative"),
         (through_text, "JoinedStr"),
         (through_string, "str has no known derivative"),
@@ -678,3 +721,13 @@ def test_gradients_have_the_dtype_of_their_arguments():
     assert gradient.dtype == np.float32 and type(slope) is np.float32
     tangent = autodiff(grad(f), "forward")(x, np.float32(1.5), d_x=np.ones(3))
     assert tangent.shape == (3,)
+
+
+def test_a_flag_in_the_place_of_an_axis_is_refused_when_it_runs():
+    """Without, torch's biased variance would get the gradient of the unbiased one."""
+
+    def f(x, unbiased):
+        return x.var(unbiased)
+
+    with pytest.raises(DerivativeError, match="False is in the place of an axis"):
+        grad(f)(torch.tensor(V), False)
