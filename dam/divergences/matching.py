@@ -157,12 +157,7 @@ def _cpu(
     try:
         kernel = _compiled(divergence.key)
     except (generated.NoCompiler, OSError) as error:
-        if not choice.is_free():
-            raise RuntimeError(f"rate_matching_loss: backend 'cpu' cannot compile {divergence.name}: {error}") from error
-        generated.warn_once(
-            f"dam: no kernel of the CPU for divergences that are defined here: {error}; the slower reference backend "
-            "'torch' runs instead."
-        )
+        _without("cpu", f"kernels of divergences cannot be compiled here: {error}")
         return _torch(divergence, logits, target, weight, row_scale, exclude, with_grad)
     loss, gradient = outputs(logits, with_grad)
     target, weight = target.contiguous(), weight.double().contiguous()
@@ -185,7 +180,47 @@ def _cpu(
     return loss, gradient
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"torch": _torch, "cpu": _cpu}
+def _without(backend: str, reason: str) -> None:
+    """That the reference runs in a backend's place: says so once, or is an error where the backend is asked for.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if choice.is_asked_for(backend):
+        raise RuntimeError(f"rate_matching_loss: backend {backend!r} cannot run this call: {reason}")
+    generated.warn_once(f"dam: {reason}; the slower reference backend 'torch' runs instead of {backend!r}.")
+
+
+@functools.cache
+def _written(key: str) -> Any:
+    """The module of a divergence's functions for Triton."""
+    divergence = definition.defined(key)
+    assert divergence.triton is not None
+    return generated.module(divergence.name, divergence.triton)
+
+
+def _triton(
+    divergence: Divergence,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    exclude: Excluded,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    arguments = (logits, target, weight, row_scale, exclude, with_grad)
+    if divergence.triton is None:
+        _without("triton", f"Triton lacks a function that {divergence.name} calls")
+        return _torch(divergence, *arguments)
+    try:
+        module = _written(divergence.key)
+    except OSError as error:
+        _without("triton", str(error))
+        return _torch(divergence, *arguments)
+    return triton.launcher("defined", "rate_matching_loss")(module, *arguments)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"torch": _torch, "cpu": _cpu, "triton": _triton}
 
 
 @_op.op("rate_matching_loss")
