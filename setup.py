@@ -90,7 +90,7 @@ class BuildExtensions(build_ext):
         self._link(self._objects(jobs), output, link)
 
     def _build_of(self, flags):
-        """How kernels of the CPU are compiled, JSON as a string of C: for dam.backends.generated, which compiles more."""
+        """How kernels of the CPU are compiled, JSON as a string of C: dam.backends.generated compiles more so."""
         compiler = getattr(self.compiler, "compiler_cxx", None) or self.compiler.compiler_so
         build = {"compiler": list(compiler), "flags": flags, "isa_flags": ISA_FLAGS}
         return json.dumps(json.dumps(build))

@@ -157,7 +157,7 @@ def defined_kernel(
         x = tl.load(logits + row[:, None] * logits_stride + t, mask=counted, other=0.0).to(tl.float64)
         none = x == -INF
         slope, force = AT_TARGET(x)
-        # Weights on an unreachable destination of infinite cost add up first: to 0 that counts 0, or to what has a sign.
+        # Weights on an unreachable destination of infinite cost add up first: to 0, or to what has a sign.
         if (SLOPE_AT_ZERO == -INF) | (SLOPE_AT_ZERO == INF):
             w = tl.where(none & (w != 0.0), pulled, w)
         slope = tl.where(none, SLOPE_AT_ZERO, slope)

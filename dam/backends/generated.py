@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -71,10 +72,11 @@ def compiler() -> Compiler:
     Raises:
         NoCompiler: there is none.
     """
-    candidates = [tuple(_build()["compiler"])]
+    # The builder's command comes with flags of its own, which are not those of dam's sources.
+    candidates = [tuple(itertools.takewhile(lambda word: not word.startswith("-"), _build()["compiler"]))]
     candidates += [tuple(os.environ["CXX"].split())] if os.environ.get("CXX", "").split() else []
     for command in [*candidates, *((name,) for name in _COMPILERS)]:
-        found = shutil.which(command[0])
+        found = shutil.which(command[0]) if command else None
         if found is not None:
             path = Path(found).resolve()
             about = path.stat()
@@ -91,7 +93,7 @@ def _build() -> dict:
 @functools.cache
 def _headers() -> bytes:
     """All that a generated file may include."""
-    paths = sorted(path for path in HEADERS.glob("*/*") if path.suffix in (".h", ".def"))
+    paths = sorted(p for part in ("core", "cpu") for p in (HEADERS / part).iterdir() if p.suffix in (".h", ".def"))
     return b"".join(path.name.encode() + b"\n" + path.read_bytes() for path in paths)
 
 

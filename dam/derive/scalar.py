@@ -12,7 +12,7 @@ import builtins
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import sympy
@@ -24,7 +24,7 @@ from dam.derive import functions
 from dam.derive import runtime as rt
 from dam.derive.errors import DerivativeError
 
-Expression = sympy.Expr
+Expression: TypeAlias = Any  # of sympy, which has no types
 _PATHS = 64  # through one function
 _DEPTH = 32  # of calls
 # As a decimal that somebody wrote: 0.3 - 1 is -7/10, not the quotient of two powers of 2 that the double is. Exponents
@@ -32,7 +32,7 @@ _DEPTH = 32  # of calls
 _DENOMINATOR = 10**6
 
 
-class where(sympy.Function):  # noqa: N801 (as it is printed)
+class where(sympy.Function):
     """where(test, a, b), which sympy's own Piecewise would try to solve."""
 
     nargs = 3
@@ -244,9 +244,7 @@ class _Follower:
             raise source.refuse(source.node, "*args and **kwargs are no numbers; name the parameters")
         names = [a.arg for a in (*given.posonlyargs, *given.args)]
         if len(arguments) > len(names):
-            raise source.refuse(
-                source.node, f"{source.name} takes {len(names)} arguments, not {len(arguments)}"
-            )
+            raise source.refuse(source.node, f"{source.name} takes {len(names)} arguments, not {len(arguments)}")
         defaults: dict[str, Any] = dict(zip(reversed(names), reversed(source.defaults), strict=False))
         defaults |= source.keyword_defaults or {}
         names += [a.arg for a in given.kwonlyargs]

@@ -1,4 +1,4 @@
-"""A divergence from a convex function: its derivatives, how they are written, and for which rates float32 holds them."""
+"""A divergence from a convex function: its derivatives, how they are written, and where float32 holds them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dam import derive
 from dam.divergences import texts
+from dam.divergences.texts import Range
 
 # Logarithms of the rates at which phi is looked at: 1e-30 to 1e30, and 1 itself, where a kink often is, is none.
 _SAMPLE = [0.58 * (n + 0.37) for n in range(-119, 119)]
@@ -26,13 +27,6 @@ _GRID = sorted(
 )
 _ROUNDING = 2.0**-18  # relative, of a number that a sum or a gradient is made of; the kernels' own exp has 2^-22
 _SMALLEST, _LARGEST = 2.0**-120, 2.0**100  # what is 0 to float32, and what 1024 of may be added in it
-
-
-class Range(NamedTuple):
-    """Log rates for which float32 computes what a kernel sums and what its gradient is made of."""
-
-    lowest: float
-    highest: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +262,7 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
     chosen, limits = {}, Range(-math.inf, math.inf)
     for name, e in wanted.items():
         exact = [v[0] for v in map(_numbers(x, e), _GRID)]
-        ways = []
+        ways: list[tuple[Any, ...]] = []
         for form in forms:
             try:
                 way = _by_branch(e, form)
@@ -286,7 +280,6 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
 
 def _range_of(one: Any, exact: list[Any]) -> Range:
     """Of the grid the part around 0 on which float32 is close."""
-    (name, _), = one.outputs  # fmt: skip
     run = functions_of(texts.torch_function("compute", one))["compute"]
     (found,) = run(torch.tensor(_GRID, dtype=torch.float32))
     good = []

@@ -70,10 +70,11 @@ def rate_matching_loss(
     if divergence == "kl":
         excluding: Any = {"exclude": exclude, "suppress": suppress}
         return matching_loss(log_rates, target, weight, row_scale=row_scale, normalized=False, **excluding)
-    if isinstance(divergence, str) and divergence not in definition.SHIPPED or not (
-        isinstance(divergence, (str, Divergence)) or callable(divergence)
-    ):
-        raise ValueError(f"{op}: divergence must be 'kl', 'l2', of define, or a convex function; got {divergence!r}")
+    known = divergence in definition.SHIPPED if isinstance(divergence, str) else callable(divergence)
+    if not known and not isinstance(divergence, Divergence):
+        raise ValueError(
+            f"{op}: divergence must be 'kl', 'l2', what define returns or a convex function; got {divergence!r}"
+        )
     x, lead = _checks.rows(op, "log_rates", log_rates, "V")
     target, weight, row_scale = weighted_targets(op, x, lead, target, weight, row_scale)
     excluded = _excluded.checked(op, exclude, suppress, lead, x.shape[1], x)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from dam.derive import emit
-    from dam.divergences.definition import Range
+
+
+class Range(NamedTuple):
+    """Log rates for which float32 computes what a kernel sums and what its gradient is made of."""
+
+    lowest: float
+    highest: float
 
 
 class Parts(NamedTuple):
@@ -120,9 +126,7 @@ def _cpp_function(name: str, program: emit.Program) -> str:
     body = ["using T [[maybe_unused]] = fn::Number<F>;", *before, "for (int i = 0; i < N; ++i) {"]
     body += [f"  {line}" for line in within] + ["}"]
     text = "".join(f"    {line}\n" for line in body)
-    return (
-        f"  // {_meaning(program)}\n  template <class F, int N>\n  static void {name}({taken}) {{\n{text}  }}\n"
-    )
+    return f"  // {_meaning(program)}\n  template <class F, int N>\n  static void {name}({taken}) {{\n{text}  }}\n"
 
 
 def _commented(text: str, mark: str) -> str:
