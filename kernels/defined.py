@@ -38,11 +38,11 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1, also near 0, by the same means."""
+    """exp(x) - 1, near 0 by the same means."""
     u = tl.exp(x)
-    log_u = tl.log(u)
-    found = tl.where(u == 1.0, x, (u - 1.0) * (x / tl.where(log_u == 0.0, 1.0, log_u)))
-    return tl.where((u == INF) | (u == 0.0), u - 1.0, found)
+    near = (x > -1.0) & (x < 1.0) & (u != 1.0)
+    log_u = tl.where(near, tl.log(tl.where(near, u, 2.0)), 1.0)
+    return tl.where(u == 1.0, x, tl.where(near, (u - 1.0) * (x / log_u), u - 1.0))
 
 
 @triton.jit

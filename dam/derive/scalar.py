@@ -95,6 +95,10 @@ def _clip(x: Expression, low: Any = None, high: Any = None) -> Expression:
     return x if high is None else _minimum(x, high)
 
 
+def _logaddexp(x: Expression, z: Expression) -> Expression:
+    return _chosen(x >= z, x + cfunctions.log1p(sympy.exp(z - x)), z + cfunctions.log1p(sympy.exp(x - z)))
+
+
 def _sign(x: Expression) -> Expression:
     return _chosen(x > 0, sympy.Integer(1), _chosen(x < 0, sympy.Integer(-1), sympy.Integer(0)))
 
@@ -158,7 +162,7 @@ _MEANINGS: dict[str, Callable[..., Any]] = {
     "minimum fmin": _minimum,
     "clip clamp": _clip,
     "where": _chosen,
-    "logaddexp": lambda x, z: x + cfunctions.log1p(sympy.exp(z - x)),
+    "logaddexp": _logaddexp,
 }
 _KNOWN: dict[Any, Callable[..., Any]] = {}
 for _names, _meaning in _MEANINGS.items():
@@ -167,7 +171,7 @@ for _names, _meaning in _MEANINGS.items():
             if _function := getattr(_module, _name, None):
                 _KNOWN[_function] = _meaning
 _KNOWN |= {abs: _abs, float: _first, pow: _power, max: _maximum, min: _minimum, np.float64: _first}
-_KNOWN[torch.nn.functional.softplus] = lambda x: cfunctions.log1p(sympy.exp(x))
+_KNOWN[torch.nn.functional.softplus] = lambda x: _logaddexp(x, sympy.Integer(0))
 # Of the differentiator's runtime: of numbers, what undoes broadcasting does nothing.
 _KNOWN |= {
     rt.differentiable: lambda x, name: None,

@@ -22,8 +22,8 @@ _SAMPLE = [0.58 * (n + 0.37) for n in range(-119, 119)]
 _DIGITS = 120  # so that what cancels there has some left
 # Log rates at which float32 is compared with these digits.
 _GRID = sorted(
-    [0.25 * n for n in range(-40, 41)]
-    + [sign * x for sign in (-1.0, 1.0) for x in (*range(11, 90), 100, 200, 500, 1000, 10_000, 100_000)]
+    [0.5 * n for n in range(-20, 21)]
+    + [sign * x for sign in (-1.0, 1.0) for x in (*range(11, 90, 2), 100, 200, 500, 1000, 10_000, 100_000)]
 )
 _ROUNDING = 2.0**-18  # relative, of a number that a sum or a gradient is made of; the kernels' own exp has 2^-22
 _SMALLEST, _LARGEST = 2.0**-120, 2.0**100  # what is 0 to float32, and what 1024 of may be added in it
@@ -261,16 +261,19 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
     forms: Sequence[Callable[[Any], Any]] = (lambda e: e, sympy.expand, lambda e: sympy.cancel(sympy.expand(e)))
     chosen, limits = {}, Range(-math.inf, math.inf)
     for name, e in wanted.items():
-        exact = [v[0] for v in map(_numbers(x, e), _GRID)]
+        exact = [float(v[0]) for v in map(_numbers(x, e), _GRID)]
         ways: list[tuple[Any, ...]] = []
         for form in forms:
             try:
                 way = _by_branch(e, form)
             except (sympy.PolynomialError, NotImplementedError):
                 continue
+            if any(way == other for *_, other, _ in ways):
+                continue
             one = emit.program({name: way}, x)
             holds = _range_of(one, exact)
-            ways.append((holds.lowest - holds.highest, sympy.count_ops(way), len(ways), way, holds))
+            span = min(holds.highest, _GRID[-1]) - max(holds.lowest, _GRID[0])
+            ways.append((-span, sympy.count_ops(way), len(ways), way, holds))
         *_, chosen[name], holds = min(ways, key=lambda w: w[:3])
         limits = Range(max(limits.lowest, holds.lowest), min(limits.highest, holds.highest))
     if not limits.lowest < 0 < limits.highest:
@@ -281,11 +284,12 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
 def _range_of(one: Any, exact: list[Any]) -> Range:
     """Of the grid the part around 0 on which float32 is close."""
     run = functions_of(texts.torch_function("compute", one))["compute"]
-    (found,) = run(torch.tensor(_GRID, dtype=torch.float32))
+    (found,) = run(torch.tensor(_GRID, dtype=torch.float32, device="cpu"))
     good = []
     for n, (x, ours, theirs) in enumerate(zip(_GRID, found.tolist(), exact, strict=True)):
+        around = [*exact[max(n - 1, 0) : n], *exact[n + 1 : n + 2]]
         # Beside a sign's change what counts is the size around it.
-        size = max(abs(v) for v in exact[max(n - 1, 0) : n + 2] if v == v) if theirs == theirs else math.nan
+        size = max(map(abs, (theirs, *around))) if any(v * theirs <= 0 for v in around) else abs(theirs)
         held = all(float(k) * x <= 86.0 for _, k in one.powers)  # what exp_each takes
         close = abs(ours - theirs) <= _ROUNDING * size + _SMALLEST
         good.append(bool(held and close and abs(ours) <= _LARGEST))
