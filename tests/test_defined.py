@@ -216,7 +216,7 @@ def test_rates_that_float32_does_not_hold(backend):
 
 
 def test_targets_that_cannot_be_reached(backend):
-    """Cost the limit of phi' at 0; where that is infinite, weights add up first; the gradient stays that of the rest."""
+    """Cost the limit of phi' at 0; where that is infinite, weights add up first; the rest's gradient stays."""
     x = torch.tensor([[0.5, -INF, 1.0]])
     target = torch.tensor([[1, 1]])
     for phi, none, some in ((generalised_kl, 0.0, INF), (squared_hellinger, 0.0, INF)):
