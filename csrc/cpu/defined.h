@@ -117,34 +117,27 @@ struct DefinedArgs {
   Scratch scratch;
 };
 
-// Whether a tile has log rates for which float32 does not hold what Phi computes.
-template <class Phi>
-inline bool is_outside(const float* x, int width) {
-  if constexpr (Phi::LOWEST == -HUGE_VALF && Phi::HIGHEST == HUGE_VALF) return false;
-  u32 found{};
-  for (int i = 0; i < width; i += LANES) {
-    const f32 v = load<f32>(x + i);
-    found |= (u32)((v > Phi::HIGHEST) | ((v < Phi::LOWEST) & (v != -HUGE_VALF)));
+// Sum over a tile of phi'(u) u - phi(u), and out = scale phi''(u) u^2, in doubles; log rates of -inf are no destinations.
+template <class Phi, bool GRADIENT>
+inline double wide_tile(const float* x, int width, double scale, float* out) {
+  double sum = 0.0;
+  for (int i = 0; i < width; ++i) {
+    const double one[1] = {x[i]};
+    double pull[1] = {0.0}, curvature[1] = {0.0};
+    if (x[i] != -HUGE_VALF) Phi::terms(one, pull, curvature);
+    sum += pull[0];
+    if (GRADIENT) out[i] = static_cast<float>(scale * curvature[0]);
   }
-  return fold(found, [](auto a, auto b) { return a | b; }) != 0;
+  return sum;
 }
 
-// Sum over a tile of phi'(u) u - phi(u), and out = scale phi''(u) u^2; log rates of -inf are no destinations.
+// The same in floats; once more in doubles where one of the log rates turns out to be of those that floats do not hold.
 template <class Phi, bool GRADIENT, class Element>
 inline double defined_tile(const float* x, int width, double scale, float* out, const Element* next) {
-  if (is_outside<Phi>(x, width)) {
-    double sum = 0.0;
-    for (int i = 0; i < width; ++i) {
-      const double one[1] = {x[i]};
-      double pull[1] = {0.0}, curvature[1] = {0.0};
-      if (x[i] != -HUGE_VALF) Phi::terms(one, pull, curvature);
-      sum += pull[0];
-      if (GRADIENT) out[i] = static_cast<float>(x[i] == -HUGE_VALF ? 0.0 : scale * curvature[0]);
-    }
-    return sum;
-  }
+  if constexpr (!(Phi::LOWEST < Phi::HIGHEST)) return wide_tile<Phi, GRADIENT>(x, width, scale, out);
   const float factor = to_float(scale);
-  f32 sums[UNROLL] = {};
+  f32 sums[UNROLL] = {}, top = f32{} - HUGE_VALF;
+  u32 outside{};
   for (int i = 0; i < width; i += STEP) {
     prefetch(next, i);
     f32 d[UNROLL], pull[UNROLL], curvature[UNROLL];
@@ -152,10 +145,14 @@ inline double defined_tile(const float* x, int width, double scale, float* out, 
     Phi::terms(d, pull, curvature);
     for (int n = 0; n < UNROLL; ++n) {
       const auto none = d[n] == -HUGE_VALF;
+      if constexpr (Phi::LOWEST > -HUGE_VALF) outside |= (u32)((d[n] < Phi::LOWEST) & ~none);
+      top = larger(d[n], top);
       sums[n] += none ? f32{} : pull[n];
       if constexpr (GRADIENT) store(out + i + n * LANES, none ? f32{} : factor * curvature[n]);
     }
   }
+  outside |= (u32)(top > Phi::HIGHEST);
+  if (fold(outside, [](auto a, auto b) { return a | b; }) != 0) return wide_tile<Phi, GRADIENT>(x, width, scale, out);
   return sum_lanes(sums);
 }
 
