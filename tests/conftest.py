@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DAM_EMULATE_CUDA", "1")
 
+# One cache of generated kernels for all tests and their processes; a name there stands for all that a file is made of.
+os.environ.setdefault("DAM_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "generated"))
+
 import dam
 from dam.backends import choice, triton
 from tests import covering, interpreted

@@ -44,7 +44,7 @@ LEAVES = {"plots": 0, "derive": 0}
 # Within a part, a module imports modules of lower rank only; the first pattern that fits a name gives its rank. Of the
 # other parts it holds that they have no circle.
 WITHIN = {
-    "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
+    "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2, "generated": 2},
     "ops": {
         **dict.fromkeys(("_checks", "_op", "_philox", "_rows", "_softcap"), 0),
         **dict.fromkeys(("_gradient", "_group", "_memory"), 1),
