@@ -39,6 +39,61 @@ def wasserstein(cost: np.ndarray) -> float:
     return float(ot.emd2(left, right, cost, numItermax=10_000_000))
 
 
+def sinkhorn_divergence(left: Tensor, right: Tensor, *, share: float = 0.05) -> float:
+    """Entropic transport between samples, less half of what it is from each of them to itself.
+
+        S = OT(x, y) - (OT(x, x) + OT(y, y)) / 2
+
+    with squared distances as costs, the dual values of `sinkhorn`, and epsilon = `share` times the mean cost between x
+    and y in all three. It is 0 for equal sets; between independent sets of one law it is above 0, the less the more
+    samples there are.
+
+    This is what the code of published figures computes: it hands an epsilon of 1e-3 to a geometry that the divergence
+    is not taken of, and has ott-jax's default of then, 0.05 of the mean cost.
+
+    Args:
+        left, right: samples [A, D] and [B, D].
+        share: of the mean cost; a few percent, so that the iterations converge.
+
+    Raises:
+        ImportError: POT is not installed.
+        ValueError: there are fewer than one sample, or share is not > 0.
+
+    Source: Feydy et al., arXiv 1810.08278; the code of Chen et al., arXiv 2412.07081, with ott-jax 0.4.6.
+    """
+    if not (len(left) and len(right) and share > 0):
+        raise ValueError(
+            f"sinkhorn_divergence: there must be samples on both sides and share > 0; got {len(left)} and {len(right)} "
+            f"samples and {share:g}"
+        )
+    between = squared_distances(left, right)
+    epsilon = share * float(between.mean())
+    if epsilon == 0:  # all samples are one point
+        return 0.0
+    alone = [_converged(squared_distances(one, one), epsilon) for one in (left, right)]
+    return _converged(between, epsilon) - sum(alone) / 2
+
+
+def _converged(cost: np.ndarray, epsilon: float) -> float:
+    """The dual value of entropic transport between equal samples, by POT, where column sums are off by 1e-3 at most."""
+    ot = _pot()
+    rows, columns = cost.shape
+    left, right = np.full(rows, 1 / rows), np.full(columns, 1 / columns)
+    # Products with e^(-cost / epsilon) are ten times as fast as sums of exponentials, where float64 has them.
+    direct = float(cost.max()) < _LARGEST_EXPONENT * epsilon
+    method, names = ("sinkhorn", ("u", "v")) if direct else ("sinkhorn_log", ("log_u", "log_v"))
+    # POT's error is a root of squares, which is at least the sum of sizes over the root of their number.
+    threshold = 1e-3 / math.sqrt(columns)
+    _, log = ot.sinkhorn(
+        left, right, cost, epsilon, method=method, numItermax=5000, stopThr=threshold, log=True, warn=True
+    )
+    duals = [np.log(log[name]) if direct else log[name] for name in names]
+    return epsilon * sum(float(np.mean(dual)) + math.log(len(dual)) for dual in duals)
+
+
+_LARGEST_EXPONENT = 300  # of products of two, of which float64 has all digits
+
+
 class Sinkhorn(NamedTuple):
     """Entropic transport cost."""
 

@@ -36,6 +36,25 @@ def test_sinkhorn_is_pots_after_as_many_iterations(epsilon, iterations):
     assert found.cost == pytest.approx(float(expected), rel=1e-10)
 
 
+def test_the_divergence_is_that_of_sinkhorn_without_what_sets_have_of_themselves():
+    """By dam's own iterations, to what column sums that are off by 1e-3 leave; far points take POT's logarithms."""
+    left, right = points(40, 2, 1), 2 * points(30, 2, 2)
+    far = torch.cat((left, torch.full((1, 2), 1e3, dtype=torch.float64)))  # cost / epsilon above 600
+    for one in (left, far):
+        pairs = [metrics.squared_distances(*pair) for pair in ((one, right), (one, one), (right, right))]
+        epsilon = 0.05 * pairs[0].mean()
+        between, *alone = (metrics.sinkhorn(pair, epsilon=epsilon, threshold=1e-6).cost for pair in pairs)
+        found = metrics.sinkhorn_divergence(one, right)
+        assert found == pytest.approx(between - sum(alone) / 2, abs=3e-3 * pairs[0].mean())
+        assert found > 0.1
+    shift = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert metrics.sinkhorn_divergence(left, left.flip(0)) == pytest.approx(0.0, abs=1e-9)
+    assert metrics.sinkhorn_divergence(left, left + shift) == pytest.approx(25.0, rel=1e-2)
+    assert metrics.sinkhorn_divergence(left[:1], left[:1]) == 0.0
+    with pytest.raises(ValueError, match="samples on both sides"):
+        metrics.sinkhorn_divergence(left[:0], right)
+
+
 def test_sinkhorn_stops_where_it_has_converged_near_the_distance():
     """The regulariser is at most epsilon times the logarithm of the number of samples."""
     cost = metrics.squared_distances(points(30, 2, 1), points(30, 2, 2))

@@ -1,6 +1,5 @@
 """Runs of samplers into a folder: what they leave, that they go on as they were, and what the command refuses."""
 
-import functools
 import json
 import math
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from dam.cli import main
-from dam.flows import metrics
 from dam.tasks import energies, sampling
 from dam.tasks.energies import TARGETS
 
@@ -16,9 +14,7 @@ SMALL = {"rounds": 2, "paths": 20, "updates": 3, "batch": 16, "kept": 2, "steps"
 
 
 def tiny(monkeypatch):
-    """Presets of a few paths, for one target with each learner; Sinkhorn's 2,000 iterations would be most of a test."""
-    few = functools.partial(metrics.sinkhorn, iterations=20)
-    monkeypatch.setattr(metrics, "sinkhorn", few)
+    """Presets of a few paths, for one target with each learner."""
     for learner in sampling.LEARNERS:
         found = sampling.preset("many-well-5", learner)
         settings = sampling.dataclasses.replace(found.settings, **SMALL)
@@ -56,7 +52,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path, monkeypatch,
         assert torch.equal(value, part["sampler"]["models"][name])
     lines = (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2]
-    assert {"energy_calls", "ess", "log_z", "sinkhorn", "modes"} <= json.loads(lines[-1]).keys()
+    assert {"energy_calls", "ess", "log_z", "sinkhorn_divergence", "modes"} <= json.loads(lines[-1]).keys()
     assert (tmp_path / "part" / "samples.png").stat().st_size > 1000
     assert main([*options[:-1], "2", "--output", str(tmp_path / "part"), "--resume"]) == 1
     assert "seed 1 (now 2)" in capsys.readouterr().err
@@ -113,4 +109,4 @@ def test_particles_are_sampled_centred_with_the_normaliser_of_centred_states(mon
     error = float(weight.std() / weight.mean()) / math.sqrt(20_000)
     assert error < 0.02
     assert found["log_z"] == pytest.approx(math.log(float(torch.trapezoid(area, radius))), abs=5 * error)
-    assert {"w2", "energy_w2"} <= found.keys() and "sinkhorn" not in found
+    assert {"w2", "energy_w2"} <= found.keys() and "sinkhorn_divergence" not in found
