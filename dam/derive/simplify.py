@@ -16,6 +16,7 @@ _EFFECTS = {
     "store_tangent",
     "part",
     "rebound",
+    "at_least",
     "distinct",
     "differentiable",
     "print",
