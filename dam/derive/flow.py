@@ -11,7 +11,7 @@ from dam.derive import primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
-from dam.derive.trees import filled, loads
+from dam.derive.trees import children, filled, loads
 from dam.derive.trees import walk as tree_walk
 
 SCALAR = "()"
@@ -478,6 +478,14 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
     return found
 
 
+def _has_float(value: ast.expr) -> bool:
+    if isinstance(value, ast.Name):
+        return False
+    if isinstance(value, ast.Constant):
+        return isinstance(value.value, float)
+    return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
+
+
 def numbers(statements: list[Statement], derived: bool) -> set[str]:
     """Names of numbers and arrays, never of structures: what arithmetic is done with.
 
@@ -497,7 +505,7 @@ def numbers(statements: list[Statement], derived: bool) -> set[str]:
         elif st.kind == "copy" or (st.kind == "primitive" and value.primitive.partials):  # type: ignore[attr-defined]
             names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
             plain = st.kind == "copy" or (isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult)))
-            if not plain or any(isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value)):
+            if not plain or _has_float(value):
                 found |= names
             else:
                 groups.append(names)

@@ -235,14 +235,15 @@ class Normaliser:
         body = without_exits(node.body, result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
-        self.displays = self._displays(body)
-        values = self._assigned_values(body)
+        nodes = [n for one in body for n in walk(one)]
+        self.displays = self._displays(nodes)
+        values = self._assigned_values(nodes)
         self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
         self.lists, before = {*values}, -1
         while len(self.lists) != before:
             before = len(self.lists)
             self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
-        self.varied = self._varied(body, set(active))
+        self.varied = self._varied(nodes, set(active))
         self.out: list[Statement] = []
         self.here: ast.AST = node
         self.block(body)
@@ -307,11 +308,11 @@ class Normaliser:
 
     # ---- what depends on active parameters
 
-    def _varied(self, body: list[ast.stmt], varied: set[str]) -> set[str]:
+    def _varied(self, nodes: list[ast.AST], varied: set[str]) -> set[str]:
         """Names that depend on active ones anywhere, whatever the order of statements."""
         self.varied = varied
         kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr)
-        flows = [n for one in body for n in walk(one) if isinstance(n, kinds)]
+        flows = [n for n in nodes if isinstance(n, kinds)]
         while True:
             before = len(varied)
             for node in flows:
@@ -337,9 +338,8 @@ class Normaliser:
             if len(varied) == before:
                 return varied
 
-    def _displays(self, body: list[ast.stmt]) -> dict[str, ast.expr]:
+    def _displays(self, nodes: list[ast.AST]) -> dict[str, ast.expr]:
         """Tuples, lists and dicts that are written out, of which code reads items at constants and nothing else."""
-        nodes = [n for one in body for n in walk(one)]
         found: dict[str, ast.expr] = {}
         for node in nodes:
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
@@ -349,13 +349,14 @@ class Normaliser:
             return found
         uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
         uses.subtract(n for node in nodes if (n := self._of_item(node)) is not None)
-        return {identifier: display for identifier, display in found.items() if uses[identifier] == 1}
+        known = {n for n, count in uses.items() if count == 1} - {*self.parameters}
+        return {identifier: display for identifier, display in found.items() if identifier in known}
 
-    def _assigned_values(self, body: list[ast.stmt]) -> dict[str, list[ast.expr]]:
+    def _assigned_values(self, nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
         """By name what is assigned to it, of names that get their values by plain assignments alone."""
         found: dict[str, list[ast.expr]] = {}
         others = {*self.parameters}
-        for node in (n for one in body for n in walk(one)):
+        for node in nodes:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
                 found.setdefault(node.targets[0].id, []).append(node.value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):

@@ -1636,6 +1636,13 @@ def negative_base_in_structure(s):
     return p[0] ** p[1] * s
 
 
+@case((0.4, 0.7), 1.3)
+def display_of_a_parameter_s_name(p, s):
+    first = p[0] * p[1]
+    p = (s, 2.0)
+    return first * p[0] ** p[1]
+
+
 @case(-1.3, torch=False)
 def negative_base_and_float_exponents(s):
     pair = (s, 2.0)
