@@ -24,7 +24,7 @@ from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
 from dam.derive.primitives import Primitive
-from dam.derive.trees import KEPT, children, copied, filled, loads, mentions, name, parsed, renamed, walk
+from dam.derive.trees import KEPT, children, copied, filled, loads, mentions, name, parsed, renamed, stores, walk
 
 assert tables.FUNCTIONS  # loaded with this module
 
@@ -155,20 +155,16 @@ _REDUCING_METHODS = {"argmax", "argmin", "any", "all", "round"}
 def _assigned(body: list[ast.stmt]) -> set[str]:
     """Names that statements bind in their own scope."""
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-            return
-        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-            return
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        for child in children(node):
-            visit(child)
-
     for one in body:
-        visit(one)
+        if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(one.name)
+        elif isinstance(one, (ast.If, ast.For, ast.While, ast.With)):
+            found |= _assigned([*one.body, *getattr(one, "orelse", ())])
+            found |= stores(one.target) if isinstance(one, ast.For) else set()
+            for item in one.items if isinstance(one, ast.With) else ():
+                found |= set() if item.optional_vars is None else stores(item.optional_vars)
+        else:
+            found |= stores(one)
     return found
 
 

@@ -159,11 +159,13 @@ def renamed(node: Any, names: Mapping[str, str]) -> Any:
 
 
 def _touched(node: ast.AST, names: Mapping[str, str]) -> bool:
-    if any(names.get(n, n) != n for n in loads(node)):
+    read = loads(node)
+    if not read.isdisjoint(names) and any(names.get(n, n) != n for n in read):
         return True
     if isinstance(node, ast.expr) and type(getattr(node, "ctx", LOAD)) is ast.Load:
         return False
-    return any(names.get(n, n) != n for n in stores(node))
+    stored = stores(node)
+    return not stored.isdisjoint(names) and any(names.get(n, n) != n for n in stored)
 
 
 def rebuilt(node: ast.AST, change: Any) -> Any:
