@@ -1103,9 +1103,7 @@ class Normaliser:
                 if function.attr == "append" and len(value.args) == 1:
                     self.emit(Append(function.value.id, self.atom(value.args[0]), self.source.line(node)))
                     return
-                if (lowered := self._as_statements(value, function.value.id, function.attr)) is not None:
-                    for one in lowered:
-                        self._written(one, node, set())
+                if self._filled_by(value, function.value.id, function.attr, node):
                     return
                 raise self.refuse(
                     node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here"
@@ -1130,26 +1128,26 @@ class Normaliser:
             raise self.refuse(node, f"{ast.unparse(function)} is called for an effect that is not known")
         self.emit(Effect(ast.Expr(self.constant(value)), self.source.line(node)))
 
-    def _as_statements(self, call: ast.Call, whole: str, method: str) -> list[ast.stmt] | None:
-        """A list's extend as appends, a dict's update as stores."""
+    def _filled_by(self, call: ast.Call, whole: str, method: str, at: ast.stmt) -> bool:
+        """A list's extend as appends, a dict's update as stores: of values that are all there before the first."""
         if method == "extend" and len(call.args) == 1 and not call.keywords:
             (items,) = call.args
             if isinstance(items, (ast.List, ast.Tuple)) and not any(isinstance(e, ast.Starred) for e in items.elts):
-                return [_appended(whole, e) for e in items.elts]
-            return [self._each(items, lambda item: _appended(whole, name(item)))]
-        if method == "update" and len(call.args) <= 1:
-            pairs: list[tuple[ast.expr | None, ast.expr]] = [
-                (ast.Constant(k.arg), k.value) for k in call.keywords if k.arg
-            ]
-            if call.args and isinstance(call.args[0], ast.Dict):
-                pairs = [*zip(call.args[0].keys, call.args[0].values, strict=True), *pairs]
-            elif call.args:
-                return None
-            if len(call.keywords) == sum(k.arg is not None for k in call.keywords) and all(
-                k is not None for k, _ in pairs
-            ):
-                return [ast.Assign([ast.Subscript(name(whole), k, ast.Store())], v) for k, v in pairs if k is not None]
-        return None
+                for value in [self.atom(e) for e in items.elts]:
+                    self.emit(Append(whole, value, self.source.line(at)))
+            else:
+                self._written(self._each(items, lambda item: _appended(whole, name(item))), at, set())
+            return True
+        if method == "update" and all(isinstance(a, ast.Dict) and None not in a.keys for a in call.args):
+            keys = [k for a in call.args for k in a.keys if k is not None]  # type: ignore[attr-defined]
+            values = [v for a in call.args for v in a.values]  # type: ignore[attr-defined]
+            keys += [ast.Constant(k.arg) for k in call.keywords]
+            values += [k.value for k in call.keywords]
+            if len(call.args) <= 1 and all(k.arg is not None for k in call.keywords):
+                for key, value in [(self.index(k), self.atom(v)) for k, v in zip(keys, values, strict=True)]:
+                    self._store(ast.Subscript(name(whole), key, ast.Store()), value, at)
+                return True
+        return False
 
     def _each(self, items: ast.expr, body: Callable[[str], ast.stmt]) -> ast.For:
         """A loop over items, each under a name of its own."""

@@ -720,6 +720,7 @@ WITHOUT_SLOPE |= {
     int,
     bool,
     range,
+    slice,
     print,
     hasattr,
     callable,

@@ -1193,6 +1193,16 @@ def list_extended(x):
     return items[0] * items[1] * items[-1] + sum(items) + items[8] * items[-3]
 
 
+@case(0.7, 1.3)
+def filled_by_what_it_had(x, y):
+    items = [x, y]
+    items.extend([items[0] * 2.0, sum(items), len(items) * x])
+    items += [sum(items)]
+    d = {"a": x, "b": y}
+    d.update({"a": d["b"] * x, "b": d["a"]}, c=d["a"])
+    return items[3] * items[4] * items[5] + d["a"] * d["b"] ** 2 * d["c"]
+
+
 @case(0.7)
 def list_joined(x):
     a = [x, x * x] + [2.0 * x]  # noqa: RUF005
@@ -1214,6 +1224,15 @@ def unpacked_with_star(x, s):
     first, *between, final = x * s
     *_, end = x
     return a * rest[0] + rest[1] * first + between[0] * final**2 + end
+
+
+@case(V)
+def slices_in_a_loop(x):
+    total = 0.0
+    for i in range(2):
+        first, *rest = x[i:]
+        total = total + first * rest[0] + np.sum(x[i : i + 2] ** 2)
+    return total
 
 
 @case(1.2, 0.7)
