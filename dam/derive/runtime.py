@@ -199,6 +199,13 @@ def seed(y: Any) -> Any:
     )
 
 
+def seed_of_sum(x: Any) -> Any:
+    """seed(x.sum()), of an array of floats without summing: that it is a scalar is known."""
+    if type(x) is np.ndarray and x.dtype.kind == "f":
+        return 1.0
+    return seed(total(x))
+
+
 def seeded(b: Any, y: Any) -> Any:
     """The adjoint that was given for the result y, or that of a scalar.
 
@@ -939,7 +946,7 @@ def matmul(x: Any, z: Any) -> Any:
     return x @ z
 
 
-@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g[:, None], z[None]))
 def matmul_left(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of x when g is that of x @ z."""
     if z.ndim == 1:
@@ -971,7 +978,7 @@ def dot(x: Any, z: Any) -> Any:
     return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
-@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g[:, None], z[None]))
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)

@@ -21,6 +21,7 @@ _EFFECTS = {
     "differentiable",
     "print",
     "seed",
+    "seed_of_sum",
     "seeded",
     "tangent",
     "gradient",

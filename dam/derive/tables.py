@@ -732,6 +732,7 @@ WITHOUT_SLOPE |= {
     rt.stop_gradient,
     rt.zeros_like,
     rt.seed,
+    rt.seed_of_sum,
     rt.count,
     rt.among,
     rt.larger,
