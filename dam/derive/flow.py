@@ -479,17 +479,17 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
 
 
 def summed(single: Single) -> ast.expr | None:
-    """What a function's result is the sum of, of all of its items, if it is one."""
+    """What a function's result is numpy's sum of, over all axes, if it is one."""
     steps = (st for st in reversed(single.statements) if not (isinstance(st, Let) and st.kind == "constant"))
     last = next(steps, None)  # but for what says that the function has returned
     if not isinstance(last, Let) or last.target != single.result or last.kind != "primitive":
         return None
-    entry, value = last.value.primitive, last.value  # type: ignore[attr-defined]
-    if entry.name not in ("np.sum", "torch.sum") and entry is not primitives.METHODS["sum"]:
+    entry: primitives.Primitive = last.value.primitive  # type: ignore[attr-defined]
+    if entry.name != "np.sum":
         return None
-    bound = primitives.bound(entry, value)
-    plain = all(isinstance(bound[p], ast.Constant) and not bound[p].value for p in ("axis", "keepdims"))  # type: ignore[attr-defined]
-    return bound["x"] if plain and bound["axis"].value is None and isinstance(bound["x"], ast.Name) else None  # type: ignore[attr-defined]
+    bound = primitives.bound(entry, last.value)
+    plain = (ast.dump(bound["axis"]), ast.dump(bound["keepdims"])) == ("Constant(value=None)", "Constant(value=False)")
+    return bound["x"] if plain and isinstance(bound["x"], ast.Name) else None
 
 
 def _has_float(value: ast.expr) -> bool:

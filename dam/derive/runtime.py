@@ -200,10 +200,10 @@ def seed(y: Any) -> Any:
 
 
 def seed_of_sum(x: Any) -> Any:
-    """seed(x.sum()), of an array of floats without summing: that it is a scalar is known."""
+    """seed(np.sum(x)), of an array of floats without summing: that it is a scalar is known."""
     if type(x) is np.ndarray and x.dtype.kind == "f":
         return 1.0
-    return seed(total(x))
+    return seed(np.sum(x))
 
 
 def seeded(b: Any, y: Any) -> Any:
