@@ -11,7 +11,7 @@ from dam.derive import primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
-from dam.derive.trees import filled, loads
+from dam.derive.trees import children, filled, loads
 from dam.derive.trees import walk as tree_walk
 
 SCALAR = "()"
@@ -478,6 +478,28 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
     return found
 
 
+def summed(single: Single) -> ast.expr | None:
+    """What a function's result is numpy's sum of, over all axes, if it is one."""
+    steps = (st for st in reversed(single.statements) if not (isinstance(st, Let) and st.kind == "constant"))
+    last = next(steps, None)  # but for what says that the function has returned
+    if not isinstance(last, Let) or last.target != single.result or last.kind != "primitive":
+        return None
+    entry: primitives.Primitive = last.value.primitive  # type: ignore[attr-defined]
+    if entry.name != "np.sum":
+        return None
+    bound = primitives.bound(entry, last.value)
+    plain = (ast.dump(bound["axis"]), ast.dump(bound["keepdims"])) == ("Constant(value=None)", "Constant(value=False)")
+    return bound["x"] if plain and isinstance(bound["x"], ast.Name) else None
+
+
+def _has_float(value: ast.expr) -> bool:
+    if isinstance(value, ast.Name):
+        return False
+    if isinstance(value, ast.Constant):
+        return isinstance(value.value, float)
+    return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
+
+
 def numbers(statements: list[Statement], derived: bool) -> set[str]:
     """Names of numbers and arrays, never of structures: what arithmetic is done with.
 
@@ -497,7 +519,7 @@ def numbers(statements: list[Statement], derived: bool) -> set[str]:
         elif st.kind == "copy" or (st.kind == "primitive" and value.primitive.partials):  # type: ignore[attr-defined]
             names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
             plain = st.kind == "copy" or (isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult)))
-            if not plain or any(isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value)):
+            if not plain or _has_float(value):
                 found |= names
             else:
                 groups.append(names)

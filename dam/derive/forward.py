@@ -24,7 +24,7 @@ from dam.derive.normal import (
     called_by_name,
 )
 from dam.derive.primitives import Primitive
-from dam.derive.reverse import assign, effect_of, text
+from dam.derive.reverse import appended, assign, effect_of, popped, text
 from dam.derive.simplify import fold, is_zero
 from dam.derive.single import Single
 from dam.derive.trees import filled, loads, name
@@ -84,17 +84,16 @@ class Forward:
             case Store():
                 self.store(st, out)
             case Append():
-                how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
-                out.append(_plain(text(how, x=name(st.name), v=st.value)))
+                out.append(_plain(appended(st)))
                 if st.name in self.active:
-                    out.append(
-                        effect_of(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line)
-                    )
+                    how = "d.append(v)" if st.at is None else f"d.insert({st.at}, v)"
+                    out.append(effect_of(text(how, d=name(self.tangent(st.name)), v=self.of(st.value)), st.line))
             case Pop():
-                out.append(assign(st.target, text("x.pop()", x=name(st.name))))
+                out.append(assign(st.target, popped(st)))
                 if st.name in self.active:
-                    popped = self.tangent(st.target) if st.target in self.active else self.single.fresh("unused")
-                    out.append(assign(popped, text("d.pop()", d=name(self.tangent(st.name))), st.line))
+                    item = self.tangent(st.target) if st.target in self.active else self.single.fresh("unused")
+                    how = "d.pop()" if st.at is None else f"d.pop({st.at})"
+                    out.append(assign(item, text(how, d=name(self.tangent(st.name))), st.line))
                 elif st.target in self.active:
                     out.append(assign(self.tangent(st.target), self.of(name(st.target)), st.line))
             case Effect():

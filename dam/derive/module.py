@@ -235,6 +235,8 @@ class Module:
         if seeded:
             extra = ["init_grad"]
             start = text("rt.seeded(b, y)", b=name("init_grad"), y=name(single.result))
+        elif (summed := flow.summed(single)) is not None and not preserve_result:
+            start = text("rt.seed_of_sum(x)", x=summed)  # nobody reads the sum itself
         else:
             start = text("rt.seed(y)", y=name(single.result))
         self._claim(normal, single)

@@ -24,7 +24,7 @@ from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
 from dam.derive.primitives import Primitive
-from dam.derive.trees import KEPT, children, copied, filled, loads, mentions, name, parsed, renamed, walk
+from dam.derive.trees import KEPT, children, copied, filled, loads, mentions, name, parsed, renamed, stores, walk
 
 assert tables.FUNCTIONS  # loaded with this module
 
@@ -82,6 +82,7 @@ class Append:
     value: ast.expr
     line: Line
     puts_back: bool = False  # what a derivative's own backward pass had popped
+    at: int | None = None  # the place where, unless at the end
 
 
 @dataclass
@@ -89,6 +90,7 @@ class Pop:
     target: str
     name: str
     line: Line
+    at: int | None = None  # the place of the item, unless the end
 
 
 @dataclass
@@ -153,20 +155,16 @@ _REDUCING_METHODS = {"argmax", "argmin", "any", "all", "round"}
 def _assigned(body: list[ast.stmt]) -> set[str]:
     """Names that statements bind in their own scope."""
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-            return
-        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-            return
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        for child in children(node):
-            visit(child)
-
     for one in body:
-        visit(one)
+        if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(one.name)
+        elif isinstance(one, (ast.If, ast.For, ast.While, ast.With)):
+            found |= _assigned([*one.body, *getattr(one, "orelse", ())])
+            found |= stores(one.target) if isinstance(one, ast.For) else set()
+            for item in one.items if isinstance(one, ast.With) else ():
+                found |= set() if item.optional_vars is None else stores(item.optional_vars)
+        else:
+            found |= stores(one)
     return found
 
 
@@ -233,8 +231,15 @@ class Normaliser:
         body = without_exits(node.body, result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
-        self.displays = self._displays(body)
-        self.varied = self._varied(body, set(active))
+        nodes = [n for one in body for n in walk(one)]
+        self.displays = self._displays(nodes)
+        values = self._assigned_values(nodes)
+        self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
+        self.lists, before = {*values}, -1
+        while len(self.lists) != before:
+            before = len(self.lists)
+            self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
+        self.varied = self._varied(nodes, set(active))
         self.out: list[Statement] = []
         self.here: ast.AST = node
         self.block(body)
@@ -299,11 +304,11 @@ class Normaliser:
 
     # ---- what depends on active parameters
 
-    def _varied(self, body: list[ast.stmt], varied: set[str]) -> set[str]:
+    def _varied(self, nodes: list[ast.AST], varied: set[str]) -> set[str]:
         """Names that depend on active ones anywhere, whatever the order of statements."""
         self.varied = varied
         kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr)
-        flows = [n for one in body for n in walk(one) if isinstance(n, kinds)]
+        flows = [n for n in nodes if isinstance(n, kinds)]
         while True:
             before = len(varied)
             for node in flows:
@@ -319,7 +324,8 @@ class Normaliser:
                 elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                     call = node.value
                     if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-                        if any(self.depends(a) for a in call.args) and call.func.attr in ("append", "extend", "insert"):
+                        given = (*call.args, *(k.value for k in call.keywords))
+                        if any(self.depends(a) for a in given) and call.func.attr in ("append", "extend", "update"):
                             varied.add(call.func.value.id)
                     elif self.resolve(call.func) in (runtime.restore, runtime.store_tangent, runtime.put_back) and any(
                         self.depends(a) for a in call.args
@@ -328,9 +334,8 @@ class Normaliser:
             if len(varied) == before:
                 return varied
 
-    def _displays(self, body: list[ast.stmt]) -> dict[str, ast.expr]:
+    def _displays(self, nodes: list[ast.AST]) -> dict[str, ast.expr]:
         """Tuples, lists and dicts that are written out, of which code reads items at constants and nothing else."""
-        nodes = [n for one in body for n in walk(one)]
         found: dict[str, ast.expr] = {}
         for node in nodes:
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
@@ -340,7 +345,36 @@ class Normaliser:
             return found
         uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
         uses.subtract(n for node in nodes if (n := self._of_item(node)) is not None)
-        return {identifier: display for identifier, display in found.items() if uses[identifier] == 1}
+        known = {n for n, count in uses.items() if count == 1} - {*self.parameters}
+        return {identifier: display for identifier, display in found.items() if identifier in known}
+
+    def _assigned_values(self, nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
+        """By name what is assigned to it, of names that get their values by plain assignments alone."""
+        found: dict[str, list[ast.expr]] = {}
+        others = {*self.parameters}
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
+                found.setdefault(node.targets[0].id, []).append(node.value)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                others |= {t for target in targets if not isinstance(target, ast.Subscript) for t in _roots(target)}
+        return {identifier: values for identifier, values in found.items() if identifier not in others}
+
+    def _made_by(self, value: ast.expr, maker: type) -> bool:
+        return isinstance(value, ast.Call) and self.resolve(value.func) is maker
+
+    def _is_dict(self, node: ast.expr) -> bool:
+        return isinstance(node, (ast.Dict, ast.DictComp)) or self._made_by(node, dict)
+
+    def _is_list(self, node: ast.expr) -> bool:
+        """Whether a value is a list for certain, and no array."""
+        if isinstance(node, ast.Name):
+            return node.id in self.lists
+        if isinstance(node, ast.Subscript):
+            return isinstance(node.slice, ast.Slice) and self._is_list(node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self._is_list(node.left) and self._is_list(node.right)
+        return isinstance(node, (ast.List, ast.ListComp)) or self._made_by(node, list)
 
     def _of_item(self, node: ast.AST) -> str | None:
         """The name whose item at a constant this is, or whose structure an adjoint gets in a derivative."""
@@ -411,6 +445,8 @@ class Normaliser:
     def _found_to_depend(self, node: ast.AST) -> bool:
         if isinstance(node, (ast.Compare, ast.Lambda)):
             return False
+        if isinstance(node, ast.JoinedStr) and self.source.derived:
+            return False  # a key: text of active numbers is refused where the function is transformed first
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return False
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.BitAnd, ast.BitOr)):
@@ -594,6 +630,8 @@ class Normaliser:
             return self.constant(node), "constant"
         if isinstance(node, ast.Name):
             return name(node.id), "copy"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self._is_list(node):
+            return self._starred(_joined_lists(node)), "copy"
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
             entry = primitives.OPERATORS.get(type(node.op))
             if entry is None:
@@ -608,7 +646,9 @@ class Normaliser:
             return ast.Subscript(self.atom(node.value), self.index(node.slice), ast.Load()), "item"
         if isinstance(node, (ast.Tuple, ast.List)):
             if any(isinstance(e, ast.Starred) for e in node.elts):
-                raise self.refuse(node, "a * within a tuple or list with a derivative is not supported")
+                if isinstance(node, ast.Tuple):
+                    raise self.refuse(node, "a * within a tuple with a derivative is not supported; make it a list")
+                return self._starred(node), "copy"
             return type(node)([self.atom(e) for e in node.elts], ast.Load()), "structure"
         if isinstance(node, ast.Dict):
             if any(k is None for k in node.keys):
@@ -670,6 +710,18 @@ class Normaliser:
         self._written(body, node, varied)
         return target
 
+    def _starred(self, node: ast.List) -> ast.Name:
+        """A list with * in it, filled item by item."""
+        target = self.let(self.fresh("items"), ast.List([], ast.Load()), "constant", node)
+        self.varied.add(target.id)
+        for element in node.elts:
+            if isinstance(element, ast.Starred):
+                made: ast.stmt = self._each(element.value, lambda item: _appended(target.id, name(item)))
+            else:
+                made = _appended(target.id, element)
+            self._written(made, node, set())
+        return name(target.id)
+
     def primitive(self, node: ast.expr, entry: Primitive) -> ast.expr:
         try:
             values = primitives.bound(entry, node)
@@ -677,7 +729,9 @@ class Normaliser:
             raise self.refuse(self.here, str(error)) from None
         for parameter, value in values.items():
             # What derived source calls takes such for its shape only.
-            if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt":
+            # A condition has no slope, whatever it is made of.
+            condition = parameter == "c" and entry.name.endswith("where")
+            if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt" and not condition:
                 raise self.refuse(
                     self.here,
                     f"{ast.unparse(node)} has no derivative in its argument {parameter}; "
@@ -773,7 +827,13 @@ class Normaliser:
         return self.primitive(call, entry)
 
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
-        """list(x), tuple(x), dict(a=x), and sums of generators."""
+        """list(x), dict(a=x), sums with a start, extremes of several numbers."""
+        if found is sum and len(node.args) == 2 and not node.keywords:
+            total = ast.copy_location(ast.Call(node.func, node.args[:1], []), node)
+            return self.operation(ast.copy_location(ast.BinOp(node.args[1], ast.Add(), total), node))
+        if found in (max, min) and len(node.args) > 2 and not node.keywords:
+            first = ast.copy_location(ast.Call(node.func, node.args[:-1], []), node)
+            return self.operation(ast.copy_location(ast.Call(node.func, [first, node.args[-1]], []), node))
         if found is dict:
             if node.args:
                 return None
@@ -795,7 +855,17 @@ class Normaliser:
         if (function.attr == "get" and len(node.args) == 1) or (function.attr == "copy" and not node.args):
             if function.attr == "get":
                 return ast.Subscript(self.atom(function.value), self.index(node.args[0]), ast.Load()), "item"
-        if function.attr in ("astype", "to", "type", "float", "values", "items"):
+        if function.attr == "get" and len(node.args) == 2 and not node.keywords:
+            key, default = node.args
+            item = ast.Subscript(function.value, key, ast.Load())
+            chosen = ast.IfExp(ast.Compare(key, [ast.In()], [function.value]), item, default)
+            return self.operation(_placed(chosen, node))
+        if function.attr == "values" and not node.args:
+            key_of = self.fresh("key")
+            keys = ast.Call(ast.Attribute(function.value, "keys", ast.Load()), [], [])
+            each = ast.comprehension(ast.Name(key_of, ast.Store()), keys, [], 0)
+            return self.operation(_placed(ast.ListComp(_item(function.value, key_of), [each]), node))
+        if function.attr in ("to", "type", "float", "items"):
             raise self.refuse(node, f".{function.attr}() has no derivative here")
         if function.attr == "view" and any(
             isinstance(self.resolve(a), (torch.dtype, np.dtype, type)) for a in node.args
@@ -880,7 +950,7 @@ class Normaliser:
         if isinstance(target, ast.Name):
             popped = self._popped(value)
             if popped is not None:
-                self.emit(Pop(target.id, popped, self.source.line(at)))
+                self.emit(Pop(target.id, popped[0], self.source.line(at), popped[1]))
                 return
             self.assign(target.id, value)
         elif isinstance(target, (ast.Tuple, ast.List)):
@@ -890,7 +960,8 @@ class Normaliser:
         else:
             raise self.refuse(at, f"an assignment to {ast.unparse(target)} has no derivative here")
 
-    def _popped(self, value: ast.expr) -> str | None:
+    def _popped(self, value: ast.expr) -> tuple[str, int | None] | None:
+        """Of a call of a list's pop, the list and the place."""
         if (
             isinstance(value, ast.Call)
             and isinstance(value.func, ast.Attribute)
@@ -898,14 +969,20 @@ class Normaliser:
             and isinstance(value.func.value, ast.Name)
             and value.func.value.id in self.locals
         ):
-            if value.args or value.keywords:
-                raise self.refuse(value, "pop(k) has no derivative here; pop() has")
-            return value.func.value.id
+            if value.func.value.id in self.dicts:
+                raise self.refuse(value, "pop of a key of a dict has no derivative here; leave the key where it is")
+            if not value.args and not value.keywords:
+                return value.func.value.id, None
+            (at,) = value.args if len(value.args) == 1 and not value.keywords else (None,)
+            if not isinstance(at, ast.Constant) or type(at.value) is not int:
+                raise self.refuse(value, "pop(k) has a derivative of a list, where k is a number, 0 or more")
+            return value.func.value.id, at.value
         return None
 
     def _unpack(self, target: ast.Tuple | ast.List, value: ast.expr, at: ast.stmt) -> None:
         if any(isinstance(e, ast.Starred) for e in target.elts):
-            raise self.refuse(at, "an assignment with * has no derivative here")
+            self._unpack_starred(target, value, at)
+            return
         if isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts):
             parts: list[ast.expr] = []
             for element in value.elts:
@@ -930,6 +1007,28 @@ class Normaliser:
                 if self.depends(value):
                     self.varied.add(given)
                 self.target(one, name(given), at)
+
+    def _unpack_starred(self, target: ast.Tuple | ast.List, value: ast.expr, at: ast.stmt) -> None:
+        """a, *b, c = value: items from both ends, and a list of those between."""
+        self.locals |= _assigned([at])
+        whole = self.let(self.fresh(), self.atom(value), "copy" if self.depends(value) else "constant", at)
+        if self.depends(value):
+            self.varied.add(whole.id)
+        (place,) = (k for k, e in enumerate(target.elts) if isinstance(e, ast.Starred))
+        after = len(target.elts) - place - 1
+        check = _statement("rt.at_least(x, n)", {"x": whole, "n": ast.Constant(place + after)})
+        self.emit(Effect(check, self.source.line(at)))
+        for k, one in enumerate(target.elts):
+            if isinstance(one, ast.Starred):
+                index = self.fresh("k")
+                between = filled(
+                    "range(n, len(x) - m)", {"n": ast.Constant(place), "m": ast.Constant(after), "x": whole}
+                )
+                each = ast.comprehension(ast.Name(index, ast.Store()), between, [], 0)
+                self._written(ast.Assign([one.value], ast.ListComp(_item(whole, index), [each])), at, set())
+                continue
+            number = ast.Constant(k) if k < place else ast.UnaryOp(ast.USub(), ast.Constant(len(target.elts) - k))
+            self._written(ast.Assign([one], ast.Subscript(whole, number, ast.Load())), at, set())
 
     def _store(self, target: ast.Subscript, value: ast.expr, at: ast.stmt, within: tuple[str, ...] = ()) -> None:
         base = target.value
@@ -961,7 +1060,10 @@ class Normaliser:
         for inner in walk(read):
             if hasattr(inner, "ctx"):
                 inner.ctx = ast.Load()
-        if isinstance(node.target, ast.Name):
+        if isinstance(node.target, ast.Name) and isinstance(node.op, ast.Add) and self._is_list(node.target):
+            call = ast.Call(ast.Attribute(read, "extend", ast.Load()), [node.value], [])
+            self.on_Expr(ast.copy_location(ast.Expr(_placed(call, node)), node))
+        elif isinstance(node.target, ast.Name):
             value = ast.copy_location(ast.BinOp(read, node.op, node.value), node)
             self.assign(node.target.id, value, in_place=True)
         elif isinstance(node.target, ast.Subscript):
@@ -994,21 +1096,24 @@ class Normaliser:
         function = value.func
         popped = self._popped(value)
         if popped is not None:
-            self.emit(Pop(self.fresh(), popped, self.source.line(node)))
+            self.emit(Pop(self.fresh(), popped[0], self.source.line(node), popped[1]))
             return
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             if function.value.id in self.locals:
                 if function.attr == "append" and len(value.args) == 1:
                     self.emit(Append(function.value.id, self.atom(value.args[0]), self.source.line(node)))
                     return
+                if self._filled_by(value, function.value.id, function.attr, node):
+                    return
                 raise self.refuse(
                     node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here"
                 )
         found = self.resolve(function)
         if found is runtime.put_back:
-            whole, back = value.args
+            whole, back, *place = value.args
             assert isinstance(whole, ast.Name)
-            self.emit(Append(whole.id, self.atom(back), self.source.line(node), puts_back=True))
+            at = next((p.value for p in place if isinstance(p, ast.Constant) and isinstance(p.value, int)), None)
+            self.emit(Append(whole.id, self.atom(back), self.source.line(node), puts_back=True, at=at))
             return
         if found in (runtime.restore, runtime.store_tangent):
             whole, index, old = value.args[:3]
@@ -1022,6 +1127,36 @@ class Normaliser:
         if names & self.locals or found is None:
             raise self.refuse(node, f"{ast.unparse(function)} is called for an effect that is not known")
         self.emit(Effect(ast.Expr(self.constant(value)), self.source.line(node)))
+
+    def _filled_by(self, call: ast.Call, whole: str, method: str, at: ast.stmt) -> bool:
+        """A list's extend as appends, a dict's update as stores: of values that are all there before the first."""
+        if method == "extend" and len(call.args) == 1 and not call.keywords:
+            (items,) = call.args
+            if isinstance(items, (ast.List, ast.Tuple)) and not any(isinstance(e, ast.Starred) for e in items.elts):
+                for value in [self.atom(e) for e in items.elts]:
+                    self.emit(Append(whole, value, self.source.line(at)))
+            else:
+                self._written(self._each(items, lambda item: _appended(whole, name(item))), at, set())
+            return True
+        if method == "update" and all(isinstance(a, ast.Dict) and None not in a.keys for a in call.args):
+            keys = [k for a in call.args for k in a.keys if k is not None]  # type: ignore[attr-defined]
+            values = [v for a in call.args for v in a.values]  # type: ignore[attr-defined]
+            keys += [ast.Constant(k.arg) for k in call.keywords]
+            values += [k.value for k in call.keywords]
+            if len(call.args) <= 1 and all(k.arg is not None for k in call.keywords):
+                for key, value in [(self.index(k), self.atom(v)) for k, v in zip(keys, values, strict=True)]:
+                    self._store(ast.Subscript(name(whole), key, ast.Store()), value, at)
+                return True
+        return False
+
+    def _each(self, items: ast.expr, body: Callable[[str], ast.stmt]) -> ast.For:
+        """A loop over items, each under a name of its own."""
+        item = self.fresh("item")
+        if self.depends(items):
+            self.varied.add(item)
+        loop = ast.For(ast.Name(item, ast.Store()), items, [body(item)], [])
+        loop.stop = None  # type: ignore[attr-defined]
+        return loop
 
     def on_Assert(self, node: ast.Assert) -> None:
         new = copied(node)
@@ -1150,6 +1285,8 @@ class Normaliser:
             if isinstance(call.func, ast.Attribute) and call.func.attr == "keys":
                 return self.constant(call), [_set_target(target, name(k), at)]
         whole = self._named(call)
+        if isinstance(call, ast.Name) and call.id in self.dicts:
+            return filled("rt.keys(x)", {"x": whole}), [_set_target(target, name(k), at)]
         # A dict gives its keys, an array or a list its items.
         return filled("range(len(rt.sequence(x)))", {"x": whole}), [_set_target(target, _item(whole, k), at)]
 
@@ -1241,15 +1378,39 @@ def _roots(node: ast.AST) -> set[str]:
     return set()
 
 
+def _joined_lists(node: ast.expr) -> ast.List:
+    """a + b of lists as [*a, *b]."""
+    if isinstance(node, ast.BinOp):
+        return ast.copy_location(
+            ast.List([*_joined_lists(node.left).elts, *_joined_lists(node.right).elts], ast.Load()), node
+        )
+    return (
+        node
+        if isinstance(node, ast.List)
+        else ast.copy_location(ast.List([ast.Starred(node, ast.Load())], ast.Load()), node)
+    )
+
+
+def _appended(whole: str, value: ast.expr) -> ast.stmt:
+    return ast.Expr(ast.Call(ast.Attribute(name(whole), "append", ast.Load()), [value], []))
+
+
 def _set(target: str, value: ast.expr) -> ast.stmt:
     return ast.Assign([ast.Name(target, ast.Store())], value)
 
 
-def _set_target(target: ast.expr, value: ast.expr, at: ast.AST) -> ast.stmt:
-    node = ast.Assign([copied(target)], value)
-    for inner in walk(node):
+def _placed(new: ast.expr, at: ast.AST) -> ast.expr:
+    """An expression that was made of parts of another, at its place."""
+    for inner in walk(new):
         if not hasattr(inner, "lineno"):
             ast.copy_location(inner, at)
+    return new
+
+
+def _set_target(target: ast.expr, value: ast.expr, at: ast.AST) -> ast.stmt:
+    node = ast.Assign([copied(target)], value)
+    for part in (*node.targets, value):
+        _placed(part, at)
     return ast.copy_location(node, at)
 
 

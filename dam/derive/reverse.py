@@ -52,6 +52,19 @@ def text(code: str, **names: ast.expr) -> ast.expr:
     return filled(code, names)
 
 
+def at_place(code: str, st: Append | Pop, **names: ast.expr) -> ast.expr:
+    """The expression of a text, with the place of an item where {} is, unless it is the end."""
+    return text(code.format("" if st.at is None else f", {st.at}"), **names)
+
+
+def appended(st: Append) -> ast.expr:
+    return at_place("rt.put_back(x, v{})" if st.puts_back else "x.append(v)", st, x=name(st.name), v=st.value)
+
+
+def popped(st: Append | Pop) -> ast.expr:
+    return text("x.pop()" if st.at is None else f"x.pop({st.at})", x=name(st.name))
+
+
 class Reverse:
     """The backward pass of one function.
 
@@ -319,25 +332,25 @@ class Reverse:
 
     def append(self, st: Append, state: State, out: list[ast.stmt]) -> None:
         if id(st) in self.restored:
-            out.append(effect_of(text("x.pop()", x=name(st.name)), st.line))
+            out.append(effect_of(popped(st), st.line))
         if st.name not in state or st.name not in self.active:
             return
         b = name(self.adjoint(st.name))
         if isinstance(st.value, ast.Name):
-            self.add(st.value.id, text("rt.last(b)", b=b), False, st.line, state, out)
-        out.append(assign(b.id, text("rt.without_last(b)", b=b), st.line))
+            self.add(st.value.id, at_place("rt.last(b{})", st, b=b), False, st.line, state, out)
+        out.append(assign(b.id, at_place("rt.without_last(b{})", st, b=b), st.line))
 
     def pop(self, st: Pop, state: State, out: list[ast.stmt]) -> None:
         if id(st) not in self.restored and st.target in state:
             self.restored.add(id(st))
         if id(st) in self.restored:
             self.primal.add(st.target)
-            out.append(effect_of(text("rt.put_back(x, v)", x=name(st.name), v=name(st.target)), st.line))
+            out.append(effect_of(at_place("rt.put_back(x, v{})", st, x=name(st.name), v=name(st.target)), st.line))
         if st.name in self.active and (st.target in state or st.name in state):
             b = self.adjoint(st.name)
             old: ast.expr = name(b) if st.name in state else ast.Constant(0.0)
             item: ast.expr = name(self.adjoint(st.target)) if st.target in state else ast.Constant(0.0)
-            out.append(assign(b, text("rt.with_last(b, g, x)", b=old, g=item, x=name(st.name)), st.line))
+            out.append(assign(b, at_place("rt.with_last(b, g, x{})", st, b=old, g=item, x=name(st.name)), st.line))
             state[st.name] = True
         state.pop(st.target, None)
 
@@ -504,10 +517,9 @@ class Primal:
                     node.line = st.line  # type: ignore[attr-defined]
                     out.append(node)
             case Append():
-                how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
-                out.append(effect_of(text(how, x=name(st.name), v=st.value), st.line))
+                out.append(effect_of(appended(st), st.line))
             case Pop():
-                out.append(assign(st.target, text("x.pop()", x=name(st.name)), st.line))
+                out.append(assign(st.target, popped(st), st.line))
             case Effect():
                 node_ = copied(st.node)
                 node_.line = st.line

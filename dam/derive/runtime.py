@@ -169,6 +169,16 @@ def alone(x: Any, i: Any) -> None:
                 )
 
 
+def at_least(x: Any, n: int) -> None:
+    """That x has n items or more, as `a, *b = x` needs.
+
+    Raises:
+        ValueError: it has fewer, as Python says.
+    """
+    if len(x) < n:
+        raise ValueError(f"not enough values to unpack (expected at least {n}, got {len(x)})")
+
+
 def _advanced(i: Any) -> bool:
     return any(isinstance(j, (list, np.ndarray, torch.Tensor)) for j in (i if isinstance(i, tuple) else (i,)))
 
@@ -187,6 +197,13 @@ def seed(y: Any) -> Any:
     raise DerivativeError(
         f"grad needs a scalar result, and this one is {_said(y)}; autodiff takes an adjoint of any shape"
     )
+
+
+def seed_of_sum(x: Any) -> Any:
+    """seed(np.sum(x)), of an array of floats without summing: that it is a scalar is known."""
+    if type(x) is np.ndarray and x.dtype.kind == "f":
+        return 1.0
+    return seed(np.sum(x))
 
 
 def seeded(b: Any, y: Any) -> Any:
@@ -434,9 +451,15 @@ def restore(x: Any, i: Any, old: Any) -> None:
         x[i] = old
 
 
-def put_back(x: list[Any], v: Any) -> None:
-    """Appends what was popped: an effect on whoever has the list, unlike an append to one that nobody reads."""
-    x.append(v)
+def put_back(x: list[Any], v: Any, at: int | None = None) -> None:
+    """Puts what was popped where it was: an effect on whoever has the list, not as an append to one nobody reads.
+
+    Raises:
+        DerivativeError: x is a dict.
+    """
+    if isinstance(x, dict):
+        raise DerivativeError("pop of a key of a dict has no derivative here; leave the key where it is")
+    x.insert(len(x) if at is None else at, v)
 
 
 def store_tangent(d: Any, i: Any, v: Any, x: Any) -> None:
@@ -459,20 +482,25 @@ def copied(x: Any) -> Any:
     return x.copy() if isinstance(x, np.ndarray) else x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def without_last(b: Any) -> Any:
-    """An adjoint of a list as that of the list before its last item was appended."""
-    return b if _is_zero(b) else b[:-1]
+def without_last(b: Any, at: int = -1) -> Any:
+    """An adjoint of a list as that of the list before its last item, or one that is at a place, was put there."""
+    if _is_zero(b):
+        return b
+    at = at % len(b)
+    return [*b[:at], *b[at + 1 :]]
 
 
-def last(b: Any) -> Any:
-    return b if _is_zero(b) else b[-1]
+def last(b: Any, at: int = -1) -> Any:
+    return b if _is_zero(b) else b[at]
 
 
-def with_last(b: Any, g: Any, x: Any) -> Any:
-    """An adjoint of a list as that of the list x before its last item, of adjoint g, was popped."""
+def with_last(b: Any, g: Any, x: Any, at: int = -1) -> Any:
+    """An adjoint of a list as that of the list x before its last item, or one at a place, of adjoint g, was popped."""
     if _is_zero(x):  # an adjoint without contributions, which stays one
         return 0.0
-    return [*(_blank(x[:-1]) if _is_zero(b) else b), full(g, x[-1])]
+    at = at % len(x)
+    rest = _blank([*x[:at], *x[at + 1 :]]) if _is_zero(b) else b
+    return [*rest[:at], full(g, x[at]), *rest[at:]]
 
 
 def spread(g: Any, items: Any) -> Any:
@@ -918,7 +946,7 @@ def matmul(x: Any, z: Any) -> Any:
     return x @ z
 
 
-@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g[:, None], z[None]))
 def matmul_left(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of x when g is that of x @ z."""
     if z.ndim == 1:
@@ -950,7 +978,7 @@ def dot(x: Any, z: Any) -> Any:
     return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
-@_adjoint_of_arrays(lambda g, x, z: g[:, None] * z)
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g[:, None], z[None]))
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)

@@ -161,10 +161,10 @@ class Single:
                 index, value = expression(st.index), expression(st.value)
                 out.append(Store(of(st.name), index, value, st.line, st.restores, st.within))
             case Append():
-                out.append(Append(of(st.name), expression(st.value), st.line, st.puts_back))
+                out.append(Append(of(st.name), expression(st.value), st.line, st.puts_back, st.at))
             case Pop():
                 whole = of(st.name)
-                out.append(Pop(new(st.target), whole, st.line))
+                out.append(Pop(new(st.target), whole, st.line, st.at))
             case Effect():
                 out.append(Effect(renamed(st.node, environment), st.line))
             case Surgery():

@@ -17,6 +17,7 @@ _NOTHING: frozenset[str] = frozenset()
 KEPT = "_kept_"
 _LOADS, _MENTIONS, _TEXT = f"{KEPT}loads", f"{KEPT}mentions", f"{KEPT}text"
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
+_STORE_NOTHING = {ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Expr, ast.Lambda, *_COMPREHENSIONS}
 # What a node of this library carries besides its fields.
 _CARRIED = ("lineno", "col_offset", "end_lineno", "end_col_offset", "primitive", "callee", "line", "stop")
 
@@ -116,11 +117,13 @@ def bound_inside(node: ast.AST) -> set[str]:
 
 def stores(node: ast.AST) -> set[str]:
     """Names that code assigns, those that it binds for itself left out."""
-    if isinstance(node, ast.Name):
-        return {node.id} if isinstance(node.ctx, ast.Store) else set()
-    if isinstance(node, ast.Assign):
-        return stores(node.targets[0]) if len(node.targets) == 1 else set().union(*map(stores, node.targets))
-    if isinstance(node, (ast.Constant, ast.Call, ast.Lambda, *_COMPREHENSIONS)):
+    kind = type(node)
+    if kind is ast.Name:
+        return {node.id} if type(node.ctx) is ast.Store else set()  # type: ignore[attr-defined]
+    if kind is ast.Assign:
+        targets = node.targets  # type: ignore[attr-defined]
+        return stores(targets[0]) if len(targets) == 1 else set().union(*map(stores, targets))
+    if kind in _STORE_NOTHING:
         return set()
     return set().union(*map(stores, children(node)))
 
@@ -156,11 +159,13 @@ def renamed(node: Any, names: Mapping[str, str]) -> Any:
 
 
 def _touched(node: ast.AST, names: Mapping[str, str]) -> bool:
-    if any(names.get(n, n) != n for n in loads(node)):
+    read = loads(node)
+    if not read.isdisjoint(names) and any(names.get(n, n) != n for n in read):
         return True
     if isinstance(node, ast.expr) and type(getattr(node, "ctx", LOAD)) is ast.Load:
         return False
-    return any(names.get(n, n) != n for n in stores(node))
+    stored = stores(node)
+    return not stored.isdisjoint(names) and any(names.get(n, n) != n for n in stored)
 
 
 def rebuilt(node: ast.AST, change: Any) -> Any:

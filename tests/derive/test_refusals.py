@@ -66,9 +66,25 @@ def starred_call(x):
     return np.arctan2(*[x, x])
 
 
-def starred_unpack(x):
-    a, *_ = x
-    return a
+def starred_tuple(x):
+    return (1.0, *x)[1]
+
+
+def pops_a_key(x):
+    table = {0: x, 1: x * x}
+    first = table.pop(0)
+    return first * table[1]
+
+
+def extends_by_itself(x):
+    items = [x]
+    items += items
+    return items[0] * items[1]
+
+
+def pops_where_it_is_told(x, k):
+    items = [x, x * x]
+    return items.pop(k)
 
 
 def unknown_c_function(x):
@@ -203,7 +219,10 @@ REFUSED = [
     (has_varargs, r"\*args"),
     (has_match, "match is not supported"),
     (starred_call, r"a call with \*"),
-    (starred_unpack, r"an assignment with \*"),
+    (starred_tuple, r"\* within a tuple"),
+    (pops_a_key, "pop of a key of a dict"),
+    (extends_by_itself, "changes its length while a loop goes over it"),
+    (pops_where_it_is_told, r"pop\(k\) has a derivative"),
     (unknown_c_function, "np.fft.fft has no known derivative"),
     (unknown_method, r"the method .searching\(\) has no derivative"),
     (unknown_keyword, "unexpected keyword argument 'where'"),
@@ -547,6 +566,10 @@ def through_text(s):
     return float(f"{s}") * s
 
 
+def through_formatted_key(s):
+    return {f"{s}": s}[f"{s}"]
+
+
 def through_string(s):
     return float(str(s)) * s
 
@@ -731,3 +754,23 @@ def test_a_flag_in_the_place_of_an_axis_is_refused_when_it_runs():
 
     with pytest.raises(DerivativeError, match="False is in the place of an axis"):
         grad(f)(torch.tensor(V), False)
+
+
+def test_what_is_too_short_to_be_unpacked_is_the_error_that_it_is_in_python():
+    def f(x):
+        a, *_, b = x
+        return a * b
+
+    assert grad(f)([2.0, 3.0]) == [3.0, 2.0]
+    for call in (f, grad(f)):
+        with pytest.raises(ValueError, match="expected at least 2, got 1"):
+            call([2.0])
+
+
+def test_keys_of_a_dict_are_not_popped():
+    def f(d):
+        first = d.pop(0)
+        return first * d[1]
+
+    with pytest.raises(DerivativeError, match="pop of a key of a dict"):
+        grad(f)({0: 2.0, 1: 3.0})
