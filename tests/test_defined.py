@@ -1,7 +1,10 @@
 """Divergences of a user's convex function: their kernels against closed forms in float64, and what is refused."""
 
 import functools
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 import dam
 from dam.backends import generated
+from dam.benchmarks.defined import table
 from dam.derive import DerivativeError
 from dam.divergences import definition, matching, rate_matching_loss
 from tests.ops.helpers import assert_close, integers, normal, rounding, same, threads
@@ -311,6 +315,7 @@ def test_one_backward_pass():
 def test_sources_hold_what_they_come_from():
     divergence = define(squared_hellinger)
     for text in (divergence.cpp, divergence.triton):
+        assert re.search(r"Hash of this and of its derivatives: [0-9a-f]{24}\n", text)
         assert "def squared_hellinger(u):" in text and "return (root - 1.0) ** 2" in text
     assert "root - T(1)" in divergence.cpp and "root - 1" in divergence.triton
     assert divergence.slope.count("\n") > 3 and "dsquared_hellinger" in divergence.slope
@@ -338,6 +343,13 @@ def test_forms_are_chosen_by_rounding():
     assert "log1p(u)" in kernel.cpp and kernel.range.lowest == -INF and kernel.range.highest >= 80
     # u^2 overflows: float32 holds it up to a log rate of 44, and sums of 1024 to less.
     assert 30 <= define(chi_square).range.highest <= 40
+
+
+def test_the_page_has_the_figures_of_its_record():
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "benchmarks/results/epyc-avx2-2-cores/defined.json").read_text(encoding="utf-8"))
+    assert table(record) in (root / "docs/derive.md").read_text(encoding="utf-8")
+    assert max(max(found["of_hand_written"].values()) for found in record["sizes"].values()) < 1.5
 
 
 # ---- without a compiler, or a function of Triton's

@@ -96,9 +96,11 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     at_target = {"slope": slope, "force": curvature * u}
     target, _ = _best(x, at_target)  # computed in float64; what rounds well in float32 does there
     of_zero = [_at_zero(_numbers(x, e)) for e in at_target.values()]
+    text = _text_of(phi, source)
     parts = texts.Parts(
         name=name,
-        phi=_text_of(phi, source),
+        phi=text,
+        hash=_hash(text, derive.source(slope_of), derive.source(curvature_of)),
         terms=written,
         at_target=target,
         slope_at_zero=of_zero[0],
@@ -113,8 +115,8 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     space = functions_of(torch_text)
     made = Divergence(
         name=name,
-        key=hashlib.sha256(cpp.encode()).hexdigest()[:24],
-        phi=parts.phi,
+        key=_hash(cpp),
+        phi=text,
         slope=derive.source(slope_of),
         curvature=derive.source(curvature_of),
         slope_at_zero=of_zero[0],
@@ -127,6 +129,10 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
         at_target=space["at_target"],
     )
     return DEFINED.setdefault(made.key, made)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 # All that were defined in this process, by key: the operator is given the key.
@@ -235,9 +241,13 @@ def _at_zero(values: Callable[[float], list[Any]]) -> float:
 
 def _by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
     """A form of each branch, so that no branch is within a sum or a product."""
+    import sympy
+
     from dam.derive.scalar import where
 
-    found = next((part for part in e.atoms(where) if not part.args[0].has(where)), None)
+    # In an order that does not change from process to process, or the sources and their hashes would.
+    branches = sorted(e.atoms(where), key=sympy.default_sort_key)
+    found = next((part for part in branches if not part.args[0].has(where)), None)
     if found is None:
         return form(e)
     test = found.args[0]

@@ -21,6 +21,7 @@ class Parts(NamedTuple):
 
     name: str
     phi: str
+    hash: str  # of it and of its derivatives' sources
     terms: emit.Program
     at_target: emit.Program
     slope_at_zero: float
@@ -80,6 +81,7 @@ def cpp(parts: Parts) -> str:
 //
 {_commented(parts.phi, "//")}
 //
+// Hash of this and of its derivatives: {parts.hash}
 // u = exp(x) is the rate of a destination whose logit is x. The kernel around these functions is csrc/cpu/defined.h.
 #include "cpu/defined.h"
 
@@ -144,6 +146,7 @@ def triton(parts: Parts) -> str:
 
 {_commented(_quoted(parts.phi), "")}
 
+Hash of this and of its derivatives: {parts.hash}
 u = exp(x) is the rate of a destination whose logit is x. The kernel that calls these functions is kernels/defined.py.
 """
 
