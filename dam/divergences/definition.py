@@ -25,6 +25,8 @@ _GRID = sorted(
     [0.5 * n for n in range(-20, 21)]
     + [sign * x for sign in (-1.0, 1.0) for x in (*range(11, 90, 2), 100, 200, 500, 1000, 10_000, 100_000)]
 )
+# Of an expression that is multiplied out: operations it may have, and terms or degrees that come of it.
+_OPERATIONS, _TERMS = 150, 64
 _ROUNDING = 2.0**-18  # relative, of a number that a sum or a gradient is made of; the kernels' own exp has 2^-22
 _SMALLEST, _LARGEST = 2.0**-120, 2.0**100  # what is 0 to float32, and what 1024 of may be added in it
 
@@ -268,7 +270,7 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
 
     from dam.derive import emit
 
-    forms: Sequence[Callable[[Any], Any]] = (lambda e: e, sympy.expand, lambda e: sympy.cancel(sympy.expand(e)))
+    forms: Sequence[Callable[[Any], Any]] = (lambda e: e, _expanded, _cancelled)
     chosen, limits = {}, Range(-math.inf, math.inf)
     for name, e in wanted.items():
         exact = [float(v[0]) for v in map(_numbers(x, e), _GRID)]
@@ -289,6 +291,30 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
     if not limits.lowest < 0 < limits.highest:
         limits = Range(math.inf, -math.inf)  # float64 throughout
     return emit.program(chosen, x), limits
+
+
+def _is_small(e: Any) -> bool:
+    """Whether not many terms come of multiplying out."""
+    import sympy
+
+    powers = [p for p in e.atoms(sympy.Pow) if p.base.is_Add and p.exp.is_Integer]
+    return sympy.count_ops(e) <= _OPERATIONS and all(len(p.base.args) ** abs(int(p.exp)) <= _TERMS for p in powers)
+
+
+def _expanded(e: Any) -> Any:
+    import sympy
+
+    return sympy.expand(e) if _is_small(e) else e
+
+
+def _cancelled(e: Any) -> Any:
+    """Over one denominator, in lowest terms; as it is where powers of the rate have no common root to speak of."""
+    import sympy
+
+    e = _expanded(e)
+    steps = [k for exp in e.atoms(sympy.exp) if (k := exp.args[0].as_coeff_Mul()[0]).is_Rational]
+    root = math.lcm(*(int(k.q) for k in steps))
+    return sympy.cancel(e) if _is_small(e) and all(abs(k * root) <= _TERMS for k in steps) else e
 
 
 def _range_of(one: Any, exact: list[Any]) -> Range:
