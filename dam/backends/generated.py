@@ -36,11 +36,14 @@ def folder() -> Path:
     """The cache: DAM_CACHE_DIR, else dam in XDG_CACHE_HOME, else ~/.cache/dam; made where it is not there.
 
     Raises:
-        PermissionError: it is another user's, or others may write there.
+        OSError: it cannot be made, is another user's, or others may write there.
     """
     asked = environment.value("DAM_CACHE_DIR")
-    path = Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dam"
-    path = path.expanduser().absolute()
+    path = Path(asked or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dam")
+    try:
+        path = path.expanduser().absolute()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: {error}; name a folder for generated kernels in DAM_CACHE_DIR") from error
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _trusted(path)
     return path

@@ -130,6 +130,12 @@ def _add(a: Any, b: Any) -> Any:
     return a if isinstance(a, tuple) else b if isinstance(b, tuple) else a + b
 
 
+def _placed(g: Any, at: Any, x: Any) -> Any:
+    """The adjoint of a tuple of which one item has one."""
+    place = range(len(x))[int(at)]
+    return tuple(g if n == place else _zeros(one) for n, one in enumerate(x))
+
+
 # What functions of numpy, torch and math mean for numbers, by name.
 _MEANINGS: dict[str, Callable[..., Any]] = {
     "exp": sympy.exp,
@@ -183,7 +189,10 @@ _KNOWN |= {
     rt.zeros_like: _zeros,
     rt.full: _full,
     rt.packed: _full,
+    rt.unpacked: _full,
     rt.add: _add,
+    rt.placed: _placed,
+    rt.add_at: lambda b, at, g, x: _add(_full(b, x), _placed(g, at, x)),
     rt.power_slope: lambda x, n: n * x ** (n - 1),
     rt.power_log: lambda x, n: x**n * sympy.log(x),
     rt.log: sympy.log,
