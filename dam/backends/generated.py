@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from dam.backends import cpu
+from dam.backends import choice, cpu
 from dam.kernels import environment
 
 HEADERS = Path(__file__).parents[1] / "csrc"  # a link in a checkout
@@ -161,6 +161,17 @@ def module(name: str, text: str) -> types.ModuleType:
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
+
+
+def without(op: str, backend: str, reason: str) -> None:
+    """That the reference runs in a backend's place: says so once, or is an error where the backend is asked for.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if choice.is_asked_for(backend):
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reason}")
+    warn_once(f"dam: {reason}; the slower reference backend 'torch' runs instead of {backend!r}.")
 
 
 @functools.cache

@@ -98,11 +98,11 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     at_target = {"slope": slope, "force": curvature * u}
     target, _ = _best(x, at_target)  # computed in float64; what rounds well in float32 does there
     of_zero = [_at_zero(_numbers(x, e)) for e in at_target.values()]
-    text = _text_of(phi, source)
+    text = text_of(phi, source)
     parts = texts.Parts(
         name=name,
         phi=text,
-        hash=_hash(text, derive.source(slope_of), derive.source(curvature_of)),
+        hash=hash_of(text, derive.source(slope_of), derive.source(curvature_of)),
         terms=written,
         at_target=target,
         slope_at_zero=of_zero[0],
@@ -117,7 +117,7 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     space = functions_of(torch_text)
     made = Divergence(
         name=name,
-        key=_hash(cpp),
+        key=hash_of(cpp),
         phi=text,
         slope=derive.source(slope_of),
         curvature=derive.source(curvature_of),
@@ -133,7 +133,7 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     return DEFINED.setdefault(made.key, made)
 
 
-def _hash(*parts: str) -> str:
+def hash_of(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -177,7 +177,7 @@ def functions_of(text: str) -> dict[str, Any]:
     return space
 
 
-def _text_of(phi: Callable[[Any], Any], source: Any) -> str:
+def text_of(phi: Callable[[Any], Any], source: Any) -> str:
     """The lines of a function, of a lambda its own expression alone."""
     if phi.__name__ == "<lambda>":
         return f"lambda {ast.unparse(source.node.args)}: {ast.unparse(source.node.body[0].value)}"
@@ -241,7 +241,7 @@ def _at_zero(values: Callable[[float], list[Any]]) -> float:
 # ---- ways to write an expression
 
 
-def _by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
+def by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
     """A form of each branch, so that no branch is within a sum or a product."""
     import sympy
 
@@ -257,7 +257,7 @@ def _by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
     def side(index: int) -> Any:
         return e.replace(lambda part: isinstance(part, where) and part.args[0] == test, lambda part: part.args[index])
 
-    return where(test, _by_branch(side(1), form), _by_branch(side(2), form))
+    return where(test, by_branch(side(1), form), by_branch(side(2), form))
 
 
 def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
@@ -277,7 +277,7 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
         ways: list[tuple[Any, ...]] = []
         for form in forms:
             try:
-                way = _by_branch(e, form)
+                way = by_branch(e, form)
             except (sympy.PolynomialError, NotImplementedError):
                 continue
             if any(way == other for *_, other, _ in ways):
