@@ -142,7 +142,7 @@ def _check_positive(name: str, rate: Callable[..., Any], log_rate: Callable[...,
     z, places = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (_NUMBERS, _PLACES))
     z, y, x = z[:, None, None], places[:, None], places
     found, log_found = (torch.broadcast_to(f(z, y, x)[0], (len(_NUMBERS), 4, 4)) for f in (rate, log_rate))
-    bad = ~((found > 0) & (found < math.inf) & log_found.isfinite())
+    bad = ~((found >= 0) & (found < math.inf) & log_found.isfinite())  # too small for a double is not 0
     if bool(bad.any()):
         at = tuple(bad.nonzero()[0].tolist())
         where = f"z = {_NUMBERS[at[0]]:.3g}, y = {_PLACES[at[1]]:g}, x = {_PLACES[at[2]]:g}"

@@ -69,9 +69,20 @@ def expected(rate, logits, base, target, state, exclude=-1, suppress=()):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_ratio_and_gap(backend, rate, request):
-    if backend == "cpu" and rate is exponential:
-        pytest.skip("test_exponential_rates_are_the_hand_written has it")
+def test_ratio_and_gap(backend, rate):
+    if backend == "cpu" and rate is not to_neighbours:
+        pytest.skip("test_more_kernels has it")
+    compare(rate)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rate", RATES[:2])
+def test_more_kernels(rate):
+    with dam.backend("cpu"):
+        compare(rate)
+
+
+def compare(rate):
     for dtype in (torch.float32, torch.bfloat16):
         logits, base, target, state = case(5, 2500, dtype)
         for options in ({}, {"exclude": target[:, 0].clone(), "suppress": [0, 3, int(target[2, 1].clamp(min=0))]}):
@@ -85,6 +96,7 @@ def test_ratio_and_gap(backend, rate, request):
             assert bool(((found.escape_gap.double() - gap).abs() <= 2.0**-23 * gap.abs() + 1e-14 * size).all())
 
 
+@pytest.mark.full
 def test_exponential_rates_are_the_hand_written():
     logits, base, target, _ = case(4, 3000)
     for room in ("torch", "cpu"):
@@ -99,6 +111,18 @@ def test_exponential_rates_are_the_hand_written():
 
 def test_numbers_far_from_0(backend):
     """Without the exponential of what is only compared: a ratio of rates of 1e-300 and 1e+300."""
+    if backend == "cpu":
+        pytest.skip("test_more_kernels_far_from_0 has it")
+    compare_far()
+
+
+@pytest.mark.full
+def test_more_kernels_far_from_0():
+    with dam.backend("cpu"):
+        compare_far()
+
+
+def compare_far():
     logits, base = torch.tensor([[-700.0, 0.0, 90.0]]), torch.tensor([[690.0, 0.0, -INF]])
     found = dam.rate_ratio(logits, base, torch.tensor([[0, 2, -1]]), rate=define(exponential))
     assert found.log_ratio.tolist() == [[1390.0, -INF, 0.0]] and found.escape_gap.tolist() == [-INF]
@@ -112,11 +136,12 @@ def test_threads_shapes_and_opcheck():
     found = []
     for count in (1, 3):
         with threads(count), dam.backend("cpu"):
-            found.append(dam.rate_ratio(logits, base, target, rate=define(softplus), state=state))
+            found.append(dam.rate_ratio(logits, base, target, rate=define(to_neighbours), state=state))
     assert same(*found)
-    one = dam.rate_ratio(logits[:, None], base[:, None], target[:, :1], rate=define(softplus))
+    options = {"rate": define(to_neighbours), "state": state[:, None]}
+    one = dam.rate_ratio(logits[:, None], base[:, None], target[:, :1], **options)
     assert one.log_ratio.shape == (2, 1) and torch.equal(one.escape_gap[:, 0], found[0].escape_gap)
-    arguments = (logits[:, :40], base[:, :40], target % 40, state, None, None, define(softplus).key, "cpu")
+    arguments = (logits[:, :40], base[:, :40], target % 40, state, None, None, define(to_neighbours).key, "cpu")
     torch.library.opcheck(rates._defined_rate_ratio.overload, arguments)
 
 

@@ -38,8 +38,8 @@ inline F exp(F x) {
   return each(x, [](auto a) { return std::exp(a); });
 }
 inline f64 exp(f64 x) {
-  // Beyond what the vectors' takes, and for an infinity, which that makes a NaN of.
-  if (any((x > 700.0) | (x < -700.0))) return each(x, [](auto a) { return std::exp(a); });
+  // Beyond what the vectors' takes; below -700 that is 0.
+  if (any(x > 700.0)) return each(x, [](auto a) { return std::exp(a); });
   return dam::exp(x);
 }
 template <class F>
