@@ -90,6 +90,8 @@ def compiler() -> Compiler:
 @functools.cache
 def _build() -> dict:
     """How dam._cpu was built: compiler, flags, and those of each instruction set."""
+    if not hasattr(cpu.kernels, "BUILD"):
+        raise NoCompiler("dam._cpu is of an older dam and does not say how it was built: install this one again")
     return json.loads(cpu.kernels.BUILD)
 
 
