@@ -9,6 +9,7 @@ import torch
 
 import dam
 from dam import rates
+from dam.benchmarks.defined import nearby
 from dam.derive import DerivativeError
 from tests.ops.helpers import assert_close, integers, normal, same, threads
 
@@ -38,11 +39,12 @@ def by_hand(rate, z, y, x):
     return {
         exponential: lambda: z.exp(),
         softplus: lambda: torch.nn.functional.softplus(z, threshold=1e9),
+        nearby: lambda: z.exp() / (1 + (y - x) ** 2),
         to_neighbours: lambda: torch.where(y > x, (1 + near) * z.exp(), (z / 2).exp() + 0.25),
     }[rate]()
 
 
-RATES = [pytest.param(rate, id=rate.__name__) for rate in (exponential, softplus, to_neighbours)]
+RATES = [pytest.param(rate, id=rate.__name__) for rate in (exponential, softplus, to_neighbours, nearby)]
 
 
 def case(rows, columns, dtype=torch.float32, seed=1):
@@ -70,13 +72,13 @@ def expected(rate, logits, base, target, state, exclude=-1, suppress=()):
 
 @pytest.mark.parametrize("rate", RATES)
 def test_ratio_and_gap(backend, rate):
-    if backend == "cpu" and rate is not to_neighbours:
+    if backend == "cpu" and rate is not nearby:  # which docs/derive.md compiles too
         pytest.skip("test_more_kernels has it")
     compare(rate)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("rate", RATES[:2])
+@pytest.mark.parametrize("rate", RATES[:3])
 def test_more_kernels(rate):
     with dam.backend("cpu"):
         compare(rate)
@@ -136,12 +138,12 @@ def test_threads_shapes_and_opcheck():
     found = []
     for count in (1, 3):
         with threads(count), dam.backend("cpu"):
-            found.append(dam.rate_ratio(logits, base, target, rate=define(to_neighbours), state=state))
+            found.append(dam.rate_ratio(logits, base, target, rate=define(nearby), state=state))
     assert same(*found)
-    options = {"rate": define(to_neighbours), "state": state[:, None]}
+    options = {"rate": define(nearby), "state": state[:, None]}
     one = dam.rate_ratio(logits[:, None], base[:, None], target[:, :1], **options)
     assert one.log_ratio.shape == (2, 1) and torch.equal(one.escape_gap[:, 0], found[0].escape_gap)
-    arguments = (logits[:, :40], base[:, :40], target % 40, state, None, None, define(to_neighbours).key, "cpu")
+    arguments = (logits[:, :40], base[:, :40], target % 40, state, None, None, define(nearby).key, "cpu")
     torch.library.opcheck(rates._defined_rate_ratio.overload, arguments)
 
 
