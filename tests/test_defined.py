@@ -14,7 +14,7 @@ import dam
 from dam.backends import generated
 from dam.benchmarks.defined import generalised_kl, squared_hellinger, table
 from dam.derive import DerivativeError
-from dam.divergences import definition, matching, rate_matching_loss
+from dam.divergences import definition, matching, rate_matching_loss, texts
 from tests.ops.helpers import assert_close, integers, normal, rounding, same, threads
 
 IMPLEMENTATIONS = ("torch", "cpu", "triton")
@@ -313,6 +313,13 @@ def test_sources_hold_what_they_come_from():
     assert "root - T(1)" in divergence.cpp and "root - 1" in divergence.triton
     assert divergence.slope.count("\n") > 3 and "dsquared_hellinger" in divergence.slope
     assert define(lambda u: u * u).phi == "lambda u: u * u"
+
+
+def test_a_source_stays_in_its_comment():
+    """Whatever it ends its lines with, of which C++ would make one of two."""
+    for line in ("u \\", "u \\ \\", "u\\\t", "u \\\r int x;"):
+        for commented in texts.commented(f"{line}\nv", "//").splitlines():
+            assert commented.startswith("//") and not commented.endswith(("\\", " ", "\t"))
 
 
 def test_one_definition_one_key():

@@ -138,7 +138,7 @@ def cpp_function(name: str, program: emit.Program, meaning: str, variables: str 
 
 def commented(text: str, mark: str) -> str:
     # A backslash at the end of a comment of C++ would take the next line into it.
-    return "\n".join(f"{mark}     {line}".rstrip().rstrip("\\").rstrip() for line in text.splitlines())
+    return "\n".join(f"{mark}     {line}".rstrip("\\ \t") for line in text.splitlines())
 
 
 # ---- Triton
