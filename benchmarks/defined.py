@@ -42,6 +42,11 @@ def alpha_divergence(u, a=0.3):
     return (u**a - a * u + a - 1) / (a * (a - 1))
 
 
+def nearby(z, y, x):
+    """A rate, which docs/derive.md shows: the farther a destination, the rarer."""
+    return torch.exp(z) / (1 + (y - x) ** 2)
+
+
 # phi'(u) u - phi(u) and phi'(u), of x = log u, by hand.
 BY_HAND: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "generalised_kl": lambda x: (x.exp(), x),

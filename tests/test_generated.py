@@ -106,6 +106,9 @@ def test_where_it_is(tmp_path, monkeypatch):
 
 def test_the_compiler(tmp_path, monkeypatch):
     """That of the library, without flags of its builder's; else CXX; else one of the usual names; else none."""
+    with monkeypatch.context() as patched, pytest.raises(generated.NoCompiler, match="of an older dam"):
+        patched.setattr(generated.cpu, "kernels", object())
+        generated._build.__wrapped__()
     build = generated._build()
     assert {"compiler", "flags", "isa_flags"} == build.keys() and cpu.isa() in build["isa_flags"]
     assert "-std=c++17" in build["flags"]

@@ -37,6 +37,11 @@ template <class F>
 inline F exp(F x) {
   return each(x, [](auto a) { return std::exp(a); });
 }
+inline f64 exp(f64 x) {
+  // Beyond what the vectors' takes; below -700 that is 0.
+  if (any(x > 700.0)) return each(x, [](auto a) { return std::exp(a); });
+  return dam::exp(x);
+}
 template <class F>
 inline F log(F x) {
   return each(x, [](auto a) { return std::log(a); });
@@ -100,6 +105,7 @@ inline void raised(f32 (&out)[N], const f32 (&x)[N], double k) {
   }
 }
 inline void raised(double (&out)[1], const double (&x)[1], double k) { out[0] = std::exp(k * x[0]); }
+inline void raised(f64 (&out)[1], const f64 (&x)[1], double k) { out[0] = exp(x[0] * k); }
 
 }  // namespace fn
 

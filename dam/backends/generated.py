@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from dam.backends import cpu
+from dam.backends import choice, cpu
 from dam.kernels import environment
 
 HEADERS = Path(__file__).parents[1] / "csrc"  # a link in a checkout
@@ -36,11 +36,14 @@ def folder() -> Path:
     """The cache: DAM_CACHE_DIR, else dam in XDG_CACHE_HOME, else ~/.cache/dam; made where it is not there.
 
     Raises:
-        PermissionError: it is another user's, or others may write there.
+        OSError: it cannot be made, is another user's, or others may write there.
     """
     asked = environment.value("DAM_CACHE_DIR")
-    path = Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dam"
-    path = path.expanduser().absolute()
+    path = Path(asked or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dam")
+    try:
+        path = path.expanduser().absolute()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: {error}; name a folder for generated kernels in DAM_CACHE_DIR") from error
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _trusted(path)
     return path
@@ -87,6 +90,8 @@ def compiler() -> Compiler:
 @functools.cache
 def _build() -> dict:
     """How dam._cpu was built: compiler, flags, and those of each instruction set."""
+    if not hasattr(cpu.kernels, "BUILD"):
+        raise NoCompiler("dam._cpu is of an older dam and does not say how it was built: install this one again")
     return json.loads(cpu.kernels.BUILD)
 
 
@@ -158,6 +163,17 @@ def module(name: str, text: str) -> types.ModuleType:
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
+
+
+def without(op: str, backend: str, reason: str) -> None:
+    """That the reference runs in a backend's place: says so once, or is an error where the backend is asked for.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if choice.is_asked_for(backend):
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reason}")
+    warn_once(f"dam: {reason}; the slower reference backend 'torch' runs instead of {backend!r}.")
 
 
 @functools.cache

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -26,7 +27,7 @@ from dam.derive.errors import DerivativeError
 
 Expression: TypeAlias = Any  # of sympy, which has no types
 _PATHS = 64  # through one function
-_DEPTH = 32  # of calls
+_DEPTH, _CALLS = 32, 1000  # of calls within one another, and of all
 # As a decimal that somebody wrote: 0.3 - 1 is -7/10, not the quotient of two powers of 2 that the double is. Exponents
 # that are to cancel then do.
 _DENOMINATOR = 10**6
@@ -90,7 +91,8 @@ def _minimum(x: Expression, z: Expression) -> Expression:
     return _chosen(x <= z, x, z)
 
 
-def _clip(x: Expression, low: Any = None, high: Any = None) -> Expression:
+def _clip(x: Expression, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: Any = None) -> Expression:
+    low, high = a_min if min is None else min, a_max if max is None else max
     x = x if low is None else _maximum(x, low)
     return x if high is None else _minimum(x, high)
 
@@ -126,6 +128,12 @@ def _add(a: Any, b: Any) -> Any:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return tuple(map(_add, a, b))
     return a if isinstance(a, tuple) else b if isinstance(b, tuple) else a + b
+
+
+def _placed(g: Any, at: Any, x: Any) -> Any:
+    """The adjoint of a tuple of which one item has one."""
+    place = range(len(x))[int(at)]
+    return tuple(g if n == place else _zeros(one) for n, one in enumerate(x))
 
 
 # What functions of numpy, torch and math mean for numbers, by name.
@@ -181,7 +189,10 @@ _KNOWN |= {
     rt.zeros_like: _zeros,
     rt.full: _full,
     rt.packed: _full,
+    rt.unpacked: _full,
     rt.add: _add,
+    rt.placed: _placed,
+    rt.add_at: lambda b, at, g, x: _add(_full(b, x), _placed(g, at, x)),
     rt.power_slope: lambda x, n: n * x ** (n - 1),
     rt.power_log: lambda x, n: x**n * sympy.log(x),
     rt.log: sympy.log,
@@ -226,7 +237,7 @@ def expression(function: Callable[..., Any], *arguments: Expression) -> Expressi
         DerivativeError: the function is not one of numbers alone; the message shows the line.
     """
     source = functions.of(function)
-    found = _Follower(source, 0).call(arguments, {})
+    found = _Follower(source, 0, itertools.count(1)).call(arguments, {})
     if not isinstance(found, sympy.Expr):
         raise source.refuse(source.node, f"{source.name} must return one number")
     return found
@@ -235,8 +246,8 @@ def expression(function: Callable[..., Any], *arguments: Expression) -> Expressi
 class _Follower:
     """One function's source, followed."""
 
-    def __init__(self, source: functions.Source, depth: int) -> None:
-        self.source, self.depth, self.paths = source, depth, 0
+    def __init__(self, source: functions.Source, depth: int, calls: Iterator[int]) -> None:
+        self.source, self.depth, self.calls, self.paths = source, depth, calls, 0
 
     def call(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         return self.block(list(self.source.node.body), self.bound(arguments, keywords), {})
@@ -454,7 +465,7 @@ class _Follower:
         module = getattr(function, "__module__", None) or ""
         if function is None or module == rt.__name__ or module.split(".")[0] in ("numpy", "torch", "math"):
             raise self.source.refuse(node, f"{ast.unparse(node.func)} is not a function of numbers that is known here")
-        if self.depth >= _DEPTH:
-            raise self.source.refuse(node, "calls go deeper than is followed")
+        if self.depth >= _DEPTH or next(self.calls) > _CALLS:
+            raise self.source.refuse(node, "more calls than are followed; functions of numbers do not call themselves")
         inner = functions.of_or_refused(function, self.source, node)
-        return _Follower(inner, self.depth + 1).call(arguments, keywords)
+        return _Follower(inner, self.depth + 1, self.calls).call(arguments, keywords)

@@ -2,5 +2,6 @@
 
 from dam.divergences.definition import Divergence, define
 from dam.divergences.matching import rate_matching_loss
+from dam.divergences.texts import Range
 
-__all__ = ["Divergence", "define", "rate_matching_loss"]
+__all__ = ["Divergence", "Range", "define", "rate_matching_loss"]

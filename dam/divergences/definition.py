@@ -25,6 +25,8 @@ _GRID = sorted(
     [0.5 * n for n in range(-20, 21)]
     + [sign * x for sign in (-1.0, 1.0) for x in (*range(11, 90, 2), 100, 200, 500, 1000, 10_000, 100_000)]
 )
+# Of an expression that is multiplied out: operations it may have, and terms or degrees that come of it.
+_OPERATIONS, _TERMS = 150, 64
 _ROUNDING = 2.0**-18  # relative, of a number that a sum or a gradient is made of; the kernels' own exp has 2^-22
 _SMALLEST, _LARGEST = 2.0**-120, 2.0**100  # what is 0 to float32, and what 1024 of may be added in it
 
@@ -96,9 +98,11 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     at_target = {"slope": slope, "force": curvature * u}
     target, _ = _best(x, at_target)  # computed in float64; what rounds well in float32 does there
     of_zero = [_at_zero(_numbers(x, e)) for e in at_target.values()]
+    text = text_of(phi, source)
     parts = texts.Parts(
         name=name,
-        phi=_text_of(phi, source),
+        phi=text,
+        hash=hash_of(text, derive.source(slope_of), derive.source(curvature_of)),
         terms=written,
         at_target=target,
         slope_at_zero=of_zero[0],
@@ -113,8 +117,8 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     space = functions_of(torch_text)
     made = Divergence(
         name=name,
-        key=hashlib.sha256(cpp.encode()).hexdigest()[:24],
-        phi=parts.phi,
+        key=hash_of(cpp),
+        phi=text,
         slope=derive.source(slope_of),
         curvature=derive.source(curvature_of),
         slope_at_zero=of_zero[0],
@@ -127,6 +131,10 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
         at_target=space["at_target"],
     )
     return DEFINED.setdefault(made.key, made)
+
+
+def hash_of(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 # All that were defined in this process, by key: the operator is given the key.
@@ -169,7 +177,7 @@ def functions_of(text: str) -> dict[str, Any]:
     return space
 
 
-def _text_of(phi: Callable[[Any], Any], source: Any) -> str:
+def text_of(phi: Callable[[Any], Any], source: Any) -> str:
     """The lines of a function, of a lambda its own expression alone."""
     if phi.__name__ == "<lambda>":
         return f"lambda {ast.unparse(source.node.args)}: {ast.unparse(source.node.body[0].value)}"
@@ -233,11 +241,15 @@ def _at_zero(values: Callable[[float], list[Any]]) -> float:
 # ---- ways to write an expression
 
 
-def _by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
+def by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
     """A form of each branch, so that no branch is within a sum or a product."""
+    import sympy
+
     from dam.derive.scalar import where
 
-    found = next((part for part in e.atoms(where) if not part.args[0].has(where)), None)
+    # In an order that does not change from process to process, or the sources and their hashes would.
+    branches = sorted(e.atoms(where), key=sympy.default_sort_key)
+    found = next((part for part in branches if not part.args[0].has(where)), None)
     if found is None:
         return form(e)
     test = found.args[0]
@@ -245,7 +257,7 @@ def _by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
     def side(index: int) -> Any:
         return e.replace(lambda part: isinstance(part, where) and part.args[0] == test, lambda part: part.args[index])
 
-    return where(test, _by_branch(side(1), form), _by_branch(side(2), form))
+    return where(test, by_branch(side(1), form), by_branch(side(2), form))
 
 
 def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
@@ -258,14 +270,14 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
 
     from dam.derive import emit
 
-    forms: Sequence[Callable[[Any], Any]] = (lambda e: e, sympy.expand, lambda e: sympy.cancel(sympy.expand(e)))
+    forms: Sequence[Callable[[Any], Any]] = (lambda e: e, _expanded, _cancelled)
     chosen, limits = {}, Range(-math.inf, math.inf)
     for name, e in wanted.items():
         exact = [float(v[0]) for v in map(_numbers(x, e), _GRID)]
         ways: list[tuple[Any, ...]] = []
         for form in forms:
             try:
-                way = _by_branch(e, form)
+                way = by_branch(e, form)
             except (sympy.PolynomialError, NotImplementedError):
                 continue
             if any(way == other for *_, other, _ in ways):
@@ -279,6 +291,30 @@ def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
     if not limits.lowest < 0 < limits.highest:
         limits = Range(math.inf, -math.inf)  # float64 throughout
     return emit.program(chosen, x), limits
+
+
+def _is_small(e: Any) -> bool:
+    """Whether not many terms come of multiplying out."""
+    import sympy
+
+    powers = [p for p in e.atoms(sympy.Pow) if p.base.is_Add and p.exp.is_Integer]
+    return sympy.count_ops(e) <= _OPERATIONS and all(len(p.base.args) ** abs(int(p.exp)) <= _TERMS for p in powers)
+
+
+def _expanded(e: Any) -> Any:
+    import sympy
+
+    return sympy.expand(e) if _is_small(e) else e
+
+
+def _cancelled(e: Any) -> Any:
+    """Over one denominator, in lowest terms; as it is where powers of the rate have no common root to speak of."""
+    import sympy
+
+    e = _expanded(e)
+    steps = [k for exp in e.atoms(sympy.exp) if (k := exp.args[0].as_coeff_Mul()[0]).is_Rational]
+    root = math.lcm(*(int(k.q) for k in steps))
+    return sympy.cancel(e) if _is_small(e) and all(abs(k * root) <= _TERMS for k in steps) else e
 
 
 def _range_of(one: Any, exact: list[Any]) -> Range:

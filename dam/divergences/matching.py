@@ -158,7 +158,7 @@ def _cpu(
     try:
         kernel = _compiled(divergence.key)
     except (generated.NoCompiler, OSError) as error:
-        _without("cpu", f"kernels of divergences cannot be compiled here: {error}")
+        generated.without("rate_matching_loss", "cpu", f"kernels of divergences cannot be compiled here: {error}")
         return _torch(divergence, logits, target, weight, row_scale, exclude, with_grad)
     loss, gradient = outputs(logits, with_grad)
     target, weight = target.contiguous(), weight.double().contiguous()
@@ -181,17 +181,6 @@ def _cpu(
     return loss, gradient
 
 
-def _without(backend: str, reason: str) -> None:
-    """That the reference runs in a backend's place: says so once, or is an error where the backend is asked for.
-
-    Raises:
-        RuntimeError: it is.
-    """
-    if choice.is_asked_for(backend):
-        raise RuntimeError(f"rate_matching_loss: backend {backend!r} cannot run this call: {reason}")
-    generated.warn_once(f"dam: {reason}; the slower reference backend 'torch' runs instead of {backend!r}.")
-
-
 @functools.cache
 def _written(key: str) -> Any:
     """The module of a divergence's functions for Triton."""
@@ -211,12 +200,12 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     arguments = (logits, target, weight, row_scale, exclude, with_grad)
     if divergence.triton is None:
-        _without("triton", f"Triton lacks a function that {divergence.name} calls")
+        generated.without("rate_matching_loss", "triton", f"Triton lacks a function that {divergence.name} calls")
         return _torch(divergence, *arguments)
     try:
         module = _written(divergence.key)
     except OSError as error:
-        _without("triton", str(error))
+        generated.without("rate_matching_loss", "triton", str(error))
         return _torch(divergence, *arguments)
     return triton.launcher("defined", "rate_matching_loss")(module, *arguments)
 

@@ -21,6 +21,7 @@ class Parts(NamedTuple):
 
     name: str
     phi: str
+    hash: str  # of it and of its derivatives' sources
     terms: emit.Program
     at_target: emit.Program
     slope_at_zero: float
@@ -43,20 +44,24 @@ def _meaning(program: emit.Program) -> str:
 # ---- torch
 
 
-def torch_function(name: str, program: emit.Program) -> str:
-    """A function of log rates that returns the program's outputs."""
+def torch_function(name: str, program: emit.Program, variables: str = "x") -> str:
+    """A function that returns the program's outputs; the first variable is that of its powers."""
     from dam.derive import emit
 
+    first = variables.split(",")[0]
+    lines = _powers(program, f"torch.exp({{}}{first})")
+    outputs = ", ".join(output for output, _ in program.outputs)
+    lines += [*program.lines(emit.TORCH._replace(broadcast=f"torch.full_like({first}, {{}})")), f"return ({outputs},)"]
+    return f"def {name}({variables}):\n" + emit.indented(lines, 1)
+
+
+def _powers(program: emit.Program, exponential: str) -> list[str]:
+    """Statements of the powers of exp of a variable, by products where they are such."""
     lines = []
     for power, k in program.powers:
         base = program.power_of(k)
-        if base is None:
-            lines.append(f"{power} = torch.exp({_times(k)}x)")
-        else:
-            lines.append(f"{power} = {_product(*base)}")
-    outputs = ", ".join(output for output, _ in program.outputs)
-    lines += [*program.lines(emit.TORCH), f"return ({outputs},)"]
-    return f"def {name}(x):\n" + emit.indented(lines, 1)
+        lines.append(f"{power} = {exponential.format(_times(k)) if base is None else _product(*base)}")
+    return lines
 
 
 def _product(base: str, times: int) -> str:
@@ -78,8 +83,9 @@ def cpp(parts: Parts) -> str:
     return f"""\
 // rate_matching_loss for the divergence of a convex function, written by dam.divergences.define:
 //
-{_commented(parts.phi, "//")}
+{commented(parts.phi, "//")}
 //
+// Hash of this and of its derivatives: {parts.hash}
 // u = exp(x) is the rate of a destination whose logit is x. The kernel around these functions is csrc/cpu/defined.h.
 #include "cpu/defined.h"
 
@@ -92,8 +98,8 @@ struct Divergence {{
   static constexpr double SLOPE_AT_ZERO = {_constant(parts.slope_at_zero)};
   static constexpr double FORCE_AT_ZERO = {_constant(parts.force_at_zero)};
 
-{_cpp_function("terms", parts.terms)}
-{_cpp_function("at_target", parts.at_target)}}};
+{cpp_function("terms", parts.terms, _meaning(parts.terms))}
+{cpp_function("at_target", parts.at_target, _meaning(parts.at_target))}}};
 
 DAM_END
 
@@ -107,16 +113,17 @@ def _constant(value: float, suffix: str = "") -> str:
     return f"{float(value)!r}{suffix}"
 
 
-def _cpp_function(name: str, program: emit.Program) -> str:
+def cpp_function(name: str, program: emit.Program, meaning: str, variables: str = "x") -> str:
+    """The same, of C++, over arrays of vectors or of one double."""
     from dam.derive import emit
 
-    outputs = [output for output, _ in program.outputs]
-    taken = ", ".join(["const F (&xs)[N]", *(f"F (&{output}s)[N]" for output in outputs)])
-    before, within = [], ["[[maybe_unused]] const F x = xs[i];"]
+    outputs, every = [output for output, _ in program.outputs], variables.split(", ")
+    taken = ", ".join([f"const F (&{v}s)[N]" for v in every] + [f"F (&{output}s)[N]" for output in outputs])
+    before, within = [], [f"[[maybe_unused]] const F {v} = {v}s[i];" for v in every]
     for power, k in program.powers:
         base = program.power_of(k)
         if base is None:
-            before += [f"F {power}s[N];", f"fn::raised({power}s, xs, {float(k)!r});"]
+            before += [f"F {power}s[N];", f"fn::raised({power}s, {every[0]}s, {float(k)!r});"]
             within.append(f"const F {power} = {power}s[i];")
         else:
             product = f"T(1) / {base[0]}" if base[1] == -1 else _product(*base)
@@ -126,12 +133,12 @@ def _cpp_function(name: str, program: emit.Program) -> str:
     body = ["using T [[maybe_unused]] = fn::Number<F>;", *before, "for (int i = 0; i < N; ++i) {"]
     body += [f"  {line}" for line in within] + ["}"]
     text = "".join(f"    {line}\n" for line in body)
-    return f"  // {_meaning(program)}\n  template <class F, int N>\n  static void {name}({taken}) {{\n{text}  }}\n"
+    return f"  // {meaning}\n  template <class F, int N>\n  static void {name}({taken}) {{\n{text}  }}\n"
 
 
-def _commented(text: str, mark: str) -> str:
+def commented(text: str, mark: str) -> str:
     # A backslash at the end of a comment of C++ would take the next line into it.
-    return "\n".join(f"{mark}     {line}".rstrip().rstrip("\\").rstrip() for line in text.splitlines())
+    return "\n".join(f"{mark}     {line}".rstrip("\\ \t") for line in text.splitlines())
 
 
 # ---- Triton
@@ -142,8 +149,9 @@ def triton(parts: Parts) -> str:
     return f'''\
 """rate_matching_loss for the divergence of a convex function, written by dam.divergences.define:
 
-{_commented(_quoted(parts.phi), "")}
+{commented(quoted(parts.phi), "")}
 
+Hash of this and of its derivatives: {parts.hash}
 u = exp(x) is the rate of a destination whose logit is x. The kernel that calls these functions is kernels/defined.py.
 """
 
@@ -156,12 +164,12 @@ LOWEST, HIGHEST = {_python(parts.range.lowest)}, {_python(parts.range.highest)}
 SLOPE_AT_ZERO, FORCE_AT_ZERO = {_python(parts.slope_at_zero)}, {_python(parts.force_at_zero)}
 
 
-{_triton_function("terms", parts.terms)}
+{triton_function("terms", parts.terms, _meaning(parts.terms))}
 
-{_triton_function("at_target", parts.at_target)}'''
+{triton_function("at_target", parts.at_target, _meaning(parts.at_target))}'''
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"""', "'''")
 
 
@@ -169,16 +177,12 @@ def _python(value: float) -> str:
     return f'float("{value}")' if math.isinf(value) else repr(float(value))
 
 
-def _triton_function(name: str, program: emit.Program) -> str:
+def triton_function(name: str, program: emit.Program, meaning: str, variables: str = "x") -> str:
+    """The same, of Triton, with what it means."""
     from dam.derive import emit
 
-    lines = [f'"""{_meaning(program)}."""']
-    for power, k in program.powers:
-        base = program.power_of(k)
-        if base is None:
-            lines.append(f"{power} = tl.exp({_times(k)}x)")
-        else:
-            lines.append(f"{power} = {_product(*base)}")
+    first = variables.split(",")[0]
+    lines = [f'"""{meaning}."""', *_powers(program, f"tl.exp({{}}{first})")]
     outputs = ", ".join(output for output, _ in program.outputs)
     lines += [*program.lines(emit.TRITON), f"return {outputs}"]
-    return f"@triton.jit\ndef {name}(x):\n" + emit.indented(lines, 1)
+    return f"@triton.jit\ndef {name}({variables}):\n" + emit.indented(lines, 1)

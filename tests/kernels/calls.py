@@ -6,7 +6,7 @@ Made on CPU tensors while launches are recorded, so nothing runs and only what i
 
 import torch
 
-from dam import divergences
+from dam import divergences, rates
 from dam.backends import generated
 from dam.kernels import (
     adjoint_weights,
@@ -14,6 +14,7 @@ from dam.kernels import (
     configs,
     core,
     defined,
+    defined_rate,
     entropy,
     formed_gradient,
     gradient,
@@ -255,6 +256,17 @@ def defined_losses():
     defined.rate_matching_loss(module, ONE, INDEX, ONE, ONE[0], NOTHING, False)
 
 
+def of_numbers(z, y, x):
+    return torch.exp(z - (y - x) ** 2)
+
+
+def defined_rates():
+    module = generated.module("of_numbers", rates.define(of_numbers).triton)
+    x, excluding = rows_of(1024, LLADA, torch.bfloat16), Excluded(indices(1024), SUPPRESSED)
+    defined_rate.rate_ratio(module, x, x, indices(1024, 16), indices(1024), excluding)
+    defined_rate.rate_ratio(module, ONE, ONE, INDEX, None, NOTHING)
+
+
 OPS = {
     "entropy": entropies,
     "adjoint_weights": adjoint_weights_of_groups,
@@ -270,4 +282,4 @@ OPS = {
     "linear_log_prob": linear_log_probs,
     "linear_matching_loss": linear_matching_losses,
 }
-CALLS = [formed_gradients, softcaps, defined_losses, *OPS.values()]
+CALLS = [formed_gradients, softcaps, defined_losses, defined_rates, *OPS.values()]
