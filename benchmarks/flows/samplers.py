@@ -26,6 +26,7 @@ REFERENCE = "reference of naas alone"
 COLUMNS = {
     "modes": "modes",
     "W2": "w2",
+    "W2, assigned": "w2_assigned",
     "S": "sinkhorn_divergence",
     "OT at 1e-3": "sinkhorn",
     "energy W2": "energy_w2",
@@ -39,7 +40,9 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=list(TARGETS), default="many-well-5")
-    parser.add_argument("--learners", metavar="NAME", nargs="+", choices=sampling.LEARNERS, default=sampling.LEARNERS)
+    parser.add_argument(
+        "--learners", metavar="NAME", nargs="+", choices=sampling.LEARNERS, help="default: those with a preset"
+    )
     parser.add_argument("--seeds", metavar="S", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", metavar="N", type=int, default=2000, help="of each look (default: 2000)")
     parser.add_argument("--rounds", metavar="N", type=int, help="instead of the preset's")
@@ -66,7 +69,7 @@ def study(given: dict[str, Any]) -> dict[str, Any]:
         told = sampling.told(energy, drawn, one.settings.deviation)
         return {**told, **apart(drawn.final.double())}
 
-    for learner in given["learners"]:
+    for learner in given["learners"] or sampling.tried(given["target"]):
         for seed in given["seeds"]:
             one = sampling.sampler(given["target"], learner, seed=seed, **changes)
             if learner == "naas" and seed == given["seeds"][0]:
