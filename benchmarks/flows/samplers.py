@@ -103,9 +103,7 @@ def _cell(runs: list[dict[str, Any]], name: str) -> str:
     if name in ("energy_calls", "modes"):
         low, high = min(values), max(values)
         return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    digits = (
-        0 if name == "processor_seconds" else 3 if name in ("w2", "sinkhorn_divergence", "sinkhorn", "energy_w2") else 2
-    )
+    digits = {"processor_seconds": 0, "log_z_error": 2, "elbo": 2}.get(name, 3)
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean

@@ -79,11 +79,11 @@ _PRESETS: dict[tuple[str, str], Preset] = {
     # Adjoints between modes grow beyond bounds in few paths: cut at 1, half a percent of them is.
     ("gmm-40", "naas"): Preset(
         Settings(
-            rounds=4,
+            rounds=3,
             paths=512,
-            updates=60,
-            batch=4096,
-            kept=12,
+            updates=50,
+            batch=2048,
+            kept=8,
             steps=200,
             deviation=40.0,
             sigma=40.0,
@@ -98,7 +98,7 @@ _PRESETS: dict[tuple[str, str], Preset] = {
     # With gradients of up to 20, a network that is multiplied by sigma^2, 7,000, sends paths out of all bounds.
     ("gmm-40", "adjoint-sampling"): Preset(
         Settings(
-            rounds=40,
+            rounds=30,
             paths=512,
             updates=40,
             batch=2048,
