@@ -19,7 +19,7 @@ from torch import Tensor
 from dam.flows import metrics
 from dam.flows.samplers import Sampler
 from dam.tasks import sampling
-from dam.tasks.energies import TARGETS
+from dam.tasks.energies import TARGETS, Particles
 
 EXACT = "exact samples"
 REFERENCE = "reference of naas alone"
@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def study(given: dict[str, Any]) -> dict[str, Any]:
     energy = TARGETS[given["target"]]()
+    if given["sinkhorn"] and isinstance(energy, Particles):
+        raise ValueError(f"--sinkhorn is of states, and those of {given['target']} are arrangements: leave it out")
     count = given["samples"]
     law = sampling.reference(energy, count, seed=2**31)
     changes = {} if given["rounds"] is None else {"rounds": given["rounds"]}

@@ -57,7 +57,7 @@ def sinkhorn_divergence(left: Tensor, right: Tensor, *, share: float = 0.05) -> 
 
     Raises:
         ImportError: POT is not installed.
-        ValueError: there are fewer than one sample, or share is not > 0.
+        ValueError: there are no samples on a side, or share is not > 0.
 
     Source: Feydy et al., arXiv 1810.08278; the code of Chen et al., arXiv 2412.07081, with ott-jax 0.4.6.
     """

@@ -167,3 +167,5 @@ def test_a_study_of_samplers_looks_at_the_reference_before_and_at_exact_samples_
     of_naas = next(line for line in text.splitlines() if line.startswith(f"| {naas}"))
     values = [row["w2"] for row in rows[1:3]]
     assert f" {sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f}) " in of_naas
+    with pytest.raises(ValueError, match="those of dw-4 are arrangements"):
+        entry.main(["samplers", "--target", "dw-4", "--sinkhorn"])
