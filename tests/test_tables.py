@@ -62,7 +62,10 @@ def test_what_the_page_of_dam_bench_shows_of_pytest_benchmark_was_measured():
 
 
 # Tables of samplers, by the JSON that they are printed of.
-SAMPLERS = [("docs/samplers.md", "epyc-avx2-2-cores/samplers-many-well-5.json")]
+SAMPLERS = [
+    ("docs/samplers.md", f"epyc-avx2-2-cores/samplers-{name}.json")
+    for name in ("many-well-5", "gmm-40", "gmm-40-adjoint-sampling")
+]
 
 
 # ---- sentences
@@ -77,9 +80,9 @@ def of(figure, file, case=None, **row):
     return tables._value(figure, {"file": file, "case": case, **row})
 
 
-def of_samplers(learner, figure, target=0):
-    """The mean over seeds, on Many-Well-5 unless another of SAMPLERS is named."""
-    found = tables._load(tables.RESULTS / SAMPLERS[target][1])["results"]
+def of_samplers(learner, figure):
+    """The mean over seeds, on Many-Well-5."""
+    found = tables._load(tables.RESULTS / SAMPLERS[0][1])["results"]
     return statistics.mean(
         figure(run) if callable(figure) else run[figure] for run in found if run["learner"] == learner
     )
