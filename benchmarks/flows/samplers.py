@@ -19,13 +19,14 @@ from torch import Tensor
 from dam.flows import metrics
 from dam.flows.samplers import Sampler
 from dam.tasks import sampling
-from dam.tasks.energies import TARGETS
+from dam.tasks.energies import TARGETS, Particles
 
 EXACT = "exact samples"
 REFERENCE = "reference of naas alone"
 COLUMNS = {
     "modes": "modes",
     "W2": "w2",
+    "W2, assigned": "w2_assigned",
     "S": "sinkhorn_divergence",
     "OT at 1e-3": "sinkhorn",
     "energy W2": "energy_w2",
@@ -39,7 +40,9 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=list(TARGETS), default="many-well-5")
-    parser.add_argument("--learners", metavar="NAME", nargs="+", choices=sampling.LEARNERS, default=sampling.LEARNERS)
+    parser.add_argument(
+        "--learners", metavar="NAME", nargs="+", choices=sampling.LEARNERS, help="default: those with a preset"
+    )
     parser.add_argument("--seeds", metavar="S", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", metavar="N", type=int, default=2000, help="of each look (default: 2000)")
     parser.add_argument("--rounds", metavar="N", type=int, help="instead of the preset's")
@@ -50,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def study(given: dict[str, Any]) -> dict[str, Any]:
     energy = TARGETS[given["target"]]()
+    if given["sinkhorn"] and isinstance(energy, Particles):
+        raise ValueError(f"--sinkhorn is of states, and those of {given['target']} are arrangements: leave it out")
     count = given["samples"]
     law = sampling.reference(energy, count, seed=2**31)
     changes = {} if given["rounds"] is None else {"rounds": given["rounds"]}
@@ -66,7 +71,7 @@ def study(given: dict[str, Any]) -> dict[str, Any]:
         told = sampling.told(energy, drawn, one.settings.deviation)
         return {**told, **apart(drawn.final.double())}
 
-    for learner in given["learners"]:
+    for learner in given["learners"] or sampling.tried(given["target"]):
         for seed in given["seeds"]:
             one = sampling.sampler(given["target"], learner, seed=seed, **changes)
             if learner == "naas" and seed == given["seeds"][0]:
@@ -100,9 +105,7 @@ def _cell(runs: list[dict[str, Any]], name: str) -> str:
     if name in ("energy_calls", "modes"):
         low, high = min(values), max(values)
         return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    digits = (
-        0 if name == "processor_seconds" else 3 if name in ("w2", "sinkhorn_divergence", "sinkhorn", "energy_w2") else 2
-    )
+    digits = {"processor_seconds": 0, "log_z_error": 2, "elbo": 2}.get(name, 3)
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean

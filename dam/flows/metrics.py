@@ -57,7 +57,7 @@ def sinkhorn_divergence(left: Tensor, right: Tensor, *, share: float = 0.05) -> 
 
     Raises:
         ImportError: POT is not installed.
-        ValueError: there are fewer than one sample, or share is not > 0.
+        ValueError: there are no samples on a side, or share is not > 0.
 
     Source: Feydy et al., arXiv 1810.08278; the code of Chen et al., arXiv 2412.07081, with ott-jax 0.4.6.
     """
@@ -103,11 +103,12 @@ class Sinkhorn(NamedTuple):
 
 
 def sinkhorn(cost: np.ndarray, *, epsilon: float = 1e-3, iterations: int = 2000, threshold: float = 1e-3) -> Sinkhorn:
-    """Sinkhorn's iterations in the log domain between equal samples, from potentials of 0, as figures are published.
+    """Sinkhorn's iterations in the log domain between equal samples, from potentials of 0.
 
     At epsilon = 1e-3 and costs of order 10 these 2,000 iterations are far from converged: the value then says how near
     samples have neighbours in the other set, and little of how much mass each mode has, and is below `wasserstein`.
-    It stands beside published figures, whose setting this is; `wasserstein` is the distance.
+    It is the epsilon that code of published figures names, and does not use: see `sinkhorn_divergence`. `wasserstein`
+    is the distance.
 
     Pairs whose share is below what float64 can see are left out: so it takes seconds for 2,000 samples, where the
     same iterations on all pairs take many minutes.
@@ -118,7 +119,7 @@ def sinkhorn(cost: np.ndarray, *, epsilon: float = 1e-3, iterations: int = 2000,
         iterations: at most so many, of both potentials each.
         threshold: stops where the error is below, looked at every 10 iterations.
 
-    Source: Cuturi, arXiv 1306.0895; setting of Blessing et al., arXiv 2406.07423.
+    Source: Cuturi, arXiv 1306.0895; epsilon of Blessing et al., arXiv 2406.07423.
     """
     matrix = torch.from_numpy(np.ascontiguousarray(cost, dtype=np.float64))
     nearest = max(float(matrix.min(dim=0).values.max()), float(matrix.min(dim=1).values.max()))

@@ -52,7 +52,8 @@ class ParticleNetwork(nn.Module):
 
         prediction_i = sum_j (x_i - x_j) phi(h_i + h_j, |x_i - x_j|, t),      h_i = sum_j psi(|x_i - x_j|, t)
 
-    So it moves no centre of mass. It begins as 0.
+    So it moves no centre of mass. It begins as 0. Both functions are of pairs without an order, so each is evaluated
+    once for a pair.
 
     Args:
         particles, dimensions: N and their space's; states are [B, N * dimensions].
@@ -67,6 +68,11 @@ class ParticleNetwork(nn.Module):
         self.particles, self.dimensions, self.scale, self.output = particles, dimensions, scale, output
         self.centres: Tensor
         self.register_buffer("centres", torch.linspace(0, 4, 16), persistent=False)
+        # [P, N]: of each pair 1 at its first particle and -1 at its second.
+        first, second = torch.triu_indices(particles, particles, 1)
+        ones = torch.eye(particles)
+        self.pairs: Tensor
+        self.register_buffer("pairs", ones[first] - ones[second], persistent=False)
         edge = len(self.centres) + 1 + 2 * _TIME_FREQUENCIES + 1
         self.message = nn.Sequential(nn.Linear(edge, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         last = nn.Linear(hidden, 1)
@@ -78,14 +84,13 @@ class ParticleNetwork(nn.Module):
 
     def forward(self, state: Tensor, time: Tensor) -> Tensor:
         x = state.view(len(state), self.particles, self.dimensions) / self.scale
-        gap = x[:, :, None] - x[:, None]
-        distance = (gap.square().sum(dim=3, keepdim=True) + 1e-8).sqrt()
+        gap = self.pairs @ x  # [B, P, dimensions]
+        distance = (gap.square().sum(dim=2, keepdim=True) + 1e-8).sqrt()
         # Bumps of the distance, 4 scales wide together: a pair's force changes sign within a fraction of one.
         bumps = torch.exp(-((distance - self.centres) ** 2) * 8)
-        times = _time_features(time)[:, None, None].expand(-1, self.particles, self.particles, -1)
-        edge = torch.cat((distance, bumps, times), dim=3)
-        others = 1 - torch.eye(self.particles, dtype=state.dtype, device=state.device)
-        node = (self.message(edge) * others[:, :, None]).sum(dim=2) / self.particles
-        both = node[:, :, None] + node[:, None]
-        force = self.pair(torch.cat((edge, both), dim=3)) * gap / (distance + 1)
-        return self.output * force.sum(dim=2).view_as(state)
+        times = _time_features(time)[:, None].expand(-1, len(self.pairs), -1)
+        edge = torch.cat((distance, bumps, times), dim=2)
+        node = self.pairs.abs().T @ self.message(edge) / self.particles
+        both = self.pairs.abs() @ node
+        force = self.pair(torch.cat((edge, both), dim=2)) * gap / (distance + 1)
+        return self.output * (self.pairs.T @ force).view_as(state)

@@ -1,5 +1,6 @@
 """`python -m benchmarks.flows`: figures of laws that are known, every learner at its budget, and small runs of each."""
 
+import functools
 import json
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from dam import flows
 from dam.benchmarks.flows import __main__ as entry
-from dam.benchmarks.flows import cost, mixtures
+from dam.benchmarks.flows import cost, mixtures, samplers
+from dam.tasks import sampling
 
 BASE = mixtures.mixture()
 FLAT = 1e6  # a beta at which p* is the base
@@ -140,3 +142,30 @@ def test_studies_are_named_and_say_what_they_are():
     with pytest.raises(SystemExit):
         entry.main(["nothing"])
     assert flows.FlowProcess() == mixtures.SDE
+
+
+# ---- samplers
+
+
+def test_a_study_of_samplers_looks_at_the_reference_before_and_at_exact_samples_after(tmp_path, monkeypatch):
+    """Rows in order; the reference's own look is that of an untrained sampler; a mean with its least and its most."""
+    few = sampling.Settings(rounds=2, paths=20, updates=2, batch=16, kept=2, steps=4)
+    monkeypatch.setattr(
+        sampling, "_PRESETS", {("gmm-40", name): sampling.Preset(few, hidden=8) for name in sampling.LEARNERS}
+    )
+    monkeypatch.setattr(samplers.metrics, "sinkhorn", functools.partial(samplers.metrics.sinkhorn, iterations=10))
+    found = run(tmp_path, "samplers", "--target", "gmm-40", "--samples", "30", "--seeds", "0", "1", "--sinkhorn")
+    rows = found["results"]
+    naas, walk = sampling.LEARNERS
+    assert [row["learner"] for row in rows] == [samplers.REFERENCE, naas, naas, walk, walk, samplers.EXACT]
+    before = sampling.sampler("gmm-40", naas).sample(30, seed=2**40)
+    law = sampling.reference(sampling.TARGETS["gmm-40"](), 30, seed=2**31)
+    assert rows[0]["w2"] == sampling.distances(sampling.TARGETS["gmm-40"](), before.final.double(), law)["w2"]
+    assert len(rows[1]["curve"]) == 2 and rows[1]["w2"] != rows[0]["w2"]
+    assert rows[1]["energy_calls"] == 60 * 4 * 3 and rows[3]["energy_calls"] == 60
+    text = samplers.text_of(found)
+    of_naas = next(line for line in text.splitlines() if line.startswith(f"| {naas}"))
+    values = [row["w2"] for row in rows[1:3]]
+    assert f" {sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f}) " in of_naas
+    with pytest.raises(ValueError, match="those of dw-4 are arrangements"):
+        entry.main(["samplers", "--target", "dw-4", "--sinkhorn"])

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.spatial
 import torch
 
 from dam.tasks import energies
@@ -109,3 +111,16 @@ def test_aligned_distances_are_the_least_over_turns_mirrors_and_swaps():
             tried.append(float((x[0] - other).square().sum()))
     assert found <= min(tried) + 1e-12
     assert found == pytest.approx(min(tried), rel=2e-2)
+
+
+def test_assigned_distances_are_of_particles_that_are_swapped_as_they_lie_and_turned_then():
+    """By scipy's assignment of distances and the turn or mirror of the singular value decomposition, pair by pair."""
+    state = dw_4().centred(2 * torch.randn(12, 8, generator=generator(), dtype=torch.float64))
+    left, right = state[:5].numpy(), state[5:].numpy()
+    found, least = aligned_squares(left, right, assigned=True), aligned_squares(left, right)
+    for (i, one), (j, other) in itertools.product(enumerate(left), enumerate(right)):
+        x, y = one.reshape(4, 2), other.reshape(4, 2)
+        _, order = scipy.optimize.linear_sum_assignment(scipy.spatial.distance.cdist(x, y))
+        u, _, v = np.linalg.svd(y[order].T @ x)
+        assert found[i, j] == pytest.approx(((x - y[order] @ u @ v) ** 2).sum(), abs=1e-10)
+    assert (found >= least - 1e-12).all() and (found > least + 0.1).any()

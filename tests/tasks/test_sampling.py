@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dam.cli import main
+from dam.flows.samplers import AdjointSampling, AnnealedSampling
 from dam.tasks import energies, sampling
 from dam.tasks.energies import TARGETS
 
-SMALL = {"rounds": 2, "paths": 20, "updates": 3, "batch": 16, "kept": 2, "steps": 5}
+# Few steps, and noise that is weak enough for them.
+SMALL = {"rounds": 2, "paths": 20, "updates": 3, "batch": 16, "kept": 2, "steps": 5, "sigma": 1.0}
 
 
 def tiny(monkeypatch):
@@ -87,6 +89,17 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, options, fault)
     assert main(["sampler", *options]) == 1
     assert fault in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_presets_reach_their_networks_and_are_known_by_their_target():
+    for (target, learner), chosen in sampling._PRESETS.items():
+        one = sampling.sampler(target, learner, seed=3)
+        assert learner in sampling.tried(target) and one.settings.seed == 3
+        assert isinstance(one, AnnealedSampling if learner == "naas" else AdjointSampling)
+        for network in one.models.values():
+            assert (network.octaves, network.output) == (chosen.octaves, chosen.output)
+            assert network.net[0].out_features == chosen.hidden
+    assert sampling.tried("lj-13") == []
 
 
 def test_particles_are_sampled_centred_with_the_normaliser_of_centred_states(monkeypatch):
