@@ -120,3 +120,11 @@ def test_pages_name_no_release_that_was_not_tried():
     names = ("torch", "transformers", "accelerate", "peft")
     records = json.loads(versions.RECORDS.read_text(encoding="utf-8"))
     assert told <= {*pinned, *(each[name] for each in records if each["good"] for name in names)}
+
+
+def test_the_page_says_whether_a_torch_newer_than_the_pinned_one_was_tried():
+    (pinned,) = re.findall(r"^torch==(\S+)", (CHECKOUT / "constraints.txt").read_text(encoding="utf-8"), flags=re.M)
+    records = json.loads(versions.RECORDS.read_text(encoding="utf-8"))
+    tried = any(versions.numbers(each["torch"]) > versions.numbers(pinned) for each in records if each["good"])
+    page = (CHECKOUT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert ("No torch newer than the pinned one is in the table" in page) == (not tried)
