@@ -10,6 +10,7 @@ Environment variables:
     DAM_NO_OPENMP     1: dam._cpu without threads
 """
 
+import json
 import os
 import platform
 import re
@@ -80,13 +81,19 @@ class BuildExtensions(build_ext):
             asks = 'int main() { return __builtin_cpu_supports("amx-bf16") + __builtin_cpu_supports("avx512bf16"); }\n'
             if sys.platform == "linux" and self._compiles(BFLOAT16_FLAGS, asks):
                 flags += ["-DDAM_HAVE_BFLOAT16"]
-        jobs = [("bind", str(CPU / "bind.cpp"), flags)]
+        jobs = [("bind", str(CPU / "bind.cpp"), [*flags, f"-DDAM_BUILD={self._build_of(flags)}"])]
         if "-DDAM_HAVE_BFLOAT16" in flags:
             isa_flags = [*ISA_FLAGS["avx512"], *BFLOAT16_FLAGS]
             jobs += [("avx512_bf16", str(BFLOAT16), [*flags, *isa_flags, "-DDAM_ISA=avx512_bf16"])]
         for isa, isa_flags in ISA_FLAGS.items():
             jobs += [(isa, source, [*flags, *isa_flags, f"-DDAM_ISA={isa}"]) for source in KERNELS]
         self._link(self._objects(jobs), output, link)
+
+    def _build_of(self, flags):
+        """How kernels of the CPU are compiled, JSON as a string of C: dam.backends.generated compiles more so."""
+        compiler = getattr(self.compiler, "compiler_cxx", None) or self.compiler.compiler_so
+        build = {"compiler": list(compiler), "flags": flags, "isa_flags": ISA_FLAGS}
+        return json.dumps(json.dumps(build))
 
     def _build_cuda(self, output):
         nvcc, archs = find_nvcc(), cuda_archs()

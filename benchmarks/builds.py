@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ratio = f"{case['ratio']:.3f} of before, {low:.3f} to {high:.3f}"
         print(f"{case['label']:51}{before:10.3f} ms -> {now:10.3f} ms, {ratio}")
     if options.json:
-        setting = {**settings, **records.versions(), "instruction_set": cpu.isa(), "repeats": options.repeats}
+        machine = {**records.versions(), "cpu": report.cpu_model(), "instruction_set": cpu.isa()}
+        setting = {**settings, **machine, "repeats": options.repeats}
         how = {"fill": options.fill, "cpu_time": options.cpu_time}
         versions = {name: build.versions for name, build in builds.items()}
         report.write_json(options.json, {**setting, **how, "builds": versions, "cases": cases})

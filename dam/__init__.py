@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dam import lm_eval as lm_eval
     from dam import models as models
     from dam import plots as plots
+    from dam import rates as rates
     from dam import recipes as recipes
     from dam import rollout as rollout
     from dam import tasks as tasks
@@ -55,6 +56,7 @@ _SUBMODULES = (
     "lm_eval",
     "models",
     "plots",
+    "rates",
     "recipes",
     "rollout",
     "tasks",

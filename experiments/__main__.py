@@ -179,7 +179,10 @@ def print_runs(given: dict[str, Any]) -> int:
         figures = sudoku.figures(given["runs"], None if puzzles is None else read_puzzles(puzzles))
     print(json.dumps(figures, indent=2))
     if given["json"] is not None:
-        report.write_json(given["json"], {**records.versions(), "device": report.device(), "results": figures})
+        # Versions are of what evaluates; those of what trained stand in each run's figures, and so does its budget.
+        budget = sorted({run["reward_calls"] for run in figures if "base" not in run})
+        of_all = {**records.versions(), "device": report.device(), "reward_calls": budget}
+        report.write_json(given["json"], {**of_all, "results": figures})
     return 0
 
 

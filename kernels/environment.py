@@ -50,6 +50,7 @@ VARIABLES = {
     "DAM_CPU_PRODUCT": _one_of("amx", "avx512_bf16", "float32"),
     "DAM_LINEAR_FORM": _one_of(*FORMS),
     "DAM_EMULATE_CUDA": _FLAG,
+    "DAM_CACHE_DIR": _ANYTHING,
     "DAM_WORKSPACE_MB": Variable("a positive number of MiB", _is_positive),
     # At installation.
     "DAM_BUILD_CUDA": _FLAG,

@@ -18,7 +18,12 @@ class Projection(NamedTuple):
     bias: Tensor | None = None  # [V]
     low_hidden: Tensor | None = None  # [T, R]
     low_weight: Tensor | None = None  # [V, R]
-    softcap: float | None = None  # after the tensors, so that a slice of five has them all
+    softcap: float | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """All but the cap. By their names: torch.compile of torch 2.6 cannot slice a NamedTuple."""
+        return self.hidden, self.weight, self.bias, self.low_hidden, self.low_weight
 
     def part(self, rows: slice, columns: slice = slice(None)) -> Projection:
         """The same for some rows and columns of the logits; itself where these are all, as slices cost a small call."""

@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DAM_EMULATE_CUDA", "1")
 
+# One cache of generated kernels for all tests and their processes; a name there stands for all that a file is made of.
+os.environ.setdefault("DAM_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "generated"))
+
 import dam
 from dam.backends import choice, triton
 from tests import covering, interpreted
@@ -44,6 +47,9 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(items):
     """Simulated kernels, which take up to a second a case, run what shows something new; the rest is `full`.
 
+    What holds of an op whatever its backend, `of_the_op`, is shown on the reference and the C++ backend: how torch
+    calls it, and the law of draws that are the same everywhere (test_backends_agree).
+
     Of float16 Triton's interpreter repeats what it shows of bfloat16: both widen when read and round when written. What
     depends on the type itself is for test_accuracy.py.
 
@@ -58,6 +64,8 @@ def pytest_collection_modifyitems(items):
         if not hasattr(item, "callspec"):
             continue
         params, module = item.callspec.params, item.module.__name__
+        if item.get_closest_marker("of_the_op") and params["backend"][0] in ("triton", "cuda"):
+            item.add_marker(pytest.mark.full)
         of_triton = isinstance(params.get("backend"), tuple) and params["backend"][0] == "triton"
         if of_triton and any(value is torch.float16 for value in params.values()):
             if module != "tests.ops.test_accuracy":

@@ -17,6 +17,8 @@ from dam import cli
 from dam.tasks import finetune as front
 from dam.tasks import finetune_sudoku as job
 from dam.tasks import sudoku
+from tests import ranks
+from tests.covering import full
 
 HERE = Path(__file__).parent
 KEYS = (
@@ -173,8 +175,7 @@ def test_the_saved_model_is_the_one_that_was_measured(reference, puzzles):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--reward", "cells"),
-        ("--estimator", "first_jump_one"),
+        ("--reward", "cells", "--estimator", "first_jump_one"),
         ("--estimator", "first_jump", "--normalizer", "state"),
         ("--null-arm",),
     ],
@@ -255,7 +256,7 @@ def test_what_the_parser_refuses(option, capsys):
     assert option[0] in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_exit_status_of_an_error(tmp_path):
     file(tmp_path / "file")
     command = [sys.executable, "-m", "dam.cli", "sudoku", "--output", str(tmp_path / "file" / "run")]
@@ -272,7 +273,9 @@ def test_a_run_is_not_overwritten(small, reference, capsys):
     assert (reference / "metrics.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("calls", "count"), [(7, 32), (6, 20)], ids=["in a rollout", "in an evaluation"])
+@pytest.mark.parametrize(
+    ("calls", "count"), [pytest.param(7, 32, id="in a rollout"), full(6, 20, id="in an evaluation")]
+)
 def test_a_reward_function_that_fails_loses_nothing(
     small, reference, puzzles, tmp_path, monkeypatch, capsys, calls, count
 ):
@@ -304,8 +307,12 @@ def test_a_reward_function_that_fails_loses_nothing(
 
 @pytest.mark.parametrize(
     ("calls", "number"),
-    [(1, signal.SIGINT), (5, signal.SIGINT), (5, signal.SIGTERM), (18, signal.SIGINT)],
-    ids=["at once", "half-way", "half-way by SIGTERM", "at the end"],
+    [
+        pytest.param(1, signal.SIGINT, id="at once"),
+        full(5, signal.SIGINT, id="half-way"),
+        pytest.param(5, signal.SIGTERM, id="half-way by SIGTERM"),
+        full(18, signal.SIGINT, id="at the end"),
+    ],
 )
 def test_a_stopped_run_continues_to_the_same_result(
     small, reference, puzzles, tmp_path, monkeypatch, capsys, calls, number
@@ -317,20 +324,12 @@ def test_a_stopped_run_continues_to_the_same_result(
         status = cli.main(arguments)
     if calls < 18:
         assert status == 130
-        assert "checkpoint saved. Continue with: dam sudoku --resume" in capsys.readouterr().err
-        assert not (output / "metrics.json").exists()
-        assert cli.main([*arguments, "--resume"]) == 0
+        _, _, advice = capsys.readouterr().err.partition("checkpoint saved. Continue with: dam ")
+        assert advice.startswith("sudoku --resume") and not (output / "metrics.json").exists()
+        assert cli.main(shlex.split(advice)) == 0
     else:
         assert status == 0  # nothing was left to do
     assert_same_run(output, reference)
-
-
-def test_the_advice_of_a_stopped_run_works(small, puzzles, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "REWARDS", interrupted_after(1, signal.SIGINT))
-        assert cli.main(["sudoku", *SMALL, "--puzzles", puzzles, "--output", str(tmp_path / "run")]) == 130
-    _, _, advice = capsys.readouterr().err.partition("Continue with: dam ")
-    assert cli.main(shlex.split(advice)) == 0
 
 
 def test_ctrl_c_before_the_first_step(small, reference, puzzles, tmp_path, monkeypatch, capsys):
@@ -360,10 +359,10 @@ def test_ctrl_c_before_the_first_step(small, reference, puzzles, tmp_path, monke
 def test_a_killed_run_continues_to_the_same_result(small, reference, puzzles, tmp_path, calls, checkpoints):
     output = tmp_path / "run"
     arguments = ["sudoku", *SMALL, "--puzzles", puzzles, "--output", str(output)]
-    call = f"test_cli.main_killed_after({calls}, {arguments!r})"
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_cli; {call}"
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=HERE.parent)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = ranks.server_of_forks().Process(target=main_killed_after, args=(calls, arguments))
+    process.start()
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
     assert len(list(output.glob("checkpoint-*"))) == checkpoints
     assert not (output / "metrics.json").exists()
     # What a kill in the middle of a line leaves.

@@ -118,7 +118,7 @@ def test_no_gradient_without_need():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"divergence": "js"}, ValueError, "divergence must be 'kl', 'l2' or a convex function; got 'js'"),
+        ({"divergence": "js"}, ValueError, "'kl', 'l2', what define returns or a convex function; got 'js'"),
         ({"divergence": lambda u: u.sum()}, ValueError, "must be elementwise"),
         ({"divergence": "l2", "exclude": 7}, ValueError, "exclude must be -1 or in"),
         ({"divergence": "l2", "weight": torch.ones(2, 3)}, ValueError, "weight must have the shape of target"),

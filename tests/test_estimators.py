@@ -316,6 +316,7 @@ def test_a_network_that_knows_nothing_has_the_weights_of_the_base():
     assert abs(found["kl"] - kl) < Z * spread
 
 
+@pytest.mark.full
 def test_order_on_the_lattice(tmp_path, capsys):
     """At equal reward calls the posterior is ahead of the published estimator, beyond what seeds differ by (0.02)."""
     arguments = ["ising", "--side", "2", "--rounds", "32", "--batch", "256", "--samples", "4096", "--seeds", "1"]
@@ -392,7 +393,7 @@ def test_the_study_of_orders(tmp_path, capsys):
     assert "| 0.2 | 0.029 (0.013 to 0.083) | 0.057 (0.031 to 0.070) |" in capsys.readouterr().out  # README's figures
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_study_of_countdown(tmp_path, monkeypatch, capsys):
     """A base of three steps: no figure to be seen, but a table with what the log of each case tells."""
     monkeypatch.chdir(tmp_path)
@@ -457,16 +458,17 @@ def test_figures_of_finished_runs(tmp_path, capsys):
     ]
     (tmp_path / "puzzles.csv").write_text("\n".join(["Puzzle,Solution", *rows, ""]))
     sudoku.base_model().save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"solved": 0.5, "example": "a grid"}))
+    metrics = {"solved": 0.5, "reward_calls": 1024}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({**metrics, "example": "a grid"}))
     (tmp_path / "run" / "run.json").write_text(json.dumps({"options": {"null_arm": True}}))
     arguments = ["runs", str(tmp_path / "run"), "--json", str(tmp_path / "runs.json")]
     assert main(arguments) == 0
-    assert json.loads(capsys.readouterr().out) == [{"solved": 0.5, "null_arm": True}]
+    assert json.loads(capsys.readouterr().out) == [{**metrics, "null_arm": True}]
     assert main([*arguments, "--puzzles", str(tmp_path / "puzzles.csv")]) == 0
     told = json.loads((tmp_path / "runs.json").read_text())
-    assert {"dam", "torch", "python", "device"} <= told.keys()
+    assert {"dam", "torch", "python", "device"} <= told.keys() and told["reward_calls"] == [1024]
     run, base = told["results"]
-    assert run == {"solved": 0.5, "null_arm": True, **{key: base[key] for key in ("other_file", "other_file_unseen")}}
+    assert run == {**metrics, "null_arm": True, **{key: base[key] for key in ("other_file", "other_file_unseen")}}
     assert base["base"] is True and base["other_file"]["puzzles"] == 12 and base["other_file_unseen"]["puzzles"] == 6
 
 

@@ -16,7 +16,7 @@ from experiments import ablations, attainable, guidance, invariants, lattice, mo
 from experiments.estimators import grid_table, reached, seconds_table
 from experiments.exact import study as exact
 from experiments.exact.learner import KEPT, STEPPED
-from tests import pages
+from tests import pages, provenance
 from tests.measurements import differences
 from tests.tables import NUMBER, agrees, is_figure, wrong
 
@@ -243,9 +243,14 @@ OF_RUNS = (
 )
 
 
+def of_runs(name):
+    """The runs of `python -m experiments runs`, without the base that may stand last."""
+    return [run for run in read(name)["results"] if "base" not in run]
+
+
 def test_sudoku_is_what_its_runs_came_to():
     table = table_with(*OF_RUNS[0])
-    *runs, null, base = read("xeon-avx512-2-cores/sudoku.json")
+    *runs, null, base = read(PUZZLES)["results"]
     assert [run["seed"] for run in (*runs, null)] == [0, 1, 0] and null["null_arm"] and base["base"]
     figures = {
         "solved": [runs[0]["base_solved"], *[run["solved"] for run in (*runs, null)]],
@@ -262,7 +267,7 @@ def test_sudoku_is_what_its_runs_came_to():
 
 def test_countdown_is_what_its_runs_came_to():
     table = table_with(*OF_RUNS[1])
-    *runs, null = read("xeon-avx512-2-cores/countdown-runs.json")
+    *runs, null = of_runs(TEXT_RUNS)
     assert [run["seed"] for run in (*runs, null)] == [0, 1, 2, 0] and null["null_arm"]
     for first, figure in (("greedy", "greedy"), ("sampled", "sampled"), ("pass@16", "pass@16"), ("the same", None)):
         (row,) = [row for row in table.rows if row[0].startswith(first)]
@@ -312,8 +317,9 @@ def of_log(figure, cases=("as dam countdown", "learning_rate x 4", "learning_rat
     return least_and_most([entry[figure] for log in logs for entry in log])
 
 
-def solved(name):
-    return [run["solved"] for run in read(name) if "solved" in run and not run["null_arm"]]
+def trained(name):
+    """Of `python -m experiments runs`, those that are no control."""
+    return [run for run in of_runs(name) if not run["null_arm"]]
 
 
 def readme_solved():
@@ -368,6 +374,10 @@ BUDGET = "epyc-avx2-2-cores/ising-0.28-256000.json"
 OLD = "epyc-avx2-2-cores/ising-0.28-256000-old.json"
 HOPS = "epyc-avx2-2-cores/moves-occupation.json"
 BLOCK = "epyc-avx2-2-cores/readme.json"
+PUZZLES, AGAIN, DAMPED = (
+    f"{name}.json"
+    for name in ("xeon-avx512-2-cores/sudoku", "xeon-avx512-2-cores/sudoku-positions", "epyc-avx2-2-cores/sudoku")
+)
 TEXT_RUNS = "xeon-avx512-2-cores/countdown-runs.json"
 UNIFORM = "epyc-avx512-2-cores/pinwheel-uniform.json"
 MASKED_CHECKERBOARD = "epyc-avx512-2-cores/checkerboard-masked.json"
@@ -654,39 +664,40 @@ SENTENCES = [
     ),
     (
         README,
-        "seeds 0, 1 and 2 solve {} again",
-        lambda: [min(solved("xeon-avx512-2-cores/sudoku-positions.json"))],
-    ),
-    (
-        README,
         "from {} calls of a reward, in {} s of one core",
         lambda: [read(BLOCK)["reward_calls"], read(BLOCK)["processor_seconds"]],
     ),
     (README, "the base solves {}, the model {};", readme_solved),
-    (README, "goes on to {} of harder ones", lambda: [min(solved("xeon-avx512-2-cores/sudoku.json"))]),
+    (README, "goes on to {} of harder ones", lambda: [min(run["solved"] for run in trained(PUZZLES))]),
+    (README, "seeds 0, 1 and 2 solve {} again", lambda: [min(run["solved"] for run in trained(AGAIN))]),
     (
         README,
         "Steps kept at `max_tilt` 0.2 to the end solved {}, {} and {}",
-        lambda: solved("epyc-avx2-2-cores/sudoku.json"),
+        lambda: [run["solved"] for run in trained(DAMPED)],
     ),
     (
         README,
         "(AVX-512), {} reward calls each; no grid of the {} held-out puzzles",
-        lambda: [read("xeon-avx512-2-cores/sudoku.json")[0][key] for key in ("reward_calls", "puzzles")],
+        lambda: [of_runs(PUZZLES)[0][key] for key in ("reward_calls", "puzzles")],
+    ),
+    (
+        README,
+        "Of d1's puzzles {} have a listed solution",
+        lambda: [of_runs(PUZZLES)[0]["other_file_unseen"]["puzzles"]],
     ),
     (
         README,
         "none of which is trained on: {} reward calls, {} minutes with one thread",
         lambda: [
-            read(TEXT_RUNS)[0]["reward_calls"],
-            statistics.median(run["seconds"] / 60 for run in read(TEXT_RUNS) if not run["null_arm"]),
+            of_runs(TEXT_RUNS)[0]["reward_calls"],
+            statistics.median(run["seconds"] / 60 for run in trained(TEXT_RUNS)),
         ],
     ),
     (
         "docs/rewards.md",
         "from {} to {} of greedy answers",
         lambda: [
-            statistics.median(run[of] for run in read(TEXT_RUNS) if not run["null_arm"])
+            statistics.median(run[of] for run in trained(TEXT_RUNS))
             for of in ("base_greedy", "greedy")
         ],
     ),
@@ -696,8 +707,8 @@ SENTENCES = [
         lambda: [
             countdown_base.STEPS,
             countdown_base.STEPS * countdown_base.BATCH,
-            read(TEXT_RUNS)[0]["reward_calls"],
-            read(TEXT_RUNS)[0]["reward_calls"] / finetune_countdown.Countdown.generations,
+            of_runs(TEXT_RUNS)[0]["reward_calls"],
+            of_runs(TEXT_RUNS)[0]["reward_calls"] / finetune_countdown.Countdown.generations,
         ],
     ),
     ("docs/learning.md", "fine-tuning with {} reward calls", lambda: [read(COUNTDOWN)["calls"]]),
@@ -811,24 +822,37 @@ def test_numbers_are_compared_as_they_are_rounded():
         assert wrong(cell, [0.4, 0.5, 0.6], 0.1) is not None
 
 
-# Of `python -m experiments runs`, from before it named anything but figures.
-BARE = (
-    "epyc-avx2-2-cores/sudoku.json",
-    *(f"xeon-avx512-2-cores/{name}.json" for name in ("countdown-runs", "sudoku", "sudoku-positions")),
-)
-BUDGETS = {"rounds", "calls", "steps", "repeats", "samples", "positions", "reward_calls"}
-
-
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_results_name_device_versions_and_budget(path):
-    """What another would need to repeat it. The device is the folder's, where it has no field of its own."""
+    """What another would need to repeat it."""
     result = read(path.relative_to(RESULTS))
-    assert re.fullmatch(r"[a-z0-9-]+-(avx512|avx2|plain)-\d+-cores", path.parent.name)
-    if str(path.relative_to(RESULTS)) in BARE:
-        assert all(run["reward_calls"] > 0 and "seed" in run for run in result if "base" not in run)
-        return
-    assert {"dam", "torch", "python"} <= result.keys() and BUDGETS & result.keys()
-    assert result.get("device", path.parent.name) == path.parent.name
+    assert re.fullmatch(provenance.FOLDERS, path.parent.name)
+    assert not provenance.lacking(path, result) and not provenance.misattributed(path, result)
+
+
+def test_the_budget_of_runs_is_what_each_of_them_spent():
+    for name in (TEXT_RUNS, PUZZLES, AGAIN, DAMPED):
+        found = read(name)
+        assert found["reward_calls"] == sorted({run["reward_calls"] for run in of_runs(name)})
+
+
+def test_what_a_result_does_not_say_is_told(tmp_path):
+    """Each field that is missing or of another folder, and each that is not where it is said to be from."""
+    file = tmp_path / "epyc-avx2-2-cores" / "a.json"
+    whole = {"dam": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "device": file.parent.name, "calls": 10}
+    assert provenance.lacking(file, whole) == []
+    for name in whole:
+        told = provenance.lacking(file, {key: value for key, value in whole.items() if key != name})
+        assert told == [{"calls": "a budget", "device": "device: None"}.get(name, name)]
+    assert provenance.lacking(file, {**whole, "device": "xeon-avx512-2-cores"}) == ["device: xeon-avx512-2-cores"]
+    for model, good in (("AMD EPYC 7763 64-Core Processor", False), ("AMD EPYC", True), ("Intel(R) Xeon(R)", False)):
+        assert (provenance.lacking(file, {**whole, "cpu": model}) == []) == good
+    commit = read(TEXT_RUNS)["added"]["torch"].split()[-1]
+    for source, good in ((f"constraints.txt at {commit}", True), ("constraints.txt", False), ("memory", False)):
+        assert (provenance.misattributed(file, {**whole, "added": {"torch": source}}) == []) == good
+    assert provenance.misattributed(file, {**whole, "added": {"device": "folder", "dam": "folder"}})
+    if provenance.of_commit(commit, "constraints.txt") is not None:
+        assert provenance.misattributed(file, {"torch": "2.6.0", "added": {"torch": f"constraints.txt at {commit}"}})
 
 
 def test_every_result_is_shown_somewhere():

@@ -25,6 +25,7 @@ RANK = {
     "ctmc": 3,
     "flows": 3,
     "divergences": 3,
+    "rates": 4,
     "models": 4,
     "decoding": 4,
     "rollout": 5,
@@ -44,7 +45,7 @@ LEAVES = {"plots": 0, "derive": 0}
 # Within a part, a module imports modules of lower rank only; the first pattern that fits a name gives its rank. Of the
 # other parts it holds that they have no circle.
 WITHIN = {
-    "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2},
+    "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2, "generated": 3},
     "ops": {
         **dict.fromkeys(("_checks", "_op", "_philox", "_rows", "_softcap"), 0),
         **dict.fromkeys(("_gradient", "_group", "_memory"), 1),
@@ -205,6 +206,7 @@ import sys, dam
 late = [name for name in dam._SUBMODULES if f"dam.{name}" in sys.modules]
 assert not late and "matplotlib" not in sys.modules, late
 assert not [name for name in sys.modules if name.startswith(("dam.flows", "dam.train"))]
+assert dam.ctmc.schedules.define and not [name for name in sys.modules if name.startswith("dam.derive")]
 assert dam.ctmc.MaskedCTMC and dam.flows.FlowProcess and dam.rollout.rollout and dam.adjoint.group_targets
 assert "train" in dir(dam)
 try:

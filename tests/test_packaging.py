@@ -1,5 +1,5 @@
 """What is installed and published: dam.kernels and dam.benchmarks are the folders kernels/ and benchmarks/, which are
-not installed under their own names.
+not installed under their own names, and dam/csrc the headers that generated kernels include.
 """
 
 import re
@@ -19,7 +19,7 @@ from tests import release, versions
 CHECKOUT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("folder", ["kernels", "benchmarks"])
+@pytest.mark.parametrize("folder", ["kernels", "benchmarks", "csrc"])
 def test_folders_are_in_dam_by_a_link(folder):
     link = CHECKOUT / "dam" / folder
     assert link.is_symlink() and link.resolve() == (CHECKOUT / folder).resolve()
@@ -51,12 +51,31 @@ def test_a_source_distribution_is_the_repository(tmp_path):
     with tarfile.open(archive) as opened:
         members = {member.name.partition("/")[2]: member for member in opened.getmembers()}
     assert {f"kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")} <= members.keys()
-    for folder in ("kernels", "benchmarks"):
+    for folder in ("kernels", "benchmarks", "csrc"):
         assert not any(name.startswith(f"dam/{folder}/") for name in members)
         assert members[f"dam/{folder}"].issym() and members[f"dam/{folder}"].linkname == f"../{folder}"
     assert not any(name.endswith((".so", ".pyc")) for name in members)
     assert {"Makefile", "CHANGELOG.md", "CITATION.cff", "tests/train/tiny.py", "docs/performance.md"} <= members.keys()
     assert not release.lacking(members.keys())
+
+
+def included(path):
+    """The files of csrc that one includes, itself among them."""
+    found, root = {path}, CHECKOUT / "csrc"
+    for name in re.findall(r'^#include "(.+)"', (root / path).read_text(encoding="utf-8"), flags=re.MULTILINE):
+        beside = (root / path).parent / name
+        found |= included(str((beside if beside.exists() else root / name).resolve().relative_to(root)))
+    return found
+
+
+def test_headers_of_generated_kernels_are_installed(tmp_path):
+    """All that one includes, by the step of a wheel's build that copies files of packages."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wanted = included("cpu/defined.h")
+    assert {"cpu/ops.def", "core/simd.h"} <= wanted
+    assert all((tmp_path / "dam" / "csrc" / path).is_file() for path in wanted)
 
 
 # What an index shows

@@ -9,6 +9,7 @@ import pytest
 from dam.benchmarks import calculation, checkout, report, tables
 from dam.benchmarks.flows import __main__ as studies
 from dam.benchmarks.flows import samplers
+from tests import provenance
 from tests.measurements import differences
 
 MAPPING = json.loads((tables.RESULTS / "tables.json").read_text(encoding="utf-8"))
@@ -346,25 +347,23 @@ def test_which_numbers_a_row_has():
     assert tables.NUMBER.findall(row) == ["141", "5.3", "1,024", "31", "93", ".5", "0.84", "12.0", "7"]
 
 
-def named(result):
-    """What a file says of its measurement, or the first record of pytest-benchmark's or `dam bench --json`'s."""
-    if "machine_info" in result:
-        first, cpu = result["benchmarks"][0], result["machine_info"]["cpu"]["brand_raw"]
-        return {**first["extra_info"]["versions"], "cpu": cpu, "repeats": first["stats"]["rounds"]}
-    return {**result, **result["results"][0]} if "results" in result else result
+MEASURED = sorted(path for path in tables.RESULTS.rglob("*.json") if path.parent != tables.RESULTS)
 
 
-def test_json_says_where_and_with_what_it_was_measured():
-    """The device, releases, and how often: what another would need to repeat it. Of tables, and where links lead."""
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: str(path.relative_to(tables.RESULTS).with_suffix("")))
+def test_json_says_where_with_what_and_how_often_it_was_measured(path):
+    """What another would need to repeat it, of each record."""
+    device = tables.RESULTS / path.relative_to(tables.RESULTS).parts[0] / path.name
+    assert re.fullmatch(provenance.FOLDERS, device.parent.name)
+    for part in provenance.parts(json.loads(path.read_text(encoding="utf-8"))):
+        assert not provenance.lacking(device, part) and not provenance.misattributed(device, part)
+
+
+def test_a_figure_that_a_page_shows_is_of_a_file_that_is_there():
     rows = [row for table in MAPPING for row in table["rows"]]
     files = {row["file"] for row in rows if "file" in row}
     files |= {figure[2]["file"] for row in rows for figure in row["figures"] if len(figure) > 2 and "file" in figure[2]}
     told = "".join(text for page, text in PAGES.items() if page != "benchmarks/notes.md")
     linked = set(re.findall(r"\]\((?:\.\./)?(?:benchmarks/)?results/(\S+\.json)\)", told))
     assert len(files) > 40 and len(linked) > 8
-    for name in sorted(files | linked):
-        result = named(json.loads((tables.RESULTS / name).read_text(encoding="utf-8")))
-        assert {"dam", "torch", "python"} <= result.keys(), name
-        assert result.keys() & {"cpu", "gpu"} or name == "xeon-avx512-2-cores/side_by_side.json", name
-        # Whole runs by their command, and sizes, are looked at once.
-        assert result.keys() & {"repeats", "calls", "command", "bytes"}, name
+    assert {tables.RESULTS / name for name in files | linked} <= set(MEASURED)

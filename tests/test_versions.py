@@ -16,7 +16,7 @@ def test_what_a_run_is_made_of_and_when_it_fails(monkeypatch, tmp_path):
     """The oldest torch, the constraints without torch's own, and what makes a run a failure."""
     assert versions.oldest('dependencies = ["torch>=2.6", "numpy"]') == "2.6"
     assert versions.oldest((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
-    pinned = "torch==2.13.0\ntriton==3.9.0\nnumpy==2.4.6\npeft==0.21.2\n"
+    pinned = "torch==2.13.0\ntriton==3.9.0\nsympy==1.14.0\nnumpy==2.4.6\npeft==0.21.2\n"
     assert versions.other_constraints(pinned, {"torch": "2.6.0"}) == "numpy==2.4.6\npeft==0.21.2\ntorch==2.6.0\n"
     assert versions.other_constraints(pinned, {"peft": "0.15.0"}) == pinned.replace("0.21.2", "0.15.0")
     report = '<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10"/></testsuites>'

@@ -61,6 +61,7 @@ OF_ITS_TIME = {
     "4.57.6": ("1.11.0", "0.18.0"),
     "5.0.0": ("1.12.0", "0.18.1"),
 }
+TORCH_PINS = ("triton", "sympy")  # what some torch asks for by ==; 2.6.0 for both
 RECOMMENDED = ("4.53.3", "4.57.6")  # in docs/models.md, for the published code of models
 # What is marked slow or full would take hours.
 SELECTION = ("-m", "not slow and not full", "-k", "not triton and not cuda")
@@ -130,8 +131,8 @@ def newest():
 
 
 def other_constraints(constraints, pins):
-    """constraints.txt with other releases of some packages, and without Triton where it is torch, which pins it."""
-    replaced = {*pins, *(["triton"] if "torch" in pins else [])}
+    """constraints.txt with other releases of some packages, and without what another torch pins itself."""
+    replaced = {*pins, *(TORCH_PINS if "torch" in pins else ())}
     kept = [line for line in constraints.splitlines() if line.partition("==")[0] not in replaced]
     return "".join(f"{line}\n" for line in (*kept, *(f"{name}=={release}" for name, release in pins.items())))
 

@@ -266,6 +266,11 @@ PYBIND11_MODULE(_cpu, module) {
       "keys_of"_a, "keys_of_thread"_a, "function_modes"_a, "profiled"_a, "forward_ad"_a, "plain"_a, "no_modes"_a,
       "Tells `ordinary` where torch keeps what it looks at, and which keys of a tensor and of a thread are ordinary.");
 
+  module.attr("BUILD") = DAM_BUILD;
+  module.def(
+      "advise", [](uintptr_t array, int64_t bytes) { dam::bind::advise(dam::bind::at<void>(array), bytes); }, "array"_a,
+      "bytes"_a, "Asks for large pages for an array that is about to be filled.");
+
   module.def("instructions", &dam::instructions,
              "Pairs of name and number: the instructions that `product` can multiply bfloat16 with here, best first.");
 

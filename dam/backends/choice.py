@@ -74,6 +74,11 @@ def is_free() -> bool:
     return _requested is None and _faults is None and cpu.why_unavailable() is None
 
 
+def is_asked_for(name: str) -> bool:
+    """Whether that backend is asked for by name."""
+    return _requested == name
+
+
 def _reason_against(
     name: str, op: str, implementations: Mapping[str, Callable], tensor: torch.Tensor, float64: bool
 ) -> str | None:

@@ -1,6 +1,6 @@
 """Continuous-time Markov chains: processes, their schedules, simulation, and exact laws by enumeration."""
 
-from dam.ctmc import enumeration, matching, moves
+from dam.ctmc import enumeration, matching, moves, schedules
 from dam.ctmc.masked import MaskedCTMC
 from dam.ctmc.moves import Moves, MovesCTMC
 from dam.ctmc.noised import LatticeCTMC, NoisedCTMC, UniformCTMC
@@ -27,6 +27,7 @@ __all__ = [
     "gillespie",
     "matching",
     "moves",
+    "schedules",
     "simulate",
     "tau_leap",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
@@ -89,38 +90,113 @@ class Geometric(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class UserSchedule(Schedule):
-    """A schedule from a function of yours; its derivative by autograd, its inverse by bisection.
+    """A schedule from a function of yours; its inverse by Newton's method, safeguarded by bisection, in float64.
 
     Args:
-        function: alpha, an increasing function of a tensor of times that autograd can follow.
+        function: alpha, an increasing function of a tensor of times.
+        slope: its derivative, of a tensor too; by autograd, which must be able to follow alpha, unless given.
 
     Raises:
-        ValueError: alpha does not increase to 1 at time 1.
+        ValueError: alpha does not increase from at least 0 at time 0 to 1 at time 1, or has values that are none.
     """
 
     function: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = self.alpha(torch.linspace(0, 1, 129, dtype=torch.float64, device="cpu"))
+        called = f"{type(self).__name__}: {getattr(self.function, '__name__', self.function)}"
+        times = torch.linspace(0, 1, 129, dtype=torch.float64, device="cpu")
+        try:
+            values = self.function(times)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{called} takes no tensor of times ({error}); write it in torch's functions") from error
+        if not isinstance(values, Tensor) or values.shape != times.shape:
+            given = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{called} must give a value for each time of a tensor [129]; got {given}")
+        if bool(values.isnan().any()):
+            raise ValueError(f"{called} is not a number at time {float(times[values.isnan()][0]):g}")
         if not bool((values.diff() > 0).all()) or abs(float(values[-1]) - 1) > 1e-6 or float(values[0]) < 0:
             raise ValueError(
-                "UserSchedule: alpha must increase on [0, 1], from at least 0 at time 0 to 1 at time 1; got "
-                f"{float(values[0]):g} at 0 and {float(values[-1]):g} at 1, least step {float(values.diff().min()):g}"
+                f"{called} is no schedule: alpha must increase on [0, 1], from at least 0 at time 0 to 1 at time 1; "
+                f"got {float(values[0]):g} at 0, {float(values[-1]):g} at 1, least step {float(values.diff().min()):g}"
             )
 
     def alpha(self, time: Tensor) -> Tensor:
         return self.function(time).clamp(max=1.0)  # rounding of the function must not make probabilities negative
 
     def derivative(self, time: Tensor) -> Tensor:
+        if self.slope is not None:
+            return self.slope(time)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = time.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
         return slope
 
     def inverse(self, alpha: Tensor) -> Tensor:
-        low, high = torch.zeros_like(alpha), torch.ones_like(alpha)
-        for _ in range(60):  # to the last bit of float64
-            middle = (low + high) / 2
-            below = self.function(middle) < alpha
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+        wanted, eps = alpha.double(), torch.finfo(torch.float64).eps
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        time, last, quick = (low + high) / 2, high - low, torch.zeros_like(wanted, dtype=torch.bool)
+        for _ in range(128):
+            missing = self.function(time) - wanted
+            low, high = torch.where(missing < 0, time, low), torch.where(missing < 0, high, time)
+            newton = missing / self.derivative(time)
+            slower = ~(newton.abs() <= last.abs() / 2)  # also where it is no number
+            # Newton's steps that are small and do not become smaller are of the function's rounding.
+            settled = (missing == 0) | (newton.abs() <= eps / 2 * time) | (quick & slower & (last.abs() <= 1e-8 * time))
+            if bool(settled.all()):
+                break
+            quick = ~(slower | (time - newton < low) | (time - newton > high)) | settled
+            last = torch.where(settled, 0.0, torch.where(quick, newton, time - (low + high) / 2))
+            time = time - last
+        return time.to(alpha.dtype)
+
+
+class Slope:
+    """The derivative of a function of times, written by `dam.derive` from the function's source.
+
+    Args:
+        function: a function of one tensor of times.
+
+    Attributes:
+        source: the derivative's text, which says in its first line what it is the derivative of.
+
+    Raises:
+        ValueError: the function takes something else; or (a `DerivativeError`, with the line) its source cannot be got
+            or has no derivative.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        from dam import derive  # not before it is needed
+
+        self.function = function
+        self._tangent = derive.autodiff(function, "forward")
+        _, *tangents = inspect.signature(self._tangent).parameters
+        if (given := len(inspect.signature(function).parameters)) != 1:
+            raise ValueError(f"define: {function.__name__} must be of the time alone; it has {given} parameters")
+        self._direction = tangents[0]
+        code = function.__code__
+        self.source = f"# {function.__name__}, {code.co_filename}:{code.co_firstlineno}\n{derive.source(self._tangent)}"
+
+    def __call__(self, time: Tensor) -> Tensor:
+        return self._tangent(time, **{self._direction: torch.ones_like(time)})
+
+    def __reduce__(self) -> tuple[type[Slope], tuple[Callable[[Tensor], Tensor]]]:
+        return Slope, (self.function,)  # written again where it is loaded
+
+
+def define(alpha: Callable[[Tensor], Tensor]) -> UserSchedule:
+    """A schedule from a function alpha(t) of a few lines, whose derivative is written from its source.
+
+        smooth = define(lambda t: t**2 * (3 - 2 * t))
+        process = MaskedCTMC(mask_token, smooth)
+        print(smooth.slope.source)
+
+    The hazard alpha' / (1 - alpha) is the schedule's `unmasking_rate`.
+
+    Args:
+        alpha: a function of one tensor of times, of arithmetic and torch's functions; torch.where for branches.
+
+    Raises:
+        ValueError: it is no schedule, as for `UserSchedule`, or has no derivative that can be written, as for `Slope`.
+    """
+    return UserSchedule(alpha, Slope(alpha))

@@ -44,6 +44,13 @@ def _assign(name: str, value: ast.expr, at: ast.stmt) -> ast.stmt:
     return ast.fix_missing_locations(ast.copy_location(node, at))
 
 
+def _at(new: ast.stmt, old: ast.stmt, *made: ast.expr) -> ast.stmt:
+    """A statement, and expressions made for it, at the place of another; what else is in it has its own."""
+    for one in made:
+        ast.fix_missing_locations(ast.copy_location(one, old))
+    return ast.copy_location(new, old)
+
+
 class _Exits:
     def __init__(self, result: str) -> None:
         self.result = result
@@ -80,7 +87,7 @@ class _Exits:
                 else:
                     consumed = False
                 after = ast.If(test=node.test, body=body.statements or [ast.Pass()], orelse=other.statements)
-                done.append(ast.fix_missing_locations(ast.copy_location(after, node)))
+                done.append(_at(after, node))
                 flags |= body.flags | other.flags
                 if consumed:
                     return _Block(done, body.always and other.always, flags)
@@ -108,8 +115,8 @@ class _Exits:
         remaining = self.block(rest, level)
         names: list[ast.expr] = [ast.Name(flag, ast.Load()) for flag in sorted(leaves)]
         left = names[0] if len(names) == 1 else ast.BoolOp(ast.Or(), names)
-        guard = ast.If(test=ast.UnaryOp(ast.Not(), left), body=remaining.statements, orelse=[])
-        done.append(ast.fix_missing_locations(ast.copy_location(guard, at)))
+        test = ast.UnaryOp(ast.Not(), left)
+        done.append(_at(ast.If(test=test, body=remaining.statements, orelse=[]), at, test))
         return _Block(done, remaining.always, flags | remaining.flags)
 
     def _loop(self, node: ast.For | ast.While, level: _Level, done: list[ast.stmt]) -> frozenset[str]:
@@ -129,15 +136,12 @@ class _Exits:
         else:
             loop = ast.While(test=node.test, body=statements, orelse=[])
         loop.stop = own.stop if stops else None  # type: ignore[union-attr]
-        done.append(ast.fix_missing_locations(ast.copy_location(loop, node)))
+        done.append(_at(loop, node))
         returns = _returns(node)
         if node.orelse:
-            free = ast.If(
-                test=ast.UnaryOp(ast.Not(), ast.Name(own.stop, ast.Load())),
-                body=(other := self.block(node.orelse, level)).statements,
-                orelse=[],
-            )
-            done.append(ast.fix_missing_locations(ast.copy_location(free, node)))
+            test = ast.UnaryOp(ast.Not(), ast.Name(own.stop, ast.Load()))
+            other = self.block(node.orelse, level)
+            done.append(_at(ast.If(test=test, body=other.statements, orelse=[]), node, test))
             return other.flags | ({level.stop} if returns else frozenset())
         return frozenset({level.stop}) if returns else frozenset()
 

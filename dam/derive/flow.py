@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dam.derive import primitives
 from dam.derive.errors import DerivativeError
-from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While, loads
-from dam.derive.primitives import walk as tree_walk
+from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
+from dam.derive.trees import children, filled, loads
+from dam.derive.trees import walk as tree_walk
 
 SCALAR = "()"
 
@@ -132,75 +134,111 @@ _FRESH = {
 }
 
 
+class _Share(NamedTuple):
+    """That memory of `source` is memory of `target` too: of its own, or within it."""
+
+    target: str
+    own: bool
+    source: str
+    all: bool  # the source's own and what is within it, or one of these
+    of_own: bool = False
+
+
 def memory(statements: list[Statement]) -> Memory:
     found = Memory()
-    everything = list(walk(statements))
-    for _ in range(3):  # containers may be filled after they are read, in a loop
-        for st in everything:
-            changed = [*writes(st)] if not isinstance(st, (If, For, While)) else []
-            changed += [st.target] if isinstance(st, For) else []
-            changed += [st.name] if isinstance(st, (Store, Append)) else []
-            before = {n: set(found.all(n)) for n in changed}
-            _remember(st, found)
-            for n in changed:
-                for memory_ in found.all(n) - (before[n] - {n}):
-                    found.acquired.setdefault((n, memory_), set()).add(id(st))
-    return found
+    steps: list[tuple[int, list[str], list[_Share]]] = []
+    nothing: set[str] = set()
+    for st in walk(statements):
+        changed = [*writes(st)] if not isinstance(st, (If, For, While)) else []
+        changed += [st.target] if isinstance(st, For) else []
+        changed += [st.name] if isinstance(st, (Store, Append)) else []
+        for n in changed:
+            found.own.setdefault(n, {n})
+            found.acquired.setdefault((n, n), set()).add(id(st))
+        if shared := _shared(st):
+            steps.append((id(st), changed, shared))
+    while True:  # containers may be filled after they are read, in a loop or under another name
+        grown = False
+        for statement, changed, shared in steps:
+            before: dict[str, set[str]] | None = None
+            for target, own, source, all_, of_own in shared:
+                values = found.mine(source) if all_ or of_own else found.reach.get(source, nothing)
+                if all_ and source in found.reach:
+                    values = values | found.reach[source]
+                if not values:
+                    continue
+                into = found.mine(target) if own else found.within(target)
+                if not values <= into:
+                    before = {n: found.all(n) for n in changed} if before is None else before
+                    into |= values
+                    grown = True
+            for n, old in (before or {}).items():
+                for memory_ in found.all(n) - old:
+                    found.acquired.setdefault((n, memory_), set()).add(statement)
+        if not grown:
+            return found
 
 
-def _arguments(value: ast.expr) -> set[str]:
+def _arguments(value: ast.expr) -> frozenset[str]:
     """Names in a value, those of what is called and of an index left out: they are no memory of the result."""
+    if isinstance(value, ast.Name):
+        return loads(value)
     if isinstance(value, ast.Subscript):
         return _arguments(value.value)
-    called = {id(n.func) for n in tree_walk(value) if isinstance(n, ast.Call)}
-    modules = {"np", "torch", "math", "rt"}
-    functions = {n.id for n in tree_walk(value) if isinstance(n, ast.Name) and id(n) in called}
-    return loads(value) - modules - functions
+    calls = [n.func for n in tree_walk(value) if isinstance(n, ast.Call)]
+    return loads(value) - _MODULES - {f.id for f in calls if isinstance(f, ast.Name)}
 
 
-def _remember(st: Statement, found: Memory) -> None:
+_MODULES = {"np", "torch", "math", "rt"}
+
+
+def _shared(st: Statement) -> list[_Share]:
     match st:
-        case Let(target=target, kind=kind, value=value):
-            names = _arguments(value)
-            own, reach = found.mine(target), found.within(target)
-            if kind == "constant" and isinstance(value, (ast.BinOp, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
-                if any(isinstance(n, _DISPLAYS) for n in tree_walk(value)):  # [x] * 2, [x for _ in y]
-                    for n in names:
-                        reach |= found.all(n)
-            if kind == "copy" or (kind == "constant" and isinstance(value, ast.Name)):
-                for n in names:
-                    own |= found.mine(n)
-                    reach |= found.within(n)
-            elif kind == "structure" or (kind == "constant" and isinstance(value, (ast.List, ast.Tuple, ast.Dict))):
-                elements = value.values if isinstance(value, ast.Dict) else value.elts  # type: ignore[attr-defined]
-                for one in elements:
-                    for n in _arguments(one):
-                        reach |= found.within(n) if isinstance(one, (ast.BinOp, ast.UnaryOp)) else found.all(n)
-            else:
-                fresh = (
-                    not _may_be_view(value) if kind == "constant" else kind == "primitive" and not value.primitive.view  # type: ignore[attr-defined]
-                )
-                shallow = kind == "primitive" and value.primitive.shallow  # type: ignore[attr-defined]
-                for n in names:
-                    reach |= found.all(n) if shallow else found.within(n)
-                    if not fresh:
-                        own |= found.all(n)
+        case Let():
+            return _shared_by_let(st)
         case Unpack(targets=targets, value=whole):
+            found = []
             for target in targets:
-                found.mine(target).update(found.all(whole))
-                found.within(target).update(found.within(whole))
+                found += [_Share(target, True, whole, True), _Share(target, False, whole, False)]
+            return found
         case Pop(target=target, name=whole):
-            found.mine(target).update(found.within(whole))
-            found.within(target).update(found.within(whole))
+            return [_Share(target, True, whole, False), _Share(target, False, whole, False)]
         case Store(name=whole, value=value) | Append(name=whole, value=value):
-            for n in loads(value):
-                found.within(whole).update(found.all(n))
+            return [_Share(whole, False, n, True) for n in loads(value)]
         case For(target=target, iter=iterable):
             if not (
                 isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) and iterable.func.id == "range"
             ):
-                for n in _arguments(iterable):
-                    found.mine(target).update(found.all(n))
+                return [_Share(target, True, n, True) for n in _arguments(iterable)]
+    return []
+
+
+def _shared_by_let(st: Let) -> list[_Share]:
+    target, kind, value = st.target, st.kind, st.value
+    names = _arguments(value)
+    if not names:
+        return []
+    found: list[_Share] = []
+    constant = kind == "constant"
+    if constant and isinstance(value, (ast.BinOp, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
+        if any(isinstance(n, _DISPLAYS) for n in tree_walk(value)):  # [x] * 2, [x for _ in y]
+            found += [_Share(target, False, n, True) for n in names]
+    if kind == "copy" or (constant and isinstance(value, ast.Name)):
+        for n in names:
+            found += [_Share(target, True, n, False, of_own=True), _Share(target, False, n, False)]
+    elif kind == "structure" or (constant and isinstance(value, (ast.List, ast.Tuple, ast.Dict))):
+        elements = value.values if isinstance(value, ast.Dict) else value.elts  # type: ignore[attr-defined]
+        for one in elements:
+            whole = not isinstance(one, (ast.BinOp, ast.UnaryOp))
+            found += [_Share(target, False, n, whole) for n in _arguments(one)]
+    else:
+        entry = value.primitive if kind == "primitive" else None  # type: ignore[attr-defined]
+        fresh = not _may_be_view(value) if constant else entry is not None and not entry.view
+        for n in names:
+            found.append(_Share(target, False, n, entry is not None and entry.shallow))
+            if not fresh:
+                found.append(_Share(target, True, n, True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -222,6 +260,8 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
     Raises:
         DerivativeError: such a write.
     """
+    if derived:
+        return False, {}
     places: dict[int, _Place] = {}
     read_at: dict[str, list[_Place]] = {}
     made_at: dict[str, list[_Place]] = {}
@@ -301,8 +341,6 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
     def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
         return sorted({single.variable.get(o, o) for o in sharing(identifier, at, exempt)})
 
-    if derived:
-        return False, {}
     made_by: dict[str, list[Statement]] = {}
     for st in walk(single.statements):
         for n in () if isinstance(st, (If, For, While)) else writes(st):
@@ -323,7 +361,7 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                 said = f"{variable} is written to ({st.line.text}) while {single.variable.get(o, o)}, a part of it, "
                 check = {"x": ast.Name(o, ast.Load()), "m": ast.Constant(said + "is still to be read; copy one")}
                 for maker in made_by[o]:
-                    effect = ast.Expr(primitives.filled("rt.number(x, m)", check))
+                    effect = ast.Expr(filled("rt.number(x, m)", check))
                     checks.setdefault(id(maker), Effect(effect, maker.line))
             names = sorted({single.variable.get(o, o) for o in shared - items})
             if names:
@@ -388,10 +426,10 @@ def rebound_check(st: Let, in_place: dict[int, str]) -> ast.expr | None:
     names: dict[str, ast.expr] = {"x": st.value.left}
     if not st.container:
         said = ast.Constant(f"{st.variable} and {in_place[id(st)]}")
-        return primitives.filled("rt.rebound(x, n)", {**names, "n": said})
+        return filled("rt.rebound(x, n)", {**names, "n": said})
     said = ast.Constant(f"an item of {st.within[0] if st.within else st.container} and {in_place[id(st)]}")
     whole = ast.Name(st.container, ast.Load())
-    return primitives.filled("rt.rebound(x, n, whole)", {**names, "n": said, "whole": whole})
+    return filled("rt.rebound(x, n, whole)", {**names, "n": said, "whole": whole})
 
 
 # ---- shapes and kinds
@@ -440,6 +478,28 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
     return found
 
 
+def summed(single: Single) -> ast.expr | None:
+    """What a function's result is numpy's sum of, over all axes, if it is one."""
+    steps = (st for st in reversed(single.statements) if not (isinstance(st, Let) and st.kind == "constant"))
+    last = next(steps, None)  # but for what says that the function has returned
+    if not isinstance(last, Let) or last.target != single.result or last.kind != "primitive":
+        return None
+    entry: primitives.Primitive = last.value.primitive  # type: ignore[attr-defined]
+    if entry.name != "np.sum":
+        return None
+    bound = primitives.bound(entry, last.value)
+    plain = (ast.dump(bound["axis"]), ast.dump(bound["keepdims"])) == ("Constant(value=None)", "Constant(value=False)")
+    return bound["x"] if plain and isinstance(bound["x"], ast.Name) else None
+
+
+def _has_float(value: ast.expr) -> bool:
+    if isinstance(value, ast.Name):
+        return False
+    if isinstance(value, ast.Constant):
+        return isinstance(value.value, float)
+    return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
+
+
 def numbers(statements: list[Statement], derived: bool) -> set[str]:
     """Names of numbers and arrays, never of structures: what arithmetic is done with.
 
@@ -447,27 +507,29 @@ def numbers(statements: list[Statement], derived: bool) -> set[str]:
         derived: of statements of a derivative, where 0.0 may be the adjoint of a structure.
     """
     found: set[str] = set()
-    everything = [st for st in walk(statements) if isinstance(st, Let)]
-    while True:
-        before = len(found)
-        for st in everything:
-            value = st.value
-            names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
-            if st.kind == "constant" and isinstance(value, ast.Constant) and isinstance(value.value, float):
+    groups: list[set[str]] = []  # of which all are numbers where one is
+    for st in walk(statements):
+        if not isinstance(st, Let):
+            continue
+        value = st.value
+        if st.kind == "constant":
+            if isinstance(value, ast.Constant) and isinstance(value.value, float):
                 if not (derived and value.value == 0.0):
                     found.add(st.target)
-            elif st.kind == "copy" and names & found:
+        elif st.kind == "copy" or (st.kind == "primitive" and value.primitive.partials):  # type: ignore[attr-defined]
+            names = {st.target, *(n for v in arguments(st).values() for n in loads(v))}
+            plain = st.kind == "copy" or (isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult)))
+            if not plain or _has_float(value):
                 found |= names
-            elif st.kind == "primitive":
-                entry = value.primitive  # type: ignore[attr-defined]
-                if not entry.partials:
-                    continue
-                plain = isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Add, ast.Mult))
-                if (
-                    not plain
-                    or names & found
-                    or any(isinstance(c, ast.Constant) and isinstance(c.value, float) for c in tree_walk(value))
-                ):
-                    found |= names
-        if len(found) == before:
+            else:
+                groups.append(names)
+    while True:
+        left = []
+        for names in groups:
+            if names.isdisjoint(found):
+                left.append(names)
+            else:
+                found |= names
+        if len(left) == len(groups):
             return found
+        groups = left

@@ -21,13 +21,13 @@ from dam.derive.normal import (
     Unpack,
     While,
     as_value,
-    loads,
-    name,
+    called_by_name,
 )
-from dam.derive.primitives import Primitive, filled
-from dam.derive.reverse import assign, effect_of, text
+from dam.derive.primitives import Primitive
+from dam.derive.reverse import appended, assign, effect_of, popped, text
 from dam.derive.simplify import fold, is_zero
 from dam.derive.single import Single
+from dam.derive.trees import filled, loads, name
 
 
 class Forward:
@@ -84,21 +84,20 @@ class Forward:
             case Store():
                 self.store(st, out)
             case Append():
-                how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
-                out.append(_plain(text(how, x=name(st.name), v=st.value)))
+                out.append(_plain(appended(st)))
                 if st.name in self.active:
-                    out.append(
-                        effect_of(text("d.append(v)", d=name(self.tangent(st.name)), v=self.of(st.value)), st.line)
-                    )
+                    how = "d.append(v)" if st.at is None else f"d.insert({st.at}, v)"
+                    out.append(effect_of(text(how, d=name(self.tangent(st.name)), v=self.of(st.value)), st.line))
             case Pop():
-                out.append(assign(st.target, text("x.pop()", x=name(st.name))))
+                out.append(assign(st.target, popped(st)))
                 if st.name in self.active:
-                    popped = self.tangent(st.target) if st.target in self.active else self.single.fresh("unused")
-                    out.append(assign(popped, text("d.pop()", d=name(self.tangent(st.name))), st.line))
+                    item = self.tangent(st.target) if st.target in self.active else self.single.fresh("unused")
+                    how = "d.pop()" if st.at is None else f"d.pop({st.at})"
+                    out.append(assign(item, text(how, d=name(self.tangent(st.name))), st.line))
                 elif st.target in self.active:
                     out.append(assign(self.tangent(st.target), self.of(name(st.target)), st.line))
             case Effect():
-                out.append(primitives.copied(st.node))
+                out.append(st.node)
             case If():
                 body, orelse = self.block(st.body), self.block(st.orelse)
                 out.append(ast.If(test=st.test, body=body or [ast.Pass()], orelse=orelse))
@@ -143,7 +142,7 @@ class Forward:
                 call = ast.Call(name(twin), [], [*st.value.keywords, *tangents])
                 out.append(assign([y, d], call, st.line))
                 return
-            out.append(assign(y, ast.Call(name(self.primal_name(callee)), [], st.value.keywords)))
+            out.append(assign(y, called_by_name(self.primal_name(callee), st.value)))
         elif d and varied and st.kind in ("copy", "item", "structure") and y in loads(st.value):
             raise AssertionError("a value that is made of itself")
         else:
@@ -163,7 +162,11 @@ class Forward:
             out.append(assign(d, self.of(st.value), st.line))
         elif st.kind == "item":
             assert isinstance(st.value, ast.Subscript)
-            out.append(assign(d, ast.Subscript(self.of(st.value.value), st.value.slice, ast.Load()), st.line))
+            whole, index = self.of(st.value.value), st.value.slice
+            item: ast.expr = ast.Subscript(whole, index, ast.Load())
+            if _is_whole(index):  # of an array without axes, whose tangent may be a number
+                item = text("rt.reshape_like(d, y)", d=whole, y=name(y))
+            out.append(assign(d, item, st.line))
         else:
             value = st.value
             if isinstance(value, ast.Dict):
@@ -213,6 +216,11 @@ class Forward:
                 else text("rt.add(a, b)", a=total, b=term)
             )
         return fold(total) if whole else text("rt.broadcast(d, y)", d=fold(total), y=y)
+
+
+def _is_whole(index: ast.expr) -> bool:
+    empty = isinstance(index, ast.Tuple) and not index.elts
+    return empty or (isinstance(index, ast.Constant) and index.value is ...)
 
 
 def _structured(entry: Primitive) -> bool:

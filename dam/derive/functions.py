@@ -66,7 +66,7 @@ def of(function: Callable[..., Any]) -> Source:
         lines, first = text.splitlines(), 1
     else:
         try:
-            found, first = inspect.getsourcelines(function)
+            found, first = _lines(function)
         except (OSError, TypeError) as error:
             raise DerivativeError(f"the source of {named} cannot be got ({error}); define it in a file") from error
         lines, first = textwrap.dedent("".join(found)).splitlines(), max(first, 1)
@@ -88,6 +88,27 @@ def of(function: Callable[..., Any]) -> Source:
     if tuple(_parameters(node)) != code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
         raise source.refuse(node, f"the source found for {named} is another function's; has the file changed?")
     return source
+
+
+def _lines(function: types.FunctionType) -> tuple[list[str], int]:
+    """Those of inspect.getsourcelines, whose tokenizer is left out where a definition ends by its indentation."""
+    everything, start = inspect.findsource(function)
+    head = everything[start]
+    if not head.lstrip().startswith("def "):
+        return inspect.getsourcelines(function)
+    indent = len(head) - len(head.lstrip())
+    end = start + 1
+    while end < len(everything):
+        text = everything[end].lstrip()
+        if text and text[0] not in "#)]}" and len(everything[end]) - len(text) <= indent:
+            break
+        end += 1
+    found = everything[start:end]
+    try:
+        ast.parse(textwrap.dedent("".join(found)))
+    except SyntaxError:  # a line that begins further left goes on with one before it
+        return inspect.getsourcelines(function)
+    return found, start + 1
 
 
 def _parameters(node: ast.FunctionDef) -> list[str]:

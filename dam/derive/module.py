@@ -8,6 +8,7 @@ import inspect
 import linecache
 import math
 import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from dam.derive import flow, functions, runtime
 from dam.derive.errors import Line
 from dam.derive.forward import Forward
-from dam.derive.normal import Callee, Normaliser, name
-from dam.derive.primitives import copied, walk
+from dam.derive.normal import Callee, Normaliser
 from dam.derive.reverse import Primal, Reverse, assign, text
-from dam.derive.simplify import free, names_read, with_shared, without_copies, without_dead
+from dam.derive.simplify import free, with_shared, without_copies, without_dead
 from dam.derive.single import Single
+from dam.derive.trees import loads, name, shown, stores
 
 _IMPORTS = {"np": np, "torch": torch, "math": math, "rt": runtime}
 # An array of up to this many numbers is written out in the text, a larger one named.
@@ -79,13 +80,14 @@ class Module:
         writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
         return normal, single, names, memory, writes, in_place
 
-    def signature(self, callee: Callee, extra: list[str] | None = None) -> ast.arguments:
-        """A function's parameters, their defaults as they are."""
+    def signature(self, callee: Callee, extra: list[str] | None = None, inner: bool = False) -> ast.arguments:
+        """A function's parameters, their defaults as they are; of a function of the module's own all by name."""
         source = callee.source
         given = source.node.args
+        positional = [] if inner else given.posonlyargs
         arguments = ast.arguments(
-            posonlyargs=[ast.arg(a.arg) for a in given.posonlyargs],
-            args=[ast.arg(a.arg) for a in given.args],
+            posonlyargs=[ast.arg(a.arg) for a in positional],
+            args=[ast.arg(a.arg) for a in (*given.posonlyargs, *given.args)[len(positional) :]],
             kwonlyargs=[ast.arg(a.arg) for a in given.kwonlyargs],
             defaults=[],
             kw_defaults=[],
@@ -102,8 +104,7 @@ class Module:
                     raise source.refuse(
                         source.node, "a default of a function defined inside must be a number or a string"
                     )
-            arguments.defaults = [copied(d) for d in given.defaults]
-            arguments.kw_defaults = [copied(d) for d in given.kw_defaults]
+            arguments.defaults, arguments.kw_defaults = list(given.defaults), list(given.kw_defaults)
         for one_more in extra or ():
             arguments.kwonlyargs.append(ast.arg(one_more))
             arguments.kw_defaults.append(ast.Constant(None))
@@ -126,13 +127,9 @@ class Module:
         self, body: list[ast.stmt], single: Single, memory: flow.Memory, parameters: list[str]
     ) -> list[ast.stmt]:
         """Dead code out, twice computed values shared."""
-        body = [copied(st) for st in without_dead(body, frozenset(self.pure))]
-        body = without_copies(body, {*parameters})
-        counts: dict[str, int] = dict.fromkeys(parameters, 1)
-        for st in body:
-            for inner in walk(st):
-                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                    counts[inner.id] = counts.get(inner.id, 0) + 1
+        body = without_copies(without_dead(body, frozenset(self.pure)), {*parameters})
+        counts = Counter(parameters)
+        _count_stores(body, counts)
         changed: set[str] = set()
         for one in flow.walk(single.statements):
             if (where := getattr(one, "name", None)) is not None and type(one).__name__ in ("Store", "Append", "Pop"):
@@ -152,7 +149,7 @@ class Module:
             body = Primal(None, set(), self.primal, in_place).block(single.statements)
             body.append(ast.Return(name(single.result)))
             _uncommented(body)
-            self.define(given, self.signature(callee), body)
+            self.define(given, self.signature(callee, inner=True), body)
         return self.made[known]
 
     def _claim(self, normal: Normaliser, single: Single) -> None:
@@ -208,7 +205,7 @@ class Module:
         values = ast.Tuple([name(k) for k in kept], ast.Load())
         body.append(ast.Return(ast.Tuple([name(single.result), values], ast.Load())))
         body = self.passes(body, single, memory, normal.parameters)
-        self.define(forward, self.signature(callee), body, f"{stem}, with what its backward pass needs")
+        self.define(forward, self.signature(callee, inner=True), body, f"{stem}, with what its backward pass needs")
         argument = single.fresh("kept")
         if kept:
             code.insert(0, assign(kept if len(kept) > 1 else [*kept], name(argument)))
@@ -238,6 +235,8 @@ class Module:
         if seeded:
             extra = ["init_grad"]
             start = text("rt.seeded(b, y)", b=name("init_grad"), y=name(single.result))
+        elif (summed := flow.summed(single)) is not None and not preserve_result:
+            start = text("rt.seed_of_sum(x)", x=summed)  # nobody reads the sum itself
         else:
             start = text("rt.seed(y)", y=name(single.result))
         self._claim(normal, single)
@@ -292,7 +291,7 @@ class Module:
             code.append(ast.Return(ast.Tuple([name(single.result), result], ast.Load())))
             extra = [f"d_{p}" for p in sorted(active)]
             code = self.passes(code, single, memory, [*normal.parameters, *extra])
-            self.define(given, self.signature(callee, extra), code, f"{callee.source.name} and its tangent")
+            self.define(given, self.signature(callee, extra, inner=True), code, f"{callee.source.name} and its tangent")
         return self.made[known]
 
     def forward(self, callee: Callee, wrt: list[str], preserve_result: bool) -> str:
@@ -313,34 +312,29 @@ class Module:
 
     # ---- text
 
-    def text(self) -> str:
-        """The module's source: imports and values of the surroundings, then functions."""
-        lines = []
-        read = set().union(*(names_read(f) for f in self.functions))
-        for short, module in _IMPORTS.items():
-            if short in read:
-                lines.append(_import(short, module))
-        for identifier, value in sorted(self.bound.items()):
-            if identifier in read:
-                lines.append(_stated(identifier, value))
-        for node in self.functions:
-            lines += ["", "", *_printed(node)]
-        return "\n".join(lines).strip() + "\n"
+    def head(self) -> list[str]:
+        """Lines of the text that import, and that state values of the surroundings."""
+        read = set().union(*(loads(f) for f in self.functions))
+        lines = [_import(short, module) for short, module in _IMPORTS.items() if short in read]
+        return lines + [_stated(known, value) for known, value in sorted(self.bound.items()) if known in read]
+
+    def body(self) -> list[str]:
+        """Lines of the functions."""
+        return [line for node in self.functions for line in ("", "", *_printed(node))]
 
     def function(self, identifier: str) -> Callable[..., Any]:
         """The function of that name, compiled from the text."""
         global _modules
         _modules += 1
-        source = self.text()
+        head, body = self.head(), self.body()
+        source = "\n".join([*head, *body]).strip() + "\n"
         file = f"<derived {identifier} {_modules}>"
-        tree = ast.parse(source)
-        # Names are bound to the very values, not to what the head of the text would make of them.
-        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         space: dict[str, Any] = {**_IMPORTS, **self.bound, "__name__": f"derived_{identifier}"}
-        exec(compile(tree, file, "exec"), space)
+        # Names are bound to the very values, not to what the head of the text would make of them.
+        lines = [""] * len(head) + body if head else "\n".join(body).strip().split("\n")
+        exec(compile("\n".join(lines) + "\n", file, "exec"), space)
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-        for node in tree.body:
-            assert isinstance(node, ast.FunctionDef)
+        for node in self.functions:
             space[node.name].__dict__[functions.TEXT] = source
         return space[identifier]
 
@@ -349,11 +343,21 @@ def _size(value: Any) -> float:
     return value if isinstance(value, (int, float)) else 0.0
 
 
+def _count_stores(body: list[ast.stmt], counts: Counter[str]) -> None:
+    for st in body:
+        if isinstance(st, (ast.If, ast.For, ast.While)):
+            counts.update(stores(st.target) if isinstance(st, ast.For) else ())
+            _count_stores(st.body, counts)
+            _count_stores(st.orelse, counts)
+        else:
+            counts.update(stores(st))
+
+
 def _uncommented(body: list[ast.stmt]) -> None:
     for st in body:
-        for inner in walk(st):
-            if hasattr(inner, "line"):
-                inner.line = None
+        st.line = None  # type: ignore[attr-defined]
+        for block in ("body", "orelse"):
+            _uncommented(getattr(st, block, []))
 
 
 def _import(identifier: str, module: types.ModuleType) -> str:
@@ -397,23 +401,30 @@ def _block(body: list[ast.stmt], depth: int, lines: list[str], said: list[Line |
         comment = f"  # {line.text}" if line is not None and line != said[0] else ""
         said[0] = line
         if isinstance(st, (ast.If, ast.For, ast.While)):
-            head = ast.unparse(_headed(st)).splitlines()[0]
-            lines.append(f"{space}{head}{comment}")
+            lines.append(f"{space}{_headed(st)}{comment}")
             _block(st.body, depth + 1, lines, said)
             if isinstance(st, ast.If) and st.orelse:
                 lines.append(f"{space}else:")
                 _block(st.orelse, depth + 1, lines, said)
             said[0] = None
             continue
-        found = ast.unparse(ast.fix_missing_locations(st)).splitlines()
+        found = _stated_as(st).split("\n")
         lines.append(f"{space}{found[0]}{comment}")
         lines += [f"{space}{one}" for one in found[1:]]
 
 
-def _headed(st: ast.If | ast.For | ast.While) -> ast.stmt:
-    body: list[ast.stmt] = [ast.Pass()]
-    if isinstance(st, ast.If):
-        return ast.fix_missing_locations(ast.If(st.test, body, []))
+def _stated_as(st: ast.stmt) -> str:
+    if isinstance(st, ast.Assign) and len(st.targets) == 1 and isinstance(st.targets[0], (ast.Name, ast.Subscript)):
+        return f"{shown(st.targets[0])} = {shown(st.value)}"
+    if isinstance(st, ast.Expr):
+        return shown(st.value)
+    if isinstance(st, ast.Return) and st.value is not None:
+        return f"return {shown(st.value)}"
+    return ast.unparse(ast.fix_missing_locations(st))
+
+
+def _headed(st: ast.If | ast.For | ast.While) -> str:
     if isinstance(st, ast.For):
-        return ast.fix_missing_locations(ast.For(st.target, st.iter, body, []))
-    return ast.fix_missing_locations(ast.While(st.test, body, []))
+        head = ast.For(st.target, st.iter, [ast.Pass()], [])
+        return ast.unparse(ast.fix_missing_locations(head)).splitlines()[0]
+    return f"{'if' if isinstance(st, ast.If) else 'while'} {shown(st.test)}:"

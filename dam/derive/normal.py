@@ -9,7 +9,9 @@ the loops and branches that they stand for; functions defined inside get what th
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +23,8 @@ from dam.derive import functions, primitives, runtime, tables
 from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
-from dam.derive.primitives import Primitive, copied, walk
+from dam.derive.primitives import Primitive
+from dam.derive.trees import KEPT, children, copied, filled, loads, mentions, name, parsed, renamed, stores, walk
 
 assert tables.FUNCTIONS  # loaded with this module
 
@@ -79,6 +82,7 @@ class Append:
     value: ast.expr
     line: Line
     puts_back: bool = False  # what a derivative's own backward pass had popped
+    at: int | None = None  # the place where, unless at the end
 
 
 @dataclass
@@ -86,6 +90,7 @@ class Pop:
     target: str
     name: str
     line: Line
+    at: int | None = None  # the place of the item, unless the end
 
 
 @dataclass
@@ -143,73 +148,23 @@ MUTATORS = {
 }  # fmt: skip
 
 
-def name(identifier: str) -> ast.Name:
-    return ast.Name(identifier, ast.Load())
-
-
-def loads(node: ast.AST) -> set[str]:
-    """Names that are read in a tree, those that it binds itself left out."""
-    if isinstance(node, ast.Name):
-        return {node.id} if isinstance(node.ctx, ast.Load) else set()
-    if isinstance(node, ast.Constant):
-        return set()
-    if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-        bound = {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
-        inside = set().union(*(loads(child) for child in ast.iter_child_nodes(node)))
-        return inside - bound
-    if isinstance(node, ast.comprehension):
-        return loads(node.iter).union(*(loads(test) for test in node.ifs))
-    if isinstance(node, ast.Lambda):
-        arguments = {a.arg for a in walk(node.args) if isinstance(a, ast.arg)}
-        return (loads(node.body) - arguments) | loads(node.args)
-    return set().union(*(loads(child) for child in ast.iter_child_nodes(node)))
-
-
-class Rename(ast.NodeTransformer):
-    """Names of a tree by another, those that it binds itself left alone."""
-
-    def __init__(self, rename: Callable[[str], str]) -> None:
-        self.rename = rename
-        self.bound: list[set[str]] = []
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        if any(node.id in names for names in self.bound):
-            return node
-        node.id = self.rename(node.id)
-        return node
-
-    def _scope(self, node: Any, names: set[str]) -> ast.AST:
-        self.bound.append(names)
-        self.generic_visit(node)
-        self.bound.pop()
-        return node
-
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
-        return self._scope(node, {a.arg for a in walk(node.args) if isinstance(a, ast.arg)})
-
-    def _comprehension(self, node: Any) -> ast.AST:
-        return self._scope(node, {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)})
-
-    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension
+# Methods without a slope that numpy has with a place for the result as their second argument.
+_REDUCING_METHODS = {"argmax", "argmin", "any", "all", "round"}
 
 
 def _assigned(body: list[ast.stmt]) -> set[str]:
     """Names that statements bind in their own scope."""
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-            return
-        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
-            return
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
     for one in body:
-        visit(one)
+        if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(one.name)
+        elif isinstance(one, (ast.If, ast.For, ast.While, ast.With)):
+            found |= _assigned([*one.body, *getattr(one, "orelse", ())])
+            found |= stores(one.target) if isinstance(one, ast.For) else set()
+            for item in one.items if isinstance(one, ast.With) else ():
+                found |= set() if item.optional_vars is None else stores(item.optional_vars)
+        else:
+            found |= stores(one)
     return found
 
 
@@ -238,6 +193,18 @@ REFUSED: dict[type, str] = {
 }
 
 
+_VARIES = f"{KEPT}varies"
+
+
+def called_by_name(function: str, value: ast.Call) -> ast.Call:
+    """A call of a function as its author wrote it, which may have parameters that are given by position only."""
+    first = [a.arg for a in value.callee.source.node.args.posonlyargs]  # type: ignore[attr-defined]
+    given = {k.arg: k.value for k in value.keywords}
+    return ast.Call(
+        name(function), [given[p] for p in first if p in given], [k for k in value.keywords if k.arg not in first]
+    )
+
+
 class Normaliser:
     """One function with some of its parameters active, as statements of the normal form."""
 
@@ -257,14 +224,22 @@ class Normaliser:
             raise self.refuse(node, "a function with *args or **kwargs has no derivative here; name its parameters")
         self.parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
         result = RESULT
-        names = {n.id for n in walk(node) if isinstance(n, ast.Name)} | {*self.parameters}
+        names = {*mentions(node), *self.parameters}
         while result in names:
             result += "_"
         self.result = result
-        body = without_exits([copied(s) for s in node.body], result)
+        body = without_exits(node.body, result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
-        self.varied = self._varied(body, set(active))
+        nodes = [n for one in body for n in walk(one)]
+        self.displays = self._displays(nodes)
+        values = self._assigned_values(nodes)
+        self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
+        self.lists, before = {*values}, -1
+        while len(self.lists) != before:
+            before = len(self.lists)
+            self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
+        self.varied = self._varied(nodes, set(active))
         self.out: list[Statement] = []
         self.here: ast.AST = node
         self.block(body)
@@ -291,6 +266,9 @@ class Normaliser:
                 if not isinstance(target, ast.Name) or target.id in defined:
                     raise self.refuse(inner, "a lambda needs one name of its own; write it as a def")
                 defined[target.id] = _function_of_lambda(target.id, inner.value)
+        self.defined = set(defined)
+        if not defined:
+            return
         counts: dict[str, int] = {}
         for any_ in (n for one in body for n in walk(one)):
             if isinstance(any_, ast.Name) and isinstance(any_.ctx, ast.Store):
@@ -323,16 +301,17 @@ class Normaliser:
             )
         for identifier in defined:
             self.functions[identifier].local = self.functions
-        self.defined = set(defined)
 
     # ---- what depends on active parameters
 
-    def _varied(self, body: list[ast.stmt], varied: set[str]) -> set[str]:
+    def _varied(self, nodes: list[ast.AST], varied: set[str]) -> set[str]:
         """Names that depend on active ones anywhere, whatever the order of statements."""
         self.varied = varied
+        kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr)
+        flows = [n for n in nodes if isinstance(n, kinds)]
         while True:
             before = len(varied)
-            for node in (n for one in body for n in walk(one)):
+            for node in flows:
                 if isinstance(node, ast.Assign) and self.depends(node.value):
                     for target in node.targets:
                         varied |= _roots(target)
@@ -345,7 +324,8 @@ class Normaliser:
                 elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                     call = node.value
                     if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-                        if any(self.depends(a) for a in call.args) and call.func.attr in ("append", "extend", "insert"):
+                        given = (*call.args, *(k.value for k in call.keywords))
+                        if any(self.depends(a) for a in given) and call.func.attr in ("append", "extend", "update"):
                             varied.add(call.func.value.id)
                     elif self.resolve(call.func) in (runtime.restore, runtime.store_tangent, runtime.put_back) and any(
                         self.depends(a) for a in call.args
@@ -353,6 +333,57 @@ class Normaliser:
                         varied |= _roots(call.args[0])
             if len(varied) == before:
                 return varied
+
+    def _displays(self, nodes: list[ast.AST]) -> dict[str, ast.expr]:
+        """Tuples, lists and dicts that are written out, of which code reads items at constants and nothing else."""
+        found: dict[str, ast.expr] = {}
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
+                if isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
+                    found[node.targets[0].id] = node.value
+        if not found:
+            return found
+        uses = Counter(n.id for n in nodes if isinstance(n, ast.Name))
+        uses.subtract(n for node in nodes if (n := self._of_item(node)) is not None)
+        known = {n for n, count in uses.items() if count == 1} - {*self.parameters}
+        return {identifier: display for identifier, display in found.items() if identifier in known}
+
+    def _assigned_values(self, nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
+        """By name what is assigned to it, of names that get their values by plain assignments alone."""
+        found: dict[str, list[ast.expr]] = {}
+        others = {*self.parameters}
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
+                found.setdefault(node.targets[0].id, []).append(node.value)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                others |= {t for target in targets if not isinstance(target, ast.Subscript) for t in _roots(target)}
+        return {identifier: values for identifier, values in found.items() if identifier not in others}
+
+    def _made_by(self, value: ast.expr, maker: type) -> bool:
+        return isinstance(value, ast.Call) and self.resolve(value.func) is maker
+
+    def _is_dict(self, node: ast.expr) -> bool:
+        return isinstance(node, (ast.Dict, ast.DictComp)) or self._made_by(node, dict)
+
+    def _is_list(self, node: ast.expr) -> bool:
+        """Whether a value is a list for certain, and no array."""
+        if isinstance(node, ast.Name):
+            return node.id in self.lists
+        if isinstance(node, ast.Subscript):
+            return isinstance(node.slice, ast.Slice) and self._is_list(node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self._is_list(node.left) and self._is_list(node.right)
+        return isinstance(node, (ast.List, ast.ListComp)) or self._made_by(node, list)
+
+    def _of_item(self, node: ast.AST) -> str | None:
+        """The name whose item at a constant this is, or whose structure an adjoint gets in a derivative."""
+        whole: ast.AST | None = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Constant):
+            whole = node.value
+        elif isinstance(node, ast.Call) and self.resolve(node.func) in (runtime.placed, runtime.add_at):
+            whole = node.args[-1]
+        return whole.id if isinstance(whole, ast.Name) else None
 
     def _counters(self, node: ast.For | ast.comprehension) -> set[str]:
         """Of targets of enumerate and items the name of the index, which has no derivative."""
@@ -401,8 +432,21 @@ class Normaliser:
         """Whether a value has a slope in active ones, as far as names tell."""
         if isinstance(node, ast.Name):
             return node.id in self.varied
+        names = loads(node)
+        if names.isdisjoint(self.varied) and names.isdisjoint(self.functions):
+            return False
+        # Names come to depend on active ones, and none ceases to.
+        if node.__dict__.get(_VARIES) is self:
+            return True
+        if found := self._found_to_depend(node):
+            node.__dict__[_VARIES] = self
+        return found
+
+    def _found_to_depend(self, node: ast.AST) -> bool:
         if isinstance(node, (ast.Compare, ast.Lambda)):
             return False
+        if isinstance(node, ast.JoinedStr) and self.source.derived:
+            return False  # a key: text of active numbers is refused where the function is transformed first
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return False
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.BitAnd, ast.BitOr)):
@@ -410,6 +454,14 @@ class Normaliser:
         if isinstance(node, ast.Attribute) and node.attr in primitives.ATTRIBUTES_WITHOUT_SLOPE:
             return False
         if isinstance(node, ast.Subscript):
+            if (
+                isinstance(node.value, ast.Name)
+                and node.value.id in self.displays
+                and isinstance(node.slice, ast.Constant)
+            ):
+                item = _item_of(self.displays[node.value.id], node.slice.value)
+                if item is not None:
+                    return self.depends(item)
             return self.depends(node.value)
         if isinstance(node, ast.IfExp):
             return self.depends(node.body) or self.depends(node.orelse)
@@ -426,7 +478,7 @@ class Normaliser:
             return self._comprehended(node, [node.elt])
         if isinstance(node, ast.DictComp):
             return self._comprehended(node, [node.value])
-        return any(self.depends(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+        return any(self.depends(child) for child in children(node) if isinstance(child, ast.expr))
 
     def _comprehended(self, node: Any, values: list[ast.expr]) -> bool:
         added = set()
@@ -457,8 +509,11 @@ class Normaliser:
 
     def constant(self, node: ast.expr) -> ast.expr:
         """A value without a derivative, as written; names of the surroundings get theirs in the module."""
+        if isinstance(node, ast.Constant):
+            return node
         for inner in walk(node):
             if isinstance(inner, ast.Call):
+                self._no_place_for_results(inner)
                 if self.resolve(inner.func) in (eval, exec, locals, globals, vars):
                     raise self.refuse(node, f"{ast.unparse(inner.func)} reads variables by their names, which has no "
                                       "derivative here")  # fmt: skip
@@ -474,17 +529,34 @@ class Normaliser:
                     raise self.refuse(node, f".{inner.func.attr}() within an expression changes what it is called on")
             elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load) and inner.id in self.functions:
                 raise self.refuse(node, f"{inner.id}, a function defined inside, is used as a value")
+        free = loads(node)
+        return renamed(node, {n: self._outside(n, node) for n in dict.fromkeys(mentions(node)) if n in free})
 
-        def rename(identifier: str) -> str:
-            if identifier in self.locals:
-                return identifier
-            if identifier not in self.source.namespace:
-                raise self.refuse(node, f"{identifier} is not defined")
-            return self.bind(identifier, self.source.namespace[identifier])
+    def _no_place_for_results(self, call: ast.Call) -> None:
+        """Refuses calls of numpy and torch that write their result into an argument."""
+        found = self.resolve(call.func)
+        named = any(k.arg == "out" for k in call.keywords)
+        if isinstance(found, np.ufunc):
+            named = named or len(call.args) > found.nin
+        elif found is not None and inspect.getmodule(found) is np and len(call.args) > 2 and inspect.isroutine(found):
+            with contextlib.suppress(TypeError, ValueError):
+                named = named or "out" in inspect.signature(found).bind_partial(*call.args).arguments
+        elif found is None and isinstance(call.func, ast.Attribute):
+            named = named or (call.func.attr in _REDUCING_METHODS and len(call.args) > 1)
+        if named:
+            raise self.refuse(call, f"{ast.unparse(call)} writes into an argument; assign its result to a name instead")
 
-        return Rename(rename).visit(copied(node))
+    def _outside(self, identifier: str, at: ast.AST) -> str:
+        """What a name of the function, or of its surroundings, is called in the module."""
+        if identifier in self.locals:
+            return identifier
+        if identifier not in self.source.namespace:
+            raise self.refuse(at, f"{identifier} is not defined")
+        return self.bind(identifier, self.source.namespace[identifier])
 
     def _calls_inside(self, node: ast.expr) -> bool:
+        if loads(node).isdisjoint(self.functions):
+            return False
         return any(
             isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in self.functions for n in walk(node)
         )
@@ -558,21 +630,25 @@ class Normaliser:
             return self.constant(node), "constant"
         if isinstance(node, ast.Name):
             return name(node.id), "copy"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self._is_list(node):
+            return self._starred(_joined_lists(node)), "copy"
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
             entry = primitives.OPERATORS.get(type(node.op))
             if entry is None:
                 raise self.refuse(node, f"the operator in {ast.unparse(node)} has no derivative")
-            new = copied(node)
-            if isinstance(new, ast.BinOp):
-                new.left, new.right = self.atom(node.left), self.atom(node.right)  # type: ignore[union-attr]
+            new: ast.expr
+            if isinstance(node, ast.BinOp):
+                new = ast.BinOp(self.atom(node.left), node.op, self.atom(node.right))
             else:
-                new.operand = self.atom(node.operand)  # type: ignore[union-attr]
+                new = ast.UnaryOp(node.op, self.atom(node.operand))
             return self.primitive(new, entry), "primitive"
         if isinstance(node, ast.Subscript):
             return ast.Subscript(self.atom(node.value), self.index(node.slice), ast.Load()), "item"
         if isinstance(node, (ast.Tuple, ast.List)):
             if any(isinstance(e, ast.Starred) for e in node.elts):
-                raise self.refuse(node, "a * within a tuple or list with a derivative is not supported")
+                if isinstance(node, ast.Tuple):
+                    raise self.refuse(node, "a * within a tuple with a derivative is not supported; make it a list")
+                return self._starred(node), "copy"
             return type(node)([self.atom(e) for e in node.elts], ast.Load()), "structure"
         if isinstance(node, ast.Dict):
             if any(k is None for k in node.keys):
@@ -607,7 +683,7 @@ class Normaliser:
     def _loops(self, node: ast.ListComp | ast.GeneratorExp | ast.DictComp) -> str:
         """A comprehension as the loops that it stands for; returns the name of what they fill."""
         target = self.fresh("items")
-        fresh = {n: self.fresh(n) for g in node.generators for n in _roots(g.target)}
+        fresh = {n: self.fresh(n) for g in node.generators for n in sorted(_roots(g.target))}
         renamed = _renamed_comprehension(node, fresh)
         body: ast.stmt
         if isinstance(renamed, ast.DictComp):
@@ -634,6 +710,18 @@ class Normaliser:
         self._written(body, node, varied)
         return target
 
+    def _starred(self, node: ast.List) -> ast.Name:
+        """A list with * in it, filled item by item."""
+        target = self.let(self.fresh("items"), ast.List([], ast.Load()), "constant", node)
+        self.varied.add(target.id)
+        for element in node.elts:
+            if isinstance(element, ast.Starred):
+                made: ast.stmt = self._each(element.value, lambda item: _appended(target.id, name(item)))
+            else:
+                made = _appended(target.id, element)
+            self._written(made, node, set())
+        return name(target.id)
+
     def primitive(self, node: ast.expr, entry: Primitive) -> ast.expr:
         try:
             values = primitives.bound(entry, node)
@@ -641,7 +729,9 @@ class Normaliser:
             raise self.refuse(self.here, str(error)) from None
         for parameter, value in values.items():
             # What derived source calls takes such for its shape only.
-            if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt":
+            # A condition has no slope, whatever it is made of.
+            condition = parameter == "c" and entry.name.endswith("where")
+            if parameter not in entry.differentiable and self.depends(value) and entry.module != "rt" and not condition:
                 raise self.refuse(
                     self.here,
                     f"{ast.unparse(node)} has no derivative in its argument {parameter}; "
@@ -649,9 +739,6 @@ class Normaliser:
                 )
         node.primitive = entry  # type: ignore[attr-defined]
         return node
-
-    def _canonical(self, entry: Primitive) -> ast.expr:
-        return copied(primitives.parsed(entry.name))
 
     def _call(self, node: ast.Call) -> tuple[ast.expr, str]:
         if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
@@ -680,7 +767,7 @@ class Normaliser:
             if entry.name.startswith("np.") and found not in (np.array, np.asarray, np.asanyarray):
                 others = {"l", *entry.signature.parameters} - (entry.differentiable - {"l"})
                 node = primitives.with_arrays(node, entry.signature.parameters, others)
-            called = name(self.bind(entry.name, entry.function)) if entry.rule else self._canonical(entry)
+            called = name(self.bind(entry.name, entry.function)) if entry.rule else parsed(entry.name)
             new = ast.Call(
                 called,
                 [self.argument(a) for a in node.args],
@@ -736,13 +823,17 @@ class Normaliser:
             reverse=reverse,
             forward=forward,
         )
-        call = ast.Call(
-            self._canonical(entry), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], []
-        )
+        call = ast.Call(parsed(entry.name), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], [])
         return self.primitive(call, entry)
 
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
-        """list(x), tuple(x), dict(a=x), and sums of generators."""
+        """list(x), dict(a=x), sums with a start, extremes of several numbers."""
+        if found is sum and len(node.args) == 2 and not node.keywords:
+            total = ast.copy_location(ast.Call(node.func, node.args[:1], []), node)
+            return self.operation(ast.copy_location(ast.BinOp(node.args[1], ast.Add(), total), node))
+        if found in (max, min) and len(node.args) > 2 and not node.keywords:
+            first = ast.copy_location(ast.Call(node.func, node.args[:-1], []), node)
+            return self.operation(ast.copy_location(ast.Call(node.func, [first, node.args[-1]], []), node))
         if found is dict:
             if node.args:
                 return None
@@ -764,8 +855,22 @@ class Normaliser:
         if (function.attr == "get" and len(node.args) == 1) or (function.attr == "copy" and not node.args):
             if function.attr == "get":
                 return ast.Subscript(self.atom(function.value), self.index(node.args[0]), ast.Load()), "item"
-        if function.attr in ("astype", "to", "type", "float", "values", "items"):
+        if function.attr == "get" and len(node.args) == 2 and not node.keywords:
+            key, default = node.args
+            item = ast.Subscript(function.value, key, ast.Load())
+            chosen = ast.IfExp(ast.Compare(key, [ast.In()], [function.value]), item, default)
+            return self.operation(_placed(chosen, node))
+        if function.attr == "values" and not node.args:
+            key_of = self.fresh("key")
+            keys = ast.Call(ast.Attribute(function.value, "keys", ast.Load()), [], [])
+            each = ast.comprehension(ast.Name(key_of, ast.Store()), keys, [], 0)
+            return self.operation(_placed(ast.ListComp(_item(function.value, key_of), [each]), node))
+        if function.attr in ("to", "type", "float", "items"):
             raise self.refuse(node, f".{function.attr}() has no derivative here")
+        if function.attr == "view" and any(
+            isinstance(self.resolve(a), (torch.dtype, np.dtype, type)) for a in node.args
+        ):
+            raise self.refuse(node, f"{ast.unparse(node)} is of a dtype, which has no derivative here")
         entry = primitives.METHODS.get(function.attr)
         if entry is None:
             raise self.refuse(node, f"the method .{function.attr}() has no derivative here")
@@ -790,6 +895,10 @@ class Normaliser:
         alias = {"dim": "axis", "keepdim": "keepdims"}
         names = {*positional, *(a.arg for a in arguments.kwonlyargs)}
         given = {(alias[k] if k in alias and k not in names else k): v for k, v in given.items()}
+        if any(
+            isinstance(v, ast.Constant) and isinstance(v.value, bool) and k in ("axis", "dim") for k, v in given.items()
+        ):
+            raise self.refuse(node, f"{ast.unparse(node)}: an axis is no bool; name the argument")
         if unknown := given.keys() - names:
             raise self.refuse(node, f"{ast.unparse(node.func)} with {sorted(unknown)[0]}= has no derivative here")
         keywords = [ast.keyword(k, self.argument(v)) for k, v in given.items()]
@@ -841,7 +950,7 @@ class Normaliser:
         if isinstance(target, ast.Name):
             popped = self._popped(value)
             if popped is not None:
-                self.emit(Pop(target.id, popped, self.source.line(at)))
+                self.emit(Pop(target.id, popped[0], self.source.line(at), popped[1]))
                 return
             self.assign(target.id, value)
         elif isinstance(target, (ast.Tuple, ast.List)):
@@ -851,7 +960,8 @@ class Normaliser:
         else:
             raise self.refuse(at, f"an assignment to {ast.unparse(target)} has no derivative here")
 
-    def _popped(self, value: ast.expr) -> str | None:
+    def _popped(self, value: ast.expr) -> tuple[str, int | None] | None:
+        """Of a call of a list's pop, the list and the place."""
         if (
             isinstance(value, ast.Call)
             and isinstance(value.func, ast.Attribute)
@@ -859,14 +969,20 @@ class Normaliser:
             and isinstance(value.func.value, ast.Name)
             and value.func.value.id in self.locals
         ):
-            if value.args or value.keywords:
-                raise self.refuse(value, "pop(k) has no derivative here; pop() has")
-            return value.func.value.id
+            if value.func.value.id in self.dicts:
+                raise self.refuse(value, "pop of a key of a dict has no derivative here; leave the key where it is")
+            if not value.args and not value.keywords:
+                return value.func.value.id, None
+            (at,) = value.args if len(value.args) == 1 and not value.keywords else (None,)
+            if not isinstance(at, ast.Constant) or type(at.value) is not int:
+                raise self.refuse(value, "pop(k) has a derivative of a list, where k is a number, 0 or more")
+            return value.func.value.id, at.value
         return None
 
     def _unpack(self, target: ast.Tuple | ast.List, value: ast.expr, at: ast.stmt) -> None:
         if any(isinstance(e, ast.Starred) for e in target.elts):
-            raise self.refuse(at, "an assignment with * has no derivative here")
+            self._unpack_starred(target, value, at)
+            return
         if isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts):
             parts: list[ast.expr] = []
             for element in value.elts:
@@ -892,6 +1008,28 @@ class Normaliser:
                     self.varied.add(given)
                 self.target(one, name(given), at)
 
+    def _unpack_starred(self, target: ast.Tuple | ast.List, value: ast.expr, at: ast.stmt) -> None:
+        """a, *b, c = value: items from both ends, and a list of those between."""
+        self.locals |= _assigned([at])
+        whole = self.let(self.fresh(), self.atom(value), "copy" if self.depends(value) else "constant", at)
+        if self.depends(value):
+            self.varied.add(whole.id)
+        (place,) = (k for k, e in enumerate(target.elts) if isinstance(e, ast.Starred))
+        after = len(target.elts) - place - 1
+        check = _statement("rt.at_least(x, n)", {"x": whole, "n": ast.Constant(place + after)})
+        self.emit(Effect(check, self.source.line(at)))
+        for k, one in enumerate(target.elts):
+            if isinstance(one, ast.Starred):
+                index = self.fresh("k")
+                between = filled(
+                    "range(n, len(x) - m)", {"n": ast.Constant(place), "m": ast.Constant(after), "x": whole}
+                )
+                each = ast.comprehension(ast.Name(index, ast.Store()), between, [], 0)
+                self._written(ast.Assign([one.value], ast.ListComp(_item(whole, index), [each])), at, set())
+                continue
+            number = ast.Constant(k) if k < place else ast.UnaryOp(ast.USub(), ast.Constant(len(target.elts) - k))
+            self._written(ast.Assign([one], ast.Subscript(whole, number, ast.Load())), at, set())
+
     def _store(self, target: ast.Subscript, value: ast.expr, at: ast.stmt, within: tuple[str, ...] = ()) -> None:
         base = target.value
         if isinstance(base, ast.Subscript):
@@ -907,7 +1045,7 @@ class Normaliser:
                 self.varied.add(inner)
             within = (*within, *_roots(base), *([whole.id] if isinstance(whole, ast.Name) else []))
             self._store(ast.Subscript(name(inner), target.slice, ast.Store()), value, at, within)
-            self._store(ast.Subscript(copied(base.value), copied(base.slice), ast.Store()), name(inner), at, within)
+            self._store(ast.Subscript(base.value, base.slice, ast.Store()), name(inner), at, within)
             return
         if not isinstance(base, ast.Name):
             raise self.refuse(at, f"an assignment into {ast.unparse(base)} is not supported")
@@ -922,7 +1060,10 @@ class Normaliser:
         for inner in walk(read):
             if hasattr(inner, "ctx"):
                 inner.ctx = ast.Load()
-        if isinstance(node.target, ast.Name):
+        if isinstance(node.target, ast.Name) and isinstance(node.op, ast.Add) and self._is_list(node.target):
+            call = ast.Call(ast.Attribute(read, "extend", ast.Load()), [node.value], [])
+            self.on_Expr(ast.copy_location(ast.Expr(_placed(call, node)), node))
+        elif isinstance(node.target, ast.Name):
             value = ast.copy_location(ast.BinOp(read, node.op, node.value), node)
             self.assign(node.target.id, value, in_place=True)
         elif isinstance(node.target, ast.Subscript):
@@ -932,7 +1073,7 @@ class Normaliser:
             whole = self._named(node.target.value)
             varies = self.depends(place)
             kind = "item" if varies else "constant"
-            item = self.let(self.fresh(), ast.Subscript(whole, copied(index), ast.Load()), kind, node)
+            item = self.let(self.fresh(), ast.Subscript(whole, index, ast.Load()), kind, node)
             sum_ = ast.copy_location(ast.BinOp(item, node.op, node.value), node)
             new = self.fresh()
             self.varied |= ({item.id} if varies else set()) | ({new} if varies or self.depends(node.value) else set())
@@ -942,7 +1083,7 @@ class Normaliser:
             self.locals.add(new)
             line, within = self.source.line(node), tuple(sorted(_roots(node.target)))
             self.emit(Let(new, made, line, kind, new, in_place=True, container=whole.id, within=within))
-            self._store(ast.Subscript(node.target.value, copied(place.slice), ast.Store()), name(new), node)
+            self._store(ast.Subscript(node.target.value, place.slice, ast.Store()), name(new), node)
         else:
             raise self.refuse(node, f"an assignment to {ast.unparse(node.target)} has no derivative here")
 
@@ -955,21 +1096,24 @@ class Normaliser:
         function = value.func
         popped = self._popped(value)
         if popped is not None:
-            self.emit(Pop(self.fresh(), popped, self.source.line(node)))
+            self.emit(Pop(self.fresh(), popped[0], self.source.line(node), popped[1]))
             return
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             if function.value.id in self.locals:
                 if function.attr == "append" and len(value.args) == 1:
                     self.emit(Append(function.value.id, self.atom(value.args[0]), self.source.line(node)))
                     return
+                if self._filled_by(value, function.value.id, function.attr, node):
+                    return
                 raise self.refuse(
                     node, f".{function.attr}() changes {function.value.id} in a way that has no derivative here"
                 )
         found = self.resolve(function)
         if found is runtime.put_back:
-            whole, back = value.args
+            whole, back, *place = value.args
             assert isinstance(whole, ast.Name)
-            self.emit(Append(whole.id, self.atom(back), self.source.line(node), puts_back=True))
+            at = next((p.value for p in place if isinstance(p, ast.Constant) and isinstance(p.value, int)), None)
+            self.emit(Append(whole.id, self.atom(back), self.source.line(node), puts_back=True, at=at))
             return
         if found in (runtime.restore, runtime.store_tangent):
             whole, index, old = value.args[:3]
@@ -983,6 +1127,36 @@ class Normaliser:
         if names & self.locals or found is None:
             raise self.refuse(node, f"{ast.unparse(function)} is called for an effect that is not known")
         self.emit(Effect(ast.Expr(self.constant(value)), self.source.line(node)))
+
+    def _filled_by(self, call: ast.Call, whole: str, method: str, at: ast.stmt) -> bool:
+        """A list's extend as appends, a dict's update as stores: of values that are all there before the first."""
+        if method == "extend" and len(call.args) == 1 and not call.keywords:
+            (items,) = call.args
+            if isinstance(items, (ast.List, ast.Tuple)) and not any(isinstance(e, ast.Starred) for e in items.elts):
+                for value in [self.atom(e) for e in items.elts]:
+                    self.emit(Append(whole, value, self.source.line(at)))
+            else:
+                self._written(self._each(items, lambda item: _appended(whole, name(item))), at, set())
+            return True
+        if method == "update" and all(isinstance(a, ast.Dict) and None not in a.keys for a in call.args):
+            keys = [k for a in call.args for k in a.keys if k is not None]  # type: ignore[attr-defined]
+            values = [v for a in call.args for v in a.values]  # type: ignore[attr-defined]
+            keys += [ast.Constant(k.arg) for k in call.keywords]
+            values += [k.value for k in call.keywords]
+            if len(call.args) <= 1 and all(k.arg is not None for k in call.keywords):
+                for key, value in [(self.index(k), self.atom(v)) for k, v in zip(keys, values, strict=True)]:
+                    self._store(ast.Subscript(name(whole), key, ast.Store()), value, at)
+                return True
+        return False
+
+    def _each(self, items: ast.expr, body: Callable[[str], ast.stmt]) -> ast.For:
+        """A loop over items, each under a name of its own."""
+        item = self.fresh("item")
+        if self.depends(items):
+            self.varied.add(item)
+        loop = ast.For(ast.Name(item, ast.Store()), items, [body(item)], [])
+        loop.stop = None  # type: ignore[attr-defined]
+        return loop
 
     def on_Assert(self, node: ast.Assert) -> None:
         new = copied(node)
@@ -1069,7 +1243,7 @@ class Normaliser:
             arguments = call.args
             if function is reversed and len(arguments) == 1:
                 whole = self._named(arguments[0])
-                indices = primitives.filled("range(len(x) - 1, -1, -1)", {"x": whole})
+                indices = filled("range(len(x) - 1, -1, -1)", {"x": whole})
                 return indices, [_set_target(target, _item(whole, k), at)]
             if (
                 function is enumerate
@@ -1083,8 +1257,8 @@ class Normaliser:
                     return count, [_set_target(target.elts[0], name(k), at), *first]
                 whole = self._named(inner)
                 shift = self.constant(arguments[1]) if len(arguments) == 2 else ast.Constant(0)
-                number = primitives.filled("k + n", {"k": name(k), "n": shift}) if len(arguments) == 2 else name(k)
-                return primitives.filled("range(len(x))", {"x": whole}), [
+                number = filled("k + n", {"k": name(k), "n": shift}) if len(arguments) == 2 else name(k)
+                return filled("range(len(x))", {"x": whole}), [
                     _set_target(target.elts[0], number, at),
                     _set_target(target.elts[1], _item(whole, k), at),
                 ]
@@ -1097,22 +1271,24 @@ class Normaliser:
                 lengths = ", ".join(f"len({w.id})" for w in wholes)
                 shortest = f"min({lengths})" if len(wholes) > 1 else lengths
                 first = [_set_target(one, _item(w, k), at) for one, w in zip(target.elts, wholes, strict=True)]
-                return copied(primitives.parsed(f"range({shortest})")), first
+                return parsed(f"range({shortest})"), first
             if isinstance(call.func, ast.Attribute) and call.func.attr in ("items", "values") and not arguments:
                 whole = self._named(call.func.value)
                 pick: ast.expr = ast.Subscript(whole, name(k), ast.Load())
                 if call.func.attr == "values":
-                    return primitives.filled("rt.keys(x)", {"x": whole}), [_set_target(target, pick, at)]
+                    return filled("rt.keys(x)", {"x": whole}), [_set_target(target, pick, at)]
                 if isinstance(target, ast.Tuple) and len(target.elts) == 2:
-                    return primitives.filled("rt.keys(x)", {"x": whole}), [
+                    return filled("rt.keys(x)", {"x": whole}), [
                         _set_target(target.elts[0], name(k), at),
                         _set_target(target.elts[1], pick, at),
                     ]
             if isinstance(call.func, ast.Attribute) and call.func.attr == "keys":
                 return self.constant(call), [_set_target(target, name(k), at)]
         whole = self._named(call)
+        if isinstance(call, ast.Name) and call.id in self.dicts:
+            return filled("rt.keys(x)", {"x": whole}), [_set_target(target, name(k), at)]
         # A dict gives its keys, an array or a list its items.
-        return primitives.filled("range(len(rt.sequence(x)))", {"x": whole}), [_set_target(target, _item(whole, k), at)]
+        return filled("range(len(rt.sequence(x)))", {"x": whole}), [_set_target(target, _item(whole, k), at)]
 
     def _named(self, node: ast.expr) -> ast.Name:
         """A name for a value, one that a loop over it does not assign: Python evaluates what it goes over once."""
@@ -1151,16 +1327,9 @@ class Normaliser:
         fresh = {n: self.fresh(n) for n in assigned}
         fresh[alias] = alias
 
-        def rename(identifier: str) -> str:
-            if identifier in fresh:
-                return fresh[identifier]
-            if identifier in self.locals:
-                return identifier
-            if identifier not in self.source.namespace:
-                raise self.refuse(node, f"{identifier} is not defined")
-            return self.bind(identifier, self.source.namespace[identifier])
-
-        body = [Rename(rename).visit(copied(s)) for s in node.body]
+        names = dict.fromkeys(n for s in node.body for n in mentions(s))
+        given = {n: fresh[n] if n in fresh else self._outside(n, node) for n in names}
+        body = [renamed(s, given) for s in node.body]
         self.emit(Surgery(variable, alias, body, self.source.line(node)))
 
 
@@ -1168,7 +1337,7 @@ def _own_statements(node: ast.stmt) -> list[ast.stmt]:
     """A statement and those inside of it, of the same function."""
     found = [node]
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             if isinstance(child, ast.stmt):
                 found += _own_statements(child)
     return found
@@ -1185,6 +1354,19 @@ def _free(node: ast.FunctionDef) -> set[str]:
     return inside - own
 
 
+def _item_of(display: ast.expr, key: Any) -> ast.expr | None:
+    """What a display has at a key, where that is certain."""
+    if isinstance(display, ast.Dict):
+        keys = [k.value if isinstance(k, ast.Constant) else None for k in display.keys]
+        known = None not in keys and keys.count(key) == 1
+        return display.values[keys.index(key)] if known else None
+    assert isinstance(display, (ast.Tuple, ast.List))
+    plain = (
+        type(key) is int and 0 <= key < len(display.elts) and not any(isinstance(e, ast.Starred) for e in display.elts)
+    )
+    return display.elts[key] if plain else None
+
+
 def _roots(node: ast.AST) -> set[str]:
     """Variables that an assignment to this target, or a call on it, changes."""
     if isinstance(node, ast.Name):
@@ -1196,24 +1378,48 @@ def _roots(node: ast.AST) -> set[str]:
     return set()
 
 
+def _joined_lists(node: ast.expr) -> ast.List:
+    """a + b of lists as [*a, *b]."""
+    if isinstance(node, ast.BinOp):
+        return ast.copy_location(
+            ast.List([*_joined_lists(node.left).elts, *_joined_lists(node.right).elts], ast.Load()), node
+        )
+    return (
+        node
+        if isinstance(node, ast.List)
+        else ast.copy_location(ast.List([ast.Starred(node, ast.Load())], ast.Load()), node)
+    )
+
+
+def _appended(whole: str, value: ast.expr) -> ast.stmt:
+    return ast.Expr(ast.Call(ast.Attribute(name(whole), "append", ast.Load()), [value], []))
+
+
 def _set(target: str, value: ast.expr) -> ast.stmt:
     return ast.Assign([ast.Name(target, ast.Store())], value)
 
 
-def _set_target(target: ast.expr, value: ast.expr, at: ast.AST) -> ast.stmt:
-    node = ast.Assign([copied(target)], value)
-    for inner in walk(node):
+def _placed(new: ast.expr, at: ast.AST) -> ast.expr:
+    """An expression that was made of parts of another, at its place."""
+    for inner in walk(new):
         if not hasattr(inner, "lineno"):
             ast.copy_location(inner, at)
+    return new
+
+
+def _set_target(target: ast.expr, value: ast.expr, at: ast.AST) -> ast.stmt:
+    node = ast.Assign([copied(target)], value)
+    for part in (*node.targets, value):
+        _placed(part, at)
     return ast.copy_location(node, at)
 
 
 def _item(whole: ast.expr, k: str) -> ast.expr:
-    return ast.Subscript(copied(whole), name(k), ast.Load())
+    return ast.Subscript(whole, name(k), ast.Load())
 
 
 def _statement(text: str, names: Mapping[str, ast.expr]) -> ast.stmt:
-    return ast.Expr(primitives.filled(text, names))
+    return ast.Expr(filled(text, names))
 
 
 def as_value(index: ast.expr, plain: bool = False) -> ast.expr:

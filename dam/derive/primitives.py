@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from dam.derive.trees import KEPT
 
 Signature = inspect.Signature
 
@@ -44,7 +46,7 @@ class Primitive:
     shape: str | None = None
     function: Any = None  # of a rule: what it is the derivative of
 
-    @property
+    @functools.cached_property
     def differentiable(self) -> set[str]:
         return {*self.partials, *self.reverse}
 
@@ -84,56 +86,6 @@ def _signature(text: str) -> Signature:
     return inspect.signature(space["f"])
 
 
-@functools.cache
-def parsed(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body
-
-
-def copied(node: Any) -> Any:
-    """A deep copy of a tree, with its positions and whatever else its nodes carry."""
-    if isinstance(node, list):
-        return [copied(one) for one in node]
-    if not isinstance(node, ast.AST):
-        return node
-    new = node.__class__()
-    kept = new.__dict__
-    for name, value in node.__dict__.items():
-        kept[name] = copied(value) if isinstance(value, (ast.AST, list)) else value
-    return new
-
-
-def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a tree, in no order; `ast.walk` gives them from the top, which nobody needs and takes longer."""
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        yield one
-        for name in one._fields:
-            value = one.__dict__.get(name)
-            if isinstance(value, ast.AST):
-                waiting.append(value)
-            elif isinstance(value, list):
-                waiting += [item for item in value if isinstance(item, ast.AST)]
-
-
-def filled(text: str, names: Mapping[str, ast.expr]) -> ast.expr:
-    """The expression of a text, copies of other expressions in the places of names."""
-    return _filled(parsed(text), names)
-
-
-def _filled(node: Any, names: Mapping[str, ast.expr]) -> Any:
-    if isinstance(node, ast.Name):
-        found = names.get(node.id)
-        return ast.Name(node.id, ast.Load()) if found is None else copied(found)
-    if isinstance(node, list):
-        return [_filled(one, names) for one in node]
-    new = node.__class__()
-    for name in node._fields:
-        value = getattr(node, name)
-        setattr(new, name, _filled(value, names) if isinstance(value, (ast.AST, list)) else value)
-    return new
-
-
 class Unsupported(Exception):
     """A call has an argument that its entry does not know; the message says which."""
 
@@ -151,15 +103,30 @@ def bound(primitive: Primitive, node: ast.expr) -> dict[str, ast.expr]:
     if isinstance(node, ast.Attribute):
         return {"x": node.value}
     assert isinstance(node, ast.Call)
+    known = node.__dict__.get(_BOUND)
+    if known is None or known[0] is not primitive:
+        known = node.__dict__[_BOUND] = (primitive, _bound(primitive, node))
+    return known[1]
+
+
+_BOUND = f"{KEPT}bound"
+
+
+def _bound(primitive: Primitive, node: ast.Call) -> dict[str, ast.expr]:
     positional = list(node.args)
     if primitive.name == "":
         assert isinstance(node.func, ast.Attribute)
         positional.insert(0, node.func.value)
+    parameters = primitive.signature.parameters
+    if not node.keywords and len(positional) == len(parameters):
+        plain = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters.values())
+        if plain and "keepdims" not in parameters and not any(isinstance(a, ast.Starred) for a in positional):
+            return dict(zip(parameters, positional, strict=True))
     keywords = {k.arg: k.value for k in node.keywords if k.arg is not None}
     if len(keywords) != len(node.keywords) or any(isinstance(a, ast.Starred) for a in positional):
         raise Unsupported("a call with * or ** arguments has no derivative here")
     for one, other in (("dim", "axis"), ("keepdim", "keepdims"), ("input", "x"), ("tensors", "l")):
-        if one in keywords and one not in primitive.signature.parameters:
+        if one in keywords and one not in parameters:
             keywords[other] = keywords.pop(one)
     try:
         arguments = primitive.signature.bind(*positional, **keywords)
@@ -172,13 +139,16 @@ def bound(primitive: Primitive, node: ast.expr) -> dict[str, ast.expr]:
         # Of numpy's methods a dtype is in this place, of torch's keepdim.
         raise Unsupported(f"{ast.unparse(node.func)}: what is in the place of keepdims is neither True nor False")
     values: dict[str, ast.expr] = {}
-    for name, parameter in primitive.signature.parameters.items():
+    for name, parameter in parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             values[name] = ast.Tuple(list(arguments.arguments.get(name, ())), ast.Load())
         else:
             given = arguments.arguments.get(name)
             values[name] = ast.Constant(parameter.default) if given is None else given
     return values
+
+
+_LISTED = (ast.List, ast.Tuple, ast.ListComp)
 
 
 def with_arrays(node: ast.Call, parameters: Mapping[str, inspect.Parameter], lists: Collection[str | None]) -> ast.Call:
@@ -189,6 +159,8 @@ def with_arrays(node: ast.Call, parameters: Mapping[str, inspect.Parameter], lis
         parameters: those of the function, in their order.
         lists: parameters that are lists or tuples themselves.
     """
+    if not any(isinstance(a, _LISTED) for a in (*node.args, *(k.value for k in node.keywords))):
+        return node
     root: ast.expr = node.func
     while isinstance(root, ast.Attribute):
         root = root.value
@@ -196,9 +168,9 @@ def with_arrays(node: ast.Call, parameters: Mapping[str, inspect.Parameter], lis
         return node  # from numpy import f: what its array is called is not known
 
     def array(name: str | None, value: ast.expr) -> ast.expr:
-        if name in lists or not isinstance(value, (ast.List, ast.Tuple, ast.ListComp)):
+        if name in lists or not isinstance(value, _LISTED):
             return value
-        function = ast.copy_location(ast.Attribute(copied(root), "array", ast.Load()), value)
+        function = ast.copy_location(ast.Attribute(root, "array", ast.Load()), value)
         return ast.copy_location(ast.Call(function, [value], []), value)
 
     values = [array(name, value) for name, value in zip(parameters, node.args, strict=False)]

@@ -27,12 +27,12 @@ from dam.derive.normal import (
     Unpack,
     While,
     as_value,
-    loads,
-    name,
+    called_by_name,
 )
-from dam.derive.primitives import Primitive, filled, walk
+from dam.derive.primitives import Primitive
 from dam.derive.simplify import fold, free, is_zero
 from dam.derive.single import Single, written
+from dam.derive.trees import STORE, copied, filled, loads, mentions, name, renamed, walk
 
 # Of adjoints in the course of the pass: whether it has the shape of its value for certain.
 State = dict[str, bool]
@@ -40,9 +40,9 @@ State = dict[str, bool]
 
 def assign(target: str | list[str], value: ast.expr, line: Line | None = None) -> ast.stmt:
     if isinstance(target, str):
-        left: ast.expr = ast.Name(target, ast.Store())
+        left: ast.expr = ast.Name(target, STORE)
     else:
-        left = ast.Tuple([ast.Name(t, ast.Store()) for t in target], ast.Store())
+        left = ast.Tuple([ast.Name(t, STORE) for t in target], STORE)
     node = ast.Assign([left], value)
     node.line = line  # type: ignore[attr-defined]
     return node
@@ -50,6 +50,19 @@ def assign(target: str | list[str], value: ast.expr, line: Line | None = None) -
 
 def text(code: str, **names: ast.expr) -> ast.expr:
     return filled(code, names)
+
+
+def at_place(code: str, st: Append | Pop, **names: ast.expr) -> ast.expr:
+    """The expression of a text, with the place of an item where {} is, unless it is the end."""
+    return text(code.format("" if st.at is None else f", {st.at}"), **names)
+
+
+def appended(st: Append) -> ast.expr:
+    return at_place("rt.put_back(x, v{})" if st.puts_back else "x.append(v)", st, x=name(st.name), v=st.value)
+
+
+def popped(st: Append | Pop) -> ast.expr:
+    return text("x.pop()" if st.at is None else f"x.pop({st.at})", x=name(st.name))
 
 
 class Reverse:
@@ -79,6 +92,7 @@ class Reverse:
         self.numbers = flow.numbers(single.statements, derived)
         self.names: dict[str, str] = {}
         self.restored: set[int] = set()
+        self.contributions: dict[tuple[int, str], ast.expr] = {}
         self.writes = any(isinstance(st, (Store, Append, Pop)) for st in flow.walk(single.statements))
         self.primal = {*parameters, *written(single.statements)}
 
@@ -222,26 +236,33 @@ class Reverse:
         if entry.rule is not None:
             self.ruled(st, entry, bound, state, out)
             return
-        module = name(entry.module)
         for parameter, argument in bound.items():
-            if parameter not in entry.differentiable or not loads(argument) & self.active:
+            if parameter not in entry.differentiable or not isinstance(argument, ast.Name):
+                continue  # an expression has no slope
+            if argument.id not in self.active:
                 continue
-            if not isinstance(argument, ast.Name):
-                continue  # an expression without a slope
-            names: dict[str, ast.expr] = {**bound, "y": name(y), "m": module}
             if parameter in entry.partials:
-                names["g"] = name(self.adjoint(y))
-                partial = filled(entry.partials[parameter], names)
-                expression = fold(ast.BinOp(names["g"], ast.Mult(), partial))
-                same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
-                if not same and not is_zero(expression):
-                    expression = text("rt.unbroadcast(g, x)", g=expression, x=argument)
-                self.add(argument.id, expression, state[y], st.line, state, out)
+                self.add(argument.id, self.elementwise(st, parameter, argument), state[y], st.line, state, out)
             else:
-                names["g"] = self.whole(y, state)
+                names = {**bound, "y": name(y), "m": name(entry.module), "g": self.whole(y, state)}
                 # Of adjoints of structures, an item may be 0.0 still.
                 full = not (entry.module == "rt" and entry.view)
                 self.add(argument.id, filled(entry.reverse[parameter], names), full, st.line, state, out)
+
+    def elementwise(self, st: Let, parameter: str, argument: ast.Name) -> ast.expr:
+        """What an elementwise function adds to the adjoint of an argument; the same each time it is asked for."""
+        known = (id(st), parameter)
+        if known not in self.contributions:
+            entry: Primitive = st.value.primitive  # type: ignore[attr-defined]
+            y = st.target
+            g = name(self.adjoint(y))
+            names = {**primitives.bound(entry, st.value), "y": name(y), "m": name(entry.module), "g": g}
+            expression = fold(ast.BinOp(g, ast.Mult(), filled(entry.partials[parameter], names)))
+            same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
+            if not same and not is_zero(expression):
+                expression = text("rt.unbroadcast(g, x)", g=expression, x=argument)
+            self.contributions[known] = expression
+        return self.contributions[known]
 
     def ruled(self, st: Let, entry: Primitive, bound: dict[str, ast.expr], state: State, out: list[ast.stmt]) -> None:
         """A derivative that a user registered: a function of (adjoint, result, *arguments)."""
@@ -311,25 +332,25 @@ class Reverse:
 
     def append(self, st: Append, state: State, out: list[ast.stmt]) -> None:
         if id(st) in self.restored:
-            out.append(effect_of(text("x.pop()", x=name(st.name)), st.line))
+            out.append(effect_of(popped(st), st.line))
         if st.name not in state or st.name not in self.active:
             return
         b = name(self.adjoint(st.name))
         if isinstance(st.value, ast.Name):
-            self.add(st.value.id, text("rt.last(b)", b=b), False, st.line, state, out)
-        out.append(assign(b.id, text("rt.without_last(b)", b=b), st.line))
+            self.add(st.value.id, at_place("rt.last(b{})", st, b=b), False, st.line, state, out)
+        out.append(assign(b.id, at_place("rt.without_last(b{})", st, b=b), st.line))
 
     def pop(self, st: Pop, state: State, out: list[ast.stmt]) -> None:
         if id(st) not in self.restored and st.target in state:
             self.restored.add(id(st))
         if id(st) in self.restored:
             self.primal.add(st.target)
-            out.append(effect_of(text("rt.put_back(x, v)", x=name(st.name), v=name(st.target)), st.line))
+            out.append(effect_of(at_place("rt.put_back(x, v{})", st, x=name(st.name), v=name(st.target)), st.line))
         if st.name in self.active and (st.target in state or st.name in state):
             b = self.adjoint(st.name)
             old: ast.expr = name(b) if st.name in state else ast.Constant(0.0)
             item: ast.expr = name(self.adjoint(st.target)) if st.target in state else ast.Constant(0.0)
-            out.append(assign(b, text("rt.with_last(b, g, x)", b=old, g=item, x=name(st.name)), st.line))
+            out.append(assign(b, at_place("rt.with_last(b, g, x{})", st, b=old, g=item, x=name(st.name)), st.line))
             state[st.name] = True
         state.pop(st.target, None)
 
@@ -419,7 +440,7 @@ class Reverse:
         # The block may write into it, and the adjoint may be another value's too.
         out.append(assign(st.alias, text("rt.copied(b)", b=start), st.line))
         for inner in st.body:
-            made = primitives.copied(inner)
+            made = copied(inner)
             made.line = st.line
             out.append(made)
         out.append(assign(b, name(st.alias), st.line))
@@ -496,12 +517,11 @@ class Primal:
                     node.line = st.line  # type: ignore[attr-defined]
                     out.append(node)
             case Append():
-                how = "rt.put_back(x, v)" if st.puts_back else "x.append(v)"
-                out.append(effect_of(text(how, x=name(st.name), v=st.value), st.line))
+                out.append(effect_of(appended(st), st.line))
             case Pop():
-                out.append(assign(st.target, text("x.pop()", x=name(st.name)), st.line))
+                out.append(assign(st.target, popped(st), st.line))
             case Effect():
-                node_ = primitives.copied(st.node)
+                node_ = copied(st.node)
                 node_.line = st.line
                 out.append(node_)
             case If():
@@ -537,7 +557,7 @@ class Primal:
             forward, _ = self.reverse.pair(callee, parameters)
             out.append(assign([st.target, st.kept], ast.Call(name(forward), [], st.value.keywords), st.line))
             return
-        out.append(assign(st.target, ast.Call(name(self.primal_name(callee)), [], st.value.keywords), st.line))
+        out.append(assign(st.target, called_by_name(self.primal_name(callee), st.value), st.line))
 
     def loop(self, st: For | While, out: list[ast.stmt]) -> None:
         keeps = bool(getattr(st, "keeps", False))
@@ -578,16 +598,13 @@ def _joined(body: list[ast.stmt], carry: list[ast.stmt]) -> tuple[list[ast.stmt]
         )
         old, new = copy.value.id, copy.targets[0].id
         at = [k for k, s in enumerate(body) if isinstance(s, ast.Assign) and _is_name(s.targets[0], old)]
-        count = sum(1 for s in [*body, *carry] for n in walk(s) if isinstance(n, ast.Name) and n.id == old)
+        count = sum(mentions(s).count(old) for s in [*body, *carry])
         later = body[at[0] + 1 :] if len(at) == 1 else []
-        reads_new = any(isinstance(n, ast.Name) and n.id == new for s in later for n in walk(s))
-        others = any(isinstance(n, ast.Name) and n.id == new for s in carry if s is not copy for n in walk(s))
-        inside = sum(1 for s in later for n in walk(s) if isinstance(n, ast.Name) and n.id == old)
+        reads_new = any(new in mentions(s) for s in later)
+        others = any(new in mentions(s) for s in carry if s is not copy)
+        inside = sum(mentions(s).count(old) for s in later)
         if len(at) == 1 and not reads_new and not others and count == inside + 2:
-            for s in body[at[0] :]:
-                for n in walk(s):
-                    if isinstance(n, ast.Name) and n.id == old:
-                        n.id = new
+            body = [*body[: at[0]], *(renamed(s, {old: new}) for s in body[at[0] :])]
         else:
             rest.append(copy)
     return body, rest

@@ -61,7 +61,10 @@ def differentiable(x: Any, name: str) -> None:
     Raises:
         DerivativeError: it has integers, booleans, complex numbers or none at all.
     """
-    if isinstance(x, float) or (type(x) is np.ndarray and x.dtype.kind == "f"):
+    if type(x) is np.ndarray:
+        if x.dtype.kind == "f":
+            return
+    elif isinstance(x, float):
         return
     if isinstance(x, (tuple, list, dict)):
         items = x.items() if isinstance(x, dict) else enumerate(x)
@@ -166,6 +169,16 @@ def alone(x: Any, i: Any) -> None:
                 )
 
 
+def at_least(x: Any, n: int) -> None:
+    """That x has n items or more, as `a, *b = x` needs.
+
+    Raises:
+        ValueError: it has fewer, as Python says.
+    """
+    if len(x) < n:
+        raise ValueError(f"not enough values to unpack (expected at least {n}, got {len(x)})")
+
+
 def _advanced(i: Any) -> bool:
     return any(isinstance(j, (list, np.ndarray, torch.Tensor)) for j in (i if isinstance(i, tuple) else (i,)))
 
@@ -186,6 +199,13 @@ def seed(y: Any) -> Any:
     )
 
 
+def seed_of_sum(x: Any) -> Any:
+    """seed(np.sum(x)), of an array of floats without summing: that it is a scalar is known."""
+    if type(x) is np.ndarray and x.dtype.kind == "f":
+        return 1.0
+    return seed(np.sum(x))
+
+
 def seeded(b: Any, y: Any) -> Any:
     """The adjoint that was given for the result y, or that of a scalar.
 
@@ -204,7 +224,7 @@ def tangent(d: Any, x: Any) -> Any:
 
 def gradient(b: Any, x: Any) -> Any:
     """The adjoint of an argument in the argument's own structure and shape."""
-    if type(b) is np.ndarray and type(x) is np.ndarray and b.shape == x.shape and b.dtype == x.dtype:
+    if type(b) is np.ndarray and type(x) is np.ndarray and b.dtype is x.dtype and b.shape == x.shape:
         return b
     return _matched(b, x, "the gradient")
 
@@ -344,6 +364,8 @@ def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
         else:
             items[i] = add(items[i], full(g, x[i]))
         return _sequence(x, items)
+    if not _is_array(x):  # numpy's numbers have items, x[()] and x[...]
+        return b + reshape_like(g, x)
     b = full(b, x)
     if isinstance(x, torch.Tensor):
         b = b.clone()
@@ -379,6 +401,8 @@ def zeroed(b: Any, i: Any, x: Any) -> Any:
         items = list(b)
         items[i] = zeros_like(x[i])
         return items
+    if isinstance(b, (tuple, list, dict)):  # x is the number 0.0 in the place of a structure
+        return 0.0
     b = full(b, x)
     b = b.clone() if isinstance(b, torch.Tensor) else b.copy()
     b[i] = 0.0
@@ -427,9 +451,15 @@ def restore(x: Any, i: Any, old: Any) -> None:
         x[i] = old
 
 
-def put_back(x: list[Any], v: Any) -> None:
-    """Appends what was popped: an effect on whoever has the list, unlike an append to one that nobody reads."""
-    x.append(v)
+def put_back(x: list[Any], v: Any, at: int | None = None) -> None:
+    """Puts what was popped where it was: an effect on whoever has the list, not as an append to one nobody reads.
+
+    Raises:
+        DerivativeError: x is a dict.
+    """
+    if isinstance(x, dict):
+        raise DerivativeError("pop of a key of a dict has no derivative here; leave the key where it is")
+    x.insert(len(x) if at is None else at, v)
 
 
 def store_tangent(d: Any, i: Any, v: Any, x: Any) -> None:
@@ -452,20 +482,25 @@ def copied(x: Any) -> Any:
     return x.copy() if isinstance(x, np.ndarray) else x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def without_last(b: Any) -> Any:
-    """An adjoint of a list as that of the list before its last item was appended."""
-    return b if _is_zero(b) else b[:-1]
+def without_last(b: Any, at: int = -1) -> Any:
+    """An adjoint of a list as that of the list before its last item, or one that is at a place, was put there."""
+    if _is_zero(b):
+        return b
+    at = at % len(b)
+    return [*b[:at], *b[at + 1 :]]
 
 
-def last(b: Any) -> Any:
-    return b if _is_zero(b) else b[-1]
+def last(b: Any, at: int = -1) -> Any:
+    return b if _is_zero(b) else b[at]
 
 
-def with_last(b: Any, g: Any, x: Any) -> Any:
-    """An adjoint of a list as that of the list x before its last item, of adjoint g, was popped."""
+def with_last(b: Any, g: Any, x: Any, at: int = -1) -> Any:
+    """An adjoint of a list as that of the list x before its last item, or one at a place, of adjoint g, was popped."""
     if _is_zero(x):  # an adjoint without contributions, which stays one
         return 0.0
-    return [*(_blank(x[:-1]) if _is_zero(b) else b), full(g, x[-1])]
+    at = at % len(x)
+    rest = _blank([*x[:at], *x[at + 1 :]]) if _is_zero(b) else b
+    return [*rest[:at], full(g, x[at]), *rest[at:]]
 
 
 def spread(g: Any, items: Any) -> Any:
@@ -575,14 +610,14 @@ def broadcast(b: Any, x: Any) -> Any:
 
 def expand(g: Any, x: Any, axis: Any = None, keepdims: Any = False) -> Any:
     """The adjoint of x when g is that of x.sum(axis, keepdims)."""
+    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
+        found = np.empty_like(x)
+        found.fill(g)
+        return found
     if isinstance(x, (tuple, list)):
         return unlisted(expand(g, _array(x), axis, keepdims), x)
     if isinstance(g, tuple):
         raise DerivativeError("max and min with dim give a tuple in torch; use amax and amin")
-    if axis is None and type(x) is np.ndarray and isinstance(g, float) and x.dtype.kind == "f":
-        found = np.empty(x.shape, x.dtype)
-        found.fill(g)
-        return found
     if not _is_array(x):
         return g if _is_array(x) or _shape(g) == () else g.reshape(())[()]
     if axis is not None and not keepdims and _shape(g) != ():
@@ -604,7 +639,13 @@ def total(b: Any, axis: Any = None, keepdims: Any = False) -> Any:
 
 
 def count(x: Any, axis: Any = None) -> float:
-    """How many numbers one of x's reduction over axis is made of."""
+    """How many numbers one of x's reduction over axis is made of.
+
+    Raises:
+        DerivativeError: the axis is a bool, which torch takes for another argument.
+    """
+    if isinstance(axis, bool):
+        raise DerivativeError(f"{axis} is in the place of an axis; name the argument that it is")
     shape = _shape(_array(x))
     return float(np.prod([shape[a] for a in _axes(axis, len(shape))]))
 
@@ -868,17 +909,36 @@ def diagonal_back(g: Any, x: Any, k: Any = 0) -> Any:
 
 
 def _of_arrays(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A product that takes lists of numbers and numbers for arrays; an adjoint is of the structure of its argument."""
-    belongs = {"left": -2, "right": -1}.get(f.__name__.rpartition("_")[2])
+    """A product that takes lists of numbers and numbers for arrays."""
 
     @functools.wraps(f)
-    def product(*arguments: Any) -> Any:
-        if type(arguments[-1]) is np.ndarray and type(arguments[-2]) is np.ndarray:
-            return f(*arguments)
-        found = f(*(_array(a) for a in arguments))
-        return found if belongs is None else unlisted(found, arguments[belongs])
+    def product(x: Any, z: Any) -> Any:
+        return f(_array(x), _array(z))
 
     return product
+
+
+def _adjoint_of_arrays(of_vector: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The adjoint of an argument of such a product, with the structure of the argument.
+
+    Args:
+        of_vector: the same for a matrix x and a vector z of numpy, of which most products are.
+    """
+
+    def decorated(f: Callable[..., Any]) -> Callable[..., Any]:
+        left = f.__name__.endswith("_left")
+
+        @functools.wraps(f)
+        def product(g: Any, x: Any, z: Any) -> Any:
+            if type(x) is np.ndarray and type(z) is np.ndarray:
+                if of_vector is not None and x.ndim == 2 and z.ndim == 1:
+                    return of_vector(g, x, z)
+                return f(g, x, z)
+            return unlisted(f(_array(g), _array(x), _array(z)), x if left else z)
+
+        return product
+
+    return decorated
 
 
 @_of_arrays
@@ -886,7 +946,7 @@ def matmul(x: Any, z: Any) -> Any:
     return x @ z
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g[:, None], z[None]))
 def matmul_left(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of x when g is that of x @ z."""
     if z.ndim == 1:
@@ -896,7 +956,7 @@ def matmul_left(g: Any, x: Any, z: Any) -> Any:
     return unbroadcast(g @ swapped(z), x)
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g, x))
 def matmul_right(g: Any, x: Any, z: Any) -> Any:
     """The adjoint of z when g is that of x @ z."""
     if x.ndim == 1:
@@ -918,7 +978,7 @@ def dot(x: Any, z: Any) -> Any:
     return x @ z if x.ndim <= 2 and z.ndim <= 2 else tensordot(x, z, _contracted(x, z))
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g[:, None], z[None]))
 def dot_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
@@ -927,7 +987,7 @@ def dot_left(g: Any, x: Any, z: Any) -> Any:
     return tensordot_left(g, x, z, _contracted(x, z))
 
 
-@_of_arrays
+@_adjoint_of_arrays(lambda g, x, z: np.dot(g, x))
 def dot_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -943,14 +1003,14 @@ def inner(x: Any, z: Any) -> Any:
     return tensordot(x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def inner_left(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * z, x)
     return tensordot_left(g, x, z, ([x.ndim - 1], [z.ndim - 1]))
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def inner_right(g: Any, x: Any, z: Any) -> Any:
     if not getattr(x, "ndim", 0) or not getattr(z, "ndim", 0):
         return unbroadcast(g * x, z)
@@ -996,12 +1056,12 @@ def outer(x: Any, z: Any) -> Any:
     return _row(x)[:, None] * _row(z)
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def outer_left(g: Any, x: Any, z: Any) -> Any:
     return reshape_like(g @ _row(z), x)
 
 
-@_of_arrays
+@_adjoint_of_arrays()
 def outer_right(g: Any, x: Any, z: Any) -> Any:
     return reshape_like(_row(x) @ g, z)
 

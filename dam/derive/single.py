@@ -17,31 +17,28 @@ from dam.derive.normal import (
     If,
     Let,
     Pop,
-    Rename,
     Statement,
     Store,
     Surgery,
     Unpack,
     While,
-    loads,
-    name,
 )
-from dam.derive.primitives import copied
+from dam.derive.trees import loads, name, renamed
 
 
-def reads(statement: Statement) -> set[str]:
+def reads(statement: Statement) -> frozenset[str]:
     """Names that a statement itself reads, without those of its blocks."""
     match statement:
         case Let(value=value):
             return loads(value)
         case Unpack(value=whole):
-            return {whole}
+            return frozenset((whole,))
         case Store(name=whole, index=index, value=value):
-            return {whole} | loads(index) | loads(value)
+            return loads(index) | loads(value) | {whole}
         case Append(name=whole, value=value):
-            return {whole} | loads(value)
+            return loads(value) | {whole}
         case Pop(name=whole):
-            return {whole}
+            return frozenset((whole,))
         case Effect(node=node):
             return loads(node)
         case If(test=test) | While(test=test):
@@ -49,7 +46,7 @@ def reads(statement: Statement) -> set[str]:
         case For(iter=iterable):
             return loads(iterable)
         case Surgery(name=whole, body=body):
-            return {whole}.union(*(loads(s) for s in body))
+            return frozenset((whole,)).union(*(loads(s) for s in body))
 
 
 def writes(statement: Statement) -> set[str]:
@@ -84,9 +81,9 @@ def live_before(statements: list[Statement], after: set[str]) -> set[str]:
 def _live_before_one(statement: Statement, live: set[str]) -> set[str]:
     match statement:
         case If(body=body, orelse=orelse):
-            return reads(statement) | live_before(body, live) | live_before(orelse, live)
+            return live_before(body, live) | live_before(orelse, live) | reads(statement)
         case For() | While():
-            return reads(statement) | live_at_head(statement, live)
+            return live_at_head(statement, live) | reads(statement)
     return (live - writes(statement)) | reads(statement)
 
 
@@ -140,14 +137,9 @@ class Single:
             self.statement(statement, environment, live, out)
         return out
 
-    def _named(self, node: ast.AST, environment: dict[str, str]) -> ast.AST:
-        return Rename(lambda n: environment.get(n, n)).visit(copied(node))
-
     def statement(self, st: Statement, environment: dict[str, str], live: set[str], out: list[Statement]) -> None:
         def expression(node: ast.expr) -> ast.expr:
-            found = self._named(node, environment)
-            assert isinstance(found, ast.expr)
-            return found
+            return renamed(node, environment)
 
         def of(variable: str) -> str:
             return environment.get(variable, variable)
@@ -169,28 +161,24 @@ class Single:
                 index, value = expression(st.index), expression(st.value)
                 out.append(Store(of(st.name), index, value, st.line, st.restores, st.within))
             case Append():
-                out.append(Append(of(st.name), expression(st.value), st.line, st.puts_back))
+                out.append(Append(of(st.name), expression(st.value), st.line, st.puts_back, st.at))
             case Pop():
                 whole = of(st.name)
-                out.append(Pop(new(st.target), whole, st.line))
+                out.append(Pop(new(st.target), whole, st.line, st.at))
             case Effect():
-                node = self._named(st.node, environment)
-                assert isinstance(node, ast.stmt)
-                out.append(Effect(node, st.line))
+                out.append(Effect(renamed(st.node, environment), st.line))
             case Surgery():
                 inside = dict(environment)
                 alias = self.fresh(st.alias)
                 inside[st.alias] = alias
-                body = [self._named(s, inside) for s in st.body]
-                out.append(Surgery(of(st.name), alias, [s for s in body if isinstance(s, ast.stmt)], st.line))
+                out.append(Surgery(of(st.name), alias, [renamed(s, inside) for s in st.body], st.line))
             case If():
                 self._branches(st, environment, live, out)
             case For() | While():
                 self._loop(st, environment, live, out)
 
     def _branches(self, st: If, environment: dict[str, str], live: set[str], out: list[Statement]) -> None:
-        test = self._named(st.test, environment)
-        assert isinstance(test, ast.expr)
+        test = renamed(st.test, environment)
         sides = []
         for statements in (st.body, st.orelse):
             inside = dict(environment)
@@ -213,7 +201,7 @@ class Single:
 
     def _loop(self, st: For | While, environment: dict[str, str], live: set[str], out: list[Statement]) -> None:
         head = live_at_head(st, live) | ({st.stop} if st.stop else set())
-        iterable = None if isinstance(st, While) else self._named(st.iter, environment)
+        iterable = None if isinstance(st, While) else renamed(st.iter, environment)
         carried = sorted(writes(st) & head)
         before = dict(environment)
         for variable in carried:
@@ -225,8 +213,7 @@ class Single:
         inside = dict(environment)
         made: For | While
         if isinstance(st, While):
-            test = self._named(st.test, environment)
-            assert isinstance(test, ast.expr)
+            test = renamed(st.test, environment)
             made = While(test, [], st.line, None)
         else:
             inside[st.target] = self.fresh(st.target)
@@ -249,7 +236,7 @@ class Single:
 
 def substitute(statements: Iterable[Statement], old: str, new: str) -> None:
     """Another name for a value, in place."""
-    renamed = Rename(lambda n: new if n == old else n)
+    names = {old: new}
 
     def one(identifier: str) -> str:
         return new if identifier == old else identifier
@@ -257,27 +244,27 @@ def substitute(statements: Iterable[Statement], old: str, new: str) -> None:
     for st in statements:
         match st:
             case Let():
-                st.target, st.value, st.container = one(st.target), renamed.visit(st.value), one(st.container)
+                st.target, st.value, st.container = one(st.target), renamed(st.value, names), one(st.container)
             case Unpack():
                 st.targets, st.value = [one(t) for t in st.targets], one(st.value)
             case Store():
-                st.name, st.index, st.value = one(st.name), renamed.visit(st.index), renamed.visit(st.value)
+                st.name, st.index, st.value = one(st.name), renamed(st.index, names), renamed(st.value, names)
             case Append():
-                st.name, st.value = one(st.name), renamed.visit(st.value)
+                st.name, st.value = one(st.name), renamed(st.value, names)
             case Pop():
                 st.target, st.name = one(st.target), one(st.name)
             case Effect():
-                st.node = renamed.visit(st.node)
+                st.node = renamed(st.node, names)
             case Surgery():
-                st.name, st.body = one(st.name), [renamed.visit(s) for s in st.body]
+                st.name, st.body = one(st.name), [renamed(s, names) for s in st.body]
             case If():
-                st.test = renamed.visit(st.test)
+                st.test = renamed(st.test, names)
                 substitute([*st.body, *st.orelse], old, new)
             case For():
-                st.target, st.iter = one(st.target), renamed.visit(st.iter)
+                st.target, st.iter = one(st.target), renamed(st.iter, names)
                 st.stop = one(st.stop) if st.stop else None
                 substitute([*st.body, *st.carry], old, new)
             case While():
-                st.test = renamed.visit(st.test)
+                st.test = renamed(st.test, names)
                 st.stop = one(st.stop) if st.stop else None
                 substitute([*st.body, *st.carry], old, new)

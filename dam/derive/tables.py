@@ -108,6 +108,7 @@ TWO = {
     "hypot": ("x / y", "z / y"),
     "logaddexp": ("m.exp(x - y)", "m.exp(z - y)"),
     "mod remainder": ("1.0", "-m.floor_divide(x, z)"),
+    "fmod": ("1.0", "-m.trunc(x / z)"),
     "copysign": ("rt.sign(x) * rt.sign(y)", "0.0"),
 }
 for _names, (_left, _right) in TWO.items():
@@ -258,6 +259,7 @@ METHODS["item"] = _entry(
 _SAME: dict[str, Any] = {"reverse": {"x": "g"}, "forward": {"x": "d_x"}}
 _everywhere("copy clone", "x", modules="np torch", **_SAME, shape="same")
 _everywhere("ascontiguousarray", "x", modules="np", **_SAME, view=True)
+METHODS["astype"] = _entry("", "x, to", "np", reverse={"x": "rt.floating(g, y)"}, forward={"x": "rt.floating(d_x, y)"})
 _REAL: dict[str, Any] = {
     "reverse": {"x": "rt.without_imaginary(g, x)"},
     "forward": {"x": "rt.without_imaginary(d_x, x)"},
@@ -555,6 +557,13 @@ WRITTEN.update(
         key(np.ptp): written.ptp,
         key(np.cumprod): written.cumprod,
         key(np.sinc): written.sinc,
+        key(np.nansum): written.nansum,
+        key(np.polyval): written.polyval,
+        key(np.append): written.append,
+        key(np.select): written.select,
+        key(np.split): written.split,
+        key(np.trapezoid): written.trapezoid,
+        key(np.full_like): written.full_like,
         key(np.interp): written.interp,
         key(np.linspace): written.linspace,
         key(torch.nn.functional.softplus): written.softplus,
@@ -603,18 +612,18 @@ _runtime(
     view=True,
 )
 _runtime(
-    "zeroed", "b, i, x", {"b": "rt.unbroadcast_any(rt.zeroed(g, i, x), b)"}, {"b": "rt.zeroed(d_b, i, x)"}, view=True
+    "zeroed", "b, i, x", {"b": "rt.unbroadcast_any(rt.zeroed(g, i, b), b)"}, {"b": "rt.zeroed(d_b, i, x)"}, view=True
 )
 _runtime("stored", "b, i, x, v", {"b": "rt.stored_back(g, i, x, b)"}, {"b": "rt.stored(d_b, i, x, v)"}, view=True)
 _runtime("stored_back", "b, i, x, like", {"b": "rt.unbroadcast_any(g[i], b)"}, {"b": "rt.stored_back(d_b, i, x, like)"})
 _runtime("saved", "x, i", {"x": "rt.placed(g, i, x)"}, {"x": "rt.saved(d_x, i)"})
-_runtime("without_last", "b", {"b": "rt.with_last(g, 0.0, b)"}, {"b": "rt.without_last(d_b)"}, view=True)
-_runtime("last", "b", {"b": "rt.placed(g, -1, b)"}, {"b": "rt.last(d_b)"}, view=True)
+_runtime("without_last", "b, at=-1", {"b": "rt.with_last(g, 0.0, b, at)"}, {"b": "rt.without_last(d_b, at)"}, view=True)
+_runtime("last", "b, at=-1", {"b": "rt.placed(g, at, b)"}, {"b": "rt.last(d_b, at)"}, view=True)
 _runtime(
     "with_last",
-    "b, c, x",
-    {"b": "rt.without_last(g)", "c": "rt.last(g)"},
-    {"b": "rt.with_last(d_b, 0.0, x)", "c": "rt.with_last(0.0, d_c, x)"},
+    "b, c, x, at=-1",
+    {"b": "rt.without_last(g, at)", "c": "rt.last(g, at)"},
+    {"b": "rt.with_last(d_b, 0.0, x, at)", "c": "rt.with_last(0.0, d_c, x, at)"},
     view=True,
 )
 _runtime("spread", "b, l", {"b": "rt.unbroadcast_any(rt.gathered(g, l), b)"}, {"b": "rt.spread(d_b, l)"})
@@ -711,6 +720,7 @@ WITHOUT_SLOPE |= {
     int,
     bool,
     range,
+    slice,
     print,
     hasattr,
     callable,
@@ -722,6 +732,7 @@ WITHOUT_SLOPE |= {
     rt.stop_gradient,
     rt.zeros_like,
     rt.seed,
+    rt.seed_of_sum,
     rt.count,
     rt.among,
     rt.larger,
@@ -731,6 +742,7 @@ WITHOUT_SLOPE |= {
     rt.differentiable,
     rt.distinct,
     rt.alone,
+    rt.at_least,
     rt.number,
     rt.part,
     rt.sequence,

@@ -124,6 +124,55 @@ def sinc(x):
     return np.sin(at) / at
 
 
+def nansum(x, axis=None, *, keepdims=False):
+    return np.sum(np.where(np.isnan(x), 0.0, x), axis=axis, keepdims=keepdims)
+
+
+def polyval(p, x):
+    total = 0.0 * x
+    for k in range(len(p)):
+        total = total * x + p[k]
+    return total
+
+
+def append(arr, values, axis=None):
+    if axis is None:
+        return np.concatenate([np.ravel(arr), np.ravel(values)], axis=0)
+    return np.concatenate([arr, values], axis=axis)
+
+
+def select(condlist, choicelist, default=0.0):
+    chosen = default
+    for k in range(len(condlist) - 1, -1, -1):
+        chosen = np.where(condlist[k], choicelist[k], chosen)
+    return chosen
+
+
+def split(ary, indices_or_sections, axis=0):
+    at, size = axis % ary.ndim, ary.shape[axis]
+    if isinstance(indices_or_sections, int):
+        if size % indices_or_sections != 0:
+            raise ValueError("array split does not result in an equal division")
+        ends = [(k + 1) * (size // indices_or_sections) for k in range(indices_or_sections)]
+    else:
+        ends = [*indices_or_sections, size]
+    parts = []
+    for k in range(len(ends)):
+        start = 0 if k == 0 else ends[k - 1]
+        place = (slice(None),) * at + (slice(start, ends[k]),)
+        parts.append(ary[place])
+    return parts
+
+
+def trapezoid(y, x=None, dx=1.0):
+    steps = dx if x is None else diff(x)
+    return np.sum(steps * (y[..., 1:] + y[..., :-1]) / 2.0, axis=-1)
+
+
+def full_like(a, fill_value):
+    return np.full(np.shape(a), fill_value, a.dtype)
+
+
 def interp(x, xp, fp):
     """Piecewise linear, constant beyond the ends; its slope in xp is none of the supported ones."""
     xp = rt.stop_gradient(xp)

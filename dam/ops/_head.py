@@ -441,7 +441,7 @@ class Gradients:
 
     def _of(self, i: int, whole: bool) -> Tensor | None:
         """Gradient of tensor i of the head, made when it is first asked for: zeros to add to, unless it comes whole."""
-        like = self._head[:5][i]
+        like = self._head.tensors[i]
         if self._gradients[i] is None and self._needed[i] and like is not None:
             if whole:
                 dtype = _rows.accumulator(like.dtype) if i in self._unrounded else like.dtype
@@ -507,7 +507,7 @@ def _put_product(gradient: Tensor, a: Tensor, b: Tensor, whole: bool) -> None:
 def needed_of(head: Projection) -> Needed:
     """Which tensors of a head a backward pass that starts now would want gradients of."""
     enabled = torch.is_grad_enabled()
-    a, b, c, d, e = (enabled and x is not None and x.requires_grad for x in head[:5])
+    a, b, c, d, e = (enabled and x is not None and x.requires_grad for x in head.tensors)
     return a, b, c, d, e
 
 
@@ -515,6 +515,6 @@ def fake_gradients(head: Projection, needed: Needed) -> tuple[Tensor, Tensor, Te
     """Uninitialised gradients with the shapes that `Gradients.finish` returns."""
     a, b, c, d, e = (
         head.hidden.new_empty(x.shape if need and x is not None else (0,))
-        for x, need in zip(head[:5], needed, strict=True)
+        for x, need in zip(head.tensors, needed, strict=True)
     )
     return a, b, c, d, e

@@ -74,11 +74,11 @@ class _OfHead(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.head[:5]
+        return self.head.tensors
 
     @property
     def kept(self) -> tuple[Tensor | None, ...]:
-        return (*self.head[:5], *(() if self.base is None else self.base[:3]))
+        return (*self.head.tensors, *(() if self.base is None else self.base.tensors[:3]))
 
     def holding(self, kept: Sequence[Any]) -> _OfHead:
         hidden, weight, bias, low_hidden, low_weight = kept[:5]
@@ -93,7 +93,7 @@ class _OfHead(NamedTuple):
     def settings(self) -> tuple[Any, ...]:
         """What every rank must have alike."""
         return tuple(
-            None if part is None else (part.softcap, *(x is not None for x in part[:5]))
+            None if part is None else (part.softcap, *(x is not None for x in part.tensors))
             for part in (self.head, self.base)
         )
 

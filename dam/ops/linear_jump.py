@@ -77,7 +77,7 @@ def linear_jump(
         op, hidden, lead, temperature, num_samples, seed, row_ids
     )
     backend = choice.choose(op, _IMPLEMENTATIONS, hidden)
-    tensors = (None if x is None else x.detach() for x in head[:5])
+    tensors = (None if x is None else x.detach() for x in head.tensors)
     drawn = _linear_jump(*tensors, head.softcap, *excluded, temperature, num_samples, seed, row_ids, check, backend)
     return _row_op.as_jump(drawn, num_samples, lead)
 

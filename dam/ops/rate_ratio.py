@@ -28,6 +28,8 @@ def rate_ratio(
     *,
     exclude: int | Tensor = -1,
     suppress: Tensor | Sequence[int] | None = None,
+    rate: Any = None,
+    state: Tensor | None = None,
     group: Any = None,
 ) -> RateRatio:
     """What a path's log weight gains at the jumps `target` and, per unit of time, between jumps.
@@ -45,6 +47,9 @@ def rate_ratio(
             can reach gives +inf or -inf; one that neither can (an excluded or suppressed one among them) gives NaN.
         exclude: destination left out: an int for all rows or int64 [...]; -1 leaves none out.
         suppress: destinations that no row has: a bool mask [V], or ids (a sequence, or int64 [S]).
+        rate: another rate than exp, of `dam.rates.define`: logits are then the numbers z of its u(z, y, x), log_ratio
+            is log u(base) - log u(model) at the target, and escape_gap the difference of their sums.
+        state: int64 [...], the states x, for such a rate of them.
         group: process group whose ranks each have some columns of the vocabulary, as for `jump`.
 
     Returns:
@@ -55,6 +60,14 @@ def rate_ratio(
 
     Source: So et al., Discrete Adjoint Matching, arXiv 2602.07132, Prop. 2.4 and Eq. 13.
     """
+    if rate is not None:
+        if not hasattr(rate, "ratio"):
+            raise TypeError(f"rate_ratio: rate must be of dam.rates.define; got {type(rate).__name__}")
+        if _group.is_asked(group, logits):
+            raise ValueError("rate_ratio: a rate that was defined takes no group; give whole rows")
+        return rate.ratio(logits, base_logits, target, state=state, exclude=exclude, suppress=suppress)
+    if state is not None:
+        raise ValueError("rate_ratio: state is for a rate of it; give rate=dam.rates.define(u) too")
     if _group.is_asked(group, logits):
         call = _parallel.of_rows("rate_ratio", group, _IMPLEMENTATIONS, logits, exclude, suppress, 1.0, base_logits)
         return over_group(call, target)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dam import plots
 from dam.files import last_output, next_output, refuse_changes, unused
-from dam.train import DAMConfig, DAMTrainer, RewardError, last_checkpoint
+from dam.train import DAMConfig, DAMTrainer, RewardError, card, last_checkpoint
 from dam.train.callbacks import MetricsFile, OnSave, RolloutProgress, StopOnSignal
 from dam.train.rewards import RewardFunction
 from dam.train.terminal import show
@@ -228,6 +228,7 @@ def finetune(task_type: type[Task], output: Path, options: Any, *, resume: bool 
         "seed": options.seed,
         "estimator": options.estimator,
         "normalizer": options.normalizer,
+        "versions": card.versions(),
         **task.facts(base_filled, filled),
     }
     write_json(output / "metrics.json", result)

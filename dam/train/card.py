@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,12 +130,16 @@ def _results(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return tables
 
 
-def _versions(adapter: bool) -> str:
-    found = {"dam": dam.__version__, "torch": torch.__version__}
-    found["transformers"] = transformers.__version__
+def versions(adapter: bool = False) -> dict[str, str]:
+    """Of what a run depends on, by name; PEFT's with an adapter."""
+    found = {"dam": dam.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     if adapter:
         found["peft"] = importlib.metadata.version("peft")
-    return "Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()) + "."
+    return {**found, "python": platform.python_version()}
+
+
+def _versions(adapter: bool) -> str:
+    return "Versions: " + ", ".join(f"{name} {version}" for name, version in versions(adapter).items()) + "."
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

@@ -1154,6 +1154,177 @@ def layers(parameters):
     return np.sum(h**2)
 
 
+@case(1.2)
+def list_pop_first(x):
+    items = [x, x * x, x**3, 2.0 * x]
+    a = items.pop(0)
+    b = items.pop(1)
+    items.append(a * b)
+    return items[0] * items[2] + items[1] * b
+
+
+@case(0.7)
+def queue(x):
+    waiting, total = [x, 2.0 * x], 0.0
+    while waiting:
+        first = waiting.pop(0)
+        total = total + first * first
+        if total < 2.0 and len(waiting) < 3:
+            waiting.append(first * 1.5)
+    return total
+
+
+@case([1.2, 0.4, 0.9], torch=False)
+def queue_of_an_argument(q):
+    q.pop(0)
+    q.append(q[0] * q[1])
+    middle = q.pop(1)
+    return q[0] ** 2 * middle + q[-1]
+
+
+@case(V)
+def list_extended(x):
+    items = [x[0]]
+    items.extend([x[1] * x[1], 2.0])
+    for k in range(2):
+        items.extend([v * k for v in x])
+    items += [x[2], 1.5]
+    items = items + [x[0] * x[1]]  # noqa: RUF005
+    return items[0] * items[1] * items[-1] + sum(items) + items[8] * items[-3]
+
+
+@case(0.7, 1.3)
+def filled_by_what_it_had(x, y):
+    items = [x, y]
+    items.extend([items[0] * 2.0, sum(items), len(items) * x])
+    items += [sum(items)]
+    d = {"a": x, "b": y}
+    d.update({"a": d["b"] * x, "b": d["a"]}, c=d["a"])
+    return items[3] * items[4] * items[5] + d["a"] * d["b"] ** 2 * d["c"]
+
+
+@case(0.7)
+def list_joined(x):
+    a = [x, x * x] + [2.0 * x]  # noqa: RUF005
+    b = a[1:] + [x**3]  # noqa: RUF005
+    b += a
+    return sum([p * q for p, q in zip(a, b)]) + b[5]  # noqa: B905
+
+
+@case(0.7)
+def list_starred(x):
+    items = [x, x * x]
+    both = [*items, x**3, *items]
+    return both[0] * both[2] + both[3] * both[4] * items[0]
+
+
+@case(V, 0.7)
+def unpacked_with_star(x, s):
+    a, *rest = [s, s * s, s**3]
+    first, *between, final = x * s
+    *_, end = x
+    return a * rest[0] + rest[1] * first + between[0] * final**2 + end
+
+
+@case(V)
+def slices_in_a_loop(x):
+    total = 0.0
+    for i in range(2):
+        first, *rest = x[i:]
+        total = total + first * rest[0] + np.sum(x[i : i + 2] ** 2)
+    return total
+
+
+@case(1.2, 0.7)
+def dict_with_defaults(x, y):
+    d = {"a": x, "b": y * x}
+    d.update({"c": x * x}, e=y)
+    d.update(f=x + y)
+    return d.get("a") * d.get("b", 1.0) + d.get("z", y * y) * d["c"] + d["e"] * d["f"]
+
+
+@case(V)
+def dict_walked(x):
+    d = {k: x[k] ** 2 for k in range(3)}
+    total = sum(d.values())
+    for k in d:
+        total += d[k] * d[0] * k
+    return total
+
+
+@case(0.7)
+def keys_of_text(x):
+    d = {}
+    for k in range(3):
+        d[f"w{k}"] = x**k * (k + 1)
+    assert x > 0, f"x is {x:.3f}"
+    if x > 5:
+        raise ValueError(f"too large: {x}")
+    return d["w0"] * d["w2"] + d[f"w{1}"]
+
+
+@case(V)
+def extremes_of_three(x):
+    return max(x[0], x[1], x[2]) * min(x[2], x[1], 0.3, x[0]) + sum([x[0], x[1]], x[2] * x[2])
+
+
+@case(V, torch=False)
+def swaps_in_turn(x):
+    y = x * 1.0
+    y[0], y[1] = y[1], y[0]
+    y[1], y[2] = y[2], y[1]
+    for i in range(2):
+        y[i], y[i + 1] = y[i + 1], y[i]
+    y[0], y[1], y[2] = y[2], y[0], y[1]
+    return y[0] * y[1] ** 2 * y[2] ** 3
+
+
+@case(A, torch=False)
+def converted_and_split(x):
+    a, b, c = np.split(x.astype(np.float64), 3, axis=1)
+    head, rest = np.split(x, [1])
+    return np.sum(a * b + c.astype(float) ** 2) + np.sum(head * rest)
+
+
+@case(V, P, torch=False)
+def pieces(x, p):
+    filled = np.full_like(x, p[0])
+    chosen = np.select([x < 0, x > 1], [x**2, x**3], p * x)
+    return np.sum(np.fmod(x, 0.7) * filled) + np.sum(chosen) + np.trapezoid(x**2, p) + np.trapezoid(p)
+
+
+@case(V, P, torch=False)
+def appended_arrays(x, p):
+    gaps = np.where(x > 1.0, np.nan, x)
+    joined = np.append(x, p**2)
+    return np.sum(joined[2:5] ** 2) + np.nansum(gaps) * p[0] + np.sum(np.polyval([p[0], 2.0, p[1]], x))
+
+
+@case([0.4, 0.7], torch=False)
+def lengthened_by_a_slice(q):
+    q[1:] = [q[0] * 2.0, q[1] * 3.0, q[0] * q[1]]
+    return q[1] * q[2] * q[3]
+
+
+@case(V, torch=False)
+def whole_of_a_number(x):
+    z = np.sum(x * x)
+    z += 1.0
+    return z[()] * z + z[...] * x[0]
+
+
+def positional_only(a, b=2.0, /, c=1.0):
+    return a * b + c
+
+
+@case(0.7, torch=False)
+def called_with_positional_only(x, /):
+    def inner(a, /, b):
+        return a * b * x
+
+    return positional_only(x, x * 2.0) * inner(x, b=3.0) + positional_only(2.0, c=3.0) * positional_only(x)
+
+
 # ---- larger ones
 
 
@@ -1482,6 +1653,21 @@ def negative_base_in_loop(p):
 def negative_base_in_structure(s):
     p = (s, 2)
     return p[0] ** p[1] * s
+
+
+@case((0.4, 0.7), 1.3)
+def display_of_a_parameter_s_name(p, s):
+    first = p[0] * p[1]
+    p = (s, 2.0)
+    return first * p[0] ** p[1]
+
+
+@case(-1.3, torch=False)
+def negative_base_and_float_exponents(s):
+    pair = (s, 2.0)
+    table = {"v": s * s, "n": 3.0, "m": -1.0}
+    items = [s, 2.0]
+    return pair[0] ** pair[1] * table["v"] ** table["n"] + pair[0] ** table["m"] * s ** items[1]
 
 
 @case(np.diag([1.3, 0.8, 0.0]) + 0.0 * S, order=1, torch=False)

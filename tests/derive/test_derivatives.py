@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dam.derive import autodiff, grad, source
+from dam.derive import DerivativeError, autodiff, grad, source
 from tests.derive.functions import CASES
 
 # A central difference of step h has an error of h^2 f''' / 6 and one of rounding, eps f / h; f and f''' are of the
@@ -295,6 +295,25 @@ def test_source_alone_gives_the_same_numbers(name, monkeypatch):
     monkeypatch.setattr("dam.derive.module.Module.function", None)
     exec(compile(source(derivative), "round trip", "exec"), space)
     np.testing.assert_array_equal(flat(space[derivative.__name__](*arguments)), expected)
+
+
+def test_a_sum_that_nobody_reads_is_not_computed():
+    def f(x):
+        return np.sum(x * x)
+
+    def counted(x):
+        return np.sum(np.ones(3, int)) if x[0] > 5 else np.sum(np.arange(3))
+
+    x = np.array([0.5, -2.0])
+    gradient = grad(f)
+    assert "= np.sum" not in source(gradient) and "= np.sum" in source(grad(f, preserve_result=True))
+    with pytest.raises(TypeError, match="axis"):  # numpy's sum takes no tensor
+        gradient(torch.tensor(x))
+    for given in (x, x.astype(np.float32), np.float64(0.3), np.float32(0.3), 0.3):
+        found = gradient(given)
+        assert type(found) is type(given) and np.all(np.asarray(found) == 2 * np.asarray(given))
+    with pytest.raises(DerivativeError, match="needs a scalar result, and this one is a int64"):
+        grad(counted)(x)
 
 
 def test_there_are_as_many_functions_as_promised():

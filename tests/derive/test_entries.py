@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of divisions by zero, and o
 X, Z, SQUARE = np.array([0.4, 0.9, 0.3]), np.array([0.7, 0.2, 0.6]), np.array([[0.5, 0.2], [0.1, 0.8]])
 # What the parameters of an entry may be besides arrays.
 OTHERS = {
+    "to": [float],
     "axes": [(1, 0)],
     "shape": [(3,), (2, 2)],
     "reps": [1, (1,)],

@@ -66,9 +66,25 @@ def starred_call(x):
     return np.arctan2(*[x, x])
 
 
-def starred_unpack(x):
-    a, *_ = x
-    return a
+def starred_tuple(x):
+    return (1.0, *x)[1]
+
+
+def pops_a_key(x):
+    table = {0: x, 1: x * x}
+    first = table.pop(0)
+    return first * table[1]
+
+
+def extends_by_itself(x):
+    items = [x]
+    items += items
+    return items[0] * items[1]
+
+
+def pops_where_it_is_told(x, k):
+    items = [x, x * x]
+    return items.pop(k)
 
 
 def unknown_c_function(x):
@@ -203,7 +219,10 @@ REFUSED = [
     (has_varargs, r"\*args"),
     (has_match, "match is not supported"),
     (starred_call, r"a call with \*"),
-    (starred_unpack, r"an assignment with \*"),
+    (starred_tuple, r"\* within a tuple"),
+    (pops_a_key, "pop of a key of a dict"),
+    (extends_by_itself, "changes its length while a loop goes over it"),
+    (pops_where_it_is_told, r"pop\(k\) has a derivative"),
     (unknown_c_function, "np.fft.fft has no known derivative"),
     (unknown_method, r"the method .searching\(\) has no derivative"),
     (unknown_keyword, "unexpected keyword argument 'where'"),
@@ -547,6 +566,10 @@ def through_text(s):
     return float(f"{s}") * s
 
 
+def through_formatted_key(s):
+    return {f"{s}": s}[f"{s}"]
+
+
 def through_string(s):
     return float(str(s)) * s
 
@@ -575,9 +598,52 @@ def torch_extreme_of_axis(x):
     return torch.sum(torch.max(x, 0)[0])
 
 
+def view_of_another_dtype(x):
+    return torch.sum(x.view(torch.float32))
+
+
+def biased_variance(x):
+    return torch.var(x, False)
+
+
+def biased_variance_of_method(x):
+    return x.var(False)
+
+
+def sign_into_another(x):
+    y = x * 2.0
+    s = np.sign(x, y)
+    return np.sum(y * x) + s[0]
+
+
+def floor_for_its_effect(x):
+    y = np.zeros(3)
+    np.floor(x, out=y)
+    return np.sum(y * x)
+
+
+def rounded_into_another(x):
+    y = np.zeros(3)
+    np.round(x, 1, y)
+    return np.sum(y * x)
+
+
+def extreme_into_another(x):
+    y = np.zeros(1, int)
+    k = x[:, None].argmax(0, y)
+    return np.sum(y * x) + k[0]
+
+
 @pytest.mark.parametrize(
     ("f", "message"),
     [
+        (view_of_another_dtype, "is of a dtype"),
+        (biased_variance, "an axis is no bool"),
+        (biased_variance_of_method, "an axis is no bool"),
+        (sign_into_another, "writes into an argument"),
+        (floor_for_its_effect, "writes into an argument"),
+        (rounded_into_another, "writes into an argument"),
+        (extreme_into_another, "writes into an argument"),
         (range_of_numbers, "np.arange has no known derivative"),
         (through_text, "JoinedStr"),
         (through_string, "str has no known derivative"),
@@ -678,3 +744,33 @@ def test_gradients_have_the_dtype_of_their_arguments():
     assert gradient.dtype == np.float32 and type(slope) is np.float32
     tangent = autodiff(grad(f), "forward")(x, np.float32(1.5), d_x=np.ones(3))
     assert tangent.shape == (3,)
+
+
+def test_a_flag_in_the_place_of_an_axis_is_refused_when_it_runs():
+    """Without, torch's biased variance would get the gradient of the unbiased one."""
+
+    def f(x, unbiased):
+        return x.var(unbiased)
+
+    with pytest.raises(DerivativeError, match="False is in the place of an axis"):
+        grad(f)(torch.tensor(V), False)
+
+
+def test_what_is_too_short_to_be_unpacked_is_the_error_that_it_is_in_python():
+    def f(x):
+        a, *_, b = x
+        return a * b
+
+    assert grad(f)([2.0, 3.0]) == [3.0, 2.0]
+    for call in (f, grad(f)):
+        with pytest.raises(ValueError, match="expected at least 2, got 1"):
+            call([2.0])
+
+
+def test_keys_of_a_dict_are_not_popped():
+    def f(d):
+        first = d.pop(0)
+        return first * d[1]
+
+    with pytest.raises(DerivativeError, match="pop of a key of a dict"):
+        grad(f)({0: 2.0, 1: 3.0})

@@ -6,11 +6,15 @@ Made on CPU tensors while launches are recorded, so nothing runs and only what i
 
 import torch
 
+from dam import divergences, rates
+from dam.backends import generated
 from dam.kernels import (
     adjoint_weights,
     backward_kolmogorov,
     configs,
     core,
+    defined,
+    defined_rate,
     entropy,
     formed_gradient,
     gradient,
@@ -238,6 +242,31 @@ def entropies():
     entropy.entropy(ONE, NOTHING, 1.0)
 
 
+def convex(u):
+    return u * torch.log(u) - (1 + u) * torch.log(1 + u)
+
+
+def defined_losses():
+    """Of one divergence: the others differ in what they compute of a logit."""
+    divergence = divergences.define(convex)
+    module = generated.module("convex", divergence.triton)
+    x, excluding = rows_of(1024, LLADA, torch.bfloat16), Excluded(indices(1024), SUPPRESSED)
+    arguments = (indices(1024, 16), torch.empty(1024, 16), torch.empty(1024, dtype=torch.float64))
+    defined.rate_matching_loss(module, x, *arguments, excluding, True)
+    defined.rate_matching_loss(module, ONE, INDEX, ONE, ONE[0], NOTHING, False)
+
+
+def of_numbers(z, y, x):
+    return torch.exp(z - (y - x) ** 2)
+
+
+def defined_rates():
+    module = generated.module("of_numbers", rates.define(of_numbers).triton)
+    x, excluding = rows_of(1024, LLADA, torch.bfloat16), Excluded(indices(1024), SUPPRESSED)
+    defined_rate.rate_ratio(module, x, x, indices(1024, 16), indices(1024), excluding)
+    defined_rate.rate_ratio(module, ONE, ONE, INDEX, None, NOTHING)
+
+
 OPS = {
     "entropy": entropies,
     "adjoint_weights": adjoint_weights_of_groups,
@@ -253,4 +282,4 @@ OPS = {
     "linear_log_prob": linear_log_probs,
     "linear_matching_loss": linear_matching_losses,
 }
-CALLS = [formed_gradients, softcaps, *OPS.values()]
+CALLS = [formed_gradients, softcaps, defined_losses, defined_rates, *OPS.values()]

@@ -9,6 +9,7 @@ import dam
 from dam.backends import choice
 from dam.kernels.excluded import Excluded
 from tests import calls
+from tests.covering import full
 from tests.ops.helpers import assert_close, far, integers, normal, same
 
 if choice.why_unavailable("triton") is not None:
@@ -123,7 +124,7 @@ def test_blocks_of_trajectories_and_states_change_nothing(call):
 @calls.each("rows", "linear")
 @pytest.mark.parametrize(
     "gpu",
-    ["NVIDIA H100", *(pytest.param(gpu, marks=pytest.mark.full) for gpu in ("NVIDIA A100", "AMD Instinct MI300X"))],
+    ["NVIDIA H100", *(full(gpu) for gpu in ("NVIDIA A100", "AMD Instinct MI300X"))],
 )
 def test_the_sizes_shipped_for_gpus_compute_the_same(gpu, call):
     """In the interpreter too, where they are slow: on few rows."""

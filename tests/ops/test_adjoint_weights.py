@@ -162,6 +162,7 @@ def test_clip_bounds_the_weights(backend):
 # ---- torch's own machinery
 
 
+@pytest.mark.of_the_op
 def test_opcheck_and_compile(backend):
     log_ratio, cost, gap = normal(2, 3, 4, seed=17), normal(2, 3, seed=18), normal(2, 3, 4, seed=19)
     for args in ((log_ratio, cost, None, None), (log_ratio, cost, gap, 1.0), (log_ratio[:, :, :0], cost, None, None)):

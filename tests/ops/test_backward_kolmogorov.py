@@ -429,6 +429,7 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("name", ["uniform", "absorbing", "grid", "low rank", "dense"])
+@pytest.mark.of_the_op
 def test_opcheck_and_compile(backend, name):
     generator = GENERATORS[name]()
     terminal = normal(2, generator.size, seed=22).requires_grad_()

@@ -135,6 +135,7 @@ def test_a_frozen_row_has_no_gradient():
         torch.autograd.grad(gradient.sum(), x)
 
 
+@pytest.mark.of_the_op
 def test_compiled(backend):
     logits, target = normal(4, 1500, seed=13), integers(0, 1500, 4, 2, seed=14)
 
@@ -151,6 +152,7 @@ def test_compiled(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.of_the_op
 def test_opcheck(backend):
     logits = normal(3, 40, seed=15).requires_grad_()
     excluding = (integers(-1, 40, 3, seed=17), torch.arange(40) % 5 == 2)

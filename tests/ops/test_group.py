@@ -47,7 +47,7 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_backend_shares_columns(tmp_path):
+def test_cuda_and_triton_share_columns(tmp_path):
     ranks.succeed(RUN, 2, tmp_path, "equal_cuda", "equal_triton")
 
 

@@ -55,6 +55,7 @@ def test_lora_is_the_merged_head(backend):
     assert_close(out.log_prob, expected.log_prob, rtol=2.0**-19, atol=64 * rounding(torch.float32))
 
 
+@pytest.mark.of_the_op
 def test_draws_follow_the_softmax(backend):
     hidden, weight, bias = head(1, 8, 7, seed=10)
     p = torch.softmax((hidden.double() @ weight.double().T + bias.double())[0], 0)
@@ -138,6 +139,7 @@ def test_strides_and_empty_batches(backend):
     assert empty.target.shape == (0, 3) and empty.log_escape.shape == (0,)
 
 
+@pytest.mark.of_the_op
 def test_opcheck(backend):
     hidden, weight, bias = head(4, 5, 30, seed=30)
     low = (normal(4, 3, seed=33), normal(30, 3, seed=34))
@@ -147,6 +149,7 @@ def test_opcheck(backend):
         torch.library.opcheck(module._linear_jump.overload, args)
 
 
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend):
     hidden, weight, bias = head(6, 5, 30, seed=31)
 

@@ -268,6 +268,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda h, w, b: dam.linear_log_prob(h, w, target, bias=b, **options), leaves)
 
 
+@pytest.mark.of_the_op
 def test_opcheck(backend):
     hidden, weight, bias, target = inputs(4, 5, 30, seed=90)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -281,6 +282,7 @@ def test_opcheck(backend):
     )
 
 
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend):
     hidden, weight, bias, target = inputs(6, 5, 30, seed=100)
 

@@ -448,6 +448,7 @@ def test_strides_and_empty(backend):
     assert no_targets[0] == 0 and all(bool((g == 0).all()) for g in no_targets[1:])
 
 
+@pytest.mark.of_the_op
 def test_opcheck(backend):
     leaves, target, weight = inputs(4, 5, 30, seed=60)
     hidden, head, bias = (x.requires_grad_() for x in leaves)
@@ -464,6 +465,7 @@ def test_opcheck(backend):
     torch.library.opcheck(module._linear_matching_loss.overload, args)
 
 
+@pytest.mark.of_the_op
 def test_opcheck_of_each_row(backend):
     leaves, target, weight = inputs(4, 5, 30, seed=60)
     hidden, head, bias = (x.requires_grad_() for x in leaves)
@@ -479,6 +481,7 @@ def test_opcheck_of_each_row(backend):
 
 
 @pytest.mark.parametrize("reduction", [None, "none"])
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend, reduction):
     leaves, target, weight = inputs(6, 5, 30, seed=70)
     options = {**base_of(6, 4, 30), "exclude": 3, "reduction": reduction, "temperature": 1.5 if reduction else 1.0}

@@ -210,6 +210,7 @@ def test_shapes_and_strides(rows, columns, padding, targets, dtype):
 # ---- torch's own machinery
 
 
+@pytest.mark.of_the_op
 def test_opcheck(backend):
     logits, target = normal(4, 30, seed=29).requires_grad_(), integers(-1, 30, 4, 2, seed=30)
     excluding = (torch.tensor([0, -1, 3, 29]), torch.arange(30) % 5 == 2)
@@ -221,6 +222,7 @@ def test_opcheck(backend):
     )
 
 
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend):
     def step(logits, target):
         return (dam.log_prob(logits * 1.5, target, exclude=3) * 2).sum()

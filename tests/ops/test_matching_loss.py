@@ -529,6 +529,7 @@ def test_gradcheck():
 # ---- torch's own machinery
 
 
+@pytest.mark.of_the_op
 def test_opcheck(backend):
     logits, target, weight, options = case(rows=4, columns=30, seed=57, base=True, scale=True, exclude=True)
     logits.requires_grad_()
@@ -541,6 +542,7 @@ def test_opcheck(backend):
     torch.library.opcheck(module._matching_loss.overload, args)
 
 
+@pytest.mark.of_the_op
 def test_opcheck_of_each_row(backend):
     logits, target, weight, options = case(rows=4, columns=30, seed=57, base=True, scale=True, exclude=True)
     logits.requires_grad_()
@@ -552,6 +554,7 @@ def test_opcheck_of_each_row(backend):
 
 
 @pytest.mark.parametrize("reduction", [None, "none", "mean"])
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend, reduction):
     logits, target, weight, options = case(rows=6, columns=40, seed=58, base=True, scale=True, exclude=True)
     options |= {"reduction": reduction, "temperature": 0.8 if reduction else 1.0}

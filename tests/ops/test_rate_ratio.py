@@ -98,6 +98,7 @@ def test_is_not_differentiable(backend):
     assert not out.log_ratio.requires_grad and not out.escape_gap.requires_grad
 
 
+@pytest.mark.of_the_op
 def test_opcheck_and_compile(backend):
     model, base, target = normal(4, 30, seed=20), normal(4, 30, seed=21), integers(-1, 30, 4, 2, seed=22)
     suppressed = torch.arange(30) % 5 == 2

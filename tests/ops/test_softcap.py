@@ -303,6 +303,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(value, leaves) and torch.autograd.gradcheck(loss, leaves)
 
 
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend):
     hidden, head, bias, a, b = leaves_of("capped", seed=80)
     target, weight = integers(0, V, ROWS, 2, seed=85), normal(ROWS, 2, seed=86)

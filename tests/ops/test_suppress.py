@@ -274,6 +274,7 @@ def test_what_a_user_sees_when_wrong(call, suppress, error, message):
         getattr(dam, call.name)(*inputs[call.name], suppress=suppress)
 
 
+@pytest.mark.of_the_op
 def test_compiled_equals_eager(backend):
     """With a mask, and with ids, whose range is looked at where the op runs."""
     logits, target = normal(4, 70, seed=28), integers(0, 70, 4, 2, seed=29)

@@ -122,6 +122,7 @@ def test_no_groups(backend):
     assert dam.tilt_to_ess(torch.zeros(0, 4), 2.0, max_tilt=1.0).shape == (0,)
 
 
+@pytest.mark.of_the_op
 def test_opcheck_and_compile(backend):
     reward = normal(3, 6, seed=4)
     torch.library.opcheck(module._tilt_to_ess.overload, (reward, 2.0, 5.0, True, backend))

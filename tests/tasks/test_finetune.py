@@ -91,6 +91,8 @@ def test_a_run_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert out.endswith(f"model, metrics and plot: {tmp_path / 'run'}\n")
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert result["after"] == [1, 1, 1] != result["before"] and result["reward_calls"] == 512
+    assert {"dam", "python", "transformers"} <= result["versions"].keys()
+    assert result["versions"]["torch"] == torch.__version__
     assert {"plot.png", "metrics.jsonl", "run.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["reward_calls"] for entry in logged if "eval_share" in entry] == [0, 128, 256, 384, 512]

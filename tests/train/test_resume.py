@@ -41,7 +41,7 @@ def uninterrupted(output, *, dropout=0.0, rows=ROWS, **changes):
     [
         *covering.pairs(ESTIMATORS, NORMALIZERS, lambda e, n: {"estimator": e, "normalizer": n}),
         {"draw_outcomes": 8},
-        {"gradient_accumulation_steps": 2},
+        covering.full({"gradient_accumulation_steps": 2}, id="2 "),
         {"gradient_accumulation_steps": 2, "num_iterations": 1, "rows": ROWS[:6]},  # an epoch ends half-way
         {"null_arm": True},
         {"dropout": 0.1},

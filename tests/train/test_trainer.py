@@ -483,7 +483,7 @@ def test_orders_are_averaged_in_the_weights(tmp_path, leave_one_out):
     assert float((one - expected).abs().max()) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_without_a_reward_the_base_is_kept_unless_steps_are_capped(tmp_path):
     """A table of conditionals of no one law: to the noise of 300 steps; or, capped, to 0.07 away, a power mean."""
     base = oracle.inconsistent(3, 4, seed=1).float()

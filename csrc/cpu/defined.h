@@ -1,0 +1,240 @@
+// The row kernel of rate_matching_loss for a divergence that a generated file defines (dam/derive/kernel_text.py), in one
+// read of the logits. Contract: dam/divergences/matching.py.
+#pragma once
+
+#include <memory>
+
+#include "rows.h"
+
+DAM_BEGIN
+
+// Elementary functions of a vector of floats, lane by lane by the C library where there is no better one, or of a double.
+namespace fn {
+
+template <class F>
+struct NumberOf {
+  using type = std::decay_t<decltype(F{}[0])>;
+};
+template <>
+struct NumberOf<double> {
+  using type = double;
+};
+template <class F>
+using Number = typename NumberOf<F>::type;
+
+template <class F, class Function>
+inline F each(F x, Function function) {
+  if constexpr (std::is_same_v<F, double>) {
+    return function(x);
+  } else {
+    F result;
+    for (unsigned i = 0; i < sizeof(F) / sizeof(x[0]); ++i) result[i] = function(x[i]);
+    return result;
+  }
+}
+
+template <class F>
+inline F exp(F x) {
+  return each(x, [](auto a) { return std::exp(a); });
+}
+inline f64 exp(f64 x) {
+  // Beyond what the vectors' takes; below -700 that is 0.
+  if (any(x > 700.0)) return each(x, [](auto a) { return std::exp(a); });
+  return dam::exp(x);
+}
+template <class F>
+inline F log(F x) {
+  return each(x, [](auto a) { return std::log(a); });
+}
+template <class F>
+inline F log1p(F x) {
+  return each(x, [](auto a) { return std::log1p(a); });
+}
+template <class F>
+inline F expm1(F x) {
+  return each(x, [](auto a) { return std::expm1(a); });
+}
+template <class F>
+inline F sqrt(F x) {
+  return each(x, [](auto a) { return std::sqrt(a); });
+}
+template <class F>
+inline F sin(F x) {
+  return each(x, [](auto a) { return std::sin(a); });
+}
+template <class F>
+inline F cos(F x) {
+  return each(x, [](auto a) { return std::cos(a); });
+}
+template <class F>
+inline F tanh(F x) {
+  return each(x, [](auto a) { return std::tanh(a); });
+}
+template <class F>
+inline F atan(F x) {
+  return each(x, [](auto a) { return std::atan(a); });
+}
+template <class F>
+inline F erf(F x) {
+  return each(x, [](auto a) { return std::erf(a); });
+}
+template <class F>
+inline F pow(F x, Number<F> n) {
+  return each(x, [n](auto a) { return std::pow(a, n); });
+}
+
+// a where the test holds, else b.
+template <class F, class Test>
+inline F chosen(Test test, F a, F b) {
+  return test ? a : b;
+}
+
+// exp(k x). Of floats for |k x| < 87; the error is that of exp_each.
+template <int N>
+inline void raised(f32 (&out)[N], const f32 (&x)[N], double k) {
+  const double size = std::fabs(k);
+  int exponent;
+  const bool exact = std::frexp(size, &exponent) == 0.5;  // a power of 2, by which multiplying rounds nothing
+  const float sign = k < 0.0 ? -1.0f : 1.0f;
+  const float by = exact ? sign * static_cast<float>(size) : sign;
+  for (int i = 0; i < N; ++i) out[i] = x[i] * by;
+  if (exact) {
+    exp_each<true>(out, Unit{});
+  } else {
+    exp_each<true>(out, exp_factor(size));
+  }
+}
+inline void raised(double (&out)[1], const double (&x)[1], double k) { out[0] = std::exp(k * x[0]); }
+inline void raised(f64 (&out)[1], const f64 (&x)[1], double k) { out[0] = exp(x[0] * k); }
+
+}  // namespace fn
+
+struct DefinedArgs {
+  Shape shape;
+  Matrix logits;
+  Indices exclude;
+  const uint8_t* suppressed;
+  const int64_t* target;  // [T, J]
+  int64_t targets;        // J
+  const double* weight;   // [T, J]
+  const double* row_scale;
+  double* loss;    // [T]
+  void* gradient;  // [T, V] of the logits' dtype, or null
+  Scratch scratch;
+};
+
+// Sum over a tile of phi'(u) u - phi(u), and out = scale phi''(u) u^2, in doubles; log rates of -inf are no destinations.
+template <class Phi, bool GRADIENT>
+inline double wide_tile(const float* x, int width, double scale, float* out) {
+  double sum = 0.0;
+  for (int i = 0; i < width; ++i) {
+    const double one[1] = {x[i]};
+    double pull[1] = {0.0}, curvature[1] = {0.0};
+    if (x[i] != -HUGE_VALF) Phi::terms(one, pull, curvature);
+    sum += pull[0];
+    if (GRADIENT) out[i] = static_cast<float>(scale * curvature[0]);
+  }
+  return sum;
+}
+
+// The same in floats; once more in doubles where one of the log rates turns out to be of those that floats do not hold.
+template <class Phi, bool GRADIENT, class Element>
+inline double defined_tile(const float* x, int width, double scale, float* out, const Element* next) {
+  if constexpr (!(Phi::LOWEST < Phi::HIGHEST)) return wide_tile<Phi, GRADIENT>(x, width, scale, out);
+  const float factor = to_float(scale);
+  f32 sums[UNROLL] = {}, top = f32{} - HUGE_VALF;
+  u32 outside{};
+  for (int i = 0; i < width; i += STEP) {
+    prefetch(next, i);
+    f32 d[UNROLL], pull[UNROLL], curvature[UNROLL];
+    for (int n = 0; n < UNROLL; ++n) d[n] = load<f32>(x + i + n * LANES);
+    Phi::terms(d, pull, curvature);
+    for (int n = 0; n < UNROLL; ++n) {
+      const auto none = d[n] == -HUGE_VALF;
+      if constexpr (Phi::LOWEST > -HUGE_VALF) outside |= (u32)((d[n] < Phi::LOWEST) & ~none);
+      top = larger(d[n], top);
+      sums[n] += none ? f32{} : pull[n];
+      if constexpr (GRADIENT) store(out + i + n * LANES, none ? f32{} : factor * curvature[n]);
+    }
+  }
+  outside |= (u32)(top > Phi::HIGHEST);
+  if (fold(outside, [](auto a, auto b) { return a | b; }) != 0) return wide_tile<Phi, GRADIENT>(x, width, scale, out);
+  return sum_lanes(sums);
+}
+
+template <class Phi, class Element>
+static void defined_row(const DefinedArgs& a, int64_t t, int threads, int worker) {
+  const Row<Element> row = row_of<Element>(a, a.logits, t);
+  const int64_t* target = a.target + t * a.targets;
+  const double* weight = a.weight + t * a.targets;
+  const double scale = a.row_scale[t];
+  Element* const gradient = a.gradient ? static_cast<Element*>(a.gradient) + t * a.shape.columns : nullptr;
+  double* const sums = scratch_array(a.scratch, worker, 0);
+
+  // Weights on an unreachable destination of infinite cost add up first: to 0 that counts 0, or to what has a sign.
+  const auto weight_of = [&](int64_t v) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < a.targets; ++j) sum += target[j] == v ? weight[j] : 0.0;
+    return sum;
+  };
+  // weight[j] times phi'(u), or times phi''(u) u, which are `at_zero` at a rate of 0.
+  const auto weighed = [&](int64_t j, double x, double at_zero, const double& value) {
+    const double w = x == -HUGE_VAL && std::isinf(at_zero) ? weight_of(target[j]) : weight[j];
+    return w == 0.0 ? 0.0 : w * (x == -HUGE_VAL ? at_zero : value);
+  };
+  const auto counts = [&](int64_t j) { return target[j] >= 0 && target[j] != row.exclude; };
+
+  for_tiles(row.columns, threads, [&](int64_t k) {
+    alignas(64) float buffer[TILE];
+    const float* x = row.load_tile(k, buffer);
+    if (!gradient) {
+      sums[k] = defined_tile<Phi, false>(x, row.width(k), scale, nullptr, row.tile_ahead(k));
+      return;
+    }
+    GradientTile<Element> out(gradient, k, row.count(k));
+    sums[k] = defined_tile<Phi, true>(x, row.width(k), scale, out.values, row.tile_ahead(k));
+    for (int64_t j = 0; j < a.targets; ++j) {
+      if (!counts(j) || target[j] / TILE != k) continue;
+      const double at[1] = {row.at(target[j])};
+      double slope[1], force[1];
+      Phi::at_target(at, slope, force);
+      out.add(target[j], -scale * weighed(j, at[0], Phi::FORCE_AT_ZERO, force[0]));
+    }
+    out.finish();
+  });
+
+  double loss = 0.0;
+  for (int64_t k = 0; k < tile_count(row.columns); ++k) loss += sums[k];
+  for (int64_t j = 0; j < a.targets; ++j) {
+    if (!counts(j)) continue;
+    const double at[1] = {row.at(target[j])};
+    double slope[1], force[1];
+    Phi::at_target(at, slope, force);
+    loss -= weighed(j, at[0], Phi::SLOPE_AT_ZERO, slope[0]);
+  }
+  a.loss[t] = scale * loss;
+}
+
+template <class Phi>
+static void defined(DefinedArgs a) {
+  a.scratch.length = scratch_length(a.shape.columns);
+  const std::unique_ptr<double[]> memory(new double[a.shape.threads * SCRATCH_ARRAYS * a.scratch.length]);
+  a.scratch.data = memory.get();
+  with_element(a.shape.dtype, [&](auto element) {
+    for_rows(a.shape, [&](int64_t t, int worker, int threads) {
+      defined_row<Phi, decltype(element)>(a, t, threads, worker);
+    });
+  });
+}
+
+DAM_END
+
+// The one function that a generated file gives to others; the order of its arguments is that of dam/divergences.
+#define DAM_DEFINED(Phi)                                                                                              \
+  extern "C" __attribute__((visibility("default"))) void dam_defined(                                                 \
+      int64_t rows, int64_t columns, int dtype, int threads, const void* logits, int64_t row_stride,                  \
+      const int64_t* exclude, int64_t exclude_stride, const uint8_t* suppressed, const int64_t* target,               \
+      int64_t targets, const double* weight, const double* row_scale, double* loss, void* gradient) {                 \
+    dam::defined<dam::Phi>({{rows, columns, dtype, threads}, {logits, row_stride}, {exclude, exclude_stride},         \
+                            suppressed, target, targets, weight, row_scale, loss, gradient, {}});                     \
+  }

@@ -1,0 +1,460 @@
+"""Divergences of a user's convex function: their kernels against closed forms in float64, and what is refused."""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dam
+from dam.backends import generated
+from dam.benchmarks.defined import generalised_kl, squared_hellinger, table
+from dam.derive import DerivativeError
+from dam.divergences import definition, matching, rate_matching_loss, texts
+from tests.ops.helpers import assert_close, integers, normal, rounding, same, threads
+
+IMPLEMENTATIONS = ("torch", "cpu", "triton")
+define = functools.cache(definition.define)  # takes a second
+INF = math.inf
+ALPHA = 0.3
+
+
+def chi_square(u):
+    return (u - 1) * (u - 1)
+
+
+def alpha_divergence(u):
+    return (u**ALPHA - ALPHA * u + ALPHA - 1) / (ALPHA * (ALPHA - 1))
+
+
+def jensen_shannon(u):
+    return u * torch.log(u) - (1 + u) * torch.log(1 + u)
+
+
+def quadratic_above_2(u):
+    if u <= 2:
+        return 4 * u - 4
+    squared = u * u
+    return squared
+
+
+# phi'(u) u - phi(u), phi'(u), phi''(u) u^2 and phi''(u) u by hand, of x = log u.
+BY_HAND = {
+    generalised_kl: lambda x: (x.exp(), x, x.exp(), torch.ones_like(x)),
+    squared_hellinger: lambda x: ((x / 2).exp() - 1, 1 - (-x / 2).exp(), (x / 2).exp() / 2, (-x / 2).exp() / 2),
+    chi_square: lambda x: ((2 * x).exp() - 1, 2 * x.exp() - 2, 2 * (2 * x).exp(), 2 * x.exp()),
+    alpha_divergence: lambda x: (
+        ((ALPHA * x).exp() - 1) / ALPHA,
+        (((ALPHA - 1) * x).exp() - 1) / (ALPHA - 1),
+        (ALPHA * x).exp(),
+        ((ALPHA - 1) * x).exp(),
+    ),
+    jensen_shannon: lambda x: (
+        torch.nn.functional.softplus(x),
+        -torch.nn.functional.softplus(-x),
+        torch.sigmoid(x),
+        torch.sigmoid(-x),
+    ),
+    quadratic_above_2: lambda x: (
+        torch.where(x > math.log(2), (2 * x).exp(), 4.0),
+        torch.where(x > math.log(2), 2 * x.exp(), 4.0),
+        torch.where(x > math.log(2), 2 * (2 * x).exp(), 0.0),
+        torch.where(x > math.log(2), 2 * x.exp(), 0.0),
+    ),
+}
+# A kernel of C++ takes seconds to compile.
+COMPILED = (generalised_kl, squared_hellinger)
+
+
+def case(rows, columns, dtype=torch.float32, seed=1):
+    """Log rates [T, V], targets with one that repeats and with gaps, weights of both signs, and options."""
+    x, target = normal(rows, columns, seed=seed).to(dtype), integers(-1, columns, rows, 4, seed=seed + 1)
+    target[:, 1] = target[:, 0]
+    x[1, columns // 2 :] = -INF
+    options = {
+        "row_scale": normal(rows, seed=seed + 3),
+        "exclude": target[:, 2].clone(),
+        "suppress": [0, columns - 1, int(target[0, 3])],
+    }
+    reached = x.gather(1, target.clamp(min=0)) > -INF
+    return x, target, torch.where(reached, normal(rows, 4, seed=seed + 2), 0.0), options
+
+
+def by_hand(phi, x, target, weight, row_scale=None, exclude=None, suppress=()):
+    """Loss, gradient, and the sums of what is added up in either, float64."""
+    rows, columns = x.shape
+    x, w = x.double(), torch.where(target >= 0, weight.double(), 0.0)
+    if exclude is not None:
+        x = x.masked_fill(torch.arange(columns) == exclude[:, None], -INF)
+        w = torch.where(target == exclude[:, None], 0.0, w)
+    left_out = torch.isin(torch.arange(columns), torch.tensor(suppress, dtype=torch.int64))
+    w = torch.where(left_out[target.clamp(min=0)], 0.0, w)
+    x = x.masked_fill(left_out, -INF)
+    none, index = x == -INF, target.clamp(min=0)
+    pull, _, curvature, _ = (v.masked_fill(none, 0.0) for v in BY_HAND[phi](x.masked_fill(none, 0.0)))
+    at = x.gather(1, index)
+    _, slope, _, force = BY_HAND[phi](torch.where(w == 0, 0.0, at))
+    scale = torch.full((rows,), 1.0 / rows, dtype=torch.float64) if row_scale is None else row_scale.double()
+    loss = (scale * (pull.sum(dim=1) - (w * slope).sum(dim=1))).sum()
+    gradient = scale[:, None] * curvature.clone().scatter_add_(1, index, -w * force)
+    size = scale.abs()[:, None] * curvature.abs().scatter_add_(1, index, (w * force).abs())
+    return loss, gradient, (scale.abs() * (pull.abs().sum(dim=1) + (w * slope).abs().sum(dim=1))).sum(), size
+
+
+def result(phi, x, *arguments, factor=1.0, **options):
+    leaf = x.detach().requires_grad_()
+    loss = rate_matching_loss(leaf, *arguments, divergence=define(phi), **options)
+    (gradient,) = torch.autograd.grad(factor * loss, leaf)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("phi", [pytest.param(phi, id=phi.__name__) for phi in BY_HAND])
+def test_loss_and_gradient(backend, phi, dtype, request):
+    if backend == "cpu" and phi not in COMPILED:
+        pytest.skip("test_loss_and_gradient_of_more_kernels has it")
+    compare(phi, dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phi", [pytest.param(phi, id=phi.__name__) for phi in BY_HAND if phi not in COMPILED])
+def test_loss_and_gradient_of_more_kernels(phi):
+    with dam.backend("cpu"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            compare(phi, dtype)
+
+
+def compare(phi, dtype):
+    """Without options, with all, with a temperature's upstream factor; several tiles, the last one short."""
+    x, target, weight, options = case(5, 2500, dtype)
+    for given in ({}, options):
+        loss, gradient = result(phi, x, target, weight, factor=3.0, **given)
+        expected, slope, terms, sizes = by_hand(phi, x, target, weight, **given)
+        assert loss.dtype == torch.float32 and gradient.dtype == dtype
+        # An exponential is within 2^-22 |x| or so, and so is what is added of them.
+        assert abs(float(loss) - float(expected)) <= 2.0**-20 * float(terms)
+        excess = (gradient.double() - 3 * slope).abs() - 3 * (2.0**-20 + 2 * rounding(dtype)) * sizes
+        # Beside that the spacing of float16's small numbers.
+        assert float(excess.max()) <= (2.0**-24 if dtype == torch.float16 else 0.0)
+
+
+ELEMENTARY = [
+    lambda u: u * np.arctan(u),
+    lambda u: u * torch.erf(u) + torch.exp(-u * u) / math.sqrt(math.pi),
+    lambda u: torch.nn.functional.softplus(u) + np.expm1(-u),
+    lambda u: (1 + u * u) ** 0.5 + (1 + u) ** 1.7,
+    lambda u: u + math.log(1 + math.exp(-2 * u)) + np.square(u) / 4,
+    lambda u: 2 * u * u + np.sin(u) * np.cos(u),
+    lambda u: np.maximum(u, 1.0) ** 2 + abs(u - 3) + np.where(u > 2, (u - 2) ** 2, 0.0),
+    lambda u: np.tanh(u) + u**2,
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(len(ELEMENTARY)))
+def test_elementary_functions(number):
+    """Whatever a kernel computes them by: as torch does in float64, which is autograd's gradient of the formula."""
+    phi = ELEMENTARY[number]
+    divergence, (x, target, weight, options) = define(phi), case(4, 1500)
+    x[3] += 3.0
+    leaf = x.double().requires_grad_()
+    with dam.backend("torch"):
+        expected = rate_matching_loss(leaf, target, weight, divergence=divergence, **options)
+        (slope,) = torch.autograd.grad(expected, leaf)
+    pull, _ = divergence.terms(x.double())
+    for room in ("cpu", "triton"):
+        if room == "triton" and divergence.triton is None:
+            continue
+        with dam.backend(room):
+            loss, gradient = result(phi, x, target, weight, **options)
+        scale = options["row_scale"].double()[:, None]
+        terms = (scale * pull).nan_to_num(0.0, 0.0, 0.0).abs().sum()
+        assert abs(float(loss) - float(expected.detach())) <= 2.0**-17 * float(terms)
+        assert_close(gradient, slope, rtol=2.0**-16, atol=2.0**-16)
+
+
+def test_float64_is_the_reference():
+    x, target, weight, options = case(4, 300, torch.float64)
+    for phi in BY_HAND:
+        loss, gradient = result(phi, x, target, weight, **options)
+        expected, slope, terms, sizes = by_hand(phi, x, target, weight, **options)
+        assert loss.dtype == gradient.dtype == torch.float64
+        assert abs(float(loss - expected)) <= 1e-13 * float(terms)
+        assert float(((gradient - slope).abs() - 1e-13 * sizes).max()) <= 0
+
+
+def test_the_generalised_kl_is_the_hand_written():
+    x, target, weight, options = case(6, 3000)
+    for given in ({}, options):
+        loss, gradient = result(generalised_kl, x, target, weight, **given)
+        leaf = x.clone().requires_grad_()
+        expected = rate_matching_loss(leaf, target, weight, divergence="kl", **given)
+        (slope,) = torch.autograd.grad(expected, leaf)
+        assert_close(loss, expected.detach(), rtol=2.0**-20)
+        _, _, _, sizes = by_hand(generalised_kl, x, target, weight, **given)
+        assert float(((gradient - slope).abs() - 2.0**-20 * sizes).max()) <= 0  # two exponentials of 2^-22 each
+
+
+def test_rates_that_float32_does_not_hold(backend):
+    """A tile with a log rate for which an expression overflows, or loses its digits, is computed in float64."""
+    x, target, weight, _ = case(3, 2500)
+    # A rate of 1e41 is beyond float32, its loss and gradient with this row_scale are not.
+    x[0, 3], x[2], weight[2] = 95.0, x[2] - 300.0, 0.0
+    options = {"row_scale": torch.tensor([1e-6, 1.0, 1.0])}
+    for phi in (generalised_kl, squared_hellinger):
+        loss, gradient = result(phi, x, target, weight, **options)
+        expected, slope, terms, sizes = by_hand(phi, x, target, weight, **options)
+        assert abs(float(loss) - float(expected)) <= 2.0**-20 * float(terms)
+        assert float(((gradient.double() - slope).abs() - 2.0**-20 * sizes - 2.0**-120).max()) <= 0
+
+
+def test_targets_that_cannot_be_reached(backend):
+    """Cost the limit of phi' at 0; where that is infinite, weights add up first; the rest's gradient stays."""
+    x = torch.tensor([[0.5, -INF, 1.0]])
+    target = torch.tensor([[1, 1]])
+    for phi, none, some in ((generalised_kl, 0.0, INF), (squared_hellinger, 0.0, INF)):
+        without, rest = result(phi, x, torch.tensor([[-1, -1]]), torch.ones(1, 2))
+        loss, gradient = result(phi, x, target, torch.tensor([[2.0, -2.0]]))
+        assert loss - without == none and torch.equal(gradient, rest)
+        loss, gradient = result(phi, x, target, torch.tensor([[2.0, -1.0]]))
+        assert loss == some and torch.equal(gradient[:, [0, 2]], rest[:, [0, 2]])
+        assert gradient[0, 1] == {generalised_kl: -1.0, squared_hellinger: -INF}[phi]
+
+
+def test_not_a_number_stays(backend):
+    x, target, weight, _ = case(3, 1500)
+    x[0, 7] = math.nan
+    loss, gradient = result(generalised_kl, x, target, weight)
+    assert math.isnan(loss) and int(gradient.isnan().sum()) == 1 and math.isnan(gradient[0, 7])
+
+
+def test_no_rows_no_targets_and_any_strides(backend):
+    x, target, weight, _ = case(4, 60)
+    empty, gradient = result(generalised_kl, x[:0], target[:0], weight[:0])
+    assert empty == 0 and gradient.shape == (0, 60)
+    none, _ = result(generalised_kl, x, target[:, :0], weight[:, :0])
+    assert_close(none, x.double().exp().sum() / 4, rtol=2.0**-20)
+    wide = torch.cat([x, normal(4, 7, seed=9)], dim=1)
+    strided = result(generalised_kl, wide[:, :60], target.t().contiguous().t(), weight)
+    assert same(strided, result(generalised_kl, x, target, weight))
+    loss, gradient = result(generalised_kl, x.view(2, 2, 60), target.view(2, 2, 4), weight.view(2, 2, 4))
+    assert same((loss, gradient.view(4, 60)), result(generalised_kl, x, target, weight))
+
+
+def test_threads_change_nothing():
+    x, target, weight, options = case(2, 80_000)
+    found = []
+    for count in (1, 3):
+        with threads(count), dam.backend("cpu"):
+            found.append(result(generalised_kl, x, target, weight, **options))
+    assert same(*found)
+
+
+# ---- torch's own machinery
+
+
+SIMULATED = [pytest.param(name, marks=pytest.mark.full) for name in ("torch", "triton")]
+
+
+@pytest.mark.parametrize("room", ["cpu", *SIMULATED])
+def test_opcheck(room):
+    x, target, weight, options = case(3, 40)
+    excluding = (options["exclude"], torch.arange(40) % 5 == 2)
+    target = target.where(target % 5 != 2, -1)
+    # overwrite=False: opcheck calls backward more than once.
+    args = (x.requires_grad_(), target, weight, options["row_scale"], *excluding, define(generalised_kl).key)
+    torch.library.opcheck(matching._rate_matching_loss.overload, (*args, True, room, False))
+
+
+@pytest.mark.parametrize("room", ["cpu", *SIMULATED])
+def test_compiled_equals_eager(room):
+    x, target, weight, options = case(4, 40)
+    divergence = define(generalised_kl)
+
+    def step(x):
+        return rate_matching_loss(x * 1.5, target, weight, divergence=divergence, **options)
+
+    torch.compiler.reset()
+    found = []
+    with dam.backend(room):
+        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            loss = function(leaf)
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for eager, compiled in zip(*found, strict=True):
+        assert_close(compiled, eager, rtol=2 * rounding(torch.float32))
+
+
+def test_one_backward_pass():
+    x, target, weight, _ = case(2, 20)
+    leaf = x.requires_grad_()
+    loss = rate_matching_loss(leaf, target, weight, divergence="l2")
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="rate_matching_loss was differentiated twice"):
+        torch.autograd.grad(loss, leaf)
+    with pytest.raises(RuntimeError, match="has no double backward"):
+        torch.autograd.grad(rate_matching_loss(leaf, target, weight, divergence="l2"), leaf, create_graph=True)
+    with torch.no_grad():
+        assert not rate_matching_loss(leaf, target, weight, divergence="l2").requires_grad
+
+
+# ---- what is written
+
+
+def test_sources_hold_what_they_come_from():
+    divergence = define(squared_hellinger)
+    for text in (divergence.cpp, divergence.triton):
+        assert re.search(r"Hash of this and of its derivatives: [0-9a-f]{24}\n", text)
+        assert "def squared_hellinger(u):" in text and "return (torch.sqrt(u) - 1) ** 2" in text
+    assert "root - T(1)" in divergence.cpp and "root - 1" in divergence.triton
+    assert divergence.slope.count("\n") > 3 and "dsquared_hellinger" in divergence.slope
+    assert define(lambda u: u * u).phi == "lambda u: u * u"
+
+
+def test_a_source_stays_in_its_comment():
+    """Whatever it ends its lines with, of which C++ would make one of two."""
+    for line in ("u \\", "u \\ \\", "u\\\t", "u \\\r int x;"):
+        for commented in texts.commented(f"{line}\nv", "//").splitlines():
+            assert commented.startswith("//") and not commented.endswith(("\\", " ", "\t"))
+
+
+def test_one_definition_one_key():
+    """The same function is the same divergence; another constant is another."""
+
+    def scaled(by):
+        def phi(u):
+            return by * u**2
+
+        return definition.define(phi)
+
+    assert scaled(2.0) is scaled(2.0) and scaled(2.0).key != scaled(3.0).key
+    with pytest.raises(ValueError, match=r"no divergence with key 'other' is defined in this process"):
+        definition.defined("other")
+
+
+def test_forms_are_chosen_by_rounding():
+    """What cancels is cancelled: no logarithm in the generalised KL, and no difference of large numbers."""
+    assert "log" not in define(generalised_kl).torch
+    kernel = define(jensen_shannon)
+    assert "log1p(u)" in kernel.cpp and kernel.range.lowest == -INF and kernel.range.highest >= 80
+    # u^2 overflows: float32 holds it up to a log rate of 44, and sums of 1024 to less.
+    assert 30 <= define(chi_square).range.highest <= 40
+
+
+def test_the_page_has_the_figures_of_its_record():
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "benchmarks/results/epyc-avx2-2-cores/defined.json").read_text(encoding="utf-8"))
+    assert table(record) in (root / "docs/derive.md").read_text(encoding="utf-8")
+    assert max(max(found["of_hand_written"].values()) for found in record["sizes"].values()) < 1.5
+
+
+# ---- without a compiler, or a function of Triton's
+
+
+def test_without_a_compiler(monkeypatch):
+    """The reference runs, which one message says, or an error where the C++ backend is asked for by name."""
+    x, target, weight, _ = case(2, 30)
+
+    def none():
+        raise generated.NoCompiler("there is no C++ compiler here")
+
+    monkeypatch.setattr(generated, "compiler", none)
+    monkeypatch.setattr(matching, "_compiled", matching._compiled.__wrapped__)
+    generated.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="there is no C\\+\\+ compiler here; the slower reference") as said:
+        for _ in range(2):
+            loss, gradient = result(generalised_kl, x, target, weight)
+    assert len(said) == 1
+    with dam.backend("torch"):
+        assert same((loss, gradient), result(generalised_kl, x, target, weight))
+    with dam.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' cannot run this call"):
+        result(generalised_kl, x, target, weight)
+
+
+def test_a_function_that_triton_lacks():
+    if dam.backends.choice.why_unavailable("triton") is not None:
+        pytest.skip("without Triton")
+    divergence = define(lambda u: u * torch.atan(u))
+    assert divergence.triton is None
+    x, target, weight, _ = case(2, 30)
+    with dam.backend("triton"), pytest.raises(RuntimeError, match="Triton lacks a function that phi calls"):
+        rate_matching_loss(x, target, weight, divergence=divergence)
+
+
+def test_a_backend_without_it():
+    x, target, weight, _ = case(2, 30)
+    if dam.backends.choice.why_unavailable("cuda") is not None:
+        pytest.skip("without the CUDA kernels")
+    with dam.backend("cuda"), pytest.raises(RuntimeError, match="rate_matching_loss has no cuda implementation"):
+        rate_matching_loss(x, target, weight, divergence="l2")
+
+
+# ---- what is refused
+
+
+def array_sum(u):
+    return np.sum(u)
+
+
+def item(u):
+    return u[0]
+
+
+def loop(u):
+    total = 0.0
+    for _ in range(3):
+        total = total + u * u
+    return total
+
+
+def of_two(u, v):
+    return u * v
+
+
+def concave(u):
+    return np.sqrt(u)
+
+
+def concave_kink(u):
+    return min(u, 1.0)
+
+
+def convex_somewhere(u):
+    return (u - 1) ** 3
+
+
+def undefined(u):
+    return math.log(u - 1)
+
+
+def linear(u):
+    return 3 * u - 1
+
+
+def constant(u):
+    return 2.0
+
+
+@pytest.mark.parametrize(
+    ("phi", "error", "message"),
+    [
+        (array_sum, DerivativeError, r"return np.sum\(u\)\n.*np.sum is not a function of numbers"),
+        (item, DerivativeError, r"return u\[0\]\n.*not made of numbers"),
+        (loop, DerivativeError, r"for _ in range\(3\):\n.*only assignments, if and return"),
+        (of_two, DerivativeError, "of_two needs a value for its parameter v"),
+        (concave, ValueError, "concave is not convex: its second derivative is -.* at u = 1"),
+        (concave_kink, ValueError, "concave_kink is not convex: its slope falls to 0"),
+        (convex_somewhere, ValueError, "convex_somewhere is not convex"),
+        (undefined, ValueError, "no number at u = 1.31e-30; phi is one of all u > 0"),
+        (linear, ValueError, "the second derivative of linear is 0"),
+        (constant, ValueError, "the second derivative of constant is 0"),
+        (math.log, DerivativeError, "has no Python source"),
+    ],
+)
+def test_refused(phi, error, message):
+    with pytest.raises(error, match=message):
+        define(phi)
