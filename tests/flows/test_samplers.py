@@ -276,6 +276,9 @@ def linear(scale=1.0):
 SETTINGS = Settings(
     rounds=25, paths=300, updates=25, batch=800, kept=5, steps=15, deviation=1.5, sigma=1.3, learning_rate=0.15
 )
+# Paths are drawn anew after few updates, and steps are short: lean adjoints on paths have the bias of Euler's, which
+# bridges to outcomes do not.
+FRESH = dataclasses.replace(SETTINGS, rounds=60, updates=6, kept=1, steps=30, learning_rate=0.05)
 
 
 def learner(kind, settings=SETTINGS, energy=gaussian_energy):
@@ -289,10 +292,11 @@ def learner(kind, settings=SETTINGS, energy=gaussian_energy):
 @pytest.mark.parametrize("kind", ["as", "am", "naas"])
 def test_learners_reach_a_gaussian_target_and_its_normaliser(kind):
     """What a control gains: the effective sample size, from below a half. Bounds are of the noise of kept outcomes."""
-    sampler = learner(kind)
+    settings = FRESH if kind == "am" else SETTINGS
+    sampler = learner(kind, settings)
     before = sampler.sample(4000, seed=10**6)
     assert sampler.energy.calls == 0  # of samples nothing is counted
-    for _ in range(SETTINGS.rounds):
+    for _ in range(settings.rounds):
         logged = sampler.round()
     after = sampler.sample(4000, seed=10**6)
 
@@ -305,8 +309,8 @@ def test_learners_reach_a_gaussian_target_and_its_normaliser(kind):
     assert ((after.final.std(dim=0) / VARIANCE.sqrt() - 1).abs() < 0.1).all()
     log_mean = float(after.log_weight.logsumexp(0)) - math.log(4000)
     assert log_mean == pytest.approx(LOG_Z, abs=0.05)
-    paths = SETTINGS.paths * (SETTINGS.rounds - 1 + sampler.settings.kept)  # the first round fills what is kept
-    assert logged["energy_calls"] == paths * (3 * SETTINGS.steps if kind == "naas" else 1)
+    paths = settings.paths * (settings.rounds - 1 + settings.kept)  # the first round fills what is kept
+    assert logged["energy_calls"] == paths * (3 * settings.steps if kind == "naas" else 1)
 
 
 @pytest.mark.parametrize("kind", ["as", "am", "naas"])

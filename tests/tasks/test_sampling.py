@@ -105,7 +105,7 @@ def test_presets_reach_their_networks_and_are_known_by_their_target():
 
 
 def test_wells_that_are_lost_and_shares_that_are_off_are_told():
-    """Of 100 samples 50, 10, 9, 91 and 100 are on the right: in the last three a well has under a fifth of its share."""
+    """On the right are 50, 10, 9, 91 and 100 of 100: the last three have lost a well, left with under a fifth."""
     energy = energies.ManyWell(6, 5, 2.0)
     right = torch.tensor([50, 10, 9, 91, 100])
     final = torch.full((100, 6), -1.4, dtype=torch.float64)
