@@ -25,6 +25,8 @@ EXACT = "exact samples"
 REFERENCE = "reference of naas alone"
 COLUMNS = {
     "modes": "modes",
+    "lost wells": "lost_wells",
+    "shares off by": "share_error",
     "W2": "w2",
     "W2, assigned": "w2_assigned",
     "S": "sinkhorn_divergence",
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", metavar="S", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", metavar="N", type=int, default=2000, help="of each look (default: 2000)")
     parser.add_argument("--rounds", metavar="N", type=int, help="instead of the preset's")
+    parser.add_argument("--deviation", metavar="S", type=float, help="of the start, instead of the preset's")
     parser.add_argument(
         "--sinkhorn", action="store_true", help="also 2,000 iterations of entropic transport at epsilon = 1e-3: minutes"
     )
@@ -57,7 +60,7 @@ def study(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--sinkhorn is of states, and those of {given['target']} are arrangements: leave it out")
     count = given["samples"]
     law = sampling.reference(energy, count, seed=2**31)
-    changes = {} if given["rounds"] is None else {"rounds": given["rounds"]}
+    changes = {name: given[name] for name in ("rounds", "deviation") if given[name] is not None}
     results: list[dict[str, Any]] = []
 
     def apart(final: Tensor) -> dict[str, float]:
@@ -102,7 +105,7 @@ def _cell(runs: list[dict[str, Any]], name: str) -> str:
     values = [run[name] for run in runs if name in run]
     if not values:
         return ""
-    if name in ("energy_calls", "modes"):
+    if name in ("energy_calls", "modes", "lost_wells"):
         low, high = min(values), max(values)
         return f"{low:,}" if low == high else f"{low:,} to {high:,}"
     digits = {"processor_seconds": 0, "log_z_error": 2, "elbo": 2}.get(name, 3)

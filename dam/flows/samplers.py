@@ -275,6 +275,43 @@ class AdjointSampling(Sampler):
         return {"model": matching.loss(self.models["model"], _even(targets))}
 
 
+class AdjointMatching(AdjointSampling):
+    """Adjoint Matching of the same control problem, alone: matched along the paths of its last round, nothing is kept.
+
+    Against Adjoint Sampling states are those that the control itself went through, not drawn anew from bridges, and a
+    mode that its paths do not reach is never heard of again.
+
+    Raises:
+        ValueError: `settings.kept` is not 1.
+
+    Source: Domingo-Enrich et al., arXiv 2409.08861, with the reference of arXiv 2504.11713.
+    """
+
+    def __init__(self, energy: Cost, dim: int, model: nn.Module, settings: Settings):
+        if settings.kept != 1:
+            raise ValueError(
+                f"AdjointMatching: kept must be 1, as paths of earlier controls are not its own; got {settings.kept}. "
+                "AdjointSampling keeps outcomes"
+            )
+        super().__init__(energy, dim, model, settings)
+        self.states = Buffer(settings.paths * settings.steps)
+
+    @property
+    def _buffers(self) -> dict[str, Buffer]:
+        return {"states": self.states}
+
+    def _keep(self, paths: tuple[Path, ...]) -> float:
+        (path,) = paths
+        slope, cut = clipped(cost_gradient(self.cost, path.final), self.settings.largest_slope)
+        targets = adjoint_targets(self.process, None, path, slope)
+        self.states.add(targets.state, targets.time, targets.prediction)
+        return cut
+
+    def _losses(self) -> dict[str, Tensor]:
+        state, time, prediction = self.states.drawn(self.settings.batch, self.generator)
+        return {"model": matching.loss(self.models["model"], _even(Targets(state, time, prediction, time)))}
+
+
 class AnnealedSampling(Sampler):
     """NAAS: a Brownian reference to X_0, annealed Langevin dynamics from there, both controlled.
 

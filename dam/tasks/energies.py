@@ -174,6 +174,10 @@ class ManyWell(Energy):
         well = math.sqrt(self.delta) * sign.view(-1, self.wells)
         return torch.cat((well, torch.zeros(len(well), self.size - self.wells, dtype=torch.float64)), dim=1)
 
+    def right_shares(self, states: Tensor) -> Tensor:
+        """Of states [N, D], the share on the right of each barrier, float64 [m]: 1/2 under the law."""
+        return (states[:, : self.wells] > 0).double().mean(dim=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Particles(Energy):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dam import files, plots
 from dam.flows import metrics
 from dam.flows.networks import ParticleNetwork, Perceptron
-from dam.flows.samplers import AdjointSampling, AnnealedSampling, Sampler, Samples, Settings
-from dam.tasks.energies import TARGETS, Energy, Particles, aligned_squares, metropolis
+from dam.flows.samplers import AdjointMatching, AdjointSampling, AnnealedSampling, Sampler, Samples, Settings
+from dam.tasks.energies import TARGETS, Energy, ManyWell, Particles, aligned_squares, metropolis
 
-LEARNERS = ("naas", "adjoint-sampling")
+LEARNERS = ("naas", "adjoint-sampling", "adjoint-matching")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +111,39 @@ _PRESETS: dict[tuple[str, str], Preset] = {
         ),
         octaves=3,
     ),
+    # Coordinates that are no wells are N(0, 1), as the start is: only five are to be learned.
+    ("many-well-50", "naas"): Preset(
+        Settings(
+            rounds=3,
+            paths=256,
+            updates=60,
+            batch=2048,
+            kept=8,
+            steps=100,
+            deviation=1.0,
+            sigma=2.0,
+            power=2.0,
+            grid=1.5,
+            learning_rate=1e-3,
+            largest_slope=3.0,
+        ),
+        hidden=32,
+    ),
+    # As good as was found, and it loses wells: shown, not recommended (docs/samplers.md). Almost no gradient is cut.
+    ("many-well-50", "adjoint-matching"): Preset(
+        Settings(
+            rounds=150,
+            paths=512,
+            updates=10,
+            batch=1024,
+            kept=1,
+            steps=50,
+            deviation=1.0,
+            learning_rate=1e-3,
+            largest_slope=100.0,
+        ),
+        output=5.0,
+    ),
 }
 
 
@@ -157,7 +190,8 @@ def sampler(target: str, learner: str, **changes: Any) -> Sampler:
         torch.manual_seed(settings.seed)
         if learner == "naas":
             return AnnealedSampling(cost, energy.dim, network(chosen.output), network(chosen.output), settings)
-        return AdjointSampling(cost, energy.dim, network(chosen.output), settings)
+        kind = AdjointMatching if learner == "adjoint-matching" else AdjointSampling
+        return kind(cost, energy.dim, network(chosen.output), settings)
 
 
 def reference(energy: Energy, count: int, seed: int) -> Tensor:
@@ -206,7 +240,9 @@ def distances(energy: Energy, final: Tensor, law: Tensor) -> dict[str, float]:
     Returns:
         w2 and energy_w2, not squared; w2_assigned, of arrangements in the plane, see `aligned_squares`; where there are
         no arrangements to align, sinkhorn_divergence, of squared distances; modes, those whose cells hold at least a
-        fifth of their share. Particles in space have energy_w2 only.
+        fifth of their share; of wells, share_error, the mean over coordinates of how far the share on the right is
+        from 1/2, and lost_wells, coordinates in which a well has less than a fifth of its share. Particles in space
+        have energy_w2 only.
     """
     found: dict[str, float] = {}
     if isinstance(energy, Particles):
@@ -223,6 +259,10 @@ def distances(energy: Energy, final: Tensor, law: Tensor) -> dict[str, float]:
     if energy.modes is not None:
         counts = metrics.mode_counts(final, energy.modes)
         found["modes"] = int((counts * 5 * len(counts) >= len(final)).sum())
+    if isinstance(energy, ManyWell):
+        shares = energy.right_shares(final)
+        found["share_error"] = float((shares - 0.5).abs().mean())
+        found["lost_wells"] = int((torch.minimum(shares, 1 - shares) < 0.1).sum())
     return found
 
 

@@ -151,12 +151,14 @@ def test_a_study_of_samplers_looks_at_the_reference_before_and_at_exact_samples_
     """Rows in order; the reference's own look is that of an untrained sampler; a mean with its least and its most."""
     few = sampling.Settings(rounds=2, paths=20, updates=2, batch=16, kept=2, steps=4)
     monkeypatch.setattr(
-        sampling, "_PRESETS", {("gmm-40", name): sampling.Preset(few, hidden=8) for name in sampling.LEARNERS}
+        sampling,
+        "_PRESETS",
+        {("gmm-40", name): sampling.Preset(few, hidden=8) for name in ("naas", "adjoint-sampling")},
     )
     monkeypatch.setattr(samplers.metrics, "sinkhorn", functools.partial(samplers.metrics.sinkhorn, iterations=10))
     found = run(tmp_path, "samplers", "--target", "gmm-40", "--samples", "30", "--seeds", "0", "1", "--sinkhorn")
     rows = found["results"]
-    naas, walk = sampling.LEARNERS
+    naas, walk = sampling.tried("gmm-40")
     assert [row["learner"] for row in rows] == [samplers.REFERENCE, naas, naas, walk, walk, samplers.EXACT]
     before = sampling.sampler("gmm-40", naas).sample(30, seed=2**40)
     law = sampling.reference(sampling.TARGETS["gmm-40"](), 30, seed=2**31)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from dam.cli import main
-from dam.flows.samplers import AdjointSampling, AnnealedSampling
+from dam.flows.samplers import AdjointMatching, AdjointSampling, AnnealedSampling
 from dam.tasks import energies, sampling
 from dam.tasks.energies import TARGETS
+
+KINDS = {"naas": AnnealedSampling, "adjoint-sampling": AdjointSampling, "adjoint-matching": AdjointMatching}
 
 # Few steps, and noise that is weak enough for them.
 SMALL = {"rounds": 2, "paths": 20, "updates": 3, "batch": 16, "kept": 2, "steps": 5, "sigma": 1.0}
@@ -17,7 +19,7 @@ SMALL = {"rounds": 2, "paths": 20, "updates": 3, "batch": 16, "kept": 2, "steps"
 
 def tiny(monkeypatch):
     """Presets of a few paths, for one target with each learner."""
-    for learner in sampling.LEARNERS:
+    for learner in sampling.tried("many-well-5"):
         found = sampling.preset("many-well-5", learner)
         settings = sampling.dataclasses.replace(found.settings, **SMALL)
         monkeypatch.setitem(
@@ -95,11 +97,22 @@ def test_presets_reach_their_networks_and_are_known_by_their_target():
     for (target, learner), chosen in sampling._PRESETS.items():
         one = sampling.sampler(target, learner, seed=3)
         assert learner in sampling.tried(target) and one.settings.seed == 3
-        assert isinstance(one, AnnealedSampling if learner == "naas" else AdjointSampling)
+        assert type(one) is KINDS[learner]
         for network in one.models.values():
             assert (network.octaves, network.output) == (chosen.octaves, chosen.output)
             assert network.net[0].out_features == chosen.hidden
     assert sampling.tried("lj-13") == []
+
+
+def test_wells_that_are_lost_and_shares_that_are_off_are_told():
+    """On the right are 50, 10, 9, 91 and 100 of 100: the last three have lost a well, left with under a fifth."""
+    energy = energies.ManyWell(6, 5, 2.0)
+    right = torch.tensor([50, 10, 9, 91, 100])
+    final = torch.full((100, 6), -1.4, dtype=torch.float64)
+    final[:, :5] = torch.where(torch.arange(100)[:, None] < right, 1.4, -1.4)
+    found = sampling.distances(energy, final, energy.sample(100, torch.Generator().manual_seed(0)))
+    assert found["lost_wells"] == 3
+    assert found["share_error"] == pytest.approx((0 + 0.40 + 0.41 + 0.41 + 0.5) / 5)
 
 
 def test_particles_are_sampled_centred_with_the_normaliser_of_centred_states(monkeypatch):
