@@ -65,7 +65,14 @@ def test_what_the_page_of_dam_bench_shows_of_pytest_benchmark_was_measured():
 # Tables of samplers, by the JSON that they are printed of.
 SAMPLERS = [
     ("docs/samplers.md", f"epyc-avx2-2-cores/samplers-{name}.json")
-    for name in ("many-well-5", "gmm-40", "gmm-40-adjoint-sampling")
+    for name in (
+        "many-well-5",
+        "gmm-40",
+        "gmm-40-adjoint-sampling",
+        "many-well-50",
+        "many-well-50-adjoint-matching",
+        "many-well-50-adjoint-matching-wide",
+    )
 ]
 
 

@@ -129,7 +129,7 @@ _PRESETS: dict[tuple[str, str], Preset] = {
         ),
         hidden=32,
     ),
-    # As good as was found, and it loses wells: shown, not recommended (docs/samplers.md). Almost no gradient is cut.
+    # It loses wells in most runs: shown, not recommended (docs/samplers.md). Almost no gradient is cut.
     ("many-well-50", "adjoint-matching"): Preset(
         Settings(
             rounds=150,

@@ -156,11 +156,12 @@ def test_a_study_of_samplers_looks_at_the_reference_before_and_at_exact_samples_
         {("gmm-40", name): sampling.Preset(few, hidden=8) for name in ("naas", "adjoint-sampling")},
     )
     monkeypatch.setattr(samplers.metrics, "sinkhorn", functools.partial(samplers.metrics.sinkhorn, iterations=10))
-    found = run(tmp_path, "samplers", "--target", "gmm-40", "--samples", "30", "--seeds", "0", "1", "--sinkhorn")
+    options = ["--target", "gmm-40", "--samples", "30", "--seeds", "0", "1", "--sinkhorn", "--deviation", "2"]
+    found = run(tmp_path, "samplers", *options)
     rows = found["results"]
     naas, walk = sampling.tried("gmm-40")
     assert [row["learner"] for row in rows] == [samplers.REFERENCE, naas, naas, walk, walk, samplers.EXACT]
-    before = sampling.sampler("gmm-40", naas).sample(30, seed=2**40)
+    before = sampling.sampler("gmm-40", naas, deviation=2.0).sample(30, seed=2**40)
     law = sampling.reference(sampling.TARGETS["gmm-40"](), 30, seed=2**31)
     assert rows[0]["w2"] == sampling.distances(sampling.TARGETS["gmm-40"](), before.final.double(), law)["w2"]
     assert len(rows[1]["curve"]) == 2 and rows[1]["w2"] != rows[0]["w2"]
