@@ -225,6 +225,15 @@ def test_targets_that_cannot_be_reached(backend):
         assert gradient[0, 1] == {generalised_kl: -1.0, squared_hellinger: -INF}[phi]
 
 
+def test_a_gradient_beyond_float32(backend):
+    """Has the sign of the sum where both its parts are beyond float32 with opposite signs, and is 0 where they cancel."""
+    x, weight, scale = torch.tensor([[80.0, 100.0, 0.0]]), torch.tensor([[2e38, 1e38, 1.0]]), torch.tensor([1e25])
+    _, gradient = result(squared_hellinger, x, torch.tensor([[0, 1, 2]]), weight, row_scale=scale)
+    for n, (curvature, force) in enumerate(((math.exp(40), math.exp(-40)), (math.exp(50), math.exp(-50)))):
+        assert 1e25 * min(curvature, float(weight[0, n]) * force) / 2 > 3.5e38
+    assert gradient.tolist() == [[-INF, INF, 0.0]]
+
+
 def test_not_a_number_stays(backend):
     x, target, weight, _ = case(3, 1500)
     x[0, 7] = math.nan

@@ -389,7 +389,7 @@ class _Follower:
             case ast.Attribute():
                 found = self.reached(node, names)
                 if found is None:
-                    raise self.source.refuse(node, f"{ast.unparse(node)} is not of a number")
+                    raise self.source.refuse(node, f"{ast.unparse(node)} is not a value that an object holds")
                 return self.constant(found, node)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _COMPUTED:
                 return _COMPUTED[type(op)](number(left), number(right))
@@ -439,7 +439,7 @@ class _Follower:
             return None if node.id in names else self.source.namespace.get(node.id, getattr(builtins, node.id, None))
         if isinstance(node, ast.Attribute):
             whole = self.reached(node.value, names)
-            return None if whole is None else getattr(whole, node.attr, None)
+            return None if whole is None else functions.attribute(whole, node.attr)
         return None
 
     def called(self, node: ast.Call, names: dict[str, Any], known: dict[Any, bool]) -> Any:

@@ -107,6 +107,37 @@ def test_a_power_is_made_of_another():
     assert found.power_of(powers["u"]) is None
 
 
+class Settings:
+    power = 2
+
+    def __init__(self):
+        self.scale = 3.0
+        self.read = 0
+
+    @property
+    def computed(self):
+        self.read += 1
+        return 1.0
+
+
+SETTINGS = Settings()
+
+
+def of_settings(u):
+    return SETTINGS.scale * u**SETTINGS.power
+
+
+def of_a_property(u):
+    return u * SETTINGS.computed
+
+
+def test_nothing_is_run_for_a_value():
+    assert scalar.expression(of_settings, U) == 3 * U**2
+    with pytest.raises(DerivativeError, match="SETTINGS.computed is not a value that an object holds"):
+        scalar.expression(of_a_property, U)
+    assert SETTINGS.read == 0
+
+
 def array(u):
     return u * np.ones(3)
 
