@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -160,12 +161,31 @@ def test_sources_hold_what_they_come_from():
     assert rate.of_state and not define(softplus).of_state
 
 
+def test_to_another_process(monkeypatch):
+    rate = define(softplus)
+    written = pickle.dumps(rate)
+    assert pickle.loads(written) is rate
+    monkeypatch.setattr(rates, "DEFINED", {})
+    other = pickle.loads(written)
+    assert other is not rate and rates._defined(rate.key) is other and not other.of_state
+    z = normal(5)
+    assert same(other.rate(z, 0, 0), rate.rate(z, 0, 0))
+
+
 def negative(z):
     return z
 
 
 def vanishing(z, y):
     return y * math.exp(z)
+
+
+def cancelling(z):
+    return 1 - 1 / (1 + math.exp(z - 20))
+
+
+def overflowing(z):
+    return 1 + np.log(np.cosh(np.exp(z)))
 
 
 def of_four(z, y, x, t):
@@ -177,6 +197,12 @@ def of_four(z, y, x, t):
     [
         (negative, ValueError, "negative must be positive; it is -20 at z = -20, y = 0, x = 0"),
         (vanishing, ValueError, "vanishing must be positive; it is 0 at z = -20, y = 0, x = 0"),
+        (cancelling, ValueError, "float64 does not hold cancelling at z = -20, y = 0, x = 0: it has 0, and -inf for"),
+        (
+            overflowing,
+            ValueError,
+            "float64 does not hold overflowing at z = 8.44, .*: it has inf, .* is right; write the rate so",
+        ),
         (of_four, DerivativeError, "a rate is a function of z, of z and y, or of z, y and x"),
         (lambda z: np.sum(z), DerivativeError, "np.sum is not a function of numbers"),
     ],

@@ -1,7 +1,6 @@
 """The source of a function, without running any of it: its tree, its lines, and what its free names stand for."""
 
 from __future__ import annotations
-
 import __future__
 
 import ast

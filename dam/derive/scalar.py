@@ -26,6 +26,7 @@ from dam.derive import runtime as rt
 from dam.derive.errors import DerivativeError
 
 Expression: TypeAlias = Any  # of sympy, which has no types
+_NO_NUMBERS = (sympy.zoo, sympy.nan, sympy.oo, -sympy.oo, sympy.I)
 _PATHS = 64  # through one function
 _DEPTH, _CALLS = 32, 1000  # of calls within one another, and of all
 # As a decimal that somebody wrote: 0.3 - 1 is -7/10, not the quotient of two powers of 2 that the double is. Exponents
@@ -201,6 +202,8 @@ _KNOWN |= {
     rt.within: _within,
     rt.sign: _sign,
     rt.integral: lambda n: False,
+    rt.rebound: lambda x, names, whole=None: None,
+    rt.number: lambda x, message: None,
 }
 for _function in (
     rt.gradient, rt.unbroadcast, rt.unbroadcast_any, rt.broadcast, rt.expand, rt.total, rt.copied,
@@ -240,7 +243,8 @@ def expression(function: Callable[..., Any], *arguments: Expression) -> Expressi
     found = _Follower(source, 0, itertools.count(1)).call(arguments, {})
     if not isinstance(found, sympy.Expr):
         raise source.refuse(source.node, f"{source.name} must return one number")
-    return found
+    # sqrt(u^2) is one, of which kernels know the branches.
+    return found.replace(sympy.Abs, _abs).replace(sympy.sign, _sign)
 
 
 class _Follower:
@@ -359,11 +363,14 @@ class _Follower:
 
     def value(self, node: ast.expr, names: dict[str, Any], known: dict[Any, bool]) -> Any:
         try:
-            return self._value(node, names, known)
+            found = self._value(node, names, known)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             if isinstance(error, DerivativeError):
                 raise
             raise self.source.refuse(node, f"this is not made of numbers: {error}") from None
+        if isinstance(found, sympy.Expr) and found.has(*_NO_NUMBERS):
+            raise self.source.refuse(node, f"{ast.unparse(node)} is no real number")
+        return found
 
     def _value(self, node: ast.expr, names: dict[str, Any], known: dict[Any, bool]) -> Any:
         def of(inner: ast.expr) -> Any:

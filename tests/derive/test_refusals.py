@@ -691,7 +691,7 @@ def test_a_file_that_has_changed(tmp_path, monkeypatch):
     for changed in ("x * x + 0", "x * x * y", "x * x * x * 1.0", "x * abs(x) * x"):
         path.write_text(path.read_text().replace("x * x * x", changed, 1))
         for f in (module.cube, module.outer):
-            with pytest.raises(DerivativeError, match="another function's; has the file changed?"):
+            with pytest.raises(DerivativeError, match="another function's; has the file changed"):
                 grad(f)
         path.write_text(path.read_text().replace(changed, "x * x * x", 1))
     path.write_text('def cube(x):\n    """With comments now."""\n    # more\n    return x * x * x\n')
