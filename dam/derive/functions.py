@@ -98,7 +98,7 @@ def attribute(whole: Any, name: str) -> Any:
     Of libraries a module's own lookup is taken, by which parts of them load when they are first asked for.
     """
     if inspect.ismodule(whole):
-        of_library = whole.__name__.split(".")[0] in ("numpy", "torch")
+        of_library = whole.__name__.split(".")[0] in ("numpy", "torch", "dam")
         return getattr(whole, name, None) if of_library else vars(whole).get(name)
     found = inspect.getattr_static(whole, name, None)
     computed = isinstance(found, property) or isinstance(getattr(type(found), "__get__", None), types.FunctionType)
