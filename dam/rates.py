@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dam.backends import address, choice, cpu, generated, triton
-from dam.divergences import definition, texts
+from dam.divergences import definition, digits, texts
 from dam.kernels.excluded import Excluded
 from dam.ops import _checks, _excluded, _op, _rows
 from dam.ops.rate_ratio import RateRatio, outputs
@@ -21,6 +23,7 @@ from dam.ops.rate_ratio import RateRatio, outputs
 _VARIABLES = "z, y, x"
 _MEANING = {"rate": "u(z, y, x)", "log_rate": "log u(z, y, x)"}
 # Numbers of a network, and destinations and states, at which a rate is looked at.
+_ROUNDING, _SMALLEST = 2.0**-30, 1e-300  # relative, and what is 0 to the kernels' exponentials of doubles
 _NUMBERS, _PLACES = [-20.0 + 2.37 * n for n in range(18)], (0.0, 1.0, 7.0, 1000.0)
 
 
@@ -45,6 +48,10 @@ class Rate:
     torch: str
     rate: Callable[..., tuple[Tensor]] = field(repr=False)
     log_rate: Callable[..., tuple[Tensor]] = field(repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes and files its texts go; there it is what `define` would make of the same function."""
+        return _restored, ({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr},)
 
     def ratio(
         self,
@@ -74,6 +81,12 @@ class Rate:
         return RateRatio(log_ratio.view(target.shape), _rows.unflattened(gap, lead))
 
 
+def _restored(texts_of_rate: dict[str, Any]) -> Rate:
+    space = definition.functions_of(texts_of_rate["torch"])
+    made = Rate(**texts_of_rate, rate=space["rate"], log_rate=space["log_rate"])
+    return DEFINED.setdefault(made.key, made)
+
+
 def _state(op: str, state: Tensor, lead: torch.Size, reference: Tensor) -> Tensor:
     if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != lead:
         told = f"{state.dtype} {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
@@ -97,7 +110,7 @@ def define(rate: Callable[..., Any]) -> Rate:
 
     Raises:
         DerivativeError: it is not a function of numbers alone; the message shows the line.
-        ValueError: it is not positive at some z of -20 to 20, which the message names.
+        ValueError: it is not positive at some z of -20 to 20, or float64 does not hold it there; the message names z.
     """
     import sympy
 
@@ -114,18 +127,28 @@ def define(rate: Callable[..., Any]) -> Rate:
     programs = {name: emit.program({name: e}, symbols[0]) for name, e in (("rate", value), ("log_rate", log_value))}
     name = "rate" if rate.__name__ == "<lambda>" else source.name
     text = definition.text_of(rate, source)
-    of_torch = "\n\n".join(texts.torch_function(f, p, _VARIABLES) for f, p in programs.items())
-    space = definition.functions_of(of_torch)
-    _check_positive(name, space["rate"], space["log_rate"])
-    cpp = _cpp(text, programs)
+    try:
+        of_torch = "\n\n".join(texts.torch_function(f, p, _VARIABLES) for f, p in programs.items())
+        cpp = _cpp(text, programs)
+    except emit.Unwritable as error:
+        raise source.refuse(source.node, f"{name} has no kernel: {error}") from None
     try:
         of_triton: str | None = _triton_text(text, programs)
     except emit.Unwritable:
         of_triton = None
-    made = Rate(
-        name, text, definition.hash_of(cpp), count == 3, cpp, of_triton, of_torch, space["rate"], space["log_rate"]
+    space = definition.functions_of(of_torch)
+    _check_positive(name, digits.numbers(symbols, value, log_value), space["rate"], space["log_rate"])
+    return _restored(
+        {
+            "name": name,
+            "source": text,
+            "key": definition.hash_of(cpp),
+            "of_state": count == 3,
+            "cpp": cpp,
+            "triton": of_triton,
+            "torch": of_torch,
+        }
     )
-    return DEFINED.setdefault(made.key, made)
 
 
 # All that were defined in this process, by key.
@@ -138,15 +161,29 @@ def _defined(key: str) -> Rate:
     return DEFINED[key]
 
 
-def _check_positive(name: str, rate: Callable[..., Any], log_rate: Callable[..., Any]) -> None:
+def _check_positive(
+    name: str, exact: Callable[..., Any], rate: Callable[..., Any], log_rate: Callable[..., Any]
+) -> None:
+    """That a rate is positive, and that float64 holds it and its logarithm.
+
+    Args:
+        exact: both to many digits, for z, y and x.
+    """
     z, places = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (_NUMBERS, _PLACES))
     z, y, x = z[:, None, None], places[:, None], places
-    found, log_found = (torch.broadcast_to(f(z, y, x)[0], (len(_NUMBERS), 4, 4)) for f in (rate, log_rate))
-    bad = ~((found >= 0) & (found < math.inf) & log_found.isfinite())  # too small for a double is not 0
-    if bool(bad.any()):
-        at = tuple(bad.nonzero()[0].tolist())
-        where = f"z = {_NUMBERS[at[0]]:.3g}, y = {_PLACES[at[1]]:g}, x = {_PLACES[at[2]]:g}"
-        raise ValueError(f"define: {name} must be positive; it is {float(found[at]):.3g} at {where}")
+    computed = (torch.broadcast_to(f(z, y, x)[0], (len(_NUMBERS), 4, 4)).flatten().tolist() for f in (rate, log_rate))
+    points = itertools.product(_NUMBERS, _PLACES, _PLACES)
+    for at, found, log_found in zip(points, *computed, strict=True):
+        u, log_u = map(float, exact(*at))
+        where = "z = {:.3g}, y = {:g}, x = {:g}".format(*at)
+        if not (0 <= u < math.inf and -math.inf < log_u < math.inf):  # too small for a double is not 0
+            raise ValueError(f"define: {name} must be positive; it is {u:.3g} at {where}")
+        held = abs(found - u) <= _ROUNDING * u + _SMALLEST
+        if not (held and abs(log_found - log_u) <= _ROUNDING * max(1.0, abs(log_u))):
+            raise ValueError(
+                f"define: float64 does not hold {name} at {where}: it has {found:.6g}, and {log_found:.6g} for the "
+                f"logarithm, where {u:.6g} is right; {definition.REMEDY.format('the rate')}"
+            )
 
 
 # ---- sources

@@ -1,20 +1,25 @@
 """Divergences of a user's convex function: their kernels against closed forms in float64, and what is refused."""
 
+import copy
 import functools
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
+import sympy
 import torch
+from sympy.codegen.cfunctions import expm1
 
 import dam
 from dam.backends import generated
 from dam.benchmarks.defined import generalised_kl, squared_hellinger, table
 from dam.derive import DerivativeError
-from dam.divergences import definition, matching, rate_matching_loss, texts
+from dam.divergences import definition, digits, matching, rate_matching_loss, texts
 from tests.ops.helpers import assert_close, integers, normal, rounding, same, threads
 
 IMPLEMENTATIONS = ("torch", "cpu", "triton")
@@ -223,6 +228,15 @@ def test_targets_that_cannot_be_reached(backend):
         loss, gradient = result(phi, x, target, torch.tensor([[2.0, -1.0]]))
         assert loss == some and torch.equal(gradient[:, [0, 2]], rest[:, [0, 2]])
         assert gradient[0, 1] == {generalised_kl: -1.0, squared_hellinger: -INF}[phi]
+
+
+def test_a_gradient_beyond_float32(backend):
+    """Has the sign of the sum where both its parts are beyond float32, with opposite ones; is 0 where they cancel."""
+    x, weight, scale = torch.tensor([[80.0, 100.0, 0.0]]), torch.tensor([[2e38, 1e38, 1.0]]), torch.tensor([1e25])
+    _, gradient = result(squared_hellinger, x, torch.tensor([[0, 1, 2]]), weight, row_scale=scale)
+    for n, (curvature, force) in enumerate(((math.exp(40), math.exp(-40)), (math.exp(50), math.exp(-50)))):
+        assert 1e25 * min(curvature, float(weight[0, n]) * force) / 2 > 3.5e38
+    assert gradient.tolist() == [[-INF, INF, 0.0]]
 
 
 def test_not_a_number_stays(backend):
@@ -439,15 +453,42 @@ def constant(u):
     return 2.0
 
 
+def kink_between_samples(u):
+    return u * u - 0.3 * abs(u - 1.3)
+
+
+def jump(u):
+    return np.where(u > 1.3, u * u - 0.2, u * u)
+
+
+def another_nearby(u):
+    if 1.30 < u < 1.35:
+        return u * u - 1e-3 * np.sin(u)
+    return u * u
+
+
+def another_at_one_rate(u):
+    return np.where(u == 1.3, 100.0, u * u)
+
+
+def flat_at_one_rate(u):
+    return np.where(u == 1, 1.0, u * u)
+
+
 @pytest.mark.parametrize(
     ("phi", "error", "message"),
     [
+        (kink_between_samples, ValueError, "not convex: its slope falls from 2.9 to 2.6 at u = 1.3"),
+        (jump, ValueError, "not convex: it jumps from 1.69 to 1.49 at u = 1.3"),
+        (another_nearby, ValueError, "not convex: it jumps from 1.69 to 1.68904 at u = 1.3"),
+        (another_at_one_rate, ValueError, "not convex: it jumps from 1.69 to 100 at u = 1.3"),
+        (flat_at_one_rate, ValueError, "not convex: its slope falls from 2 to 0 at u = 1"),
         (array_sum, DerivativeError, r"return np.sum\(u\)\n.*np.sum is not a function of numbers"),
         (item, DerivativeError, r"return u\[0\]\n.*not made of numbers"),
         (loop, DerivativeError, r"for _ in range\(3\):\n.*only assignments, if and return"),
         (of_two, DerivativeError, "of_two needs a value for its parameter v"),
         (concave, ValueError, "concave is not convex: its second derivative is -.* at u = 1"),
-        (concave_kink, ValueError, "concave_kink is not convex: its slope falls to 0"),
+        (concave_kink, ValueError, "concave_kink is not convex: its slope falls from 1 to 0.5 at u = 1"),
         (convex_somewhere, ValueError, "convex_somewhere is not convex"),
         (undefined, ValueError, "no number at u = 1.31e-30; phi is one of all u > 0"),
         (linear, ValueError, "the second derivative of linear is 0"),
@@ -458,3 +499,96 @@ def constant(u):
 def test_refused(phi, error, message):
     with pytest.raises(error, match=message):
         define(phi)
+
+
+# ---- digits
+
+
+X = sympy.Symbol("x", real=True)
+U = sympy.exp(X)
+
+
+def test_noise_of_the_digits_is_no_dent():
+    """The second derivative of softplus is 1e-178 at u = 409, of which 120 digits leave -1e-121."""
+    slope = U / (1 + U).subs(U, sympy.exp(U)) * sympy.exp(U) / U
+    curvature = sympy.exp(U) / (1 + sympy.exp(U)) - (sympy.exp(U) / (1 + sympy.exp(U))) ** 2
+    assert any(digits.numbers([X], curvature)(x)[0] < 0 for x in digits._SAMPLE if 5 < x < 7)
+    digits.check_convex("softplus", X, sympy.log(1 + sympy.exp(U)), slope, curvature)
+    with pytest.raises(ValueError, match=r"softplus is not convex: its second derivative is -2.5e-09"):
+        digits.check_convex("softplus", X, sympy.log(1 + sympy.exp(U)), slope, -curvature / 10**8)
+
+
+@pytest.mark.parametrize(
+    ("e", "limit"),
+    [
+        (sympy.Rational(1, 10**9) * (2 * U - 2), -2e-9),
+        (X / 10**12, -INF),
+        (sympy.Rational(1, 10**12), 1e-12),
+        (10**12 * U * X, 0.0),
+        (1 / X, 0.0),
+        (-sympy.exp(U) / (sympy.exp(U) - 1), -INF),
+        ((sympy.exp(U) - 1 - U) / U**2, 0.5),
+    ],
+    ids=str,
+)
+def test_limits_at_zero(e, limit):
+    """Whatever the scale of phi, and where the digits lose u beside 1."""
+    assert digits.at_zero("phi", X, e) == pytest.approx(limit, rel=1e-12)
+
+
+def test_a_limit_that_cannot_be_told():
+    """It is 1, by way of 1 + 1 / x, and 0 where the digits have lost u beside 1; or it is no number."""
+    for e in (1 / X + (sympy.exp(U) - 1) / U, sympy.sqrt(U - 1)):
+        with pytest.raises(ValueError, match="a limit of a derivative of phi at a rate of 0 cannot be told"):
+            digits.at_zero("phi", X, e)
+
+
+def test_digits_are_nobody_elses():
+    """A program's own mpmath is left alone, and what it or another thread sets there changes nothing."""
+    values = digits.numbers([X], sympy.log(1 + U))
+    found = values(0.3)
+    with mpmath.workdps(5):
+        assert values(0.3) == found and mpmath.mp.dps == 5
+    assert digits.numbers([X], sympy.log(1 + U))(0.3)[0] == found[0] and found[0].context is not mpmath.mp
+
+
+def test_digits_come_to_an_end():
+    """A power of a rate to a rate of exp(1e5) has no digits to be counted; it is infinite."""
+    (found,) = digits.numbers([X], (1 + U) ** U)(1e5)
+    assert found == INF
+    (found,) = digits.numbers([X], (1 + U) ** U)(1.0)
+    assert math.isclose(found, (1 + math.e) ** math.e, rel_tol=1e-15)
+
+
+def test_forms_hold_in_float64():
+    """phi'(u) u - phi(u) of expm1(-u) + u is 1 for large u, where what is derived has the difference of two u."""
+    less = expm1(-U)
+    written, _, doubles = definition._best(X, {"pull": -U * less - less - U})
+    assert doubles.lowest == -INF and doubles.highest >= 200
+    space = definition.functions_of(texts.torch_function("compute", written))
+    (pull,) = space["compute"](torch.tensor([-10.0, 3.0, 40.0, 100.0], dtype=torch.float64))
+    u = np.exp([-10.0, 3.0])
+    expected = [*(-u * np.expm1(-u) - np.expm1(-u) - u), 1.0, 1.0]
+    assert_close(pull, torch.tensor(expected), rtol=1e-6, atol=1e-14)
+
+
+def test_what_float64_does_not_hold_is_said():
+    """sqrt(u^2 + 1) - u is 1 / (2 u) for large u, of which 2^-53 u is lost."""
+    *_, found = definition._best(X, {"pull": sympy.sqrt(U**2 + 1) - U})
+    assert found.lowest == -INF and 9 <= found.highest <= 15
+    with pytest.warns(RuntimeWarning, match="float64 holds what is derived of phi only for log rates of -inf to 9"):
+        definition._check_doubles("phi", texts.Range(-INF, 9.0))
+    with pytest.raises(ValueError, match="float64 does not hold what is derived of phi at a rate of 1; write phi so"):
+        definition._check_doubles("phi", texts.Range(INF, -INF))
+
+
+def test_to_another_process(monkeypatch):
+    """By pickle, as torch.save and workers of a DataLoader do; where it was not defined, it is then."""
+    divergence = define(chi_square)
+    written = pickle.dumps(divergence)
+    assert pickle.loads(written) is divergence and copy.deepcopy(divergence) is divergence
+    monkeypatch.setattr(definition, "DEFINED", {})
+    other = pickle.loads(written)
+    assert other is not divergence and definition.defined(divergence.key) is other and other.cpp == divergence.cpp
+    x = normal(5)
+    assert same(other.terms(x), divergence.terms(x)) and other.range == divergence.range

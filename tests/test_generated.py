@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 import threading
 
 import pytest
@@ -48,6 +49,50 @@ def test_what_has_changed_has_another_name(cache, monkeypatch):
     monkeypatch.setattr(generated, "compiler", lambda: other)
     generated.library("answer", TEXT)
     assert len([name for name in made(cache) if name.endswith(".so")]) == 5
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_library_that_is_cut_is_made_again(cache, size):
+    """A crash or a full disk leaves one; to load it would end the process."""
+    generated.library("answer", TEXT.replace("42", "7"))
+    (library,) = cache.glob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # what is loaded stays as it is
+    library.write_bytes(content[:size])
+    library.chmod(0o700)
+    assert not generated._is_whole(library)
+    assert generated.library("answer", TEXT.replace("42", "7")).answer() == 7 and generated._is_whole(library)
+
+
+def test_what_lies_there_is_what_was_written(cache):
+    """Not what somebody made of it: sources are compared with the text, which their names alone say nothing of."""
+    text = "ANSWER = 42\n"
+    assert generated.module("answer", text).ANSWER == 42
+    (path,) = cache.glob("*.py")
+    for other in ("ANSWER = 43\n", "ANSW", ""):
+        path.write_text(other)
+        assert generated.module("answer", text).ANSWER == 42 and path.read_text() == text
+    generated.library("answer", TEXT)
+    (source,), (library,) = cache.glob("*.cpp"), cache.glob("*.so")
+    library.unlink()
+    source.write_text("")
+    assert generated.library("answer", TEXT).answer() == 42 and source.read_text() == TEXT
+
+
+def test_what_does_not_compile_is_not_tried_twice(cache, monkeypatch):
+    """Its message is kept, in whatever encoding a compiler writes."""
+    calls = []
+
+    def run(command, **options):
+        calls.append(command)
+        return actual(["sh", "-c", r"printf 'wr\344ng' >&2; exit 1"], **options)
+
+    actual = subprocess.run
+    monkeypatch.setattr(generated.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(generated.NoCompiler, match="wr\ufffdng"):
+            generated.library("wrong", TEXT)
+    assert len(calls) == 1
 
 
 def test_several_build_at_once(cache):

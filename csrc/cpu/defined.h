@@ -1,4 +1,4 @@
-// The row kernel of rate_matching_loss for a divergence that a generated file defines (dam/derive/kernel_text.py), in one
+// The row kernel of rate_matching_loss for a divergence that a generated file defines (dam/divergences/texts.py), in one
 // read of the logits. Contract: dam/divergences/matching.py.
 #pragma once
 
@@ -81,6 +81,12 @@ inline F erf(F x) {
 template <class F>
 inline F pow(F x, Number<F> n) {
   return each(x, [n](auto a) { return std::pow(a, n); });
+}
+template <class F>
+inline std::enable_if_t<!std::is_same_v<F, double>, F> pow(F x, F n) {
+  F result;
+  for (unsigned i = 0; i < sizeof(F) / sizeof(x[0]); ++i) result[i] = std::pow(x[i], n[i]);
+  return result;
 }
 
 // a where the test holds, else b.
@@ -177,10 +183,10 @@ static void defined_row(const DefinedArgs& a, int64_t t, int threads, int worker
     for (int64_t j = 0; j < a.targets; ++j) sum += target[j] == v ? weight[j] : 0.0;
     return sum;
   };
-  // weight[j] times phi'(u), or times phi''(u) u, which are `at_zero` at a rate of 0.
-  const auto weighed = [&](int64_t j, double x, double at_zero, const double& value) {
-    const double w = x == -HUGE_VAL && std::isinf(at_zero) ? weight_of(target[j]) : weight[j];
-    return w == 0.0 ? 0.0 : w * (x == -HUGE_VAL ? at_zero : value);
+  // weight[j] times phi'(u), which is SLOPE_AT_ZERO at a rate of 0.
+  const auto gain_of = [&](int64_t j, double x, double slope) {
+    const double w = x == -HUGE_VAL && std::isinf(Phi::SLOPE_AT_ZERO) ? weight_of(target[j]) : weight[j];
+    return w == 0.0 ? 0.0 : w * (x == -HUGE_VAL ? Phi::SLOPE_AT_ZERO : slope);
   };
   const auto counts = [&](int64_t j) { return target[j] >= 0 && target[j] != row.exclude; };
 
@@ -195,10 +201,13 @@ static void defined_row(const DefinedArgs& a, int64_t t, int threads, int worker
     sums[k] = defined_tile<Phi, true>(x, row.width(k), scale, out.values, row.tile_ahead(k));
     for (int64_t j = 0; j < a.targets; ++j) {
       if (!counts(j) || target[j] / TILE != k) continue;
-      const double at[1] = {row.at(target[j])};
-      double slope[1], force[1];
+      // The whole sum in doubles: in floats either part may be infinite where the sum is not, or has a sign.
+      const double at[1] = {row.at(target[j])}, w = weight_of(target[j]);
+      double slope[1], force[1], pull[1], curvature[1] = {0.0};
       Phi::at_target(at, slope, force);
-      out.add(target[j], -scale * weighed(j, at[0], Phi::FORCE_AT_ZERO, force[0]));
+      if (at[0] != -HUGE_VAL) Phi::terms(at, pull, curvature);
+      const double pulled = w == 0.0 ? 0.0 : w * (at[0] == -HUGE_VAL ? Phi::FORCE_AT_ZERO : force[0]);
+      out.set(target[j], scale * (curvature[0] - pulled));
     }
     out.finish();
   });
@@ -210,7 +219,7 @@ static void defined_row(const DefinedArgs& a, int64_t t, int threads, int worker
     const double at[1] = {row.at(target[j])};
     double slope[1], force[1];
     Phi::at_target(at, slope, force);
-    loss -= weighed(j, at[0], Phi::SLOPE_AT_ZERO, slope[0]);
+    loss -= gain_of(j, at[0], slope[0]);
   }
   a.loss[t] = scale * loss;
 }

@@ -1,9 +1,9 @@
 """Kernels that are generated while a program runs: the folder they are kept in, their compilation, their loading.
 
 Code is loaded from that folder, so it and what lies in it must belong to this user, and nobody else may write there.
-A file's name has the hash of all that it is made of; one that is there is never written again, and what has changed has
-another name. Files are written under a name of their own and moved to their place whole, so that processes may make one
-at a time.
+A file's name has the hash of all that it is made of, so what has changed has another name. A file that is there is used
+if it is whole and as it was written, else written again. Files are written under a name of their own and moved to their
+place, so that processes may make one at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -110,13 +109,19 @@ def _stem(name: str, *parts: str | bytes) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_]', '_', name)[:40]}_{digest.hexdigest()[:24]}"
 
 
-def written(path: Path, data: str | bytes) -> Path:
-    """A file with that content, which appears whole."""
-    if not path.exists():
+def written(path: Path, data: bytes) -> Path:
+    """A file with that content, which appears whole; one that is there with another is written again."""
+    if not path.exists() or path.read_bytes() != data:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=path.suffix)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-        os.replace(name, path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(handle)  # before it has its name, or a crash leaves that with nothing beneath
+            os.chmod(name, 0o700 if path.suffix == ".so" else 0o600)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
     _trusted(path)
     return path
 
@@ -133,22 +138,35 @@ def library(name: str, text: str) -> ctypes.CDLL:
     build, isa, by = _build(), cpu.isa(), compiler()
     flags = [*build["flags"], *build["isa_flags"][isa], f"-DDAM_ISA={isa}", "-fPIC", "-shared"]
     stem = _stem(name, text, _headers(), by.identity, " ".join(flags))
-    source = written(folder() / f"{stem}.cpp", text)
-    target = source.with_suffix(".so")
-    if not target.exists():
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f"{stem}.", suffix=".so")
-        os.close(handle)
-        try:
-            command = [*by.command, *flags, f"-I{HEADERS}", str(source), "-o", scratch]
-            done = subprocess.run(command, capture_output=True, text=True)
+    target = folder() / f"{stem}.so"
+    if target in _REFUSED:
+        raise NoCompiler(_REFUSED[target])
+    if not _is_whole(target):
+        source = written(target.with_suffix(".cpp"), text.encode())
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{stem}.") as scratch:
+            made = Path(scratch) / target.name
+            command = [*by.command, *flags, f"-I{HEADERS}", str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode != 0:
-                raise NoCompiler(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
-            os.chmod(scratch, 0o700)
-            os.replace(scratch, target)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+                _REFUSED[target] = f"{' '.join(command)}: {done.stderr.strip()[-2000:]}"
+                raise NoCompiler(_REFUSED[target])
+            content = made.read_bytes()
+        written(target, content + hashlib.sha256(content).digest())
     _trusted(target)
     return ctypes.CDLL(str(target))
+
+
+_REFUSED: dict[Path, str] = {}  # what did not compile in this process, and why: it would not at the next call
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library ends with the hash of what is before it; the loader does not look there, and one that is cut
+    would end the process."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def module(name: str, text: str) -> types.ModuleType:
@@ -157,11 +175,10 @@ def module(name: str, text: str) -> types.ModuleType:
     Raises:
         PermissionError: the cache is not this user's alone.
     """
-    path = written(folder() / f"{_stem(name, text)}.py", text)
-    spec = importlib.util.spec_from_file_location(f"dam_generated.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
+    path = written(folder() / f"{_stem(name, text)}.py", text.encode())
+    found = types.ModuleType(f"dam_generated.{path.stem}")
+    found.__file__ = str(path)
+    exec(compile(text, str(path), "exec"), vars(found))  # not what a compiled copy beside it would say
     return found
 
 

@@ -224,10 +224,25 @@ class _Writer:
             return f"{self.said(sympy.Integer(1))} / {self.factor(base**-exponent)}"
         if exponent.is_Integer and 2 <= exponent <= _PRODUCTS:
             return " * ".join([self.named(base)] * int(exponent))
+        if exponent.is_Integer and exponent > 0:
+            return self._squared(self.named(base), int(exponent))
         if exponent == sympy.Rational(1, 2):
             return self.language.root.format(self.said(base))
         texts = [self.named(base), self.said(exponent) if exponent.is_number else self.named(exponent)]
         return self.language.power.format(*texts)
+
+    def _squared(self, base: str, exponent: int) -> str:
+        """A power by squares of squares: right for negative bases too, of which a logarithm is none."""
+        factors = []
+        while exponent:
+            if exponent % 2:
+                factors.append(base)
+            exponent //= 2
+            if exponent:
+                self.count += 1
+                self.lines.append(self.language.line.format(f"base_{self.count}", f"{base} * {base}"))
+                base = f"base_{self.count}"
+        return " * ".join(factors)
 
     def test(self, e: sympy.Basic) -> str:
         if isinstance(e, sympy.Symbol):

@@ -412,7 +412,7 @@ class Normaliser:
         for attribute in reversed(path):
             if not inspect.ismodule(value) and not isinstance(value, type):
                 return None
-            value = getattr(value, attribute, None)
+            value = functions.attribute(value, attribute)
         return value
 
     def without_slope(self, call: ast.Call) -> bool:

@@ -26,6 +26,7 @@ from dam.derive import runtime as rt
 from dam.derive.errors import DerivativeError
 
 Expression: TypeAlias = Any  # of sympy, which has no types
+_NO_NUMBERS = (sympy.zoo, sympy.nan, sympy.oo, -sympy.oo, sympy.I)
 _PATHS = 64  # through one function
 _DEPTH, _CALLS = 32, 1000  # of calls within one another, and of all
 # As a decimal that somebody wrote: 0.3 - 1 is -7/10, not the quotient of two powers of 2 that the double is. Exponents
@@ -201,6 +202,8 @@ _KNOWN |= {
     rt.within: _within,
     rt.sign: _sign,
     rt.integral: lambda n: False,
+    rt.rebound: lambda x, names, whole=None: None,
+    rt.number: lambda x, message: None,
 }
 for _function in (
     rt.gradient, rt.unbroadcast, rt.unbroadcast_any, rt.broadcast, rt.expand, rt.total, rt.copied,
@@ -240,7 +243,8 @@ def expression(function: Callable[..., Any], *arguments: Expression) -> Expressi
     found = _Follower(source, 0, itertools.count(1)).call(arguments, {})
     if not isinstance(found, sympy.Expr):
         raise source.refuse(source.node, f"{source.name} must return one number")
-    return found
+    # sqrt(u^2) is one, of which kernels know the branches.
+    return found.replace(sympy.Abs, _abs).replace(sympy.sign, _sign)
 
 
 class _Follower:
@@ -359,11 +363,14 @@ class _Follower:
 
     def value(self, node: ast.expr, names: dict[str, Any], known: dict[Any, bool]) -> Any:
         try:
-            return self._value(node, names, known)
+            found = self._value(node, names, known)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             if isinstance(error, DerivativeError):
                 raise
             raise self.source.refuse(node, f"this is not made of numbers: {error}") from None
+        if isinstance(found, sympy.Expr) and found.has(*_NO_NUMBERS):
+            raise self.source.refuse(node, f"{ast.unparse(node)} is no real number")
+        return found
 
     def _value(self, node: ast.expr, names: dict[str, Any], known: dict[Any, bool]) -> Any:
         def of(inner: ast.expr) -> Any:
@@ -389,7 +396,7 @@ class _Follower:
             case ast.Attribute():
                 found = self.reached(node, names)
                 if found is None:
-                    raise self.source.refuse(node, f"{ast.unparse(node)} is not of a number")
+                    raise self.source.refuse(node, f"{ast.unparse(node)} is not a value that an object holds")
                 return self.constant(found, node)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _COMPUTED:
                 return _COMPUTED[type(op)](number(left), number(right))
@@ -439,7 +446,7 @@ class _Follower:
             return None if node.id in names else self.source.namespace.get(node.id, getattr(builtins, node.id, None))
         if isinstance(node, ast.Attribute):
             whole = self.reached(node.value, names)
-            return None if whole is None else getattr(whole, node.attr, None)
+            return None if whole is None else functions.attribute(whole, node.attr)
         return None
 
     def called(self, node: ast.Call, names: dict[str, Any], known: dict[Any, bool]) -> Any:

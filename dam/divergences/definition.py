@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +16,10 @@ import torch
 from torch import Tensor
 
 from dam import derive
-from dam.divergences import texts
+from dam.divergences import digits, texts
 from dam.divergences.texts import Range
 
-# Logarithms of the rates at which phi is looked at: 1e-30 to 1e30, and 1 itself, where a kink often is, is none.
-_SAMPLE = [0.58 * (n + 0.37) for n in range(-119, 119)]
-_DIGITS = 120  # so that what cancels there has some left
-# Log rates at which float32 is compared with these digits.
+# Log rates at which floating point is compared with many digits.
 _GRID = sorted(
     [0.5 * n for n in range(-20, 21)]
     + [sign * x for sign in (-1.0, 1.0) for x in (*range(11, 90, 2), 100, 200, 500, 1000, 10_000, 100_000)]
@@ -29,6 +28,12 @@ _GRID = sorted(
 _OPERATIONS, _TERMS = 150, 64
 _ROUNDING = 2.0**-18  # relative, of a number that a sum or a gradient is made of; the kernels' own exp has 2^-22
 _SMALLEST, _LARGEST = 2.0**-120, 2.0**100  # what is 0 to float32, and what 1024 of may be added in it
+# Of doubles it is beside what a rate of about 1 adds to the same sum, of which there may be 2^17.
+_NEGLIGIBLE = 2.0**-40
+# Log rates that float64 should hold: of the ways to write an expression the one is taken that holds most of the first,
+# and a message says what does not hold all of the second.
+REMEDY = "write {} so that nothing cancels or overflows, by log1p, expm1, logaddexp or softplus"
+_TRUSTED, _ORDINARY = 100.0, 25.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,7 @@ class Divergence:
         phi, slope, curvature: sources of the function and of its first and second derivative.
         slope_at_zero, force_at_zero: limits of phi'(u) and phi''(u) u at a rate of 0.
         range: log rates for which kernels compute in float32; where a tile of a row has others, in float64.
+        doubles: log rates for which float64 holds what is computed, to a relative 2^-18.
         cpp, triton: sources of the kernels; triton is None where Triton lacks a function.
         torch: the source of the functions `terms` and `at_target` of log rates.
     """
@@ -53,11 +59,22 @@ class Divergence:
     slope_at_zero: float
     force_at_zero: float
     range: Range
+    doubles: Range
     cpp: str
     triton: str | None
     torch: str
     terms: Callable[[Tensor], tuple[Tensor, Tensor]] = field(repr=False)
     at_target: Callable[[Tensor], tuple[Tensor, Tensor]] = field(repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes and files its texts go; there it is what `define` would make of the same function."""
+        return _restored, ({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr},)
+
+
+def _restored(texts_and_limits: dict[str, Any]) -> Divergence:
+    space = functions_of(texts_and_limits["torch"])
+    made = Divergence(**texts_and_limits, terms=space["terms"], at_target=space["at_target"])
+    return DEFINED.setdefault(made.key, made)
 
 
 def define(phi: Callable[[Any], Any]) -> Divergence:
@@ -77,7 +94,11 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
 
     Raises:
         DerivativeError: phi is not a function of numbers alone, or has no derivative; the message shows the line.
-        ValueError: phi is not convex, or is no number at some u of 1e-30 to 1e30, which the message names.
+        ValueError: phi is not convex, or is no number at some u of 1e-30 to 1e30, which the message names; or float64
+            does not hold what is derived of it at a rate of 1.
+
+    Warns:
+        RuntimeWarning: float64 does not hold it at all log rates of -25 to 25.
     """
     import sympy
 
@@ -91,13 +112,16 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     curvature_of = derive.grad(slope_of)
     slope, curvature = scalar.expression(slope_of, u), scalar.expression(curvature_of, u)
     name = "phi" if phi.__name__ == "<lambda>" else source.name
-    _check_convex(name, _numbers(x, value, slope, curvature))
+    digits.check_convex(name, x, value, slope, curvature)
 
-    wanted = {"pull": slope * u - value, "curvature": curvature * u**2}
-    written, limits = _best(x, wanted)
+    pull = slope * u - value
+    written, limits, doubles = _best(x, {"pull": pull, "curvature": curvature * u**2})
     at_target = {"slope": slope, "force": curvature * u}
-    target, _ = _best(x, at_target)  # computed in float64; what rounds well in float32 does there
-    of_zero = [_at_zero(_numbers(x, e)) for e in at_target.values()]
+    # Computed in float64. Beside a slope counts the pull, to which weights of a rate's size add it.
+    target, _, of_target = _best(x, at_target, {"slope": pull / u})
+    doubles = _common(doubles, of_target)
+    _check_doubles(name, doubles)
+    of_zero = [digits.at_zero(name, x, e) for e in at_target.values()]
     text = text_of(phi, source)
     parts = texts.Parts(
         name=name,
@@ -109,28 +133,30 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
         force_at_zero=of_zero[1],
         range=limits,
     )
-    cpp, torch_text = texts.cpp(parts), texts.torch(parts)
+    try:
+        cpp, torch_text = texts.cpp(parts), texts.torch(parts)
+    except emit.Unwritable as error:
+        raise source.refuse(source.node, f"{name} has no kernel: {error}") from None
     try:
         triton: str | None = texts.triton(parts)
     except emit.Unwritable:
         triton = None
-    space = functions_of(torch_text)
-    made = Divergence(
-        name=name,
-        key=hash_of(cpp),
-        phi=text,
-        slope=derive.source(slope_of),
-        curvature=derive.source(curvature_of),
-        slope_at_zero=of_zero[0],
-        force_at_zero=of_zero[1],
-        range=limits,
-        cpp=cpp,
-        triton=triton,
-        torch=torch_text,
-        terms=space["terms"],
-        at_target=space["at_target"],
+    return _restored(
+        {
+            "name": name,
+            "key": hash_of(cpp),
+            "phi": text,
+            "slope": derive.source(slope_of),
+            "curvature": derive.source(curvature_of),
+            "slope_at_zero": of_zero[0],
+            "force_at_zero": of_zero[1],
+            "range": limits,
+            "doubles": doubles,
+            "cpp": cpp,
+            "triton": triton,
+            "torch": torch_text,
+        }
     )
-    return DEFINED.setdefault(made.key, made)
 
 
 def hash_of(*parts: str) -> str:
@@ -185,59 +211,6 @@ def text_of(phi: Callable[[Any], Any], source: Any) -> str:
     return "\n".join(source.lines[first : source.node.end_lineno])
 
 
-# ---- numbers
-
-
-def _numbers(x: Any, *expressions: Any) -> Callable[[float], list[float]]:
-    """Values of expressions at a log rate, to many digits; NaN where there is none."""
-    import mpmath
-    import sympy
-
-    own = {"where": lambda test, a, b: a if test else b, "log1p": mpmath.log1p, "expm1": mpmath.expm1}
-    found = [sympy.lambdify(x, e, modules=[own, "mpmath"]) for e in expressions]
-
-    def values(at: float) -> list[Any]:
-        with mpmath.workdps(_DIGITS):
-            return [_value(f, mpmath.mpf(at)) for f in found]
-
-    return values
-
-
-def _value(f: Callable[[Any], Any], at: Any) -> Any:
-    try:
-        value = f(at)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        return math.nan
-    return math.nan if hasattr(value, "imag") and value.imag != 0 else value
-
-
-def _check_convex(name: str, values: Callable[[float], list[Any]]) -> None:
-    before, bent = -math.inf, False
-    for x in _SAMPLE:
-        value, slope, curvature = values(x)
-        at = f"u = {math.exp(x):.3g}"
-        if any(v != v or abs(v) == math.inf for v in (value, slope, curvature)):
-            raise ValueError(f"define: {name} or a derivative of it is no number at {at}; phi is one of all u > 0")
-        if curvature < 0:
-            raise ValueError(f"define: {name} is not convex: its second derivative is {float(curvature):.3g} at {at}")
-        if slope < before:
-            raise ValueError(f"define: {name} is not convex: its slope falls to {float(slope):.3g} before {at}")
-        before, bent = slope, bent or curvature > 0
-    if not bent:
-        raise ValueError(
-            f"define: the second derivative of {name} is 0 wherever it was looked at, so nothing would pull a rate to "
-            "its target"
-        )
-
-
-def _at_zero(values: Callable[[float], list[Any]]) -> float:
-    """The limit at u -> 0, infinite where there is none."""
-    (near,), (nearer,) = values(-1e6), values(-1e8)
-    if abs(nearer - near) <= 1e-3 * max(1.0, abs(nearer)):
-        return 0.0 if abs(nearer) < 1e-7 else float(nearer)
-    return math.inf if nearer > 0 else -math.inf
-
-
 # ---- ways to write an expression
 
 
@@ -260,37 +233,68 @@ def by_branch(e: Any, form: Callable[[Any], Any]) -> Any:
     return where(test, by_branch(side(1), form), by_branch(side(2), form))
 
 
-def _best(x: Any, wanted: Mapping[str, Any]) -> tuple[Any, Range]:
-    """The computation of what kernels add up in float32, and where that holds.
+def _best(x: Any, wanted: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> tuple[Any, Range, Range]:
+    """The computation of what kernels add up, and where float32 and float64 hold it.
 
-    Each expression as it was derived, expanded, and over one denominator: the one that rounds well over most rates, of
-    several the shortest.
+    Each expression as it was derived, expanded, and over one denominator: the one that float64 holds at most rates, of
+    several the one that float32 does, of several the shortest.
+
+    Args:
+        beside: expressions whose size counts too in that of one that is wanted, where these are for targets.
     """
     import sympy
+    from sympy.codegen.cfunctions import expm1
 
     from dam.derive import emit
 
-    forms: Sequence[Callable[[Any], Any]] = (lambda e: e, _expanded, _cancelled)
-    chosen, limits = {}, Range(-math.inf, math.inf)
+    forms: list[Callable[[Any], Any]] = [lambda e: e, _expanded, _cancelled]
+    if any(e.has(expm1) for e in wanted.values()):
+        forms.append(_of_exponentials)
+    chosen, limits, doubles = {}, Range(-math.inf, math.inf), Range(-math.inf, math.inf)
     for name, e in wanted.items():
-        exact = [float(v[0]) for v in map(_numbers(x, e), _GRID)]
+        values = digits.numbers([x], e, beside.get(name, sympy.Integer(0)) if beside else sympy.Integer(0))
+        exact, sizes = zip(*(map(float, values(at)) for at in _GRID), strict=True)
         ways: list[tuple[Any, ...]] = []
         for form in forms:
             try:
                 way = by_branch(e, form)
             except (sympy.PolynomialError, NotImplementedError):
                 continue
-            if any(way == other for *_, other, _ in ways):
+            if any(way == other for *_, other, _, _ in ways):
                 continue
             one = emit.program({name: way}, x)
-            holds = _range_of(one, exact)
-            span = min(holds.highest, _GRID[-1]) - max(holds.lowest, _GRID[0])
-            ways.append((-span, sympy.count_ops(way), len(ways), way, holds))
-        *_, chosen[name], holds = min(ways, key=lambda w: w[:3])
-        limits = Range(max(limits.lowest, holds.lowest), min(limits.highest, holds.highest))
+            holds, wide = (
+                _range_of(one, exact, sizes, beside is not None, dtype) for dtype in (torch.float32, torch.float64)
+            )
+            ways.append(
+                (-_span(wide, _TRUSTED), -_span(holds, _GRID[-1]), sympy.count_ops(way), len(ways), way, holds, wide)
+            )
+        *_, chosen[name], holds, wide = min(ways, key=lambda w: w[:4])
+        limits, doubles = _common(limits, holds), _common(doubles, wide)
     if not limits.lowest < 0 < limits.highest:
         limits = Range(math.inf, -math.inf)  # float64 throughout
-    return emit.program(chosen, x), limits
+    return emit.program(chosen, x), limits, doubles
+
+
+def _span(found: Range, within: float) -> float:
+    return min(found.highest, within) - max(found.lowest, -within)
+
+
+def _common(a: Range, b: Range) -> Range:
+    return Range(max(a.lowest, b.lowest), min(a.highest, b.highest))
+
+
+def _check_doubles(name: str, found: Range) -> None:
+    how = REMEDY.format("phi")
+    if not found.lowest <= 0 <= found.highest:
+        raise ValueError(f"define: float64 does not hold what is derived of {name} at a rate of 1; {how}")
+    if found.lowest > -_ORDINARY or found.highest < _ORDINARY:
+        warnings.warn(
+            f"dam: float64 holds what is derived of {name} only for log rates of {found.lowest:g} to "
+            f"{found.highest:g}, and others are computed wrongly: keep to these, or {how}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _is_small(e: Any) -> bool:
@@ -317,18 +321,35 @@ def _cancelled(e: Any) -> Any:
     return sympy.cancel(e) if _is_small(e) and all(abs(k * root) <= _TERMS for k in steps) else e
 
 
-def _range_of(one: Any, exact: list[Any]) -> Range:
-    """Of the grid the part around 0 on which float32 is close."""
+def _of_exponentials(e: Any) -> Any:
+    """The same without expm1, whose 1 may cancel with another."""
+    import sympy
+    from sympy.codegen.cfunctions import expm1
+
+    return _expanded(e.replace(expm1, lambda a: sympy.exp(a) - 1))
+
+
+def _range_of(one: Any, exact: Sequence[float], beside: Sequence[float], weighed: bool, dtype: torch.dtype) -> Range:
+    """Of the grid the part around 0 on which floating point is close to the exact values.
+
+    Args:
+        beside: sizes that count beside theirs.
+        weighed: whether they are added times a target's weight.
+    """
     run = functions_of(texts.torch_function("compute", one))["compute"]
-    (found,) = run(torch.tensor(_GRID, dtype=torch.float32, device="cpu"))
+    (found,) = run(torch.tensor(_GRID, dtype=dtype, device="cpu"))
+    narrow = dtype == torch.float32
+    small = _NEGLIGIBLE * max(abs(v) for x, v in zip(_GRID, exact, strict=True) if abs(x) <= 1.0)
     good = []
     for n, (x, ours, theirs) in enumerate(zip(_GRID, found.tolist(), exact, strict=True)):
         around = [*exact[max(n - 1, 0) : n], *exact[n + 1 : n + 2]]
         # Beside a sign's change what counts is the size around it.
         size = max(map(abs, (theirs, *around))) if any(v * theirs <= 0 for v in around) else abs(theirs)
-        held = all(float(k) * x <= 86.0 for _, k in one.powers)  # what exp_each takes
-        close = abs(ours - theirs) <= _ROUNDING * size + _SMALLEST
-        good.append(bool(held and close and abs(ours) <= _LARGEST))
+        # A weight may be 1, or of the rate's size.
+        least = _SMALLEST if narrow else small * (math.exp(-min(max(x, 0.0), 700.0)) if weighed else 1.0)
+        close = ours == theirs or abs(ours - theirs) <= _ROUNDING * (size + abs(beside[n])) + least
+        held = all(float(k) * x <= 86.0 for _, k in one.powers) and abs(ours) <= _LARGEST  # what exp_each takes
+        good.append(bool(close and (held or not narrow)))
     middle = _GRID.index(0.0)
     if not good[middle]:
         return Range(math.inf, -math.inf)

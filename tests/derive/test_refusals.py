@@ -1,6 +1,7 @@
 """What has no derivative is refused by name, with its line; what only shows when it runs, then."""
 
 import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -774,3 +775,32 @@ def test_keys_of_a_dict_are_not_popped():
 
     with pytest.raises(DerivativeError, match="pop of a key of a dict"):
         grad(f)({0: 2.0, 1: 3.0})
+
+
+def test_a_file_that_has_changed(tmp_path, monkeypatch):
+    """What runs is what was imported, so a derivative of what the file says now would be another function's."""
+    path = tmp_path / "of_a_file.py"
+    path.write_text("def cube(x):\n    return x * x * x\n\n\ndef outer(x):\n    return cube(x)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("of_a_file")
+    assert grad(module.outer)(2.0) == 12.0
+    for changed in ("x * x + 0", "x * x * y", "x * x * x * 1.0", "x * abs(x) * x"):
+        path.write_text(path.read_text().replace("x * x * x", changed, 1))
+        for f in (module.cube, module.outer):
+            with pytest.raises(DerivativeError, match="another function's; has the file changed"):
+                grad(f)
+        path.write_text(path.read_text().replace(changed, "x * x * x", 1))
+    path.write_text('def cube(x):\n    """With comments now."""\n    # more\n    return x * x * x\n')
+    assert grad(module.cube)(2.0) == 12.0
+
+
+def test_a_function_within_another_is_known_by_its_code():
+    power, label = 2, "a"
+
+    def f(x, *, by=lambda v: v):
+        def inner(v):
+            return v**power if label == "a" else f(v)
+
+        return inner(x) + sum(inner(v) for v in [x, x])
+
+    assert grad(f)(3.0) == 18.0

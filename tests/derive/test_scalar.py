@@ -107,6 +107,71 @@ def test_a_power_is_made_of_another():
     assert found.power_of(powers["u"]) is None
 
 
+class Settings:
+    power = 2
+
+    def __init__(self):
+        self.scale = 3.0
+        self.read = 0
+
+    @property
+    def computed(self):
+        self.read += 1
+        return 1.0
+
+
+SETTINGS = Settings()
+
+
+def of_settings(u):
+    return SETTINGS.scale * u**SETTINGS.power
+
+
+def of_a_property(u):
+    return u * SETTINGS.computed
+
+
+def test_nothing_is_run_for_a_value():
+    assert scalar.expression(of_settings, U) == 3 * U**2
+    with pytest.raises(DerivativeError, match=r"SETTINGS\.computed is not a value that an object holds"):
+        scalar.expression(of_a_property, U)
+    assert SETTINGS.read == 0
+
+
+def root_of_a_square(u):
+    return np.sqrt((u - 3) ** 2) + u
+
+
+def under_two_names(u):
+    v = u
+    v *= u
+    v, w = v + 1, u
+    v += w
+    return v
+
+
+def test_what_has_branches_is_written_with_them():
+    """Not by sympy's Abs, of which no language here has a name."""
+    found = scalar.expression(root_of_a_square, U)
+    assert not found.has(sympy.Abs) and [found.subs(U, u) for u in (1, 3, 5)] == [3, 3, 7]
+
+
+def test_an_augmented_assignment_makes_a_number_anew():
+    assert sympy.expand(scalar.expression(grad(under_two_names), U)) == 2 * U + 1
+
+
+def over_zero(u):
+    return u * u / 0
+
+
+def log_of_zero(u):
+    return u + math.log(0)
+
+
+def complex_root(u):
+    return u + math.sqrt(-2)
+
+
 def array(u):
     return u * np.ones(3)
 
@@ -136,6 +201,9 @@ def nothing(u):
 @pytest.mark.parametrize(
     ("f", "line", "message"),
     [
+        (over_zero, "return u * u / 0", "is no real number"),
+        (log_of_zero, "return u + math.log(0)", r"math.log\(0\) is no real number"),
+        (complex_root, "return u + math.sqrt(-2)", "is no real number"),
         (array, "return u * np.ones(3)", "np.ones is not a function of numbers"),
         (with_loop, "while u > 1:", "only assignments, if and return"),
         (text, 'return u + "a"', "is no number"),
