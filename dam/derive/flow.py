@@ -467,7 +467,8 @@ def shapes(statements: list[Statement], parameters: Iterable[str]) -> dict[str, 
             if entry.shape == "same":
                 symbol = of(bound["x"])
             elif entry.partials:
-                given = {of(bound[p]) for p in bound if p in entry.partials}
+                # Bounds of clip have no slope, and broadcast as well.
+                given = {of(v) for v in bound.values() if not (isinstance(v, ast.Constant) and v.value is None)}
                 symbol = next(iter(given - {SCALAR} or {SCALAR})) if len(given - {SCALAR}) <= 1 else None
             elif entry.module != "rt" and "axis" in bound and "keepdims" in bound:
                 plain = [isinstance(bound[p], ast.Constant) and not bound[p].value for p in ("axis", "keepdims")]  # type: ignore[attr-defined]

@@ -24,7 +24,22 @@ from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
 from dam.derive.primitives import Primitive
-from dam.derive.trees import KEPT, children, copied, filled, loads, mentions, name, parsed, renamed, stores, walk
+from dam.derive.trees import (
+    COMPREHENSIONS,
+    KEPT,
+    bound_inside,
+    children,
+    copied,
+    filled,
+    loads,
+    mentions,
+    name,
+    parsed,
+    rebuilt,
+    renamed,
+    stores,
+    walk,
+)
 
 assert tables.FUNCTIONS  # loaded with this module
 
@@ -195,6 +210,9 @@ REFUSED: dict[type, str] = {
 
 _VARIES = f"{KEPT}varies"
 
+# Parameters of functions in dam.derive.written that are lists, and no arrays.
+WRITTEN_LISTS = {"arrays", "axis", "condlist", "choicelist"}
+
 
 def called_by_name(function: str, value: ast.Call) -> ast.Call:
     """A call of a function as its author wrote it, which may have parameters that are given by position only."""
@@ -228,7 +246,8 @@ class Normaliser:
         while result in names:
             result += "_"
         self.result = result
-        body = without_exits(node.body, result)
+        self.locals = names
+        body = without_exits([self._told_apart(one) for one in node.body], result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
@@ -246,6 +265,29 @@ class Normaliser:
 
     def refuse(self, node: ast.AST, message: str) -> DerivativeError:
         return self.source.refuse(node if hasattr(node, "lineno") else self.here, message)
+
+    def _told_apart(self, node: ast.AST) -> Any:
+        """Code whose comprehensions have other names for their items than what they go over: [x for x in x].
+
+        What the first `for` goes over is of the scope around, so that one name there means two things.
+        """
+        if not any(isinstance(n, COMPREHENSIONS) and _shadowed(n) for n in walk(node)):
+            return node
+        new = rebuilt(
+            node,
+            lambda part: (
+                [self._told_apart(one) if isinstance(one, ast.AST) else one for one in part]
+                if isinstance(part, list)
+                else self._told_apart(part)
+            ),
+        )
+        if not isinstance(new, COMPREHENSIONS) or not (shadowed := _shadowed(new)):
+            return new
+        fresh = {n: self.fresh(n) for n in sorted(shadowed)}
+        outer = new.generators[0].iter
+        inner = _renamed_comprehension(new, fresh)
+        inner.generators[0].iter = outer
+        return inner
 
     # ---- functions inside
 
@@ -323,7 +365,11 @@ class Normaliser:
                     varied |= _roots(node.target) - self._counters(node)
                 elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                     call = node.value
-                    if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+                    if (
+                        isinstance(call.func, ast.Attribute)
+                        and isinstance(call.func.value, ast.Name)
+                        and call.func.value.id in self.locals
+                    ):
                         given = (*call.args, *(k.value for k in call.keywords))
                         if any(self.depends(a) for a in given) and call.func.attr in ("append", "extend", "update"):
                             varied.add(call.func.value.id)
@@ -374,6 +420,8 @@ class Normaliser:
             return isinstance(node.slice, ast.Slice) and self._is_list(node.value)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return self._is_list(node.left) and self._is_list(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return self._is_list(node.left) or self._is_list(node.right)
         return isinstance(node, (ast.List, ast.ListComp)) or self._made_by(node, list)
 
     def _of_item(self, node: ast.AST) -> str | None:
@@ -449,8 +497,8 @@ class Normaliser:
             return False  # a key: text of active numbers is refused where the function is transformed first
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return False
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.BitAnd, ast.BitOr)):
-            return False
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.BitAnd)):
+            return False  # but a | b may be of dicts
         if isinstance(node, ast.Attribute) and node.attr in primitives.ATTRIBUTES_WITHOUT_SLOPE:
             return False
         if isinstance(node, ast.Subscript):
@@ -596,6 +644,17 @@ class Normaliser:
             target = self.fresh()
             self.assign(target, node)
             return name(target)
+        if isinstance(node, ast.IfExp):  # of its arms one alone is evaluated
+            target = self.fresh("chosen")
+            branch = ast.If(node.test, [_set(target, node.body)], [_set(target, node.orelse)])
+            self._written(branch, node, set())
+            return name(target)
+        if isinstance(node, ast.BoolOp) and any(self._calls_inside(v) for v in node.values[1:]):
+            raise self.refuse(
+                node, "a function defined inside is called in a part of and/or that may not be evaluated; write an if"
+            )
+        if isinstance(node, COMPREHENSIONS) and not isinstance(node, ast.SetComp):
+            return name(self._loops(node))
         new = copied(node)
         for field_, value in ast.iter_fields(new):
             if isinstance(value, ast.expr) and self._calls_inside(value):
@@ -632,6 +691,11 @@ class Normaliser:
             return name(node.id), "copy"
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self._is_list(node):
             return self._starred(_joined_lists(node)), "copy"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            if self._is_list(node):
+                return name(self._loops(self._repeated(node))), "copy"
+            if isinstance(node.left, ast.Tuple) or isinstance(node.right, ast.Tuple):
+                raise self.refuse(node, "a tuple that is repeated has no derivative here; make it a list")
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
             entry = primitives.OPERATORS.get(type(node.op))
             if entry is None:
@@ -710,6 +774,16 @@ class Normaliser:
         self._written(body, node, varied)
         return target
 
+    def _repeated(self, node: ast.BinOp) -> ast.ListComp:
+        """l * n of a list as [item for _ in range(n) for item in l], of one l."""
+        items, count = (node.left, node.right) if self._is_list(node.left) else (node.right, node.left)
+        at, item = self.fresh("k"), self.fresh("item")
+        times = ast.comprehension(ast.Name(at, ast.Store()), filled("range(n)", {"n": count}), [], 0)
+        each = ast.comprehension(ast.Name(item, ast.Store()), self._named(items), [], 0)
+        made = ast.ListComp(name(item), [times, each])
+        _placed(made, node)
+        return made
+
     def _starred(self, node: ast.List) -> ast.Name:
         """A list with * in it, filled item by item."""
         target = self.let(self.fresh("items"), ast.List([], ast.Load()), "constant", node)
@@ -754,7 +828,7 @@ class Normaliser:
         known = primitives.key(found)
         if (written := primitives.WRITTEN.get(known)) is not None:
             if inspect.getmodule(found) is not torch:
-                node = primitives.with_arrays(node, inspect.signature(written).parameters, {"arrays", "axis"})
+                node = primitives.with_arrays(node, inspect.signature(written).parameters, WRITTEN_LISTS)
             return self.call(node, Callee(functions.of(written), written)), "call"
         if found in (np.einsum, torch.einsum) and known not in primitives.FUNCTIONS:
             return self._einsum(node, "np" if found is np.einsum else "torch"), "primitive"
@@ -813,7 +887,9 @@ class Normaliser:
             if lost:  # summed in this operand alone
                 terms.append((own, f"{module}.ones_like({names[k]})"))
             pattern = ",".join(t for t, _ in terms) + "->" + own
-            reverse[names[k]] = f"{module}.einsum('{pattern}', {', '.join(t for _, t in terms)})"
+            product = f"{module}.einsum('{pattern}', {', '.join(t for _, t in terms)})"
+            # An axis of size 1 is broadcast, of this operand or of what is left of the others.
+            reverse[names[k]] = f"rt.broadcast(rt.unbroadcast({product}, {names[k]}), {names[k]})"
             given = ", ".join(f"d_{n}" if j == k else n for j, n in enumerate(names))
             forward[names[k]] = f"{module}.einsum('{subscripts}', {given})"
         entry = Primitive(
@@ -829,6 +905,8 @@ class Normaliser:
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
         """list(x), dict(a=x), sums with a start, extremes of several numbers."""
         if found is sum and len(node.args) == 2 and not node.keywords:
+            if self._is_list(node.args[1]) or isinstance(node.args[1], ast.Tuple):
+                raise self.refuse(node, "a sum of lists has no derivative here; write [v for l in lists for v in l]")
             total = ast.copy_location(ast.Call(node.func, node.args[:1], []), node)
             return self.operation(ast.copy_location(ast.BinOp(node.args[1], ast.Add(), total), node))
         if found in (max, min) and len(node.args) > 2 and not node.keywords:
@@ -1063,6 +1141,8 @@ class Normaliser:
         if isinstance(node.target, ast.Name) and isinstance(node.op, ast.Add) and self._is_list(node.target):
             call = ast.Call(ast.Attribute(read, "extend", ast.Load()), [node.value], [])
             self.on_Expr(ast.copy_location(ast.Expr(_placed(call, node)), node))
+        elif isinstance(node.op, ast.Mult) and self.depends(node.target) and self._is_list(read):
+            raise self.refuse(node, "a list that is repeated in place has no derivative here; write l = l * n")
         elif isinstance(node.target, ast.Name):
             value = ast.copy_location(ast.BinOp(read, node.op, node.value), node)
             self.assign(node.target.id, value, in_place=True)
@@ -1154,6 +1234,8 @@ class Normaliser:
         item = self.fresh("item")
         if self.depends(items):
             self.varied.add(item)
+        else:  # of what it was before: l.extend(l) ends
+            items = ast.List([ast.Starred(items, ast.Load())], ast.Load())
         loop = ast.For(ast.Name(item, ast.Store()), items, [body(item)], [])
         loop.stop = None  # type: ignore[attr-defined]
         return loop
@@ -1241,6 +1323,10 @@ class Normaliser:
         if isinstance(call, ast.Call):
             function = self.resolve(call.func)
             arguments = call.args
+            if function is enumerate and [k_.arg for k_ in call.keywords] == ["start"] and len(arguments) == 1:
+                arguments = [*arguments, call.keywords[0].value]
+            elif function is enumerate and call.keywords:
+                raise self.refuse(call, "enumerate has a derivative as enumerate(x, start=n)")
             if function is reversed and len(arguments) == 1:
                 whole = self._named(arguments[0])
                 indices = filled("range(len(x) - 1, -1, -1)", {"x": whole})
@@ -1432,6 +1518,11 @@ def as_value(index: ast.expr, plain: bool = False) -> ast.expr:
     if isinstance(index, ast.Tuple):
         return ast.Tuple([as_value(e) for e in index.elts], ast.Load())
     return index
+
+
+def _shadowed(node: Any) -> set[str]:
+    """Of a comprehension's variables those whose names what it goes over has for others."""
+    return bound_inside(node) & {*mentions(node.generators[0].iter)}
 
 
 def _renamed_comprehension(node: Any, fresh: Mapping[str, str]) -> Any:

@@ -303,6 +303,8 @@ def _blank(x: Any) -> Any:
 def full(b: Any, x: Any) -> Any:
     """b with the shape of x: an adjoint that may be a number still."""
     if isinstance(x, (tuple, list, dict)):
+        if isinstance(b, (tuple, list)) and len(b) != len(x):
+            raise DerivativeError(f"an adjoint is {_said(b)}, its value {_said(x)}; write a repeated list by its items")
         return zeros_like(x) if _is_zero(b) else b
     if not _is_array(x) or _shape(b) == _shape(x):
         return b
@@ -366,7 +368,7 @@ def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
         return _sequence(x, items)
     if not _is_array(x):  # numpy's numbers have items, x[()] and x[...]
         return b + reshape_like(g, x)
-    b = full(b, x)
+    b = _whole(b, x)
     if isinstance(x, torch.Tensor):
         b = b.clone()
         if _advanced(i):
@@ -386,6 +388,12 @@ def add_at(b: Any, i: Any, g: Any, x: Any) -> Any:
     return b
 
 
+def _whole(b: Any, x: Any) -> Any:
+    """full(b, x) of an array x, an array also where x has no axes."""
+    b = full(b, x)
+    return b if _is_array(b) else _lib(x).asarray(b)
+
+
 def _tuple(i: Any) -> tuple[Any, ...]:
     return i if isinstance(i, tuple) else (i,)
 
@@ -403,7 +411,7 @@ def zeroed(b: Any, i: Any, x: Any) -> Any:
         return items
     if isinstance(b, (tuple, list, dict)):  # x is the number 0.0 in the place of a structure
         return 0.0
-    b = full(b, x)
+    b = _whole(b, x)
     b = b.clone() if isinstance(b, torch.Tensor) else b.copy()
     b[i] = 0.0
     return b
@@ -431,7 +439,7 @@ def stored(b: Any, i: Any, x: Any, v: Any) -> Any:
         return zeros_like(v)
     if isinstance(x, dict):
         return full(b.get(i, 0.0), v)
-    return unbroadcast(b[i], v) if _is_array(x) else b[i]
+    return unbroadcast(_whole(b, x)[i], v) if _is_array(x) else b[i]
 
 
 def saved(x: Any, i: Any) -> Any:
@@ -1119,13 +1127,13 @@ def power_log(x: Any, n: Any) -> Any:
 
 
 def larger(x: Any, z: Any) -> Any:
-    """The partial derivative of max(x, z) in x: 1, 0, or 1/2 where both are equal."""
+    """The partial derivative of max(x, z) in x: 1, 0, or 1/2 where both are equal; 1 where z is no number, of fmax."""
     if _is_array(x) or _is_array(z):
         lib = _lib(x, z)
         one = lib.as_tensor(x > z) if lib is torch else np.asarray(x > z)
         equal = x == z
-        return one + 0.5 * equal
-    return float(x > z) + 0.5 * float(x == z)
+        return one + 0.5 * equal + 1.0 * (z != z)
+    return float(x > z) + 0.5 * float(x == z) + float(z != z)
 
 
 def within(x: Any, low: Any, high: Any) -> Any:

@@ -88,11 +88,21 @@ ONE = {
     "deg2rad radians": "0.017453292519943295",
     "rad2deg degrees": "57.29577951308232",
     "relu": "1.0 * (x > 0)",
-    "nan_to_num": "1.0 * (x == x)",
 }
 for _names, _partial in ONE.items():
     # torch.positive gives its very argument.
     _everywhere(_names, "x", method=True, partials={"x": _partial}, shape="same", view=_names == "positive")
+
+_everywhere(
+    "nan_to_num",
+    "x",
+    modules="np torch",
+    method=True,
+    # What is put in the place of an infinity is so large that an adjoint may be infinite, of which 0 times is none.
+    reverse={"x": "rt.where(m.isfinite(x), g, rt.zeros_like(x))"},
+    forward={"x": "rt.where(m.isfinite(x), d_x, rt.zeros_like(x))"},
+    shape="same",
+)
 
 # ---- elementwise, of two or three
 
@@ -103,7 +113,8 @@ TWO = {
     "divide true_divide div": ("1.0 / z", "-y / z"),
     "power pow float_power": ("rt.power_slope(x, z)", "rt.power_log(x, z)"),
     "maximum fmax": ("rt.larger(x, z)", "rt.larger(z, x)"),
-    "minimum fmin": ("rt.larger(z, x)", "rt.larger(x, z)"),
+    "minimum": ("rt.larger(z, x)", "rt.larger(x, z)"),
+    "fmin": ("rt.larger(-x, -z)", "rt.larger(-z, -x)"),
     "arctan2 atan2": ("z / (x ** 2 + z ** 2)", "-x / (x ** 2 + z ** 2)"),
     "hypot": ("x / y", "z / y"),
     "logaddexp": ("m.exp(x - y)", "m.exp(z - y)"),

@@ -16,8 +16,8 @@ _NOTHING: frozenset[str] = frozenset()
 # A node keeps what was found out of it in attributes that begin so.
 KEPT = "_kept_"
 _LOADS, _MENTIONS, _TEXT = f"{KEPT}loads", f"{KEPT}mentions", f"{KEPT}text"
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
-_STORE_NOTHING = {ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Expr, ast.Lambda, *_COMPREHENSIONS}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
+_STORE_NOTHING = {ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Expr, ast.Lambda, *COMPREHENSIONS}
 # What a node of this library carries besides its fields.
 _CARRIED = ("lineno", "col_offset", "end_lineno", "end_col_offset", "primitive", "callee", "line", "stop")
 
@@ -97,7 +97,7 @@ def _loaded(node: ast.AST) -> frozenset[str]:
         return loads(node.func).union(*map(loads, node.args))
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
         return loads(node.value)
-    if isinstance(node, _COMPREHENSIONS):
+    if isinstance(node, COMPREHENSIONS):
         return _NOTHING.union(*map(loads, children(node))) - bound_inside(node)
     if isinstance(node, ast.comprehension):
         return loads(node.iter).union(*map(loads, node.ifs))
@@ -110,7 +110,7 @@ def bound_inside(node: ast.AST) -> set[str]:
     """Names that a lambda or a comprehension has for itself."""
     if isinstance(node, ast.Lambda):
         return {a.arg for a in walk(node.args) if isinstance(a, ast.arg)}
-    if isinstance(node, _COMPREHENSIONS):
+    if isinstance(node, COMPREHENSIONS):
         return {n.id for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)}
     return set()
 

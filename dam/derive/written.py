@@ -38,10 +38,14 @@ def std_by_method(x, axis=None, *, ddof=None, keepdims=False):
 
 
 def norm(x, ord=None, axis=None, keepdims=False):
-    if ord is None or ord == "fro" or (ord == 2 and (axis is not None or x.ndim == 1)):
+    if ord is None or ord == "fro":
         return rt.total(x * x, axis, keepdims) ** 0.5
-    if axis is None and x.ndim > 1:
-        raise DerivativeError("no derivative of this norm of a matrix; give an axis")
+    if (axis is None and x.ndim > 1) or (isinstance(axis, (tuple, list)) and len(axis) > 1):
+        raise DerivativeError("no derivative of this norm of a matrix; give one axis, or no ord for Frobenius' norm")
+    if ord == 2:
+        return rt.total(x * x, axis, keepdims) ** 0.5
+    if ord == 0:
+        raise DerivativeError("a norm that counts what is not 0 has no derivative here")
     if ord == 1:
         return rt.total(abs(x), axis, keepdims)
     if ord == np.inf or ord == -np.inf:
