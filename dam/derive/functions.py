@@ -113,10 +113,6 @@ def _lines(function: types.FunctionType) -> tuple[list[str], int]:
     return found, start + 1
 
 
-def _parameters(node: ast.FunctionDef) -> list[str]:
-    return [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-
-
 def attribute(whole: Any, name: str) -> Any:
     """What an object holds under a name, without running what its class may compute it by; None where that is all.
 
