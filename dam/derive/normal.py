@@ -251,6 +251,8 @@ class Normaliser:
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
+        # Names of comprehensions and lambdas, which none of the function's own may get.
+        self.bound_names = set().union(*(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS))))
         self.displays = self._displays(nodes)
         values = self._assigned_values(nodes)
         self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
@@ -1131,7 +1133,13 @@ class Normaliser:
             raise self.refuse(
                 at, f"{base.id} is not a variable of the function, and writing into it has no derivative here"
             )
-        self.emit(Store(base.id, self.index(target.slice), value, self.source.line(at), within=within))
+        index, line = self.index(target.slice), self.source.line(at)
+        if isinstance(index, ast.Slice) and not self.source.derived:
+            said = ast.Constant(f"{line.text} changes the length of a list, which has no derivative here")
+            names = {"x": name(base.id), "i": as_value(index), "v": value, "m": said}
+            if self._is_list(base) or isinstance(value, ast.List) or self._is_list(value):
+                self.emit(Effect(_statement("rt.as_long(x, i, v, m)", names), line))
+        self.emit(Store(base.id, index, value, line, within=within))
 
     def on_AugAssign(self, node: ast.AugAssign) -> None:
         read = copied(node.target)
