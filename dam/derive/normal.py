@@ -252,7 +252,9 @@ class Normaliser:
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
         # Names of comprehensions and lambdas, which none of the function's own may get.
-        self.bound_names = set().union(*(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS))))
+        self.bound_names = set().union(
+            *(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS)))
+        )
         self.displays = self._displays(nodes)
         values = self._assigned_values(nodes)
         self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
