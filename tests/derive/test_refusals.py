@@ -110,7 +110,7 @@ def joins_dicts_in_place(x):
 
 
 def sums_lists(x):
-    return sum([[x], [x * x]], [])[1]
+    return sum([[x], [x * x]], [])[1]  # noqa: RUF017
 
 
 def counts_otherwise(x):
