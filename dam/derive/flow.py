@@ -501,6 +501,22 @@ def _has_float(value: ast.expr) -> bool:
     return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
 
 
+def lists(statements: list[Statement]) -> set[str]:
+    """Names of what may be a list: written out, appended to, or what a function returned, and copies of such."""
+    found: set[str] = set()
+    copies: list[tuple[str, str]] = []
+    for st in walk(statements):
+        if isinstance(st, Append):
+            found.add(st.name)
+        elif isinstance(st, Let) and st.kind in ("structure", "call"):
+            found.add(st.target)
+        elif isinstance(st, Let) and st.kind == "copy" and isinstance(st.value, ast.Name):
+            copies.append((st.value.id, st.target))
+    while grown := {target for value, target in copies if value in found} - found:
+        found |= grown
+    return found
+
+
 def numbers(statements: list[Statement], derived: bool) -> set[str]:
     """Names of numbers and arrays, never of structures: what arithmetic is done with.
 
