@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,7 +98,8 @@ class UserSchedule(Schedule):
         slope: its derivative, of a tensor too; by autograd, which must be able to follow alpha, unless given.
 
     Raises:
-        ValueError: alpha does not increase from at least 0 at time 0 to 1 at time 1, or has values that are none.
+        ValueError: alpha does not increase from at least 0 at time 0 to 1 at time 1, jumps, or has values that are
+            none; its value at one time depends on what other times the tensor has; or the slope is not its derivative.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -120,6 +122,40 @@ class UserSchedule(Schedule):
                 f"{called} is no schedule: alpha must increase on [0, 1], from at least 0 at time 0 to 1 at time 1; "
                 f"got {float(values[0]):g} at 0, {float(values[-1]):g} at 1, least step {float(values.diff().min()):g}"
             )
+        alone = torch.cat([self.function(one) for one in times.split(1)])
+        # Vectors round as numbers do, or nearly.
+        if not all(torch.allclose(v, values, 0.0, 1e-9) for v in (alone, self.function(times.flip(0)).flip(0))):
+            raise ValueError(f"{called} must be of each time alone; what it gives depends on the tensor's other times")
+        self._check_slope(called, times)
+
+    def _check_slope(self, called: str, times: Tensor) -> None:
+        """That the slope is nowhere negative and adds up to alpha: Gauss' rule, on halves where it does not suffice."""
+        nodes, weights = (torch.from_numpy(a) / 2 for a in np.polynomial.legendre.leggauss(5))
+        low, high, missing = times[:-1], times[1:], 0.0
+        while len(low):
+            middle = (low + high) / 2
+            inside = middle[:, None] + (high - low)[:, None] * nodes
+            slopes = self.derivative(inside.reshape(-1)).reshape(inside.shape)
+            # Of numbers next to each other what is between is one of them, where the slope need not be finite.
+            whole = (middle > low) & (middle < high)
+            wrong = ~(slopes >= -1e-9) & whole[:, None]
+            if bool(wrong.any()):
+                at, slope = float(inside[wrong][0]), float(slopes[wrong][0])
+                raise ValueError(f"{called} is no schedule: its slope at time {at:g} is {slope:g}; alpha must increase")
+            gap = (self.function(high) - self.function(low) - (high - low) * (slopes * weights).sum(1)).abs()
+            gap = torch.where(gap.isfinite(), gap, self.function(high) - self.function(low))
+            rough = (gap > 1e-5) & whole
+            missing += float(gap[~rough].sum())
+            if missing > 1e-3:
+                at, most = float(middle[~rough][gap[~rough].argmax()]), float(gap[~rough].max())
+                raise ValueError(
+                    f"{called} is no schedule: near time {at:g} alpha changes by {most:g} more than its slope says; it "
+                    "jumps, or the slope is not its derivative"
+                )
+            low, high = (
+                torch.cat([low[rough], middle[rough]]),
+                torch.cat([middle[rough], high[rough]]),
+            )
 
     def alpha(self, time: Tensor) -> Tensor:
         return self.function(time).clamp(max=1.0)  # rounding of the function must not make probabilities negative
@@ -132,6 +168,11 @@ class UserSchedule(Schedule):
             (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
         return slope
 
+    def unmasking_rate(self, time: Tensor) -> Tensor:
+        alpha = self.alpha(time)
+        # At alpha = 1 the limit, also of a slope of 0 there.
+        return torch.where(alpha == 1, torch.inf, self.derivative(time) / (1 - alpha))
+
     def inverse(self, alpha: Tensor) -> Tensor:
         wanted, eps = alpha.double(), torch.finfo(torch.float64).eps
         low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
@@ -142,13 +183,18 @@ class UserSchedule(Schedule):
             newton = missing / self.derivative(time)
             slower = ~(newton.abs() <= last.abs() / 2)  # also where it is no number
             # Newton's steps that are small and do not become smaller are of the function's rounding.
-            settled = (missing == 0) | (newton.abs() <= eps / 2 * time) | (quick & slower & (last.abs() <= 1e-8 * time))
+            settled = (
+                missing.isnan()
+                | (missing == 0)
+                | (newton.abs() <= eps / 2 * time)
+                | (quick & slower & (last.abs() <= 1e-8 * time))
+            )
             if bool(settled.all()):
                 break
             quick = ~(slower | (time - newton < low) | (time - newton > high)) | settled
             last = torch.where(settled, 0.0, torch.where(quick, newton, time - (low + high) / 2))
             time = time - last
-        return time.to(alpha.dtype)
+        return torch.where(wanted.isnan(), wanted, time).to(alpha.dtype)
 
 
 class Slope:

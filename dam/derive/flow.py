@@ -134,6 +134,15 @@ _FRESH = {
 }
 
 
+def _is_number(value: ast.expr) -> bool:
+    """Whether a value without a derivative is a number or a shape, which are of no array's memory."""
+    if isinstance(value, ast.Subscript):
+        return _is_number(value.value)
+    if isinstance(value, ast.Call):
+        return isinstance(value.func, ast.Name) and value.func.id in ("len", "range", "int", "float")
+    return isinstance(value, ast.Attribute) and value.attr in ("shape", "ndim", "size")
+
+
 class _Share(NamedTuple):
     """That memory of `source` is memory of `target` too: of its own, or within it."""
 
@@ -220,6 +229,8 @@ def _shared_by_let(st: Let) -> list[_Share]:
         return []
     found: list[_Share] = []
     constant = kind == "constant"
+    if constant and _is_number(value):
+        return []
     if constant and isinstance(value, (ast.BinOp, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
         if any(isinstance(n, _DISPLAYS) for n in tree_walk(value)):  # [x] * 2, [x for _ in y]
             found += [_Share(target, False, n, True) for n in names]
@@ -499,6 +510,22 @@ def _has_float(value: ast.expr) -> bool:
     if isinstance(value, ast.Constant):
         return isinstance(value.value, float)
     return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
+
+
+def lists(statements: list[Statement]) -> set[str]:
+    """Names of what may be a list: written out, appended to, or what a function returned, and copies of such."""
+    found: set[str] = set()
+    copies: list[tuple[str, str]] = []
+    for st in walk(statements):
+        if isinstance(st, Append):
+            found.add(st.name)
+        elif isinstance(st, Let) and st.kind in ("structure", "call"):
+            found.add(st.target)
+        elif isinstance(st, Let) and st.kind == "copy" and isinstance(st.value, ast.Name):
+            copies.append((st.value.id, st.target))
+    while grown := {target for value, target in copies if value in found} - found:
+        found |= grown
+    return found
 
 
 def numbers(statements: list[Statement], derived: bool) -> set[str]:

@@ -74,7 +74,12 @@ class Module:
         for parameter in normal.parameters:
             if parameter in _IMPORTS:
                 raise normal.refuse(callee.source.node, f"a parameter may not be called {parameter}; rename it")
-        single = Single(normal.out, normal.parameters, normal.result, lambda n: n in self.names or n in self.bound)
+        single = Single(
+            normal.out,
+            normal.parameters,
+            normal.result,
+            lambda n: n in self.names or n in self.bound or n in normal.bound_names,
+        )
         names = flow.active(single.statements, active, single.result)
         memory = flow.memory(single.statements)
         writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)

@@ -251,6 +251,10 @@ class Normaliser:
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
+        # Names of comprehensions and lambdas, which none of the function's own may get.
+        self.bound_names = set().union(
+            *(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS)))
+        )
         self.displays = self._displays(nodes)
         values = self._assigned_values(nodes)
         self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
@@ -406,7 +410,7 @@ class Normaliser:
                 others |= {t for target in targets if not isinstance(target, ast.Subscript) for t in _roots(target)}
         return {identifier: values for identifier, values in found.items() if identifier not in others}
 
-    def _made_by(self, value: ast.expr, maker: type) -> bool:
+    def _made_by(self, value: ast.expr, maker: Any) -> bool:
         return isinstance(value, ast.Call) and self.resolve(value.func) is maker
 
     def _is_dict(self, node: ast.expr) -> bool:
@@ -420,8 +424,8 @@ class Normaliser:
             return isinstance(node.slice, ast.Slice) and self._is_list(node.value)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return self._is_list(node.left) and self._is_list(node.right)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return self._is_list(node.left) or self._is_list(node.right)
+        if (repeated := self._repeated(node)) is not None:
+            return self._is_list(repeated[0])
         return isinstance(node, (ast.List, ast.ListComp)) or self._made_by(node, list)
 
     def _of_item(self, node: ast.AST) -> str | None:
@@ -691,10 +695,11 @@ class Normaliser:
             return name(node.id), "copy"
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self._is_list(node):
             return self._starred(_joined_lists(node)), "copy"
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            if self._is_list(node):
-                return name(self._loops(self._repeated(node))), "copy"
-            if isinstance(node.left, ast.Tuple) or isinstance(node.right, ast.Tuple):
+        if (repeated := self._repeated(node)) is not None:
+            whole, count = repeated
+            if self._is_list(whole):
+                return name(self._loops(self._repetition(whole, count, node))), "copy"
+            if isinstance(whole, ast.Tuple):
                 raise self.refuse(node, "a tuple that is repeated has no derivative here; make it a list")
         if isinstance(node, (ast.BinOp, ast.UnaryOp)):
             entry = primitives.OPERATORS.get(type(node.op))
@@ -774,9 +779,16 @@ class Normaliser:
         self._written(body, node, varied)
         return target
 
-    def _repeated(self, node: ast.BinOp) -> ast.ListComp:
+    def _repeated(self, node: ast.expr) -> tuple[ast.expr, ast.expr] | None:
+        """Of a product with an integer for certain, which repeats a list, what is repeated and how often."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            for whole, count in ((node.left, node.right), (node.right, node.left)):
+                if self._made_by(count, len) or (isinstance(count, ast.Constant) and type(count.value) is int):
+                    return whole, count
+        return None
+
+    def _repetition(self, items: ast.expr, count: ast.expr, node: ast.expr) -> ast.ListComp:
         """l * n of a list as [item for _ in range(n) for item in l], of one l."""
-        items, count = (node.left, node.right) if self._is_list(node.left) else (node.right, node.left)
         at, item = self.fresh("k"), self.fresh("item")
         times = ast.comprehension(ast.Name(at, ast.Store()), filled("range(n)", {"n": count}), [], 0)
         each = ast.comprehension(ast.Name(item, ast.Store()), self._named(items), [], 0)
@@ -1131,7 +1143,13 @@ class Normaliser:
             raise self.refuse(
                 at, f"{base.id} is not a variable of the function, and writing into it has no derivative here"
             )
-        self.emit(Store(base.id, self.index(target.slice), value, self.source.line(at), within=within))
+        index, line = self.index(target.slice), self.source.line(at)
+        if isinstance(index, ast.Slice) and not self.source.derived:
+            said = ast.Constant(f"{line.text} changes the length of a list, which has no derivative here")
+            names = {"x": name(base.id), "i": as_value(index), "v": value, "m": said}
+            if self._is_list(base) or isinstance(value, ast.List) or self._is_list(value):
+                self.emit(Effect(_statement("rt.as_long(x, i, v, m)", names), line))
+        self.emit(Store(base.id, index, value, line, within=within))
 
     def on_AugAssign(self, node: ast.AugAssign) -> None:
         read = copied(node.target)

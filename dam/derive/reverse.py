@@ -90,8 +90,7 @@ class Reverse:
         self.pair, self.bind = pair, bind
         self.shapes = flow.shapes(single.statements, parameters)
         self.numbers = flow.numbers(single.statements, derived)
-        every = flow.walk(single.statements)
-        self.returned = {st.target for st in every if isinstance(st, Let) and st.kind == "call"}
+        self.lists = flow.lists(single.statements) - self.numbers
         self.names: dict[str, str] = {}
         self.restored: set[int] = set()
         self.contributions: dict[tuple[int, str], ast.expr] = {}
@@ -261,9 +260,8 @@ class Reverse:
             names = {**primitives.bound(entry, st.value), "y": name(y), "m": name(entry.module), "g": g}
             expression = fold(ast.BinOp(g, ast.Mult(), filled(entry.partials[parameter], names)))
             same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
-            # 2 * y repeats a list that a function returned, which unbroadcast refuses.
-            operator = getattr(st.value, "op", None)
-            same = same and not (isinstance(operator, ast.Mult) and argument.id in self.returned - self.numbers)
+            # A product with an integer repeats a list, which unbroadcast refuses.
+            same = same and not (argument.id in self.lists and isinstance(getattr(st.value, "op", None), ast.Mult))
             if not same and not is_zero(expression):
                 expression = text("rt.unbroadcast(g, x)", g=expression, x=argument)
             self.contributions[known] = expression

@@ -169,6 +169,16 @@ def alone(x: Any, i: Any) -> None:
                 )
 
 
+def as_long(x: Any, i: slice, v: Any, message: str) -> None:
+    """That `x[i] = v` leaves a list as long as it is.
+
+    Raises:
+        DerivativeError: with the message, if it does not.
+    """
+    if isinstance(x, list) and len(x[i]) != len(v):
+        raise DerivativeError(message)
+
+
 def at_least(x: Any, n: int) -> None:
     """That x has n items or more, as `a, *b = x` needs.
 
@@ -304,7 +314,8 @@ def full(b: Any, x: Any) -> Any:
     """b with the shape of x: an adjoint that may be a number still."""
     if isinstance(x, (tuple, list, dict)):
         if isinstance(b, (tuple, list)) and len(b) != len(x):
-            raise DerivativeError(f"an adjoint is {_said(b)}, its value {_said(x)}; write a repeated list by its items")
+            changed = "what repeats a list or changes its length has no derivative here"
+            raise DerivativeError(f"an adjoint is {_said(b)}, its value {_said(x)}; {changed}")
         return zeros_like(x) if _is_zero(b) else b
     if not _is_array(x) or _shape(b) == _shape(x):
         return b
@@ -409,7 +420,7 @@ def zeroed(b: Any, i: Any, x: Any) -> Any:
         items = list(b)
         items[i] = zeros_like(x[i])
         return items
-    if isinstance(b, (tuple, list, dict)):  # x is the number 0.0 in the place of a structure
+    if _is_zero(x):  # in the place of a structure
         return 0.0
     b = _whole(b, x)
     b = b.clone() if isinstance(b, torch.Tensor) else b.copy()

@@ -753,6 +753,7 @@ WITHOUT_SLOPE |= {
     rt.differentiable,
     rt.distinct,
     rt.alone,
+    rt.as_long,
     rt.at_least,
     rt.number,
     rt.part,

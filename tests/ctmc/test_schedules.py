@@ -105,6 +105,11 @@ def half(t):
         (lambda t: 2 * t - 1, "-1 at 0"),
         (lambda t: 2 * t, "2 at 1"),
         (lambda t: t * (1 + torch.sin(9 * t * math.pi)), "alpha must increase"),
+        # Between the 129 times that are looked at first.
+        (lambda t: t + 0.02 * torch.sin(256 * math.pi * t), r"its slope at time 0\.00\d+ is -1\d"),
+        (lambda t: 0.5 * t + 0.5 * (t > 0.5), "near time 0.5 alpha changes by 0.5 more"),
+        (lambda t: torch.max(t) * t, "of each time alone"),
+        (lambda t: torch.cumsum(t, 0) / 64.5, "of each time alone"),
         (lambda t: torch.log(t - 0.5), "not a number at time 0"),
         (lambda t: torch.sum(t), r"a value for each time of a tensor \[129\]; got \[\]"),
         (lambda t: math.sin(t), "takes no tensor of times"),
@@ -113,6 +118,24 @@ def half(t):
 def test_what_is_no_schedule_is_refused_by_name(make, alpha, message):
     with pytest.raises(ValueError, match=message):
         make(alpha)
+
+
+def test_a_slope_that_is_not_the_derivative_is_refused():
+    with pytest.raises(ValueError, match="or the slope is not its derivative"):
+        UserSchedule(smooth, lambda t: 5 * t * (1 - t))
+
+
+@pytest.mark.parametrize("alpha", [torch.sqrt, lambda t: t**0.1, lambda t: 1 - torch.sqrt(1 - t)])
+def test_infinite_slopes_at_an_end_are_no_jumps(alpha):
+    assert UserSchedule(alpha).alpha(torch.ones(1)) == 1
+
+
+def test_ends_and_what_is_no_number():
+    """alpha' / (1 - alpha) has no bound at time 1, where a slope of 0 would make it 0 / 0."""
+    schedule = define(smooth)
+    assert schedule.unmasking_rate(torch.tensor([0.0, 1.0])).tolist() == [0.0, math.inf]
+    found = schedule.inverse(torch.tensor([0.5, math.nan, 1.0]))
+    assert found[1].isnan() and found[0] == 0.5 and found[2] == 1
 
 
 def test_what_has_no_derivative_that_could_be_written_is_refused_with_its_line():

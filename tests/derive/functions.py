@@ -1685,3 +1685,102 @@ def own_memory_of_conversions(x):
 @case(V, torch=False)
 def heaviside_of_both(x):
     return np.sum(np.heaviside(np.array([0.0, 1.0, -1.0]), x) * x)
+
+
+@case((0.7, 1.3), torch=False)
+def comprehension_of_its_own_name(x):
+    squares = sum(x * x for x in x)
+    x = [x * 2 for x in x]
+    table = {"a": x[0], "b": x[1] ** 2}
+    table = {k: table * 2 for k, table in table.items()}
+    products = [x * v for v in [x[1], squares] for x in [1.0, 2.0]]
+    return products[3] * table["a"] * table["b"]
+
+
+@case(0.7, torch=False)
+def constant_comprehension_of_its_own_name(x):
+    n = [1.0, 2.0]
+    for _ in range(2):
+        n = [n * 2 for n in n]
+        x = x * n[1]
+    m = [n_1 + 1.0 for n_1 in n]
+    return x * m[0]
+
+
+@case(0.7, torch=False)
+def repeated_lists(x):
+    items = 3 * [x * 2.0, x]
+    items[0] = x**3
+    joined = np.concatenate([np.array([x, 1.0])] * 2)
+    return items[0] * items[4] + joined[2] ** 2
+
+
+@case(np.array([[0.3], [0.8]]), torch=False)
+def clip_by_wider_bounds(x):
+    low = np.array([-1.0, 0.5, 2.0])
+    return np.sum(np.clip(x * 2.0, low, 3.0) ** 2) + np.sum(x.clip(low, None) ** 3)
+
+
+@case(A[:1], B, V, U[:1])
+def einsum_of_axes_of_one(x, z, v, u):
+    return np.sum(np.einsum("ij,kj->ik", x, np.array([[0.5], [-0.4]])) ** 2) + np.einsum("i,i->", v, u) * np.sum(z)
+
+
+@case(V, torch=False)
+def enumerate_from_a_start(x):
+    total = sum([v**i for i, v in enumerate(x, start=1)])
+    for i, v in enumerate(x, start=2):
+        total = total + v * i
+    return total
+
+
+@case(V, torch=False)
+def extremes_beside_no_number(x):
+    nothing = np.array([np.nan, 0.2, 5.0])
+    return np.sum(np.fmax(x, nothing) ** 2) + np.sum(np.fmin(nothing, x) ** 3)
+
+
+@case(0.7, torch=False)
+def array_without_axes(x):
+    z = np.zeros(())
+    z[()] = x * x
+    return z * x + z[()] ** 2
+
+
+@case(np.array(0.7), torch=False)
+def item_without_index(x):
+    y = np.zeros(2)
+    y[0] = x[()]
+    y[1] = x[()] ** 2
+    return y[0] * y[1]
+
+
+@case(V, torch=False)
+def select_of_numbers(x):
+    return np.sum(np.select([x > 1.0, x > 0.0], [x**2, 1.0], SCALE * x) * x)
+
+
+@case(0.7, torch=False)
+def extended_by_itself(x):
+    n = [1.0, 2.0]
+    n.extend(n)
+    n += n
+    return x**2 * len(n)
+
+
+@case(0.7, torch=False)
+def recursion_in_an_arm(x):
+    def product(m):
+        return 1 if m == 0 else m * product(m - 1)
+
+    return x**2 * product(4)
+
+
+@case(1.5, torch=False)
+def item_written_in_its_loop(x):
+    items = [x, x * 2, x * 3]
+    total = 0.0
+    for v in items:
+        items[2] = v * 2.0
+        total = total + v**2
+    return total

@@ -11,6 +11,7 @@ from dam.derive import DerivativeError, adjoint, autodiff, grad, insert_grad_of,
 
 GLOBAL = np.ones(3)
 V = np.array([0.4, -0.9, 1.3])
+A = np.array([[0.3, -0.7, 1.1], [0.9, 0.4, -0.2]])
 
 
 def has_try(x):
@@ -86,6 +87,43 @@ def extends_by_itself(x):
 def pops_where_it_is_told(x, k):
     items = [x, x * x]
     return items.pop(k)
+
+
+def repeats_a_tuple(x):
+    return ((x,) * 3)[1]
+
+
+def repeats_in_place(x):
+    items = [x]
+    items *= 3
+    return items[2]
+
+
+def joins_dicts(x):
+    a, b = {0: x}, {1: x * x}
+    return (a | b)[1]
+
+
+def joins_dicts_in_place(x):
+    a = {0: x}
+    a |= {1: x * x}
+    return a[1]
+
+
+def sums_lists(x):
+    return sum([[x], [x * x]], [])[1]  # noqa: RUF017
+
+
+def counts_otherwise(x):
+    return sum([v**i for i, v in enumerate(iterable=x)])
+
+
+def calls_in_a_part(x, n):
+    def positive(m):
+        return m > 0
+
+    both = n > 0 and positive(n)
+    return x if both else x * x
 
 
 def unknown_c_function(x):
@@ -224,6 +262,13 @@ REFUSED = [
     (pops_a_key, "pop of a key of a dict"),
     (extends_by_itself, "changes its length while a loop goes over it"),
     (pops_where_it_is_told, r"pop\(k\) has a derivative"),
+    (repeats_a_tuple, "a tuple that is repeated"),
+    (repeats_in_place, "a list that is repeated in place"),
+    (joins_dicts, r"the operator in a \| b"),
+    (joins_dicts_in_place, "the operator in a"),
+    (sums_lists, "a sum of lists"),
+    (counts_otherwise, "enumerate has a derivative as"),
+    (calls_in_a_part, "that may not be evaluated"),
     (unknown_c_function, "np.fft.fft has no known derivative"),
     (unknown_method, r"the method .searching\(\) has no derivative"),
     (unknown_keyword, "unexpected keyword argument 'where'"),
@@ -381,6 +426,38 @@ def writes_into_one_row_twice(x):
     return table["q"][0] * 2.0
 
 
+def repeats_an_item(x):
+    table = {"a": [x, 2 * x]}
+    return (table["a"] * 2)[3] ** 2
+
+
+def repeats_a_result(x):
+    def pair(y):
+        return [y, y * y]
+
+    return (pair(x) * 2)[3] ** 2
+
+
+def slice_of_another_length(x):
+    items = [x, x]
+    items[1:] = [x * 2, x * 3]
+    return items[2] * items[0]
+
+
+def slice_of_a_parameter(items):
+    copies = items[:]
+    copies[1:2] = items
+    return copies[0] * copies[2]
+
+
+def counted_norm(x):
+    return np.linalg.norm(x, 0, axis=0)[0]
+
+
+def norm_over_two_axes(x):
+    return np.linalg.norm(x, 1, axis=(0, 1))
+
+
 def writes_into_a_repeated_array(x):
     items = [x * 1.0] * 2
     items[0][0] = x[1]
@@ -453,6 +530,12 @@ def joins_lists(x):
         ),
         (writes_into_copy, (V,), "changes a copy"),
         (joins_lists, ([1.0, 2.0],), "arithmetic on a list|its value a list"),
+        (repeats_an_item, (0.7,), "what repeats a list"),
+        (repeats_a_result, (0.7,), "arithmetic on a list"),
+        (slice_of_another_length, (0.7,), r"items\[1:\] = \[x \* 2, x \* 3\] changes the length"),
+        (slice_of_a_parameter, ([0.7, 1.3],), "what repeats a list or changes its length"),
+        (counted_norm, (A,), "a norm that counts"),
+        (norm_over_two_axes, (A,), "norm of a matrix"),
     ],
 )
 def test_what_is_wrong_with_arguments_is_refused_when_it_runs(f, arguments, message):
