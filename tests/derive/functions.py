@@ -1791,7 +1791,7 @@ def turned_by_swaps(x):
     y = x * 1.0
     n, last = len(y), y.shape[0] - 1
     for i in range(n - 1):
-        y[i], y[i + 1] = y[i + 1], y[i] * 1.5
+        y[i], y[i + 1] = y[i + 1], y[i]
     return y[0] ** 2 * y[last] + y[n - 2] ** 3
 
 
