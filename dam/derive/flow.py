@@ -138,9 +138,28 @@ def _is_number(value: ast.expr) -> bool:
     """Whether a value without a derivative is a number or a shape, which are of no array's memory."""
     if isinstance(value, ast.Subscript):
         return _is_number(value.value)
+    if isinstance(value, ast.BinOp):
+        return all(isinstance(side, ast.Constant) or _is_number(side) for side in (value.left, value.right))
     if isinstance(value, ast.Call):
         return isinstance(value.func, ast.Name) and value.func.id in ("len", "range", "int", "float")
     return isinstance(value, ast.Attribute) and value.attr in ("shape", "ndim", "size")
+
+
+def _makes_array(st: Let) -> bool:
+    """Whether a value is a new array for certain."""
+    call = st.value if st.kind == "constant" else None
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id in ("np", "torch")
+        and call.func.attr in ("zeros", "ones", "empty", "full", "zeros_like", "ones_like", "empty_like", "full_like")
+    )
+
+
+def _is_copy(st: Statement) -> bool:
+    entry = getattr(st.value, "primitive", None) if isinstance(st, Let) and st.kind == "primitive" else None
+    return entry is not None and entry.shallow
 
 
 class _Share(NamedTuple):
@@ -157,6 +176,9 @@ def memory(statements: list[Statement]) -> Memory:
     found = Memory()
     steps: list[tuple[int, list[str], list[_Share]]] = []
     nothing: set[str] = set()
+    # Of arrays a copy has nothing, of lists the items.
+    again = assigned_again(statements)
+    arrays = {st.target for st in walk(statements) if isinstance(st, Let) and _makes_array(st)} - again
     for st in walk(statements):
         changed = [*writes(st)] if not isinstance(st, (If, For, While)) else []
         changed += [st.target] if isinstance(st, For) else []
@@ -164,7 +186,7 @@ def memory(statements: list[Statement]) -> Memory:
         for n in changed:
             found.own.setdefault(n, {n})
             found.acquired.setdefault((n, n), set()).add(id(st))
-        if shared := _shared(st):
+        if shared := [s for s in _shared(st) if not (_is_copy(st) and s.source in arrays)]:
             steps.append((id(st), changed, shared))
     while True:  # containers may be filled after they are read, in a loop or under another name
         grown = False

@@ -1784,3 +1784,22 @@ def item_written_in_its_loop(x):
         items[2] = v * 2.0
         total = total + v**2
     return total
+
+
+@case(V, torch=False)
+def turned_by_swaps(x):
+    y = x * 1.0
+    n, last = len(y), y.shape[0] - 1
+    for i in range(n - 1):
+        y[i], y[i + 1] = y[i + 1], y[i]
+    return y[0] ** 2 * y[last] + y[n - 2] ** 3
+
+
+@case(V, torch=False)
+def copies_of_a_buffer(x):
+    rows = []
+    row = np.zeros(3)
+    for k in range(3):
+        row[k] = x[k] ** 2
+        rows.append(row.copy())
+    return np.sum(rows[0] * rows[2]) + rows[1][1] * x[0]
