@@ -200,7 +200,7 @@ static void defined_row(const DefinedArgs& a, int64_t t, int threads, int worker
     GradientTile<Element> out(gradient, k, row.count(k));
     sums[k] = defined_tile<Phi, true>(x, row.width(k), scale, out.values, row.tile_ahead(k));
     for (int64_t j = 0; j < a.targets; ++j) {
-      if (!counts(j) || target[j] / TILE != k) continue;
+      if (!counts(j) || !out.has(target[j])) continue;
       // The whole sum in doubles: in floats either part may be infinite where the sum is not, or has a sign.
       const double at[1] = {row.at(target[j])}, w = weight_of(target[j]);
       double slope[1], force[1], pull[1], curvature[1] = {0.0};

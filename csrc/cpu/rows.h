@@ -351,14 +351,18 @@ class GradientTile {
     }
   }
 
-  // Ignores a v that lies elsewhere.
+  // Whether v lies here.
+  bool has(int64_t v) const { return v >= begin_ && v < begin_ + TILE; }
+
+  // Ignores a v that lies elsewhere, as set does.
   void add(int64_t v, double value) {
-    if (v >= begin_ && v < begin_ + TILE)
-      values[slot<Element>(static_cast<int>(v - begin_))] += static_cast<float>(value);
+    if (has(v)) values[slot<Element>(static_cast<int>(v - begin_))] += static_cast<float>(value);
   }
 
-  // In the place of what is there; v lies here.
-  void set(int64_t v, double value) { values[slot<Element>(static_cast<int>(v - begin_))] = static_cast<float>(value); }
+  // In the place of what is there.
+  void set(int64_t v, double value) {
+    if (has(v)) values[slot<Element>(static_cast<int>(v - begin_))] = static_cast<float>(value);
+  }
 
   void finish() {
     if (values != buffer_) return;
