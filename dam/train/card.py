@@ -14,38 +14,65 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 import dam
-from dam.train.config import DAMConfig
 
 _OURS = (
     "<!-- Written with the model, and anew whenever it is saved. Without this line the card is yours, and stays. -->"
 )
 # Of huggingface_hub's template, which PEFT writes beside an adapter, while nobody has filled it in.
 _BLANK = "# Model Card for Model ID"
-_TAGS = ("discrete-adjoint-matching", "masked-diffusion", "generated_from_trainer")
-_PAPER = "https://arxiv.org/abs/2602.07132"
-_END = ("reward", "reward_std", "ess", "kl_path", "kl_outcome", "order_variance", "tilt")
+_TAG = "generated_from_trainer"
+
+
+class Method(NamedTuple):
+    """What a model was trained by.
+
+    Args:
+        name: as the literature has it.
+        paper: its address.
+        aim: what is least, as a clause.
+        tags: of a card, that it is found by.
+    """
+
+    name: str
+    paper: str
+    aim: str
+    tags: tuple[str, ...]
 
 
 class Facts(NamedTuple):
     """What a card tells of a run.
 
     Args:
+        title: of the card.
+        method: that the model was trained by.
         model: name on the hub or folder that the model was loaded from; "" if it was made otherwise.
-        base: the same of the base that the KL is to.
-        adapter: whether the folder holds an adapter of the model (PEFT).
-        rewards: weight of each reward function, by name.
-        args: of the run.
-        reward_calls: completions that were rewarded in training.
+        base: the same of the base that the model is kept close to.
+        library: that loads what is in the folder, as the hub names it, peft for an adapter; None of a module of
+            somebody's own.
+        run: arguments and counts that the result depends on, by what they are called.
+        figures: names of what the last log of training is told by, the first of which each log has.
         history: the log, `trainer.state.log_history`.
     """
 
+    title: str
+    method: Method
     model: str
     base: str
-    adapter: bool
-    rewards: Mapping[str, float]
-    args: DAMConfig
-    reward_calls: int
+    library: str | None
+    run: Mapping[str, str]
+    figures: Sequence[str]
     history: Sequence[Mapping[str, Any]]
+
+
+def name_of(network: Any) -> str:
+    """Name or folder that a model was loaded from; "" of one that was made."""
+    return str(getattr(getattr(network, "config", None), "_name_or_path", "") or "")
+
+
+def budget(reward_calls: int, history: Sequence[Mapping[str, Any]]) -> str:
+    """Reward calls and training steps of a run, for `Facts.run`."""
+    steps = max((int(entry.get("step", 0)) for entry in history), default=0)
+    return f"{reward_calls:,} reward calls in {steps:,} training steps"
 
 
 def is_free(folder: str | os.PathLike[str]) -> bool:
@@ -71,12 +98,12 @@ def write(folder: str | os.PathLike[str], facts: Facts, **metadata: Any) -> None
 
 def card(facts: Facts, **metadata: Any) -> ModelCard:
     """The card itself; `metadata` as in `write`."""
-    tags = [*_TAGS, *metadata.pop("tags", ())]
-    known: dict[str, Any] = {"library_name": "peft" if facts.adapter else "transformers"}
+    tags = [*facts.method.tags, _TAG, *metadata.pop("tags", ())]
+    known: dict[str, Any] = {} if facts.library is None else {"library_name": facts.library}
     if _is_of_hub(facts.model):
         known["base_model"] = facts.model
     data = ModelCardData(**{**known, **metadata, "tags": tags})
-    sections = [_OURS, _head(facts), _run(facts), *_results(facts.history), _versions(facts.adapter)]
+    sections = [_OURS, _head(facts), _table("run", facts.run), *_results(facts), _versions(facts.library == "peft")]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
@@ -92,37 +119,17 @@ def _shown(name: str) -> str:
 
 
 def _head(facts: Facts) -> str:
-    kind = "An adapter of" if facts.adapter else "Fine-tuned from"
+    kind = "An adapter of" if facts.library == "peft" else "Fine-tuned from"
     other = "" if facts.base == facts.model else f" The base is {_shown(facts.base)}."
-    title = Path(str(facts.args.output_dir)).resolve().name
-    return (
-        f"# {title}\n\n{kind} {_shown(facts.model)}, by [Discrete Adjoint Matching]({_PAPER}): toward a reward, close "
-        f"to the base, as min E[-reward] + beta KL(model || base).{other}"
-    )
+    method = facts.method
+    return f"# {facts.title}\n\n{kind} {_shown(facts.model)}, by [{method.name}]({method.paper}): {method.aim}.{other}"
 
 
-def _run(facts: Facts) -> str:
-    args = facts.args
-    rewards = ", ".join(f"`{name}` (weight {weight:g})" for name, weight in facts.rewards.items())
-    steps = max((int(entry.get("step", 0)) for entry in facts.history), default=0)
-    rows = {
-        "reward functions": rewards,
-        "beta": f"{args.beta:g}",
-        "estimator, normalizer": f"{args.estimator}, {args.normalizer}",
-        "trajectories per prompt": f"{args.num_generations}",
-        "budget": f"{facts.reward_calls:,} reward calls in {steps:,} training steps",
-        "seed": f"{args.seed}",
-    }
-    if args.null_arm:
-        rows["null arm"] = "weights permuted within each group: a control, whose gain is not the reward's doing"
-    return _table("run", rows)
-
-
-def _results(history: Sequence[Mapping[str, Any]]) -> list[str]:
+def _results(facts: Facts) -> list[str]:
     """The last log of training, and the last of an evaluation; none of a model that was not trained."""
     tables = []
-    for sign, names in (("reward", _END), ("eval_reward", None)):
-        entry = next((entry for entry in reversed(history) if sign in entry), None)
+    for sign, names in ((facts.figures[0], facts.figures), ("eval_reward", None)):
+        entry = next((entry for entry in reversed(facts.history) if sign in entry), None)
         if entry is not None:
             shown = names or [name for name in entry if name.startswith("eval_")]
             rows = {f"`{name}`": f"{entry[name]:.4g}" for name in shown if name in entry}

@@ -23,6 +23,7 @@ from dam.flows.matching import Targets, adjoint_targets
 from dam.flows.processes import FlowProcess, Model, predicted
 from dam.flows.simulate import Path, simulate
 from dam.flows.values import pontryagin_targets, value_targets
+from dam.train import card
 from dam.train.base import InitialParameters, with_base
 from dam.train.data import NumberedRow, is_stream, row_name
 from dam.train.flow_config import FlowConfig
@@ -41,6 +42,24 @@ Call = Callable[..., Tensor]  # a module, states [B, ...], times [B] and conditi
 FlowMetrics = Callable[[Tensor, list[Mapping[str, Any]]], dict[str, float]]
 
 PARTS = ("rollout", "reward", "adjoint", "evaluation", "training")  # of time
+_TILTED = "toward a reward, close to the base, as min E[-reward] + beta KL(model || base)"
+_ALONE = "toward a reward alone, which nothing but an early end keeps close to the base"
+_METHODS = {
+    name: card.Method(said, f"https://arxiv.org/abs/{paper}", aim, (tag, "flow-matching"))
+    for name, said, paper, aim, tag in (
+        ("adjoint_matching", "Adjoint Matching", "2409.08861", _TILTED, "adjoint-matching"),
+        (
+            "vgg_flow",
+            "VGG-Flow",
+            "2512.05116",
+            "toward a reward, close to the base, as min E[-reward] + beta / 2 E integral |v - v_base|^2 dt",
+            "vgg-flow",
+        ),
+        ("draft", "DRaFT", "2309.17400", _ALONE, "draft"),
+        ("refl", "ReFL", "2304.05977", _ALONE, "refl"),
+    )
+}
+_OF_CARD = ("reward", "reward_std", "kl_path", "control_energy", "adjoint_norm")  # what is logged
 _FIGURES_AT = 4  # times of a path at which control and adjoint are looked at for the log
 
 
@@ -192,6 +211,7 @@ class FlowTrainer(ResumableTrainer):
             # As many as the run uses: an epoch is no more than a pass over conditions.
             train_dataset = Unconditioned(rows_of_a_step * -(-args.max_steps // args.steps_per_rollout))
             eval_dataset = Unconditioned(args.eval_samples) if eval_dataset is None else eval_dataset
+        names = (card.name_of(model), card.name_of(model if ref_model is None else ref_model))
         network, self._base = with_base(model, ref_model, peft_config)
         if value is not None:
             check_apart(value, "value", network, effect="both would train")
@@ -213,6 +233,7 @@ class FlowTrainer(ResumableTrainer):
             Progress(TargetBuffer(args.process_index, args.world_size)),
             parts=PARTS,
             drawn="paths",
+            names=names,
             data_collator=self._columns,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -443,6 +464,19 @@ class FlowTrainer(ResumableTrainer):
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self._value.save(os.path.join(self._get_output_dir(trial=trial), name))
         super()._save_checkpoint(model, trial)
+
+    def _facts(self) -> card.Facts:
+        args = self.args
+        run = {
+            "reward": f"`{self._judge.name}`",
+            "process": f"predicts {self.process.predicts}, {type(self.process.schedule).__name__}",
+            "steps of a path": f"{args.diffusion_steps}, {args.method}",
+            "budget": card.budget(self.reward_calls, self.state.log_history),
+            "seed": f"{args.seed}",
+        }
+        if not args.is_direct:
+            run = {"beta": f"{args.beta:g}", **run}
+        return self._facts_with(_METHODS[args.learner], run, _OF_CARD)
 
     def _check_kept(self, groups: list[Group], checkpoint: str) -> None:
         for group in groups:

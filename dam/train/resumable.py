@@ -8,16 +8,19 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import AutocastKwargs
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from dam.files import usual_modes
+from dam.train import card
 from dam.train.arguments import OF_ONE_PROCESS
 from dam.train.average import WeightAverage, check_average
 from dam.train.callbacks import OnBegin, RolloutProgress, UpdateBegun
@@ -43,6 +46,7 @@ class ResumableTrainer(BaseTrainer):
         args: `TrainingArguments` with ema_decay, shuffle_dataset, prompts_per_rollout and steps_per_rollout.
         progress: what the run keeps beyond what transformers does.
         parts, drawn: what `Timing` tells apart, and counts.
+        names: that model and base were loaded from, "" if they were made.
         given: of `transformers.Trainer`.
 
     Raises:
@@ -60,9 +64,11 @@ class ResumableTrainer(BaseTrainer):
         *,
         parts: Sequence[str] = PARTS,
         drawn: str = "tokens",
+        names: tuple[str, str] = ("", ""),
         **given: Any,
     ):
         self.progress = progress
+        self._names = names
         self._network = model
         self._alone = False  # whether this process saves a checkpoint without the others
         _keep_batches_whole(args.accelerator_config)
@@ -270,9 +276,39 @@ class ResumableTrainer(BaseTrainer):
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; with ema_decay the averages."""
+        """As `Trainer.save_model`; with ema_decay the averages. Beside them a model card, if nobody has written one."""
         with self._averaged():
             super().save_model(output_dir, _internal_call)
+        if not _internal_call:  # not of a checkpoint
+            self._write_card(output_dir)
+
+    def _write_card(self, output_dir: str | None = None, **metadata: Any) -> None:
+        if self.args.should_save:
+            card.write(output_dir or str(self.args.output_dir), self._facts(), **metadata)
+
+    def create_model_card(self, **metadata: Any) -> None:  # type: ignore[override]
+        """The card that `save_model` writes, in output_dir, as `push_to_hub` asks for it.
+
+        Args:
+            metadata: of `huggingface_hub.ModelCardData`: license, language, tags, model_name, datasets, ...
+        """
+        given = {name: value for name, value in metadata.items() if value is not None}
+        tags = given.pop("tags", ())
+        self._write_card(tags=[tags] if isinstance(tags, str) else list(tags), **given)
+
+    @abc.abstractmethod
+    def _facts(self) -> card.Facts:
+        """What the model's card tells."""
+
+    def _facts_with(self, method: card.Method, run: dict[str, str], figures: Sequence[str]) -> card.Facts:
+        """Those of the trainer, and what all runs have."""
+        model = self.accelerator.unwrap_model(self.model)
+        # Of a module of somebody's own the weights alone are saved, which no library loads.
+        library = "transformers" if isinstance(model, PreTrainedModel) else None
+        if getattr(model, "peft_config", None) is not None:
+            library = "peft"
+        title = Path(str(self.args.output_dir)).resolve().name
+        return card.Facts(title, method, *self._names, library, run, figures, self.state.log_history)
 
     def _save_before(self, ending: Exception) -> None:
         """A checkpoint of a run that an error ends, of where the step that failed began, or of between two steps."""

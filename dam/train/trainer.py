@@ -75,6 +75,13 @@ from dam.train.terminal import show
 from dam.train.tokens import limits_of, special_tokens
 from dam.train.zero import check_checkpoint, check_whole, check_zero, with_own_steps
 
+_METHOD = card.Method(
+    "Discrete Adjoint Matching",
+    "https://arxiv.org/abs/2602.07132",
+    "toward a reward, close to the base, as min E[-reward] + beta KL(model || base)",
+    ("discrete-adjoint-matching", "masked-diffusion"),
+)
+_OF_CARD = ("reward", "reward_std", "ess", "kl_path", "kl_outcome", "order_variance", "tilt")  # what is logged
 # Entries of a group that has one for each of its trajectories.
 _OF_TRAJECTORIES = ("final", "weight", "first", "position", "call")
 
@@ -287,7 +294,7 @@ class DAMTrainer(ResumableTrainer):
             args.check_on_paths("a model whose attention has blocks goes")
             self._in_blocks = True
         self._keeps_paths = self._in_blocks or args.diffusion_steps is not None
-        self._names = (_name_of(network), _name_of(network if ref_model is None else ref_model))
+        names = (card.name_of(network), card.name_of(network if ref_model is None else ref_model))
         network, base = with_base(network, ref_model, peft_config)
         if args.disable_dropout:
             without_dropout(network)
@@ -302,6 +309,7 @@ class DAMTrainer(ResumableTrainer):
             network,
             args,
             Progress(ReplayBuffer(args.replay_size, tokens.pad)),
+            names=names,
             data_collator=Collator(self._reader, tokens.pad),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -689,38 +697,28 @@ class DAMTrainer(ResumableTrainer):
             with_own_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; with ema_decay the averages. Beside them a model card, if nobody has written one."""
+        """As a `ResumableTrainer`'s, of a model that FSDP2 has divided too."""
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            self._write_card(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save:  # not of a checkpoint
-            card.write(output_dir or str(self.args.output_dir), self._facts())
-
-    def create_model_card(self, **metadata: Any) -> None:  # type: ignore[override]
-        """The card that `save_model` writes, in output_dir, as `push_to_hub` asks for it.
-
-        Args:
-            metadata: of `huggingface_hub.ModelCardData`: license, language, tags, model_name, datasets, ...
-        """
-        if self.is_world_process_zero():
-            given = {name: value for name, value in metadata.items() if value is not None}
-            tags = given.pop("tags", ())
-            card.write(
-                str(self.args.output_dir), self._facts(), tags=[tags] if isinstance(tags, str) else list(tags), **given
-            )
 
     def _facts(self) -> card.Facts:
+        args, history = self.args, self.state.log_history
         names = names_of(self.reward_funcs)
-        weights = self.args.reward_weights or [1.0] * len(names)
-        return card.Facts(
-            *self._names,
-            adapter=getattr(self.accelerator.unwrap_model(self.model), "peft_config", None) is not None,
-            rewards=dict(zip(names, weights, strict=True)),
-            args=self.args,
-            reward_calls=self.reward_calls,
-            history=self.state.log_history,
-        )
+        weights = zip(names, args.reward_weights or [1.0] * len(names), strict=True)
+        run = {
+            "reward functions": ", ".join(f"`{name}` (weight {weight:g})" for name, weight in weights),
+            "beta": f"{args.beta:g}",
+            "estimator, normalizer": f"{args.estimator}, {args.normalizer}",
+            "trajectories per prompt": f"{args.num_generations}",
+            "budget": card.budget(self.reward_calls, history),
+            "seed": f"{args.seed}",
+        }
+        if args.null_arm:
+            run["null arm"] = "weights permuted within each group: a control, whose gain is not the reward's doing"
+        return self._facts_with(_METHOD, run, _OF_CARD)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As `Trainer._load_from_checkpoint`, from a model that FSDP2 divided to a whole one and back."""
@@ -964,8 +962,3 @@ def _loaded(model: Any, kwargs: Any) -> Any:
     if kwargs:
         raise ValueError("model_init_kwargs go with a model that is given by name; this one is loaded already")
     return model
-
-
-def _name_of(network: Any) -> str:
-    """Name or folder that a model was loaded from; "" of one that was made."""
-    return str(getattr(getattr(network, "config", None), "_name_or_path", "") or "")

@@ -3,10 +3,13 @@
 import stat
 
 import pytest
+from flow_tiny import ROWS as GOALS
+from flow_tiny import Network, direct, near_goal
+from flow_tiny import tiny_config as flow_config
 from huggingface_hub import ModelCard
 from tiny import ROWS, sum_reward, tiny_config, tiny_model
 
-from dam.train import DAMConfig, DAMTrainer, card
+from dam.train import DAMTrainer, FlowTrainer, card
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +81,36 @@ def test_the_card_of_an_adapter(tmp_path):
         assert "[More Information Needed]" not in saved.text and "peft" in saved.text
 
 
+def test_the_card_of_a_flow(tmp_path):
+    """No library loads a module of somebody's own, and nothing but its own learner's aim and arguments is told."""
+    config = flow_config(tmp_path, max_steps=2)
+    trainer = FlowTrainer(Network(), near_goal, config, GOALS, shape=(3,))
+    trainer.train()
+    trainer.save_model()
+    saved = ModelCard.load(tmp_path / "README.md")
+    assert saved.data.library_name is None and {"adjoint-matching", "flow-matching"} <= set(saved.data.tags)
+    training = trainer.state.log_history[0]
+    for told in (
+        "[Adjoint Matching](https://arxiv.org/abs/2409.08861)",
+        "beta KL(model || base)",
+        "| reward | `near_goal` |",
+        "| beta | 0.5 |",
+        "| process | predicts velocity, ",
+        "| steps of a path | 6, heun |",
+        "| budget | 4 reward calls in 2 training steps |",
+        *(f"| `{name}` | {training[name]:.4g} |" for name in ("kl_path", "adjoint_norm")),
+    ):
+        assert told in saved.text, told
+    alone = FlowTrainer(Network(), near_goal, flow_config(tmp_path / "alone", **direct("draft")), GOALS, shape=(3,))
+    alone.save_model()
+    text = (tmp_path / "alone" / "README.md").read_text()
+    assert "[DRaFT](https://arxiv.org/abs/2309.17400): toward a reward alone" in text and "beta" not in text
+
+
 def test_a_name_on_the_hub_and_a_folder(tmp_path):
     """The first is linked to; of the second nobody learns where it lies."""
-    facts = card.Facts(
-        "org/model", "org/model", True, {"right": 1.0}, DAMConfig(str(tmp_path / "mine"), use_cpu=True), 0, []
-    )
+    method = card.Method("A Method", "https://arxiv.org/abs/2602.07132", "toward something", ("tag",))
+    facts = card.Facts("mine", method, "org/model", "org/model", "peft", {"seed": "1"}, ("reward",), [])
     written = card.card(facts)
     assert written.data.base_model == "org/model" and "[org/model](https://huggingface.co/org/model)" in written.text
     assert "training, step" not in written.text  # nothing was trained
