@@ -47,8 +47,8 @@ LEAVES = {"plots": 0, "derive": 0}
 WITHIN = {
     "backends": {"address": 0, "deferral": 0, "cpu": 1, "cuda": 1, "triton": 1, "choice": 2, "generated": 3},
     "ops": {
-        **dict.fromkeys(("_checks", "_op", "_philox", "_rows", "_softcap"), 0),
-        **dict.fromkeys(("_gradient", "_group", "_memory"), 1),
+        **dict.fromkeys(("_checks", "_op", "_rows", "_softcap"), 0),
+        **dict.fromkeys(("_gradient", "_group", "_memory", "_philox"), 1),
         **dict.fromkeys(("_formed_gradient", "_head", "_excluded"), 2),
         **dict.fromkeys(("_linear", "_parallel", "entropy"), 3),
         "log_prob": 4,

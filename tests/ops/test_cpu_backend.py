@@ -639,6 +639,22 @@ def test_instruction_set_is_reported():
     assert kernels.isa() == (os.environ.get("DAM_CPU_ISA") or kernels.isas()[0])
 
 
+@pytest.mark.parametrize("seed", [0, -5, 2**64 - 1])
+def test_random_words_are_those_of_torch(seed):
+    """To the bit: in rows that fill no vector, in one sample or several, of ids and seeds that take all 64 bits."""
+    ids = torch.randint(-(2**63), 2**63 - 1, (3, 14), generator=torch.Generator().manual_seed(0))[:, ::2]
+    for count in (0, 1, 7, 700):
+        for sample in (5, range(3, 10), range(2**24 - 2, 2**24)):
+
+            def drawn(count=count, sample=sample):
+                return _philox._blocks(seed, _philox.Use.WIENER, ids, count, sample)
+
+            with dam.backend("torch"):
+                expected = drawn()
+            for found, words in zip(drawn(), expected, strict=True):
+                torch.testing.assert_close(found, words, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", kernels.isas())
 def test_every_instruction_set(isa):
