@@ -91,8 +91,12 @@ class Step:
 
         return run
 
+    def _or_own(self, model: Any, base: Any) -> tuple[Any, Any]:
+        # A compiled module has a length that raises: it is not asked whether it is true.
+        return self.model if model is None else model, self.base if base is None else base
+
     def dam(self, model: Any = None, base: Any = None) -> Function:
-        model, base = model or self.model, base or self.base
+        model, base = self._or_own(model, base)
 
         def run() -> Tensor:
             path = flows.simulate(PROCESS, model, self.start, times=self.times, method="euler", seed=self.seed)
@@ -107,7 +111,7 @@ class Step:
 
     def plain(self, model: Any = None, base: Any = None, noises: Tensor | None = None) -> Function:
         """The same in a loop; noises [K, B, d], drawn by torch unless given."""
-        model, base = model or self.model, base or self.base
+        model, base = self._or_own(model, base)
         times, rows = self.times.tolist(), self.setting.rows
 
         def run() -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dam.flows.processes import Model, Process, for_each
 from dam.flows.simulate import Path
+from dam.ops._op import untraced
 
 Cost = Callable[[Tensor], Tensor]  # g: states [B, ...] to [B]
 RunningCost = Callable[[Tensor, Tensor], Tensor]  # f: states [B, ...] and times [B] to [B]
@@ -32,6 +33,7 @@ def costs(cost: Cost, state: Tensor) -> Tensor:
     return value
 
 
+@untraced
 def cost_gradient(cost: Cost, state: Tensor) -> Tensor:
     """grad g at states [B, ...], of each row's own cost.
 
@@ -58,6 +60,7 @@ def cost_gradient(cost: Cost, state: Tensor) -> Tensor:
     return slope
 
 
+@untraced
 def lean_adjoint(
     process: Process,
     base: Model | None,

@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from dam.flows.adjoint import Cost, costs
 from dam.flows.processes import FlowProcess, Model, predicted
 from dam.flows.simulate import Path
+from dam.ops._op import untraced
 
 
+@untraced
 def draft_loss(path: Path, model: Model, cost: Cost, *, last: int | None = None, recompute: bool = True) -> Tensor:
     """The mean of g(X_1) over the rows of a path, differentiable through its last K steps: DRaFT-K.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dam.flows.adjoint import Adjoint, RunningCost, backwards
 from dam.flows.processes import Model, Process, predicted
 from dam.flows.simulate import Path
+from dam.ops._op import untraced
 
 
 class Targets(NamedTuple):
@@ -36,6 +37,7 @@ class Targets(NamedTuple):
         return Targets(state, time, prediction, weight * (number / count))
 
 
+@untraced
 def adjoint_targets(
     process: Process,
     base: Model | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dam.flows.processes import Model, Process
 from dam.ops import _checks, _philox
+from dam.ops._op import untraced
 from dam.ops._philox import Use
 
 METHODS = ("euler", "heun")
@@ -148,6 +149,7 @@ class Path:
         return states
 
 
+@untraced
 @torch.no_grad()
 def simulate(
     process: Process,

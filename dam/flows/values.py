@@ -25,8 +25,10 @@ from dam.flows.adjoint import Adjoint, Cost, RunningCost, backwards, costs, line
 from dam.flows.matching import Targets, ends_with_cost, joined, used_times
 from dam.flows.processes import FlowProcess, Model, Process, for_each, over, predicted
 from dam.flows.simulate import Path
+from dam.ops._op import untraced
 
 
+@untraced
 def value_targets(
     process: Process, base: Model | None, value: Model, path: Path, *, at: Sequence[int] | None = None
 ) -> Targets:
@@ -53,6 +55,7 @@ def value_targets(
     return _matched("value_targets", process, path, at, _valued(process, base, value, path))
 
 
+@untraced
 def pontryagin_targets(
     process: Process,
     base: Model | None,
@@ -81,6 +84,7 @@ def pontryagin_targets(
     return _matched("pontryagin_targets", process, path, at, entries)
 
 
+@untraced
 def consistency_loss(
     process: Process,
     base: Model | None,

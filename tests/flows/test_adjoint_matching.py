@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dam import flows
 from dam.flows import (
     FlowProcess,
     GaussianMixture,
@@ -171,6 +172,44 @@ def test_a_compiled_network_is_taken_as_it_is():
         slopes = torch.autograd.grad(matching.loss(one, targets), list(network.parameters()))
         found.append([path.final, targets.prediction, *slopes])
     for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "learner", ["adjoint matching", *(pytest.param(n, marks=pytest.mark.full) for n in ("value", "direct"))]
+)
+def test_a_step_that_is_compiled_whole_is_the_same(learner):
+    """Paths and adjoints run as they are inside, and what is around them is traced; to roundings of another order."""
+    network, value = (torch.nn.Linear(3, 2).double() for _ in range(2))
+    modules = torch.nn.ModuleList((network, value))
+    process = FLOW.ode() if learner == "value" else FLOW
+
+    def model(state, time):
+        return network(torch.cat((state, time[:, None]), dim=1)).tanh()
+
+    def gradient(state, time):
+        return value(torch.cat((state, time[:, None]), dim=1))
+
+    def cost(state):
+        return state.square().sum(dim=1) / 2
+
+    def step():
+        path = drawn(process, model, 4, rows=3, seed=0)
+        if learner == "direct":
+            late = flows.refl_loss(FLOW, model, path.state(3), path.times[3], cost)
+            loss = late + flows.draft_loss(path, model, cost)
+        else:
+            terminal = flows.cost_gradient(cost, path.final)
+            if learner == "value":
+                targets = flows.value_targets(process, model, gradient, path)
+                loss = matching.loss(model, targets) + flows.boundary_loss(gradient, path, terminal)
+                loss = loss + flows.consistency_loss(process, model, gradient, targets.state, targets.time)
+            else:
+                loss = matching.loss(model, adjoint_targets(FLOW, model, path, terminal))
+        slopes = torch.autograd.grad(loss, list(modules.parameters()), materialize_grads=True, allow_unused=True)
+        return loss, *slopes
+
+    for plain, compiled in zip(step(), torch.compile(step, backend="aot_eager")(), strict=True):
         torch.testing.assert_close(plain, compiled, rtol=1e-12, atol=1e-12)
 
 
