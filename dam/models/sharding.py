@@ -145,7 +145,7 @@ def _part(parameter: Any, value: Tensor) -> Tensor:
 def settle(model: nn.Module) -> None:
     """Waits for parameters that ZeRO-3 is fetching, for what it takes to be the model's next layers."""
     if not is_partitioned(next(model.parameters(), None)):
-        return  # it divides all of a model's parameters, or none; a walk over modules is a tenth of a small model's call
+        return  # it divides all parameters or none, and a walk over modules is a tenth of a small model's call
     for module in model.modules():
         fetched = getattr(module, "ds_inflight_param_registry", None)
         while fetched:
