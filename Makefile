@@ -14,8 +14,9 @@ demo: install
 	$(BIN)/dam sudoku
 
 # A process per core, of one thread each: most tests are Python, and threads of two processes would wait for each other.
-# A file is for one of them, so that what its tests share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -p no:cacheprovider --durations=10
+# A file is for one of them, so that what its tests share is made once; files come in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
+	-p no:cacheprovider --durations=10
 
 test: install-dev lint
 	$(PYTEST) -m 'not full'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -145,10 +146,14 @@ class ValueGuidance(Learner):
         """Exact law of the sampler, float64 [V, V]."""
         overall = self._sum.sum() / self._count.sum()
         value = torch.where(self._count > 0, self._sum / self._count.clamp(min=1), overall)
-        reward = self.density.log_density(enumeration.states(self.density.tokens, 2)).exp()
-        last = reward.view(self.density.tokens, self.density.tokens)
-        given = torch.stack([kept(last.t(), self.proposals), kept(last, self.proposals)])
-        return law_of(torch.cat([given, kept(value, self.proposals)[:, None]], dim=1).log())
+        return law_of(torch.cat([self._last, kept(value, self.proposals)[:, None]], dim=1).log())
+
+    @functools.cached_property
+    def _last(self) -> Tensor:
+        """Probabilities of each token at the last step, given the other, [2, V, V]: by rewards, whatever is learned."""
+        size = self.density.tokens
+        reward = self.density.log_density(enumeration.states(size, 2)).exp().view(size, size)
+        return torch.stack([kept(reward.t(), self.proposals), kept(reward, self.proposals)])
 
 
 def kept(value: Tensor, proposals: int) -> Tensor:

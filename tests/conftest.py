@@ -23,7 +23,7 @@ from dam.backends import choice, triton
 from tests import covering, interpreted
 
 if triton.INTERPRETED:
-    interpreted.patch_once()
+    interpreted.hurry()
 
 
 def device_of(name):
@@ -43,6 +43,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", params, indirect=True)
 
 
+# Files of twenty seconds of a core and more. They begin first: at the end a process has short files to fill up with.
+LONGEST = {
+    f"test_{name}.py"
+    for name in (
+        *("backward_kolmogorov", "linear_matching_loss", "compile", "tiling", "gpu_bench", "bench", "estimators"),
+        *("cli", "finetune_countdown", "recipes", "docs", "families", "draws", "forked", "resume", "trainer"),
+    )
+}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Simulated kernels, which take up to a second a case, run what shows something new; the rest is `full`.
@@ -56,7 +66,10 @@ def pytest_collection_modifyitems(items):
     Of the cases of a test it runs some in which each value of each parameter occurs, and each pair of values where
     there are three parameters or more; the other backends run all. So do tests of launches, in tests/kernels and
     tests/cuda: those of what kernels compute are in tests/ops.
+
+    The longest files come first.
     """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     cases = collections.defaultdict(list)

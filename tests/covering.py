@@ -31,16 +31,17 @@ def pairs(first: Sequence[Any], second: Sequence[Any], make: Callable[..., Any] 
     return found
 
 
-def covering(cases: Sequence[Sequence[int]]) -> set[int]:
+def covering(cases: Sequence[Sequence[int]], strength: int | None = None) -> set[int]:
     """The places of few cases that have every value that occurs, and every pair of values of three parameters or more.
 
     Greedy: the next one is the first of those with the most that no earlier one has.
 
     Args:
         cases: of each its parameters' values, as numbers. Parameters that always change together count as one.
+        strength: 1 for every value, 2 for every pair, whatever the number of parameters.
     """
     parameters = set(zip(*cases, strict=True))  # each by its values in all cases
-    strength = 2 if len(parameters) > 2 else 1
+    strength = strength or (2 if len(parameters) > 2 else 1)
     columns = sorted(parameters)
     left = [
         {

@@ -18,11 +18,27 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run(code, **environment):
-    """What `python -c code` ends with, of these variables besides those here: a subprocess.CompletedProcess."""
+def run(code, *arguments, cwd=ROOT, **environment):
+    """What `python -c code arguments` ends with in a folder, of these variables besides those here; None is unset.
+
+    Returns:
+        a subprocess.CompletedProcess.
+    """
     server = _server()
-    print(json.dumps({"code": code, "environment": {**os.environ, **environment}}), file=server.stdin, flush=True)
+    given = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    request = {"code": code, "arguments": arguments, "cwd": str(cwd), "environment": given}
+    print(json.dumps(request), file=server.stdin, flush=True)
     return subprocess.CompletedProcess(code, **json.loads(server.stdout.readline()))
+
+
+def main(module, *arguments, cwd=ROOT, **environment):
+    """The same of `python -m module arguments`."""
+    return run(
+        f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)",
+        *arguments,
+        cwd=cwd,
+        **environment,
+    )
 
 
 @functools.cache
@@ -52,10 +68,12 @@ def _answers():
         print(json.dumps(found), file=answers, flush=True)
 
 
-def _status(code, environment):
+def _status(code, arguments, cwd, environment):
     """A fork's life, as the interpreter's own."""
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = ["-c", *arguments]
     status = 0
     try:
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

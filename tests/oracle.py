@@ -74,6 +74,11 @@ def log_conditional(model: Tabular, state: Tensor) -> Tensor:
     return model.logits[model.index(state)][:, :-1].log_softmax(dim=1)
 
 
+def log_conditionals(model: Tabular, states: Tensor, position: Tensor) -> Tensor:
+    """The same of a position of each of many states, [n, V]."""
+    return model.logits[model.index(states), position][:, :-1].log_softmax(dim=1)
+
+
 def inconsistent(positions: int, tokens: int, seed: int, spread: float = 1.0) -> Tabular:
     """A table of random conditionals, which are not those of one joint law, as a network's are not."""
     generator = torch.Generator().manual_seed(seed)

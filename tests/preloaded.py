@@ -37,6 +37,6 @@ for name in (
         importlib.import_module(name)
 
 if triton.INTERPRETED:
-    interpreted.patch_once()
+    interpreted.hurry()
 gc.freeze()  # each fork would copy the pages of what its collections of garbage look through
 atexit.register(gc.unfreeze)  # or extensions say that their objects are left when the server ends

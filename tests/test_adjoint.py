@@ -247,8 +247,7 @@ def test_targets_on_the_path_are_what_the_model_drew_there(steps):
     )
     assert torch.equal(every.states[at.all(dim=0)], targets.states)
     ones = path_targets(path, torch.ones_like(weight), generator=torch.Generator().manual_seed(35))
-    probability = torch.stack([oracle.log_conditional(model, s)[i, 1] for s, i in zip(
-        ones.states, ones.position, strict=True)]).exp().detach()  # fmt: skip
+    probability = oracle.log_conditionals(model, ones.states, ones.position)[:, 1].exp().detach()
     score = (ones.target[:, 0] == 1).double() - probability  # the gradient of the logit of token 1
     index = model.index(ones.states) * 3 + ones.position
     for at in index.unique():
@@ -305,8 +304,7 @@ def test_a_baseline_on_the_path_changes_the_noise_and_not_the_mean():
             targets = path_targets(path, weight - baseline, generator=torch.Generator().manual_seed(40))
             noise = target_mass(targets, groups * size, 3, 3).sum(dim=1)
             with torch.no_grad():
-                p = torch.stack([oracle.log_conditional(model.double(), s)[i] for s, i in zip(
-                    targets.states, targets.position, strict=True)]).exp()  # fmt: skip
+                p = oracle.log_conditionals(model.double(), targets.states, targets.position).exp()
             gradients.append(noise - targets.weight.double() * p)  # of the logits of the chosen position
         if bound is not None:
             # float32 log-probabilities; without the baseline it is of order 1.

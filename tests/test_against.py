@@ -14,7 +14,7 @@ import torch
 import dam
 from dam import cli
 from dam.benchmarks import against, checkout, correct, harness, memory, options, peers, report
-from tests import release
+from tests import fresh, release
 from tests.ops import helpers
 
 SIZES = {"rows": 70, "vocabulary": 500, "hidden": 16, "groups": 40, "trajectories": 12, "steps": 8}
@@ -482,7 +482,8 @@ def test_a_folder_that_is_no_checkout_is_enough(tmp_path):
     (tmp_path / "site" / "dam").mkdir(parents=True)
     for path in (root / "dam").iterdir():
         (tmp_path / "site" / "dam" / path.name).symlink_to(path.resolve())
-    code = "import sys; from dam import cli; sys.exit(cli.main([*sys.argv[1:], '--json', 'o.json']))"
+    here = f"import sys; sys.path[0] = {str(tmp_path / 'site')!r}; from dam import cli"
+    code = f"{here}; sys.exit(cli.main([*sys.argv[1:], '--json', 'o.json']))"
     command = (
         "bench",
         "jump",
@@ -497,10 +498,7 @@ def test_a_folder_that_is_no_checkout_is_enough(tmp_path):
         "--json",
         "o.json",
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    done = fresh.run(code, *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads((tmp_path / "o.json").read_text())["results"][0]["cases"]
     assert case["median_seconds"].keys() >= case["errors"].keys() >= {"dam", "LLaDA's step"}

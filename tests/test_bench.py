@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -39,6 +38,7 @@ from dam.benchmarks import (
     steps,
 )
 from dam.kernels import configs
+from tests import fresh
 from tests.calls import public_ops
 from tests.ops import helpers
 
@@ -338,8 +338,7 @@ def test_one_entry_has_every_command(capsys):
 
 
 def test_the_entry_is_started_as_a_module():
-    command = [sys.executable, "-m", "benchmarks", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+    done = fresh.main("benchmarks", "--help")
     assert done.returncode == 0 and "python -m benchmarks gpu" in done.stdout, done.stdout + done.stderr
 
 
@@ -369,20 +368,23 @@ def test_results_are_named_after_the_device(model, slug):
     assert report.slug(model) == slug
 
 
+def pytest_alone(*arguments):
+    """`python -m pytest arguments`, not as a child of xdist's, in which nothing would be timed."""
+    alone = dict.fromkeys(name for name in os.environ if name.startswith("PYTEST_XDIST"))
+    return fresh.main("pytest", "-q", "-p", "no:cacheprovider", *arguments, **alone)
+
+
 @pytest.mark.full
 def test_pytest_benchmark_runs_the_same_functions():
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_tilt_to_ess.py", "--benchmark-disable")
-    done = subprocess.run(
-        [sys.executable, *command, "-k", "float32 and not compiled"], capture_output=True, text=True, cwd=CHECKOUT
-    )
+    chosen = ("benchmarks/bench_tilt_to_ess.py", "--benchmark-disable", "-k", "float32 and not compiled")
+    done = pytest_alone(*chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout
 
 
 def test_pytest_collects_every_op_of_the_folder():
     """Each function of each case in each dtype; pytest alone leaves them to `pytest benchmarks`."""
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--collect-only")
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=CHECKOUT)
+    done = pytest_alone("benchmarks", "--collect-only")
     assert done.returncode == 0, done.stdout + done.stderr
     collected = [line for line in done.stdout.splitlines() if line.startswith("benchmarks/bench_")]
     expected = []
@@ -399,9 +401,7 @@ def test_pytest_alone_collects_no_benchmark(pytestconfig):
 
 
 def test_a_size_that_no_op_has_stops_pytest():
-    arguments = ("benchmarks/bench_tilt_to_ess.py", "--rows", "8", "--collect-only")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+    done = pytest_alone("benchmarks/bench_tilt_to_ess.py", "--rows", "8", "--collect-only")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--T (rows) is no size of tilt_to_ess; there are --G (groups), --K (trajectories)" in done.stderr
 
@@ -410,12 +410,8 @@ def test_records_of_pytest_benchmark(tmp_path):
     """The same fields as those of `python -m benchmarks`, at the sizes and the dtype that were asked for."""
     sizes = ("--rows", "3", "--vocabulary", "50", "--dtype", "float16")
     short = ("--benchmark-max-time", "0.001", "--benchmark-min-rounds", "1", "-k", "not compiled")
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_rate_ratio.py", *sizes, *short)
     output = tmp_path / "records.json"
-    command = (sys.executable, *command, "--benchmark-json", str(output))
-    # Not as a child of xdist's, in which nothing would be timed.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, env=alone)
+    done = pytest_alone("benchmarks/bench_rate_ratio.py", *sizes, *short, "--benchmark-json", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     measured = {b["extra_info"].pop("function"): b for b in json.loads(output.read_text())["benchmarks"]}
     floor = "plain read of both logits"

@@ -7,15 +7,18 @@ import pytest
 from tests import covering
 
 
+@pytest.mark.parametrize("asked", [None, 1, 2])
 @pytest.mark.parametrize("sizes", [(1,), (4,), (2, 3), (3, 3), (2, 2, 2), (2, 5, 3, 2)])
-def test_values_and_pairs_occur_in_few_cases(sizes):
+def test_values_and_pairs_occur_in_few_cases(sizes, asked):
     cases = list(itertools.product(*map(range, sizes)))
-    kept = [cases[place] for place in sorted(covering.covering(cases))]
-    strength = 2 if len(sizes) > 2 else 1
+    kept = [cases[place] for place in sorted(covering.covering(cases, asked))]
+    strength = asked or (2 if len(sizes) > 2 else 1)
     for chosen in itertools.combinations(range(len(sizes)), min(strength, len(sizes))):
         every = {tuple(case[n] for n in chosen) for case in cases}
         assert {tuple(case[n] for n in chosen) for case in kept} == every
-    if len(sizes) > 1 and len(cases) > 8:
+    if strength == 1:
+        assert len(kept) == max(sizes)
+    elif len(sizes) > 2 and len(cases) > 8:
         assert len(kept) < 0.6 * len(cases)
 
 

@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from dam.tasks import countdown_base, finetune, finetune_countdown, sudoku
 from experiments import attainable, countdown, estimators, grid, invariants, lattice, learners, moves, orders, policy
 from experiments.__main__ import main
 from experiments.densities import Grid, Ising
-from tests import oracle
+from tests import fresh, oracle
 
 Z = 5.5  # false alarm of a normal score: below 1e-7 each
 
@@ -648,9 +646,7 @@ def test_every_study_is_a_subcommand_with_options_of_its_own(capsys):
             main([study, "--help"])
         shown = capsys.readouterr().out
         assert stop.value.code == 0 and shown.startswith(f"usage: python -m experiments {study}") and option in shown
-    checkout = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "experiments", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=checkout)
+    done = fresh.main("experiments", "--help")
     assert done.returncode == 0 and all(f"\n    {study}  " in done.stdout for study in own), done.stdout + done.stderr
 
 

@@ -112,11 +112,6 @@ def rank_within(within, name):
     return next(rank for pattern, rank in within.items() if fnmatch.fnmatch(name.split(".")[1], pattern))
 
 
-def graph_of(sources):
-    """Which modules each module imports; sources by name."""
-    return {name: set(imported(source, sources)) for name, source in sources.items()}
-
-
 def faults(graph):
     """Every import that points upward, between parts or within one, and every circle."""
     found = []
@@ -155,6 +150,12 @@ def sources():
     return {name_of(path): path.read_text(encoding="utf-8") for path in modules()}
 
 
+@pytest.fixture(scope="module")
+def graph(sources):
+    """Which modules each module imports."""
+    return {name: set(imported(source, sources)) for name, source in sources.items()}
+
+
 def test_every_part_of_the_package_has_a_rank(sources):
     parts = {name.split(".")[0] for name in sources}
     assert parts - {"__init__"} <= RANK.keys() | LEAVES.keys()
@@ -164,8 +165,8 @@ def test_every_part_of_the_package_has_a_rank(sources):
         assert all(any(fnmatch.fnmatch(name, pattern) for pattern in within) for name in names)
 
 
-def test_imports_point_one_way(sources):
-    assert faults(graph_of(sources)) == []
+def test_imports_point_one_way(graph):
+    assert faults(graph) == []
 
 
 @pytest.mark.parametrize(
@@ -184,10 +185,10 @@ def test_imports_point_one_way(sources):
         ("models.denoiser", "from dam.rollout import rollout", "models.denoiser imports dam.rollout"),
     ],
 )
-def test_a_planted_import_is_found(sources, module, line, fault):
+def test_a_planted_import_is_found(sources, graph, module, line, fault):
     """Inside a function, where it does not run when the module is loaded."""
-    planted = {**sources, module: f"{sources[module]}\n\ndef planted():\n    {line}\n"}
-    assert any(fault in text for text in faults(graph_of(planted)))
+    planted = set(imported(f"{sources[module]}\n\ndef planted():\n    {line}\n", sources))
+    assert any(fault in text for text in faults({**graph, module: planted}))
 
 
 def test_the_package_itself_re_exports_only():

@@ -300,9 +300,9 @@ def test_a_network_call_makes_nobody_wait(base, monkeypatch):
 
 @pytest.mark.parametrize("stop_tokens", [[], [0, 1]])
 def test_the_jumps_of_each_call_are_those_that_the_trajectories_name(stop_tokens):
-    tokens = torch.full((40, 7), 3)
-    tokens[:20, :4], tokens[5] = 2, torch.tensor([3, 1, 1, 1, 1, 1, 1])
-    table = oracle.table(oracle.random_joint(7, V, seed=2))
+    tokens = torch.full((40, 6), 3)
+    tokens[:20, :3], tokens[5] = 2, torch.tensor([3, 1, 1, 1, 1, 1])
+    table = oracle.table(oracle.random_joint(6, V, seed=2))
     way = rollout(table, tokens, PROCESS, steps=4, seed=3, stop_tokens=stop_tokens)
     calls = rollout_module._by_call(way)
     assert len(calls) == way.network_calls

@@ -38,7 +38,7 @@ def is_divided(parameter: Tensor) -> bool:
     return torch.distributed.is_available() and isinstance(parameter, DTensor)
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Tensor | None) -> bool:
     """Whether DeepSpeed's ZeRO-3 has divided a parameter, be it gathered just now or not."""
     return getattr(parameter, "ds_id", None) is not None
 
@@ -144,6 +144,8 @@ def _part(parameter: Any, value: Tensor) -> Tensor:
 
 def settle(model: nn.Module) -> None:
     """Waits for parameters that ZeRO-3 is fetching, for what it takes to be the model's next layers."""
+    if not is_partitioned(next(model.parameters(), None)):
+        return  # it divides all parameters or none, and a walk over modules is a tenth of a small model's call
     for module in model.modules():
         fetched = getattr(module, "ds_inflight_param_registry", None)
         while fetched:

@@ -1,11 +1,12 @@
 """Compiles recorded launches ahead of time, as a GPU's driver would get them, and reads what the compiler reports.
 
 Needs no GPU, and a process in which Triton does not interpret kernels: python -m tests.kernels.gate TARGET prints
-a line of JSON for every kernel that the launches of `launches()` need on a GPU.
+a line of JSON for every kernel that the launches of `launches()` need on a GPU, and with `few` for those of `few_of`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -24,6 +25,7 @@ from triton.compiler import ASTSource
 
 from dam.kernels import configs
 from dam.kernels import launch as launching
+from tests import covering
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "NVIDIA A100"),
@@ -68,6 +70,23 @@ def source(launch: launching.Launch) -> ASTSource:
         else:
             signature[name] = launch.kernel.params[i].annotation_type or "fp32"
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def few_of(found: list[launching.Launch]) -> list[launching.Launch]:
+    """Of each kernel as few as have every type and constant of each argument, and every option."""
+    kept = []
+    for name in sorted({launch.kernel.fn.__name__ for launch in found}):
+        same = [launch for launch in found if launch.kernel.fn.__name__ == name]
+        described = []
+        for launch in same:
+            of = source(launch)
+            parts = (("type", of.signature), ("constant", of.constants), ("divides", of.attrs), ("", launch.options))
+            described.append({(part, key): repr(value) for part, values in parts for key, value in values.items()})
+        names = sorted(set().union(*described), key=repr)
+        columns = [[values.get(name) for values in described] for name in names]
+        cases = [[column.index(column[n]) for column in columns] for n in range(len(same))]
+        kept += [same[place] for place in sorted(covering.covering(cases, strength=1))]
+    return kept
 
 
 def key(launch: launching.Launch) -> str:
@@ -130,24 +149,25 @@ def launches(gpu: str) -> list[launching.Launch]:
     return list(found.values())
 
 
-def _one(job: tuple[str, int]) -> str:
-    target, gpu = TARGETS[job[0]]
-    return json.dumps(compiled(_launches(gpu)[job[1]], target))
+def _one(job: tuple[str, str, int]) -> str:
+    name, few, number = job
+    target, gpu = TARGETS[name]
+    return json.dumps(compiled(_launches(gpu, few)[number], target))
 
 
-def _launches(gpu: str, cache: dict[str, list[launching.Launch]] = {}) -> list[launching.Launch]:  # noqa: B006
-    if gpu not in cache:
-        cache[gpu] = launches(gpu)
-    return cache[gpu]
+@functools.cache
+def _launches(gpu: str, few: str) -> list[launching.Launch]:
+    return few_of(launches(gpu)) if few else launches(gpu)
 
 
-def main(target: str) -> None:
-    count = len(_launches(TARGETS[target][1]))
+def main(target: str, few: str = "") -> None:
+    assert few in ("", "few")
+    count = len(_launches(TARGETS[target][1], few))
     # Processes that inherit the launches: what they hold cannot be sent.
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for line in pool.map(_one, [(target, i) for i in range(count)]):
+        for line in pool.map(_one, [(target, few, i) for i in range(count)]):
             print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import covering
 from tests.calls import public_ops
 
 pytest.importorskip("triton")
@@ -25,10 +26,10 @@ SPILLS = 16
 SPILLS_OF_EPILOGUE = {"summary_kernel": 256, "gradient_kernel": 256, "defined_kernel": 256}
 
 
-def reports(target):
+def reports(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.gate", target],
+        [sys.executable, "-m", "tests.kernels.gate", *arguments],
         capture_output=True,
         text=True,
         cwd=CHECKOUT,
@@ -39,9 +40,10 @@ def reports(target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.full) for t in SHARED])
-def test_every_kernel_compiles_and_fits(target):
-    found = reports(target)
+@pytest.mark.parametrize(("target", "few"), [("sm_90", ["few"]), *(covering.full(target, []) for target in SHARED)])
+def test_every_kernel_compiles_and_fits(target, few):
+    """Each with every type, constant and option that a user's calls give it; in all their combinations when `full`."""
+    found = reports(target, *few)
     assert {report["kernel"] for report in found} == kernels()
     for report in found:
         assert report["spills"] <= SPILLS_OF_EPILOGUE.get(report["kernel"], SPILLS), report

@@ -42,9 +42,9 @@ def tiled(values):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_tiling(dtype, call):
     """Sums are of tiles, draws are of tiles and of tokens in one, and gradients are written tile by tile."""
-    logits, base = call.inputs(2, 4 * 1024 + 77, dtype=dtype, seed=1)
+    logits, base = call.inputs(2, 3 * 1024 + 77, dtype=dtype, seed=1)
     logits *= 3.0
-    logits[1, 1024:3072] = -INF
+    logits[1, 1024:2048] = -INF
     results = []
     for values in TILINGS:
         with tiled(values):
@@ -55,10 +55,10 @@ def test_results_do_not_depend_on_tiling(dtype, call):
 @pytest.mark.slow
 def test_a_gradient_may_take_the_place_of_the_logits():
     """Of rows that programs share, with targets in every part."""
-    logits, target, grad = normal(3, 3000, seed=15), integers(-1, 3000, 3, 40, seed=16), normal(3, 40, seed=17)
+    logits, target, grad = normal(2, 2500, seed=15), integers(-1, 2500, 2, 40, seed=16), normal(2, 40, seed=17)
     target[:, 1] = target[:, 0]
     _, log_escape = log_prob.log_prob(logits, target, Excluded(), 1.0)
-    arguments = (target, grad, normal(3, 3000, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
+    arguments = (target, grad, normal(2, 2500, seed=18), grad[:, 0], None, Excluded(), True, 0.7, True)
     for values in TILINGS:
         with tiled(values):
             expected = log_prob.log_prob_backward(grad, logits, target, log_escape, Excluded(), 1.0)
@@ -78,8 +78,8 @@ def test_linear_ops_do_not_depend_on_tiling(form, call):
     with dam.backend("torch"):
         expected = call(*inputs)
     for values in (
-        {"block_rows": 16, "block_columns": 128, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
-        {"block_rows": 32, "block_columns": 256, "block_depth": 32, "group": 3, "merge_rows": 4, "chunk_mb": 2},
+        {"block_rows": 16, "block_columns": 256, "block_depth": 16, "group": 1, "chunk_mb": 0.1},
+        {"block_rows": 32, "block_columns": 512, "block_depth": 32, "group": 3, "merge_rows": 4, "chunk_mb": 2},
     ):
         with configs.override("linear", form=form, frozen_form=form, trained_form=form, **values):
             out = call(*inputs)
@@ -129,7 +129,7 @@ def test_blocks_of_trajectories_and_states_change_nothing(call):
 def test_the_sizes_shipped_for_gpus_compute_the_same(gpu, call):
     """In the interpreter too, where they are slow: on few rows."""
     rows = call.family == "rows"
-    inputs = call.inputs(2, 2500, seed=20, dtype=torch.bfloat16) if rows else call.inputs(20, 700, seed=22)
+    inputs = call.inputs(2, 1500, seed=20, dtype=torch.bfloat16) if rows else call.inputs(20, 400, seed=22)
     expected = call(*inputs)
     with configs.as_if_on(gpu):
         # Sums of 40 float32 products in other orders, and their exponentials.

@@ -3,7 +3,6 @@
 import importlib
 import math
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -662,8 +661,7 @@ def test_every_instruction_set(isa):
         pytest.skip("this run is about one set")
     if isa == kernels.isa():
         pytest.skip("the one this run uses")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "DAM_CPU_ISA": isa}, capture_output=True, text=True)
+    done = fresh.main("pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, DAM_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -3,10 +3,8 @@
 import contextlib
 import io
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from dam.models import MaskedLM
 from dam.rollout import jump_log_prob
 from dam.tasks import countdown, countdown_base, finetune, live
 from dam.tasks import finetune_countdown as job
+from tests import ranks
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the base is trained by torch.optim.Muon")
@@ -46,7 +45,7 @@ def run_in_another_process(output):
     torch.set_num_threads(1)
     shrink(setattr)
     resume = ["--resume"] if (output / "run.json").exists() else []
-    return cli.main([*SMALL, "--output", str(output), *resume])
+    sys.exit(cli.main([*SMALL, "--output", str(output), *resume]))
 
 
 @pytest.fixture
@@ -227,75 +226,43 @@ def assert_same_weights(output, reference):
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
-# Imports all once, and runs what it is told to in processes of their own; tells of each its number and how it ended.
-RUNS = """
-import os, sys
-from pathlib import Path
-from tests.tasks.test_finetune_countdown import run_in_another_process
-
-tell = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-for line in sys.stdin:
-    process = os.fork()
-    if process == 0:
-        os._exit(run_in_another_process(Path(line.strip())))
-    print(process, file=tell, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=tell, flush=True)
-os._exit(0)
-"""
+def started(output):
+    """A process that runs, or goes on with, what `output` has; all are imported in what it is a fork of."""
+    process = ranks.server_of_forks().Process(target=run_in_another_process, args=(output,))
+    process.start()
+    return process
 
 
-class Runs:
-    def __init__(self, parent):
-        self._parent = parent
-
-    def start(self, output):
-        """The number of a process that runs, or goes on with, what `output` has."""
-        self._parent.stdin.write(f"{output}\n")
-        self._parent.stdin.flush()
-        return int(self._parent.stdout.readline())
-
-    def ended(self):
-        """Waits for the process that was started last; its exit code."""
-        return int(self._parent.stdout.readline())
-
-    def kill(self, output, condition, seconds=0.0):
-        """Starts a run, and kills it once a condition holds and some seconds are over."""
-        process = self.start(output)
-        while not condition():
-            time.sleep(0.005)
-            os.kill(process, 0)  # is still there
-        time.sleep(seconds)
-        os.kill(process, signal.SIGKILL)
-        assert self.ended() == -signal.SIGKILL
+def goes_on_to_its_end(output):
+    process = started(output)
+    process.join()
+    assert process.exitcode == 0
 
 
-@pytest.fixture(scope="module")
-def runs():
-    with subprocess.Popen(
-        [sys.executable, "-c", RUNS],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as parent:
-        yield Runs(parent)
+def kill(output, condition, seconds=0.0):
+    """Starts a run, and kills it once a condition holds and some seconds are over."""
+    process = started(output)
+    while not condition():
+        time.sleep(0.005)
+        assert process.is_alive()
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, runs, tmp_path):
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(whole, tmp_path):
     """While the base is trained, and while it is fine-tuned."""
     for file in ("base/pretraining.pt", "checkpoint-4/trainer_state.json"):
-        runs.kill(tmp_path, (tmp_path / file).exists)
+        kill(tmp_path, (tmp_path / file).exists)
         assert not (tmp_path / "metrics.json").exists()
-    runs.start(tmp_path)
-    assert runs.ended() == 0
+    goes_on_to_its_end(tmp_path)
     assert_same_weights(tmp_path, whole.output)
 
 
 @pytest.mark.full
-def test_a_run_that_was_killed_at_ten_random_moments(whole, runs, tmp_path):
+def test_a_run_that_was_killed_at_ten_random_moments(whole, tmp_path):
     """By how far the run has come and a little later, as by the clock a busy machine would have other moments."""
     draw = random.Random(0)
     files = [
@@ -310,13 +277,12 @@ def test_a_run_that_was_killed_at_ten_random_moments(whole, runs, tmp_path):
         file, lines = draw.choice(
             [*((file, 0) for file in files), *(("metrics.jsonl", lines) for lines in range(1, 8))]
         )
-        runs.kill(
+        kill(
             output,
             lambda at=output / file, n=lines: at.exists() and (not n or len(at.read_text().splitlines()) >= n),
             draw.uniform(0.0, 0.3),
         )
-        runs.start(output)
-        assert runs.ended() == 0
+        goes_on_to_its_end(output)
         assert_same_weights(output, whole.output)
 
 

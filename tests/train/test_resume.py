@@ -36,29 +36,36 @@ def uninterrupted(output, *, dropout=0.0, rows=ROWS, **changes):
     return model, trainer
 
 
+RESUMED = [
+    *({"estimator": e, "normalizer": NORMALIZERS[n % len(NORMALIZERS)]} for n, e in enumerate(ESTIMATORS)),
+    {"draw_outcomes": 8},
+    {"gradient_accumulation_steps": 2, "num_iterations": 1, "rows": ROWS[:6]},  # an epoch ends half-way
+    {"max_steps": 11},  # from its last step: into the second epoch, whose prompts come in another order
+    {"null_arm": True},
+    {"dropout": 0.1},
+]
+ALSO = [{"estimator": e, "normalizer": n} for e in ESTIMATORS for n in NORMALIZERS]
+ALSO = [{"gradient_accumulation_steps": 2}, *(changes for changes in ALSO if changes not in RESUMED)]
+# In the middle of a batch of rollouts, between two, and at the end of an epoch and beyond.
+STEPS = [3, 4, "last"]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        *covering.pairs(ESTIMATORS, NORMALIZERS, lambda e, n: {"estimator": e, "normalizer": n}),
-        {"draw_outcomes": 8},
-        covering.full({"gradient_accumulation_steps": 2}, id="2 "),
-        {"gradient_accumulation_steps": 2, "num_iterations": 1, "rows": ROWS[:6]},  # an epoch ends half-way
-        {"null_arm": True},
-        {"dropout": 0.1},
-        {"max_steps": 11},  # into the second epoch, whose prompts come in another order
-    ],
-    ids=lambda changes: " ".join(map(str, {**changes, "rows": ""}.values())),
+    ("changes", "step"),
+    [*covering.pairs(RESUMED, STEPS), *(covering.full(changes, step) for changes in ALSO for step in STEPS)],
+    ids=lambda value: " ".join(map(str, {**value, "rows": ""}.values())) if isinstance(value, dict) else str(value),
 )
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes):
-    # Saved after every step: in the middle of a batch of rollouts, between two, at the end of an epoch and beyond.
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes, step):
     model, trainer = uninterrupted(tmp_path, **changes, save_strategy="steps", save_steps=1)
-    rows, dropout = changes.pop("rows", ROWS), changes.pop("dropout", 0.0)
-    for step in {3, 4, trainer.state.max_steps - 1}:
-        resumed = tiny_model(seed=step, dropout=dropout)  # other weights, which the checkpoint must replace
-        again = DAMTrainer(resumed, sum_reward, tiny_config(tmp_path, **changes), rows, ref_model=tiny_model())
-        again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
-        assert_same_weights(model, resumed)
-        assert again.reward_calls == trainer.reward_calls
+    step = trainer.state.max_steps - 1 if step == "last" else step
+    settings = {name: value for name, value in changes.items() if name not in ("rows", "dropout")}
+    resumed = tiny_model(seed=step, dropout=changes.get("dropout", 0.0))  # other weights, which the checkpoint replaces
+    again = DAMTrainer(
+        resumed, sum_reward, tiny_config(tmp_path, **settings), changes.get("rows", ROWS), ref_model=tiny_model()
+    )
+    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
+    assert_same_weights(model, resumed)
+    assert again.reward_calls == trainer.reward_calls
 
 
 MENDED = {
