@@ -53,6 +53,11 @@ class Callee:
     captured: tuple[str, ...] = ()
     local: Mapping[str, Callee] = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> list[str]:
+        given = self.source.node.args
+        return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+
 
 @dataclass
 class Let:
@@ -210,6 +215,9 @@ REFUSED: dict[type, str] = {
 
 _VARIES = f"{KEPT}varies"
 
+# Names by which derived source calls modules and functions.
+_CALLED = {"np", "torch", "math", "rt", "len", "range", "reversed", "slice"}
+
 # Parameters of functions in dam.derive.written that are lists, and no arrays.
 WRITTEN_LISTS = {"arrays", "axis", "condlist", "choicelist"}
 
@@ -240,7 +248,7 @@ class Normaliser:
         arguments = node.args
         if arguments.vararg or arguments.kwarg:
             raise self.refuse(node, "a function with *args or **kwargs has no derivative here; name its parameters")
-        self.parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        self.parameters = callee.parameters
         result = RESULT
         names = {*mentions(node), *self.parameters}
         while result in names:
@@ -251,6 +259,9 @@ class Normaliser:
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
+        if called := _CALLED & self.locals:
+            at = next((n for n in nodes if isinstance(n, ast.Name) and n.id in called), node)
+            raise self.refuse(at, f"a variable may not be called {min(called)}, as derived source calls it; rename it")
         # Names of comprehensions and lambdas, which none of the function's own may get.
         self.bound_names = set().union(
             *(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS)))
@@ -1371,6 +1382,8 @@ class Normaliser:
             ):
                 if not isinstance(target, ast.Tuple) or len(target.elts) != len(arguments):
                     raise self.refuse(at, "a loop over zip needs as many names as there are sequences")
+                if "min" in self.locals and len(arguments) > 1:
+                    raise self.refuse(at, "a variable may not be called min beside a loop over zip; rename it")
                 wholes = [self._named(a) for a in arguments]
                 lengths = ", ".join(f"len({w.id})" for w in wholes)
                 shortest = f"min({lengths})" if len(wholes) > 1 else lengths
