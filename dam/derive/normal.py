@@ -37,6 +37,7 @@ from dam.derive.trees import (
     parsed,
     rebuilt,
     renamed,
+    shown,
     stores,
     walk,
 )
@@ -242,7 +243,8 @@ class Normaliser:
         self.temporaries = 0
         self.rebound: set[str] = set()  # what the loop whose items are being named assigns
         node = self.source.node
-        for inner in walk(node):
+        everything = list(walk(node))
+        for inner in everything:
             if (reason := REFUSED.get(type(inner))) is not None:
                 raise self.refuse(inner, reason)
         arguments = node.args
@@ -255,7 +257,10 @@ class Normaliser:
             result += "_"
         self.result = result
         self.locals = names
-        body = without_exits([self._told_apart(one) for one in node.body], result)
+        apart = node.body
+        if any(isinstance(n, COMPREHENSIONS) for n in everything):
+            apart = [self._told_apart(one) for one in apart]
+        body = without_exits(apart, result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
@@ -275,6 +280,7 @@ class Normaliser:
             self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
         self.varied = self._varied(nodes, set(active))
         self.out: list[Statement] = []
+        self.computed: dict[str, tuple[str, frozenset[str]]] = {}  # by text, the name of a value and what it is made of
         self.here: ast.AST = node
         self.block(body)
 
@@ -564,6 +570,10 @@ class Normaliser:
 
     def emit(self, statement: Statement) -> None:
         self.out.append(statement)
+        if not isinstance(statement, Let):
+            self.computed.clear()  # what is written into may be memory of anything
+        elif any(statement.target in read for _, read in self.computed.values()):
+            self.computed = {t: (n, read) for t, (n, read) in self.computed.items() if statement.target not in read}
 
     def let(self, target: str, value: ast.expr, kind: str, at: ast.AST, in_place: bool = False) -> ast.Name:
         self.locals.add(target)
@@ -654,6 +664,26 @@ class Normaliser:
         self.assign(target, node)
         return name(target)
 
+    def operand(self, node: ast.expr, entry: Primitive) -> ast.expr:
+        """An atom that is read and no more: of what was computed before in the same run of statements, the name.
+
+        Values that may become a part of something else are computed each time, as one may be written into.
+        """
+        if isinstance(node, (ast.Name, ast.Constant)) or entry.view or entry.shallow or not self.depends(node):
+            return self.atom(node)
+        target = self.fresh()
+        self.varied.add(target)
+        value, kind = self.operation(node)
+        made = getattr(value, "primitive", None)
+        if kind != "item" and (made is None or made.view or made.shallow or made.rule is not None):
+            return self.let(target, value, kind, node)
+        text = shown(value)
+        if (known := self.computed.get(text)) is not None:
+            return name(known[0])
+        self.let(target, value, kind, node)
+        self.computed[text] = target, loads(value)
+        return name(target)
+
     def _split_constant(self, node: ast.expr) -> ast.expr:
         if isinstance(node, ast.Call):
             target = self.fresh()
@@ -718,9 +748,9 @@ class Normaliser:
                 raise self.refuse(node, f"the operator in {ast.unparse(node)} has no derivative")
             new: ast.expr
             if isinstance(node, ast.BinOp):
-                new = ast.BinOp(self.atom(node.left), node.op, self.atom(node.right))
+                new = ast.BinOp(self.operand(node.left, entry), node.op, self.operand(node.right, entry))
             else:
-                new = ast.UnaryOp(node.op, self.atom(node.operand))
+                new = ast.UnaryOp(node.op, self.operand(node.operand, entry))
             return self.primitive(new, entry), "primitive"
         if isinstance(node, ast.Subscript):
             return ast.Subscript(self.atom(node.value), self.index(node.slice), ast.Load()), "item"
@@ -867,8 +897,8 @@ class Normaliser:
             called = name(self.bind(entry.name, entry.function)) if entry.rule else parsed(entry.name)
             new = ast.Call(
                 called,
-                [self.argument(a) for a in node.args],
-                [ast.keyword(k.arg, self.argument(k.value)) for k in node.keywords],
+                [self.operand(a, entry) for a in node.args],
+                [ast.keyword(k.arg, self.operand(k.value, entry)) for k in node.keywords],
             )
             return self.primitive(new, entry), "primitive"
         if inspect.isfunction(found):
@@ -876,9 +906,6 @@ class Normaliser:
         raise self.refuse(
             node, f"{ast.unparse(node.func)} has no known derivative and no Python source; register one with adjoint"
         )
-
-    def argument(self, node: ast.expr) -> ast.expr:
-        return self.atom(node)
 
     def _einsum(self, node: ast.Call, module: str) -> ast.expr:
         """A sum of products: of each operand the adjoint is one too, of the adjoint and of the others."""
@@ -922,7 +949,8 @@ class Normaliser:
             reverse=reverse,
             forward=forward,
         )
-        call = ast.Call(parsed(entry.name), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], [])
+        factors = [self.operand(a, entry) for a in node.args[1:]]
+        call = ast.Call(parsed(entry.name), [ast.Constant(subscripts), *factors], [])
         return self.primitive(call, entry)
 
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
@@ -976,9 +1004,9 @@ class Normaliser:
         if entry is None:
             raise self.refuse(node, f"the method .{function.attr}() has no derivative here")
         new = ast.Call(
-            ast.Attribute(self.atom(function.value), function.attr, ast.Load()),
-            [self.argument(a) for a in node.args],
-            [ast.keyword(k.arg, self.argument(k.value)) for k in node.keywords],
+            ast.Attribute(self.operand(function.value, entry), function.attr, ast.Load()),
+            [self.operand(a, entry) for a in node.args],
+            [ast.keyword(k.arg, self.operand(k.value, entry)) for k in node.keywords],
         )
         return self.primitive(new, entry), "primitive"
 
@@ -1002,7 +1030,7 @@ class Normaliser:
             raise self.refuse(node, f"{ast.unparse(node)}: an axis is no bool; name the argument")
         if unknown := given.keys() - names:
             raise self.refuse(node, f"{ast.unparse(node.func)} with {sorted(unknown)[0]}= has no derivative here")
-        keywords = [ast.keyword(k, self.argument(v)) for k, v in given.items()]
+        keywords = [ast.keyword(k, self.atom(v)) for k, v in given.items()]
         keywords += [ast.keyword(k, name(k)) for k in callee.captured]
         new = ast.Call(name(callee.source.name), [], keywords)
         new.callee = callee  # type: ignore[attr-defined]
@@ -1015,9 +1043,9 @@ class Normaliser:
             self.statement(node)
 
     def inner(self, body: list[ast.stmt]) -> list[Statement]:
-        saved, self.out = self.out, []
+        saved, self.out, self.computed = self.out, [], {}
         self.block(body)
-        found, self.out = self.out, saved
+        found, self.out, self.computed = self.out, saved, {}
         return found
 
     def statement(self, node: ast.stmt) -> None:

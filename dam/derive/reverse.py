@@ -486,10 +486,7 @@ def _is_range(node: ast.expr) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    return all(
-        isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load))
-        for n in walk(node)
-    )
+    return all(isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp)) for n in walk(node))
 
 
 def _values(st: For | While) -> set[str]:

@@ -531,6 +531,4 @@ def _named(statements: list[ast.stmt], names: dict[str, str]) -> list[ast.stmt]:
             new = names[new]
         final[old] = new
     old = final.keys()
-    return [
-        st if loads(st).isdisjoint(old) and stores(st).isdisjoint(old) else renamed(st, final) for st in statements
-    ]
+    return [st if loads(st).isdisjoint(old) and stores(st).isdisjoint(old) else renamed(st, final) for st in statements]

@@ -40,24 +40,31 @@ def copied(node: Any) -> Any:
     return new
 
 
+class _Parts(dict[type, tuple[str, ...]]):
+    """By kind of node the fields that may have parts; operators and the contexts of names have none."""
+
+    def __missing__(self, kind: type[ast.AST]) -> tuple[str, ...]:
+        found = tuple(f for f in kind._fields if f not in ("ctx", "op", "ops", "id", "attr"))
+        self[kind] = found = () if kind is ast.Constant else found
+        return found
+
+
+_PARTS = _Parts()
+
+
 def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a tree, in no order."""
+    """All nodes of a tree but operators and contexts, in no order."""
     waiting = [node]
     while waiting:
         one = waiting.pop()
         yield one
-        kept = one.__dict__
-        for field in one._fields:
-            value = kept.get(field)
-            if isinstance(value, ast.AST):
-                waiting.append(value)
-            elif isinstance(value, list):
-                waiting += [item for item in value if isinstance(item, ast.AST)]
+        waiting += children(one)
 
 
 def children(node: ast.AST) -> list[ast.AST]:
+    """Parts of a node; operators and contexts are none."""
     kept, found = node.__dict__, []
-    for field in node._fields:
+    for field in _PARTS[type(node)]:
         value = kept.get(field)
         if isinstance(value, ast.AST):
             found.append(value)

@@ -1803,3 +1803,42 @@ def copies_of_a_buffer(x):
         row[k] = x[k] ** 2
         rows.append(row.copy())
     return np.sum(rows[0] * rows[2]) + rows[1][1] * x[0]
+
+
+@case(V)
+def equal_values_of_names_that_change(x):
+    s = x * 2.0
+    first = np.exp(-s) * s + np.exp(-s)
+    s = s + x
+    return np.sum(first * (np.exp(-s) * s) + np.exp(-s) * np.exp(-s))
+
+
+@case(V, torch=False)
+def equal_values_around_writes(x):
+    y = x * 1.0
+    first = np.sin(y[0] * 2.0) * np.sum(np.sin(y))
+    y[0] = first * y[1]
+    second = np.sin(y[0] * 2.0) * np.sum(np.sin(y))
+    for _ in range(2):
+        second = second * y[0] + np.sin(y[0] * 2.0)
+        y[0] = y[0] * 0.5 + np.sin(y[0] * 2.0)
+    return first * second + np.sin(y[0] * 2.0)
+
+
+@case(1.3)
+def equal_values_in_branches(x):
+    a = np.exp(x) * x
+    if x > 1.0:
+        x = x * x
+        b = np.exp(x) * x
+    else:
+        b = np.exp(x) + x
+    return a * b + np.exp(x) * np.exp(x)
+
+
+@case(V, torch=False)
+def equal_items_of_a_list_that_is_written_to(x):
+    parts = [x * 2.0, x * 2.0]
+    total = np.sum(x * 2.0 * (x * 2.0))
+    parts[0][1] = 3.0
+    return total * np.sum(parts[0] * parts[1] * (x * 2.0))
