@@ -173,7 +173,10 @@ class _Share(NamedTuple):
 
 
 def memory(statements: list[Statement]) -> Memory:
+    """Which names may be of one memory; of code that writes into nothing no more than each its own, as nobody asks."""
     found = Memory()
+    if not any(isinstance(st, (Store, Append, Pop)) or getattr(st, "in_place", False) for st in walk(statements)):
+        return found
     steps: list[tuple[int, list[str], list[_Share]]] = []
     nothing: set[str] = set()
     # Of arrays a copy has nothing, of lists the items.

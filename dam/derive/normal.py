@@ -280,7 +280,8 @@ class Normaliser:
             self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
         self.varied = self._varied(nodes, set(active))
         self.out: list[Statement] = []
-        self.computed: dict[str, tuple[str, frozenset[str]]] = {}  # by text, the name of a value and what it is made of
+        self.computed: dict[str, str] = {}  # by text the name of a value,
+        self.made_of: dict[str, list[str]] = {}  # and by name texts that it is in
         self.here: ast.AST = node
         self.block(body)
 
@@ -570,10 +571,11 @@ class Normaliser:
 
     def emit(self, statement: Statement) -> None:
         self.out.append(statement)
-        if not isinstance(statement, Let):
+        if isinstance(statement, Let):
+            for text in self.made_of.pop(statement.target, ()):
+                self.computed.pop(text, None)
+        else:
             self.computed.clear()  # what is written into may be memory of anything
-        elif any(statement.target in read for _, read in self.computed.values()):
-            self.computed = {t: (n, read) for t, (n, read) in self.computed.items() if statement.target not in read}
 
     def let(self, target: str, value: ast.expr, kind: str, at: ast.AST, in_place: bool = False) -> ast.Name:
         self.locals.add(target)
@@ -679,9 +681,11 @@ class Normaliser:
             return self.let(target, value, kind, node)
         text = shown(value)
         if (known := self.computed.get(text)) is not None:
-            return name(known[0])
+            return name(known)
         self.let(target, value, kind, node)
-        self.computed[text] = target, loads(value)
+        self.computed[text] = target
+        for one in loads(value):
+            self.made_of.setdefault(one, []).append(text)
         return name(target)
 
     def _split_constant(self, node: ast.expr) -> ast.expr:
