@@ -530,5 +530,5 @@ def _named(statements: list[ast.stmt], names: dict[str, str]) -> list[ast.stmt]:
         while new in names:
             new = names[new]
         final[old] = new
-    old = final.keys()
-    return [st if loads(st).isdisjoint(old) and stores(st).isdisjoint(old) else renamed(st, final) for st in statements]
+    gone = final.keys()
+    return [st if loads(st).isdisjoint(gone) and stores(st).isdisjoint(gone) else renamed(st, final) for st in statements]
