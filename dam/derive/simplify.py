@@ -531,4 +531,6 @@ def _named(statements: list[ast.stmt], names: dict[str, str]) -> list[ast.stmt]:
             new = names[new]
         final[old] = new
     gone = final.keys()
-    return [st if loads(st).isdisjoint(gone) and stores(st).isdisjoint(gone) else renamed(st, final) for st in statements]
+    return [
+        st if loads(st).isdisjoint(gone) and stores(st).isdisjoint(gone) else renamed(st, final) for st in statements
+    ]
