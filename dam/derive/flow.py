@@ -146,8 +146,14 @@ def _is_number(value: ast.expr) -> bool:
 
 
 def _makes_array(st: Let) -> bool:
-    """Whether a value is a new array for certain."""
+    """Whether a value is a new array for certain, or a number: nothing is within one."""
     call = st.value if st.kind == "constant" else None
+    if st.kind == "primitive":
+        entry: primitives.Primitive = st.value.primitive  # type: ignore[attr-defined]
+        if isinstance(st.value, ast.BinOp):
+            of_lists = isinstance(st.value.op, (ast.Add, ast.Mult)) and not _has_float(st.value)
+            return bool(entry.partials) and not of_lists
+        return bool(entry.partials) and not entry.view
     return (
         isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
@@ -189,7 +195,8 @@ def memory(statements: list[Statement]) -> Memory:
         for n in changed:
             found.own.setdefault(n, {n})
             found.acquired.setdefault((n, n), set()).add(id(st))
-        if shared := [s for s in _shared(st) if not (_is_copy(st) and s.source in arrays)]:
+        shared = [s for s in _shared(st) if not (_is_copy(st) and s.source in arrays)]
+        if shared := [s for s in shared if s.own or s.target not in arrays]:
             steps.append((id(st), changed, shared))
     while True:  # containers may be filled after they are read, in a loop or under another name
         grown = False

@@ -72,7 +72,7 @@ def of(function: Callable[..., Any]) -> Source:
             raise DerivativeError(f"the source of {named} cannot be got ({error}); define it in a file") from error
         lines, first = textwrap.dedent("".join(found)).splitlines(), max(first, 1)
     if code.co_name == "<lambda>":
-        node = _lambda(named, code, lines)
+        node = _lambda(named, code, lines, Line(code.co_filename, first, lines[0].strip()))
     else:
         node = _definition(named, code.co_name, tree or _tree(named, lines))
     source = Source(
@@ -149,17 +149,18 @@ def _definition(named: str, name: str, tree: ast.Module) -> ast.FunctionDef:
     raise DerivativeError(f"the source of {named} has no 'def {name}' (coroutines have no derivative)")
 
 
-def _lambda(named: str, code: types.CodeType, lines: list[str]) -> ast.FunctionDef:
+def _lambda(named: str, code: types.CodeType, lines: list[str], line: Line) -> ast.FunctionDef:
     """The lambda of these lines that compiles to the code; lines may begin or end within a statement."""
     text, tree = "\n".join(lines), None
-    for attempt in (text, text.lstrip(".,)]} "), f"({text}", f"{text})", f"({text})", f"dict({text})", f"[{text}]"):
+    within = (text.lstrip(".,)]} "), f"({text}", f"{text})", f"({text})", f"dict({text})", f"[{text}]")
+    for attempt in (text, f"{text}\n    pass", f"if 0: pass\n{text}\n    pass", *within):  # a head goes with a body
         try:
             tree = ast.parse(attempt)
             break
         except SyntaxError:
             continue
     if tree is None:
-        raise DerivativeError(f"the lambda in {lines[0].strip()!r} cannot be parsed by itself; write it as a def")
+        raise DerivativeError(f"the lines of {named} cannot be parsed by themselves; write it as a def", line)
     found: dict[str, ast.Lambda] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Lambda):
@@ -167,7 +168,7 @@ def _lambda(named: str, code: types.CodeType, lines: list[str]) -> ast.FunctionD
                 found[ast.dump(node)] = node
     if len(found) != 1:
         many = "more than one lambda of its lines could be it" if found else "no lambda of its lines is it"
-        raise DerivativeError(f"{named} in {lines[0].strip()!r}: {many}; write it as a def")
+        raise DerivativeError(f"{named}: {many}; write it as a def", line)
     (node,) = found.values()
     body: ast.stmt = ast.Return(value=node.body)
     definition = ast.FunctionDef(name="function", args=node.args, body=[body], decorator_list=[])

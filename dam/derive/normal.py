@@ -689,7 +689,8 @@ class Normaliser:
         return name(target)
 
     def _split_constant(self, node: ast.expr) -> ast.expr:
-        if isinstance(node, ast.Call):
+        """A value without a derivative in which functions defined inside are called: their results have names first."""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.functions:
             target = self.fresh()
             self.assign(target, node)
             return name(target)
@@ -698,17 +699,26 @@ class Normaliser:
             branch = ast.If(node.test, [_set(target, node.body)], [_set(target, node.orelse)])
             self._written(branch, node, set())
             return name(target)
-        if isinstance(node, ast.BoolOp) and any(self._calls_inside(v) for v in node.values[1:]):
+        later = node.values if isinstance(node, ast.BoolOp) else []
+        if isinstance(node, ast.Compare):
+            later = node.comparators
+        if any(self._calls_inside(v) for v in later[1:]):
             raise self.refuse(
-                node, "a function defined inside is called in a part of and/or that may not be evaluated; write an if"
+                node,
+                "a function defined inside is called in a part of a condition that may not be evaluated; write an if",
             )
         if isinstance(node, COMPREHENSIONS) and not isinstance(node, ast.SetComp):
             return name(self._loops(node))
-        new = copied(node)
-        for field_, value in ast.iter_fields(new):
-            if isinstance(value, ast.expr) and self._calls_inside(value):
-                setattr(new, field_, self._split_constant(value))
-        return self.let(self.fresh(), self.constant(new), "constant", node)
+        if not isinstance(node, (ast.Lambda, ast.SetComp)):  # which are called, or go on, later
+            node = rebuilt(node, self._part_split)
+        return self.let(self.fresh(), self.constant(node), "constant", node)
+
+    def _part_split(self, part: Any) -> Any:
+        if isinstance(part, list):
+            return [self._part_split(one) if isinstance(one, ast.AST) else one for one in part]
+        if isinstance(part, (ast.keyword, ast.Starred, ast.Slice, ast.FormattedValue)):
+            return rebuilt(part, self._part_split)
+        return self._split_constant(part) if isinstance(part, ast.expr) and self._calls_inside(part) else part
 
     def index(self, node: ast.expr) -> ast.expr:
         """A subscript, each part of it simple."""

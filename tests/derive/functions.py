@@ -1842,3 +1842,39 @@ def equal_items_of_a_list_that_is_written_to(x):
     total = np.sum(x * 2.0 * (x * 2.0))
     parts[0][1] = 3.0
     return total * np.sum(parts[0] * parts[1] * (x * 2.0))
+
+
+@case(V, torch=False)
+def turned_with_arithmetic(x):
+    y = x * 1.0
+    y[0], y[1] = y[1] * y[2], y[0] * 2.0
+    y[2], y[1] = y[1], y[2] / y[0]
+    for i in range(2):
+        y[i], y[i + 1] = y[i + 1], y[i] * y[0] + 1.0
+    return np.sum(y**2 * np.arange(1.0, 4.0))
+
+
+@case(np.outer(V, P), torch=False)
+def rows_turned_with_arithmetic(x):
+    y = x * 1.0
+    y[0], y[1] = y[1] * x[2], y[0] * 2.0
+    return np.sum(y**2 * x)
+
+
+@case(V, A, torch=False)
+def padded(x, a):
+    ends = np.pad(x, (1, 2)) * np.arange(1.0, 7.0)
+    around = np.pad(a, ((1, 0), (0, 2)), constant_values=2.0)
+    return np.sum(ends**2) * np.sum(np.pad(a, 1) ** 3) + np.sum(around**2 * np.arange(15.0).reshape(3, 5))
+
+
+@case(0.7, torch=False)
+def results_of_a_function_defined_inside(x):
+    def pair(v):
+        return [1.0, v * 2.0]
+
+    n = len(pair(2.0)) + max(pair(3.0)[1], 1.0)
+    parts = [pair(1.0)[1], *pair(4.0), {"a": pair(x)[1]}["a"]]
+    if 0.0 < parts[1:][len(pair(0.0)) :][0] and x > 0.0:
+        return x**2 * n * parts[2]
+    return x
