@@ -11,10 +11,11 @@ from dam.derive import primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
-from dam.derive.trees import children, filled, loads
+from dam.derive.trees import KEPT, children, filled, loads
 from dam.derive.trees import walk as tree_walk
 
 SCALAR = "()"
+_ARGUMENTS = f"{KEPT}arguments"
 
 
 def walk(statements: Iterable[Statement]) -> Iterator[Statement]:
@@ -47,9 +48,12 @@ def arguments(st: Let) -> dict[str, ast.expr]:
         assert isinstance(value, ast.Call)
         return {str(k.arg): k.value for k in value.keywords}
     if st.kind == "primitive":
-        entry = value.primitive  # type: ignore[attr-defined]
-        bound = primitives.bound(entry, value)
-        return {p: bound[p] for p in bound if p in entry.differentiable}
+        found = value.__dict__.get(_ARGUMENTS)
+        if found is None:
+            entry = value.primitive  # type: ignore[attr-defined]
+            bound = primitives.bound(entry, value)
+            found = value.__dict__[_ARGUMENTS] = {p: bound[p] for p in bound if p in entry.differentiable}
+        return found
     return {}
 
 
@@ -537,10 +541,13 @@ def summed(single: Single) -> ast.expr | None:
 
 
 def _has_float(value: ast.expr) -> bool:
-    if isinstance(value, ast.Name):
+    kind = type(value)
+    if kind is ast.Name:
         return False
-    if isinstance(value, ast.Constant):
-        return isinstance(value.value, float)
+    if kind is ast.Constant:
+        return type(value.value) is float  # type: ignore[attr-defined]
+    if kind is ast.BinOp:
+        return _has_float(value.left) or _has_float(value.right)  # type: ignore[attr-defined]
     return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
 
 

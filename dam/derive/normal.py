@@ -216,6 +216,9 @@ REFUSED: dict[type, str] = {
 
 _VARIES = f"{KEPT}varies"
 
+# What gives names their values.
+_FLOWS = {ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr}
+
 # Names by which derived source calls modules and functions.
 _CALLED = {"np", "torch", "math", "rt", "len", "range", "reversed", "slice"}
 
@@ -252,13 +255,13 @@ class Normaliser:
             raise self.refuse(node, "a function with *args or **kwargs has no derivative here; name its parameters")
         self.parameters = callee.parameters
         result = RESULT
-        names = {*mentions(node), *self.parameters}
+        names = {*self.parameters, *(n.id for n in everything if isinstance(n, ast.Name))}
         while result in names:
             result += "_"
         self.result = result
         self.locals = names
         apart = node.body
-        if any(isinstance(n, COMPREHENSIONS) for n in everything):
+        if any(type(n) in COMPREHENSIONS for n in everything):
             apart = [self._told_apart(one) for one in apart]
         body = without_exits(apart, result)
         self.locals = {*self.parameters, *_assigned(body)}
@@ -269,16 +272,17 @@ class Normaliser:
             raise self.refuse(at, f"a variable may not be called {min(called)}, as derived source calls it; rename it")
         # Names of comprehensions and lambdas, which none of the function's own may get.
         self.bound_names = set().union(
-            *(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS)))
+            *(bound_inside(n) for n in nodes if type(n) is ast.Lambda or type(n) in COMPREHENSIONS)
         )
-        self.displays = self._displays(nodes)
-        values = self._assigned_values(nodes)
+        flows = [n for n in nodes if type(n) in _FLOWS]
+        self.displays = self._displays(nodes, flows)
+        values = self._assigned_values(flows)
         self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
         self.lists, before = {*values}, -1
         while len(self.lists) != before:
             before = len(self.lists)
             self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
-        self.varied = self._varied(nodes, set(active))
+        self.varied = self._varied(flows, set(active))
         self.out: list[Statement] = []
         self.computed: dict[str, str] = {}  # by text the name of a value,
         self.made_of: dict[str, list[str]] = {}  # and by name texts that it is in
@@ -368,11 +372,9 @@ class Normaliser:
 
     # ---- what depends on active parameters
 
-    def _varied(self, nodes: list[ast.AST], varied: set[str]) -> set[str]:
+    def _varied(self, flows: list[ast.AST], varied: set[str]) -> set[str]:
         """Names that depend on active ones anywhere, whatever the order of statements."""
         self.varied = varied
-        kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr)
-        flows = [n for n in nodes if isinstance(n, kinds)]
         while True:
             before = len(varied)
             for node in flows:
@@ -402,10 +404,10 @@ class Normaliser:
             if len(varied) == before:
                 return varied
 
-    def _displays(self, nodes: list[ast.AST]) -> dict[str, ast.expr]:
+    def _displays(self, nodes: list[ast.AST], flows: list[ast.AST]) -> dict[str, ast.expr]:
         """Tuples, lists and dicts that are written out, of which code reads items at constants and nothing else."""
         found: dict[str, ast.expr] = {}
-        for node in nodes:
+        for node in flows:
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
                 if isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
                     found[node.targets[0].id] = node.value
@@ -416,11 +418,11 @@ class Normaliser:
         known = {n for n, count in uses.items() if count == 1} - {*self.parameters}
         return {identifier: display for identifier, display in found.items() if identifier in known}
 
-    def _assigned_values(self, nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
+    def _assigned_values(self, flows: list[ast.AST]) -> dict[str, list[ast.expr]]:
         """By name what is assigned to it, of names that get their values by plain assignments alone."""
         found: dict[str, list[ast.expr]] = {}
         others = {*self.parameters}
-        for node in nodes:
+        for node in flows:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
                 found.setdefault(node.targets[0].id, []).append(node.value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
