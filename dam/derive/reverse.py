@@ -279,7 +279,8 @@ class Reverse:
         y = st.target
         g = name(self.adjoint(y))
         names = {**primitives.bound(entry, st.value), "y": name(y), "m": name(entry.module), "g": g}
-        expression = fold(ast.BinOp(g, ast.Mult(), filled(entry.partials[parameter], names)))
+        partial = entry.partials[parameter]
+        expression = g if partial == "1.0" else fold(ast.BinOp(g, ast.Mult(), filled(partial, names)))
         same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
         # A product with an integer repeats a list, which unbroadcast refuses.
         same = same and not (argument.id in self.lists and isinstance(getattr(st.value, "op", None), ast.Mult))
