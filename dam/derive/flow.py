@@ -199,6 +199,8 @@ def memory(statements: list[Statement]) -> Memory:
         for n in changed:
             found.own.setdefault(n, {n})
             found.acquired.setdefault((n, n), set()).add(id(st))
+        if isinstance(st, Let) and st.target in arrays:  # of memory of its own, and nothing within
+            continue
         shared = [s for s in _shared(st) if not (_is_copy(st) and s.source in arrays)]
         if shared := [s for s in shared if s.own or s.target not in arrays]:
             steps.append((id(st), changed, shared))

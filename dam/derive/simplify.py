@@ -400,6 +400,8 @@ def with_shared(statements: list[ast.stmt], fresh: Callable[[str], str], steady:
 
 def _with_blocks(st: ast.stmt, change: Callable[[list[ast.stmt]], list[ast.stmt]]) -> ast.stmt:
     """A statement with other blocks."""
+    if type(st) is ast.Assign:  # as most are
+        return st
     if isinstance(st, ast.If):
         return _at(ast.If(st.test, change(st.body), change(st.orelse)), st)
     if isinstance(st, ast.For):
