@@ -192,8 +192,11 @@ class UserSchedule(Schedule):
             if bool(settled.all()):
                 break
             quick = ~(slower | (time - newton < low) | (time - newton > high)) | settled
-            last = torch.where(settled, 0.0, torch.where(quick, newton, time - (low + high) / 2))
-            time = time - last
+            # Bounds of other sizes are halved in their logarithm: 1e-30 is a time of alpha = t^0.1 as any other.
+            wide = torch.where(low > 0, low.sqrt() * high.sqrt(), torch.minimum(high * high, high / 2))
+            middle = torch.where(high > 4 * low, wide, (low + high) / 2)
+            following = torch.where(settled, time, torch.where(quick, time - newton, middle))
+            last, time = time - following, following
         return torch.where(wanted.isnan(), wanted, time).to(alpha.dtype)
 
 

@@ -11,10 +11,11 @@ from dam.derive import primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
-from dam.derive.trees import children, filled, loads
+from dam.derive.trees import KEPT, children, filled, loads
 from dam.derive.trees import walk as tree_walk
 
 SCALAR = "()"
+_ARGUMENTS = f"{KEPT}arguments"
 
 
 def walk(statements: Iterable[Statement]) -> Iterator[Statement]:
@@ -47,9 +48,12 @@ def arguments(st: Let) -> dict[str, ast.expr]:
         assert isinstance(value, ast.Call)
         return {str(k.arg): k.value for k in value.keywords}
     if st.kind == "primitive":
-        entry = value.primitive  # type: ignore[attr-defined]
-        bound = primitives.bound(entry, value)
-        return {p: bound[p] for p in bound if p in entry.differentiable}
+        found = value.__dict__.get(_ARGUMENTS)
+        if found is None:
+            entry = value.primitive  # type: ignore[attr-defined]
+            bound = primitives.bound(entry, value)
+            found = value.__dict__[_ARGUMENTS] = {p: bound[p] for p in bound if p in entry.differentiable}
+        return found
     return {}
 
 
@@ -146,8 +150,14 @@ def _is_number(value: ast.expr) -> bool:
 
 
 def _makes_array(st: Let) -> bool:
-    """Whether a value is a new array for certain."""
+    """Whether a value is a new array for certain, or a number: nothing is within one."""
     call = st.value if st.kind == "constant" else None
+    if st.kind == "primitive":
+        entry: primitives.Primitive = st.value.primitive  # type: ignore[attr-defined]
+        if isinstance(st.value, ast.BinOp):
+            of_lists = isinstance(st.value.op, (ast.Add, ast.Mult)) and not _has_float(st.value)
+            return bool(entry.partials) and not of_lists
+        return bool(entry.partials) and not entry.view
     return (
         isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
@@ -173,7 +183,10 @@ class _Share(NamedTuple):
 
 
 def memory(statements: list[Statement]) -> Memory:
+    """Which names may be of one memory; of code that writes into nothing no more than each its own, as nobody asks."""
     found = Memory()
+    if not any(isinstance(st, (Store, Append, Pop)) or getattr(st, "in_place", False) for st in walk(statements)):
+        return found
     steps: list[tuple[int, list[str], list[_Share]]] = []
     nothing: set[str] = set()
     # Of arrays a copy has nothing, of lists the items.
@@ -186,7 +199,10 @@ def memory(statements: list[Statement]) -> Memory:
         for n in changed:
             found.own.setdefault(n, {n})
             found.acquired.setdefault((n, n), set()).add(id(st))
-        if shared := [s for s in _shared(st) if not (_is_copy(st) and s.source in arrays)]:
+        if isinstance(st, Let) and st.target in arrays:  # of memory of its own, and nothing within
+            continue
+        shared = [s for s in _shared(st) if not (_is_copy(st) and s.source in arrays)]
+        if shared := [s for s in shared if s.own or s.target not in arrays]:
             steps.append((id(st), changed, shared))
     while True:  # containers may be filled after they are read, in a loop or under another name
         grown = False
@@ -527,10 +543,13 @@ def summed(single: Single) -> ast.expr | None:
 
 
 def _has_float(value: ast.expr) -> bool:
-    if isinstance(value, ast.Name):
+    kind = type(value)
+    if kind is ast.Name:
         return False
-    if isinstance(value, ast.Constant):
-        return isinstance(value.value, float)
+    if kind is ast.Constant:
+        return type(value.value) is float  # type: ignore[attr-defined]
+    if kind is ast.BinOp:
+        return _has_float(value.left) or _has_float(value.right)  # type: ignore[attr-defined]
     return any(_has_float(part) for part in children(value) if isinstance(part, ast.expr))
 
 

@@ -35,7 +35,8 @@ class Forward:
 
     Args:
         single, active: as for the backward pass.
-        twin: the name of the function that gives a called function's result and tangent, for its active parameters.
+        twin: the name of the function that gives a called function's result and tangent, for its active parameters, and
+            those of their tangents.
         primal_name: that of a called function without a tangent.
         in_place: augmented assignments to be checked when they run.
     """
@@ -45,7 +46,7 @@ class Forward:
         single: Single,
         active: set[str],
         parameters: list[str],
-        twin: Callable[[Any, frozenset[str]], str],
+        twin: Callable[[Any, frozenset[str]], tuple[str, dict[str, str]]],
         primal_name: Callable[[Any], str],
         in_place: dict[int, str],
     ) -> None:
@@ -137,8 +138,8 @@ class Forward:
             callee = st.value.callee  # type: ignore[attr-defined]
             wanted = [(str(k.arg), k.value) for k in st.value.keywords if loads(k.value) & self.active]
             if d and wanted:
-                twin = self.twin(callee, frozenset(p for p, _ in wanted))
-                tangents = [ast.keyword(f"d_{p}", self.of(v)) for p, v in wanted]
+                twin, called = self.twin(callee, frozenset(p for p, _ in wanted))
+                tangents = [ast.keyword(called[p], self.of(v)) for p, v in wanted]
                 call = ast.Call(name(twin), [], [*st.value.keywords, *tangents])
                 out.append(assign([y, d], call, st.line))
                 return

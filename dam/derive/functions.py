@@ -64,14 +64,17 @@ def of(function: Callable[..., Any]) -> Source:
     code = function.__code__
     text = function.__dict__.get(TEXT)
     if text is not None:
-        lines, first = text.splitlines(), 1
+        lines, first, tree = text.splitlines(), 1, None
     else:
         try:
-            found, first = _lines(function)
+            found, first, tree = _lines(function)
         except (OSError, TypeError) as error:
             raise DerivativeError(f"the source of {named} cannot be got ({error}); define it in a file") from error
         lines, first = textwrap.dedent("".join(found)).splitlines(), max(first, 1)
-    node = _lambda(named, code, lines) if code.co_name == "<lambda>" else _definition(named, code.co_name, lines)
+    if code.co_name == "<lambda>":
+        node = _lambda(named, code, lines, Line(code.co_filename, first, lines[0].strip()))
+    else:
+        node = _definition(named, code.co_name, tree or _tree(named, lines))
     source = Source(
         name=node.name,
         node=node,
@@ -87,17 +90,21 @@ def of(function: Callable[..., Any]) -> Source:
     if code.co_name == "<lambda>":
         return source
     # pytest writes the asserts of its test files anew; such a function is taken for what its file says.
-    if text is None and "@pytest_ar" not in code.co_names and _likeness(_code_of(node, code)) != _likeness(code):
+    if text is None and "@pytest_ar" not in code.co_names and not _alike(_code_of(node, code), code):
         raise source.refuse(node, f"the source found for {named} is another function's; has the file changed?")
     return source
 
 
-def _lines(function: types.FunctionType) -> tuple[list[str], int]:
-    """Those of inspect.getsourcelines, whose tokenizer is left out where a definition ends by its indentation."""
+def _lines(function: types.FunctionType) -> tuple[list[str], int, ast.Module | None]:
+    """Those of inspect.getsourcelines, whose tokenizer is left out where a definition ends by its indentation.
+
+    Returns:
+        The lines, the number of the first, and their tree where it was made on the way.
+    """
     everything, start = inspect.findsource(function)
     head = everything[start]
     if not head.lstrip().startswith("def "):
-        return inspect.getsourcelines(function)
+        return *inspect.getsourcelines(function), None
     indent = len(head) - len(head.lstrip())
     end = start + 1
     while end < len(everything):
@@ -107,10 +114,10 @@ def _lines(function: types.FunctionType) -> tuple[list[str], int]:
         end += 1
     found = everything[start:end]
     try:
-        ast.parse(textwrap.dedent("".join(found)))
+        tree = ast.parse(textwrap.dedent("".join(found)))
     except SyntaxError:  # a line that begins further left goes on with one before it
-        return inspect.getsourcelines(function)
-    return found, start + 1
+        return *inspect.getsourcelines(function), None
+    return found, start + 1, tree
 
 
 def attribute(whole: Any, name: str) -> Any:
@@ -128,42 +135,57 @@ def attribute(whole: Any, name: str) -> Any:
     return getattr(whole, name, None)
 
 
-def _definition(named: str, name: str, lines: list[str]) -> ast.FunctionDef:
+def _tree(named: str, lines: list[str]) -> ast.Module:
     try:
-        tree = ast.parse("\n".join(lines))
+        return ast.parse("\n".join(lines))
     except SyntaxError as error:
         raise DerivativeError(f"the source of {named} cannot be parsed: {error}") from error
+
+
+def _definition(named: str, name: str, tree: ast.Module) -> ast.FunctionDef:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
     raise DerivativeError(f"the source of {named} has no 'def {name}' (coroutines have no derivative)")
 
 
-def _lambda(named: str, code: types.CodeType, lines: list[str]) -> ast.FunctionDef:
+def _lambda(named: str, code: types.CodeType, lines: list[str], line: Line) -> ast.FunctionDef:
     """The lambda of these lines that compiles to the code; lines may begin or end within a statement."""
     text, tree = "\n".join(lines), None
-    for attempt in (text, text.lstrip(".,)]} "), f"({text}", f"{text})", f"({text})", f"dict({text})", f"[{text}]"):
+    within = (text.lstrip(".,)]} "), f"({text}", f"{text})", f"({text})", f"dict({text})", f"[{text}]")
+    for attempt in (text, f"{text}\n    pass", f"if 0: pass\n{text}\n    pass", *within):  # a head goes with a body
         try:
             tree = ast.parse(attempt)
             break
         except SyntaxError:
             continue
     if tree is None:
-        raise DerivativeError(f"the lambda in {lines[0].strip()!r} cannot be parsed by itself; write it as a def")
+        raise DerivativeError(f"the lines of {named} cannot be parsed by themselves; write it as a def", line)
     found: dict[str, ast.Lambda] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Lambda):
-            if _likeness(_code_of(node, code)) == _likeness(code):
+            if _alike(_code_of(node, code), code):
                 found[ast.dump(node)] = node
     if len(found) != 1:
         many = "more than one lambda of its lines could be it" if found else "no lambda of its lines is it"
-        raise DerivativeError(f"{named} in {lines[0].strip()!r}: {many}; write it as a def")
+        raise DerivativeError(f"{named}: {many}; write it as a def", line)
     (node,) = found.values()
     body: ast.stmt = ast.Return(value=node.body)
     definition = ast.FunctionDef(name="function", args=node.args, body=[body], decorator_list=[])
     definition.type_params = []  # type: ignore[attr-defined]
     ast.copy_location(body, node.body)
     return ast.copy_location(definition, node)
+
+
+def _alike(one: types.CodeType, other: types.CodeType) -> bool:
+    """Whether two codes compute the same."""
+    return _exactly(one) == _exactly(other) or _likeness(one) == _likeness(other)
+
+
+def _exactly(code: types.CodeType) -> tuple[Any, ...]:
+    """All that a code is made of: where two agree in it, so they do in their likeness, which takes longer to find."""
+    names = code.co_varnames, code.co_cellvars, code.co_freevars, code.co_names
+    return code.co_code, repr(code.co_consts), names, code.co_argcount, code.co_kwonlyargcount
 
 
 def _likeness(code: types.CodeType) -> tuple[Any, ...]:
@@ -208,8 +230,10 @@ def _code_of(node: ast.Lambda | ast.FunctionDef, like: types.CodeType) -> types.
             [] if like.co_name in free or isinstance(node, ast.Lambda) else [ast.Global([node.name])]
         )
         around.body, module.body = [*hidden, own], [around]
+        for one in hidden:
+            ast.copy_location(one, around)
     flags = like.co_flags & __future__.annotations.compiler_flag
-    code = compile(ast.fix_missing_locations(module), like.co_filename, "exec", flags, dont_inherit=True)
+    code = compile(module, like.co_filename, "exec", flags, dont_inherit=True)
     for _ in range(2 if free else 1):
         code = next(c for c in code.co_consts if isinstance(c, types.CodeType))
     return code

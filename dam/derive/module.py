@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import inspect
 import linecache
 import math
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -51,15 +52,15 @@ class Module:
         self.names.add(candidate)
         return candidate
 
-    def bind(self, identifier: str, value: Any) -> str:
-        """A name for a value of the surroundings; the same one each time."""
+    def bind(self, identifier: str, value: Any, hidden: Collection[str] = ()) -> str:
+        """A name for a value of the surroundings; the same one each time, unless it is among those that are hidden."""
         if getattr(builtins, identifier, None) is value and value is not None and identifier not in self.locals:
             return identifier
         for short, module in _IMPORTS.items():
             if value is module:
                 return short
         for known, other in self.bound.items():
-            if other is value:
+            if other is value and known not in hidden:
                 return known
         given = self.unique(identifier)
         self.bound[given] = value
@@ -68,18 +69,22 @@ class Module:
     # ---- functions
 
     def _prepared(
-        self, callee: Callee, active: frozenset[str], whole: bool
+        self, callee: Callee, active: frozenset[str], whole: bool, beside: Iterable[str] = ()
     ) -> tuple[Normaliser, Single, set[str], flow.Memory, bool, dict[int, str]]:
-        normal = Normaliser(callee, active, self.bind)
-        for parameter in normal.parameters:
-            if parameter in _IMPORTS:
-                raise normal.refuse(callee.source.node, f"a parameter may not be called {parameter}; rename it")
+        """A function's statements and facts about them; `beside` are parameters that its derivative has and it has not.
+
+        Nothing of the surroundings goes by the name of a parameter.
+        """
+        own = {*callee.parameters, *beside}
+        self.locals |= own
+        normal = Normaliser(callee, active, functools.partial(self.bind, hidden=own))
         single = Single(
             normal.out,
             normal.parameters,
             normal.result,
-            lambda n: n in self.names or n in self.bound or n in normal.bound_names,
+            lambda n: n in self.names or n in self.bound or n in normal.bound_names or n in own,
         )
+        self._claim(single)
         names = flow.active(single.statements, active, single.result)
         memory = flow.memory(single.statements)
         writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
@@ -142,27 +147,27 @@ class Module:
         steady = {n for n, count in counts.items() if count == 1 and not memory.all(n) & changed}
         return with_shared(body, single.fresh, steady)
 
-    def primal(self, callee: Callee) -> str:
-        """The name of a called function that has no derivative here."""
+    def primal(self, bind: Callable[[str, Any], str], callee: Callee) -> str:
+        """The name of a called function that has no derivative here; `bind` is that of the function that calls it."""
         if not callee.local and not callee.captured and callable(callee.key):
-            return self.bind(callee.source.name, callee.key)
+            return bind(callee.source.name, callee.key)
         known = ("primal", callee.key)
         if known not in self.made:
             self.made[known] = given = self.unique(callee.source.name)
             normal, single, _, _, _, in_place = self._prepared(callee, frozenset(), False)
-            self._claim(normal, single)
-            body = Primal(None, set(), self.primal, in_place).block(single.statements)
+            calls = functools.partial(self.primal, normal.bind)
+            body = Primal(None, set(), calls, in_place).block(single.statements)
             body.append(ast.Return(name(single.result)))
             _uncommented(body)
             self.define(given, self.signature(callee, inner=True), body)
         return self.made[known]
 
-    def _claim(self, normal: Normaliser, single: Single) -> None:
+    def _claim(self, single: Single) -> None:
         self.locals |= single.used
 
-    def _reverse(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
-        normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
-        reverse = Reverse(single, names, memory, normal.parameters, self.pair, self.bind, callee.source.derived)
+    def _reverse(self, callee: Callee, active: frozenset[str], whole: bool, beside: Iterable[str] = ()) -> Any:
+        normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole, beside)
+        reverse = Reverse(single, names, memory, normal.parameters, self.pair, normal.bind, callee.source.derived)
         if not whole:  # what was passed is put back as it was, for those who passed it
             given = {*normal.parameters}
             for st in flow.walk(single.statements):
@@ -174,7 +179,7 @@ class Module:
     def _primal_body(
         self, single: Single, memory: flow.Memory, reverse: Reverse, in_place: dict[int, str], kept: set[str]
     ) -> list[ast.stmt]:
-        primal = Primal(reverse, reverse.restored, self.primal, in_place)
+        primal = Primal(reverse, reverse.restored, functools.partial(self.primal, reverse.bind), in_place)
         for st in flow.walk(single.statements):
             kept |= set(getattr(st, "kept_names", ()))
         primal.kept_anywhere = kept
@@ -206,7 +211,7 @@ class Module:
         seed = reverse.adjoint(single.result)
         kept = sorted((free(code) - {seed}) & (reverse.primal | {*normal.parameters}))
         body = self._primal_body(single, memory, reverse, in_place, {*kept})
-        self._claim(normal, single)
+        self._claim(single)
         values = ast.Tuple([name(k) for k in kept], ast.Load())
         body.append(ast.Return(ast.Tuple([name(single.result), values], ast.Load())))
         body = self.passes(body, single, memory, normal.parameters)
@@ -224,7 +229,10 @@ class Module:
     def reverse(self, callee: Callee, wrt: list[str], preserve_result: bool, seeded: bool) -> str:
         """The gradient function; the name of it."""
         given = self.unique(f"d{callee.source.name}")
-        normal, single, _, memory, writes, in_place, reverse, code, state = self._reverse(callee, frozenset(wrt), True)
+        extra = _beside(callee, ["init_grad"]) if seeded else []
+        normal, single, _, memory, writes, in_place, reverse, code, state = self._reverse(
+            callee, frozenset(wrt), True, extra
+        )
         body: list[ast.stmt] = self._checks(wrt, normal.parameters, writes)
         for parameter in wrt:
             b = reverse.adjoint(parameter) if parameter in state else None
@@ -235,16 +243,14 @@ class Module:
         outputs: list[ast.expr] = [code[k - len(wrt)].targets[0] for k in range(len(wrt))]  # type: ignore[attr-defined]
         outputs = [name(o.id) for o in outputs]  # type: ignore[attr-defined]
         primal = self._primal_body(single, memory, reverse, in_place, set())
-        extra = []
         b = reverse.adjoint(single.result)
         if seeded:
-            extra = ["init_grad"]
-            start = text("rt.seeded(b, y)", b=name("init_grad"), y=name(single.result))
+            start = text("rt.seeded(b, y)", b=name(extra[0]), y=name(single.result))
         elif (summed := flow.summed(single)) is not None and not preserve_result:
             start = text("rt.seed_of_sum(x)", x=summed)  # nobody reads the sum itself
         else:
             start = text("rt.seed(y)", y=name(single.result))
-        self._claim(normal, single)
+        self._claim(single)
         body += [*primal, assign(b, start), *code]
         # A return shows each gradient once where it is made.
         for _ in wrt:
@@ -254,8 +260,6 @@ class Module:
             values.append(name(single.result))
         body.append(ast.Return(values[0] if len(values) == 1 else ast.Tuple(values, ast.Load())))
         body = self.passes(body, single, memory, normal.parameters)
-        if "init_grad" in single.used and seeded:
-            raise normal.refuse(callee.source.node, "init_grad is a name of the derivative's own; rename the variable")
         said = f"gradient of {callee.source.name} with respect to {', '.join(wrt)}"
         self.define(given, self.signature(callee, extra), body, said)
         return given
@@ -267,14 +271,13 @@ class Module:
             body.append(ast.Expr(ast.Call(ast.Attribute(name("rt"), "distinct", ast.Load()), [], keywords)))
         return body
 
-    def _forward(self, callee: Callee, active: frozenset[str], whole: bool) -> Any:
-        normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole)
-        forward = Forward(single, names, normal.parameters, self.twin, self.primal, in_place)
-        for parameter in active:
-            forward.names[parameter] = f"d_{parameter}"
-            if f"d_{parameter}" in single.used:
-                raise normal.refuse(callee.source.node, f"d_{parameter} is a name of the derivative's own; rename it")
-            single.used.add(f"d_{parameter}")
+    def _forward(self, callee: Callee, tangents: dict[str, str], whole: bool) -> Any:
+        """The statements of a function and of its tangents; those of its active parameters go by the names given."""
+        active = frozenset(tangents)
+        normal, single, names, memory, writes, in_place = self._prepared(callee, active, whole, tangents.values())
+        calls = functools.partial(self.primal, normal.bind)
+        forward = Forward(single, names, normal.parameters, self.twin, calls, in_place)
+        forward.names |= tangents
         code = forward.block(single.statements)
         # What is not asked for may be written into, or appended to.
         code[:0] = [
@@ -282,35 +285,36 @@ class Module:
             for p in normal.parameters
             if p in names and p not in active
         ]
-        self._claim(normal, single)
+        self._claim(single)
         result = forward.of(name(single.result))
         return normal, single, memory, writes, code, result
 
-    def twin(self, callee: Callee, active: frozenset[str]) -> str:
-        """The name of the function of a called one's result and tangent."""
+    def twin(self, callee: Callee, active: frozenset[str]) -> tuple[str, dict[str, str]]:
+        """The name of the function of a called one's result and tangent; by active parameter that of its tangent."""
         known = ("twin", callee.key, active)
+        tangents = _tangents(callee, sorted(active))
         if known not in self.made:
             self.made[known] = given = self.unique(f"{callee.source.name}_tangent")
             self.pure.add(given)
-            normal, single, memory, _, code, result = self._forward(callee, active, False)
+            normal, single, memory, _, code, result = self._forward(callee, tangents, False)
             code.append(ast.Return(ast.Tuple([name(single.result), result], ast.Load())))
-            extra = [f"d_{p}" for p in sorted(active)]
+            extra = [*tangents.values()]
             code = self.passes(code, single, memory, [*normal.parameters, *extra])
             self.define(given, self.signature(callee, extra, inner=True), code, f"{callee.source.name} and its tangent")
-        return self.made[known]
+        return self.made[known], tangents
 
     def forward(self, callee: Callee, wrt: list[str], preserve_result: bool) -> str:
         """The function of a result's tangent; the name of it."""
         given = self.unique(f"d{callee.source.name}")
-        normal, single, memory, writes, code, result = self._forward(callee, frozenset(wrt), True)
+        tangents = _tangents(callee, wrt)
+        normal, single, memory, writes, code, result = self._forward(callee, tangents, True)
         body = self._checks(wrt, normal.parameters, writes)
-        for parameter in wrt:
-            d = name(f"d_{parameter}")
-            body.append(assign(f"d_{parameter}", text("rt.tangent(d, x)", d=d, x=name(parameter))))
+        for parameter, d in tangents.items():
+            body.append(assign(d, text("rt.tangent(d, x)", d=name(d), x=name(parameter))))
         values = [result, name(single.result)] if preserve_result else [result]
         body += [*code, ast.Return(values[0] if len(values) == 1 else ast.Tuple(values, ast.Load()))]
         body = self.passes(body, single, memory, normal.parameters)
-        extra = [f"d_{p}" for p in wrt]
+        extra = [*tangents.values()]
         said = f"tangent of {callee.source.name} along {', '.join(extra)}"
         self.define(given, self.signature(callee, extra), body, said)
         return given
@@ -342,6 +346,23 @@ class Module:
         for node in self.functions:
             space[node.name].__dict__[functions.TEXT] = source
         return space[identifier]
+
+
+def _beside(callee: Callee, stems: Iterable[str]) -> list[str]:
+    """Names of what a derivative takes beside a function's own parameters, told apart from these by a number."""
+    found: list[str] = []
+    for stem in stems:
+        candidate, number = stem, 1
+        while candidate in callee.parameters or candidate in found:
+            number += 1
+            candidate = f"{stem}_{number}"
+        found.append(candidate)
+    return found
+
+
+def _tangents(callee: Callee, active: list[str]) -> dict[str, str]:
+    """By parameter the name of its tangent."""
+    return dict(zip(active, _beside(callee, [f"d_{p}" for p in active]), strict=True))
 
 
 def _size(value: Any) -> float:

@@ -37,6 +37,7 @@ from dam.derive.trees import (
     parsed,
     rebuilt,
     renamed,
+    shown,
     stores,
     walk,
 )
@@ -52,6 +53,11 @@ class Callee:
     key: Any
     captured: tuple[str, ...] = ()
     local: Mapping[str, Callee] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[str]:
+        given = self.source.node.args
+        return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
 
 
 @dataclass
@@ -210,6 +216,12 @@ REFUSED: dict[type, str] = {
 
 _VARIES = f"{KEPT}varies"
 
+# What gives names their values.
+_FLOWS = {ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr}
+
+# Names by which derived source calls modules and functions.
+_CALLED = {"np", "torch", "math", "rt", "len", "range", "reversed", "slice"}
+
 # Parameters of functions in dam.derive.written that are lists, and no arrays.
 WRITTEN_LISTS = {"arrays", "axis", "condlist", "choicelist"}
 
@@ -234,36 +246,46 @@ class Normaliser:
         self.temporaries = 0
         self.rebound: set[str] = set()  # what the loop whose items are being named assigns
         node = self.source.node
-        for inner in walk(node):
+        everything = list(walk(node))
+        for inner in everything:
             if (reason := REFUSED.get(type(inner))) is not None:
                 raise self.refuse(inner, reason)
         arguments = node.args
         if arguments.vararg or arguments.kwarg:
             raise self.refuse(node, "a function with *args or **kwargs has no derivative here; name its parameters")
-        self.parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        self.parameters = callee.parameters
         result = RESULT
-        names = {*mentions(node), *self.parameters}
+        names = {*self.parameters, *(n.id for n in everything if isinstance(n, ast.Name))}
         while result in names:
             result += "_"
         self.result = result
         self.locals = names
-        body = without_exits([self._told_apart(one) for one in node.body], result)
+        apart = node.body
+        if any(type(n) in COMPREHENSIONS for n in everything):
+            apart = [self._told_apart(one) for one in apart]
+        body = without_exits(apart, result)
         self.locals = {*self.parameters, *_assigned(body)}
         self._lift(body)
         nodes = [n for one in body for n in walk(one)]
+        if called := _CALLED & self.locals:
+            at = next((n for n in nodes if isinstance(n, ast.Name) and n.id in called), node)
+            raise self.refuse(at, f"a variable may not be called {min(called)}, as derived source calls it; rename it")
         # Names of comprehensions and lambdas, which none of the function's own may get.
         self.bound_names = set().union(
-            *(bound_inside(n) for n in nodes if isinstance(n, (ast.Lambda, *COMPREHENSIONS)))
+            *(bound_inside(n) for n in nodes if type(n) is ast.Lambda or type(n) in COMPREHENSIONS)
         )
-        self.displays = self._displays(nodes)
-        values = self._assigned_values(nodes)
+        flows = [n for n in nodes if type(n) in _FLOWS]
+        self.displays = self._displays(nodes, flows)
+        values = self._assigned_values(flows)
         self.dicts = {n for n, given in values.items() if all(map(self._is_dict, given))}
         self.lists, before = {*values}, -1
         while len(self.lists) != before:
             before = len(self.lists)
             self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
-        self.varied = self._varied(nodes, set(active))
+        self.varied = self._varied(flows, set(active))
         self.out: list[Statement] = []
+        self.computed: dict[str, str] = {}  # by text the name of a value,
+        self.made_of: dict[str, list[str]] = {}  # and by name texts that it is in
         self.here: ast.AST = node
         self.block(body)
 
@@ -350,11 +372,9 @@ class Normaliser:
 
     # ---- what depends on active parameters
 
-    def _varied(self, nodes: list[ast.AST], varied: set[str]) -> set[str]:
+    def _varied(self, flows: list[ast.AST], varied: set[str]) -> set[str]:
         """Names that depend on active ones anywhere, whatever the order of statements."""
         self.varied = varied
-        kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension, ast.Expr)
-        flows = [n for n in nodes if isinstance(n, kinds)]
         while True:
             before = len(varied)
             for node in flows:
@@ -384,10 +404,10 @@ class Normaliser:
             if len(varied) == before:
                 return varied
 
-    def _displays(self, nodes: list[ast.AST]) -> dict[str, ast.expr]:
+    def _displays(self, nodes: list[ast.AST], flows: list[ast.AST]) -> dict[str, ast.expr]:
         """Tuples, lists and dicts that are written out, of which code reads items at constants and nothing else."""
         found: dict[str, ast.expr] = {}
-        for node in nodes:
+        for node in flows:
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
                 if isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
                     found[node.targets[0].id] = node.value
@@ -398,11 +418,11 @@ class Normaliser:
         known = {n for n, count in uses.items() if count == 1} - {*self.parameters}
         return {identifier: display for identifier, display in found.items() if identifier in known}
 
-    def _assigned_values(self, nodes: list[ast.AST]) -> dict[str, list[ast.expr]]:
+    def _assigned_values(self, flows: list[ast.AST]) -> dict[str, list[ast.expr]]:
         """By name what is assigned to it, of names that get their values by plain assignments alone."""
         found: dict[str, list[ast.expr]] = {}
         others = {*self.parameters}
-        for node in nodes:
+        for node in flows:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and len(node.targets) == 1:
                 found.setdefault(node.targets[0].id, []).append(node.value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
@@ -553,6 +573,11 @@ class Normaliser:
 
     def emit(self, statement: Statement) -> None:
         self.out.append(statement)
+        if isinstance(statement, Let):
+            for text in self.made_of.pop(statement.target, ()):
+                self.computed.pop(text, None)
+        else:
+            self.computed.clear()  # what is written into may be memory of anything
 
     def let(self, target: str, value: ast.expr, kind: str, at: ast.AST, in_place: bool = False) -> ast.Name:
         self.locals.add(target)
@@ -643,8 +668,31 @@ class Normaliser:
         self.assign(target, node)
         return name(target)
 
+    def operand(self, node: ast.expr, entry: Primitive) -> ast.expr:
+        """An atom that is read and no more: of what was computed before in the same run of statements, the name.
+
+        Values that may become a part of something else are computed each time, as one may be written into.
+        """
+        if isinstance(node, (ast.Name, ast.Constant)) or entry.view or entry.shallow or not self.depends(node):
+            return self.atom(node)
+        target = self.fresh()
+        self.varied.add(target)
+        value, kind = self.operation(node)
+        made = getattr(value, "primitive", None)
+        if kind != "item" and (made is None or made.view or made.shallow or made.rule is not None):
+            return self.let(target, value, kind, node)
+        text = shown(value)
+        if (known := self.computed.get(text)) is not None:
+            return name(known)
+        self.let(target, value, kind, node)
+        self.computed[text] = target
+        for one in loads(value):
+            self.made_of.setdefault(one, []).append(text)
+        return name(target)
+
     def _split_constant(self, node: ast.expr) -> ast.expr:
-        if isinstance(node, ast.Call):
+        """A value without a derivative in which functions defined inside are called: their results have names first."""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.functions:
             target = self.fresh()
             self.assign(target, node)
             return name(target)
@@ -653,17 +701,26 @@ class Normaliser:
             branch = ast.If(node.test, [_set(target, node.body)], [_set(target, node.orelse)])
             self._written(branch, node, set())
             return name(target)
-        if isinstance(node, ast.BoolOp) and any(self._calls_inside(v) for v in node.values[1:]):
+        later = node.values if isinstance(node, ast.BoolOp) else []
+        if isinstance(node, ast.Compare):
+            later = node.comparators
+        if any(self._calls_inside(v) for v in later[1:]):
             raise self.refuse(
-                node, "a function defined inside is called in a part of and/or that may not be evaluated; write an if"
+                node,
+                "a function defined inside is called in a part of a condition that may not be evaluated; write an if",
             )
         if isinstance(node, COMPREHENSIONS) and not isinstance(node, ast.SetComp):
             return name(self._loops(node))
-        new = copied(node)
-        for field_, value in ast.iter_fields(new):
-            if isinstance(value, ast.expr) and self._calls_inside(value):
-                setattr(new, field_, self._split_constant(value))
-        return self.let(self.fresh(), self.constant(new), "constant", node)
+        if not isinstance(node, (ast.Lambda, ast.SetComp)):  # which are called, or go on, later
+            node = rebuilt(node, self._part_split)
+        return self.let(self.fresh(), self.constant(node), "constant", node)
+
+    def _part_split(self, part: Any) -> Any:
+        if isinstance(part, list):
+            return [self._part_split(one) if isinstance(one, ast.AST) else one for one in part]
+        if isinstance(part, (ast.keyword, ast.Starred, ast.Slice, ast.FormattedValue)):
+            return rebuilt(part, self._part_split)
+        return self._split_constant(part) if isinstance(part, ast.expr) and self._calls_inside(part) else part
 
     def index(self, node: ast.expr) -> ast.expr:
         """A subscript, each part of it simple."""
@@ -707,9 +764,9 @@ class Normaliser:
                 raise self.refuse(node, f"the operator in {ast.unparse(node)} has no derivative")
             new: ast.expr
             if isinstance(node, ast.BinOp):
-                new = ast.BinOp(self.atom(node.left), node.op, self.atom(node.right))
+                new = ast.BinOp(self.operand(node.left, entry), node.op, self.operand(node.right, entry))
             else:
-                new = ast.UnaryOp(node.op, self.atom(node.operand))
+                new = ast.UnaryOp(node.op, self.operand(node.operand, entry))
             return self.primitive(new, entry), "primitive"
         if isinstance(node, ast.Subscript):
             return ast.Subscript(self.atom(node.value), self.index(node.slice), ast.Load()), "item"
@@ -856,8 +913,8 @@ class Normaliser:
             called = name(self.bind(entry.name, entry.function)) if entry.rule else parsed(entry.name)
             new = ast.Call(
                 called,
-                [self.argument(a) for a in node.args],
-                [ast.keyword(k.arg, self.argument(k.value)) for k in node.keywords],
+                [self.operand(a, entry) for a in node.args],
+                [ast.keyword(k.arg, self.operand(k.value, entry)) for k in node.keywords],
             )
             return self.primitive(new, entry), "primitive"
         if inspect.isfunction(found):
@@ -865,9 +922,6 @@ class Normaliser:
         raise self.refuse(
             node, f"{ast.unparse(node.func)} has no known derivative and no Python source; register one with adjoint"
         )
-
-    def argument(self, node: ast.expr) -> ast.expr:
-        return self.atom(node)
 
     def _einsum(self, node: ast.Call, module: str) -> ast.expr:
         """A sum of products: of each operand the adjoint is one too, of the adjoint and of the others."""
@@ -911,7 +965,8 @@ class Normaliser:
             reverse=reverse,
             forward=forward,
         )
-        call = ast.Call(parsed(entry.name), [ast.Constant(subscripts), *(self.argument(a) for a in node.args[1:])], [])
+        factors = [self.operand(a, entry) for a in node.args[1:]]
+        call = ast.Call(parsed(entry.name), [ast.Constant(subscripts), *factors], [])
         return self.primitive(call, entry)
 
     def _structural(self, node: ast.Call, found: Any) -> tuple[ast.expr, str] | None:
@@ -965,9 +1020,9 @@ class Normaliser:
         if entry is None:
             raise self.refuse(node, f"the method .{function.attr}() has no derivative here")
         new = ast.Call(
-            ast.Attribute(self.atom(function.value), function.attr, ast.Load()),
-            [self.argument(a) for a in node.args],
-            [ast.keyword(k.arg, self.argument(k.value)) for k in node.keywords],
+            ast.Attribute(self.operand(function.value, entry), function.attr, ast.Load()),
+            [self.operand(a, entry) for a in node.args],
+            [ast.keyword(k.arg, self.operand(k.value, entry)) for k in node.keywords],
         )
         return self.primitive(new, entry), "primitive"
 
@@ -991,7 +1046,7 @@ class Normaliser:
             raise self.refuse(node, f"{ast.unparse(node)}: an axis is no bool; name the argument")
         if unknown := given.keys() - names:
             raise self.refuse(node, f"{ast.unparse(node.func)} with {sorted(unknown)[0]}= has no derivative here")
-        keywords = [ast.keyword(k, self.argument(v)) for k, v in given.items()]
+        keywords = [ast.keyword(k, self.atom(v)) for k, v in given.items()]
         keywords += [ast.keyword(k, name(k)) for k in callee.captured]
         new = ast.Call(name(callee.source.name), [], keywords)
         new.callee = callee  # type: ignore[attr-defined]
@@ -1004,9 +1059,9 @@ class Normaliser:
             self.statement(node)
 
     def inner(self, body: list[ast.stmt]) -> list[Statement]:
-        saved, self.out = self.out, []
+        saved, self.out, self.computed = self.out, [], {}
         self.block(body)
-        found, self.out = self.out, saved
+        found, self.out, self.computed = self.out, saved, {}
         return found
 
     def statement(self, node: ast.stmt) -> None:
@@ -1371,6 +1426,8 @@ class Normaliser:
             ):
                 if not isinstance(target, ast.Tuple) or len(target.elts) != len(arguments):
                     raise self.refuse(at, "a loop over zip needs as many names as there are sequences")
+                if "min" in self.locals and len(arguments) > 1:
+                    raise self.refuse(at, "a variable may not be called min beside a loop over zip; rename it")
                 wholes = [self._named(a) for a in arguments]
                 lengths = ", ".join(f"len({w.id})" for w in wholes)
                 shortest = f"min({lengths})" if len(wholes) > 1 else lengths

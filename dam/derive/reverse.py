@@ -93,7 +93,8 @@ class Reverse:
         self.lists = flow.lists(single.statements) - self.numbers
         self.names: dict[str, str] = {}
         self.restored: set[int] = set()
-        self.contributions: dict[tuple[int, str], ast.expr] = {}
+        self.read = {id(st): self._read(st) for st in flow.walk(single.statements) if isinstance(st, Let)}
+        self.known: dict[Any, tuple[list[ast.stmt], State]] = {}
         self.writes = any(isinstance(st, (Store, Append, Pop)) for st in flow.walk(single.statements))
         self.primal = {*parameters, *written(single.statements)}
 
@@ -172,7 +173,7 @@ class Reverse:
         match st:
             case Let():
                 if st.target in state and st.target in self.active:
-                    self.let(st, state, out)
+                    self.let_or_known(st, state, out)
                     state.pop(st.target, None)
             case Unpack():
                 self.unpack(st, state, out)
@@ -190,6 +191,28 @@ class Reverse:
                 self.surgery(st, state, out)
             case Effect():
                 pass
+
+    def _read(self, st: Let) -> tuple[str, ...] | None:
+        """Names whose adjoints a statement's adds to; None where its code is another each time."""
+        if st.kind == "call" or (st.kind == "primitive" and st.value.primitive.rule is not None):  # type: ignore[attr-defined]
+            return None
+        return tuple(n for v in flow.arguments(st).values() for n in loads(v) if n in self.active)
+
+    def let_or_known(self, st: Let, state: State, out: list[ast.stmt]) -> None:
+        """The adjoint of a statement, which is the same each time that it is come to with the same adjoints there."""
+        read = self.read[id(st)]
+        if read is None:
+            self.let(st, state, out)
+            return
+        situation = (id(st), state[st.target], *(state.get(n) for n in read))
+        found = self.known.get(situation)
+        if found is None:
+            code: list[ast.stmt] = []
+            self.let(st, state, code)
+            found = self.known[situation] = code, {n: state[n] for n in read if n in state}
+        code, after = found
+        out += code
+        state |= after
 
     def let(self, st: Let, state: State, out: list[ast.stmt]) -> None:
         y, value = st.target, st.value
@@ -251,21 +274,19 @@ class Reverse:
                 self.add(argument.id, filled(entry.reverse[parameter], names), full, st.line, state, out)
 
     def elementwise(self, st: Let, parameter: str, argument: ast.Name) -> ast.expr:
-        """What an elementwise function adds to the adjoint of an argument; the same each time it is asked for."""
-        known = (id(st), parameter)
-        if known not in self.contributions:
-            entry: Primitive = st.value.primitive  # type: ignore[attr-defined]
-            y = st.target
-            g = name(self.adjoint(y))
-            names = {**primitives.bound(entry, st.value), "y": name(y), "m": name(entry.module), "g": g}
-            expression = fold(ast.BinOp(g, ast.Mult(), filled(entry.partials[parameter], names)))
-            same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
-            # A product with an integer repeats a list, which unbroadcast refuses.
-            same = same and not (argument.id in self.lists and isinstance(getattr(st.value, "op", None), ast.Mult))
-            if not same and not is_zero(expression):
-                expression = text("rt.unbroadcast(g, x)", g=expression, x=argument)
-            self.contributions[known] = expression
-        return self.contributions[known]
+        """What an elementwise function adds to the adjoint of an argument."""
+        entry: Primitive = st.value.primitive  # type: ignore[attr-defined]
+        y = st.target
+        g = name(self.adjoint(y))
+        names = {**primitives.bound(entry, st.value), "y": name(y), "m": name(entry.module), "g": g}
+        partial = entry.partials[parameter]
+        expression = g if partial == "1.0" else fold(ast.BinOp(g, ast.Mult(), filled(partial, names)))
+        same = self.shapes.get(argument.id, argument.id) == self.shapes.get(y, y)
+        # A product with an integer repeats a list, which unbroadcast refuses.
+        same = same and not (argument.id in self.lists and isinstance(getattr(st.value, "op", None), ast.Mult))
+        if not same and not is_zero(expression):
+            expression = text("rt.unbroadcast(g, x)", g=expression, x=argument)
+        return expression
 
     def ruled(self, st: Let, entry: Primitive, bound: dict[str, ast.expr], state: State, out: list[ast.stmt]) -> None:
         """A derivative that a user registered: a function of (adjoint, result, *arguments)."""
@@ -466,10 +487,7 @@ def _is_range(node: ast.expr) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    return all(
-        isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Load))
-        for n in walk(node)
-    )
+    return all(isinstance(n, (ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp)) for n in walk(node))
 
 
 def _values(st: For | While) -> set[str]:

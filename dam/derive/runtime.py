@@ -228,7 +228,13 @@ def seeded(b: Any, y: Any) -> Any:
 
 
 def tangent(d: Any, x: Any) -> Any:
-    """The tangent that was given for an argument x."""
+    """The tangent that was given for an argument x.
+
+    Raises:
+        DerivativeError: none was, or it does not have the structure of the argument.
+    """
+    if d is None:
+        raise DerivativeError("a tangent has no default; give one for each parameter x that is differentiated, as d_x=")
     return _matched(d, x, "the tangent given")
 
 

@@ -257,29 +257,26 @@ def _is_linalg(node: ast.expr) -> bool:
 
 
 def without_dead(statements: list[ast.stmt], pure_names: frozenset[str] = frozenset()) -> list[ast.stmt]:
-    """Code without assignments that nothing reads, until none is left."""
-    own = set().union(*(stores(st) for st in statements))
-    while True:
-        # A list of the surroundings is read by others.
-        dropped: list[ast.stmt] = []
-        statements, _ = _alive(statements, _appended(statements) - own, pure_names, dropped)
-        if not dropped:
-            return statements
+    """Code without assignments that nothing reads: what reads is known when what it reads is come to, from the end."""
+    # A list of the surroundings is read by others.
+    appended = _appended(statements)
+    others = appended.difference(*map(stores, statements)) if appended else appended
+    return _alive(statements, others, pure_names)[0]
 
 
 def _appended(statements: Iterable[ast.stmt]) -> set[str]:
     found: set[str] = set()
     for st in statements:
-        if isinstance(st, ast.Expr) and (one := _appends(st)) is not None:
-            found.add(one)
-        for block in ("body", "orelse"):
-            found |= _appended(getattr(st, block, ()))
+        if isinstance(st, ast.Expr):
+            if (one := _appends(st)) is not None:
+                found.add(one)
+        elif isinstance(st, (ast.If, ast.For, ast.While)):
+            found |= _appended(st.body) | _appended(st.orelse)
     return found
 
 
-def _alive(
-    statements: list[ast.stmt], live: set[str], pure: frozenset[str], dropped: list[ast.stmt]
-) -> tuple[list[ast.stmt], set[str]]:
+def _alive(statements: list[ast.stmt], live: set[str], pure: frozenset[str]) -> tuple[list[ast.stmt], set[str]]:
+    """Of a block what has an effect or is read, and the names that are read after its head."""
     out: list[ast.stmt] = []
     live = set(live)
     for st in reversed(statements):
@@ -287,25 +284,22 @@ def _alive(
             target = st.targets[0]
             if isinstance(target, ast.Name):
                 if target.id not in live and _pure(st.value, pure):
-                    dropped.append(st)
                     continue
                 live.discard(target.id)
                 live |= loads(st.value)
             elif isinstance(target, ast.Tuple):
                 bound = stores(target)
                 if live.isdisjoint(bound) and _pure(st.value, pure):
-                    dropped.append(st)
                     continue
                 live -= bound
                 live |= loads(st.value)
             else:
                 live |= loads(st)
         elif isinstance(st, ast.If):
-            body, of_body = _alive(st.body, live, pure, dropped)
-            orelse, of_orelse = _alive(st.orelse, live, pure, dropped)
+            body, of_body = _alive(st.body, live, pure)
+            orelse, of_orelse = _alive(st.orelse, live, pure)
             if not body and not orelse:
                 if _pure(st.test, pure):
-                    dropped.append(st)
                     continue
                 body = [_at(ast.Pass(), st)]
             test = st.test
@@ -316,14 +310,12 @@ def _alive(
             st = _at(ast.If(test=test, body=body, orelse=orelse), st)
             live = of_body | of_orelse | loads(test)
         elif isinstance(st, (ast.For, ast.While)):
-            loop, live = _loop_alive(st, live, pure, dropped)
+            loop, live = _loop_alive(st, live, pure)
             if loop is None:
-                dropped.append(st)
                 continue
             st = loop
         elif isinstance(st, ast.Expr) and _appends(st) is not None:
             if _appends(st) not in live:
-                dropped.append(st)
                 continue
             live |= loads(st)
         else:
@@ -342,17 +334,15 @@ def _appends(st: ast.Expr) -> str | None:
 
 
 def _loop_alive(
-    st: ast.For | ast.While, live: set[str], pure: frozenset[str], dropped: list[ast.stmt]
+    st: ast.For | ast.While, live: set[str], pure: frozenset[str]
 ) -> tuple[ast.For | ast.While | None, set[str]]:
     head = loads(st.iter) if isinstance(st, ast.For) else loads(st.test)
     around = set(live) | (head if isinstance(st, ast.While) else set())
     while True:
-        within: list[ast.stmt] = []
-        body, inside = _alive(st.body, around, pure, within)
+        body, inside = _alive(st.body, around, pure)
         if inside <= around:
             break
         around |= inside
-    dropped += within
     new: ast.For | ast.While
     if isinstance(st, ast.For):
         if not body and _pure(st.iter, pure):
@@ -410,6 +400,8 @@ def with_shared(statements: list[ast.stmt], fresh: Callable[[str], str], steady:
 
 def _with_blocks(st: ast.stmt, change: Callable[[list[ast.stmt]], list[ast.stmt]]) -> ast.stmt:
     """A statement with other blocks."""
+    if type(st) is ast.Assign:  # as most are
+        return st
     if isinstance(st, ast.If):
         return _at(ast.If(st.test, change(st.body), change(st.orelse)), st)
     if isinstance(st, ast.For):
@@ -540,4 +532,7 @@ def _named(statements: list[ast.stmt], names: dict[str, str]) -> list[ast.stmt]:
         while new in names:
             new = names[new]
         final[old] = new
-    return [renamed(st, final) for st in statements]
+    gone = final.keys()
+    return [
+        st if loads(st).isdisjoint(gone) and stores(st).isdisjoint(gone) else renamed(st, final) for st in statements
+    ]

@@ -571,6 +571,7 @@ WRITTEN.update(
         key(np.nansum): written.nansum,
         key(np.polyval): written.polyval,
         key(np.append): written.append,
+        key(np.pad): written.pad,
         key(np.select): written.select,
         key(np.split): written.split,
         key(np.trapezoid): written.trapezoid,

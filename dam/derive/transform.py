@@ -50,6 +50,7 @@ def autodiff(
         f, wrt: as for `grad`.
         mode: "reverse": it takes the adjoint of the result as `init_grad`, of its structure; a scalar's is 1
             unless given. "forward": it takes a tangent for each parameter x of wrt, as `d_x`, and has no default.
+            Where f has a parameter of that name, as a derivative of a derivative may, `init_grad_2` or `d_x_2`.
         preserve_result: return f's result too, at the end.
 
     Returns:
@@ -71,9 +72,8 @@ def _derived(
     arguments = read.node.args
     if arguments.vararg or arguments.kwarg:
         raise read.refuse(read.node, "a function with *args or **kwargs has no derivative here; name its parameters")
-    parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-    names = _names(read.name, parameters, wrt)
     module, callee = Module(), Callee(read, f)
+    names = _names(read.name, callee.parameters, wrt)
     if mode == "forward":
         made = module.forward(callee, names, preserve_result)
     else:

@@ -15,7 +15,7 @@ LOAD, STORE = ast.Load(), ast.Store()
 _NOTHING: frozenset[str] = frozenset()
 # A node keeps what was found out of it in attributes that begin so.
 KEPT = "_kept_"
-_LOADS, _MENTIONS, _TEXT = f"{KEPT}loads", f"{KEPT}mentions", f"{KEPT}text"
+_LOADS, _STORES, _MENTIONS, _TEXT = f"{KEPT}loads", f"{KEPT}stores", f"{KEPT}mentions", f"{KEPT}text"
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 _STORE_NOTHING = {ast.Constant, ast.Call, ast.BinOp, ast.UnaryOp, ast.Expr, ast.Lambda, *COMPREHENSIONS}
 # What a node of this library carries besides its fields.
@@ -40,24 +40,31 @@ def copied(node: Any) -> Any:
     return new
 
 
+class _Parts(dict[type, tuple[str, ...]]):
+    """By kind of node the fields that may have parts; operators and the contexts of names have none."""
+
+    def __missing__(self, kind: type[ast.AST]) -> tuple[str, ...]:
+        found = tuple(f for f in kind._fields if f not in ("ctx", "op", "ops", "id", "attr"))
+        self[kind] = found = () if kind is ast.Constant else found
+        return found
+
+
+_PARTS = _Parts()
+
+
 def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a tree, in no order."""
+    """All nodes of a tree but operators and contexts, in no order."""
     waiting = [node]
     while waiting:
         one = waiting.pop()
         yield one
-        kept = one.__dict__
-        for field in one._fields:
-            value = kept.get(field)
-            if isinstance(value, ast.AST):
-                waiting.append(value)
-            elif isinstance(value, list):
-                waiting += [item for item in value if isinstance(item, ast.AST)]
+        waiting += children(one)
 
 
 def children(node: ast.AST) -> list[ast.AST]:
+    """Parts of a node; operators and contexts are none."""
     kept, found = node.__dict__, []
-    for field in node._fields:
+    for field in _PARTS[type(node)]:
         value = kept.get(field)
         if isinstance(value, ast.AST):
             found.append(value)
@@ -115,17 +122,24 @@ def bound_inside(node: ast.AST) -> set[str]:
     return set()
 
 
-def stores(node: ast.AST) -> set[str]:
+def stores(node: ast.AST) -> frozenset[str]:
     """Names that code assigns, those that it binds for itself left out."""
     kind = type(node)
     if kind is ast.Name:
-        return {node.id} if type(node.ctx) is ast.Store else set()  # type: ignore[attr-defined]
-    if kind is ast.Assign:
-        targets = node.targets  # type: ignore[attr-defined]
-        return stores(targets[0]) if len(targets) == 1 else set().union(*map(stores, targets))
+        return frozenset((node.id,)) if type(node.ctx) is ast.Store else _NOTHING  # type: ignore[attr-defined]
     if kind in _STORE_NOTHING:
-        return set()
-    return set().union(*map(stores, children(node)))
+        return _NOTHING
+    found = node.__dict__.get(_STORES)
+    if found is None:
+        if kind is ast.Assign:
+            found = _NOTHING.union(*map(stores, node.targets))  # type: ignore[attr-defined]
+        elif isinstance(node, (ast.If, ast.For, ast.While)):
+            target = stores(node.target) if isinstance(node, ast.For) else _NOTHING
+            found = target.union(*map(stores, node.body), *map(stores, node.orelse))
+        else:
+            found = _NOTHING.union(*map(stores, children(node)))
+        node.__dict__[_STORES] = found
+    return found
 
 
 def mentions(node: ast.AST) -> tuple[str, ...]:

@@ -111,6 +111,16 @@ def ptp(x, axis=None, *, keepdims=False):
     return np.max(x, axis=axis, keepdims=keepdims) - np.min(x, axis=axis, keepdims=keepdims)
 
 
+def pad(x, pad_width, mode="constant", *, constant_values=0.0):
+    if mode != "constant" or np.ndim(constant_values) > 0:
+        raise DerivativeError("a derivative of pad is of mode='constant', with one constant")
+    widths = np.broadcast_to(pad_width, (x.ndim, 2)).tolist()
+    shape = [before + n + after for n, (before, after) in zip(x.shape, widths, strict=True)]
+    padded = np.full(shape, constant_values, x.dtype)
+    padded[tuple([slice(before, before + n) for n, (before, _) in zip(x.shape, widths, strict=True)])] = x
+    return padded
+
+
 def cumprod(x, axis=None):
     if axis is not None and x.ndim != 1:
         raise DerivativeError("a derivative of cumprod is of a vector, or without an axis")

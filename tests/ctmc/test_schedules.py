@@ -69,6 +69,24 @@ def test_inverses_take_few_calls_and_any_dtype():
     torch.testing.assert_close(low.double(), Cosine().inverse(TIMES.float().double()), rtol=1e-7, atol=1e-8)
 
 
+def test_inverses_near_a_start_that_is_infinitely_steep():
+    """Times of all sizes: alpha of what is found to its roundings, and no more calls than bits and powers of 2."""
+    calls = []
+
+    def root(t):
+        calls.append(len(t))
+        return t**0.1
+
+    schedule = UserSchedule(root, lambda t: 0.1 * t**-0.9)
+    calls.clear()
+    wanted = torch.tensor([0.0, 1e-30, 1e-3, 1e-2, 0.5, 1.0], dtype=torch.float64)
+    found = schedule.inverse(wanted)
+    torch.testing.assert_close(found, wanted**10, rtol=1e-13, atol=0)
+    assert len(calls) < 64
+    late = UserSchedule(lambda t: 0.25 + 0.75 * t)
+    torch.testing.assert_close(late.inverse(torch.tensor([0.25, 0.1, 1.0])), torch.tensor([0.0, 0.0, 1.0]))
+
+
 def test_masked_processes_run_on_a_defined_schedule_as_on_the_library_s():
     """The same times of jumps and rates: alpha and its inverse agree to rounding."""
     tokens = torch.full((64, 6), 4)

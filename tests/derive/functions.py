@@ -1803,3 +1803,78 @@ def copies_of_a_buffer(x):
         row[k] = x[k] ** 2
         rows.append(row.copy())
     return np.sum(rows[0] * rows[2]) + rows[1][1] * x[0]
+
+
+@case(V)
+def equal_values_of_names_that_change(x):
+    s = x * 2.0
+    first = np.exp(-s) * s + np.exp(-s)
+    s = s + x
+    return np.sum(first * (np.exp(-s) * s) + np.exp(-s) * np.exp(-s))
+
+
+@case(V, torch=False)
+def equal_values_around_writes(x):
+    y = x * 1.0
+    first = np.sin(y[0] * 2.0) * np.sum(np.sin(y))
+    y[0] = first * y[1]
+    second = np.sin(y[0] * 2.0) * np.sum(np.sin(y))
+    for _ in range(2):
+        second = second * y[0] + np.sin(y[0] * 2.0)
+        y[0] = y[0] * 0.5 + np.sin(y[0] * 2.0)
+    return first * second + np.sin(y[0] * 2.0)
+
+
+@case(1.3)
+def equal_values_in_branches(x):
+    a = np.exp(x) * x
+    if x > 1.0:
+        x = x * x
+        b = np.exp(x) * x
+    else:
+        b = np.exp(x) + x
+    return a * b + np.exp(x) * np.exp(x)
+
+
+@case(V, torch=False)
+def equal_items_of_a_list_that_is_written_to(x):
+    parts = [x * 2.0, x * 2.0]
+    total = np.sum(x * 2.0 * (x * 2.0))
+    parts[0][1] = 3.0
+    return total * np.sum(parts[0] * parts[1] * (x * 2.0))
+
+
+@case(V, torch=False)
+def turned_with_arithmetic(x):
+    y = x * 1.0
+    y[0], y[1] = y[1] * y[2], y[0] * 2.0
+    y[2], y[1] = y[1], y[2] / y[0]
+    for i in range(2):
+        y[i], y[i + 1] = y[i + 1], y[i] * y[0] + 1.0
+    return np.sum(y**2 * np.arange(1.0, 4.0))
+
+
+@case(np.outer(V, P), torch=False)
+def rows_turned_with_arithmetic(x):
+    y = x * 1.0
+    y[0], y[1] = y[1] * x[2], y[0] * 2.0
+    return np.sum(y**2 * x)
+
+
+@case(V, A, torch=False)
+def padded(x, a):
+    ends = np.pad(x, (1, 2)) * np.arange(1.0, 7.0)
+    around = np.pad(a, ((1, 0), (0, 2)), constant_values=2.0)
+    return np.sum(ends**2) * np.sum(np.pad(a, 1) ** 3) + np.sum(around**2 * np.arange(15.0).reshape(3, 5))
+
+
+@case(0.7, torch=False)
+def results_of_a_function_defined_inside(x):
+    def pair(v):
+        return [1.0, v * 2.0]
+
+    n = len(pair(2.0)) + max(pair(3.0)[1], 1.0)
+    parts = [pair(1.0)[1], *pair(4.0), {"a": pair(x)[1]}["a"]]
+    if 0.0 < parts[1:][len(pair(0.0)) :][0] and x > 0.0:
+        return x**2 * n * parts[2]
+    return x

@@ -362,5 +362,19 @@ def test_a_sum_that_nobody_reads_is_not_computed():
         grad(counted)(x)
 
 
+def test_what_a_line_computes_twice_is_computed_once():
+    """Of a name that gets another value, and of an array that is written to, again."""
+
+    def f(x):
+        y = np.exp(-x) * x + np.exp(-x)
+        x = x * 2.0
+        z = x * np.exp(-x)
+        x[0] = 1.0
+        return np.sum(y * z * np.exp(-x))
+
+    code = [line.partition("#")[0] for line in source(grad(f)).splitlines()]
+    assert sum(line.count("np.exp(") for line in code) == 3
+
+
 def test_there_are_as_many_functions_as_promised():
     assert len(CASES) >= 140

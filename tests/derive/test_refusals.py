@@ -887,3 +887,41 @@ def test_a_function_within_another_is_known_by_its_code():
         return inner(x) + sum(inner(v) for v in [x, x])
 
     assert grad(f)(3.0) == 18.0
+
+
+def test_a_call_that_python_may_not_make():
+    def f(x):
+        def double(v):
+            return v * 2.0
+
+        if 0.0 < double(x) < double(3.0):
+            return x * x
+        return x
+
+    with pytest.raises(DerivativeError, match=r"double.3.0.:\n.*may not be evaluated; write an if"):
+        grad(f)
+
+
+def test_lambdas_of_heads():
+    """A lambda in a statement's head is taken; of one that cannot be told from another the line is shown."""
+    found = []
+    for one in [lambda x: x * x]:
+        found.append(one)
+    if len(found) == 1 and (cube := lambda x: x**3):
+        found.append(cube)
+    assert [grad(one)(2.0) for one in found] == [4.0, 12.0]
+    for one in (lambda x: x * 2.0, lambda x: x * (1.0 + 1.0)):  # which are compiled to the same
+        with pytest.raises(DerivativeError, match=r"test_refusals.py:\d+: for one in(.|\n)*more than one lambda"):
+            grad(one)
+
+
+def test_pads_with_a_derivative():
+    def by_edge(x):
+        return np.sum(np.pad(x, 1, mode="edge"))
+
+    def by_two(x):
+        return np.sum(np.pad(x, 1, constant_values=(1.0, 2.0)))
+
+    for f in (by_edge, by_two):
+        with pytest.raises(DerivativeError, match="pad is of mode='constant'"):
+            grad(f)(V)

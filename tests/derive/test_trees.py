@@ -57,7 +57,7 @@ def brackets(
 
 def test_a_definition_has_the_lines_that_inspect_gives():
     for f in (brackets, *(case[0] for case in CASES.values() if case[0].__name__ != "<lambda>")):
-        lines, first = functions._lines(f)
+        lines, first, tree = functions._lines(f)
         expected, number = inspect.getsourcelines(f)
         if expected[0].lstrip().startswith("@"):  # inspect shows decorators
             assert (lines, first) == (expected, number)
@@ -65,6 +65,7 @@ def test_a_definition_has_the_lines_that_inspect_gives():
             ast.parse(textwrap.dedent("".join(expected)))
         )
         assert first == number
+        assert tree is None or ast.dump(tree) == ast.dump(ast.parse(textwrap.dedent("".join(lines))))
 
 
 def test_what_is_written_to_shares_the_memory_of_no_equal_value():
