@@ -246,6 +246,26 @@ def test_not_a_number_stays(backend):
     assert math.isnan(loss) and int(gradient.isnan().sum()) == 1 and math.isnan(gradient[0, 7])
 
 
+@pytest.mark.parametrize("at", [3, 600, 1023])
+def test_a_log_rate_far_from_others(at):
+    """Costs its tile the short way, whether it lies in its first vectors or after: none of it is lost there."""
+    odd = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)  # a NaN with digits
+    far = torch.tensor([-INF, -90.0, -300.0, 85.9, 86.0, 95.0, odd.item()])
+    x, target, weight, _ = case(len(far), 3 * 1024)
+    x[1], x[:, 1024 + at] = normal(3 * 1024), far
+    weight = torch.where(x.gather(1, target.clamp(min=0)).isfinite(), weight, 0.0)
+    weight[x.isnan().any(dim=1)] = 0.0
+    options = {"row_scale": torch.full((len(far),), 1e-6)}
+    with dam.backend("cpu"):
+        for phi in COMPILED:
+            loss, gradient = result(phi, x, target, weight, **options)
+            assert math.isnan(loss) and gradient.isnan().nonzero().tolist() == [[len(far) - 1, 1024 + at]]
+            loss, gradient = result(phi, x[:-1], target[:-1], weight[:-1], row_scale=options["row_scale"][:-1])
+            expected, slope, terms, sizes = by_hand(phi, x[:-1], target[:-1], weight[:-1], options["row_scale"][:-1])
+            assert abs(float(loss) - float(expected)) <= 2.0**-20 * float(terms)
+            assert float(((gradient.double() - slope).abs() - 2.0**-20 * sizes - 2.0**-120).max()) <= 0
+
+
 def test_no_rows_no_targets_and_any_strides(backend):
     x, target, weight, _ = case(4, 60)
     empty, gradient = result(generalised_kl, x[:0], target[:0], weight[:0])

@@ -60,6 +60,11 @@ struct Unit {
   static constexpr float high = 1.44269504f;
   static constexpr float floor = LEAST_EXPONENT / 1.44269504f;
 };
+// A power of 2, or minus one, known when a kernel is compiled: what Unit costs. For exp_near alone.
+struct Exact {
+  float scale;
+  float high = 1.44269504f * scale;
+};
 
 DAM_HD Factor exp_factor(double scale) {
   const double c = std::fmin(scale * 1.4426950408889634, 1e31);
@@ -73,15 +78,20 @@ DAM_HD F fraction(F x, F n, Factor c) {
   return x * c.low + (x * c.high - n);
 }
 template <class F>
-DAM_HD F fraction(F x, F n, Unit) {
+DAM_HD F fraction(F x, F n, Exact c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDACC__)
-  return x - n * 0.69314718f;  // this float is within 2e-9 of ln 2
+  return x - n * (0.69314718f / c.scale);  // this float is within 2e-9 of ln 2
 #else
-  return (x - n * 0.693359375f) + n * 2.12194440e-4f;  // the first product is exact
+  return (x - n * (0.693359375f / c.scale)) + n * (2.12194440e-4f / c.scale);  // the first product is exact
 #endif
 }
+template <class F>
+DAM_HD F fraction(F x, F n, Unit) {
+  return fraction(x, n, Exact{1.0f});
+}
 
-// (2^r - 1) / r for |r| <= 1/2, and (e^r - 1) / r for |r| <= ln(2) / 2: minimax, 1 + r times them within 2^-23.3.
+// (2^r - 1) / r for |r| <= 1/2, and (e^(scale r) - 1) / r for |scale r| <= ln(2) / 2: minimax, 1 + r times them within
+// 2^-23.3. Powers of the scale round nothing.
 template <class F>
 DAM_HD F raised_fraction(F r, Factor) {
   F q = r * 0.001326472731f + 0.009671512991f;
@@ -90,11 +100,16 @@ DAM_HD F raised_fraction(F r, Factor) {
   return q * r + 0.6931470037f;
 }
 template <class F>
+DAM_HD F raised_fraction(F r, Exact c) {
+  const float s = c.scale;
+  F q = r * (0.008290315047f * s * s * s * s * s) + 0.0418979302f * s * s * s * s;
+  q = q * r + 0.1666763574f * s * s * s;
+  q = q * r + 0.4999915063f * s * s;
+  return q * r + 0.999999702f * s;
+}
+template <class F>
 DAM_HD F raised_fraction(F r, Unit) {
-  F q = r * 0.008290315047f + 0.0418979302f;
-  q = q * r + 0.1666763574f;
-  q = q * r + 0.4999915063f;
-  return q * r + 0.999999702f;
+  return raised_fraction(r, Exact{1.0f});
 }
 
 // x = exp(scale * x) for scale * x < 88; exactly 1 at 0, NaN for NaN. Below exp(-86.6) and at -inf exactly 0 with
@@ -122,6 +137,18 @@ DAM_HD void exp_each(F (&x)[N], Scale c) {
       x[i] = result;
     }
   }
+}
+
+// The same for |scale x| <= 86, of which nothing is too small: not for NaN, whose digits may be lost with it.
+template <int N, class F, class Scale>
+DAM_HD void exp_near(F (&x)[N], Scale c) {
+  using U = typename BitsOf<F>::type;
+  F shifted[N], r[N], q[N];
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] * c.high + 12582912.0f;
+  for (int i = 0; i < N; ++i) r[i] = fraction(x[i], shifted[i] - 12582912.0f, c);
+  for (int i = 0; i < N; ++i) q[i] = raised_fraction(r[i], c);
+  // Added to the exponent, which costs less than a product where these wait for one another.
+  for (int i = 0; i < N; ++i) x[i] = bit_cast<F>(bit_cast<U>(q[i] * r[i] + 1.0f) + (bit_cast<U>(shifted[i]) << 23));
 }
 
 #if defined(__CUDA_ARCH__)

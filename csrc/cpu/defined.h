@@ -95,22 +95,31 @@ inline F chosen(Test test, F a, F b) {
   return test ? a : b;
 }
 
-// exp(k x). Of floats for |k x| < 87; the error is that of exp_each.
-template <int N>
+// exp(k x). Of floats for |k x| < 87; the error is that of exp_each. NEAR: |k x| and |x| are at most 86.
+template <bool NEAR, int N>
 inline void raised(f32 (&out)[N], const f32 (&x)[N], double k) {
   const double size = std::fabs(k);
   int exponent;
   const bool exact = std::frexp(size, &exponent) == 0.5;  // a power of 2, by which multiplying rounds nothing
   const float sign = k < 0.0 ? -1.0f : 1.0f;
   const float by = exact ? sign * static_cast<float>(size) : sign;
+  if (NEAR && exact) {
+    for (int i = 0; i < N; ++i) out[i] = x[i];
+    exp_near(out, Exact{by});
+    return;
+  }
   for (int i = 0; i < N; ++i) out[i] = x[i] * by;
-  if (exact) {
+  if (NEAR) {
+    exp_near(out, exp_factor(size));
+  } else if (exact) {
     exp_each<true>(out, Unit{});
   } else {
     exp_each<true>(out, exp_factor(size));
   }
 }
+template <bool NEAR>
 inline void raised(double (&out)[1], const double (&x)[1], double k) { out[0] = std::exp(k * x[0]); }
+template <bool NEAR>
 inline void raised(f64 (&out)[1], const f64 (&x)[1], double k) { out[0] = exp(x[0] * k); }
 
 }  // namespace fn
@@ -143,11 +152,44 @@ inline double wide_tile(const float* x, int width, double scale, float* out) {
   return sum;
 }
 
-// The same in floats; once more in doubles where one of the log rates turns out to be of those that floats do not hold.
+// Whether any of the sizes of log rates, as bits of floats, is not below the bound of near ones. NaN's is not.
+template <class Phi>
+inline bool is_far(u32 sizes) {
+  return fold(sizes, [](auto a, auto b) { return larger(a, b); }) >= bit_cast<uint32_t>(Phi::NEAR);
+}
+inline u32 size_of(f32 x) { return bit_cast<u32>(x) & 0x7FFFFFFFu; }
+
+// The same in floats for a whole tile, none of whose log rates has a size of Phi::NEAR or more; false where one has.
 template <class Phi, bool GRADIENT, class Element>
-inline double defined_tile(const float* x, int width, double scale, float* out, const Element* next) {
+inline bool near_tile(const float* x, float factor, float* out, const Element* next, double& sum) {
+  // Where they are far, most often some of the first are.
+  u32 sizes{};
+  for (int n = 0; n < UNROLL; ++n) sizes = larger(size_of(load<f32>(x + n * LANES)), sizes);
+  if (is_far<Phi>(sizes)) return false;
+  f32 sums[UNROLL] = {};
+  for (int i = 0; i < TILE; i += STEP) {
+    prefetch(next, i);
+    f32 d[UNROLL], pull[UNROLL], curvature[UNROLL];
+    for (int n = 0; n < UNROLL; ++n) d[n] = load<f32>(x + i + n * LANES);
+    Phi::template terms<true>(d, pull, curvature);
+    for (int n = 0; n < UNROLL; ++n) {
+      sizes = larger(size_of(d[n]), sizes);
+      sums[n] += pull[n];
+      if constexpr (GRADIENT) store(out + i + n * LANES, factor * curvature[n]);
+    }
+  }
+  sum = sum_lanes(sums);
+  return !is_far<Phi>(sizes);
+}
+
+// Of any tile, `whole` or not: near ones as above, others with care for those of -inf; once more in doubles where one
+// turns out to be of those that floats do not hold.
+template <class Phi, bool GRADIENT, class Element>
+inline double defined_tile(const float* x, int width, bool whole, double scale, float* out, const Element* next) {
   if constexpr (!(Phi::LOWEST < Phi::HIGHEST)) return wide_tile<Phi, GRADIENT>(x, width, scale, out);
   const float factor = to_float(scale);
+  double sum;
+  if (whole && near_tile<Phi, GRADIENT>(x, factor, out, next, sum)) return sum;
   f32 sums[UNROLL] = {}, top = f32{} - HUGE_VALF;
   u32 outside{};
   for (int i = 0; i < width; i += STEP) {
@@ -194,11 +236,11 @@ static void defined_row(const DefinedArgs& a, int64_t t, int threads, int worker
     alignas(64) float buffer[TILE];
     const float* x = row.load_tile(k, buffer);
     if (!gradient) {
-      sums[k] = defined_tile<Phi, false>(x, row.width(k), scale, nullptr, row.tile_ahead(k));
+      sums[k] = defined_tile<Phi, false>(x, row.width(k), row.is_whole(k), scale, nullptr, row.tile_ahead(k));
       return;
     }
     GradientTile<Element> out(gradient, k, row.count(k));
-    sums[k] = defined_tile<Phi, true>(x, row.width(k), scale, out.values, row.tile_ahead(k));
+    sums[k] = defined_tile<Phi, true>(x, row.width(k), row.is_whole(k), scale, out.values, row.tile_ahead(k));
     for (int64_t j = 0; j < a.targets; ++j) {
       if (!counts(j) || !out.has(target[j])) continue;
       // The whole sum in doubles: in floats either part may be infinite where the sum is not, or has a sign.
