@@ -8,7 +8,8 @@
 
 DAM_BEGIN
 
-// Elementary functions of a vector of floats, lane by lane by the C library where there is no better one, or of a double.
+// Elementary functions of a vector of floats, of csrc/core/math.h or else lane by lane by the C library, which doubles
+// have too.
 namespace fn {
 
 template <class F>
@@ -37,6 +38,7 @@ template <class F>
 inline F exp(F x) {
   return each(x, [](auto a) { return std::exp(a); });
 }
+inline f32 exp(f32 x) { return exp_float(x); }
 inline f64 exp(f64 x) {
   // Beyond what the vectors' takes; below -700 that is 0.
   if (any(x > 700.0)) return each(x, [](auto a) { return std::exp(a); });
@@ -46,14 +48,17 @@ template <class F>
 inline F log(F x) {
   return each(x, [](auto a) { return std::log(a); });
 }
+inline f32 log(f32 x) { return log_float(x); }
 template <class F>
 inline F log1p(F x) {
   return each(x, [](auto a) { return std::log1p(a); });
 }
+inline f32 log1p(f32 x) { return log1p_float(x); }
 template <class F>
 inline F expm1(F x) {
   return each(x, [](auto a) { return std::expm1(a); });
 }
+inline f32 expm1(f32 x) { return expm1_float(x); }
 template <class F>
 inline F sqrt(F x) {
   return each(x, [](auto a) { return std::sqrt(a); });
@@ -70,6 +75,7 @@ template <class F>
 inline F tanh(F x) {
   return each(x, [](auto a) { return std::tanh(a); });
 }
+inline f32 tanh(f32 x) { return tanh_float(x); }
 template <class F>
 inline F atan(F x) {
   return each(x, [](auto a) { return std::atan(a); });
