@@ -266,6 +266,98 @@ def test_a_log_rate_far_from_others(at):
             assert float(((gradient.double() - slope).abs() - 2.0**-20 * sizes - 2.0**-120).max()) <= 0
 
 
+def normalized_by_hand(phi, x, target, weight, row_scale=None, exclude=None, suppress=()):
+    """As by_hand, of softmax(x): through autograd's log_softmax in float64, and in bounds for either sum."""
+    leaf = x.double().detach().requires_grad_()
+    left_out = torch.isin(torch.arange(x.shape[1]), torch.tensor(suppress, dtype=torch.int64)).expand(x.shape)
+    if exclude is not None:
+        left_out = left_out | (torch.arange(x.shape[1]) == exclude[:, None])
+    log_rates = leaf.masked_fill(left_out, -INF).log_softmax(dim=1)
+    loss, slope, terms, sizes = by_hand(phi, log_rates.detach(), target, weight, row_scale, exclude, suppress)
+    (gradient,) = torch.autograd.grad(log_rates, leaf, slope)
+    u = log_rates.detach().exp()
+    return loss, gradient, terms, sizes + u * sizes.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("phi", [pytest.param(phi, id=phi.__name__) for phi in BY_HAND])
+def test_normalized(backend, phi, dtype, request):
+    """Of softmax(logits), in the value and through the gradient; what a row's logits have in common changes nothing."""
+    if backend == "cpu" and phi is not squared_hellinger:
+        pytest.skip("test_normalized_by_more_kernels has it")
+    compare_normalized(phi, dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phi", [pytest.param(phi, id=phi.__name__) for phi in BY_HAND if phi is not squared_hellinger])
+def test_normalized_by_more_kernels(phi):
+    with dam.backend("cpu"):
+        for dtype in (torch.float32, torch.bfloat16):
+            compare_normalized(phi, dtype)
+
+
+def compare_normalized(phi, dtype):
+    x, target, weight, options = case(5, 2500, dtype)
+    x[3] += 64.0
+    x[4, 2047] = 30.0  # nearly all of its row
+    for given in ({}, options):
+        loss, gradient = result(phi, x, target, weight, factor=3.0, normalized=True, **given)
+        expected, slope, terms, sizes = normalized_by_hand(phi, x, target, weight, **given)
+        assert loss.dtype == torch.float32 and gradient.dtype == dtype
+        # Exponentials of up to twice a log rate that was rounded at 2^-24 of its 35 or so, beside their own 2^-20.
+        assert abs(float(loss) - float(expected)) <= 2.0**-17 * float(terms)
+        excess = (gradient.double() - 3 * slope).abs() - 3 * (2.0**-17 + 2 * rounding(dtype)) * sizes
+        assert float(excess.max()) <= 0.0
+
+
+def test_normalized_in_float64():
+    x, target, weight, options = case(4, 300, torch.float64)
+    for phi in BY_HAND:
+        for given in ({}, options):
+            loss, gradient = result(phi, x, target, weight, normalized=True, **given)
+            expected, slope, terms, sizes = normalized_by_hand(phi, x, target, weight, **given)
+            assert abs(float(loss - expected)) <= 1e-13 * float(terms)
+            assert float(((gradient - slope).abs() - 1e-13 * sizes).max()) <= 0
+
+
+def test_the_normalized_generalised_kl_is_the_hand_written():
+    """But for what the rates of a distribution add up to."""
+    x, target, weight, options = case(6, 3000)
+    scale = options["row_scale"]
+    with dam.backend("torch"):
+        loss, gradient = result(generalised_kl, x, target, weight, normalized=True, **options)
+    leaf = x.clone().requires_grad_()
+    expected = rate_matching_loss(leaf, target, weight, divergence="kl", normalized=True, **options)
+    (slope,) = torch.autograd.grad(expected, leaf)
+    _, _, terms, sizes = normalized_by_hand(generalised_kl, x, target, weight, **options)
+    assert abs(float(loss) - float(scale.double().sum()) - float(expected.detach())) <= 2.0**-20 * float(terms)
+    assert float(((gradient - slope).abs() - 2.0**-19 * sizes).max()) <= 0
+
+
+def test_normalized_targets_that_cannot_be_reached(backend):
+    """Cost infinitely much, and pull at all of the row where phi''(u) u is infinite at 0; weights add up first. A row
+    that can reach nothing has no gradient."""
+    x, target = torch.tensor([[0.5, -INF, 1.0]]), torch.tensor([[1, 1]])
+    without, rest = result(squared_hellinger, x, torch.tensor([[-1, -1]]), torch.ones(1, 2), normalized=True)
+    loss, gradient = result(squared_hellinger, x, target, torch.tensor([[2.0, -2.0]]), normalized=True)
+    assert loss == without and torch.equal(gradient, rest)
+    loss, gradient = result(squared_hellinger, x, target, torch.tensor([[2.0, -1.0]]), normalized=True)
+    assert loss == INF and gradient.tolist() == [[INF, -INF, INF]]
+    loss, gradient = result(squared_hellinger, x - INF, target, torch.zeros(1, 2), normalized=True)
+    assert loss == 0 and gradient.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_normalized_of_a_plain_function():
+    x, target, weight, options = case(3, 50, torch.float64)
+    found = []
+    for divergence in (lambda u: (torch.sqrt(u) - 1) ** 2, define(squared_hellinger)):
+        leaf = x.clone().requires_grad_()
+        loss = rate_matching_loss(leaf, target, weight, divergence=divergence, normalized=True, **options)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for plain, defined in zip(*found, strict=True):
+        assert_close(plain, defined, rtol=1e-12, atol=1e-12)
+
+
 def test_no_rows_no_targets_and_any_strides(backend):
     x, target, weight, _ = case(4, 60)
     empty, gradient = result(generalised_kl, x[:0], target[:0], weight[:0])
@@ -281,11 +373,12 @@ def test_no_rows_no_targets_and_any_strides(backend):
 
 def test_threads_change_nothing():
     x, target, weight, options = case(2, 80_000)
-    found = []
-    for count in (1, 3):
-        with threads(count), dam.backend("cpu"):
-            found.append(result(generalised_kl, x, target, weight, **options))
-    assert same(*found)
+    for phi, normalized in ((generalised_kl, False), (squared_hellinger, True)):
+        found = []
+        for count in (1, 3):
+            with threads(count), dam.backend("cpu"):
+                found.append(result(phi, x, target, weight, normalized=normalized, **options))
+        assert same(*found)
 
 
 # ---- torch's own machinery
@@ -301,7 +394,8 @@ def test_opcheck(room):
     target = target.where(target % 5 != 2, -1)
     # overwrite=False: opcheck calls backward more than once.
     args = (x.requires_grad_(), target, weight, options["row_scale"], *excluding, define(generalised_kl).key)
-    torch.library.opcheck(matching._rate_matching_loss.overload, (*args, True, room, False))
+    for normalized in (False, True):
+        torch.library.opcheck(matching._rate_matching_loss.overload, (*args, normalized, True, room, False))
 
 
 @pytest.mark.parametrize("room", ["cpu", *SIMULATED])
