@@ -83,26 +83,21 @@ def _wide(x, scale, outflow, TERMS: tl.constexpr, NORMALIZED: tl.constexpr):
 
 @triton.jit
 def _of_step(
-    x, scale, log_total, outflow, TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    x, scale, outflow, TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NORMALIZED: tl.constexpr
 ):  # fmt: skip
-    """Of logits [PIECES, lanes, WIDTH], whose log rates are x - log_total: sums of a lane's pull and, with NORMALIZED,
-    of its curvature, float64 [lanes], and scale * (curvature - outflow * rate), float32.
+    """Of log rates [PIECES, lanes, WIDTH]: sums of a lane's pull and, with NORMALIZED, of its curvature, float64 [lanes],
+    and scale * (curvature - outflow * rate), float32.
 
     In float32 where that holds, else in float64; log rates of -inf are no destinations.
     """
-    narrow = x
-    if NORMALIZED:
-        high = log_total.to(tl.float32)
-        narrow = (x - high) - (log_total - high.to(tl.float64)).to(tl.float32)
-    outside = (narrow > HIGHEST) | ((narrow < LOWEST) & (x != -INF))
+    outside = (x > HIGHEST) | ((x < LOWEST) & (x != -INF))
     if NORMALIZED:
         # An infinite one is not that of float32, which would be the largest number.
         outside = outside | (tl.abs(scale * outflow) > LARGEST)
     if tl.sum(core.sum_of_tile(outside.to(tl.int32)), axis=0) > 0:
-        total, bend, change = _wide(x.to(tl.float64) - log_total, scale, outflow, TERMS, NORMALIZED)
+        total, bend, change = _wide(x.to(tl.float64), scale, outflow, TERMS, NORMALIZED)
     else:
-        total, bend, change = _narrow(narrow, scale, outflow, TERMS, NORMALIZED)
+        total, bend, change = _narrow(x, scale, outflow, TERMS, NORMALIZED)
     return total, bend, change
 
 
@@ -169,8 +164,10 @@ def defined_kernel(
     lane_scale = tl.load(row_scale + lane_row * row_scale_stride).to(tl.float64)[None, :, None]
     lane_total = tl.zeros_like(lane_scale)
     lane_outflow = tl.zeros_like(lane_scale)
-    if log_total is not None:
+    if NORMALIZED:
         lane_total = tl.load(log_total + lane_row)[None, :, None]
+    total_high = lane_total.to(tl.float32)
+    total_low = (lane_total - total_high.to(tl.float64)).to(tl.float32)
     if outflow is not None:
         lane_outflow = tl.load(outflow + lane_row)[None, :, None]
     for start in range(begin, end, TILES):
@@ -178,9 +175,9 @@ def defined_kernel(
         x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
         left, right = start * TILE, (start + TILES) * TILE
         x = core.without_excluded(x, column, lane_excluded, suppressed, columns, left, right, ROWS)
-        total, bend, change = _of_step(
-            x, lane_scale, lane_total, lane_outflow, TERMS, LOWEST, HIGHEST, NORMALIZED
-        )  # fmt: skip
+        if NORMALIZED:
+            x = (x - total_high) - total_low
+        total, bend, change = _of_step(x, lane_scale, lane_outflow, TERMS, LOWEST, HIGHEST, NORMALIZED)
         at = lane_row * tiles + tile
         tl.store(tile_pull + at, total, mask=lane_valid & (tile < end))
         if NORMALIZED:
