@@ -85,8 +85,8 @@ def _wide(x, scale, outflow, TERMS: tl.constexpr, NORMALIZED: tl.constexpr):
 def _of_step(
     x, scale, outflow, TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NORMALIZED: tl.constexpr
 ):  # fmt: skip
-    """Of log rates [PIECES, lanes, WIDTH]: sums of a lane's pull and, with NORMALIZED, of its curvature, float64 [lanes],
-    and scale * (curvature - outflow * rate), float32.
+    """Of log rates [PIECES, lanes, WIDTH]: sums of a lane's pull and, with NORMALIZED, of its curvature, float64
+    [lanes], and scale * (curvature - outflow * rate), float32.
 
     In float32 where that holds, else in float64; log rates of -inf are no destinations.
     """

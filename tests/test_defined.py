@@ -473,6 +473,35 @@ def test_forms_are_chosen_by_rounding():
     assert 30 <= define(chi_square).range.highest <= 40
 
 
+TERMS = 3
+
+
+def series(u, first=2):
+    """u^2 / 2 + u^3 / 6 + u^4 / 24, and what is beyond 1."""
+    total, term = 0.0, u
+    for k in range(first, TERMS + first):
+        term = term * u / k
+        total += term
+    for k in range(2):
+        for j in range(1, k + 1):
+            if u > j:
+                total = total + k * (u - j) ** 2
+    return total
+
+
+def test_loops_are_written_out():
+    """As if somebody had: constants, nested ones that depend on the outer, and a condition within."""
+    written = define(lambda u: u**2 / 2 + u**3 / 6 + u**4 / 24 + np.where(u > 1, (u - 1) ** 2, 0.0))
+    looped = define(series)
+    assert looped.phi.startswith("def series(u, first=2):") and "for k in range" in looped.cpp
+    x = normal(50, seed=3)
+    for ours, theirs in zip(
+        (*looped.terms(x), *looped.at_target(x)), (*written.terms(x), *written.at_target(x)), strict=True
+    ):
+        assert_close(ours, theirs, rtol=2.0**-20)
+    assert "for" not in looped.slope
+
+
 def test_the_page_has_the_figures_of_its_record():
     root = Path(__file__).parents[1]
     record = json.loads((root / "benchmarks/results/epyc-avx2-2-cores/defined.json").read_text(encoding="utf-8"))
@@ -532,11 +561,36 @@ def item(u):
     return u[0]
 
 
-def loop(u):
+def endless(u):
+    while u > 2:
+        u = u / 2
+    return u
+
+
+def loop_to_its_rate(u):
     total = 0.0
-    for _ in range(3):
+    for _ in range(u):
         total = total + u * u
     return total
+
+
+def long_loop(u):
+    total = 0.0
+    for _ in range(8):
+        for _ in range(9):
+            total = total + u * u
+    return total
+
+
+def loop_with_break(u):
+    for k in range(3):
+        if u > k:
+            break
+    return u * u
+
+
+def loop_elsewhere(u):
+    return long_loop(u)
 
 
 def of_two(u, v):
@@ -599,7 +653,15 @@ def flat_at_one_rate(u):
         (flat_at_one_rate, ValueError, "not convex: its slope falls from 2 to 0 at u = 1"),
         (array_sum, DerivativeError, r"return np.sum\(u\)\n.*np.sum is not a function of numbers"),
         (item, DerivativeError, r"return u\[0\]\n.*not made of numbers"),
-        (loop, DerivativeError, r"for _ in range\(3\):\n.*only assignments, if and return"),
+        (endless, DerivativeError, r"while u > 2:\n.*only assignments, if and return"),
+        (
+            loop_to_its_rate,
+            DerivativeError,
+            r"for _ in range\(u\):\n.*range\(u\) is not a range of whole numbers that are known",
+        ),
+        (long_loop, DerivativeError, r"the loops of long_loop have more than 64 turns"),
+        (loop_with_break, DerivativeError, r"break\n.*without break, continue and else"),
+        (loop_elsewhere, DerivativeError, r"for _ in range\(8\):\n.*and for in the one defined"),
         (of_two, DerivativeError, "of_two needs a value for its parameter v"),
         (concave, ValueError, "concave is not convex: its second derivative is -.* at u = 1"),
         (concave_kink, ValueError, "concave_kink is not convex: its slope falls from 1 to 0.5 at u = 1"),
