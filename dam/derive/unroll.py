@@ -118,9 +118,9 @@ class _Unroller:
             case ast.Constant(value=int(value)) if not isinstance(value, bool):
                 return value
             case ast.Name(id=name):
-                value = known.get(name, self.constants.get(name))
-                if isinstance(value, int) and not isinstance(value, bool):
-                    return value
+                found = known[name] if name in known else self.constants.get(name)
+                if isinstance(found, int) and not isinstance(found, bool):
+                    return found
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -self.whole(operand, known)
             case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv() as op, right=right):
