@@ -2,14 +2,15 @@
 
     python -m benchmarks.defined [--json FILE] [--rounds 15]
 
-Loss and gradient of float32 rows, in one process and on one thread, each candidate's calls interleaved with those of
-the others. torch.compile is given the formulas as they are once simplified by hand, and its compilation is not timed.
+Loss and gradient of float32 rows, of rates and of normalised ones, in one process and on one thread, each candidate's
+calls interleaved with those of the others. torch.compile is given the formulas as they are once simplified by hand, and its compilation is not timed.
 Times are of the process' CPU, so that other work on the machine shows less.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from dam.divergences import define, rate_matching_loss
 SIZES = ((64, 32_768), (16, 126_464))
 SLOTS = 4
 CALLS = 3  # in a turn
+NORMALIZED = ", normalised"  # of the rows
 
 
 def generalised_kl(u):
@@ -55,10 +57,11 @@ BY_HAND: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def formula(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def formula(name: str, normalized: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     terms = BY_HAND[name]
 
     def loss(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        x = x.log_softmax(dim=1) if normalized else x
         pull, _ = terms(x)
         _, slope = terms(x.gather(1, target))
         return (pull.sum(dim=1) - (weight * slope).sum(dim=1)).mean()
@@ -66,7 +69,7 @@ def formula(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return loss
 
 
-def candidates(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
+def candidates(rows: int, columns: int, normalized: bool) -> dict[str, Callable[[], Any]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, columns, generator=generator).requires_grad_()
     target = torch.randint(columns, (rows, SLOTS), generator=generator)
@@ -76,12 +79,12 @@ def candidates(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
         return lambda: torch.autograd.grad(loss(), x)
 
     found = {
-        "hand-written": with_gradient(lambda: dam.matching_loss(x, target, weight, normalized=False)),
+        "hand-written": with_gradient(lambda: dam.matching_loss(x, target, weight, normalized=normalized)),
     }
     for phi in (generalised_kl, squared_hellinger, alpha_divergence):
-        divergence, compiled = define(phi), torch.compile(formula(phi.__name__))
+        divergence, compiled = define(phi), torch.compile(formula(phi.__name__, normalized))
         found[f"{phi.__name__}, defined"] = with_gradient(
-            lambda d=divergence: rate_matching_loss(x, target, weight, divergence=d)  # type: ignore[misc]
+            lambda d=divergence: rate_matching_loss(x, target, weight, divergence=d, normalized=normalized)  # type: ignore[misc]
         )
         found[f"{phi.__name__}, torch.compile"] = with_gradient(lambda c=compiled: c(x, target, weight))  # type: ignore[misc]
     return found
@@ -131,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "budget": {"rounds": options.rounds, "calls": CALLS, "threads": 1, "dtype": "float32", "targets": SLOTS},
         "sizes": {},
     }
-    for rows, columns in SIZES:
-        found = medians(candidates(rows, columns), options.rounds)
+    for (rows, columns), normalized in itertools.product(SIZES, (False, True)):
+        found = medians(candidates(rows, columns, normalized), options.rounds)
         by_hand = found["hand-written"]
         of = {name.removesuffix(", defined"): took for name, took in found.items() if name.endswith(", defined")}
-        record["sizes"][f"{rows} x {columns:,}"] = {
+        record["sizes"][f"{rows} x {columns:,}{NORMALIZED if normalized else ''}"] = {
             "milliseconds": {name: 1e3 * took for name, took in found.items()},
             "of_hand_written": {name: took / by_hand for name, took in of.items()},
             "torch_compile": {name: found[f"{name}, torch.compile"] / took for name, took in of.items()},
