@@ -3,8 +3,8 @@
     python -m benchmarks.defined [--json FILE] [--rounds 15]
 
 Loss and gradient of float32 rows, of rates and of normalised ones, in one process and on one thread, each candidate's
-calls interleaved with those of the others. torch.compile is given the formulas as they are once simplified by hand, and its compilation is not timed.
-Times are of the process' CPU, so that other work on the machine shows less.
+calls interleaved with those of the others. torch.compile is given the formulas as they are once simplified by hand, and
+its compilation is not timed. Times are of the process' CPU, so that other work on the machine shows less.
 """
 
 from __future__ import annotations

@@ -244,6 +244,8 @@ def test_not_a_number_stays(backend):
     x[0, 7] = math.nan
     loss, gradient = result(generalised_kl, x, target, weight)
     assert math.isnan(loss) and int(gradient.isnan().sum()) == 1 and math.isnan(gradient[0, 7])
+    loss, gradient = result(squared_hellinger, x, target, weight, normalized=True)
+    assert math.isnan(loss) and bool(gradient[0].isnan().all()) and not bool(gradient[1:].isnan().any())
 
 
 @pytest.mark.parametrize("at", [3, 600, 1023])

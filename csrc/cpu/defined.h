@@ -181,14 +181,15 @@ inline TileSums wide_tile(const float* x, int width, const OfRow& row, float* ou
   TileSums sums{0.0, 0.0};
   for (int i = 0; i < width; ++i) {
     const double one[1] = {x[i] - row.log_total};
-    double pull[1] = {0.0}, curvature[1] = {0.0};
-    if (x[i] != -HUGE_VALF) Phi::terms(one, pull, curvature);
+    double pull[1] = {0.0}, curvature[1] = {0.0}, shared = 0.0;
+    if (x[i] != -HUGE_VALF) {
+      Phi::terms(one, pull, curvature);
+      const double u = NORMALIZED ? std::exp(one[0]) : 0.0;
+      shared = u == 0.0 ? 0.0 : u * row.outflow;
+    }
     sums.pull += pull[0];
     sums.curvature += curvature[0];
-    if constexpr (GRADIENT) {
-      const double u = NORMALIZED ? std::exp(one[0]) : 0.0;
-      out[i] = static_cast<float>(row.scale * (u == 0.0 ? curvature[0] : curvature[0] - u * row.outflow));
-    }
+    if constexpr (GRADIENT) out[i] = static_cast<float>(row.scale * (curvature[0] - shared));
   }
   return sums;
 }
