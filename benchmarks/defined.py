@@ -1,6 +1,6 @@
 """Kernels of divergences that are defined, beside the hand-written generalised KL and torch.compile of the formulas.
 
-    python -m benchmarks.defined [--json FILE] [--rounds 15]
+    python -m benchmarks.defined [--json FILE] [--rounds 15] [--only rates | normalised]
 
 Loss and gradient of float32 rows, of rates and of normalised ones, in one process and on one thread, each candidate's
 calls interleaved with those of the others. torch.compile is given the formulas as they are once simplified by hand, and
@@ -70,7 +70,7 @@ def formula(name: str, normalized: bool) -> Callable[[Tensor, Tensor, Tensor], T
 
 
 def candidates(rows: int, columns: int, normalized: bool) -> dict[str, Callable[[], Any]]:
-    # For these shapes alone, and not as a further case of functions of which torch.compile takes eight before it gives up.
+    # For these shapes alone, and not as one more case of a function, of which torch.compile takes eight and gives up.
     torch.compiler.reset()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, columns, generator=generator).requires_grad_()
@@ -126,17 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defined", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=("rates", "normalised"), help="of the two forms")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         **records.versions(),
-        "command": "python -m benchmarks.defined --json FILE",
+        "command": "python -m benchmarks.defined --json FILE" + (f" --only {options.only}" if options.only else ""),
         "cpu": report.cpu_model(),
         "isa": cpu.isa(),
         "budget": {"rounds": options.rounds, "calls": CALLS, "threads": 1, "dtype": "float32", "targets": SLOTS},
         "sizes": {},
     }
-    for (rows, columns), normalized in itertools.product(SIZES, (False, True)):
+    forms = [normalized for normalized in (False, True) if options.only in (None, ("rates", "normalised")[normalized])]
+    for (rows, columns), normalized in itertools.product(SIZES, forms):
         found = medians(candidates(rows, columns, normalized), options.rounds)
         by_hand = found["hand-written"]
         of = {name.removesuffix(", defined"): took for name, took in found.items() if name.endswith(", defined")}
