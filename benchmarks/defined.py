@@ -109,10 +109,10 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
     return {name: statistics.median(all_) for name, all_ in times.items()}
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any], rows_are: str = "rows") -> str:
     """Times of the kernels, as parts of the hand-written one's and of torch.compile's, as docs/derive.md shows them."""
     lines = [
-        "| rows | divergence | ms | of the hand-written | ahead of torch.compile |",
+        f"| {rows_are} | divergence | ms | of the hand-written | ahead of torch.compile |",
         "| --- | --- | --- | --- | --- |",
     ]
     for rows, found in record["sizes"].items():

@@ -514,7 +514,7 @@ def test_the_page_has_the_figures_of_its_records():
     for found in of_rates["sizes"].values():
         assert max(found["of_hand_written"].values()) < 1.5 and min(found["torch_compile"].values()) > 3
     normalized = {rows: found for rows, found in again["sizes"].items() if rows.endswith(NORMALIZED)}
-    assert table({"sizes": normalized}) in page
+    assert table({"sizes": normalized}, "normalised rows") in page
     rates = [found for rows, found in again["sizes"].items() if rows not in normalized]
     bounds = [
         f(f(one[of].values()) for one in rates) for of in ("of_hand_written", "torch_compile") for f in (min, max)
