@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dam.kernels import core
-from dam.kernels.core import INF, TILE
+from dam.kernels.core import INF, LARGEST, TILE
 from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
@@ -55,31 +55,59 @@ def tanh(x):
 
 
 @triton.jit
-def _narrow(x, scale, TERMS: tl.constexpr):
+def _narrow(x, scale, outflow, TERMS: tl.constexpr, NORMALIZED: tl.constexpr):
     pull, curvature = TERMS(x)
-    total = core.sum_of_tile(tl.where(x == -INF, 0.0, pull)).to(tl.float64)
-    return total, tl.where(x == -INF, 0.0, core.clamp_to_float32(scale) * curvature)
+    none = x == -INF
+    total = core.sum_of_tile(tl.where(none, 0.0, pull)).to(tl.float64)
+    bend = total
+    change = core.clamp_to_float32(scale) * curvature
+    if NORMALIZED:
+        bend = core.sum_of_tile(tl.where(none, 0.0, curvature)).to(tl.float64)
+        change -= core.clamp_to_float32(scale * outflow) * tl.exp(x)
+    return total, bend, tl.where(none, 0.0, change)
 
 
 @triton.jit
-def _wide(x, scale, TERMS: tl.constexpr):
-    pull, curvature = TERMS(x.to(tl.float64))
-    total = core.sum_of_tile(tl.where(x == -INF, 0.0, pull))
-    return total, tl.where(x == -INF, 0.0, scale * curvature).to(tl.float32)
+def _wide(x, scale, outflow, TERMS: tl.constexpr, NORMALIZED: tl.constexpr):
+    pull, curvature = TERMS(x)
+    none = x == -INF
+    total = core.sum_of_tile(tl.where(none, 0.0, pull))
+    bend = total
+    change = curvature
+    if NORMALIZED:
+        bend = core.sum_of_tile(tl.where(none, 0.0, curvature))
+        rate = tl.exp(x)
+        change -= tl.where(rate == 0.0, 0.0, rate * outflow)
+    return total, bend, tl.where(none, 0.0, scale * change).to(tl.float32)
 
 
 @triton.jit
-def _of_step(x, scale, TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """Of log rates [PIECES, lanes, WIDTH]: sum of a lane's pull, float64 [lanes], and scale * curvature, float32.
+def _of_step(
+    x, scale, outflow, TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NORMALIZED: tl.constexpr
+):  # fmt: skip
+    """Of log rates [PIECES, lanes, WIDTH]: sums of a lane's pull and, with NORMALIZED, of its curvature, float64
+    [lanes], and scale * (curvature - outflow * rate), float32.
 
     In float32 where that holds, else in float64; log rates of -inf are no destinations.
     """
-    outside = ((x > HIGHEST) | ((x < LOWEST) & (x != -INF))).to(tl.int32)
-    if tl.sum(core.sum_of_tile(outside), axis=0) > 0:
-        total, change = _wide(x, scale, TERMS)
+    outside = (x > HIGHEST) | ((x < LOWEST) & (x != -INF))
+    if NORMALIZED:
+        # An infinite one is not that of float32, which would be the largest number.
+        outside = outside | (tl.abs(scale * outflow) > LARGEST)
+    if tl.sum(core.sum_of_tile(outside.to(tl.int32)), axis=0) > 0:
+        total, bend, change = _wide(x.to(tl.float64), scale, outflow, TERMS, NORMALIZED)
     else:
-        total, change = _narrow(x, scale, TERMS)
-    return total, change
+        total, bend, change = _narrow(x, scale, outflow, TERMS, NORMALIZED)
+    return total, bend, change
+
+
+@triton.jit
+def _weighed(w, merged, value, none, counted, AT_ZERO: tl.constexpr):
+    """Weights times a value of their target's rate, which is AT_ZERO where that cannot be reached."""
+    # They add up first where that is infinite: to 0, or to what has a sign.
+    if (AT_ZERO == -INF) | (AT_ZERO == INF):
+        w = tl.where(none & (w != 0.0), merged, w)
+    return tl.where(counted & (w != 0.0), w * value, 0.0)
 
 
 @triton.jit(do_not_specialize=core.VARYING)
@@ -97,8 +125,12 @@ def defined_kernel(
     weight_slot_stride,
     row_scale,  # [T]
     row_scale_stride,
+    log_total,  # float64 [T]: what is taken off logits, or None
+    outflow,  # float64 [T]: what of the gradient every rate has, or None
     tile_pull,  # float64 [T, tiles]
+    tile_bend,  # float64 [T, tiles]
     row_gain,  # float64 [T]
+    row_force,  # float64 [T]
     gradient,  # [T, V], or None
     gradient_stride,
     rows,
@@ -112,6 +144,7 @@ def defined_kernel(
     HIGHEST: tl.constexpr,
     SLOPE_AT_ZERO: tl.constexpr,
     FORCE_AT_ZERO: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     PIECES: tl.constexpr,
@@ -129,13 +162,26 @@ def defined_kernel(
     if exclude is not None:
         lane_excluded = core.load_excluded(exclude, exclude_stride, lane_row, columns)
     lane_scale = tl.load(row_scale + lane_row * row_scale_stride).to(tl.float64)[None, :, None]
+    lane_total = tl.zeros_like(lane_scale)
+    lane_outflow = tl.zeros_like(lane_scale)
+    if NORMALIZED:
+        lane_total = tl.load(log_total + lane_row)[None, :, None]
+    total_high = lane_total.to(tl.float32)
+    total_low = (lane_total - total_high.to(tl.float64)).to(tl.float32)
+    if outflow is not None:
+        lane_outflow = tl.load(outflow + lane_row)[None, :, None]
     for start in range(begin, end, TILES):
         tile = start + lane % TILES
         x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
         left, right = start * TILE, (start + TILES) * TILE
         x = core.without_excluded(x, column, lane_excluded, suppressed, columns, left, right, ROWS)
-        total, change = _of_step(x, lane_scale, TERMS, LOWEST, HIGHEST)
-        tl.store(tile_pull + lane_row * tiles + tile, total, mask=lane_valid & (tile < end))
+        if NORMALIZED:
+            x = (x - total_high) - total_low
+        total, bend, change = _of_step(x, lane_scale, lane_outflow, TERMS, LOWEST, HIGHEST, NORMALIZED)
+        at = lane_row * tiles + tile
+        tl.store(tile_pull + at, total, mask=lane_valid & (tile < end))
+        if NORMALIZED:
+            tl.store(tile_bend + at, bend, mask=lane_valid & (tile < end))
         if gradient is not None:
             core.store_tiles(gradient, lane_row * gradient_stride, tile, column, columns, end, lane_valid, change)
     tl.debug_barrier()  # what other threads of the program stored is written over where the targets are
@@ -147,31 +193,38 @@ def defined_kernel(
     if exclude is not None:
         excluded = core.load_excluded(exclude, exclude_stride, row, columns)
     scale = tl.load(row_scale + row * row_scale_stride).to(tl.float64)[:, None]
+    total = tl.zeros_like(scale)
+    flow = tl.zeros_like(scale)
+    if log_total is not None:
+        total = tl.load(log_total + row)[:, None]
+    if outflow is not None:
+        flow = tl.load(outflow + row)[:, None]
     gains = tl.zeros((ROWS, SLOTS), tl.float64)
+    forces = tl.zeros((ROWS, SLOTS), tl.float64)
     for slot in range(0, slots, SLOTS):
         t, counted = core.load_slots(target, target_stride, slot_stride, row, excluded, slot, slots, columns, SLOTS)
         w = core.load_per_slot(weight, weight_stride, weight_slot_stride, row, slot, slots, SLOTS)
         pulled = core.weight_at(
             t, target, target_stride, slot_stride, weight, weight_stride, weight_slot_stride, row, slots, columns, SLOTS
         )
-        x = tl.load(logits + row[:, None] * logits_stride + t, mask=counted, other=0.0).to(tl.float64)
+        x = tl.load(logits + row[:, None] * logits_stride + t, mask=counted, other=0.0).to(tl.float64) - total
         none = x == -INF
         slope, force = AT_TARGET(x)
-        # Weights on an unreachable destination of infinite cost add up first: to 0, or to what has a sign.
-        if (SLOPE_AT_ZERO == -INF) | (SLOPE_AT_ZERO == INF):
-            w = tl.where(none & (w != 0.0), pulled, w)
         slope = tl.where(none, SLOPE_AT_ZERO, slope)
-        gains += tl.where(counted & (w != 0.0), w * slope, 0.0)
+        force = tl.where(none, FORCE_AT_ZERO, force)
+        gains += _weighed(w, pulled, slope, none, counted, SLOPE_AT_ZERO)
+        forces += _weighed(w, pulled, force, none, counted, FORCE_AT_ZERO)
         if gradient is not None:
             _, curvature = TERMS(x)
-            curvature = tl.where(none, 0.0, curvature)
-            force = tl.where(none, FORCE_AT_ZERO, force)
+            rate = tl.exp(x)
+            curvature = tl.where(none, 0.0, curvature - tl.where(rate == 0.0, 0.0, rate * flow))
             result = scale * (curvature - tl.where(pulled == 0.0, 0.0, pulled * force))
             here = valid[:, None] & counted & (t >= begin * TILE) & (t < end * TILE)
             at = gradient + row[:, None] * gradient_stride + t
             tl.store(at, core.rounded(result.to(tl.float32), gradient.dtype.element_ty), mask=here)
     split = tl.zeros(row.shape, tl.int32) + tl.program_id(1)
     tl.store(row_gain + row, tl.sum(gains, axis=1), mask=valid & (split == 0))
+    tl.store(row_force + row, tl.sum(forces, axis=1), mask=valid & (split == 0))
 
 
 def rate_matching_loss(
@@ -181,25 +234,35 @@ def rate_matching_loss(
     weight: Tensor,  # [T, J]
     row_scale: Tensor,  # [T]
     exclude: Excluded,
+    log_total: Tensor | None,  # float64 [T]: logsumexp, of logits that are to be normalised
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row, float64 [T], and gradient, empty where none is asked for."""
     rows, columns = logits.shape
     gradient = logits.new_empty(logits.shape if with_grad else (0,))
     tiles = triton.cdiv(columns, TILE.value)
-    tile_pull = logits.new_empty((rows, tiles), dtype=torch.float64)
-    row_gain = logits.new_empty((rows,), dtype=torch.float64)
+    tile_pull, tile_bend = (logits.new_empty((rows, tiles), dtype=torch.float64) for _ in range(2))
+    row_gain, row_force = (logits.new_empty((rows,), dtype=torch.float64) for _ in range(2))
     g = core.geometry("matching_loss", logits)
-    launch(
-        defined_kernel, (g.blocks, g.splits),
-        logits=logits, logits_stride=logits.stride(0), **exclude.arguments,
-        target=target, target_stride=target.stride(0), slot_stride=target.stride(1),
-        weight=weight, weight_stride=weight.stride(0), weight_slot_stride=weight.stride(1),
-        row_scale=row_scale, row_scale_stride=row_scale.stride(0), tile_pull=tile_pull, row_gain=row_gain,
-        gradient=gradient if with_grad else None, gradient_stride=core.stride_of(gradient),
-        rows=rows, columns=columns, slots=target.shape[1], tiles=tiles, split_tiles=g.split_tiles,
-        TERMS=module.terms, AT_TARGET=module.at_target, LOWEST=module.LOWEST, HIGHEST=module.HIGHEST,
-        SLOPE_AT_ZERO=module.SLOPE_AT_ZERO, FORCE_AT_ZERO=module.FORCE_AT_ZERO,
-        **g.constants, SLOTS=core.slots_of(target.shape[1]), **g.options,
-    )  # fmt: skip
-    return row_scale.double() * (tile_pull.sum(dim=1) - row_gain), gradient
+
+    def run(into: Tensor | None, outflow: Tensor | None) -> None:
+        launch(
+            defined_kernel, (g.blocks, g.splits),
+            logits=logits, logits_stride=logits.stride(0), **exclude.arguments,
+            target=target, target_stride=target.stride(0), slot_stride=target.stride(1),
+            weight=weight, weight_stride=weight.stride(0), weight_slot_stride=weight.stride(1),
+            row_scale=row_scale, row_scale_stride=row_scale.stride(0), log_total=log_total, outflow=outflow,
+            tile_pull=tile_pull, tile_bend=tile_bend, row_gain=row_gain, row_force=row_force,
+            gradient=into, gradient_stride=core.stride_of(gradient),
+            rows=rows, columns=columns, slots=target.shape[1], tiles=tiles, split_tiles=g.split_tiles,
+            TERMS=module.terms, AT_TARGET=module.at_target, LOWEST=module.LOWEST, HIGHEST=module.HIGHEST,
+            SLOPE_AT_ZERO=module.SLOPE_AT_ZERO, FORCE_AT_ZERO=module.FORCE_AT_ZERO, NORMALIZED=log_total is not None,
+            **g.constants, SLOTS=core.slots_of(target.shape[1]), **g.options,
+        )  # fmt: skip
+
+    formed = gradient if with_grad else None
+    run(formed if log_total is None else None, None)
+    loss = row_scale.double() * (tile_pull.sum(dim=1) - row_gain)
+    if log_total is not None and with_grad:
+        run(formed, tile_bend.sum(dim=1) - row_force)  # what every rate's gradient has is known now
+    return loss, gradient

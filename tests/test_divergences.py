@@ -121,6 +121,7 @@ def test_no_gradient_without_need():
         ({"divergence": "js"}, ValueError, "'kl', 'l2', what define returns or a convex function; got 'js'"),
         ({"divergence": lambda u: u.sum()}, ValueError, "must be elementwise"),
         ({"divergence": "l2", "exclude": 7}, ValueError, "exclude must be -1 or in"),
+        ({"divergence": "l2", "normalized": 1}, TypeError, "normalized must be"),
         ({"divergence": "l2", "weight": torch.ones(2, 3)}, ValueError, "weight must have the shape of target"),
         ({"divergence": "l2", "row_scale": torch.ones(2, 1)}, ValueError, r"row_scale must have shape \[2\]"),
         ({"divergence": "l2", "weight": torch.ones(2, 1).long()}, TypeError, "weight must be float"),

@@ -105,6 +105,28 @@ def compare(rate):
             assert bool(((found.escape_gap.double() - gap).abs() <= 2.0**-23 * gap.abs() + 1e-14 * size).all())
 
 
+def looped(z, y, x, steps=3):
+    rate = np.exp(z)
+    for k in range(1, steps):
+        rate = rate + np.exp(z / k) / (1 + k * (y - x) ** 2)
+    return rate
+
+
+def test_loops_are_written_out():
+    z, y, x = torch.linspace(-3, 3, 7, dtype=torch.float64), 4.0, 6.0
+    (found,) = define(looped).rate(z, y, x)
+    torch.testing.assert_close(found, z.exp() * (1 + 1 / 5) + (z / 2).exp() / 9)
+    with pytest.raises(DerivativeError, match=r"range\(y\) is not a range of whole numbers that are known"):
+        rates.define(to_itself)
+
+
+def to_itself(z, y):
+    rate = np.exp(z)
+    for _ in range(y):
+        rate = 2 * rate
+    return rate
+
+
 @pytest.mark.full
 def test_exponential_rates_are_the_hand_written():
     logits, base, target, _ = case(4, 3000)

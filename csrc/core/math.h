@@ -60,6 +60,11 @@ struct Unit {
   static constexpr float high = 1.44269504f;
   static constexpr float floor = LEAST_EXPONENT / 1.44269504f;
 };
+// A power of 2, or minus one, known when a kernel is compiled: what Unit costs. For exp_near alone.
+struct Exact {
+  float scale;
+  float high = 1.44269504f * scale;
+};
 
 DAM_HD Factor exp_factor(double scale) {
   const double c = std::fmin(scale * 1.4426950408889634, 1e31);
@@ -73,15 +78,20 @@ DAM_HD F fraction(F x, F n, Factor c) {
   return x * c.low + (x * c.high - n);
 }
 template <class F>
-DAM_HD F fraction(F x, F n, Unit) {
+DAM_HD F fraction(F x, F n, Exact c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDACC__)
-  return x - n * 0.69314718f;  // this float is within 2e-9 of ln 2
+  return x - n * (0.69314718f / c.scale);  // this float is within 2e-9 of ln 2
 #else
-  return (x - n * 0.693359375f) + n * 2.12194440e-4f;  // the first product is exact
+  return (x - n * (0.693359375f / c.scale)) + n * (2.12194440e-4f / c.scale);  // the first product is exact
 #endif
 }
+template <class F>
+DAM_HD F fraction(F x, F n, Unit) {
+  return fraction(x, n, Exact{1.0f});
+}
 
-// (2^r - 1) / r for |r| <= 1/2, and (e^r - 1) / r for |r| <= ln(2) / 2: minimax, 1 + r times them within 2^-23.3.
+// (2^r - 1) / r for |r| <= 1/2, and (e^(scale r) - 1) / r for |scale r| <= ln(2) / 2: minimax, 1 + r times them within
+// 2^-23.3. Powers of the scale round nothing.
 template <class F>
 DAM_HD F raised_fraction(F r, Factor) {
   F q = r * 0.001326472731f + 0.009671512991f;
@@ -90,11 +100,16 @@ DAM_HD F raised_fraction(F r, Factor) {
   return q * r + 0.6931470037f;
 }
 template <class F>
+DAM_HD F raised_fraction(F r, Exact c) {
+  const float s = c.scale;
+  F q = r * (0.008290315047f * s * s * s * s * s) + 0.0418979302f * s * s * s * s;
+  q = q * r + 0.1666763574f * s * s * s;
+  q = q * r + 0.4999915063f * s * s;
+  return q * r + 0.999999702f * s;
+}
+template <class F>
 DAM_HD F raised_fraction(F r, Unit) {
-  F q = r * 0.008290315047f + 0.0418979302f;
-  q = q * r + 0.1666763574f;
-  q = q * r + 0.4999915063f;
-  return q * r + 0.999999702f;
+  return raised_fraction(r, Exact{1.0f});
 }
 
 // x = exp(scale * x) for scale * x < 88; exactly 1 at 0, NaN for NaN. Below exp(-86.6) and at -inf exactly 0 with
@@ -122,6 +137,18 @@ DAM_HD void exp_each(F (&x)[N], Scale c) {
       x[i] = result;
     }
   }
+}
+
+// The same for |scale x| <= 86, of which nothing is too small: not for NaN, whose digits may be lost with it.
+template <int N, class F, class Scale>
+DAM_HD void exp_near(F (&x)[N], Scale c) {
+  using U = typename BitsOf<F>::type;
+  F shifted[N], r[N], q[N];
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] * c.high + 12582912.0f;
+  for (int i = 0; i < N; ++i) r[i] = fraction(x[i], shifted[i] - 12582912.0f, c);
+  for (int i = 0; i < N; ++i) q[i] = raised_fraction(r[i], c);
+  // Added to the exponent, which costs less than a product where these wait for one another.
+  for (int i = 0; i < N; ++i) x[i] = bit_cast<F>(bit_cast<U>(q[i] * r[i] + 1.0f) + (bit_cast<U>(shifted[i]) << 23));
 }
 
 #if defined(__CUDA_ARCH__)
@@ -164,6 +191,94 @@ DAM_HD F exp(F x) {
   const F p = q * r * r + r + 1.0;
   const F result = p * bit_cast<F>((bit_cast<U>(shifted) << 52) + (uint64_t{1023} << 52));
   return x < -700.0 ? F{} : result;
+}
+
+// Elementary functions of all floats, for F a float or a vector of floats. Errors are in units in the last place (ulp) of
+// the result, the largest over a sweep of all exponents (tests/test_elementary.py). Of results below 2^-126 digits may be
+// lost, of 0 the sign.
+
+// e^x, infinite beyond 88.72, 0 below -86.6: error 5.5 ulp at its ends, 1 near 0.
+template <class F>
+DAM_HD F exp_float(F x) {
+  using U = typename BitsOf<F>::type;
+  x = x > 89.5f ? F{} + 89.5f : x;
+  const F shifted = x * Unit::high + 12582912.0f;
+  const F r = fraction(x, shifted - 12582912.0f, Unit{});
+  // By twice a half: 2^128 is no float.
+  const F half_power = bit_cast<F>((bit_cast<U>(shifted) << 23) + (126u << 23));
+  const F result = (raised_fraction(r, Unit{}) * r + 1.0f) * half_power * 2.0f;
+  return x < Unit::floor ? F{} : result;
+}
+
+// log(x) + more for normal x > 0.
+template <class F>
+DAM_HD F log_of_normal(F x, F more) {
+  using U = typename BitsOf<F>::type;
+  // x = (1 + f) 2^k with 1 + f in [sqrt(1/2), sqrt(2)).
+  const U bits = bit_cast<U>(x);
+  const U biased = (bits - 0x3F3504F3u + (127u << 23)) >> 23;  // k + 127
+  const F k = bit_cast<F>(biased | 0x4B000000u) - (8388608.0f + 127.0f);
+  const F f = bit_cast<F>(bits - (biased << 23) + (127u << 23)) - 1.0f;
+  // (log(1 + f) - f + f^2 / 2) / f^3: minimax, log(1 + f) within 2^-27.
+  F q = f * -0.076344974f + 0.12761578f;
+  q = q * f - 0.13160183f;
+  q = q * f + 0.14201757f;
+  q = q * f - 0.16623357f;
+  q = q * f + 0.20001227f;
+  q = q * f - 0.2500082f;
+  q = q * f + 0.3333333f;
+  const F square = f * f;
+  // ln 2 in two parts, of which k times the first is exact.
+  const F rest = (square * f * q - square * 0.5f) + (k * -2.12194440e-4f + more);
+  return k * 0.693359375f + (f + rest);
+}
+
+// Error 0.9 ulp. -inf at 0, NaN below.
+template <class F>
+DAM_HD F log_float(F x) {
+  const auto small = x < 1.17549435e-38f;  // subnormal, or none of these
+  const F result = log_of_normal(small ? x * 8388608.0f : x, small ? F{} - 15.9423847f : F{});
+  const F outside = x == 0.0f ? F{} - HUGE_VALF : x < 0.0f ? F{} + NAN : x;  // infinity and NaN are their own
+  return (x > 0.0f) & (x < HUGE_VALF) ? result : outside;
+}
+
+// log(1 + x): error 0.9 ulp. -inf at -1, NaN below.
+template <class F>
+DAM_HD F log1p_float(F x) {
+  const F u = x + 1.0f;
+  const F lost = (x - (u - 1.0f)) / u;  // what rounding u took away, as the logarithm has it
+  const F result = log_of_normal(u, lost);
+  const F outside = x == -1.0f ? F{} - HUGE_VALF : x < -1.0f ? F{} + NAN : x;
+  return (x > -1.0f) & (x < HUGE_VALF) ? result : outside;
+}
+
+// e^x - 1, infinite beyond 88.72: error 4.7 ulp at its end, 1.7 near 0.
+template <class F>
+DAM_HD F expm1_float(F x) {
+  using U = typename BitsOf<F>::type;
+  x = x > 88.9f ? F{} + 88.9f : x;
+  x = larger(F{} - 20.0f, x);  // which is -1
+  const F shifted = x * Unit::high + 12582912.0f;
+  const F r = fraction(x, shifted - 12582912.0f, Unit{});
+  // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: minimax, e^r - 1 within 2^-26.
+  F q = r * 0.001388251f + 0.00836658f;
+  q = q * r + 0.0416672f;
+  q = q * r + 0.16666543f;
+  q = q * r + 0.49999997f;
+  const F p = q * (r * r) + r;
+  const F half_power = bit_cast<F>((bit_cast<U>(shifted) << 23) + (126u << 23));
+  return (half_power * p + (half_power - 0.5f)) * 2.0f;
+}
+
+// Error 2.4 ulp.
+template <class F>
+DAM_HD F tanh_float(F x) {
+  using U = typename BitsOf<F>::type;
+  const U sign = bit_cast<U>(x) & 0x80000000u;
+  F size = bit_cast<F>(bit_cast<U>(x) ^ sign);
+  size = size > 10.0f ? F{} + 10.0f : size;  // which is 1
+  const F e = expm1_float(size + size);
+  return bit_cast<F>(bit_cast<U>(e / (e + 2.0f)) | sign);
 }
 
 // -log(1 - u) for 0 < u < 1, relative error < 1e-14 down to the smallest u. F is double or a vector of doubles.

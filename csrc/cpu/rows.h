@@ -179,6 +179,11 @@ struct Row {
     return fold(some, [](auto a, auto b) { return a | b; }) ? bits : nullptr;
   }
 
+  bool excludes_in(int64_t tile) const { return exclude >= tile * TILE && exclude < (tile + 1) * TILE; }
+
+  // Whether a tile has all its columns, none of them excluded or suppressed.
+  bool is_whole(int64_t tile) const { return count(tile) == TILE && !excludes_in(tile) && !suppressed_in(tile); }
+
   // Puts -inf at those columns of a tile in the buffer.
   template <bool IN_ORDER>
   static void suppress(const uint8_t* bits, int width, float* buffer) {
@@ -204,7 +209,7 @@ struct Row {
     const auto place = [](int i) { return IN_ORDER ? i : slot<Element>(i); };
     const Element* x = data + tile * TILE;
     const int n = count(tile);
-    const bool excludes = exclude >= tile * TILE && exclude < (tile + 1) * TILE;
+    const bool excludes = excludes_in(tile);
     const uint8_t* const bits = suppressed_in(tile);
     if constexpr (std::is_same_v<Element, float>) {
       if (n == TILE && !excludes && !bits) return x;

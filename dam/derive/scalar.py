@@ -1,8 +1,8 @@
 """Functions of numbers as expressions of sympy: their source is followed with symbols in the place of numbers.
 
 Nothing is run. Branches whose test depends on a symbol are both followed to the end of the function, so early returns
-and names that one branch lacks need no care. Loops, arrays, and whatever else is not made of numbers is refused with
-its line.
+and names that one branch lacks need no care. Loops, which unroll.py writes out, arrays, and whatever else is not made
+of numbers is refused with its line.
 """
 
 from __future__ import annotations
@@ -311,7 +311,10 @@ class _Follower:
                 case ast.Expr(value=value):
                     self.value(value, names, known)
                 case _:
-                    raise self.source.refuse(st, "only assignments, if and return are taken of a function of numbers")
+                    taken = (
+                        "only assignments, if and return are taken of a function of numbers, and for in the one defined"
+                    )
+                    raise self.source.refuse(st, taken)
         return None
 
     def assign(self, target: ast.expr, value: Any, names: dict[str, Any]) -> None:

@@ -86,8 +86,9 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     folder (docs/derive.md); those of Triton are written there. Nothing is run but the derivatives' own text.
 
     Args:
-        phi: a function or lambda of one number u > 0, in math, numpy or torch calls, with assignments, conditions and
-            calls of functions of numbers; parameters with defaults keep them. Free names are constants as they are now.
+        phi: a function or lambda of one number u > 0, in math, numpy or torch calls, with assignments, conditions,
+            loops over ranges of constants, of 64 turns in all, and calls of functions of numbers; parameters with
+            defaults keep them. Free names are constants as they are now.
 
     Returns:
         A `Divergence`, for `rate_matching_loss`.
@@ -102,13 +103,13 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     """
     import sympy
 
-    from dam.derive import emit, functions, scalar
+    from dam.derive import emit, functions, scalar, unroll
 
-    source = functions.of(phi)
+    source, written_out = functions.of(phi), unroll.unrolled(phi, 1)
     x = sympy.Symbol("x", real=True)
     u = sympy.exp(x)
-    value = scalar.expression(phi, u)  # first, so that what is refused is shown in its own lines
-    slope_of = derive.grad(phi)
+    value = scalar.expression(written_out, u)  # first, so that what is refused is shown in its own lines
+    slope_of = derive.grad(written_out)
     curvature_of = derive.grad(slope_of)
     slope, curvature = scalar.expression(slope_of, u), scalar.expression(curvature_of, u)
     name = "phi" if phi.__name__ == "<lambda>" else source.name

@@ -15,6 +15,7 @@ from dam.divergences import definition
 from dam.divergences.definition import Divergence
 from dam.kernels.excluded import Excluded
 from dam.ops import _checks, _excluded, _formed_gradient, _op, _rows
+from dam.ops.log_prob import log_escape_of
 from dam.ops.matching_loss import matching_loss, outputs, total, weighted_targets
 
 Convex = Callable[[Tensor], Tensor]
@@ -29,16 +30,19 @@ def rate_matching_loss(
     row_scale: Tensor | None = None,
     exclude: int | Tensor = -1,
     suppress: Tensor | Sequence[int] | None = None,
+    normalized: bool = False,
 ) -> Tensor:
     """Bregman divergence of a model's rates u = exp(log_rates) to weighted targets w, up to a constant.
+
+    Normalised they are those of its distribution, u = softmax(log_rates) over the destinations that are not left out.
 
         D(w, u) = sum_v phi(w) - phi(u) - phi'(u) (w - u),      w(v) = sum_j weight_j 1[v = target_j]
         loss    = sum_t row_scale_t ( sum_v [phi'(u) u - phi(u)] - sum_j weight_j phi'(u(target_j)) )
 
-    Whatever the convex phi, the expectation of D over random w is least at u = E[w]; phi decides how much an error of a
-    small or of a large rate counts, and how noise of w does.
+    Whatever the convex phi, the expectation of D over random w is least at u = E[w], normalised where that is a
+    distribution; phi decides how much an error of a small or of a large rate counts, and how noise of w does.
 
-        "kl"    phi(u) = u log u - u    the generalised KL, `dam.matching_loss(normalized=False)` and its kernels
+        "kl"    phi(u) = u log u - u    the generalised KL, `dam.matching_loss` and its kernels; normalised, less 1
         "l2"    phi(u) = u^2 / 2        (u - w)^2 / 2: the noise of large weights counts in full
 
     A divergence of `define`, as "l2" is one, has kernels of its own: C++ on a CPU, Triton on a GPU where it is
@@ -55,6 +59,8 @@ def rate_matching_loss(
             autograd can follow twice.
         row_scale: [...]; 1 / T unless given.
         exclude, suppress: destinations left out, as for `dam.matching_loss`.
+        normalized: whether the log rates are logits of a distribution. Kernels then read a row three times, from cache
+            where it fits there: for its sum, for the loss and what its gradient shares, for the gradient.
 
     Returns:
         A scalar, float32 (float64 for float64 log rates), differentiable in log_rates.
@@ -67,9 +73,10 @@ def rate_matching_loss(
     arXiv 2410.20587 (Bregman divergences).
     """
     op = "rate_matching_loss"
+    _checks.boolean(op, "normalized", normalized)
     if divergence == "kl":
         excluding: Any = {"exclude": exclude, "suppress": suppress}
-        return matching_loss(log_rates, target, weight, row_scale=row_scale, normalized=False, **excluding)
+        return matching_loss(log_rates, target, weight, row_scale=row_scale, normalized=normalized, **excluding)
     known = divergence in definition.SHIPPED if isinstance(divergence, str) else callable(divergence)
     if not known and not isinstance(divergence, Divergence):
         raise ValueError(
@@ -80,11 +87,11 @@ def rate_matching_loss(
     excluded = _excluded.checked(op, exclude, suppress, lead, x.shape[1], x)
     target, _ = _excluded.split(target, excluded)
     if not isinstance(divergence, (str, Divergence)):
-        return _of_function(divergence, x, target, weight, row_scale, excluded)
+        return _of_function(divergence, x, target, weight, row_scale, excluded, normalized)
     key = divergence if isinstance(divergence, str) else divergence.key
     backend = choice.choose(op, _IMPLEMENTATIONS, x)
     with_grad = x.requires_grad and torch.is_grad_enabled()
-    loss, _ = _rate_matching_loss(x, target, weight, row_scale, *excluded, key, with_grad, backend, True)
+    loss, _ = _rate_matching_loss(x, target, weight, row_scale, *excluded, key, normalized, with_grad, backend, True)
     return loss
 
 
@@ -95,6 +102,7 @@ def _torch(
     weight: Tensor,
     row_scale: Tensor,
     exclude: Excluded,
+    normalized: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row, float64 [T], and gradient."""
@@ -103,6 +111,8 @@ def _torch(
     target = _rows.drop_excluded(target, exclude)
     for part in _rows.chunks(rows, columns * _rows.REFERENCE_BYTES):
         x = _rows.allowed(logits[part], exclude.part(part))
+        if normalized:
+            x = _normalized(x)
         index, w, scale = target[part].clamp(min=0), weight[part].double(), row_scale[part].double()
         none = x == -torch.inf
         pull, curvature = divergence.terms(x)
@@ -114,8 +124,18 @@ def _torch(
         if with_grad:
             pulled = _weighed(w, target[part], at, force, divergence.force_at_zero)
             change = curvature.masked_fill(none, 0.0).scatter_add_(1, index, -pulled)
+            if normalized:
+                rate = x.exp()
+                outflow = change.sum(dim=1, keepdim=True)
+                change = change - torch.where(rate == 0, 0.0, rate * outflow)
             gradient[part] = (change * scale[:, None]).to(gradient.dtype)
     return losses, gradient
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """log_softmax, which is -inf throughout a row that can reach nothing."""
+    none = x == -torch.inf
+    return x.masked_fill(none.all(dim=1, keepdim=True), 0.0).log_softmax(dim=1).masked_fill(none, -torch.inf)
 
 
 def _weighed(w: Tensor, target: Tensor, at: Tensor, value: Tensor, at_zero: float) -> Tensor:
@@ -129,14 +149,15 @@ def _weighed(w: Tensor, target: Tensor, at: Tensor, value: Tensor, at_zero: floa
 
 
 @functools.cache
-def _compiled(key: str) -> Any:
-    """The C++ kernel of a divergence.
+def _compiled(key: str, normalized: bool) -> Any:
+    """The C++ kernel of a divergence, of rates or of distributions.
 
     Raises:
         generated.NoCompiler: it cannot be compiled here.
     """
     divergence = definition.defined(key)
-    kernel = generated.library(divergence.name, divergence.cpp).dam_defined
+    text = f"#define DAM_NORMALIZED\n{divergence.cpp}" if normalized else divergence.cpp
+    kernel = generated.library(divergence.name, text).dam_defined
     pointer, index, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     kernel.argtypes = [
         *(index, index, code, code, pointer, index, pointer, index),
@@ -153,13 +174,14 @@ def _cpu(
     weight: Tensor,
     row_scale: Tensor,
     exclude: Excluded,
+    normalized: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     try:
-        kernel = _compiled(divergence.key)
+        kernel = _compiled(divergence.key, normalized)
     except (generated.NoCompiler, OSError) as error:
         generated.without("rate_matching_loss", "cpu", f"kernels of divergences cannot be compiled here: {error}")
-        return _torch(divergence, logits, target, weight, row_scale, exclude, with_grad)
+        return _torch(divergence, logits, target, weight, row_scale, exclude, normalized, with_grad)
     loss, gradient = outputs(logits, with_grad)
     target, weight = target.contiguous(), weight.double().contiguous()
     row_scale = row_scale.double().contiguous()
@@ -196,9 +218,10 @@ def _triton(
     weight: Tensor,
     row_scale: Tensor,
     exclude: Excluded,
+    normalized: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (logits, target, weight, row_scale, exclude, with_grad)
+    arguments = (logits, target, weight, row_scale, exclude, normalized, with_grad)
     if divergence.triton is None:
         generated.without("rate_matching_loss", "triton", f"Triton lacks a function that {divergence.name} calls")
         return _torch(divergence, *arguments)
@@ -207,7 +230,13 @@ def _triton(
     except OSError as error:
         generated.without("rate_matching_loss", "triton", str(error))
         return _torch(divergence, *arguments)
-    return triton.launcher("defined", "rate_matching_loss")(module, *arguments)
+    log_total = None
+    if normalized:
+        found = log_escape_of("triton", logits, exclude, 1.0)
+        log_total = torch.where(found == -torch.inf, 0.0, found)  # a row that can reach nothing stays as it is
+    return triton.launcher("defined", "rate_matching_loss")(
+        module, logits, target, weight, row_scale, exclude, log_total, with_grad
+    )
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"torch": _torch, "cpu": _cpu, "triton": _triton}
@@ -222,6 +251,7 @@ def _rate_matching_loss(
     exclude: Tensor | None,
     suppressed: Tensor | None,
     divergence: str,
+    normalized: bool,
     with_grad: bool,
     backend: str,
     overwrite: bool,
@@ -230,22 +260,28 @@ def _rate_matching_loss(
     _checks.index_range("rate_matching_loss", "target", target, columns, backend)
     _checks.index_range("rate_matching_loss", "exclude", exclude, columns, backend)
     scale = logits.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64) if row_scale is None else row_scale
-    arguments = (logits, target, weight, scale, Excluded(exclude, suppressed), with_grad)
+    arguments = (logits, target, weight, scale, Excluded(exclude, suppressed), normalized, with_grad)
     loss, gradient = _IMPLEMENTATIONS[backend](definition.defined(divergence), *arguments)
     return total(loss, backend).to(_rows.accumulator(logits.dtype)), gradient
 
 
 @_rate_matching_loss.register_fake
-def _(logits, target, weight, row_scale, exclude, suppressed, divergence, with_grad, backend, overwrite):
+def _(logits, target, weight, row_scale, exclude, suppressed, divergence, normalized, with_grad, backend, overwrite):
     _, gradient = outputs(logits, with_grad)
     return logits.new_empty((), dtype=_rows.accumulator(logits.dtype)), gradient
 
 
-_formed_gradient.register(_rate_matching_loss, "rate_matching_loss", inputs=10, differentiable=(0,))
+_formed_gradient.register(_rate_matching_loss, "rate_matching_loss", inputs=11, differentiable=(0,))
 
 
 def _of_function(
-    phi: Convex, x: Tensor, target: Tensor, weight: Tensor, row_scale: Tensor | None, excluded: Excluded
+    phi: Convex,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    excluded: Excluded,
+    normalized: bool,
 ) -> Tensor:
     """The loss for a plain function, by torch's operations on whole arrays."""
     op, (rows, columns) = "rate_matching_loss", x.shape
@@ -257,7 +293,8 @@ def _of_function(
     if excluded.suppressed is not None:
         x = x.masked_fill(excluded.suppressed, -torch.inf)
     target = _rows.drop_excluded(target, excluded)
-    rates = x.double().exp()
+    x = x.double()
+    rates = (_normalized(x) if normalized else x).exp()
     slope, pull = _of_generator(phi, rates)
     outflow = torch.where(rates == 0, 0.0, pull).sum(dim=1)  # a destination of rate 0 is none; NaN stays
     at = slope.gather(1, target.clamp(min=0))

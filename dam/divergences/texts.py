@@ -29,6 +29,8 @@ class Parts(NamedTuple):
     range: Range
 
 
+_LARGEST_EXPONENT = 86.0  # of the vectors' exp without care, csrc/core/math.h
+
 _MEANING = {
     "pull": "phi'(u) u - phi(u)",
     "curvature": "phi''(u) u^2",
@@ -94,6 +96,8 @@ DAM_BEGIN
 struct Divergence {{
   // Log rates for which floats hold what is computed; for others it is doubles.
   static constexpr float LOWEST = {_constant(parts.range.lowest, "f")}, HIGHEST = {_constant(parts.range.highest, "f")};
+  // The size of log rates below which floats need no care.
+  static constexpr float NEAR = {_constant(_near(parts), "f")};
   // At a rate of 0.
   static constexpr double SLOPE_AT_ZERO = {_constant(parts.slope_at_zero)};
   static constexpr double FORCE_AT_ZERO = {_constant(parts.force_at_zero)};
@@ -105,6 +109,12 @@ DAM_END
 
 DAM_DEFINED(Divergence)
 """
+
+
+def _near(parts: Parts) -> float:
+    """Size of log rates up to which float32 holds what is computed and no exponential is 0 or infinite."""
+    exponents = [abs(float(k)) for _, k in parts.terms.powers if parts.terms.power_of(k) is None]
+    return min(_LARGEST_EXPONENT / max([1.0, *exponents]), -parts.range.lowest, parts.range.highest)
 
 
 def _constant(value: float, suffix: str = "") -> str:
@@ -123,7 +133,7 @@ def cpp_function(name: str, program: emit.Program, meaning: str, variables: str 
     for power, k in program.powers:
         base = program.power_of(k)
         if base is None:
-            before += [f"F {power}s[N];", f"fn::raised({power}s, {every[0]}s, {float(k)!r});"]
+            before += [f"F {power}s[N];", f"fn::raised<IS_NEAR>({power}s, {every[0]}s, {float(k)!r});"]
             within.append(f"const F {power} = {power}s[i];")
         else:
             product = f"T(1) / {base[0]}" if base[1] == -1 else _product(*base)
@@ -133,7 +143,8 @@ def cpp_function(name: str, program: emit.Program, meaning: str, variables: str 
     body = ["using T [[maybe_unused]] = fn::Number<F>;", *before, "for (int i = 0; i < N; ++i) {"]
     body += [f"  {line}" for line in within] + ["}"]
     text = "".join(f"    {line}\n" for line in body)
-    return f"  // {meaning}\n  template <class F, int N>\n  static void {name}({taken}) {{\n{text}  }}\n"
+    head = f"  // {meaning}\n  template <bool IS_NEAR = false, class F, int N>\n  static void {name}({taken}) {{\n"
+    return f"{head}{text}  }}\n"
 
 
 def commented(text: str, mark: str) -> str:

@@ -251,9 +251,11 @@ def defined_losses():
     divergence = divergences.define(convex)
     module = generated.module("convex", divergence.triton)
     x, excluding = rows_of(1024, LLADA, torch.bfloat16), Excluded(indices(1024), SUPPRESSED)
-    arguments = (indices(1024, 16), torch.empty(1024, 16), torch.empty(1024, dtype=torch.float64))
-    defined.rate_matching_loss(module, x, *arguments, excluding, True)
-    defined.rate_matching_loss(module, ONE, INDEX, ONE, ONE[0], NOTHING, False)
+    numbers = torch.empty(1024, dtype=torch.float64)
+    arguments = (indices(1024, 16), torch.empty(1024, 16), numbers)
+    for log_total in (None, numbers):
+        defined.rate_matching_loss(module, x, *arguments, excluding, log_total, True)
+    defined.rate_matching_loss(module, ONE, INDEX, ONE, ONE[0], NOTHING, None, False)
 
 
 def of_numbers(z, y, x):
