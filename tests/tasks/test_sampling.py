@@ -94,6 +94,24 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, options, fault)
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_the_learner_of_a_target_is_the_first_with_settings_unless_given(tmp_path, monkeypatch):
+    asked = []
+
+    def run(output, target, learner, **others):
+        asked.append((target, learner))
+        return {"energy_calls": 0}
+
+    monkeypatch.setattr(sampling, "run", run)
+    for n, given in enumerate(([], ["--target", "dw-4"], ["--learner", "adjoint-sampling"], ["--target", "lj-13"])):
+        assert main(["sampler", *given, "--output", str(tmp_path / str(n))]) == 0
+    assert asked == [
+        ("many-well-5", "naas"),
+        ("dw-4", "adjoint-sampling"),
+        ("many-well-5", "adjoint-sampling"),
+        ("lj-13", "naas"),  # which run refuses by name
+    ]
+
+
 def test_presets_reach_their_networks_and_are_known_by_their_target():
     for (target, learner), chosen in sampling._PRESETS.items():
         one = sampling.sampler(target, learner, seed=3)
