@@ -57,8 +57,8 @@ class Preset:
 
 
 _PRESETS: dict[tuple[str, str], Preset] = {
-    # With noise that is weak for the wells' distance adjoints between wells stay small, and the control makes up for the
-    # lag of the dynamics. Wells keep the balance of the start if what it learns is of many paths, and cut.
+    # With noise that is weak for the wells' distance adjoints between wells stay small, and the control makes up for
+    # the lag of the dynamics. Wells keep the balance of the start if that is learned from many paths, with a cut.
     ("many-well-5", "naas"): Preset(
         Settings(
             rounds=12,
