@@ -79,7 +79,7 @@ _PRESETS: dict[tuple[str, str], Preset] = {
     # The cut is above all but a thousandth of the gradients of exact samples.
     ("many-well-5", "adjoint-sampling"): Preset(
         Settings(
-            rounds=60,
+            rounds=40,
             paths=512,
             updates=60,
             batch=512,
