@@ -80,6 +80,7 @@ def _add_sampler(commands: argparse._SubParsersAction) -> None:
     option(
         "--learner",
         metavar="NAME",
+        default=None,
         help="naas, adjoint-sampling or adjoint-matching (default: the first with settings for the target)",
     )
     option("--output", metavar="DIR", type=Path, default=None, help="default: a new folder in runs/")

@@ -308,6 +308,8 @@ SETTINGS = Settings(
 # Paths are drawn anew after few updates, and steps are short: lean adjoints on paths have the bias of Euler's, which
 # bridges to outcomes do not.
 FRESH = dataclasses.replace(SETTINGS, rounds=60, updates=6, kept=1, steps=30, learning_rate=0.05)
+# By weights the control is that of the optimum's own steps, which end too wide: by 13% in 15 of them, 6% in 30.
+SHORT = dataclasses.replace(SETTINGS, steps=30)
 
 
 def learner(kind, settings=SETTINGS, energy=gaussian_energy):
@@ -323,7 +325,7 @@ def learner(kind, settings=SETTINGS, energy=gaussian_energy):
 @pytest.mark.parametrize("kind", ["as", "reweighted", "am", "naas"])
 def test_learners_reach_a_gaussian_target_and_its_normaliser(kind):
     """What a control gains: the effective sample size, from below a half. Bounds are of the noise of kept outcomes."""
-    settings = FRESH if kind == "am" else SETTINGS
+    settings = {"am": FRESH, "reweighted": SHORT}.get(kind, SETTINGS)
     sampler = learner(kind, settings)
     before = sampler.sample(4000, seed=10**6)
     assert sampler.energy.calls == 0  # of samples nothing is counted
@@ -360,7 +362,6 @@ def test_a_run_that_is_resumed_is_the_run(kind):
     assert torch.equal(whole.sample(5, seed=1).final, second.sample(5, seed=1).final)
 
 
-@pytest.mark.parametrize("kind", ["as", "reweighted", "am", "naas"])
 def test_outcomes_that_are_reweighted_have_the_law_of_the_target_whatever_drew_them():
     """Ends of a walk without a control, a Gaussian around 0: their shares have the target's mean and variance, within 5
     errors. A row with half of all weight is left with N^(-1/2) of it; a part that is drawn alike is alike.
@@ -387,6 +388,7 @@ def test_outcomes_that_are_reweighted_have_the_law_of_the_target_whatever_drew_t
     assert torch.equal(drawn[0], final[7].expand(100, 2))
 
 
+@pytest.mark.parametrize("kind", ["as", "reweighted", "am", "naas"])
 def test_an_energy_that_is_no_number_is_named_and_leaves_what_was(kind):
     def broken(state):
         return torch.where(state[:, 0] > 0.5, float("nan"), gaussian_energy(state))
@@ -538,7 +540,7 @@ def test_weights_of_other_paths_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         projected_targets(process, times, start, start + math.nan)
     with pytest.raises(ValueError, match="must be at least 0 and below the reference"):
-        projected_targets(process, times, start, start, mode_width=1.5)
+        projected_targets(process, times, start, start, mode_width=1.6)
 
 
 def test_the_density_of_a_gaussian_is_torchs():
