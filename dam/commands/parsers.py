@@ -77,7 +77,12 @@ def _add_sampler(commands: argparse._SubParsersAction) -> None:
     )
     option = sampler.add_argument
     option("--target", metavar="NAME", default="many-well-5", help="default: many-well-5; another name lists all")
-    option("--learner", metavar="NAME", default="naas", help="naas (default), adjoint-sampling or adjoint-matching")
+    option(
+        "--learner",
+        metavar="NAME",
+        default=None,
+        help="naas, adjoint-sampling or adjoint-matching (default: the first with settings for the target)",
+    )
     option("--output", metavar="DIR", type=Path, default=None, help="default: a new folder in runs/")
     option("--resume", action="store_true", default=False, help="continue the run in --output (default: the newest)")
     option("--samples", metavar="N", type=int, default=500, help="of each look at it (default: 500)")

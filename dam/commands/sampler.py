@@ -29,8 +29,9 @@ def command(options: argparse.Namespace) -> int:
                 raise ValueError(f"nothing to resume: {output} holds no checkpoint of dam sampler")
         else:
             output = files.unused(output or files.next_output("sampler"))
+        learner = options.learner or next(iter(sampling.tried(options.target)), sampling.LEARNERS[0])
         result = sampling.run(
-            output, options.target, options.learner, changes=given, samples=options.samples, looks=options.looks
+            output, options.target, learner, changes=given, samples=options.samples, looks=options.looks
         )
     except (ValueError, OSError, ImportError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dam.flows.adjoint import Cost
 from dam.flows.matching import Targets
-from dam.flows.processes import Process
+from dam.flows.processes import Process, over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,7 @@ def projected_targets(
     final: Tensor,  # [B, ...]
     slope: Tensor,  # [B, ...]
     *,
+    mode_width: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Targets:
     """Targets of Adjoint Sampling at one time of each of B outcomes: the reciprocal projection.
@@ -120,16 +121,27 @@ def projected_targets(
     the reference's: the lean adjoint of Brownian motion is constant. The outcomes may be old ones, of other controls:
     the law of outcomes is what is to become the optimum's, and a buffer of them averages over rounds.
 
+    With a mode_width w the prediction is a share of the gradient and the rest of the bridge's own slope,
+
+        -k grad g(X_1) + (1 - k) (X_1 - X_k) / r,      1 / k = 1 + r / w^2 - r / c,
+
+    where c is the variance of the reference at the end and r what is left of it. Where outcomes have the optimum's law
+    both have one mean given X_k, and the noise of one balances that of the other: all of it if the law is a Gaussian of
+    deviation w. Of other outcomes the second has the mean of their own law's control. So what is to be learned is the
+    same for every w, but outcomes should be drawn by their weights: else it takes 1 / k times as long.
+
     Args:
         process, times: that the outcomes are drawn by, with method="euler".
         final: X_1, [B, ...].
         slope: an unbiased estimate of grad g at it, [B, ...]: `cost_gradient` of `process.terminal_cost`.
+        mode_width: w, below the deviation of the reference; 0 is the gradient alone.
         generator: of times and noise, on the CPU.
 
     Raises:
-        ValueError: shapes differ, or the slope is not finite.
+        ValueError: shapes differ, the slope is not finite, or mode_width is out of range.
 
-    Source: Havens et al., arXiv 2504.11713, Sec. 3.
+    Source: Havens et al., arXiv 2504.11713, Sec. 3; of shares, De Bortoli et al., Target Score Matching, arXiv
+    2402.08667.
     """
     if slope.shape != final.shape:
         raise ValueError(
@@ -142,5 +154,16 @@ def projected_targets(
     k = torch.randint(count, (rows,), generator=generator)
     noise = torch.randn(final.shape, generator=generator, dtype=final.dtype).to(final.device)
     state = process.bridged(times, final, k.to(final.device), noise)
-    weight = process.clock(times).diff()[k] * count / (2 * max(1, rows))
-    return Targets(state, times[k].to(final.device), -slope, weight.to(final.device))
+    clock = process.clock(times)
+    weight = clock.diff()[k] * count / (2 * max(1, rows))
+    prediction = -slope
+    if mode_width:
+        if not 0 < mode_width**2 < float(clock[-1]):
+            raise ValueError(
+                f"projected_targets: mode_width must be at least 0 and below the reference's deviation, "
+                f"{float(clock[-1]) ** 0.5:g}; got {mode_width:g}"
+            )
+        left = clock[-1] - clock[k]
+        share = over((1 / (1 + left / mode_width**2 - left / clock[-1])).to(slope), slope)
+        prediction = share * prediction + (1 - share) * (final - state) / over(left.to(slope), slope)
+    return Targets(state, times[k].to(final.device), prediction, weight.to(final.device))

@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dam.flows.adjoint import Cost, cost_gradient
+from dam.flows.annealed import clipped
+
 _TIME_FREQUENCIES = 4
 
 
@@ -50,20 +53,24 @@ class Perceptron(nn.Module):
 class ParticleNetwork(nn.Module):
     """Displacements of N particles that turn, shift and swap with them: messages of pairs by distance and time.
 
-        prediction_i = sum_j (x_i - x_j) phi(h_i + h_j, |x_i - x_j|, t),      h_i = sum_j psi(|x_i - x_j|, t)
+        prediction_i = sum_j (x_i - x_j) phi(m_ij, h_i + h_j, d_ij, t),      d_ij = |x_i - x_j|,      h_i = sum_j m_ij
 
-    So it moves no centre of mass. It begins as 0. Both functions are of pairs without an order, so each is evaluated
-    once for a pair.
+        m_ij = psi_1(d_ij, t), to which each later layer adds psi_l(m_ij, h_i + h_j, d_ij, t)
+
+    So it moves no centre of mass. It begins as 0. All functions are of pairs without an order, so each is evaluated
+    once for a pair. From two layers on a pair knows of distances that neither of its particles is in.
 
     Args:
         particles, dimensions: N and their space's; states are [B, N * dimensions].
         scale, output: as for `Perceptron`.
-        hidden: width.
+        hidden, layers: width and number of messages.
 
     Source: Satorras et al., E(n) Equivariant Graph Neural Networks, arXiv 2102.09844, of which it is a small one.
     """
 
-    def __init__(self, particles: int, dimensions: int, *, scale: float, output: float, hidden: int = 64):
+    def __init__(
+        self, particles: int, dimensions: int, *, scale: float, output: float, hidden: int = 64, layers: int = 1
+    ):
         super().__init__()
         self.particles, self.dimensions, self.scale, self.output = particles, dimensions, scale, output
         self.centres: Tensor
@@ -75,11 +82,15 @@ class ParticleNetwork(nn.Module):
         self.register_buffer("pairs", ones[first] - ones[second], persistent=False)
         edge = len(self.centres) + 1 + 2 * _TIME_FREQUENCIES + 1
         self.message = nn.Sequential(nn.Linear(edge, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.later = nn.ModuleList(
+            nn.Sequential(nn.Linear(edge + 2 * hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+            for _ in range(layers - 1)
+        )
         last = nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.pair = nn.Sequential(
-            nn.Linear(edge + hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last
+            nn.Linear(edge + 2 * hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last
         )
 
     def forward(self, state: Tensor, time: Tensor) -> Tensor:
@@ -90,7 +101,56 @@ class ParticleNetwork(nn.Module):
         bumps = torch.exp(-((distance - self.centres) ** 2) * 8)
         times = _time_features(time)[:, None].expand(-1, len(self.pairs), -1)
         edge = torch.cat((distance, bumps, times), dim=2)
-        node = self.pairs.abs().T @ self.message(edge) / self.particles
-        both = self.pairs.abs() @ node
-        force = self.pair(torch.cat((edge, both), dim=2)) * gap / (distance + 1)
+        message = self.message(edge)
+        for later in self.later:
+            message = message + later(self._around(edge, message))
+        force = self.pair(self._around(edge, message)) * gap / (distance + 1)
         return self.output * (self.pairs.T @ force).view_as(state)
+
+    def _around(self, edge: Tensor, message: Tensor) -> Tensor:
+        """What there is to know of each pair: of itself, its message, and those of its particles together."""
+        node = self.pairs.abs().T @ message / self.particles
+        return torch.cat((edge, message, self.pairs.abs() @ node), dim=2)
+
+
+class Preconditioned(nn.Module):
+    """A network with the gradient of a cost beside it: Langevin preconditioning.
+
+        prediction = network(x, t) - strength(t) grad g(x),      grad g cut in norm
+
+    What is to be predicted at time t is the mean of -grad g(X_1) given X_t = x, which near time 1 is the gradient where
+    the path is: a small network follows it badly. The strength, one number at each time, is learned and begins as 0. At
+    time 0 the gradient is left out: paths from one point have the same there, and particles in one point have none.
+
+    Args:
+        network: of states [B, D] and times [B].
+        cost: g of states [B, D], [B]. Each prediction evaluates it once at every state of a time above 0, with its
+            gradient, of which autograd knows nothing.
+        largest: norm that the gradient of a row is cut to. Targets are as they were: what is learned is not biased.
+
+    Raises:
+        ValueError: largest is not > 0.
+
+    Source: Zhang and Chen, Path Integral Sampler, arXiv 2111.15141; Vargas et al., Denoising Diffusion Samplers, arXiv
+    2302.13834, with the cut.
+    """
+
+    def __init__(self, network: nn.Module, cost: Cost, *, largest: float):
+        super().__init__()
+        if not largest > 0:
+            raise ValueError(f"Preconditioned: largest must be > 0; got {largest}")
+        self.network, self.cost, self.largest = network, cost, largest
+        last = nn.Linear(_STRENGTH_WIDTH, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.strength = nn.Sequential(nn.Linear(2 * _TIME_FREQUENCIES + 1, _STRENGTH_WIDTH), nn.SiLU(), last)
+
+    def forward(self, state: Tensor, time: Tensor) -> Tensor:
+        slope = torch.zeros_like(state)
+        moved = time > 0
+        if bool(moved.any()):
+            slope[moved] = clipped(cost_gradient(self.cost, state[moved]), self.largest)[0]
+        return self.network(state, time) - self.strength(_time_features(time)) * slope
+
+
+_STRENGTH_WIDTH = 32

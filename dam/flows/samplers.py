@@ -73,11 +73,15 @@ class Buffer:
         joined = rows if not self.rows else [torch.cat(pair) for pair in zip(self.rows, rows, strict=True)]
         self.rows = tuple(part[-self.capacity :].clone() for part in joined)
 
-    def drawn(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """`count` rows, uniformly with replacement."""
+    def drawn(self, count: int, generator: torch.Generator, shares: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`count` rows with replacement, uniformly or in proportion to `shares` of the rows, [len(self)]."""
         if not len(self):
             raise ValueError("Buffer: there are no rows to draw from")
-        at = torch.randint(len(self), (count,), generator=generator).to(self.rows[0].device)
+        if shares is None:
+            at = torch.randint(len(self), (count,), generator=generator)
+        else:
+            at = torch.multinomial(shares.cpu(), count, replacement=True, generator=generator)
+        at = at.to(self.rows[0].device)
         return tuple(part[at] for part in self.rows)
 
 
@@ -98,6 +102,10 @@ class Settings:
             the density is narrow and long ones would leave it too wide.
         learning_rate: of Adam, which falls to a twentieth along a cosine over the rounds.
         largest_slope: norm that gradients of a row are cut to.
+        reweighted: of Adjoint Sampling, the share of outcomes that are drawn in proportion to their paths' weights, the
+            others alike: see `AdjointSampling`. Above 0 it takes one more energy call for each path.
+        mode_width: of Adjoint Sampling, the deviation of a mode, which gradients are balanced by: see
+            `projected_targets`. 0 is the gradient alone.
         rounds: of the whole run.
         seed: of everything that is drawn.
 
@@ -118,6 +126,8 @@ class Settings:
     grid: float = 1.0
     learning_rate: float = 1e-3
     largest_slope: float = math.inf
+    reweighted: float = 0.0
+    mode_width: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,6 +140,12 @@ class Settings:
         for name in ("ratio", "grid"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"Settings: {name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.reweighted <= 1:
+            raise ValueError(f"Settings: reweighted must be in [0, 1]; got {self.reweighted}")
+        if not 0 <= self.mode_width < self.deviation:
+            raise ValueError(
+                f"Settings: mode_width must be at least 0 and below deviation, {self.deviation}; got {self.mode_width}"
+            )
 
 
 class Samples(NamedTuple):
@@ -143,14 +159,15 @@ class Sampler(abc.ABC):
     """A control that is trained until its paths end in e^(-E) / Z.
 
     Args:
-        energy: E of states [B, D], [B], differentiable by torch.func.
+        energy: E of states [B, D], [B], differentiable by torch.func. One that is `Counted` already counts for networks
+            that evaluate it too.
         dim: D.
         models: networks, of states [B, D] and times [B].
         settings: see there.
     """
 
     def __init__(self, energy: Cost, dim: int, models: dict[str, nn.Module], settings: Settings):
-        self.energy = Counted(energy)
+        self.energy = energy if isinstance(energy, Counted) else Counted(energy)
         self.dim, self.settings = dim, settings
         self.models = nn.ModuleDict(models)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -240,7 +257,14 @@ class Sampler(abc.ABC):
 class AdjointSampling(Sampler):
     """Adjoint Sampling: a Brownian reference, of outcomes their gradients only, one energy call for each path.
 
-    Source: Havens et al., arXiv 2504.11713, Alg. 1.
+    What is matched is right where outcomes have the law of the target, which they have at the end only. Each path has a
+    weight that makes up for what its control lacked. A share `settings.reweighted` of outcomes is drawn by it, cut
+    where it is above N^(1/2) times the mean of the N that are kept: right for any control but for the cut, so that a
+    mode whose mass is off is mended by more than gradients, which do not know of mass. Paths that went astray have no
+    weight: only outcomes that are drawn alike teach the control to bring them back.
+
+    Source: Havens et al., arXiv 2504.11713, Alg. 1; of weights, Phillips et al., Particle Denoising Diffusion Sampler,
+    arXiv 2402.06320; of their cut, Ionides, Truncated Importance Sampling, 2008.
     """
 
     def __init__(self, energy: Cost, dim: int, model: nn.Module, settings: Settings):
@@ -266,12 +290,28 @@ class AdjointSampling(Sampler):
     def _keep(self, paths: tuple[Path, ...]) -> float:
         final = paths[0].final
         slope, cut = clipped(cost_gradient(self.cost, final), self.settings.largest_slope)
-        self.outcomes.add(final, slope)
+        weight = (self._log_weights(paths),) if self.settings.reweighted else ()
+        self.outcomes.add(final, slope, *weight)
         return cut
 
+    def _shares(self) -> Tensor | None:
+        """Of each outcome, how often it is drawn, float64 [N]; None is alike."""
+        if not self.settings.reweighted:
+            return None
+        share = self.outcomes.rows[2].softmax(dim=0)
+        share = share.clamp_max(len(share) ** -0.5)
+        return self.settings.reweighted * share / share.sum() + (1 - self.settings.reweighted) / len(share)
+
     def _losses(self) -> dict[str, Tensor]:
-        final, slope = self.outcomes.drawn(self.settings.batch, self.generator)
-        targets = projected_targets(self.process, self.times, final, slope, generator=self.generator)
+        final, slope = self.outcomes.drawn(self.settings.batch, self.generator, self._shares())[:2]
+        targets = projected_targets(
+            self.process,
+            self.times,
+            final,
+            slope,
+            mode_width=self.settings.mode_width,
+            generator=self.generator,
+        )
         return {"model": matching.loss(self.models["model"], _even(targets))}
 
 
@@ -282,7 +322,7 @@ class AdjointMatching(AdjointSampling):
     mode that its paths do not reach is never heard of again.
 
     Raises:
-        ValueError: `settings.kept` is not 1.
+        ValueError: `settings.kept` is not 1, or settings are of what is drawn from outcomes.
 
     Source: Domingo-Enrich et al., arXiv 2409.08861, with the reference of arXiv 2504.11713.
     """
@@ -292,6 +332,11 @@ class AdjointMatching(AdjointSampling):
             raise ValueError(
                 f"AdjointMatching: kept must be 1, as paths of earlier controls are not its own; got {settings.kept}. "
                 "AdjointSampling keeps outcomes"
+            )
+        if settings.reweighted or settings.mode_width:
+            raise ValueError(
+                "AdjointMatching: reweighted and mode_width are of outcomes that are kept, and it keeps none: leave "
+                "them out. AdjointSampling has both"
             )
         super().__init__(energy, dim, model, settings)
         self.states = Buffer(settings.paths * settings.steps)

@@ -10,7 +10,7 @@ from dam.flows import adjoint_targets, cost_gradient, matching, simulate
 from dam.flows.annealed import Annealing, clipped
 from dam.flows.brownian import Brownian, gaussian_log_density, projected_targets
 from dam.flows.matching import Targets
-from dam.flows.networks import ParticleNetwork, Perceptron
+from dam.flows.networks import ParticleNetwork, Perceptron, Preconditioned
 from dam.flows.samplers import (
     AdjointMatching,
     AdjointSampling,
@@ -130,9 +130,11 @@ def test_projection_has_the_minimiser_of_matching_on_whole_paths():
     on_paths = adjoint_targets(process, None, path, cost_gradient(cost, path.final))
     generator = torch.Generator().manual_seed(5)
     final = MEAN + VARIANCE.sqrt() * torch.randn(10 * rows, 2, generator=generator, dtype=torch.float64)
-    projected = projected_targets(process, times, final, cost_gradient(cost, final), generator=generator)
+    slope = cost_gradient(cost, final)
+    projected = projected_targets(process, times, final, slope, generator=generator)
+    balanced = projected_targets(process, times, final, slope, mode_width=0.4, generator=generator)
     assert torch.isclose(projected.weight.sum(), on_paths.weight.sum(), rtol=0.02)
-    for targets in (on_paths, projected):
+    for targets in (on_paths, projected, balanced):
         fit = by_time(targets, times, 10)
         for k in range(1, 10):  # at time 0 all states are the same
             at = targets.time == times[k]
@@ -145,6 +147,33 @@ def test_projection_has_the_minimiser_of_matching_on_whole_paths():
             # On its own paths the optimum of continuous time is met up to the length of a step.
             slack = 0.03 * slope.abs() if targets is on_paths else 0
             assert ((fit[k, 0] - slope).abs() < Z * error + slack).all(), k
+
+
+def test_targets_of_the_width_of_a_gaussian_have_no_noise():
+    """Of N(0, w^2) the gradient and the bridge's slope balance each other in each row, to rounding: what is left is the
+    optimum's control.
+    """
+    process, times = brownian(steps=10)
+    width = 0.6
+    cost = process.terminal_cost(lambda x: x.square().sum(dim=1) / (2 * width**2), times)
+    generator = torch.Generator().manual_seed(5)
+    final = width * torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    slope = cost_gradient(cost, final)
+    targets = projected_targets(process, times, final, slope, mode_width=width, generator=generator)
+    clock = process.clock(times)
+    left = (clock[-1] - clock[torch.searchsorted(times, targets.time)])[:, None]
+    reached = clock[-1] - left
+    # The slope of the bridge to the mean of X_1 given X_k, which is linear: their covariance over the variance of X_k.
+    toward = (
+        reached
+        / clock[-1]
+        * width**2
+        / ((reached / clock[-1] * width) ** 2 + reached * left / clock[-1]).clamp_min(1e-9)
+    )
+    best = (toward - 1) * targets.state / left
+    assert torch.allclose(targets.prediction, best, atol=1e-10)
+    noise = projected_targets(process, times, final, slope, generator=generator).prediction
+    assert float(noise.square().mean()) > 1
 
 
 def test_training_by_projection_reaches_a_gaussian_target():
@@ -279,20 +308,24 @@ SETTINGS = Settings(
 # Paths are drawn anew after few updates, and steps are short: lean adjoints on paths have the bias of Euler's, which
 # bridges to outcomes do not.
 FRESH = dataclasses.replace(SETTINGS, rounds=60, updates=6, kept=1, steps=30, learning_rate=0.05)
+# By weights the control is that of the optimum's own steps, which end too wide: by 13% in 15 of them, 6% in 30.
+SHORT = dataclasses.replace(SETTINGS, steps=30)
 
 
 def learner(kind, settings=SETTINGS, energy=gaussian_energy):
-    if kind == "as":
+    if kind == "reweighted":
+        settings = dataclasses.replace(settings, reweighted=0.8, mode_width=0.6)
+    if kind in ("as", "reweighted"):
         return AdjointSampling(energy, 2, linear(), settings)
     if kind == "am":
         return AdjointMatching(energy, 2, linear(), dataclasses.replace(settings, kept=1))
     return AnnealedSampling(energy, 2, linear(), linear(), settings)
 
 
-@pytest.mark.parametrize("kind", ["as", "am", "naas"])
+@pytest.mark.parametrize("kind", ["as", "reweighted", "am", "naas"])
 def test_learners_reach_a_gaussian_target_and_its_normaliser(kind):
     """What a control gains: the effective sample size, from below a half. Bounds are of the noise of kept outcomes."""
-    settings = FRESH if kind == "am" else SETTINGS
+    settings = {"am": FRESH, "reweighted": SHORT}.get(kind, SETTINGS)
     sampler = learner(kind, settings)
     before = sampler.sample(4000, seed=10**6)
     assert sampler.energy.calls == 0  # of samples nothing is counted
@@ -310,10 +343,10 @@ def test_learners_reach_a_gaussian_target_and_its_normaliser(kind):
     log_mean = float(after.log_weight.logsumexp(0)) - math.log(4000)
     assert log_mean == pytest.approx(LOG_Z, abs=0.05)
     paths = settings.paths * (settings.rounds - 1 + settings.kept)  # the first round fills what is kept
-    assert logged["energy_calls"] == paths * (3 * settings.steps if kind == "naas" else 1)
+    assert logged["energy_calls"] == paths * {"naas": 3 * settings.steps, "reweighted": 2}.get(kind, 1)
 
 
-@pytest.mark.parametrize("kind", ["as", "am", "naas"])
+@pytest.mark.parametrize("kind", ["as", "reweighted", "am", "naas"])
 def test_a_run_that_is_resumed_is_the_run(kind):
     """To the bit: networks, what is kept, draws and counts are in the state."""
     settings = Settings(rounds=4, paths=20, updates=3, batch=16, kept=2, steps=5)
@@ -329,7 +362,33 @@ def test_a_run_that_is_resumed_is_the_run(kind):
     assert torch.equal(whole.sample(5, seed=1).final, second.sample(5, seed=1).final)
 
 
-@pytest.mark.parametrize("kind", ["as", "am", "naas"])
+def test_outcomes_that_are_reweighted_have_the_law_of_the_target_whatever_drew_them():
+    """Ends of a walk without a control, a Gaussian around 0: their shares have the target's mean and variance, within 5
+    errors. A row with half of all weight is left with N^(-1/2) of it; a part that is drawn alike is alike.
+    """
+    settings = Settings(paths=20_000, kept=1, steps=8, deviation=1.5, updates=1, reweighted=1.0)
+    sampler = learner("as", settings)
+    sampler.round()
+    final, slope, log_weight = sampler.outcomes.rows
+    shares = sampler._shares()
+    for moment, known in ((final, MEAN), ((final - MEAN).square(), VARIANCE)):
+        found = shares @ moment
+        error = (shares.square() @ (moment - known).square()).sqrt()
+        assert ((found - known).abs() < Z * error).all() and bool((error < 0.02).all())
+    ahead = torch.arange(len(final)) == 7
+    sampler.outcomes.rows = (final, slope, torch.where(ahead, 50.0, log_weight * 0))
+    assert float(sampler._shares()[7]) == pytest.approx(1)  # the others' weights are nothing beside it
+    sampler.outcomes.rows = (final, slope, torch.where(ahead, math.log(20_000), log_weight * 0))
+    most = 20_000**-0.5  # its share was about a half
+    assert float(sampler._shares()[7]) == pytest.approx(most / (0.5 + most), rel=1e-3)
+    sampler.settings = dataclasses.replace(settings, reweighted=0.25)
+    assert float(sampler._shares().min()) == pytest.approx(0.75 / 20_000 + 0.25 / 40_000 / (0.5 + most), rel=1e-3)
+    assert float(sampler._shares().sum()) == pytest.approx(1)
+    drawn = sampler.outcomes.drawn(100, sampler.generator, (torch.arange(20_000) == 7).double())
+    assert torch.equal(drawn[0], final[7].expand(100, 2))
+
+
+@pytest.mark.parametrize("kind", ["as", "reweighted", "am", "naas"])
 def test_an_energy_that_is_no_number_is_named_and_leaves_what_was(kind):
     def broken(state):
         return torch.where(state[:, 0] > 0.5, float("nan"), gaussian_energy(state))
@@ -357,6 +416,9 @@ def test_adjoint_matching_has_states_of_its_last_paths_alone():
         torch.testing.assert_close(prediction[now], -slope)
     with pytest.raises(ValueError, match="kept must be 1"):
         AdjointMatching(gaussian_energy, 2, linear(), dataclasses.replace(settings, kept=2))
+    for given in ({"reweighted": 0.5}, {"mode_width": 0.1}):
+        with pytest.raises(ValueError, match="reweighted and mode_width are of outcomes that are kept"):
+            AdjointMatching(gaussian_energy, 2, linear(), dataclasses.replace(settings, **given))
 
 
 def test_a_path_that_diverges_is_named():
@@ -396,10 +458,35 @@ def test_energies_are_counted_by_rows():
 # ---- networks
 
 
-def test_networks_begin_at_zero_and_particles_turn_shift_and_swap_with_their_prediction():
+def test_a_gradient_beside_a_network_is_cut_counted_and_left_out_at_time_0():
+    energy = Counted(gaussian_energy)
+    network = Preconditioned(linear(), energy, largest=2.0).double()
+    state = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    time = torch.tensor([0.0, 0.0, 0.3, 0.5, 0.8, 1.0], dtype=torch.float64)
+    assert bool((network(state, time) == 0).all())  # it begins as the reference
+    torch.nn.init.ones_(network.strength[-1].bias)
+    before = energy.calls
+    found = network(state, time)
+    assert energy.calls - before == 4
+    slope = (state - MEAN) / VARIANCE
+    assert bool((slope.norm(dim=1) > 2).any()) and bool((slope.norm(dim=1) < 2).any())
+    expected = -clipped(slope, 2.0)[0] * (time > 0)[:, None]
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()  # its parameters are learned, the gradient is as it is
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    sampler = AdjointSampling(energy, 2, network, Settings(rounds=1, paths=10, updates=2, batch=8, kept=1, steps=4))
+    before = energy.calls
+    assert sampler.energy is energy
+    sampler.round()
+    in_paths, at_ends = 10 * 3, 10  # at time 0 there is none
+    assert in_paths + at_ends <= energy.calls - before <= in_paths + at_ends + 2 * 8
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_networks_begin_at_zero_and_particles_turn_shift_and_swap_with_their_prediction(layers):
     assert bool((Perceptron(2, scale=1.0, output=3.0, octaves=2)(torch.randn(4, 2), torch.rand(4)) == 0).all())
     torch.manual_seed(0)
-    network = ParticleNetwork(4, 2, scale=2.0, output=1.0, hidden=16).double()
+    network = ParticleNetwork(4, 2, scale=2.0, output=1.0, hidden=16, layers=layers).double()
     torch.nn.init.normal_(network.pair[-1].weight)
     state = 3 * torch.randn(5, 4, 2, dtype=torch.float64)
     time = torch.rand(5, dtype=torch.float64)
@@ -428,6 +515,9 @@ def test_networks_begin_at_zero_and_particles_turn_shift_and_swap_with_their_pre
         (lambda: Settings(sigma=0.0), "sigma must be > 0"),
         (lambda: Settings(ratio=0.5), "ratio must be at least 1"),
         (lambda: Settings(grid=0.5), "grid must be at least 1"),
+        (lambda: Settings(reweighted=1.5), r"reweighted must be in \[0, 1\]"),
+        (lambda: Settings(mode_width=1.0), "mode_width must be at least 0 and below deviation"),
+        (lambda: Preconditioned(linear(), gaussian_energy, largest=0.0), "largest must be > 0"),
         (lambda: Buffer(0), "capacity must be at least 1"),
     ],
 )
@@ -449,6 +539,8 @@ def test_weights_of_other_paths_are_refused():
         projected_targets(process, times, start, torch.zeros(3, 2))
     with pytest.raises(ValueError, match="not finite"):
         projected_targets(process, times, start, start + math.nan)
+    with pytest.raises(ValueError, match="must be at least 0 and below the reference"):
+        projected_targets(process, times, start, start, mode_width=1.6)
 
 
 def test_the_density_of_a_gaussian_is_torchs():

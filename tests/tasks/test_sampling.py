@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dam.cli import main
+from dam.flows.networks import ParticleNetwork, Preconditioned
 from dam.flows.samplers import AdjointMatching, AdjointSampling, AnnealedSampling
 from dam.tasks import energies, sampling
 from dam.tasks.energies import TARGETS
@@ -93,15 +94,53 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, options, fault)
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_the_learner_of_a_target_is_the_first_with_settings_unless_given(tmp_path, monkeypatch):
+    asked = []
+
+    def run(output, target, learner, **others):
+        asked.append((target, learner))
+        return {"energy_calls": 0}
+
+    monkeypatch.setattr(sampling, "run", run)
+    for n, given in enumerate(([], ["--target", "dw-4"], ["--learner", "adjoint-sampling"], ["--target", "lj-13"])):
+        assert main(["sampler", *given, "--output", str(tmp_path / str(n))]) == 0
+    assert asked == [
+        ("many-well-5", "naas"),
+        ("dw-4", "adjoint-sampling"),
+        ("many-well-5", "adjoint-sampling"),
+        ("lj-13", "naas"),  # which run refuses by name
+    ]
+
+
 def test_presets_reach_their_networks_and_are_known_by_their_target():
     for (target, learner), chosen in sampling._PRESETS.items():
         one = sampling.sampler(target, learner, seed=3)
         assert learner in sampling.tried(target) and one.settings.seed == 3
         assert type(one) is KINDS[learner]
-        for network in one.models.values():
-            assert (network.octaves, network.output) == (chosen.octaves, chosen.output)
-            assert network.net[0].out_features == chosen.hidden
+        for name, network in one.models.items():
+            beside = chosen.langevin is not None and name == "model"
+            assert isinstance(network, Preconditioned) == beside
+            if beside:
+                assert network.largest == chosen.langevin
+                network = network.network
+            if isinstance(network, ParticleNetwork):
+                assert len(network.later) + 1 == chosen.layers
+                assert (network.message[0].out_features, network.output) == (chosen.hidden, chosen.output)
+            else:
+                assert (network.octaves, network.output) == (chosen.octaves, chosen.output)
+                assert network.net[0].out_features == chosen.hidden
     assert sampling.tried("lj-13") == []
+
+
+def test_a_gradient_that_particles_have_beside_their_network_is_counted_and_does_not_move_their_centre():
+    """Of E the centre has none, and that of its own Gaussian is that of the walk: to rounding of float32."""
+    one = sampling.sampler("dw-4", "adjoint-sampling")
+    model = one.models["model"]
+    torch.nn.init.ones_(model.strength[-1].bias)
+    state = 2 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 3
+    found = model(state, torch.full((50,), 0.5)).detach().view(50, 4, 2)
+    assert one.energy.calls == 50
+    assert found.abs().mean() > 1 and found.mean(dim=1).abs().max() < 1e-4
 
 
 def test_wells_that_are_lost_and_shares_that_are_off_are_told():
