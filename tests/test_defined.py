@@ -666,6 +666,15 @@ def loop_elsewhere(u):
     return long_loop(u)
 
 
+def sum_in_a_loop(u):
+    total = 0.0
+    for k in range(2):
+        if u > k:
+            total = total + k
+        total = total + np.sum(u)
+    return total
+
+
 def of_two(u, v):
     return u * v
 
@@ -734,6 +743,7 @@ def flat_at_one_rate(u):
         ),
         (long_loop, DerivativeError, r"the loops of long_loop have more than 64 turns"),
         (loop_with_break, DerivativeError, r"break\n.*without break, continue and else"),
+        (sum_in_a_loop, DerivativeError, r"test_defined\.py:\d+: total = total \+ np\.sum\(u\)\n.*np\.sum is not"),
         (loop_elsewhere, DerivativeError, r"for _ in range\(8\):\n.*and for in the one defined"),
         (of_two, DerivativeError, "of_two needs a value for its parameter v"),
         (concave, ValueError, "concave is not convex: its second derivative is -.* at u = 1"),

@@ -108,10 +108,11 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     source, written_out = functions.of(phi), unroll.unrolled(phi, 1)
     x = sympy.Symbol("x", real=True)
     u = sympy.exp(x)
-    value = scalar.expression(written_out, u)  # first, so that what is refused is shown in its own lines
-    slope_of = derive.grad(written_out)
-    curvature_of = derive.grad(slope_of)
-    slope, curvature = scalar.expression(slope_of, u), scalar.expression(curvature_of, u)
+    with unroll.in_own_lines(written_out):
+        value = scalar.expression(written_out, u)  # first, so that what is refused is shown in its own lines
+        slope_of = derive.grad(written_out)
+        curvature_of = derive.grad(slope_of)
+        slope, curvature = scalar.expression(slope_of, u), scalar.expression(curvature_of, u)
     name = "phi" if phi.__name__ == "<lambda>" else source.name
     digits.check_convex(name, x, value, slope, curvature)
 
