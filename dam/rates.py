@@ -122,7 +122,9 @@ def define(rate: Callable[..., Any]) -> Rate:
     count = len(given.posonlyargs) + len(given.args) - len(source.defaults)
     if not 1 <= count <= 3:
         raise source.refuse(source.node, "a rate is a function of z, of z and y, or of z, y and x")
-    value = scalar.expression(unroll.unrolled(rate, count), *symbols[:count])
+    written_out = unroll.unrolled(rate, count)
+    with unroll.in_own_lines(written_out):
+        value = scalar.expression(written_out, *symbols[:count])
     log_value = definition.by_branch(value, lambda e: sympy.expand_log(sympy.log(e)))
     programs = {name: emit.program({name: e}, symbols[0]) for name, e in (("rate", value), ("log_rate", log_value))}
     name = "rate" if rate.__name__ == "<lambda>" else source.name

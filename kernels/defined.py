@@ -18,6 +18,9 @@ from dam.kernels.core import INF, LARGEST, TILE
 from dam.kernels.excluded import Excluded
 from dam.kernels.launch import launch
 
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)  # of float32
+LEAST_EXPONENT = tl.constexpr(-86.6)  # of which float32's exp is no less than 2^-125
+
 # ---- functions that Triton does not have everywhere
 
 
@@ -91,9 +94,12 @@ def _of_step(
     In float32 where that holds, else in float64; log rates of -inf are no destinations.
     """
     outside = (x > HIGHEST) | ((x < LOWEST) & (x != -INF))
+    # Factors of the gradient that are infinite in float32, which would be the largest number, or lose digits.
+    outside = outside | (tl.abs(scale) > LARGEST) | ((scale != 0.0) & (tl.abs(scale) < SMALLEST_NORMAL))
     if NORMALIZED:
-        # An infinite one is not that of float32, which would be the largest number.
         outside = outside | (tl.abs(scale * outflow) > LARGEST)
+        # A rate that is 0 in float32 has a gradient where the outflow makes more of it than 2^-120, which counts as 0.
+        outside = outside | ((x < LEAST_EXPONENT) & (x != -INF) & (tl.abs(outflow) > 32.0))
     if tl.sum(core.sum_of_tile(outside.to(tl.int32)), axis=0) > 0:
         total, bend, change = _wide(x.to(tl.float64), scale, outflow, TERMS, NORMALIZED)
     else:

@@ -40,6 +40,10 @@ def jensen_shannon(u):
     return u * torch.log(u) - (1 + u) * torch.log(1 + u)
 
 
+def of_small_exponentials(u):
+    return torch.log(torch.exp(-u) + torch.exp(-3 * u)) + u * u
+
+
 def quadratic_above_2(u):
     if u <= 2:
         return 4 * u - 4
@@ -239,6 +243,23 @@ def test_a_gradient_beyond_float32(backend):
     assert gradient.tolist() == [[-INF, INF, 0.0]]
 
 
+def small_exponentials():
+    with pytest.warns(RuntimeWarning, match="float64 holds what is derived of of_small_exponentials only"):
+        return definition.define(of_small_exponentials)
+
+
+def test_float32_is_where_small_numbers_do_not_matter():
+    """At a log rate of 4.5 the logarithm of exp(-90) is taken, a subnormal float that a GPU may take for 0."""
+    assert small_exponentials().range == (-INF, 4.0)
+
+
+@pytest.mark.full
+def test_the_logarithm_of_a_small_exponential(backend):
+    divergence, u = small_exponentials(), math.exp(4.47)
+    loss = rate_matching_loss(torch.tensor([[4.47]]), torch.tensor([[-1]]), torch.ones(1, 1), divergence=divergence)
+    assert float(loss) == pytest.approx(u * (2 * u - 1) - (u * u - u), rel=2.0**-20)  # exp(-2 u) is nothing beside 1
+
+
 def test_not_a_number_stays(backend):
     x, target, weight, _ = case(3, 1500)
     x[0, 7] = math.nan
@@ -312,6 +333,32 @@ def compare_normalized(phi, dtype):
         assert float(excess.max()) <= 0.0
 
 
+def test_normalized_rates_that_are_0_to_float32(backend):
+    """Their gradient is what the outflow makes of them, which an unlikely target's is large enough for."""
+    x, target = torch.tensor([[0.0, -87.0, -87.5, -88.0], [0.0, -110.0, -110.5, -111.0]]), torch.tensor([[1], [1]])
+    for scale in (torch.ones(2), torch.tensor([1.0, 1e-12])):
+        weight = torch.full((2, 1), 1e9)
+        loss, gradient = result(squared_hellinger, x, target, weight, row_scale=scale, normalized=True)
+        expected, slope, terms, _ = normalized_by_hand(squared_hellinger, x, target, weight, scale)
+        assert abs(float(loss) - float(expected)) <= 2.0**-20 * float(terms)
+        # In float64 but for the logits, of which 2^-24 of 111 is lost where they are made log rates.
+        assert_close(gradient, slope, rtol=2.0**-16)
+
+
+def test_row_scales_that_are_no_floats(backend):
+    """Beyond what float32 holds, or so small that it has lost digits of them; the gradient itself is one."""
+    x, target, weight, _ = case(2, 1500)
+    weight[:] = 0.0
+    for size in (1e40, 1e-43):
+        scale, at = torch.full((2,), size, dtype=torch.float64), x - 2 * math.copysign(10.0, math.log(size))
+        for normalized, of in ((False, by_hand), (True, normalized_by_hand)):
+            _, gradient = result(squared_hellinger, at, target, weight, row_scale=scale, normalized=normalized)
+            _, slope, _, sizes = of(squared_hellinger, at, target, weight, scale)
+            inside = slope.abs() < 3e38
+            excess = (gradient.double() - slope).abs() - 2.0**-17 * sizes - 2.0**-149
+            assert bool(inside.any()) and float(excess[inside].max()) <= 0
+
+
 def test_normalized_in_float64():
     x, target, weight, options = case(4, 300, torch.float64)
     for phi in BY_HAND:
@@ -358,6 +405,18 @@ def test_normalized_of_a_plain_function():
         found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     for plain, defined in zip(*found, strict=True):
         assert_close(plain, defined, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_plain_function_of_a_rate_that_underflows(normalized):
+    """Counts what phi has near 0, as it does in a kernel; only a log rate of -inf is no destination."""
+    x, none = torch.tensor([[0.0, -2000.0, -INF]]), (torch.tensor([[-1]]), torch.ones(1, 1))
+    found = []
+    for divergence in (squared_hellinger, define(squared_hellinger)):
+        leaf = x.clone().requires_grad_()
+        loss = rate_matching_loss(leaf, *none, divergence=divergence, normalized=normalized)
+        found.append([float(loss.detach()), *torch.autograd.grad(loss, leaf)[0].flatten().tolist()])
+    assert found[0] == found[1] == [-1.0, 0.0 if normalized else 0.5, 0.0, 0.0]
 
 
 def test_no_rows_no_targets_and_any_strides(backend):
@@ -607,6 +666,15 @@ def loop_elsewhere(u):
     return long_loop(u)
 
 
+def sum_in_a_loop(u):
+    total = 0.0
+    for k in range(2):
+        if u > k:
+            total = total + k
+        total = total + np.sum(u)
+    return total
+
+
 def of_two(u, v):
     return u * v
 
@@ -675,6 +743,7 @@ def flat_at_one_rate(u):
         ),
         (long_loop, DerivativeError, r"the loops of long_loop have more than 64 turns"),
         (loop_with_break, DerivativeError, r"break\n.*without break, continue and else"),
+        (sum_in_a_loop, DerivativeError, r"test_defined\.py:\d+: total = total \+ np\.sum\(u\)\n.*np\.sum is not"),
         (loop_elsewhere, DerivativeError, r"for _ in range\(8\):\n.*and for in the one defined"),
         (of_two, DerivativeError, "of_two needs a value for its parameter v"),
         (concave, ValueError, "concave is not convex: its second derivative is -.* at u = 1"),

@@ -9,7 +9,11 @@ from dam.backends import cpu, generated
 
 FUNCTIONS = ("exp", "log", "log1p", "expm1", "tanh", "sqrt")
 # Largest errors in units in the last place, as that file states them.
-ULP = {"exp": 5.5, "log": 0.9, "log1p": 0.9, "expm1": 4.7, "tanh": 2.4, "sqrt": 0.5}
+ULP = {"exp": 5.5, "log": 0.9, "log1p": 1.0, "expm1": 4.7, "tanh": 3.0, "sqrt": 0.5}
+NEAR = {"exp": 2.2, "expm1": 2.0}  # for |x| < 1
+# Arguments near which a search of all floats found the largest.
+WORST = (-86.25186, 88.57675, 0.5315869, 0.39094573, 0.2723735, -0.30137613, 0.40184623, -0.29342473)
+WORST += (0.38747272, 88.71921, 0.38704365, 0.7051713, 0.7058912, 0.062353585, 0.062424507)
 SOURCE = """\
 #include "cpu/defined.h"
 
@@ -56,7 +60,9 @@ def sweep():
     """Floats of every exponent, subnormal ones among them, and of both signs."""
     rng = np.random.default_rng(0)
     x = np.ldexp(rng.uniform(1, 2, (276, 2000)), np.arange(-149, 127)[:, None]).astype(np.float32).ravel()
-    return np.concatenate([x, -x, rng.uniform(-90, 90, 160_000).astype(np.float32)])
+    ends = [rng.uniform(low, high, 80_000) for low, high in ((-90, 0), (0, 90), (-105, -86))]
+    near = np.array(WORST, dtype=np.float32).view(np.int32)[:, None] + np.arange(-800, 800, dtype=np.int32)
+    return np.concatenate([x, -x, *(end.astype(np.float32) for end in ends), near.view(np.float32).ravel()])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -69,10 +75,12 @@ def test_errors(apply, name):
     assert np.array_equal(np.isnan(found), ~real)
     beyond = np.abs(exact) > largest * (1 + 2.0**-20)
     assert np.array_equal(found[beyond], np.copysign(np.inf, exact[beyond]))
-    normal = inside & (np.abs(exact) >= (2.0**-124 if name == "exp" else 2.0**-126))
-    error = np.abs(found[normal] - exact[normal]) / np.spacing(np.abs(exact[normal]).astype(np.float32))
-    assert error.max() <= ULP[name], x[normal][error.argmax()]
-    assert np.abs(found[inside & ~normal]).max(initial=0.0) <= 2.0**-123
+    # exp's subnormal results are among those that are held: of a sum of two its logarithm may be taken.
+    held = inside & (np.abs(exact) >= (0.0 if name == "exp" else 2.0**-126))
+    error = np.abs(found[held] - exact[held]) / np.spacing(np.abs(exact[held]).astype(np.float32))
+    assert error.max() <= ULP[name], x[held][error.argmax()]
+    assert error[np.abs(x[held]) < 1].max() <= NEAR.get(name, ULP[name])
+    assert np.abs(found[inside & ~held]).max(initial=0.0) <= 2.0**-123
 
 
 def test_values_at_the_ends(apply):

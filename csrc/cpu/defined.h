@@ -162,12 +162,19 @@ struct OfRow {
   float factor = to_float(scale);
   float high = static_cast<float>(log_total), low = static_cast<float>(log_total - high);
   float coefficient = to_float(scale * outflow);
+  // Log rates below it have a gradient that floats do not hold: their rate is 0, which an outflow above 2^5 would have
+  // made more of than the 2^-120 that counts as 0.
+  float lowest = NORMALIZED && !(std::fabs(outflow) <= 32.0) ? Unit::floor : -HUGE_VALF;
 
   f32 log_rates(const float* x) const {
     if constexpr (NORMALIZED) return (load<f32>(x) - high) - low;
     return load<f32>(x);
   }
-  bool is_infinite() const { return NORMALIZED && !(std::fabs(scale * outflow) <= 3.4e38); }
+  // Whether factors of the gradient are none of floats: infinite, or so small that digits are lost.
+  bool is_wide() const {
+    const double size = std::fabs(scale);
+    return !(size <= 3.4e38) || (size < 1.2e-38 && size > 0.0) || (NORMALIZED && !(std::fabs(scale * outflow) <= 3.4e38));
+  }
 };
 
 // Sums over a tile of phi'(u) u - phi(u) and, of normalised rates, of phi''(u) u^2.
@@ -244,11 +251,12 @@ inline bool near_tile(const float* x, const OfRow row, float* out, const Element
 template <class Phi, bool GRADIENT, class Element>
 inline TileSums defined_tile(const float* x, int width, bool whole, const OfRow row, float* out, const Element* next) {
   if constexpr (!(Phi::LOWEST < Phi::HIGHEST)) return wide_tile<Phi, GRADIENT>(x, width, row, out);
-  if (row.is_infinite()) return wide_tile<Phi, GRADIENT>(x, width, row, out);
+  if (GRADIENT && row.is_wide()) return wide_tile<Phi, GRADIENT>(x, width, row, out);
   TileSums found;
   if (whole && near_tile<Phi, GRADIENT>(x, row, out, next, found)) return found;
   f32 sums[UNROLL] = {}, bends[UNROLL] = {}, top = f32{} - HUGE_VALF;
   u32 outside{};
+  const float lowest = GRADIENT && row.lowest > Phi::LOWEST ? row.lowest : Phi::LOWEST;
   for (int i = 0; i < width; i += STEP) {
     prefetch(next, i);
     f32 d[UNROLL], pull[UNROLL], curvature[UNROLL], change[UNROLL];
@@ -256,7 +264,7 @@ inline TileSums defined_tile(const float* x, int width, bool whole, const OfRow 
     defined_step<Phi, GRADIENT, false>(d, row, pull, curvature, change);
     for (int n = 0; n < UNROLL; ++n) {
       const auto none = d[n] == -HUGE_VALF;
-      if constexpr (Phi::LOWEST > -HUGE_VALF) outside |= (u32)((d[n] < Phi::LOWEST) & ~none);
+      if constexpr (Phi::LOWEST > -HUGE_VALF || (GRADIENT && NORMALIZED)) outside |= (u32)((d[n] < lowest) & ~none);
       top = larger(d[n], top);
       sums[n] += none ? f32{} : pull[n];
       if constexpr (NORMALIZED) bends[n] += none ? f32{} : curvature[n];

@@ -21,6 +21,6 @@ class DerivativeError(ValueError):
     """
 
     def __init__(self, message: str, line: Line | None = None) -> None:
-        self.line = line
+        self.message, self.line = message, line
         place = "" if line is None else f"{line.file}:{line.number}: {line.text}\n    "
         super().__init__(place + message)

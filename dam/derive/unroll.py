@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dam.derive import functions, trees
+from dam.derive.errors import DerivativeError
 
 TURNS = 64  # of all loops of a function: each is code in its kernel
 _NUMBER = itertools.count(1)
+# What a function carries whose loops were written out: the lines of the one that it was made of, by number.
+_OWN = "__derive_own_lines__"
 
 
 def unrolled(function: Callable[..., Any], variables: int) -> Callable[..., Any]:
@@ -47,7 +51,28 @@ def unrolled(function: Callable[..., Any], variables: int) -> Callable[..., Any]
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     made = space[source.name]
     made.__defaults__, made.__kwdefaults__ = source.defaults, source.keyword_defaults
+    written = zip(_statements(ast.parse(text).body), _statements([definition]), strict=True)
+    made.__dict__[_OWN] = {ours.lineno: source.line(theirs) for ours, theirs in written}
     return made
+
+
+def _statements(block: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Of a block and of those within it, in the order of their lines."""
+    for st in block:
+        yield st
+        for field in ("body", "orelse"):
+            yield from _statements(getattr(st, field, []))
+
+
+@contextlib.contextmanager
+def in_own_lines(made: Callable[..., Any]) -> Iterator[None]:
+    """Within it an error about a function of `unrolled` shows the line that its author wrote."""
+    try:
+        yield
+    except DerivativeError as error:
+        if error.line is None or error.line.file != made.__code__.co_filename or _OWN not in made.__dict__:
+            raise
+        raise DerivativeError(error.message, made.__dict__[_OWN][error.line.number]) from None
 
 
 class _Unroller:

@@ -108,10 +108,11 @@ def define(phi: Callable[[Any], Any]) -> Divergence:
     source, written_out = functions.of(phi), unroll.unrolled(phi, 1)
     x = sympy.Symbol("x", real=True)
     u = sympy.exp(x)
-    value = scalar.expression(written_out, u)  # first, so that what is refused is shown in its own lines
-    slope_of = derive.grad(written_out)
-    curvature_of = derive.grad(slope_of)
-    slope, curvature = scalar.expression(slope_of, u), scalar.expression(curvature_of, u)
+    with unroll.in_own_lines(written_out):
+        value = scalar.expression(written_out, u)  # first, so that what is refused is shown in its own lines
+        slope_of = derive.grad(written_out)
+        curvature_of = derive.grad(slope_of)
+        slope, curvature = scalar.expression(slope_of, u), scalar.expression(curvature_of, u)
     name = "phi" if phi.__name__ == "<lambda>" else source.name
     digits.check_convex(name, x, value, slope, curvature)
 
@@ -197,9 +198,9 @@ def _shipped(name: str) -> Divergence:
     return define(SHIPPED[name])
 
 
-def functions_of(text: str) -> dict[str, Any]:
-    """The functions of a text that this package wrote, over torch."""
-    space: dict[str, Any] = {"torch": torch}
+def functions_of(text: str, library: Any = torch) -> dict[str, Any]:
+    """The functions of a text that this package wrote, over torch or what has its functions."""
+    space: dict[str, Any] = {"torch": library}
     exec(compile(text, "<dam.divergences>", "exec"), space)
     return space
 
@@ -210,6 +211,18 @@ def text_of(phi: Callable[[Any], Any], source: Any) -> str:
         return f"lambda {ast.unparse(source.node.args)}: {ast.unparse(source.node.body[0].value)}"
     first = source.node.lineno - 1
     return "\n".join(source.lines[first : source.node.end_lineno])
+
+
+class _Flushing:
+    """torch's functions, to which what is below 2^-125 is 0: to kernels powers of a rate are, on a GPU all may be."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def flushed(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return value.masked_fill(value.abs() < 2.0**-125, 0.0)
+
+        return lambda *arguments: flushed(getattr(torch, name)(*map(flushed, arguments)))
 
 
 # ---- ways to write an expression
@@ -337,19 +350,22 @@ def _range_of(one: Any, exact: Sequence[float], beside: Sequence[float], weighed
         beside: sizes that count beside theirs.
         weighed: whether they are added times a target's weight.
     """
-    run = functions_of(texts.torch_function("compute", one))["compute"]
-    (found,) = run(torch.tensor(_GRID, dtype=dtype, device="cpu"))
     narrow = dtype == torch.float32
+    text, grid = texts.torch_function("compute", one), torch.tensor(_GRID, dtype=dtype, device="cpu")
+    # Floats are held if it does not matter whether the smallest are kept, which kernels do some way and some the other.
+    ways = [functions_of(text, library)["compute"](grid)[0] for library in (torch, _Flushing())[: 1 + narrow]]
     small = _NEGLIGIBLE * max(abs(v) for x, v in zip(_GRID, exact, strict=True) if abs(x) <= 1.0)
     good = []
-    for n, (x, ours, theirs) in enumerate(zip(_GRID, found.tolist(), exact, strict=True)):
+    for n, (x, theirs, *all_of_ours) in enumerate(zip(_GRID, exact, *(way.tolist() for way in ways), strict=True)):
         around = [*exact[max(n - 1, 0) : n], *exact[n + 1 : n + 2]]
         # Beside a sign's change what counts is the size around it.
         size = max(map(abs, (theirs, *around))) if any(v * theirs <= 0 for v in around) else abs(theirs)
         # A weight may be 1, or of the rate's size.
         least = _SMALLEST if narrow else small * (math.exp(-min(max(x, 0.0), 700.0)) if weighed else 1.0)
-        close = ours == theirs or abs(ours - theirs) <= _ROUNDING * (size + abs(beside[n])) + least
-        held = all(float(k) * x <= 86.0 for _, k in one.powers) and abs(ours) <= _LARGEST  # what exp_each takes
+        bound = _ROUNDING * (size + abs(beside[n])) + least
+        close = all(ours == theirs or abs(ours - theirs) <= bound for ours in all_of_ours)
+        exponents = all(float(k) * x <= 86.0 for _, k in one.powers)  # what exp_each takes
+        held = exponents and all(abs(ours) <= _LARGEST for ours in all_of_ours)
         good.append(bool(close and (held or not narrow)))
     middle = _GRID.index(0.0)
     if not good[middle]:

@@ -52,8 +52,9 @@ def rate_matching_loss(
     Args:
         log_rates: log rates [..., V]; any row stride, unit inner stride. -inf is a destination that cannot be reached,
             and counts 0.
-        target: destinations; -1 stands for none. At one that cannot be reached phi' is its limit at 0, for a plain
-            phi its value at 2e-308; weights there add up before they multiply an infinite one.
+        target: destinations; -1 stands for none. At one that cannot be reached phi' is its limit at 0; weights there
+            add up before they multiply an infinite one. To a plain phi a rate below 2e-308, of a log rate below -708 or
+            of such a destination, is 2e-308, without a gradient.
         weight: their weights, detached.
         divergence: "kl", "l2", what `define` returns, or a convex function of positive numbers, elementwise, that
             autograd can follow twice.
@@ -296,7 +297,7 @@ def _of_function(
     x = x.double()
     rates = (_normalized(x) if normalized else x).exp()
     slope, pull = _of_generator(phi, rates)
-    outflow = torch.where(rates == 0, 0.0, pull).sum(dim=1)  # a destination of rate 0 is none; NaN stays
+    outflow = pull.masked_fill(x == -torch.inf, 0.0).sum(dim=1)
     at = slope.gather(1, target.clamp(min=0))
     counted = target >= 0
     gain = torch.where(counted, weight.double() * torch.where(counted, at, 0.0), 0.0).sum(dim=1)
@@ -307,7 +308,7 @@ def _of_function(
 def _of_generator(phi: Convex, rates: Tensor) -> tuple[Tensor, Tensor]:
     """phi'(u) and phi'(u) u - phi(u), differentiable in u."""
     # phi and its slope need not be defined at 0; NaN stays.
-    positive = torch.where(rates == 0, torch.finfo(rates.dtype).tiny, rates)
+    positive = rates.clamp(min=torch.finfo(rates.dtype).tiny)
     wanted = positive.requires_grad
     with torch.inference_mode(False), torch.enable_grad():
         leaf = positive if wanted else positive.clone().requires_grad_()
