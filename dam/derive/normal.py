@@ -573,7 +573,7 @@ class Normaliser:
 
     def emit(self, statement: Statement) -> None:
         self.out.append(statement)
-        if isinstance(statement, Let):
+        if isinstance(statement, Let) and not statement.in_place:
             for text in self.made_of.pop(statement.target, ()):
                 self.computed.pop(text, None)
         else:
