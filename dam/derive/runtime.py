@@ -126,7 +126,7 @@ def rebound(x: Any, names: str, whole: Any = None) -> None:
 
 
 def number(x: Any, message: str) -> None:
-    """That an item is a number, where one that is an array would share memory with what is written to next.
+    """That a value is a number, where an array would share memory with what is written to next, or be written into.
 
     Raises:
         DerivativeError: with the message, if it is an array or a structure.
