@@ -26,7 +26,7 @@ MUTATORS = {
 }  # fmt: skip
 # Functions of libraries that write into their first argument.
 _INTO_FIRST = {"put", "copyto", "place", "putmask", "fill_diagonal", "put_along_axis", "shuffle", "setitem", "delitem"}
-_FRESH = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
+FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
 VIEWS = {"asarray", "asanyarray", "reshape", "ravel", "transpose", "squeeze", "expand_dims", "swapaxes", "moveaxis",
          "broadcast_to", "atleast_1d", "atleast_2d", "diag", "flip", "split", "as_tensor", "from_numpy"}  # fmt: skip
 _VIEWING_METHODS = VIEWS | {"view", "get", "items", "values", "detach", "numpy", "diagonal", "flatten", "unsqueeze",
@@ -129,7 +129,7 @@ def _library(found: Any) -> str:
 def is_pure(call: ast.Call, found: Any) -> bool:
     """Whether a call is of a library's function or method that reads its arguments and no more."""
     if found is None:
-        return isinstance(call.func, ast.Attribute) and call.func.attr in _FRESH | _VIEWING_METHODS
+        return isinstance(call.func, ast.Attribute) and call.func.attr in FRESH_METHODS | _VIEWING_METHODS
     return isinstance(found, (np.ufunc, type)) or _library(found) in _LIBRARIES
 
 

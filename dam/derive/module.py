@@ -87,7 +87,7 @@ class Module:
         self._claim(single)
         names = flow.active(single.statements, active, single.result)
         memory = flow.memory(single.statements)
-        writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
+        writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived, normal.names)
         return normal, single, names, memory, writes, in_place
 
     def signature(self, callee: Callee, extra: list[str] | None = None, inner: bool = False) -> ast.arguments:

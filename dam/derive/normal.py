@@ -253,6 +253,7 @@ class Normaliser:
         while result in names:
             result += "_"
         self.result = result
+        self.names = frozenset(names)  # those of the source
         self.locals = names
         apart = node.body
         if any(type(n) in COMPREHENSIONS for n in everything):

@@ -135,6 +135,16 @@ def number(x: Any, message: str) -> None:
         raise DerivativeError(message)
 
 
+def no_list(x: Any, message: str) -> None:
+    """That a sum or a product is one of numbers, where one of lists would hold what is written to next.
+
+    Raises:
+        DerivativeError: with the message, if it is a list or a tuple.
+    """
+    if isinstance(x, (list, tuple)):
+        raise DerivativeError(message)
+
+
 def part(x: Any, i: Any) -> Any:
     """x[i], which is about to be written to: the very memory of x.
 
