@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dam.derive import primitives
+from dam.derive import changes, primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
@@ -114,10 +114,6 @@ class Memory:
 
 
 _DISPLAYS = (ast.List, ast.Tuple, ast.Dict, ast.ListComp, ast.DictComp, ast.GeneratorExp)
-FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
-VIEWS = {"asarray", "asanyarray", "reshape", "ravel", "transpose", "squeeze", "expand_dims", "swapaxes", "moveaxis",
-         "broadcast_to", "atleast_1d", "atleast_2d", "diag", "flip", "split", "as_tensor", "from_numpy"}  # fmt: skip
-
 
 def _may_be_view(value: ast.expr) -> bool:
     """Whether a value without a derivative may share memory with what it is made of."""
@@ -126,9 +122,9 @@ def _may_be_view(value: ast.expr) -> bool:
     if isinstance(value, ast.Call):
         function = value.func
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if isinstance(function, ast.Attribute) and called in FRESH_METHODS:
+        if isinstance(function, ast.Attribute) and called in changes.FRESH_METHODS:
             return False
-        return called in VIEWS or not isinstance(function, (ast.Attribute, ast.Name)) or called not in _FRESH
+        return called in changes.VIEWS or not isinstance(function, (ast.Attribute, ast.Name)) or called not in _FRESH
     return True
 
 
@@ -296,11 +292,18 @@ class _Place:
     loops: tuple[int, ...]  # which loops it is in, outermost first
 
 
-def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> tuple[bool, dict[int, str]]:
+def check_memory(
+    single: Single, found: Memory, whole: bool, derived: bool, known: Container[str]
+) -> tuple[bool, dict[int, str]]:
     """That no array is written to while another name for its memory is still to be read.
 
     Derived code passes: it puts back what it wrote before it reads a value again, so that each is what it was when it
     got its name.
+
+    Args:
+        whole: of a function that is not called by another that is derived with it.
+        derived: of a derivative.
+        known: names that the function's source has.
 
     Returns:
         Whether an argument is written to; and, by the identity of an augmented assignment, the name that makes one of
@@ -388,12 +391,20 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
         }
 
     def others(identifier: str, at: _Place, exempt: tuple[str, ...]) -> list[str]:
-        return sorted({single.variable.get(o, o) for o in sharing(identifier, at, exempt)})
+        return sorted({said(o) for o in sharing(identifier, at, exempt)}, key=lambda n: (n not in known, n))
 
     made_by: dict[str, list[Statement]] = {}
     for st in walk(single.statements):
         for n in () if isinstance(st, (If, For, While)) else writes(st):
             made_by.setdefault(n, []).append(st)
+
+    def said(identifier: str) -> str:
+        """A name as the source has it, or the line that computes what has none there."""
+        variable = single.variable.get(identifier, identifier)
+        if variable in known or identifier not in made_by:
+            return variable
+        return f"a value of '{made_by[identifier][0].line.text}'"
+
     checks: dict[int, Effect] = {}
     writes_argument = False
     in_place: dict[int, str] = {}
@@ -403,16 +414,19 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
             if isinstance(st, Pop):
                 exempt = (single.variable.get(st.target, st.target),)
             shared = sharing(st.name, places[id(st)], exempt)
-            variable = single.variable.get(st.name, st.name)
-            # An item may be a number, which shares nothing: that shows when it runs.
+            variable = said(st.name)
+            if variable not in known and isinstance(st, Store) and st.within:
+                variable = f"an item of {st.within[0]}"
+            # An item may be a number, and arithmetic be of no lists, which share nothing: that shows when it runs.
             items = {o for o in shared if made_by.get(o) and all(_is_item(m) for m in made_by[o])}
-            for o in sorted(items):
-                said = f"{variable} is written to ({st.line.text}) while {single.variable.get(o, o)}, a part of it, "
-                check = {"x": ast.Name(o, ast.Load()), "m": ast.Constant(said + "is still to be read; copy one")}
+            made = {o for o in shared - items if made_by.get(o) and all(_is_arithmetic(m) for m in made_by[o])}
+            for o in sorted(items | made):
+                what = f"{variable} is written to ({st.line.text}) while {said(o)}, a part of it, is still to be read; "
+                check = {"x": ast.Name(o, ast.Load()), "m": ast.Constant(what + "copy one")}
                 for maker in made_by[o]:
-                    effect = ast.Expr(filled("rt.number(x, m)", check))
+                    effect = ast.Expr(filled("rt.number(x, m)" if o in items else "rt.no_list(x, m)", check))
                     checks.setdefault(id(maker), Effect(effect, maker.line))
-            names = sorted({single.variable.get(o, o) for o in shared - items})
+            names = sorted({said(o) for o in shared - items - made}, key=lambda n: (n not in known, n))
             if names:
                 raise DerivativeError(
                     f"{variable} is written to while {names[0]}, which may share its memory, is still to be read; "
@@ -445,6 +459,11 @@ def check_memory(single: Single, found: Memory, whole: bool, derived: bool) -> t
                     in_place[id(st)] = names[0]
     _insert_after(single.statements, checks)
     return writes_argument, in_place
+
+
+def _is_arithmetic(st: Statement) -> bool:
+    """Whether a statement is a sum or a product, which is an array of its own unless it is of lists."""
+    return isinstance(st, Let) and st.kind == "primitive" and isinstance(st.value, ast.BinOp)
 
 
 def _is_item(st: Statement) -> bool:

@@ -146,7 +146,9 @@ def _definition(named: str, name: str, tree: ast.Module) -> ast.FunctionDef:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
-    raise DerivativeError(f"the source of {named} has no 'def {name}' (coroutines have no derivative)")
+        if isinstance(node, ast.AsyncFunctionDef) and node.name == name:
+            raise DerivativeError(f"{named} is a coroutine, which has no derivative")
+    raise DerivativeError(f"no 'def {name}' where the source of {named} should be; has its file changed?")
 
 
 def _lambda(named: str, code: types.CodeType, lines: list[str], line: Line) -> ast.FunctionDef:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dam.derive import flow, functions, runtime
+from dam.derive import changes, flow, functions, runtime, written
 from dam.derive.errors import Line
 from dam.derive.forward import Forward
 from dam.derive.normal import Callee, Normaliser
@@ -87,7 +87,7 @@ class Module:
         self._claim(single)
         names = flow.active(single.statements, active, single.result)
         memory = flow.memory(single.statements)
-        writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived)
+        writes, in_place = flow.check_memory(single, memory, whole, callee.source.derived, normal.names)
         return normal, single, names, memory, writes, in_place
 
     def signature(self, callee: Callee, extra: list[str] | None = None, inner: bool = False) -> ast.arguments:
@@ -148,9 +148,14 @@ class Module:
         return with_shared(body, single.fresh, steady)
 
     def primal(self, bind: Callable[[str, Any], str], callee: Callee) -> str:
-        """The name of a called function that has no derivative here; `bind` is that of the function that calls it."""
+        """The name of a called function that has no derivative here; `bind` is that of the function that calls it.
+
+        One that may write into its arguments is written anew, which refuses it or checks them when it runs.
+        """
         if not callee.local and not callee.captured and callable(callee.key):
-            return bind(callee.source.name, callee.key)
+            of_library = getattr(callee.key, "__module__", "") == written.__name__
+            if callee.source.derived or of_library or not changes.of_function(callee.key, {}):
+                return bind(callee.source.name, callee.key)
         known = ("primal", callee.key)
         if known not in self.made:
             self.made[known] = given = self.unique(callee.source.name)
@@ -310,7 +315,10 @@ class Module:
         normal, single, memory, writes, code, result = self._forward(callee, tangents, True)
         body = self._checks(wrt, normal.parameters, writes)
         for parameter, d in tangents.items():
-            body.append(assign(d, text("rt.tangent(d, x)", d=name(d), x=name(parameter))))
+            start = text("rt.tangent(d, x)", d=name(d), x=name(parameter))
+            if writes:  # into the tangent as well, which is the caller's
+                start = text("rt.copied(d)", d=start)
+            body.append(assign(d, start))
         values = [result, name(single.result)] if preserve_result else [result]
         body += [*code, ast.Return(values[0] if len(values) == 1 else ast.Tuple(values, ast.Load()))]
         body = self.passes(body, single, memory, normal.parameters)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dam.derive import functions, primitives, runtime, tables
+from dam.derive import changes, functions, primitives, runtime, tables
 from dam.derive.errors import DerivativeError, Line
 from dam.derive.exits import RESULT, without_exits
 from dam.derive.functions import Source
@@ -163,12 +163,6 @@ class Surgery:
 
 Statement = Let | Unpack | Store | Append | Pop | Effect | If | For | While | Surgery
 
-MUTATORS = {
-    "extend", "insert", "remove", "clear", "sort", "reverse", "update", "setdefault", "popitem", "fill", "put",
-    "resize",     "partition", "shuffle", "itemset", "setflags", "add", "discard",
-}  # fmt: skip
-
-
 # Methods without a slope that numpy has with a place for the result as their second argument.
 _REDUCING_METHODS = {"argmax", "argmin", "any", "all", "round"}
 
@@ -259,6 +253,7 @@ class Normaliser:
         while result in names:
             result += "_"
         self.result = result
+        self.names = frozenset(names)  # those of the source
         self.locals = names
         apart = node.body
         if any(type(n) in COMPREHENSIONS for n in everything):
@@ -284,6 +279,7 @@ class Normaliser:
             self.lists = {n for n in self.lists if all(map(self._is_list, values[n]))}
         self.varied = self._varied(flows, set(active))
         self.out: list[Statement] = []
+        self.known_changes: dict[Any, dict[str, changes.Change]] = {}
         self.computed: dict[str, str] = {}  # by text the name of a value,
         self.made_of: dict[str, list[str]] = {}  # and by name texts that it is in
         self.here: ast.AST = node
@@ -573,7 +569,7 @@ class Normaliser:
 
     def emit(self, statement: Statement) -> None:
         self.out.append(statement)
-        if isinstance(statement, Let):
+        if isinstance(statement, Let) and not statement.in_place:
             for text in self.made_of.pop(statement.target, ()):
                 self.computed.pop(text, None)
         else:
@@ -600,14 +596,46 @@ class Normaliser:
                 if (
                     isinstance(inner.func, ast.Attribute)
                     and not self._is_module(inner.func.value)
-                    and (inner.func.attr in MUTATORS | {"pop", "append"})
+                    and changes.changes_itself(inner.func.attr)
                     and _roots(inner.func.value) & self.locals
                 ):
                     raise self.refuse(node, f".{inner.func.attr}() within an expression changes what it is called on")
+                self._no_change(inner, node)
             elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load) and inner.id in self.functions:
                 raise self.refuse(node, f"{inner.id}, a function defined inside, is used as a value")
         free = loads(node)
         return renamed(node, {n: self._outside(n, node) for n in dict.fromkeys(mentions(node)) if n in free})
+
+    def _no_change(self, call: ast.Call, node: ast.expr) -> None:
+        """Refuses a call without a derivative that writes into a variable, which the backward pass may read again.
+
+        Of an argument that is augmented in place it is checked when it runs that it is a number.
+        """
+        found = self.resolve(call.func)
+        if self.source.derived or (found is None and isinstance(call.func, ast.Name)):
+            return
+        if not changes.is_pure(call, found):
+            self.computed.clear()  # which may change what values were computed of
+        line = self.source.line(node)
+        for value, change in changes.of_call(call, found, line, self.known_changes):
+            if not changes.parts(value, self._itself, self.resolve).own:
+                continue
+            where = "" if change.line.text == line.text else f" ({change.line.text})"
+            said = (
+                f"{ast.unparse(call.func)} writes into {ast.unparse(value)}{where}, which has no derivative here; "
+                "let it return a new value, or give it a copy"
+            )
+            plain = loads(value) <= self.locals and not any(isinstance(n, ast.Call) for n in walk(value))
+            if not change.in_place or not plain:
+                raise self.refuse(node, said)
+            self.emit(Effect(_statement("rt.number(x, m)", {"x": value, "m": ast.Constant(said)}), line))
+
+    def _itself(self, identifier: str) -> changes.Parts:
+        """Memory of a variable, by its name; one of a comprehension's own may be a part of any."""
+        if identifier in self.source.namespace and identifier not in self.locals | self.bound_names:
+            if not isinstance(self.source.namespace[identifier], (np.ndarray, torch.Tensor, list, dict)):
+                return changes.NOTHING
+        return changes.Parts(frozenset({identifier}), frozenset({identifier}))
 
     def _no_place_for_results(self, call: ast.Call) -> None:
         """Refuses calls of numpy and torch that write their result into an argument."""
@@ -1050,6 +1078,8 @@ class Normaliser:
         keywords += [ast.keyword(k, name(k)) for k in callee.captured]
         new = ast.Call(name(callee.source.name), [], keywords)
         new.callee = callee  # type: ignore[attr-defined]
+        if callable(callee.key) and not changes.is_pure(node, callee.key):
+            self.computed.clear()  # which may change what values were computed of
         return new
 
     # ---- statements

@@ -420,9 +420,10 @@ class Reverse:
             if grown == start:
                 break
             start = grown
-        if not code:
+        ended = sorted(start.keys() - inside.keys())  # a body may do no more than set these to constants
+        if not code and not ended:
             return
-        for value in sorted(start.keys() - inside.keys()):
+        for value in ended:
             code.append(assign(self.adjoint(value), ast.Constant(0.0), st.line))
         for value in sorted(start.keys() - state.keys()):
             out.append(assign(self.adjoint(value), ast.Constant(0.0), st.line))

@@ -126,12 +126,22 @@ def rebound(x: Any, names: str, whole: Any = None) -> None:
 
 
 def number(x: Any, message: str) -> None:
-    """That an item is a number, where one that is an array would share memory with what is written to next.
+    """That a value is a number, where an array would share memory with what is written to next, or be written into.
 
     Raises:
         DerivativeError: with the message, if it is an array or a structure.
     """
     if isinstance(x, (np.ndarray, torch.Tensor, list, tuple, dict)):
+        raise DerivativeError(message)
+
+
+def no_list(x: Any, message: str) -> None:
+    """That a sum or a product is one of numbers, where one of lists would hold what is written to next.
+
+    Raises:
+        DerivativeError: with the message, if it is a list or a tuple.
+    """
+    if isinstance(x, (list, tuple)):
         raise DerivativeError(message)
 
 

@@ -204,6 +204,7 @@ _KNOWN |= {
     rt.integral: lambda n: False,
     rt.rebound: lambda x, names, whole=None: None,
     rt.number: lambda x, message: None,
+    rt.no_list: lambda x, message: None,
 }
 for _function in (
     rt.gradient, rt.unbroadcast, rt.unbroadcast_any, rt.broadcast, rt.expand, rt.total, rt.copied,

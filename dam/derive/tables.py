@@ -757,6 +757,7 @@ WITHOUT_SLOPE |= {
     rt.as_long,
     rt.at_least,
     rt.number,
+    rt.no_list,
     rt.part,
     rt.sequence,
     rt.keys,

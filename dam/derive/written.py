@@ -114,7 +114,10 @@ def ptp(x, axis=None, *, keepdims=False):
 def pad(x, pad_width, mode="constant", *, constant_values=0.0):
     if mode != "constant" or np.ndim(constant_values) > 0:
         raise DerivativeError("a derivative of pad is of mode='constant', with one constant")
-    widths = np.broadcast_to(pad_width, (x.ndim, 2)).tolist()
+    given = np.asarray(pad_width)
+    if given.dtype.kind not in "iu" or np.min(given) < 0:
+        raise DerivativeError("a derivative of pad is of a pad_width of integers, 0 or more: one, or pairs of them")
+    widths = np.broadcast_to(given, (x.ndim, 2)).tolist()
     shape = [before + n + after for n, (before, after) in zip(x.shape, widths, strict=True)]
     padded = np.full(shape, constant_values, x.dtype)
     padded[tuple([slice(before, before + n) for n, (before, _) in zip(x.shape, widths, strict=True)])] = x
