@@ -22,8 +22,11 @@ from dam.derive.trees import COMPREHENSIONS, children, walk
 # Methods that change what they are called on, and have no derivative here.
 MUTATORS = {
     "extend", "insert", "remove", "clear", "sort", "reverse", "update", "setdefault", "popitem", "fill", "put",
-    "resize",     "partition", "shuffle", "itemset", "setflags", "add", "discard",
+    "resize", "partition", "shuffle", "itemset", "setflags", "add", "discard",
 }  # fmt: skip
+_IN_PLACE = {
+    *"setitem delitem setattr iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+}
 # Functions of libraries that write into their first argument.
 _INTO_FIRST = {"put", "copyto", "place", "putmask", "fill_diagonal", "put_along_axis", "shuffle", "setitem", "delitem"}
 FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
@@ -67,7 +70,7 @@ NOTHING = Parts(frozenset(), frozenset())
 def changes_itself(method: str) -> bool:
     """Whether a method may change what it is called on, by its name: append, sort, add_ of torch, __setitem__."""
     if method.startswith("__"):
-        return method in ("__setitem__", "__delitem__", "__setattr__") or method.startswith("__i")
+        return method[2:-2] in _IN_PLACE
     return method in MUTATORS or method in ("pop", "append") or (method.endswith("_") and method != "requires_grad_")
 
 
