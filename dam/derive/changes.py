@@ -22,8 +22,11 @@ from dam.derive.trees import COMPREHENSIONS, children, walk
 # Methods that change what they are called on, and have no derivative here.
 MUTATORS = {
     "extend", "insert", "remove", "clear", "sort", "reverse", "update", "setdefault", "popitem", "fill", "put",
-    "resize",     "partition", "shuffle", "itemset", "setflags", "add", "discard",
+    "resize", "partition", "shuffle", "itemset", "setflags", "add", "discard",
 }  # fmt: skip
+_IN_PLACE = {
+    *"setitem delitem setattr iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+}
 # Functions of libraries that write into their first argument.
 _INTO_FIRST = {"put", "copyto", "place", "putmask", "fill_diagonal", "put_along_axis", "shuffle", "setitem", "delitem"}
 FRESH_METHODS = {"copy", "clone", "astype", "tolist", "sum", "mean", "dot", "max", "min"}
@@ -31,6 +34,7 @@ VIEWS = {"asarray", "asanyarray", "reshape", "ravel", "transpose", "squeeze", "e
          "broadcast_to", "atleast_1d", "atleast_2d", "diag", "flip", "split", "as_tensor", "from_numpy"}  # fmt: skip
 _VIEWING_METHODS = VIEWS | {"view", "get", "items", "values", "detach", "numpy", "diagonal", "flatten", "unsqueeze",
                             "permute", "expand", "contiguous", "chunk", "unbind", "narrow", "select", "t"}  # fmt: skip
+_VIEWING_ATTRIBUTES = {"T", "mT", "real", "imag", "flat", "data"}
 _NUMBERS = {"shape", "ndim", "size", "dtype", "device"}
 # Builtins whose result goes over what they are given, and those that make a new container of its items.
 _OVER = {"enumerate", "zip", "reversed", "iter", "map", "filter", "next", "max", "min"}
@@ -39,10 +43,13 @@ _LIBRARIES = sys.stdlib_module_names | {"numpy", "torch", "scipy", "dam"}
 
 
 class Change(NamedTuple):
-    """A write into an argument: of an augmented assignment one into arrays and lists, and none where it is a number."""
+    """A write into an argument; `maybe` where it is one if the argument is an array or a list, and not of others.
+
+    So it is of augmented assignments, of methods that go by the name of one that writes, and of attributes.
+    """
 
     line: Line
-    in_place: bool
+    maybe: bool
 
 
 class Parts(NamedTuple):
@@ -63,7 +70,7 @@ NOTHING = Parts(frozenset(), frozenset())
 def changes_itself(method: str) -> bool:
     """Whether a method may change what it is called on, by its name: append, sort, add_ of torch, __setitem__."""
     if method.startswith("__"):
-        return method in ("__setitem__", "__delitem__", "__setattr__") or method.startswith("__i")
+        return method[2:-2] in _IN_PLACE
     return method in MUTATORS or method in ("pop", "append") or (method.endswith("_") and method != "requires_grad_")
 
 
@@ -145,7 +152,7 @@ def of_call(
     """
     function = call.func
     if found is None and isinstance(function, ast.Attribute) and changes_itself(function.attr):
-        yield function.value, Change(line, False)
+        yield function.value, Change(line, True)
     called = function.attr if isinstance(function, ast.Attribute) else getattr(found, "__name__", "")
     of_library = not (inspect.isfunction(found) and _is_plain(found))
     if of_library and called in _INTO_FIRST and call.args:
@@ -185,6 +192,11 @@ def of_function(function: Any, seen: dict[Any, dict[str, Change]]) -> dict[str, 
     return seen[code]
 
 
+def _of_attribute(node: ast.expr) -> bool:
+    """Whether what is written into is of an object's attribute, which no array has but for its views."""
+    return any(isinstance(n, ast.Attribute) and n.attr not in _VIEWING_ATTRIBUTES for n in walk(node))
+
+
 class _Body:
     """The statements of a function in their order, with what each name may share memory with at the time."""
 
@@ -212,10 +224,10 @@ class _Body:
     def parts(self, node: ast.AST | None) -> Parts:
         return parts(node, lambda n: self.known.get(n, NOTHING), self.resolve)
 
-    def write(self, names: frozenset[str], line: Line, in_place: bool) -> None:
+    def write(self, names: frozenset[str], line: Line, maybe: bool) -> None:
         for n in names:
-            if n not in self.changed or (self.changed[n].in_place and not in_place):
-                self.changed[n] = Change(line, in_place)
+            if n not in self.changed or (self.changed[n].maybe and not maybe):
+                self.changed[n] = Change(line, maybe)
 
     def bind(self, target: ast.AST, value: Parts, at: ast.AST) -> None:
         match target:
@@ -228,7 +240,8 @@ class _Body:
                 self.bind(target.value, value, at)
             case ast.Subscript() | ast.Attribute():
                 whole = self.parts(target.value)
-                self.write(whole.own, self.source.line(at), False)
+                if isinstance(target, ast.Subscript):
+                    self.write(whole.own, self.source.line(at), _of_attribute(target.value))
                 if isinstance(target.value, ast.Name):
                     self.known[target.value.id] = Parts(whole.own, whole.within | value.own | value.within)
 
@@ -240,7 +253,7 @@ class _Body:
         for one in walk(node):
             if isinstance(one, ast.Call):
                 for value, change in of_call(one, self.resolve(one.func), self.source.line(one), self.seen):
-                    self.write(self.parts(value).own, change.line, change.in_place)
+                    self.write(self.parts(value).own, change.line, change.maybe)
 
     def block(self, body: list[ast.stmt]) -> None:
         for one in body:
@@ -276,7 +289,7 @@ class _Body:
                 line = self.source.line(node)
                 if not isinstance(node.target, ast.Name):
                     whole = self.parts(node.target.value)
-                    self.write(whole.own, line, False)
+                    self.write(whole.own, line, _of_attribute(node.target))
                     self.write(whole.within, line, True)
                     return
                 old, value = self.parts(node.target), self.parts(node.value)
@@ -284,8 +297,8 @@ class _Body:
                 self.known[node.target.id] = Parts(old.own, old.within | value.within)
             case ast.Delete():
                 for target in node.targets:
-                    if isinstance(target, (ast.Subscript, ast.Attribute)):
-                        self.write(self.parts(target.value).own, self.source.line(node), False)
+                    if isinstance(target, ast.Subscript):
+                        self.write(self.parts(target.value).own, self.source.line(node), _of_attribute(target.value))
             case ast.For():
                 self.bind(node.target, self.parts(node.iter).item(), node)
                 self.either(node.body * 2, [*node.body, *node.orelse])

@@ -11,7 +11,7 @@ from dam.derive import changes, primitives
 from dam.derive.errors import DerivativeError
 from dam.derive.normal import Append, Effect, For, If, Let, Pop, Statement, Store, Unpack, While
 from dam.derive.single import Single, reads, writes
-from dam.derive.trees import KEPT, children, filled, loads
+from dam.derive.trees import KEPT, children, filled, loads, renamed, shown
 from dam.derive.trees import walk as tree_walk
 
 SCALAR = "()"
@@ -114,6 +114,7 @@ class Memory:
 
 
 _DISPLAYS = (ast.List, ast.Tuple, ast.Dict, ast.ListComp, ast.DictComp, ast.GeneratorExp)
+
 
 def _may_be_view(value: ast.expr) -> bool:
     """Whether a value without a derivative may share memory with what it is made of."""
@@ -399,11 +400,16 @@ def check_memory(
             made_by.setdefault(n, []).append(st)
 
     def said(identifier: str) -> str:
-        """A name as the source has it, or the line that computes what has none there."""
+        """A name as the source has it; of what has none there how it is computed, or the line."""
         variable = single.variable.get(identifier, identifier)
         if variable in known or identifier not in made_by:
             return variable
-        return f"a value of '{made_by[identifier][0].line.text}'"
+        maker = made_by[identifier][0]
+        if isinstance(maker, Let):
+            names = {n: single.variable.get(n, n) for n in loads(maker.value)}
+            if all(n in known for n in names.values()):
+                return shown(renamed(maker.value, names))
+        return f"a value of '{maker.line.text}'"
 
     checks: dict[int, Effect] = {}
     writes_argument = False
@@ -419,7 +425,8 @@ def check_memory(
                 variable = f"an item of {st.within[0]}"
             # An item may be a number, and arithmetic be of no lists, which share nothing: that shows when it runs.
             items = {o for o in shared if made_by.get(o) and all(_is_item(m) for m in made_by[o])}
-            made = {o for o in shared - items if made_by.get(o) and all(_is_arithmetic(m) for m in made_by[o])}
+            new = shared - items - found.mine(st.name)  # of which it is no view
+            made = {o for o in new if made_by.get(o) and all(_is_arithmetic(m) for m in made_by[o])}
             for o in sorted(items | made):
                 what = f"{variable} is written to ({st.line.text}) while {said(o)}, a part of it, is still to be read; "
                 check = {"x": ast.Name(o, ast.Load()), "m": ast.Constant(what + "copy one")}

@@ -609,7 +609,7 @@ class Normaliser:
     def _no_change(self, call: ast.Call, node: ast.expr) -> None:
         """Refuses a call without a derivative that writes into a variable, which the backward pass may read again.
 
-        Of an argument that is augmented in place it is checked when it runs that it is a number.
+        What is one where an argument is an array or a list alone is checked when it runs.
         """
         found = self.resolve(call.func)
         if self.source.derived or (found is None and isinstance(call.func, ast.Name)):
@@ -626,7 +626,7 @@ class Normaliser:
                 "let it return a new value, or give it a copy"
             )
             plain = loads(value) <= self.locals and not any(isinstance(n, ast.Call) for n in walk(value))
-            if not change.in_place or not plain:
+            if not change.maybe or not plain:
                 raise self.refuse(node, said)
             self.emit(Effect(_statement("rt.number(x, m)", {"x": value, "m": ast.Constant(said)}), line))
 

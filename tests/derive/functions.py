@@ -1878,3 +1878,60 @@ def results_of_a_function_defined_inside(x):
     if 0.0 < parts[1:][len(pair(0.0)) :][0] and x > 0.0:
         return x**2 * n * parts[2]
     return x
+
+
+@case(1.3)
+def ended_by_a_loop(x):
+    s = x * 2.0
+    for _ in range(3):
+        s = 0.5
+    n, t = 0, x * 3.0
+    while n < 2:
+        t, n = 2.0, n + 1
+    for k in range(2):
+        if k > 0:
+            t = 1.5
+    return s * s * x + t * x * x
+
+
+@case(1.3)
+def ended_and_begun_by_loops(x):
+    s, total = x * 2.0, 0.0
+    for _ in range(2):
+        s = 0.5
+        for k in range(2):
+            s = 0.25 if k == 0 else s * x
+        total = total + s * x
+    return total * s
+
+
+@case(V, torch=False)
+def turned_with_products(x):
+    y = x * x
+    y[0], y[1] = y[1], y[0] * y[2]
+    y[2], y[1] = y[1] + y[2], y[0]
+    return np.sum(y * np.arange(1.0, 4.0))
+
+
+def larger_by_one(n):
+    n += 1
+    return n
+
+
+def of_its_own(c):
+    c = c * 2.0
+    c += 1.0
+    c[0] = np.exp(c)[1]
+    parts = [c, *c]
+    parts.append(3.0)
+    parts[0] = 4.0
+    return c
+
+
+@case(V, torch=False)
+def constants_of_functions_that_write_into_their_own(x):
+    c = np.ones(3)
+    n = larger_by_one(2) + larger_by_one(c[0])
+    a = np.sum(x * c)
+    d = of_its_own(c)
+    return a * np.sum(x * c * d) * n

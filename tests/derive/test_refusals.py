@@ -497,6 +497,50 @@ def joins_lists(x):
     return sum(x + x)
 
 
+def adds_to_an_alias(x):
+    y = x * 1.0
+    v = y
+    a = np.sum(np.exp(y))
+    v *= 2.0
+    return a * np.sum(np.exp(y))  # which is not what it was
+
+
+def scaled(c):
+    c *= 2.0
+    return c
+
+
+def scales_a_constant_elsewhere(x):
+    c = np.ones(3)
+    a = np.sum(x * c)
+    d = scaled(c)
+    return a * np.sum(x * c) * np.sum(d)
+
+
+def scales_elsewhere_for_nothing(x):
+    y = x * 1.0
+    z = scaled(y)  # noqa: F841
+    return np.sum(y * y)
+
+
+def writes_into_a_joined_item(x, z):
+    both = x + z
+    x[0][0] = 3.0
+    return np.sum(both[0])
+
+
+def pads_by_less(x):
+    return np.sum(np.pad(x, -1))
+
+
+def pads_by_axis(x):
+    return np.sum(np.pad(x, {0: (1, 2)}))
+
+
+def pads_as_read(x, widths):
+    return np.sum(np.pad(x, widths))
+
+
 @pytest.mark.parametrize(
     ("f", "arguments", "message"),
     [
@@ -526,7 +570,7 @@ def joins_lists(x):
         (
             swaps_rows,
             (np.ones((2, 3)),),
-            r"x is written to \(x\[0\], x\[1\] = x\[1\], x\[0\]\) while t_2, a part of it",
+            r"x is written to \(x\[0\], x\[1\] = x\[1\], x\[0\]\) while x\[0\], a part of it",
         ),
         (writes_into_copy, (V,), "changes a copy"),
         (joins_lists, ([1.0, 2.0],), "arithmetic on a list|its value a list"),
@@ -536,6 +580,13 @@ def joins_lists(x):
         (slice_of_a_parameter, ([0.7, 1.3],), "what repeats a list or changes its length"),
         (counted_norm, (A,), "a norm that counts"),
         (norm_over_two_axes, (A,), "norm of a matrix"),
+        (adds_to_an_alias, (V,), "changes v and y in place"),
+        (scales_a_constant_elsewhere, (V,), r"scaled writes into c \(c \*= 2.0\)"),
+        (scales_elsewhere_for_nothing, (V,), "changes c and its argument in place"),
+        (writes_into_a_joined_item, ([V.copy()], [V.copy()]), "an item of x is written to .* while both, a part of it"),
+        (pads_by_less, (V,), "pad_width of integers, 0 or more"),
+        (pads_by_axis, (V,), "pad_width of integers, 0 or more"),
+        (pads_as_read, (np.ones(1), (-1, 1)), "pad_width of integers, 0 or more"),
     ],
 )
 def test_what_is_wrong_with_arguments_is_refused_when_it_runs(f, arguments, message):
@@ -718,6 +769,66 @@ def extreme_into_another(x):
     return np.sum(y * x) + k[0]
 
 
+def begun_anew(v):
+    w = v.reshape(-1)
+    for _ in range(1):
+        w[0] = 0.0
+    return 1.0
+
+
+def changes_a_constant_elsewhere(x):
+    c = np.ones(3)
+    a = np.sum(x * c)
+    z = begun_anew(c)
+    return a * np.sum(x * c) * z
+
+
+def puts_into_a_constant(x):
+    c = np.ones(3)
+    a = np.sum(x * c)
+    z = np.put(c, 0, 9.0)
+    return a * np.sum(x * c) if z is None else a
+
+
+def sets_an_item_by_name(x):
+    c = np.ones(3)
+    a = np.sum(x * c)
+    z = c.__setitem__(0, 9.0)
+    return a * np.sum(x * c) if z is None else a
+
+
+def adds_by_method(x):
+    c = torch.ones(3)
+    a = torch.sum(x * c)
+    d = c.add_(1.0)
+    return a * torch.sum(x * c * d)
+
+
+def tripled_at_first(v):
+    v[0] = v[0] * 3.0
+    return v[0]
+
+
+def fills_elsewhere_for_nothing(x):
+    y = x * 1.0
+    z = [tripled_at_first(y)]  # noqa: F841
+    return np.sum(y * y)
+
+
+def fills_elsewhere_in_a_condition(x):
+    y = x * 1.0
+    if begun_anew(y[1:]) > 0.0:
+        return np.sum(y)
+    return np.sum(y * y)
+
+
+def fills_rows_elsewhere(x):
+    c = np.ones((3, 3))
+    a = np.sum(x * c)
+    z = [begun_anew(row) for row in c]
+    return a * np.sum(x * c) * len(z)
+
+
 @pytest.mark.parametrize(
     ("f", "message"),
     [
@@ -737,6 +848,13 @@ def extreme_into_another(x):
         (dtype_of_method, "the place of keepdims"),
         (dtype_of_variance, "var takes 2 arguments"),
         (torch_extreme_of_axis, "too many positional arguments"),
+        (changes_a_constant_elsewhere, r"begun_anew writes into c \(w\[0\] = 0.0\)"),
+        (puts_into_a_constant, "np.put writes into c, which"),
+        (sets_an_item_by_name, r".__setitem__\(\) within an expression changes"),
+        (adds_by_method, r".add_\(\) within an expression changes"),
+        (fills_elsewhere_for_nothing, "a function that is called writes into its argument v"),
+        (fills_elsewhere_in_a_condition, r"begun_anew writes into y\[1:\]"),
+        (fills_rows_elsewhere, "begun_anew writes into row"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
@@ -925,3 +1043,32 @@ def test_pads_with_a_derivative():
     for f in (by_edge, by_two):
         with pytest.raises(DerivativeError, match="pad is of mode='constant'"):
             grad(f)(V)
+
+
+def test_a_tangent_stays_as_it_was():
+    """A function that writes into its argument writes into the tangent too, and the caller keeps his own."""
+
+    def f(x):
+        x[0] = x[1] * 2.0
+        return np.sum(x * x)
+
+    tangent = np.array([1.0, 2.0, 3.0])
+    along = autodiff(f, "forward")(V.copy(), d_x=tangent)
+    assert along == pytest.approx(grad(f)(V.copy()) @ tangent, rel=1e-14)  # rounding of three products
+    assert tangent.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_function_that_moved_in_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "of_a_moved.py"
+    path.write_text("def cube(x):\n    return x * x * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("of_a_moved")
+    path.write_text("def other(x):\n    return x\n\n\n" + path.read_text())
+    with pytest.raises(DerivativeError, match=r"no 'def cube' .* has its file changed"):
+        grad(module.cube)
+
+    async def later(x):
+        return x
+
+    with pytest.raises(DerivativeError, match="later is a coroutine"):
+        grad(later)
