@@ -107,7 +107,8 @@ def loss_of_rows(
 ):
     """Loss before row_scale, outflow (what multiplies the model's distribution in the gradient) and the logarithm of
     the model's rate at its largest logit, float64 [lanes] each."""
-    log_total = tl.log(total)
+    # Of a row that reaches nothing as if it were 1: its costs are infinite, not inf - inf.
+    log_total = tl.log(tl.where(total == 0.0, 1.0, total))
     losses = tl.zeros((row.shape[0], SLOTS), tl.float64)
     weights = tl.zeros((row.shape[0], SLOTS), tl.float64)
     for slot in range(0, slots, SLOTS):

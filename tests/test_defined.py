@@ -394,6 +394,8 @@ def test_normalized_targets_that_cannot_be_reached(backend):
     assert loss == INF and gradient.tolist() == [[INF, -INF, INF]]
     loss, gradient = result(squared_hellinger, x - INF, target, torch.zeros(1, 2), normalized=True)
     assert loss == 0 and gradient.tolist() == [[0.0, 0.0, 0.0]]
+    for divergence in ("kl", define(squared_hellinger)):
+        assert rate_matching_loss(x - INF, target, torch.ones(1, 2), divergence=divergence, normalized=True) == INF
 
 
 def test_normalized_of_a_plain_function():

@@ -206,7 +206,8 @@ DAM_HD F exp_float(F x) {
   const F r = fraction(x, shifted - 12582912.0f, Unit{});
   // By two halves of its power: 2^128 is no float, and what is subnormal is rounded once.
   const U power = bit_cast<U>(shifted), half = power >> 1;
-  const F first = bit_cast<F>((half << 23) + (127u << 23)), second = bit_cast<F>(((power - half) << 23) + (127u << 23));
+  const F first = bit_cast<F>((half << 23) + (127u << 23));
+  const F second = bit_cast<F>(((power - half) << 23) + (127u << 23));
   const F result = (raised_fraction(r, Unit{}) * r + 1.0f) * first * second;
   return x < -104.0f ? F{} : result;
 }

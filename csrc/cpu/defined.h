@@ -172,8 +172,8 @@ struct OfRow {
   }
   // Whether factors of the gradient are none of floats: infinite, or so small that digits are lost.
   bool is_wide() const {
-    const double size = std::fabs(scale);
-    return !(size <= 3.4e38) || (size < 1.2e-38 && size > 0.0) || (NORMALIZED && !(std::fabs(scale * outflow) <= 3.4e38));
+    const double size = std::fabs(scale), shared = NORMALIZED ? std::fabs(scale * outflow) : 0.0;
+    return !(size <= 3.4e38 && shared <= 3.4e38) || (size < 1.2e-38 && size > 0.0);
   }
 };
 

@@ -121,7 +121,8 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, Scale factor, int
     return sum;
   };
 
-  const double log_sum = std::log(r.total.sum);
+  // Of a row that reaches nothing as if it were 1: its costs are infinite, not inf - inf.
+  const double log_sum = r.total.sum == 0.0 ? 0.0 : std::log(r.total.sum);
   double loss = 0.0, total_weight = base_weight;
   for (int64_t j = 0; j < a.targets; ++j) {
     if (!counts(j) || weight[j] == 0.0) continue;
@@ -130,7 +131,7 @@ static void matching_row(const MatchingLossArgs& a, int64_t t, Scale factor, int
     // Weights on an unreachable destination add up first: to 0 that counts 0, or to what has a sign; not to inf - inf.
     const double w = x == -HUGE_VAL ? weight_of(target[j]) : weight[j];
     if (w == 0.0) continue;
-    loss += w * (a.normalized ? log_sum - scale * (x - r.total.max) : -scale * x);
+    loss += w * (a.normalized ? log_sum - scale * (x - pivot(r.total.max)) : -scale * x);
   }
   const double rate_of_max = a.normalized ? 1.0 / r.total.sum : std::exp(scale * pivot(r.total.max));
   const double base_rate_of_max = a.normalized ? 1.0 / r.base_total.sum : std::exp(scale * pivot(r.base_total.max));

@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK, HAS_BASE ? BLOCKS_WITH_BASE
   const double reference = pivot(total.max);
   const double base_weight = HAS_BASE ? load_value(a.base_weight, t, 0) : 0.0;
   const double row_scale = a.row_scale.data ? load_value(a.row_scale, t, 0) : 1.0 / static_cast<double>(plan.rows);
-  const double log_sum = log(total.sum);
+  // Of a row that reaches nothing as if it were 1: its costs are infinite, not inf - inf.
+  const double log_sum = total.sum == 0.0 ? 0.0 : log(total.sum);
   double base_reference = 0.0, base_log_rate = 0.0, base_loss = 0.0;
   if constexpr (HAS_BASE) {
     base_reference = pivot(of_row.base.max);

@@ -64,7 +64,8 @@ def matching_loss(
             formed in the backward pass.
 
     Returns:
-        Scalar, or [...] with reduction "none"; float32 (float64 for float64 logits). NaN logits give NaN.
+        Scalar, or [...] with reduction "none"; float32 (float64 for float64 logits). NaN logits give NaN;
+            a weight on what cannot be reached costs infinitely much, in a row that reaches nothing too.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range.
@@ -169,7 +170,7 @@ def over_group(
             # Of the base's distribution, or of its rates; what it does not reach counts 0, wherever its logits are.
             share = (gathered[..., 1] - (base_escape if normalized else 0.0)).exp()
             mean = torch.where(share == 0, 0.0, share * gathered[..., 2]).sum(dim=0)
-            cost = (log_escape if normalized else 0.0) - mean
+            cost = (_reached(log_escape) if normalized else 0.0) - mean
             loss = loss + torch.where(base_factor == 0, 0.0, base_factor * cost)
         loss = row_scale * (loss if normalized else loss + log_escape.exp())
         value = (loss if reduction == "none" else total(loss, backend)).to(call.dtype)
@@ -198,8 +199,13 @@ def _loss_at_targets(x: Tensor, target: Tensor, weight: Tensor, log_escape: Tens
         (weight[:, j, None] * (target[:, j, None] == target) for j in range(target.shape[1])), torch.zeros_like(x)
     )
     used = torch.where((x == -torch.inf) & (weight != 0), merged, weight)
-    cost = (log_escape[:, None] if normalized else 0.0) - x
+    cost = (_reached(log_escape)[:, None] if normalized else 0.0) - x
     return torch.where(used == 0, 0.0, used * cost).sum(dim=1)
+
+
+def _reached(log_escape: Tensor) -> Tensor:
+    """0 for a row that reaches nothing: its costs are infinite, not inf - inf."""
+    return log_escape.masked_fill(log_escape == -torch.inf, 0.0)
 
 
 def _mean_logit(
@@ -240,12 +246,15 @@ def reference_rows(
         rate = torch.softmax(base, dim=1) if normalized else base.exp()
         base_weight = base_weight.double()[:, None]
         w += torch.where(base_weight == 0, 0.0, base_weight * rate)
-    log_rate = torch.log_softmax(x, dim=1) if normalized else x
+    none = x == -torch.inf
+    log_rate = x
+    if normalized:  # of a row that reaches nothing -inf too, not inf - inf
+        log_rate = torch.log_softmax(x, dim=1).masked_fill(none.all(dim=1, keepdim=True), -torch.inf)
     # A destination of rate zero that nothing is matched to counts nothing, not 0 * inf.
     loss = -torch.where(w == 0, 0.0, w * log_rate).sum(dim=1)
     if normalized:
         # exp(-inf - -inf) is no probability: a row that can reach nothing pulls at nothing.
-        probability = torch.where(x == -torch.inf, 0.0, log_rate.exp())
+        probability = torch.where(none, 0.0, log_rate.exp())
         return loss, probability * w.sum(dim=1, keepdim=True) - w
     rate = x.exp()
     return loss + rate.sum(dim=1), rate - w
