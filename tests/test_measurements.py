@@ -13,7 +13,7 @@ from dam.tasks import TASKS
 from dam.tasks import math as math_task
 from dam.train import DAMConfig, base, lifelines
 from experiments import replay
-from tests import measurements, pages, test_figures, test_tables
+from tests import measurements, pages, test_elementary, test_figures, test_tables
 from tests.measurements import found, outside, text_of
 
 # README, what it leads to, and the two pages that measurements have; the log of the benchmarks is a notebook.
@@ -66,6 +66,7 @@ OF_CODE = [
         "lighteval | {} `format` + {} `correct` |",
         lambda: [w for w in TASKS["math"].reward_weights if w],
     ),
+    ("docs/derive.md", "within {} units in the last place", lambda: [max(test_elementary.ULP.values())]),
     ("docs/operations/index.md", "256 MiB or {} of the card's memory", lambda: [_rows._SHARE_OF_CARD]),
     ("docs/performance.md", "on a GPU {} of its memory", lambda: [_rows._SHARE_OF_CARD]),
     ("docs/tuning.md", "on a GPU {} of its memory", lambda: [_rows._SHARE_OF_CARD]),
