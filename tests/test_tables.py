@@ -220,7 +220,7 @@ SENTENCES = [
     ),
     (
         "docs/samplers.md",
-        "in {} minutes of a core for each run, and W2",
+        "below it here by either, in {} minutes of a core",
         lambda: [of_samplers("adjoint-sampling", "processor_seconds", "dw-4") / 60],
     ),
     (
