@@ -86,21 +86,20 @@ def _wide(x, scale, outflow, TERMS: tl.constexpr, NORMALIZED: tl.constexpr):
 
 @triton.jit
 def _of_step(
-    x, scale, outflow, TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NORMALIZED: tl.constexpr
+    x, scale, outflow, wide, lowest,
+    TERMS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, NORMALIZED: tl.constexpr,
 ):  # fmt: skip
     """Of log rates [PIECES, lanes, WIDTH]: sums of a lane's pull and, with NORMALIZED, of its curvature, float64
     [lanes], and scale * (curvature - outflow * rate), float32.
 
-    In float32 where that holds, else in float64; log rates of -inf are no destinations.
+    In float32 where that holds, else in float64; log rates of -inf are no destinations. `wide` [lanes] is not 0 where
+    factors are none of float32; below `lowest` [1, lanes, 1] rates that are 0 in float32 count.
     """
     outside = (x > HIGHEST) | ((x < LOWEST) & (x != -INF))
-    # Factors of the gradient that are infinite in float32, which would be the largest number, or lose digits.
-    outside = outside | (tl.abs(scale) > LARGEST) | ((scale != 0.0) & (tl.abs(scale) < SMALLEST_NORMAL))
     if NORMALIZED:
-        outside = outside | (tl.abs(scale * outflow) > LARGEST)
-        # A rate that is 0 in float32 has a gradient where the outflow makes more of it than 2^-120, which counts as 0.
-        outside = outside | ((x < LEAST_EXPONENT) & (x != -INF) & (tl.abs(outflow) > 32.0))
-    if tl.sum(core.sum_of_tile(outside.to(tl.int32)), axis=0) > 0:
+        outside = outside | (x < lowest)  # those of -inf too, to spare registers
+    count = wide + core.sum_of_tile(outside.to(tl.int32))
+    if tl.sum(count, axis=0) > 0:
         total, bend, change = _wide(x.to(tl.float64), scale, outflow, TERMS, NORMALIZED)
     else:
         total, bend, change = _narrow(x, scale, outflow, TERMS, NORMALIZED)
@@ -167,7 +166,11 @@ def defined_kernel(
     lane_excluded = None
     if exclude is not None:
         lane_excluded = core.load_excluded(exclude, exclude_stride, lane_row, columns)
-    lane_scale = tl.load(row_scale + lane_row * row_scale_stride).to(tl.float64)[None, :, None]
+    scale = tl.load(row_scale + lane_row * row_scale_stride).to(tl.float64)
+    lane_scale = scale[None, :, None]
+    # Factors of the gradient that are infinite in float32, which would be the largest number, or lose digits.
+    wide = (tl.abs(scale) > LARGEST) | ((scale != 0.0) & (tl.abs(scale) < SMALLEST_NORMAL))
+    lowest = tl.zeros_like(scale).to(tl.float32) - INF
     lane_total = tl.zeros_like(lane_scale)
     lane_outflow = tl.zeros_like(lane_scale)
     if NORMALIZED:
@@ -175,7 +178,12 @@ def defined_kernel(
     total_high = lane_total.to(tl.float32)
     total_low = (lane_total - total_high.to(tl.float64)).to(tl.float32)
     if outflow is not None:
-        lane_outflow = tl.load(outflow + lane_row)[None, :, None]
+        flow = tl.load(outflow + lane_row)
+        lane_outflow = flow[None, :, None]
+        wide = wide | (tl.abs(scale * flow) > LARGEST)
+        # A rate that is 0 in float32 has a gradient where the outflow makes more of it than 2^-120, which counts as 0.
+        lowest = tl.where(tl.abs(flow) > 32.0, LEAST_EXPONENT, lowest)
+    lane_wide, lane_lowest = wide.to(tl.int32), lowest[None, :, None]
     for start in range(begin, end, TILES):
         tile = start + lane % TILES
         x, column = core.load_tiles(logits, lane_row * logits_stride, tile, columns, True, PIECES, WIDTH)
@@ -183,7 +191,9 @@ def defined_kernel(
         x = core.without_excluded(x, column, lane_excluded, suppressed, columns, left, right, ROWS)
         if NORMALIZED:
             x = (x - total_high) - total_low
-        total, bend, change = _of_step(x, lane_scale, lane_outflow, TERMS, LOWEST, HIGHEST, NORMALIZED)
+        total, bend, change = _of_step(
+            x, lane_scale, lane_outflow, lane_wide, lane_lowest, TERMS, LOWEST, HIGHEST, NORMALIZED
+        )
         at = lane_row * tiles + tile
         tl.store(tile_pull + at, total, mask=lane_valid & (tile < end))
         if NORMALIZED:
