@@ -179,7 +179,9 @@ def test_a_compiled_network_is_taken_as_it_is():
     "learner", ["adjoint matching", *(pytest.param(n, marks=pytest.mark.full) for n in ("value", "direct"))]
 )
 def test_a_step_that_is_compiled_whole_is_the_same(learner):
-    """Paths and adjoints run as they are inside, and what is around them is traced; to roundings of another order."""
+    """Paths and adjoints run as they are inside, of any number of steps; what is around them is traced. To roundings of
+    another order.
+    """
     network, value = (torch.nn.Linear(3, 2).double() for _ in range(2))
     modules = torch.nn.ModuleList((network, value))
     process = FLOW.ode() if learner == "value" else FLOW
@@ -193,8 +195,8 @@ def test_a_step_that_is_compiled_whole_is_the_same(learner):
     def cost(state):
         return state.square().sum(dim=1) / 2
 
-    def step():
-        path = drawn(process, model, 4, rows=3, seed=0)
+    def step(count):
+        path = drawn(process, model, count, rows=3, seed=0)
         if learner == "direct":
             late = flows.refl_loss(FLOW, model, path.state(3), path.times[3], cost)
             loss = late + flows.draft_loss(path, model, cost)
@@ -209,8 +211,10 @@ def test_a_step_that_is_compiled_whole_is_the_same(learner):
         slopes = torch.autograd.grad(loss, list(modules.parameters()), materialize_grads=True, allow_unused=True)
         return loss, *slopes
 
-    for plain, compiled in zip(step(), torch.compile(step, backend="aot_eager")(), strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=1e-12, atol=1e-12)
+    compiled = torch.compile(step, backend="aot_eager")
+    for count in (4, 5):
+        for plain, found in zip(step(count), compiled(count), strict=True):
+            torch.testing.assert_close(plain, found, rtol=1e-12, atol=1e-12)
 
 
 def test_a_compiled_and_frozen_base_serves_batches_of_any_size():

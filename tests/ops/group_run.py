@@ -397,6 +397,8 @@ def edges(folder, rank, count):
             assert loss.isnan().tolist() == [False, True, False]
             (gradient,) = torch.autograd.grad(loss.sum(), logits)
             assert gradient[1].isnan().any() and gradient[[0, 2]].isfinite().all()
+            nothing = torch.full((1, 4), -torch.inf)  # a weight there costs infinitely much, as on one rank
+            assert dam.matching_loss(nothing, target[:1], torch.ones(1, 2), group=group) == torch.inf
             # Of one that can be reached, among ranks that round its share otherwise.
             only = torch.full((200, 4), -torch.inf)
             only[:, 0] = torch.linspace(-40.0, 40.0, 200) - 60.0 * rank
